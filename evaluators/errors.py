@@ -1,0 +1,20 @@
+"""Why a checkpoint could not be measured: one stable code, one sentence, one next step.
+
+The codes are those of the bot (`UNKNOWN_TASK`, `EVALUATION_FAILED`, `MODEL_UNLOADABLE`, `SPEED_CHECK_FAILED`,
+`SPEED_UNSUPPORTED`, `TIME_LIMIT`, `MEMORY_LIMIT`), written again here because the evaluators import nothing of it.
+"""
+
+from __future__ import annotations
+
+
+class EvaluationError(Exception):
+    """A measurement that could not be made."""
+
+    def __init__(self, code: str, message: str, next_step: str = "") -> None:
+        super().__init__(code, message, next_step)
+        self.code = code
+        self.message = message
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.next_step}".strip()
