@@ -1,0 +1,16 @@
+"""A Hub on your own disk: speaks the Hub's HTTP protocol to the real clients, for the demo and for tests.
+
+    serve(root)            run it on a socket                    (serve.py)
+    create_app(root)       the ASGI application                  (app.py)
+    add_user(root, ...)    users, organisations, tokens          (users.py)
+    seed(root, folder)     repos from a folder                   (seeding.py)
+
+hub.md section 5 is its contract; storage.py draws what lies on disk.
+"""
+
+from bot.localhub.app import LocalHub, create_app
+from bot.localhub.seeding import seed
+from bot.localhub.serve import serve
+from bot.localhub.users import add_user
+
+__all__ = ["LocalHub", "add_user", "create_app", "seed", "serve"]

@@ -1,0 +1,168 @@
+"""The local Hub as an ASGI application: find the handler, know who asks, answer errors the client's way, journal."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import secrets
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from bot.localhub import (
+    routes_commit,
+    routes_content,
+    routes_discussions,
+    routes_lfs,
+    routes_oauth,
+    routes_pages,
+    routes_repos,
+)
+from bot.localhub.answers import HubError, stamp
+from bot.localhub.journal import Journal
+from bot.localhub.page import page
+from bot.localhub.routes_oauth import Logins
+from bot.localhub.routing import Call, Route, Routes
+from bot.localhub.storage import Store
+from bot.localhub.users import Users, Visitor
+
+_log = logging.getLogger(__name__)
+_HOST = re.compile(r"[A-Za-z0-9.\-]+(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?")
+# Pages last: their patterns "/{ns}" and "/{ns}/{name}" match nearly anything.
+_TABLES = (routes_repos, routes_content, routes_commit, routes_lfs, routes_discussions, routes_oauth, routes_pages)
+
+
+class LocalHub:
+    """A Hub over the folder `root` (storage.py draws it). `page_size`: entries per page of lists and discussions.
+
+    `unknown` collects requests below /api/ (and LFS) that no route answers: the contract lacks what a client asked for.
+    """
+
+    def __init__(self, root: Path, *, page_size: int = 100, store: Store | None = None) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self.store = store or Store(root)
+        self.users = Users(root)
+        self.journal = Journal(root)
+        self.logins = Logins()
+        self.page_size = page_size
+        self.unknown: list[str] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"the local Hub does not speak {scope['type']}")
+        request = Request(scope, receive)
+        visitor = Visitor()
+        sent = {"status": 500, "bytes": 0}
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                sent["status"] = message["status"]
+            elif message["type"] == "http.response.body":
+                sent["bytes"] += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            try:
+                visitor = await run_in_threadpool(self._visitor, request)
+                response = await self._answer(request, visitor)
+            except HubError as error:
+                response = _error_response(request, error)
+            except ClientDisconnect:
+                return
+            except Exception:
+                _log.exception("%s %s", request.method, scope["raw_path"])
+                response = HubError(500, "Internal Error").response()
+            response.headers["X-Request-Id"] = secrets.token_hex(8)
+            await response(scope, receive, counted)
+        finally:
+            self.journal.record(
+                time=stamp(self.store.clock()),
+                method=request.method,
+                path=scope["raw_path"].decode("ascii", "replace"),
+                user=visitor.name,
+                status=sent["status"],
+                sent_bytes=sent["bytes"],
+            )
+
+    def _visitor(self, request: Request) -> Visitor:
+        authorization = request.headers.get("authorization")
+        if authorization and authorization.lower().startswith("basic"):
+            return Visitor()  # the client id of an OAuth call
+        return self.users.visitor(authorization)
+
+    async def _answer(self, request: Request, visitor: Visitor) -> Response:
+        found = await run_in_threadpool(_route, request.method, request.scope["raw_path"])
+        if found is None:
+            return self._nothing_here(request)
+        route, params = found
+        call = Call(
+            store=self.store,
+            users=self.users,
+            request=request,
+            visitor=visitor,
+            endpoint=_endpoint(request),
+            params=params,
+            page_size=self.page_size,
+            notes={"logins": self.logins, "unknown": self.unknown},
+        )
+        if route.limit_bytes and request.method not in ("GET", "HEAD"):
+            call.body = await _body(request, route.limit_bytes)
+        if inspect.iscoroutinefunction(route.handler):
+            answer: Response = await route.handler(call)
+            return answer
+        made = await run_in_threadpool(route.handler, call)
+        assert isinstance(made, Response)
+        return made
+
+    def _nothing_here(self, request: Request) -> Response:
+        path = request.scope["raw_path"].decode("ascii", "replace")
+        if path.startswith("/api/") or "/info/lfs/" in path:
+            self.unknown.append(f"{request.method} {path}")
+        return HubError(404, "Sorry, we can't find the page you are looking for.").response()
+
+
+def _route(method: str, raw_path: bytes) -> tuple[Route, dict[str, str]] | None:
+    for table in _TABLES:
+        routes: Routes = table.routes
+        found = routes.match(method, raw_path)
+        if found is not None:
+            return found
+    return None
+
+
+def _endpoint(request: Request) -> str:
+    """Our own address in the client's spelling: it refuses answers that spell its endpoint otherwise."""
+    host = request.headers.get("host", "")
+    if not _HOST.fullmatch(host):
+        raise HubError(400, "the Host header is not a host")
+    return f"{request.scope.get('scheme', 'http')}://{host}"
+
+
+async def _body(request: Request, limit_bytes: int) -> bytes:
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit_bytes:
+            raise HubError(413, f"the body is larger than {limit_bytes} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _error_response(request: Request, error: HubError) -> Response:
+    path = request.scope["raw_path"]
+    wants_page = "text/html" in request.headers.get("accept", "") and not path.startswith((b"/api/", b"/_lfs/"))
+    if wants_page and error.status in (400, 401, 403, 404) and b"/resolve/" not in path:
+        status = 404 if error.status == 401 else error.status
+        return HTMLResponse(page("Not found", "<h1>There is nothing here</h1><p>Or it is not public.</p>"), status)
+    return error.response()
+
+
+def create_app(root: Path, *, page_size: int = 100) -> LocalHub:
+    """The ASGI application over the Hub at `root`; the folder is made when missing."""
+    return LocalHub(root, page_size=page_size)

@@ -1,0 +1,58 @@
+"""The frame of every page a person sees, and Markdown as HTML that cannot do harm."""
+
+from __future__ import annotations
+
+import html
+
+from markdown_it import MarkdownIt
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8885; --soft: #8881; --link: #2563c9; }
+@media (prefers-color-scheme: dark) { :root { --link: #8ab4f8; } }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
+a { color: var(--link); text-decoration: none } a:hover { text-decoration: underline }
+nav { padding: .3rem 0 1rem; border-bottom: 1px solid var(--line); margin-bottom: 1.2rem }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin-top: 1.6rem }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: .8rem 0 }
+td, th { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top }
+th { background: var(--soft) }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
+code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
+.tag { display: inline-block; border: 1px solid var(--line); border-radius: 1rem; padding: 0 .6rem }
+.tag { margin: .15rem .2rem; font-size: .85rem }
+.soft { opacity: .7; font-size: .9rem }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+article { border: 1px solid var(--line); border-radius: 8px; padding: .2rem 1.2rem; margin: 1rem 0 }
+"""
+
+# No scripts, no forms elsewhere, nothing loaded from anywhere: a card is a stranger's text.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
+
+
+def page(title: str, body: str) -> str:
+    """A whole page. `body` is HTML of ours; `title` is escaped here."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">'
+        f"<title>{html.escape(title)} · local Hub</title><style>{_STYLE}</style></head>"
+        f'<body><nav><a href="/">Local Hub</a></nav>{body}</body></html>'
+    )
+
+
+_MARKDOWN = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table").disable("image")
+
+
+def markdown(text: str) -> str:
+    """Markdown as HTML: raw HTML is shown as text, script addresses are refused by the parser, images stay links."""
+    rendered: str = _MARKDOWN.render(text)
+    return rendered
+
+
+def human_size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,54 @@
+"""Serving the local Hub on a real socket."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from bot.errors import Refused
+from bot.localhub.app import create_app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, telling when it answers."""
+
+    def __init__(self, config: uvicorn.Config, url: str, on_ready: Callable[[str], None] | None) -> None:
+        super().__init__(config)
+        self._url, self._on_ready = url, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._on_ready is not None:
+            self._on_ready(self._url)
+
+
+def listen(root: Path, host: str, port: int, on_ready: Callable[[str], None] | None) -> tuple[Server, socket.socket]:
+    """A server that is bound but does not run yet. Port 0 takes a free one."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise Refused(
+            "VALUE_OUT_OF_RANGE",
+            f"The local Hub cannot listen on {host}:{port}: {error.strerror}.",
+            "Choose another port, or 0 for a free one.",
+        ) from error
+    named = f"[{host}]" if ":" in host else host
+    url = f"http://{named}:{listener.getsockname()[1]}"
+    config = uvicorn.Config(
+        create_app(root), lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=3,
+        server_header=False,
+    )  # fmt: skip
+    return Server(config, url, on_ready), listener
+
+
+def serve(root: Path, host: str = "127.0.0.1", port: int = 0, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve the Hub at `root` until interrupted; `on_ready(url)` is called once it answers."""
+    server, listener = listen(root, host, port, on_ready)
+    with listener:
+        server.run(sockets=[listener])

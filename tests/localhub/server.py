@@ -1,0 +1,176 @@
+"""A local Hub on a real loopback socket, for any test.
+
+    with running_hub(root) as hub:
+        hub.url                      http://127.0.0.1:<port>
+        hub.token_of("mergebot")     a write token; users: alice, bob, mergebot (admin of `mergebot-org`)
+        hub.env(home)                environment of a child process that talks to this Hub and to nothing else
+        hub.client(code, home)       runs Python code in such a child, returns what it printed as JSON
+
+huggingface_hub, datasets and transformers read their settings when they are imported, so tests of *those* clients run
+them in a child with `env()`: that is right whatever this process has imported before. Our own `bot.hub` takes its
+endpoint and token as arguments and may be used in the test process itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bot.localhub import add_user
+from bot.localhub.app import LocalHub
+from bot.localhub.serve import listen
+
+REPO = Path(__file__).resolve().parent.parent.parent
+USERS = ("alice", "bob", "mergebot")
+ORG = "mergebot-org"
+
+
+@dataclass(frozen=True, slots=True)
+class RunningHub:
+    """A Hub that answers at `url` and keeps everything below `root`."""
+
+    url: str
+    root: Path
+    app: LocalHub | None = None  # None when it runs in a process of its own
+
+    def token_of(self, user: str) -> str:
+        return token_of(user)
+
+    def env(self, home: Path, token: str | None = None) -> dict[str, str]:
+        """The environment of hub.md section 7; `home` holds the child's caches."""
+        kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+        settings = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_EXPERIMENTAL_WARNING": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0" if token else "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            "DISABLE_SAFETENSORS_CONVERSION": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONHASHSEED": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPO),
+        }
+        return kept | settings | ({"HF_TOKEN": token} if token else {})
+
+    def client(self, code: str, home: Path, user: str | None = None, *, timeout_s: float = 120) -> Any:
+        """Run `code` in a child against this Hub. It sees `api` (an HfApi) and sets `result`, which is returned."""
+        prelude = f"""
+            import json, socket, sys
+            real = socket.getaddrinfo
+            def guarded(host, *args, **kwargs):
+                name = host.decode() if isinstance(host, bytes) else host
+                if name not in (None, "", "127.0.0.1", "localhost"):
+                    raise AssertionError(f"tried to reach {{name}}")
+                return real(host, *args, **kwargs)
+            socket.getaddrinfo = guarded
+            from huggingface_hub import HfApi
+            HOME = {str(home)!r}
+            api = HfApi()
+            result = None
+        """
+        ending = '\nprint("RESULT " + json.dumps(result))\n'
+        token = token_of(user) if user else None
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code) + ending],
+            env=self.env(home, token),
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if done.returncode or not lines:
+            raise AssertionError(
+                f"the client failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+            )
+        return json.loads(lines[-1].removeprefix("RESULT "))
+
+    def unknown(self) -> list[str]:
+        """Requests below /api/ that the Hub has no route for."""
+        with urllib.request.urlopen(f"{self.url}/_local/unknown") as answer:
+            return list(json.load(answer))
+
+    def journal(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.root / "journal.ndjson").read_text().splitlines()]
+
+
+def token_of(user: str) -> str:
+    return f"hf_{user}WriteTokenForTestsOnly0000"
+
+
+def add_usual_users(root: Path) -> None:
+    for user in USERS:
+        add_user(root, user, token_of(user), orgs=(ORG,) if user == "mergebot" else ())
+
+
+@contextmanager
+def running_hub(root: Path, *, page_size: int = 100) -> Iterator[RunningHub]:
+    """A Hub in a thread of this process: starts in milliseconds."""
+    root.mkdir(parents=True, exist_ok=True)
+    add_usual_users(root)
+    ready = threading.Event()
+    urls: list[str] = []
+
+    def on_ready(url: str) -> None:
+        urls.append(url)
+        ready.set()
+
+    server, listener = listen(root, "127.0.0.1", 0, on_ready)
+    app = server.config.app
+    assert isinstance(app, LocalHub)
+    app.page_size = page_size
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        if not ready.wait(20):
+            raise RuntimeError("the local Hub did not start within 20 s")
+        yield RunningHub(urls[0], root, app)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+_SERVE = """
+import sys
+from pathlib import Path
+from bot.localhub import serve
+serve(Path(sys.argv[1]), on_ready=lambda url: print(url, flush=True))
+"""
+
+
+@contextmanager
+def hub_process(root: Path) -> Iterator[tuple[RunningHub, subprocess.Popen[str]]]:
+    """A Hub in a process of its own, for tests that kill it."""
+    root.mkdir(parents=True, exist_ok=True)
+    add_usual_users(root)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, str(root)], stdout=subprocess.PIPE, text=True, cwd=REPO, env={**os.environ}
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        if not url:
+            raise RuntimeError("the local Hub did not start")
+        yield RunningHub(url, root), process
+    finally:
+        process.kill()
+        process.wait(20)
+        if process.stdout is not None:
+            process.stdout.close()
