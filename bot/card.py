@@ -1,0 +1,283 @@
+"""Facts become a model card, and an answer. Pure: typed facts in, finished text out.
+
+Nothing of a stranger is spliced into metadata (it is dumped from typed values) nor into Markdown unescaped: a recipe
+stands in a fence longer than any run of backticks inside it, names stand in code style.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from bot import messages, policy
+from bot.job import Job, Source
+from bot.merge import recipe
+from bot.request import MergeRequest
+from bot.settings import Settings
+from evaluators.scores import ModelEvaluation, Score
+
+OUTPUT_TAG = "made-with-mergebot"
+NAME_LIMIT = 96
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+
+
+def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
+    """Everything the publisher needs: names to try, the files, the finished texts."""
+    assert job.merge is not None and job.evaluation is not None
+    names = output_names(job, settings.namespace)
+    texts = {"README.md": model_card(job, names[0])}
+    if job.evaluation.merged is not None:
+        texts["results/lm_eval.json"] = _json(_lm_eval(job))
+    if job.evaluation.decode_speed is not None:
+        texts["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
+    return {
+        "names": names,
+        "digest": job.digest,
+        "manifest": job.merge.manifest,
+        "key12": job.request.key[:12],
+        "files": {name: asdict(file) for name, file in job.merge.files.items()},
+        "texts": texts,
+        "sources": [asdict(source) for source in job.sources],
+    }
+
+
+def output_names(job: Job, namespace: str) -> list[str]:
+    """`{namespace}/{requester}-{name}`, then the same with the digest, for when a stranger's repo is in the way."""
+    plain = f"{job.request.requester}-{job.request.name}"[:NAME_LIMIT].rstrip(".-")
+    return [f"{namespace}/{plain}", f"{namespace}/{plain[: NAME_LIMIT - 9].rstrip('.-')}-{job.digest[:8]}"]
+
+
+def model_card(job: Job, repo: str) -> str:
+    """The README.md of the published repo: metadata the Hub understands, then what a person wants to know."""
+    metadata = yaml.safe_dump(_metadata(job, repo), sort_keys=False, allow_unicode=True)
+    method = str(job.plan["method"])
+    sections = [
+        f"# {repo.partition('/')[2]}",
+        f"A **{method}** merge of {_listed([source.repo for source in job.sources])}, made, measured and published by "
+        f"mergebot for {code(job.request.requester)}.",
+        _headline(job),
+        "## Scores",
+        _score_table(job, repo),
+        "## Decode speed",
+        _speed(job),
+        "## Sources",
+        _source_table(job.sources),
+        "## Recipe",
+        fenced(recipe.from_canonical(job.recipe).to_yaml(), "yaml"),
+        messages.REPRODUCE,
+        "## What to keep in mind",
+        messages.CAUTION,
+        *(f"- {plain(notice['text'])}" for notice in (job.merge.notices if job.merge else ())),
+    ]
+    return f"---\n{metadata}---\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _metadata(job: Job, repo: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "base_model": list(dict.fromkeys(source.repo for source in job.sources)),
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": policy.result_licence(job.sources),
+        "tags": ["merge", "mergekit", OUTPUT_TAG],
+    }
+    results = _model_index(job)
+    if results:
+        metadata["model-index"] = [{"name": repo.partition("/")[2], "results": results}]
+    return metadata
+
+
+def _model_index(job: Job) -> list[dict[str, Any]]:
+    assert job.evaluation is not None
+    task = {"type": "text-generation", "name": "Text Generation"}
+    results = []
+    for score in job.evaluation.merged.scores if job.evaluation.merged else ():
+        metric = {
+            "type": score.metric,
+            "value": round(score.value, 6),
+            "name": f"{score.metric}, {score.few_shot}-shot",
+        }
+        results.append({"task": task, "dataset": {"type": score.task, "name": score.task}, "metrics": [metric]})
+    chosen = _chosen(job)
+    if chosen is not None and chosen["speedup"]["wall"] is not None:
+        metric = {
+            "type": "medusa_speedup",
+            "value": round(chosen["speedup"]["wall"], 4),
+            "name": "tokens per second, Medusa / plain greedy",
+        }
+        results.append(
+            {"task": task, "dataset": {"type": "prompts", "name": "Speed test prompts"}, "metrics": [metric]}
+        )
+    return results
+
+
+def _headline(job: Job) -> str:
+    """The point of the merge in one sentence: where it keeps up with its best source, within two standard errors."""
+    assert job.evaluation is not None
+    merged = job.evaluation.merged
+    if merged is None:
+        return ""
+    kept, lost = [], []
+    for score in merged.scores:
+        rivals = [_score_of(evaluation, score.task) for evaluation in job.evaluation.sources.values()]
+        best = max((rival for rival in rivals if rival is not None), key=lambda rival: rival.value, default=None)
+        if best is None:
+            continue
+        spread = 2 * ((score.stderr or 0.0) ** 2 + (best.stderr or 0.0) ** 2) ** 0.5
+        (lost if score.value < best.value - spread else kept).append(code(score.task))
+    said = []
+    if kept:
+        said.append(f"within two standard errors of its best source, or above, on {_joined(kept)}")
+    if lost:
+        said.append(f"below its best source on {_joined(lost)}")
+    return f"It is {'; it is '.join(said)}." if said else ""
+
+
+def _score_table(job: Job, repo: str) -> str:
+    assert job.evaluation is not None
+    merged = job.evaluation.merged
+    if merged is None:
+        return messages.NOT_MEASURED
+    tasks = [score.task for score in merged.scores]
+    lines = [f"| model | {' | '.join(code(task) for task in tasks)} |", "|---|" + "---:|" * len(tasks)]
+    rows: list[tuple[str, ModelEvaluation]] = [(f"**{cell(repo)}**", merged)]
+    rows += [(cell(name.partition("@")[0]), evaluation) for name, evaluation in job.evaluation.sources.items()]
+    for name, evaluation in rows:
+        scores = (_score_of(evaluation, task) for task in tasks)
+        lines.append(f"| {name} | {' | '.join(with_error(score) for score in scores)} |")
+    first, environment = merged.scores[0] if merged.scores else None, merged.environment
+    below = (
+        f"Percent ± standard error; suite {code(merged.suite)}"
+        + (f", {first.samples} samples of {code(first.task)}" if first else "")
+        + f"; lm-eval {environment.lm_eval}, {environment.dtype} on {environment.device}, "
+        f"{'with' if environment.chat_template else 'no'} chat template, seed {environment.seed}."
+    )
+    return "\n".join(lines) + "\n\n" + below
+
+
+def _speed(job: Job) -> str:
+    assert job.evaluation is not None
+    speed = job.evaluation.decode_speed
+    if speed is None:
+        return messages.NO_SPEED
+    chosen = _chosen(job)
+    if chosen is None:
+        return plain(str(speed.get("refusal") or speed["sentence"]))
+    plain_run, sped = speed["plain"], chosen["speedup"]
+    lines = [
+        "| | tokens/s | tokens per step |",
+        "|---|---:|---:|",
+        f"| plain greedy | {plain_run['tokens_per_s']:.1f} | 1.00 |",
+        f"| Medusa | {plain_run['tokens_per_s'] * sped['wall']:.1f} | {chosen['tokens_per_step']['measured']:.2f} |",
+    ]
+    return plain(speed["sentence"]) + "\n\n" + "\n".join(lines)
+
+
+def _source_table(sources: tuple[Source, ...]) -> str:
+    lines = ["| source | commit | licence |", "|---|---|---|"]
+    lines += [f"| {cell(source.repo)} | `{source.revision}` | {cell(str(source.licence))} |" for source in sources]
+    return "\n".join(lines)
+
+
+def _lm_eval(job: Job) -> dict[str, Any]:
+    assert job.evaluation is not None and job.evaluation.merged is not None
+    return {
+        "merged": asdict(job.evaluation.merged),
+        "sources": {name: asdict(evaluation) for name, evaluation in job.evaluation.sources.items()},
+    }
+
+
+def _chosen(job: Job) -> Mapping[str, Any] | None:
+    from bot.leaderboard import chosen_candidate
+
+    return None if job.evaluation is None else chosen_candidate(job.evaluation.decode_speed)
+
+
+def _score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
+    return next((score for score in evaluation.scores if score.task == task), None)
+
+
+def with_error(score: Score | None) -> str:
+    """`83.1 ± 5.9` in percent; a dash where nothing was measured."""
+    if score is None:
+        return "–"
+    return f"{score.value:.1%}".rstrip("%") + (f" ± {score.stderr * 100:.1f}" if score.stderr is not None else "")
+
+
+# -- answers -----------------------------------------------------------------------------------------------------
+
+
+def answer(
+    request: MergeRequest, job: Job | None, refusal: Mapping[str, Any] | None, settings: Settings
+) -> dict[str, Any]:
+    """What the publisher writes on the requesting repo when its request has ended."""
+    key = request.key[:12]
+    event, text = _ending(job, refusal, settings)
+    return {
+        "repo": request.repo,
+        "title": messages.TITLE.format(key=key),
+        "opening": messages.OPENING,
+        "event": event,
+        "text": text,
+        "ref": messages.REFERENCE.format(key=key, event=event),
+    }
+
+
+def _ending(job: Job | None, refusal: Mapping[str, Any] | None, settings: Settings) -> tuple[str, str]:
+    if job is None:
+        assert refusal is not None
+        said = {"code": refusal["code"], "sentence": plain(refusal["message"]), "next_step": plain(refusal["next"])}
+        return "refused", messages.REFUSED.format(**said)
+    if job.publication is not None:
+        repo = job.publication.repo
+        scores = _score_table(job, repo)
+        url = f"{settings.hub}/{repo}"
+        return "published", messages.PUBLISHED.format(repo=repo, url=url, commit=job.publication.commit, scores=scores)
+    if job.cancelled_at is not None:
+        return "cancelled", messages.CANCELLED
+    last = job.failures[-1]
+    return "failed", messages.FAILED.format(
+        code=last.code, sentence=plain(last.sentence), next_step=plain(last.next_step)
+    )
+
+
+# -- escaping ----------------------------------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    """Text of strangers as Markdown that shows it and does nothing else; nobody is notified by it."""
+    shown = UNSEEN.sub("", text).replace("\n", " ")
+    shown = re.sub(r"([\\`*_{}\[\]<>()#|~!])", r"\\\1", shown)
+    return shown.replace("@", "@\u2060")
+
+
+def code(text: str) -> str:
+    """A name in code style, safe in a sentence and in a table."""
+    return f"`{UNSEEN.sub('', text).replace('`', '´').replace('|', '¦')}`"
+
+
+cell = code
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of text that cannot end its own fence."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{UNSEEN.sub('', text).rstrip()}\n{fence}"
+
+
+def _listed(names: list[str]) -> str:
+    return _joined([code(name) for name in dict.fromkeys(names)])
+
+
+def _joined(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"

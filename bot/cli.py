@@ -1,0 +1,245 @@
+"""The `mergebot` command: a verb each, no logic of its own. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from bot import __version__
+from bot.errors import MergebotError
+
+if TYPE_CHECKING:
+    from bot.settings import Settings
+
+app = typer.Typer(
+    name="mergebot",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Merge models, measure what came out, publish exactly what was measured.",
+)
+medusa_app = typer.Typer(
+    no_args_is_help=True, help="Medusa heads: train them on a model and measure how fast it decodes."
+)
+app.add_typer(medusa_app, name="medusa", rich_help_panel="Do one step yourself")
+
+WALK, STEP, RUN = "Run the whole walk", "Do one step yourself", "Ask a running bot"
+Recipe = Annotated[Path, typer.Argument(help="A mergekit recipe (YAML).", metavar="RECIPE")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+class _State:
+    """What the options before the verb said."""
+
+    debug = False
+    home: Path | None = None
+    hub: str | None = None
+
+
+def settings(**overrides: object) -> Settings:
+    """Settings from the environment and the options, in force for this process from here on."""
+    from bot.settings import Settings, activate
+
+    given = {"home": _State.home, "hub": _State.hub, **overrides}
+    made = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    activate(made)
+    return made
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    home: Annotated[Optional[Path], typer.Option(help="Folder for the database, caches and scratch files.")] = None,  # noqa: UP045
+    hub: Annotated[Optional[str], typer.Option(help="Address of the Hub.")] = None,  # noqa: UP045
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"mergebot {__version__}")
+        raise typer.Exit
+    _State.debug, _State.home, _State.hub = debug, home, hub
+
+
+# -- the whole walk ----------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=WALK)
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Folder for everything the demo makes.")] = Path("demo"),
+    once: Annotated[bool, typer.Option("--once", help="Exit when the walk is done instead of serving.")] = False,
+    report: Annotated[Optional[Path], typer.Option(help="Write what happened as JSON.")] = None,  # noqa: UP045
+    port: Annotated[int, typer.Option(help="Port of the Space.")] = 7860,
+) -> None:
+    """The main job on this machine: local Hub, real model, two requests, merged, measured, published, on a board."""
+    from bot.demo import run
+
+    run.demo(directory, once=once, report=report, port=port)
+
+
+@app.command(rich_help_panel=WALK)
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+) -> None:
+    """Serve the Space and run the bot: forms, tagged repos, jobs, board."""
+    import uvicorn
+
+    settings()
+    uvicorn.run("space.app:create", factory=True, host=host, port=port, log_level="warning")
+
+
+@app.command(rich_help_panel=WALK)
+def hub(
+    directory: Annotated[Path, typer.Option("--dir", help="Folder that holds the repos.")] = Path("hub"),
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8765,
+) -> None:
+    """Serve a Hub of your own from a folder, for tests and trials; the real clients speak to it through HF_ENDPOINT."""
+    from bot import localhub
+
+    localhub.serve(directory, port=port, on_ready=lambda url: typer.echo(f"The local Hub listens at {url}"))
+
+
+# -- one step ----------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=STEP)
+def plan(
+    recipe: Recipe,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What a recipe would do, from headers alone: tensors, bytes, memory, resolved values. Reads no weights."""
+    from bot import operator, screens
+
+    made = operator.plan_from_headers(operator.read_recipe(recipe), settings(), seed=seed)
+    screens.plan(made.summary(), as_json=as_json)
+
+
+@app.command(rich_help_panel=STEP)
+def merge(recipe: Recipe, out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+          device: Device = "auto", seed: Seed = 0) -> None:  # fmt: skip
+    """Merge the models of a recipe into a new folder. Killed half-way, the same command continues."""
+    from bot import operator, screens
+
+    asked, configured = operator.read_recipe(recipe), settings()
+    made = operator.plan_from_headers(asked, configured, seed=seed)
+    with screens.progress() as shown:
+        folders = operator.download_sources(made, configured, shown)
+        from bot.merge import engine
+
+        merged = engine.merge(
+            made, folders, out, device=device, progress=lambda done, total, tensor: shown("Merging", done, total)
+        )
+    screens.merged(merged, out)
+
+
+@app.command(rich_help_panel=STEP)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
+    suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",
+    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.")] = None,  # noqa: UP045
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON.")] = None,  # noqa: UP045
+) -> None:
+    """Measure a model with lm-eval."""
+    from bot import measure, screens
+
+    configured = settings(device=device)
+    with screens.progress() as shown:
+        scores = measure.one_model(
+            measure.model_folder(model, configured, shown), suite, limit, seed, configured, shown
+        )
+    screens.scores({model: scores}, out)
+
+
+@medusa_app.command("bench")
+def medusa_bench(
+    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
+    out: Annotated[Path, typer.Option(help="Folder for the heads and decode_speed.json.")] = Path("medusa"),
+    prompts: Annotated[Optional[Path], typer.Option(help="Questions, JSON lines as in MT-bench.")] = None,  # noqa: UP045
+    budget_s: Annotated[float, typer.Option(help="Seconds for training, calibration and the test.")] = 600.0,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train heads on a model and compare decoding with them to plain greedy decoding, honestly."""
+    from bot import measure, screens
+
+    configured = settings(device=device)
+    with screens.progress() as shown:
+        folder = measure.model_folder(model, configured, shown)
+        report = measure.bench(folder, out, prompts, budget_s, seed, configured, shown)
+    screens.speed(report, out)
+
+
+# -- ask a running bot -------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=RUN)
+def submit(
+    recipe: Recipe,
+    name: Annotated[str, typer.Option(help="Name of the merged repo.")],
+    requester: Annotated[str, typer.Option(help="On whose behalf.")] = "operator",
+    suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",
+    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.")] = None,  # noqa: UP045
+    speed: Annotated[bool, typer.Option(help="Also run the Medusa speed test.")] = False,
+) -> None:
+    """Put a request into the queue of the bot that shares this `--home`."""
+    from bot import intake, operator, screens
+    from bot.hub import Hub
+    from bot.queue import open_queue
+    from bot.request import EvaluateOptions, from_form
+
+    configured = settings()
+    options = EvaluateOptions(suite=suite, limit=limit, speed="medusa" if speed else "off")
+    request = from_form(requester, operator.read_text(recipe), name, options)
+    job = intake.take(request, Hub(configured.hub), open_queue(configured), configured)
+    screens.jobs([job])
+
+
+@app.command(rich_help_panel=RUN)
+def status(
+    job_id: Annotated[
+        str | None, typer.Argument(help="One job; all recent ones without it.", metavar="[JOB]")
+    ] = None,
+) -> None:
+    """Where the jobs stand."""
+    from bot import screens
+    from bot.queue import open_queue
+
+    queue = open_queue(settings())
+    if job_id is None:
+        screens.jobs(queue.jobs())
+    else:
+        screens.job(queue.job(job_id))
+
+
+def main() -> None:
+    """Run the command; an error is one sentence on stderr and exit status 1, with `--debug` a traceback."""
+    try:
+        app()
+    except Exception as error:
+        if _State.debug:
+            raise
+        typer.secho(_sentence(error), err=True, fg=typer.colors.RED)
+        sys.exit(1)
+
+
+def _sentence(error: Exception) -> str:
+    from evaluators.errors import EvaluationError
+
+    if isinstance(error, MergebotError):
+        where = error.where
+        at = f"{where.file}:{where.line}: " if where and where.line else ""
+        return f"{at}{error} [{error.code}]"
+    if isinstance(error, EvaluationError):
+        return f"{error} [{error.code}]"
+    return f"mergebot stopped on a defect of its own ({type(error).__name__}). Report what `mergebot --debug` shows."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A request is parsed, pinned, planned and allowed before a byte of weights moves; then it is queued.
+
+    check    text -> Checked: recipe with every source pinned to a commit, the plan from headers, the result's licence
+    take     check + quota -> the job that does the work
+
+Both doors and the command line come through here. Nothing is trusted twice: after `take` nobody asks for `main` again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
+from typing import Any
+
+from bot import policy
+from bot.errors import Refused
+from bot.hub import Hub
+from bot.job import ENDED, Job, Source, Stage, stage
+from bot.merge import checkpoint, plan, recipe
+from bot.merge.plan import NUMERICS_VERSION
+from bot.queue import Queue
+from bot.request import (
+    CARD_LIMIT_BYTES,
+    RECIPE_LIMIT_BYTES,
+    REQUEST_TAG,
+    CardBlock,
+    EvaluateOptions,
+    MergeRequest,
+    Origin,
+    from_card,
+    read_block,
+    unreadable_card,
+)
+from bot.settings import Settings, crashpoint
+from evaluators import suites
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A recipe that can be done: pinned, planned and licensed."""
+
+    recipe: recipe.Recipe
+    sources: tuple[Source, ...]
+    plan: Mapping[str, Any]  # Plan.summary()
+    licence: str
+
+
+def check(text: str, hub: Hub, settings: Settings) -> Checked:
+    """What can be known about `text` from headers alone. Raises Refused, or Transient while the Hub is away."""
+    asked = recipe.parse(text, trust="stranger")
+    pins: dict[recipe.ModelRef, recipe.ModelRef] = {}
+    opened: dict[recipe.ModelRef, checkpoint.Checkpoint] = {}
+    sources: dict[recipe.ModelRef, Source] = {}
+    for ref in asked.sources:
+        pinned = hub.resolve(ref.path, ref.revision)
+        pin = replace(ref, revision=pinned.revision)
+        pins[ref] = pin
+        if pin in opened:
+            continue
+        files = hub.files(pinned.repo, pinned.revision)
+        opened[pin] = checkpoint.open_checkpoint(files, limits=checkpoint.STRANGER, name=str(ref))
+        sources[pin] = Source(pinned.repo, pinned.revision, pinned.licence, opened[pin].bytes)
+    crashpoint("resolve.after_pin")
+    made = plan.make(asked.pinned(pins), opened).summary()
+    policy.check_size(made, disk_limit_bytes=settings.disk_limit_bytes, memory_limit_bytes=settings.memory_limit_bytes)
+    unique = tuple(sources.values())
+    return Checked(asked.pinned(pins), unique, made, policy.result_licence(unique))
+
+
+def take(request: MergeRequest, hub: Hub, queue: Queue, settings: Settings) -> Job:
+    """Accept `request`, or refuse it with a reason. The same request again returns the same job."""
+    check_evaluation(request.evaluate)
+    request, known = _known(request, queue)
+    if known is not None:
+        return known
+    checked = check(request.text, hub, settings)
+    policy.check_quota(
+        open_jobs=queue.open_jobs(request.requester),
+        requests_today=queue.requests_since(request.requester, datetime.now(UTC) - timedelta(days=1)),
+        open_limit=settings.open_requests_per_person,
+        day_limit=settings.requests_per_person_and_day,
+    )
+    crashpoint("intake.before_insert")
+    job = queue.submit(
+        request,
+        digest=_digest(checked.recipe.digest, request.evaluate),
+        recipe=checked.recipe.canonical(),
+        sources=checked.sources,
+        plan=dict(checked.plan),
+    )
+    crashpoint("intake.after_insert")
+    return job
+
+
+def check_evaluation(asked: EvaluateOptions) -> None:
+    """Refuse suites the bot does not have. Raises Refused UNKNOWN_TASK with the nearest name."""
+    names = sorted(suites.SUITES)
+    if asked.suite not in names:
+        near = get_close_matches(asked.suite, names, 1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"Choose one of {', '.join(names)}."
+        raise Refused("UNKNOWN_TASK", f"There is no suite `{asked.suite}`.", hint, value=asked.suite)
+
+
+def _known(request: MergeRequest, queue: Queue) -> tuple[MergeRequest, Job | None]:
+    """The job this request already has. A form sent again after a failure asks anew, as its next run."""
+    while True:
+        known = queue.known(request.key)
+        if not isinstance(known, Job):
+            return request, None
+        ended_badly = stage(known, datetime.now(UTC)) in ENDED - {Stage.PUBLISHED}
+        if request.origin is not Origin.FORM or not ended_badly:
+            return request, known
+        request = replace(request, run=request.run + 1)
+
+
+def _digest(recipe_digest: str, evaluate: EvaluateOptions) -> str:
+    """Identity of the work: two requests with one digest share one job (hub.md 2.4)."""
+    identity = {"recipe": recipe_digest, "evaluate": asdict(evaluate), "numerics": NUMERICS_VERSION}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tagged(hub: Hub, queue: Queue, settings: Settings, seen: set[tuple[str, str]]) -> Iterator[MergeRequest]:
+    """Requests of repos that carry the tag and have changed since `seen`; unreadable cards are refused here.
+
+    The principal is the namespace of the repo: what stands on `main` was accepted by someone who may write there.
+    """
+    for repo in hub.tagged(REQUEST_TAG):
+        own = repo.repo.startswith(f"{settings.namespace}/")
+        if own or repo.private or repo.gated or (repo.repo, repo.revision) in seen:
+            continue
+        readme = hub.read_text(repo.repo, repo.revision, "README.md", limit_bytes=CARD_LIMIT_BYTES) or ""
+        try:
+            block = read_block(readme)
+            if block.enabled:
+                request = from_card(repo.repo, repo.revision, block, _recipe_of(hub, repo.repo, repo.revision, block))
+                if queue.known(request.key) is None:
+                    yield request
+        except Refused as refusal:
+            queue.refuse(unreadable_card(repo.repo, repo.revision, readme), refusal)
+        seen.add((repo.repo, repo.revision))
+
+
+def _recipe_of(hub: Hub, repo: str, revision: str, block: CardBlock) -> str:
+    if block.recipe is not None:
+        return block.recipe
+    assert block.recipe_path is not None
+    text = hub.read_text(repo, revision, block.recipe_path, limit_bytes=RECIPE_LIMIT_BYTES)
+    if text is None:
+        raise Refused(
+            "CARD_INVALID",
+            f"The card names the recipe {block.recipe_path}, and {repo} has no such file.",
+            "Add the file, or write the recipe into the card.",
+        )
+    return text

@@ -1,0 +1,211 @@
+"""Published evaluations become rows, and rows become the dataset the board reads.
+
+    {namespace}/mergebot-leaderboard   README.md, data/leaderboard.jsonl          one line a published merge
+    {namespace}/mergebot-results       {owner}/{model}/results_{time}.json        the layout public boards parse
+
+Both are an export of the facts: the same facts give the same bytes, so repeating a refresh changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from bot import policy
+from bot.errors import Refused
+from bot.hub import Hub
+from bot.job import Job
+from bot.settings import Settings
+from evaluators.scores import ModelEvaluation
+
+BOARD = "mergebot-leaderboard"
+RESULTS = "mergebot-results"
+BOARD_FILE = "data/leaderboard.jsonl"
+BOARD_LIMIT_BYTES = 64 * 1024 * 1024
+
+BOARD_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/leaderboard.jsonl
+tags:
+- made-with-mergebot
+- leaderboard
+---
+# Merges published by mergebot
+
+One line a merge: what it was made of, what lm-eval measured with standard errors, how fast it decodes with Medusa
+heads, and the commit that holds exactly the measured bytes. Only rows with equal `suite_digest` are comparable.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One task's primary score of one model; a fraction, with its standard error where the harness gives one."""
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One published merge, as the board shows it."""
+
+    model: str
+    repo_url: str
+    commit: str
+    requester: str
+    method: str
+    sources: tuple[str, ...]
+    licence: str
+    parameters: int
+    suite: str | None
+    suite_digest: str | None
+    device: str | None
+    average: float | None
+    average_stderr: float | None
+    results: tuple[Measured, ...]  # the merge's own first, then its sources'
+    tokens_per_step: float | None
+    tokens_per_second: float | None
+    speedup: float | None
+    speedup_ci: tuple[float, float] | None
+    published_at: str
+
+    @property
+    def scores(self) -> dict[str, tuple[float, float | None]]:
+        """The merge's own scores by task."""
+        return {each.task: (each.value, each.stderr) for each in self.results if each.model == self.model}
+
+    @property
+    def source_scores(self) -> dict[str, dict[str, tuple[float, float | None]]]:
+        """The sources' scores, by source and task."""
+        found: dict[str, dict[str, tuple[float, float | None]]] = {}
+        for each in self.results:
+            if each.model != self.model:
+                found.setdefault(each.model, {})[each.task] = (each.value, each.stderr)
+        return found
+
+
+_ROW = TypeAdapter(Row)
+
+
+def row(job: Job, settings: Settings) -> Row:
+    """The row of a published job."""
+    assert job.publication is not None and job.evaluation is not None and job.merge is not None
+    merged, speed = job.evaluation.merged, job.evaluation.decode_speed
+    measured = [] if merged is None else list(_measured(job.publication.repo, merged))
+    for name, evaluation in job.evaluation.sources.items():
+        measured += _measured(name.partition("@")[0], evaluation)
+    average, stderr = _average([each for each in measured if each.model == job.publication.repo])
+    chosen = chosen_candidate(speed)
+    return Row(
+        model=job.publication.repo,
+        repo_url=f"{settings.hub}/{job.publication.repo}",
+        commit=job.publication.commit,
+        requester=job.request.requester,
+        method=str(job.plan["method"]),
+        sources=tuple(source.repo for source in job.sources),
+        licence=policy.result_licence(job.sources),
+        parameters=job.merge.parameters,
+        suite=None if merged is None else merged.suite,
+        suite_digest=None if merged is None else merged.suite_digest,
+        device=None if merged is None else merged.environment.device,
+        average=average,
+        average_stderr=stderr,
+        results=tuple(measured),
+        tokens_per_step=chosen and chosen["tokens_per_step"]["measured"],
+        tokens_per_second=None if speed is None or speed.get("plain") is None else speed["plain"]["tokens_per_s"],
+        speedup=chosen and chosen["speedup"]["wall"],
+        speedup_ci=tuple(chosen["speedup"]["wall_ci95"]) if chosen and chosen["speedup"]["wall_ci95"] else None,
+        published_at="" if job.ended_at is None else job.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def chosen_candidate(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The row of a decode-speed report that it speaks for, None where nothing was measured."""
+    if speed is None or speed.get("refusal") or not speed.get("chosen"):
+        return None
+    return next((each for each in speed["candidates"] if each["id"] == speed["chosen"]), None)
+
+
+def _measured(model: str, evaluation: ModelEvaluation) -> Iterable[Measured]:
+    for score in evaluation.scores:
+        yield Measured(model, score.task, score.metric, score.value, score.stderr)
+
+
+def _average(scores: list[Measured]) -> tuple[float | None, float | None]:
+    """Mean of the scores and its standard error, the tasks taken as independent."""
+    if not scores:
+        return None, None
+    errors = [each.stderr for each in scores]
+    stderr = None
+    if all(error is not None for error in errors):
+        stderr = math.sqrt(sum(error**2 for error in errors if error is not None)) / len(scores)
+    return sum(each.value for each in scores) / len(scores), stderr
+
+
+def refresh_spec(published: list[Job], settings: Settings) -> dict[str, Any]:
+    """What the publisher writes so that board and results hold every published job: repo -> path -> text."""
+    rows = [row(job, settings) for job in published]
+    lines = "".join(_ROW.dump_json(each).decode() + "\n" for each in rows)
+    results = {_results_path(job): json.dumps(_results(job), indent=1) for job in published}
+    return {
+        "datasets": {
+            f"{settings.namespace}/{RESULTS}": results,
+            f"{settings.namespace}/{BOARD}": {"README.md": BOARD_CARD, BOARD_FILE: lines},
+        },
+        "message": f"mergebot: {len(rows)} published merges",
+    }
+
+
+def _results_path(job: Job) -> str:
+    assert job.publication is not None and job.ended_at is not None
+    return f"{job.publication.repo}/results_{job.ended_at.strftime('%Y-%m-%dT%H-%M-%S.%f')}.json"
+
+
+def _results(job: Job) -> dict[str, Any]:
+    """One merge in the results layout that public leaderboards parse (hub.md 1.6)."""
+    assert job.publication is not None and job.evaluation is not None and job.ended_at is not None
+    merged = job.evaluation.merged
+    results: dict[str, dict[str, float | None]] = {}
+    for score in merged.scores if merged else ():
+        results.setdefault(score.task, {}).update({score.metric: score.value, f"{score.metric}_stderr": score.stderr})
+    return {
+        "config": {
+            "model_name": job.publication.repo,
+            "model_dtype": f"torch.{merged.environment.dtype}" if merged else None,
+            "model_sha": job.publication.commit,
+            "submission_date": job.submitted_at.strftime("%Y-%m-%d"),
+        },
+        "results": results,
+        "versions": {score.task: score.task_version for score in (merged.scores if merged else ())},
+        "n-shot": {score.task: score.few_shot for score in (merged.scores if merged else ())},
+        "decode_speed": job.evaluation.decode_speed,
+        "mergebot": {
+            "digest": job.digest,
+            "manifest": job.evaluation.manifest,
+            "environment": None if merged is None else asdict(merged.environment),
+            "suite": None if merged is None else merged.suite,
+            "suite_digest": None if merged is None else merged.suite_digest,
+        },
+    }
+
+
+def read(hub: Hub, settings: Settings) -> tuple[Row, ...]:
+    """The public board, newest merge first. Empty before the first merge. Raises Transient when the Hub is away."""
+    repo = f"{settings.namespace}/{BOARD}"
+    try:
+        pinned = hub.resolve(repo, repo_type="dataset")
+    except Refused:
+        return ()
+    text = hub.read_text(repo, pinned.revision, BOARD_FILE, limit_bytes=BOARD_LIMIT_BYTES, repo_type="dataset")
+    return tuple(_ROW.validate_json(line) for line in reversed((text or "").splitlines()))

@@ -1,0 +1,25 @@
+"""Every sentence a person receives from the bot outside an error: answers on a requesting repo, texts of a card."""
+
+from __future__ import annotations
+
+OPENING = (
+    "This repo asks mergebot for a merge. The outcome is written below when it is known; "
+    "to withdraw the request, remove the `mergebot` tag from the model card."
+)
+TITLE = "mergebot: request {key}"
+PUBLISHED = "Published as [{repo}]({url}) at commit `{commit}`.\n\n{scores}"
+FAILED = "The merge could not be made ({code}): {sentence} {next_step}"
+REFUSED = "The request was refused ({code}): {sentence} {next_step}"
+CANCELLED = "The request was cancelled; nothing was published."
+REFERENCE = "ref: mergebot/{key}/{event}"
+
+NOT_MEASURED = "The request asked for no evaluation."
+NO_SPEED = "The request asked for no decode-speed test."
+CAUTION = (
+    "Scores are taken by mergebot from the exact files of this repo. They say nothing about tasks that were not run, "
+    "and a task that leaked into a source's training data flatters the merge as it flatters the source."
+)
+REPRODUCE = (
+    "`mergekit_config.yml` is the recipe with every source pinned to a commit, `merge_provenance.json` lists the "
+    "source commits, the engine and the sha256 of every file. `mergebot merge mergekit_config.yml OUT` makes it again."
+)

@@ -1,0 +1,70 @@
+"""The operator's own merges, at the command line: local folders beside Hub repos, no queue, no publication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from bot.errors import Failed
+from bot.hub import Hub
+from bot.merge import checkpoint, plan, recipe
+from bot.settings import Settings
+
+Progress = Callable[[str, float, float], None]
+
+
+def read_recipe(file: Path) -> recipe.Recipe:
+    """The recipe in `file`. Raises Refused as the parser does, Failed FILE_NOT_FOUND."""
+    return recipe.parse(read_text(file), trust="operator", file=str(file))
+
+
+def read_text(file: Path) -> str:
+    """The text of a recipe file. Raises Failed FILE_NOT_FOUND."""
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise Failed("FILE_NOT_FOUND", f"{file} cannot be read: {error.strerror}.", "Name a recipe file.") from None
+    except UnicodeDecodeError:
+        raise Failed("FILE_NOT_FOUND", f"{file} is not a text file.", "Name a recipe file.") from None
+
+
+def plan_from_headers(asked: recipe.Recipe, settings: Settings, *, seed: int = 0) -> plan.Plan:
+    """The plan of a recipe, from headers alone: local folders are opened, Hub repos are read by range."""
+    hub = Hub(settings.hub)
+    pins: dict[recipe.ModelRef, recipe.ModelRef] = {}
+    opened: dict[recipe.ModelRef, checkpoint.Checkpoint] = {}
+    for ref in asked.sources:
+        folder = local_folder(ref)
+        if folder is not None:
+            pins[ref] = ref
+            files: checkpoint.Files = checkpoint.LocalFiles(folder)
+        else:
+            pinned = hub.resolve(ref.path, ref.revision)
+            pins[ref] = replace(ref, revision=pinned.revision)
+            files = hub.files(pinned.repo, pinned.revision)
+        opened[pins[ref]] = checkpoint.open_checkpoint(files, limits=checkpoint.OPERATOR, name=str(ref))
+    return plan.make(asked.pinned(pins), opened, seed=seed)
+
+
+def download_sources(made: plan.Plan, settings: Settings, progress: Progress) -> dict[recipe.ModelRef, Path]:
+    """Folders of the plan's sources; Hub repos are downloaded at their pinned commits and verified."""
+    hub = Hub(settings.hub)
+    folders: dict[recipe.ModelRef, Path] = {}
+    for ref in made.recipe.sources:
+        folder = local_folder(ref)
+        if folder is None:
+            assert ref.revision is not None
+            folder = settings.sources / ref.path / ref.revision
+            name = f"Downloading {ref.path}"
+            hub.download(
+                ref.path, ref.revision, folder, progress=lambda done, total, name=name: progress(name, done, total)
+            )
+        folders[ref] = folder
+    return folders
+
+
+def local_folder(ref: recipe.ModelRef) -> Path | None:
+    """The folder a reference means, None when it means a Hub repo: a folder that exists wins, as in mergekit."""
+    folder = Path(ref.path)
+    return folder if ref.revision is None and folder.is_dir() else None

@@ -1,0 +1,131 @@
+"""What the command line shows: tables and progress bars. Facts come in whole; nothing is decided here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bot.policy import gigabytes
+
+if TYPE_CHECKING:
+    from bot.job import Job
+    from evaluators.scores import ModelEvaluation
+
+console = Console()
+Show = Callable[[str, float, float], None]
+
+
+@contextmanager
+def progress() -> Iterator[Show]:
+    """A bar a task: call the result with (what, done, total) as often as you like."""
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
+        known: dict[str, Any] = {}
+
+        def show(what: str, done: float, total: float) -> None:
+            if what not in known:
+                for earlier in known.values():
+                    bars.update(earlier, completed=bars.tasks[earlier].total)
+                known[what] = bars.add_task(escape(what[:44]), total=total)
+            bars.update(known[what], completed=done, total=total)
+
+        yield show
+
+
+def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        console.print_json(json.dumps(summary))
+        return
+    table = Table(title=f"Plan: {summary['method']}", show_header=False, title_justify="left")
+    rows = (
+        ("sources", "\n".join(f"{each['model']}  ({', '.join(each['roles'])})" for each in summary["sources"])),
+        ("layers", f"{summary['layers']}"),
+        ("tensors", f"{summary['tensors']:,}"),
+        ("parameters", f"{summary['parameters']:,}"),
+        ("reads", gigabytes(summary["bytes_in"])),
+        ("writes", f"{gigabytes(summary['bytes_out'])} in {len(summary['shards'])} file(s)"),
+        ("memory at most", gigabytes(summary["peak_memory_bytes"])),
+        ("dtypes", ", ".join(f"{dtype} {gigabytes(size)}" for dtype, size in summary["dtypes"].items())),
+        ("values", "\n".join(f"{name}: {value}" for name, value in summary["values"].items())),
+        ("recipe digest", str(summary["recipe_digest"])),
+    )
+    for name, value in rows:
+        if value:
+            table.add_row(name, escape(value))
+    console.print(table)
+    for notice in summary["notices"]:
+        console.print(f"[yellow]note[/yellow] {escape(notice['text'])}")
+
+
+def merged(result: Any, out: Path) -> None:
+    console.print(f"[green]Merged[/green] {gigabytes(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
+    for notice in result.notices:
+        console.print(f"[yellow]note[/yellow] {escape(notice.text)}")
+
+
+def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) -> None:
+    """Models as rows, tasks as columns, percent ± standard error."""
+    from pydantic import TypeAdapter
+
+    from bot.card import with_error
+
+    tasks = list(dict.fromkeys(score.task for each in evaluations.values() for score in each.scores))
+    table = Table(title="Scores, percent ± standard error", title_justify="left")
+    table.add_column("model")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for model, evaluation in evaluations.items():
+        by_task = {score.task: score for score in evaluation.scores}
+        table.add_row(escape(model), *(with_error(by_task.get(task)) for task in tasks))
+    console.print(table)
+    if out is not None:
+        from evaluators.scores import ModelEvaluation as Evaluation
+
+        out.write_bytes(TypeAdapter(dict[str, Evaluation]).dump_json(dict(evaluations), indent=1))
+
+
+def speed(report: Mapping[str, Any], out: Path) -> None:
+    console.print(escape(str(report["sentence"])))
+    console.print(f"The whole report is in {escape(str(out / 'decode_speed.json'))}.")
+
+
+def jobs(found: Iterable[Job]) -> None:
+    from bot.job import stage
+
+    table = Table()
+    for column in ("job", "name", "requester", "stage", "progress", "result"):
+        table.add_column(column)
+    now = datetime.now(UTC)
+    for each in found:
+        result = each.publication.repo if each.publication else (each.failures[-1].code if each.failures else "")
+        done = (
+            f"{each.progress.text} {each.progress.done / each.progress.total:.0%}"
+            if each.progress and each.progress.total
+            else ""
+        )
+        row = (each.id, each.request.name, each.request.requester, stage(each, now).value, done, result)
+        table.add_row(*(escape(cell) for cell in row))
+    if not table.row_count:
+        console.print("No jobs yet. Ask for a merge with `mergebot submit RECIPE --name NAME`.")
+        return
+    console.print(table)
+
+
+def job(found: Job) -> None:
+    jobs([found])
+    for failure in found.failures:
+        console.print(
+            f"[red]{failure.stage.value} failed[/red] {escape(failure.sentence)} "
+            f"{escape(failure.next_step)} ({failure.code})"
+        )
+    if found.evaluation and found.evaluation.merged:
+        scores({"merge": found.evaluation.merged, **found.evaluation.sources})

@@ -1,0 +1,149 @@
+"""Settings, read once, and the environment other programs see: the only module that touches `os.environ`.
+
+`activate` must run before the first import of huggingface_hub, transformers, datasets or gradio: their constants are
+read at import. `child_environment` builds a child's environment from nothing, by allow-list, so that a token the
+parent holds never reaches a process that reads strangers' files.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Zone = Literal["worker", "publisher"]
+
+# hub.md 7: each of these silences or pins a library that would otherwise call out or vary.
+CLIENT_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_EXPERIMENTAL_WARNING": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "DISABLE_SAFETENSORS_CONVERSION": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_RUN_HISTORY": "False",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+# Needed to find Python, its libraries, the GPU and a temporary folder; nothing here names a person or a secret.
+INHERITED = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NO_PROXY", "MERGEBOT_CRASH_AT", "SSL_CERT_FILE",
+)  # fmt: skip
+
+LIVE_HUB = "https://huggingface.co"
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set, as `MERGEBOT_<NAME>` in the environment or by a command's option."""
+
+    model_config = SettingsConfigDict(env_prefix="MERGEBOT_", frozen=True, extra="ignore")
+
+    home: Path = Field(default=Path("mergebot-data"), description="database, caches and scratch folders")
+    hub: str = Field(default=LIVE_HUB, description="address of the Hub, without a final slash")
+    namespace: str = Field(default="mergebot", description="organisation that owns what the bot publishes")
+    publish_token_file: Path | None = Field(
+        default=None, description="file with the write token; only the publisher opens it"
+    )
+    database: str | None = Field(default=None, description="SQLAlchemy address; default: SQLite in `home`")
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    slots: int = Field(default=1, ge=1, description="jobs at work at the same time")
+    attempts: int = Field(default=3, ge=1)
+    lease_s: float = Field(default=120.0, gt=0)
+    poll_s: float = Field(default=60.0, gt=0, description="how often tagged repos are looked for")
+    tick_s: float = Field(default=1.0, gt=0, description="how often the queue is looked at")
+
+    open_requests_per_person: int = Field(default=3, ge=1)
+    requests_per_person_and_day: int = Field(default=20, ge=1)
+    queue_limit: int = Field(default=1000, ge=1)
+    disk_limit_bytes: int = Field(default=120_000_000_000, gt=0)
+    memory_limit_bytes: int = Field(default=64_000_000_000, gt=0)
+    merge_timeout_s: float = Field(default=4 * 3600, gt=0)
+    evaluate_timeout_s: float = Field(default=8 * 3600, gt=0)
+    publish_timeout_s: float = Field(default=2 * 3600, gt=0)
+
+    suite: str = Field(default="quick", description="suite of a request that names none")
+    speed_budget_s: float = Field(default=600.0, gt=0, description="time for heads, calibration and the speed test")
+    speed_questions: int = Field(default=16, ge=1)
+    speed_new_tokens: int = Field(default=48, ge=8)
+
+    webhook_secret: SecretStr | None = None
+    public: bool = Field(default=False, description="strangers can reach the Space: login is required")
+
+    @field_validator("hub")
+    @classmethod
+    def _no_final_slash(cls, hub: str) -> str:
+        return hub.rstrip("/")
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{(self.home / 'mergebot.db').resolve()}"
+
+    @property
+    def scratch(self) -> Path:
+        """One folder a job; removed when the job has ended."""
+        return self.home / "scratch"
+
+    @property
+    def sources(self) -> Path:
+        """Verified files of source repos, `owner/name@revision`."""
+        return self.home / "cache" / "sources"
+
+    @property
+    def evaluations(self) -> Path:
+        """Evaluations already made, by model content, suite and settings."""
+        return self.home / "cache" / "evaluations"
+
+    def write_token(self) -> str | None:
+        """The token that can publish. To be called in the publisher process only."""
+        if self.publish_token_file is None:
+            return None
+        return self.publish_token_file.read_text().strip()
+
+
+def activate(settings: Settings) -> None:
+    """Put this process under `settings`: call before huggingface_hub, transformers, datasets or gradio are imported."""
+    for name, value in _client_environment(settings).items():
+        os.environ[name] = value
+    os.environ.pop("HF_TOKEN", None)
+
+
+def child_environment(settings: Settings, zone: Zone) -> dict[str, str]:
+    """The whole environment of a child process of `zone`; only the publisher learns where the write token lies."""
+    environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    environment.update(_client_environment(settings))
+    environment["HF_HOME"] = str((settings.home / "cache" / "huggingface").resolve())
+    for name in Settings.model_fields:
+        # A database address may hold a password: the worker has no business with the queue.
+        if name in ("webhook_secret", "publish_token_file") or (name == "database" and zone == "worker"):
+            continue
+        value = getattr(settings, name)
+        if value is not None:
+            environment[f"MERGEBOT_{name.upper()}"] = str(value.resolve()) if isinstance(value, Path) else str(value)
+    if zone == "publisher" and settings.publish_token_file is not None:
+        environment["MERGEBOT_PUBLISH_TOKEN_FILE"] = str(settings.publish_token_file.resolve())
+    return environment
+
+
+def _client_environment(settings: Settings) -> dict[str, str]:
+    environment = dict(CLIENT_ENVIRONMENT, HF_ENDPOINT=settings.hub)
+    if settings.hub != LIVE_HUB:
+        # The local Hub does not speak the Xet protocol, and a client that tries does not fall back (hub.md 5.5).
+        environment["HF_HUB_DISABLE_XET"] = "1"
+    return environment
+
+
+def crashpoint(name: str, k: int | None = None) -> None:
+    """Die here, as if the power failed, when `MERGEBOT_CRASH_AT` is `name` or `name:k` (tests of safety.md 7)."""
+    wanted = os.environ.get("MERGEBOT_CRASH_AT")
+    if wanted is not None and wanted in (name, f"{name}:{k}"):
+        os.kill(os.getpid(), signal.SIGKILL)
