@@ -1,0 +1,41 @@
+"""Merge methods as pure functions of whole tensors: the reference every faster path is held against.
+
+Each takes the inputs x (without the base), the base b (None where the method has none) and its parameters by name,
+one per input or shared, and returns a tensor of the inputs' shape. Tensors come in float32, or float64 when an input
+is float64; rounding to the output type is the engine's, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from bot.merge.methods.linear import linear, passthrough
+from bot.merge.methods.slerp import slerp
+from bot.merge.methods.task_vectors import task_arithmetic, ties
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "linear": linear,
+    "passthrough": passthrough,
+    "slerp": slerp,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+}
+
+
+def apply(
+    method: str,
+    tensors: Sequence[Tensor],
+    base: int | None,
+    per_input: Mapping[str, Sequence[float | int | bool | None]],
+    shared: Mapping[str, float | int | bool],
+    keys: Sequence[int] = (),
+) -> Tensor:
+    """Run `method` on inputs of one shape; `base` is the position of the base among them."""
+    others = [i for i in range(len(tensors)) if i != base]
+    values: dict[str, object] = {name: [column[i] for i in others] for name, column in per_input.items()}
+    values.update({"lambda_" if name == "lambda" else name: value for name, value in shared.items()})
+    if keys:
+        values["keys"] = [keys[i] for i in others]
+    return FUNCTIONS[method]([tensors[i] for i in others], None if base is None else tensors[base], **values)

@@ -1,0 +1,266 @@
+"""A checkpoint seen through its headers: config, tensors, shards. No weight is read here and no torch imported.
+
+`Files` is the only way to its bytes, so a folder and a Hub repo at a commit (`bot.hub`) look the same. Rules:
+safety.md 4.2 and 4.3; what is refused: pickled weights, truncated or hostile headers, shard names that leave the
+folder, quantised weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from bot.errors import Refused
+from bot.merge.header import OPERATOR, STRANGER, Limits, TensorInfo, header_length, parse, refuse
+
+__all__ = ["OPERATOR", "STRANGER", "Checkpoint", "Files", "Limits", "LocalFiles", "TensorInfo", "open_checkpoint"]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
+_NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+_QUANTISED = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".weight_scale_inv", ".SCB", ".weight_packed")
+
+
+class Files(Protocol):
+    """The files of one model at one commit. `str(files)` names the model in a sentence."""
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> size in bytes of every file, names relative with `/`."""
+        ...
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from `start`, fewer only at the end of the file."""
+        ...
+
+
+class LocalFiles:
+    """A folder on this machine. Links are followed only inside the folder or its own cache entry."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise Refused(
+                "SOURCE_NOT_FOUND", f"there is no model folder {self.path}.",
+                "Check the name: a local folder, or owner/name on the Hub.", value=str(self.path),
+            )  # fmt: skip
+        real = self.path.resolve()
+        # a snapshot of the Hub's cache links to ../../blobs of the same repo
+        in_cache = real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir()
+        self._root = real.parent.parent if in_cache else real
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def sizes(self) -> dict[str, int]:
+        return {entry.name: entry.stat().st_size for entry in self.path.iterdir() if entry.is_file()}
+
+    def locate(self, name: str) -> Path:
+        """The real path of a file, or a refusal when it lies outside the folder."""
+        real = (self.path / name).resolve()
+        if "/" in name or "\\" in name or not real.is_relative_to(self._root):
+            raise Refused(
+                "BAD_SHARD_NAME", f"{name[:80]!r} leads out of the folder {self.path}.",
+                "Put the file itself into the folder.", value=name,
+            )  # fmt: skip
+        return real
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        handle = os.open(self.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            parts, at, end = [], start, start + length
+            while at < end and (part := os.pread(handle, min(end - at, 2**26), at)):
+                parts.append(part)
+                at += len(part)
+            return b"".join(parts)
+        finally:
+            os.close(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One source, as far as headers tell. `headers` is shard -> (file bytes, SHA-256 of length and header)."""
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    headers: Mapping[str, tuple[int, str]]
+    sizes: Mapping[str, int]
+    files: Files
+    notices: tuple[str, ...] = ()
+
+    def text(self, name: str, limit_bytes: int = 64 * 2**20) -> str | None:
+        """A small file as text; None if there is none. Refused when larger than `limit_bytes`."""
+        return _text(self.files, self.sizes, name, limit_bytes)
+
+
+def open_checkpoint(files: Files, *, limits: Limits = OPERATOR, name: str | None = None) -> Checkpoint:
+    """Read config, index and the header of every shard; refuse what cannot be merged safely.
+
+    `name` stands in the sentences (default `str(files)`). Raises `bot.errors.Refused` with BAD_CHECKPOINT,
+    BAD_SHARD_NAME, SOURCE_NOT_SAFETENSORS, NEEDS_REMOTE_CODE, NOT_SUPPORTED or SOURCE_NOT_FOUND.
+    """
+    label = name or str(files)
+    sizes = files.sizes()
+    config = _config(files, sizes, label, limits)
+    mapped, total = _index(files, sizes, label, limits)
+    shards = sorted(set(mapped.values())) if mapped else _shards_without_index(sizes, label)
+    tensors: dict[str, TensorInfo] = {}
+    headers: dict[str, tuple[int, str]] = {}
+    for shard in shards:
+        found, digest = read_header(files, shard, sizes.get(shard), label, limits)
+        headers[shard] = (sizes[shard], digest)
+        for tensor in found.values():
+            if tensor.name in tensors:
+                refuse(f"{label}: {shard}", f"repeats `{tensor.name}`, which {tensors[tensor.name].file} has too.")
+            tensors[tensor.name] = tensor
+        if len(tensors) > limits.tensors:
+            refuse(label, f"has more than {limits.tensors:,} tensors.")
+    notices = _against_index(label, mapped, total, tensors, limits)
+    _refuse_quantised(label, config, tensors)
+    return Checkpoint(label, config, tensors, headers, sizes, files, notices)
+
+
+def read_header(
+    files: Files, shard: str, size: int | None, label: str, limits: Limits
+) -> tuple[dict[str, TensorInfo], str]:
+    """Tensors of one shard and the SHA-256 of its length and header bytes."""
+    where = f"{label}: {shard}"
+    if size is None:
+        refuse(where, "is named by the index but is not there.")
+    first = files.read(shard, 0, 8)
+    length = header_length(where, first, size, limits)
+    raw = files.read(shard, 8, length)
+    if len(raw) != length:
+        refuse(where, f"is truncated: its header ends after {len(raw):,} of {length:,} bytes.")
+    try:
+        tensors = parse(shard, raw, size, limits)
+    except Refused as error:
+        raise Refused(error.code, f"{label}: {error.message}", error.next_step, value=error.value) from None
+    return tensors, hashlib.sha256(first + raw).hexdigest()
+
+
+def _text(files: Files, sizes: Mapping[str, int], name: str, limit_bytes: int) -> str | None:
+    if name not in sizes:
+        return None
+    if sizes[name] > limit_bytes:
+        refuse(f"{files}: {name}", f"has {sizes[name]:,} bytes; the limit is {limit_bytes:,}.")
+    try:
+        return files.read(name, 0, sizes[name]).decode("utf-8")
+    except UnicodeDecodeError:
+        refuse(f"{files}: {name}", "is not UTF-8 text.")
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(items)
+        if len(out) != len(items):
+            refuse(where, "gives a key twice.")
+        return out
+
+    try:
+        loaded = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        refuse(where, "is not JSON.")
+    if not isinstance(loaded, dict):
+        refuse(where, "is not a JSON object.")
+    return loaded
+
+
+def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> dict[str, Any]:
+    text = _text(files, sizes, "config.json", limits.config_bytes)
+    if text is None:
+        adapter = "adapter_config.json" in sizes
+        raise Refused(
+            "NOT_SUPPORTED" if adapter else "BAD_CHECKPOINT",
+            f"{label} is a LoRA adapter, not a model." if adapter else f"{label} has no config.json.",
+            "Merge the adapter into its model first." if adapter else "Name a transformers model.",
+            value=label,
+        )
+    config = _json_object(text, f"{label}: config.json")
+    if limits.strict and "auto_map" in config:
+        raise Refused(
+            "NEEDS_REMOTE_CODE", f"{label} ships its own modelling code; the bot never runs it.",
+            "Use a model of an architecture that transformers itself has.", value=label,
+        )  # fmt: skip
+    return config
+
+
+def _index(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> tuple[dict[str, str], int | None]:
+    where = f"{label}: {INDEX}"
+    text = _text(files, sizes, INDEX, limits.index_bytes)
+    if text is None:
+        return {}, None
+    index = _json_object(text, where)
+    mapped = index.get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        refuse(where, "has no weight_map.")
+    for name, shard in mapped.items():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard) or ".." in shard:
+            raise Refused(
+                "BAD_SHARD_NAME", f"{where} puts `{name[:80]}` into {str(shard)[:80]!r}, not a plain file name.",
+                "A shard must be a .safetensors file in the same folder.", value=str(shard),
+            )  # fmt: skip
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return mapped, total if isinstance(total, int) else None
+
+
+def _shards_without_index(sizes: Mapping[str, int], label: str) -> list[str]:
+    if SINGLE in sizes:
+        return [SINGLE]
+    shards = [n for n in sorted(sizes) if _SHARD_NAME.fullmatch(n) and not n.startswith(("adapter_", "consolidated"))]
+    if len(shards) == 1 and not _NUMBERED.fullmatch(shards[0]):
+        return shards
+    if shards:
+        refuse(label, f"has {len(shards)} shards but no {INDEX}.")
+    _refuse_pickled(sizes, label)
+
+
+def _refuse_pickled(sizes: Mapping[str, int], label: str) -> NoReturn:
+    pickled = [name for name in sorted(sizes) if name.endswith(_PICKLED)]
+    if not pickled:
+        raise Refused(
+            "SOURCE_NOT_SAFETENSORS", f"{label} has no weights.", "Name a model with *.safetensors files.", value=label
+        )
+    raise Refused(
+        "SOURCE_NOT_SAFETENSORS", f"{label} has only {pickled[0]}.", "Ask its author for safetensors.", value=label
+    )
+
+
+def _against_index(
+    label: str, mapped: Mapping[str, str], total: int | None, tensors: Mapping[str, TensorInfo], limits: Limits
+) -> tuple[str, ...]:
+    if not mapped:
+        return ()
+    for name, shard in mapped.items():
+        if name not in tensors or tensors[name].file != shard:
+            refuse(f"{label}: {shard}", f"lacks `{name[:80]}`, which the index puts there.")
+    extra = next((name for name in tensors if name not in mapped), None)
+    if extra is not None:
+        refuse(f"{label}: {tensors[extra].file}", f"has `{extra[:80]}`, which the index does not name.")
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    if total is None or total == stored:
+        return ()
+    sentence = f"says {total:,} bytes in all, its shards hold {stored:,}."
+    if limits.strict:
+        refuse(f"{label}: {INDEX}", sentence)
+    return (f"{label}: {INDEX} {sentence}",)
+
+
+def _refuse_quantised(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    scheme = config.get("quantization_config")
+    odd = next((t.name for t in tensors.values() if t.dtype.quantised or t.name.endswith(_QUANTISED)), None)
+    if not scheme and odd is None:
+        return
+    how = scheme.get("quant_method") if isinstance(scheme, dict) else None
+    raise Refused(
+        "NOT_SUPPORTED", f"{label} is quantised ({how or odd or 'see its config'}); rounded weights cannot be merged.",
+        "Use the unquantised model it was made from.", value=label,
+    )  # fmt: skip

@@ -1,0 +1,268 @@
+"""Execute a plan: read, compute and write one tensor after the other, the next one being read meanwhile.
+
+plan -> check sources unchanged -> read | compute | write ... -> index, config, provenance, manifest -> rename
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bot.errors import Failed, Refused
+from bot.merge.checkpoint import OPERATOR, LocalFiles, read_header
+from bot.merge.methods import FUNCTIONS, apply
+from bot.merge.plan import Plan, Step
+from bot.merge.provenance import manifest, provenance
+from bot.merge.spec import ModelRef, Notice
+from bot.merge.steps import Work
+from bot.merge.writer import FileFact, Record, Writer
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
+NonFinite = Literal["notice", "fail"]
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A finished merge. `manifest_id` is the SHA-256 of manifest.json, which lists every file."""
+
+    files: Mapping[str, FileFact]
+    bytes: int
+    seconds: float
+    notices: tuple[Notice, ...]
+    manifest_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """One output tensor as bytes, with the non-finite input elements found per source."""
+
+    step: Step
+    data: Tensor
+    nonfinite: Mapping[str, int]
+
+
+def merge(
+    plan: Plan,
+    folders: Mapping[ModelRef, Path],
+    out: Path,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    on_nonfinite: NonFinite = "notice",
+) -> Merged:
+    """Carry out `plan` with the sources in `folders`; `out` appears only when it is whole.
+
+    device: cpu, cuda or auto. A partial output of the same plan is continued. on_nonfinite: what NaN or Inf in a
+    source means, a notice (operator) or the end (a stranger's request). Raises `bot.errors`: OUTPUT_EXISTS,
+    DISK_LOW, TOO_LARGE, DISK_FULL, NOT_FINITE, SOURCE_CHANGED_OR_GONE, DEVICE_UNAVAILABLE.
+    """
+    started = time.monotonic()
+    chosen = choose_device(device)
+    _refuse_unready(plan)
+    sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
+    _same_sources(plan, sources)
+    identity = f"{plan.digest} {chosen.type}"
+    with Writer(plan, Path(out), identity) as writer:
+        _run_steps(plan, sources, writer, chosen, progress, on_nonfinite)
+        notices = (*plan.notices, *_nonfinite_notices(plan, writer.done))
+        files, manifest_id = _complete(plan, sources, writer, notices, chosen)
+        writer.finish()
+    total = sum(fact.bytes for fact in files.values())
+    return Merged(files, total, time.monotonic() - started, notices, manifest_id)
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for cpu, cuda or auto."""
+    cuda = torch.cuda.is_available()
+    if name not in ("cpu", "cuda", "auto"):
+        raise Refused("DEVICE_UNAVAILABLE", f"{name[:40]!r} is not a device.", "Use cpu, cuda or auto.", value=name)
+    if name == "cuda" and not cuda:
+        raise Refused("DEVICE_UNAVAILABLE", "no CUDA device is to be seen here.", "Use `--device cpu`.", value=name)
+    return torch.device("cuda" if cuda and name != "cpu" else "cpu")
+
+
+def _refuse_unready(plan: Plan) -> None:
+    method = plan.recipe.method
+    if method not in FUNCTIONS:
+        raise Refused(
+            "NOT_SUPPORTED", f"the method {method} is known but cannot be run yet.",
+            f"These run today: {', '.join(sorted(FUNCTIONS))}.", value=method,
+        )  # fmt: skip
+
+
+def _same_sources(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> None:
+    """The plan was made from headers; hold the folders against them."""
+    for source in plan.sources:
+        if source.model not in sources:
+            raise Refused(
+                "SOURCE_NOT_FOUND",
+                f"no folder was given for {source.model}.",
+                "Fetch it first.",
+                value=str(source.model),
+            )
+        files = sources[source.model]
+        sizes = files.sizes()
+        for shard, (size, digest) in source.headers.items():
+            if sizes.get(shard) != size or read_header(files, shard, size, str(files), OPERATOR)[1] != digest:
+                raise Failed(
+                    "SOURCE_CHANGED_OR_GONE", f"{shard} of {source.model} has changed since the plan was made.",
+                    "Plan again.", value=str(source.model),
+                )  # fmt: skip
+
+
+def _run_steps(
+    plan: Plan,
+    sources: Mapping[ModelRef, LocalFiles],
+    writer: Writer,
+    device: torch.device,
+    progress: Progress | None,
+    on_nonfinite: NonFinite,
+) -> None:
+    todo = [step for step in plan.steps if step.index not in writer.done]
+    done_bytes = plan.bytes_out - sum(step.nbytes for step in todo)
+    with ThreadPoolExecutor(1, "read") as reads, ThreadPoolExecutor(1, "write") as writes:
+        written: Future[None] | None = None
+        for step, operands in _read_ahead(todo, sources, reads):
+            computed = _compute(step, operands, device, on_nonfinite)
+            if written is not None:
+                written.result()
+            written = writes.submit(writer.write, step, computed.data.numpy().data, computed.nonfinite)
+            done_bytes += step.nbytes
+            if progress is not None:
+                progress(done_bytes, plan.bytes_out, step.name)
+        if written is not None:
+            written.result()
+
+
+def _read_ahead(
+    todo: list[Step], sources: Mapping[ModelRef, LocalFiles], reads: ThreadPoolExecutor
+) -> Iterator[tuple[Step, list[Tensor]]]:
+    """Each step with its operands as byte tensors, the next step's being read while this one is used."""
+    ahead: Future[list[Tensor]] | None = None
+    for i, step in enumerate(todo):
+        now = ahead.result() if ahead is not None else _read(step.work, sources)
+        ahead = reads.submit(_read, todo[i + 1].work, sources) if i + 1 < len(todo) else None
+        yield step, now
+
+
+def _read(work: Work, sources: Mapping[ModelRef, LocalFiles]) -> list[Tensor]:
+    out = []
+    for operand in work.operands:
+        tensor = operand.tensor
+        data = sources[operand.model].read(tensor.file, tensor.start, tensor.nbytes)
+        if len(data) != tensor.nbytes:
+            raise Failed(
+                "SOURCE_CHANGED_OR_GONE", f"{tensor.file} of {operand.model} ends inside {tensor.name}.",
+                "The source was changed or cut while merging: fetch it again.", value=tensor.name,
+            )  # fmt: skip
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        out.append(raw)
+    return out
+
+
+def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: NonFinite) -> _Computed:
+    work = step.work
+    if work.action == "equal":
+        if any(not torch.equal(raw[0], other) for other in raw[1:]):
+            raise Failed(
+                "SHAPE_MISMATCH", f"{step.name} is not floating point and differs between the sources.",
+                "Use models that agree on it.", value=step.name,
+            )  # fmt: skip
+        return _Computed(step, raw[0], {})
+    stored = [
+        data.view(getattr(torch, operand.tensor.dtype.name)).reshape(work.shape)
+        for data, operand in zip(raw, work.operands, strict=True)
+    ]
+    nonfinite = _count_nonfinite(work, stored)
+    if nonfinite and on_nonfinite == "fail":
+        source, count = next(iter(nonfinite.items()))
+        raise Failed(
+            "NOT_FINITE", f"{step.name} has {count} NaN or infinite values in {source}.",
+            "Use another source: such weights spoil whatever they are merged into.", value=step.name,
+        )  # fmt: skip
+    target = getattr(torch, work.dtype.name)
+    if work.action == "copy":
+        result = stored[0]
+    else:
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in stored) else torch.float32
+        result = _merged(work, [tensor.to(device, wide) for tensor in stored], bool(nonfinite))
+    result = result.to(target).to("cpu").contiguous()
+    if not nonfinite and not bool(torch.isfinite(result).all()):
+        raise Failed(
+            "NOT_FINITE", f"{step.name} overflows {work.dtype.name}, though its inputs are finite.",
+            "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.", value=step.name,
+        )  # fmt: skip
+    return _Computed(step, result.reshape(-1).view(torch.uint8), nonfinite)
+
+
+def _merged(work: Work, tensors: list[Tensor], some_nonfinite: bool) -> Tensor:
+    """Apply the method. A non-finite element stays in its place: it takes part in no norm, sum or ranking."""
+    if not some_nonfinite:
+        return apply(work.method, tensors, work.base, work.per_input, work.shared, work.keys)
+    spoilt = torch.zeros_like(tensors[0], dtype=torch.bool)
+    for tensor in tensors:
+        spoilt |= ~torch.isfinite(tensor)
+    clean = [tensor.masked_fill(spoilt, 0.0) for tensor in tensors]
+    result = apply(work.method, clean, work.base, work.per_input, work.shared, work.keys)
+    result = result.clone()
+    result[spoilt] = torch.stack([tensor[spoilt] for tensor in tensors]).sum(0)
+    return result
+
+
+def _count_nonfinite(work: Work, stored: list[Tensor]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for operand, tensor in zip(work.operands, stored, strict=True):
+        # one pass when all is well: a sum is finite only if every element is (or it overflows, and we look closer)
+        if tensor.numel() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                out[str(operand.model)] = bad
+    return out
+
+
+def _nonfinite_notices(plan: Plan, done: Mapping[int, Record]) -> tuple[Notice, ...]:
+    found: dict[str, tuple[str, int]] = {}
+    for index in sorted(done):
+        for source, count in done[index].nonfinite.items():
+            first, sum_ = found.get(source, (plan.steps[index].name, 0))
+            found[source] = (first, sum_ + count)
+    return tuple(
+        Notice("NOT_FINITE", f"{source} has NaN or infinite values, the first in {name}", count)
+        for source, (name, count) in found.items()
+    )
+
+
+def _complete(
+    plan: Plan,
+    sources: Mapping[ModelRef, LocalFiles],
+    writer: Writer,
+    notices: tuple[Notice, ...],
+    device: torch.device,
+) -> tuple[dict[str, FileFact], str]:
+    """Everything that stands beside the weights; the manifest last."""
+    files = writer.hash_shards()
+    if len(plan.shards) > 1:
+        weight_map = {step.name: plan.shards[step.shard].file for step in plan.steps}
+        index = {"metadata": {"total_size": plan.bytes_out}, "weight_map": dict(sorted(weight_map.items()))}
+        files[INDEX] = writer.add(INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    for copied in plan.copies:
+        files[copied.file] = writer.add(copied.file, sources[copied.model].read(copied.file, 0, copied.nbytes))
+    files["config.json"] = writer.add("config.json", plan.config.encode())
+    files["mergekit_config.yml"] = writer.add("mergekit_config.yml", plan.recipe.to_yaml().encode())
+    if plan.recipe.original is not None:
+        files["mergekit_config.original.yml"] = writer.add(
+            "mergekit_config.original.yml", plan.recipe.original.encode()
+        )
+    facts = provenance(plan, files, notices, device.type, torch.__version__)
+    files["merge_provenance.json"] = writer.add("merge_provenance.json", facts)
+    fact = writer.add("manifest.json", manifest(files))
+    return {**files, "manifest.json": fact}, fact.sha256

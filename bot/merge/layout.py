@@ -1,0 +1,227 @@
+"""Recipe + architectures -> the output's tensors, each with the source tensors it is made of. merging.md 1.4, 1.5.
+
+A Slot is a tensor of the output before any method has looked at it: a name, the inputs that have it, and where in
+the stack it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from bot.errors import Refused
+from bot.merge.architecture import Architecture, Stack, is_head
+from bot.merge.checkpoint import Checkpoint
+from bot.merge.header import TensorInfo
+from bot.merge.parameters import position
+from bot.merge.spec import ModelRef, Parameters, Recipe, Slice, Source
+
+Checkpoints = Mapping[ModelRef, Checkpoint]
+Architectures = Mapping[ModelRef, Architecture]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input of a slot: the source and its tensor, None where the source lacks it. `path` is its YAML path."""
+
+    source: Source
+    tensor: TensorInfo | None
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of the output, its inputs in recipe order, its position `u`, the levels of shared parameters."""
+
+    name: str
+    inputs: tuple[Input, ...]
+    base: int | None
+    u: float
+    shared_levels: tuple[Parameters, ...]
+    loose: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The output's tensors in order, its depth, and from which source layer each output layer takes its config."""
+
+    slots: tuple[Slot, ...]
+    layers: tuple[tuple[ModelRef, int], ...]
+    has_head: bool
+    notices: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A slice with its inputs resolved: who takes part, from which layer on, under which names."""
+
+    sources: tuple[Source, ...]
+    base: int | None
+    starts: tuple[int, ...]
+    length: int
+    levels: tuple[Parameters, ...]
+    path: str
+
+
+def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures) -> Layout:
+    """Lay out the output of a recipe with one module. Raises `Refused` for ranges and depths that do not fit."""
+    return _Arrangement(recipe, checkpoints, architectures).layout()
+
+
+class _Arrangement:
+    def __init__(self, recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures) -> None:
+        self.recipe, self.checkpoints, self.architectures = recipe, checkpoints, architectures
+        self.model = architectures[recipe.donor]  # gives the output its names
+        self.module = recipe.modules[0]
+        self.notices: list[tuple[str, str]] = []
+        self.pieces = [self._piece(piece, i) for i, piece in enumerate(self.module.slices)]
+
+    def layout(self) -> Layout:
+        first, last = self.pieces[0], self.pieces[-1]
+        if self.module.layout == "slices":
+            self._refuse_second_stack()
+        slots = list(self._loose(first, "before"))
+        layers: list[tuple[ModelRef, int]] = []
+        for piece in self.pieces:
+            for i in range(piece.length):
+                slots += self._layer(piece, i, len(layers))
+                layers.append((piece.sources[0].model, piece.starts[0] + i))
+        after = list(self._loose(last, "after"))
+        slots += after
+        self._note_dropped()
+        return Layout(tuple(slots), tuple(layers), any(is_head(slot.name) for slot in after), tuple(self.notices))
+
+    def _piece(self, piece: Slice, index: int) -> _Piece:
+        module, path = self.module, f"slices[{index}].sources"
+        sources, base = self.recipe.taking_part(module, piece)
+        if module.layout == "models":
+            path = "models"
+            depths = {source.model: len(self.architectures[source.model].main.layers) for source in sources}
+            if len(set(depths.values())) > 1:
+                raise Refused(
+                    "SHAPE_MISMATCH",
+                    "the models differ in depth: " + ", ".join(f"{m} has {n} layers" for m, n in depths.items()) + ".",
+                    "Use `slices:` to say which layers go together.",
+                )
+        ranges = [self._range(source, f"{path}[{i}]") for i, source in enumerate(sources)]
+        levels = (piece.parameters, module.parameters, self.recipe.parameters)
+        return _Piece(sources, base, tuple(a for a, _ in ranges), ranges[0][1] - ranges[0][0], levels, path)
+
+    def _range(self, source: Source, path: str) -> tuple[int, int]:
+        depth = len(self.architectures[source.model].main.layers)
+        if source.layers is None:
+            return 0, depth
+        if source.layers[1] > depth:
+            raise Refused(
+                "VALUE_OUT_OF_RANGE",
+                f"`{path}.layer_range` is {list(source.layers)}, but {source.model} has {depth} layers.",
+                f"Write a range within [0, {depth}].",
+            )
+        return source.layers
+
+    def _refuse_second_stack(self) -> None:
+        total = sum(tensor.nbytes for tensor in self.checkpoints[self.recipe.donor].tensors.values())
+        for stack in self.model.others:
+            if len(stack.layers) > 1 and 50 * self._bytes(stack) > total:
+                raise Refused(
+                    "NOT_SUPPORTED",
+                    f"{self.recipe.donor} has a second stack, {stack.prefix.rstrip('.')}; `slices` means one.",
+                    "Use `models:`, which covers every stack.",
+                )
+
+    def _bytes(self, stack: Stack) -> int:
+        tensors = self.checkpoints[self.recipe.donor].tensors
+        return sum(tensors[name].nbytes for layer in stack.layers for name in layer.values())
+
+    def _layer(self, piece: _Piece, i: int, number: int) -> Iterator[Slot]:
+        owned = [
+            self.architectures[source.model].main.layers[start + i]
+            for source, start in zip(piece.sources, piece.starts, strict=True)
+        ]
+        suffixes = dict.fromkeys(_spelling(suffix, owned[0]) for layer in owned for suffix in layer)
+        for suffix in suffixes:
+            names = [_find(layer, suffix) for layer in owned]
+            name = f"{self.model.main.prefix}{number}.{suffix}"
+            yield self._slot(piece, name, names, position(i, piece.length), loose=False)
+
+    def _loose(self, piece: _Piece, side: str) -> Iterator[Slot]:
+        """The tensors before or after the stack, from the sources of one slice."""
+        parts = [self.architectures[source.model] for source in piece.sources]
+        names: dict[str, None] = {}
+        for part in parts:
+            for name in part.before if side == "before" else part.after:
+                names.setdefault(self._in_output(name, part))
+        heads = [name for name in names if is_head(name)]
+        if heads and all(part.tied for part in parts):
+            for name in heads:
+                del names[name]
+            self.notices.append(
+                ("TIED_HEAD_DROPPED", f"every config ties the head, so the stored {heads[0]} is left out")
+            )
+        for name in names:
+            found = [self._in_source(name, part) for part in parts]
+            if is_head(name):
+                found = [hit or (part.embedding if part.tied else None) for hit, part in zip(found, parts, strict=True)]
+            yield self._slot(piece, name, found, self._other_position(name), loose=True)
+
+    def _other_position(self, name: str) -> float:
+        """Layers of a second stack have their own positions; everything else loose stands at 0."""
+        for stack in self.model.others:
+            for i, layer in enumerate(stack.layers):
+                if name in layer.values():
+                    return position(i, len(stack.layers))
+        return 0.0
+
+    def _slot(self, piece: _Piece, name: str, names: list[str | None], u: float, *, loose: bool) -> Slot:
+        inputs = tuple(
+            Input(
+                source, None if found is None else self.checkpoints[source.model].tensors[found], f"{piece.path}[{i}]"
+            )
+            for i, (source, found) in enumerate(zip(piece.sources, names, strict=True))
+        )
+        return Slot(name, inputs, piece.base, u, piece.levels, loose)
+
+    def _in_output(self, name: str, part: Architecture) -> str:
+        """The output's name for a loose tensor of a source whose names may differ by one constant prefix."""
+        known = (*self.model.before, *self.model.after)
+        return next((alias for alias in self._renamed(name, part.main, self.model.main) if alias in known), name)
+
+    def _in_source(self, name: str, part: Architecture) -> str | None:
+        stored = set(part.before) | set(part.after)
+        return next((alias for alias in self._renamed(name, self.model.main, part.main) if alias in stored), None)
+
+    def _renamed(self, name: str, mine: Stack, theirs: Stack) -> Iterator[str]:
+        for alias in _aliases(name):
+            yield alias
+            if mine.prefix != theirs.prefix and mine.prefix.endswith(theirs.prefix):
+                yield alias.removeprefix(mine.prefix.removesuffix(theirs.prefix))
+            elif mine.prefix != theirs.prefix and theirs.prefix.endswith(mine.prefix):
+                yield theirs.prefix.removesuffix(mine.prefix) + alias
+
+    def _note_dropped(self) -> None:
+        for ref in dict.fromkeys(source.model for piece in self.pieces for source in piece.sources):
+            part = self.architectures[ref]
+            if part.dropped:
+                self.notices.append(("BUFFER_DROPPED", f"{ref}: buffers such as {part.dropped[0]} are not written"))
+            if part.unsure:
+                self.notices.append(("PLACED_BEFORE", f"{ref}: {part.unsure[0]} is taken to stand before the layers"))
+            if part.main.prefix != self.model.main.prefix:
+                self.notices.append(
+                    ("RENAMED", f"{ref} calls its layers {part.main.prefix}N, the output {self.model.main.prefix}N")
+                )
+
+
+def _aliases(name: str) -> Iterator[str]:
+    yield name
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias"), (".weight", ".gamma"), (".bias", ".beta")):
+        if name.endswith(old):
+            yield name.removesuffix(old) + new
+
+
+def _spelling(suffix: str, first: Mapping[str, str]) -> str:
+    """The first source's spelling of a suffix."""
+    return next((alias for alias in _aliases(suffix) if alias in first), suffix)
+
+
+def _find(layer: Mapping[str, str], suffix: str) -> str | None:
+    return next((layer[alias] for alias in _aliases(suffix) if alias in layer), None)

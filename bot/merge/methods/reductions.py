@@ -1,0 +1,56 @@
+"""Sums over whole tensors that do not depend on threads: float32 within a chunk, float64 across chunks, in order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**18  # elements; fixed by the numerics version
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    """sum(x * y) over all elements of two tensors of one shape."""
+    total = 0.0
+    x, y = x.reshape(-1), y.reshape(-1)
+    for start in range(0, x.numel(), CHUNK):
+        total += float((x[start : start + CHUNK] * y[start : start + CHUNK]).sum())
+    return total
+
+
+def norm(x: Tensor) -> float:
+    """Euclidean norm of the flattened tensor."""
+    return math.sqrt(dot(x, x))
+
+
+def l1(x: Tensor) -> float:
+    """sum |x| over all elements."""
+    total = 0.0
+    x = x.reshape(-1)
+    for start in range(0, x.numel(), CHUNK):
+        total += float(x[start : start + CHUNK].abs().sum())
+    return total
+
+
+def sorted_element(magnitudes: Tensor, rank: int) -> float:
+    """Element number `rank` (from 0) of the ascending order of a flat tensor, exactly."""
+    if magnitudes.device.type == "cpu":
+        import numpy
+
+        return float(numpy.partition(magnitudes.numpy(), rank)[rank])
+    return float(torch.kthvalue(magnitudes, rank + 1).values)
+
+
+def first_largest(magnitudes: Tensor, k: int) -> Tensor:
+    """Mask of exactly the k largest of a flat tensor; among equals the lowest index wins."""
+    n = magnitudes.numel()
+    if k <= 0:
+        return torch.zeros(n, dtype=torch.bool, device=magnitudes.device)
+    if k >= n:
+        return torch.ones(n, dtype=torch.bool, device=magnitudes.device)
+    threshold = sorted_element(magnitudes, n - k)
+    keep = magnitudes > threshold
+    equal = (magnitudes == threshold).nonzero().squeeze(1)
+    keep[equal[: k - int(keep.sum())]] = True
+    return keep

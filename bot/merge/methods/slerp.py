@@ -1,0 +1,34 @@
+"""slerp: spherical interpolation between the base and one other model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from bot.merge.methods.reductions import dot, norm
+
+COLINEAR = 0.9995  # above this cosine the arc is a straight line for all purposes; mergekit's constant
+TINY_NORM = 1e-8
+
+
+def slerp(x: Sequence[Tensor], b: Tensor, *, t: float) -> Tensor:
+    """sin((1-t)th)/sin(th) b + sin(t th)/sin(th) x, th the angle between the flattened tensors.
+
+    K. Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985. Colinear or antipodal: (1-t) b + t x.
+    """
+    norms = norm(b), norm(x[0])
+    first, second = coefficients(dot(b, x[0]), *norms, t)
+    return (b * first).add_(x[0], alpha=second)
+
+
+def coefficients(product: float, norm_a: float, norm_c: float, t: float) -> tuple[float, float]:
+    """The factors of both ends, from their inner product and norms; a zero tensor counts as orthogonal."""
+    safe_a = norm_a if norm_a > TINY_NORM else 1.0
+    safe_c = norm_c if norm_c > TINY_NORM else 1.0
+    cosine = max(-1.0, min(1.0, product / safe_a / safe_c))
+    if abs(cosine) > COLINEAR:
+        return 1 - t, t
+    theta = math.acos(cosine)
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)

@@ -1,0 +1,85 @@
+"""config.json of the output: the donor's, with the edits of merging.md 3.3 and no others."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bot.merge.architecture import Architecture, layer_count
+from bot.merge.checkpoint import Checkpoint
+from bot.merge.layout import Layout
+from bot.merge.spec import ModelRef, Recipe
+from bot.merge.steps import Notes, Work
+
+
+def output_config(
+    recipe: Recipe,
+    checkpoints: Mapping[ModelRef, Checkpoint],
+    architectures: Mapping[ModelRef, Architecture],
+    layout: Layout,
+    works: Sequence[Work],
+    notes: Notes,
+) -> str:
+    """The text of config.json: dtype as written, layer count and per-layer lists, the tie that holds."""
+    donor = recipe.donor
+    config: dict[str, Any] = copy.deepcopy(dict(checkpoints[donor].config))
+    if config.pop("auto_map", None) is not None:
+        notes.add("REMOTE_CODE_DROPPED", f"`auto_map` of {donor} is left out: no remote code is carried over")
+    _set_dtype(config, _main_dtype(works))
+    depth_path, depth = layer_count(config)
+    if depth_path is not None and depth is not None:
+        part = _part(config, depth_path[:-1])
+        own = [(donor, i) for i in range(depth)]
+        if list(layout.layers) != own:
+            _per_layer_lists(part, depth, layout, checkpoints)
+        part[depth_path[-1]] = len(layout.layers)
+    tied = not layout.has_head
+    if architectures[donor].tied != tied or "tie_word_embeddings" in config:
+        config["tie_word_embeddings"] = tied
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _main_dtype(works: Sequence[Work]) -> str:
+    """The type most bytes are written in."""
+    sizes: dict[str, int] = {}
+    for work in works:
+        if work.dtype.floating:
+            sizes[work.dtype.name] = sizes.get(work.dtype.name, 0) + work.elements * work.dtype.itemsize
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    inner = [part for part in config.values() if isinstance(part, dict)]
+    for part in (config, *inner):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str):
+                part[key] = dtype
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = dtype
+
+
+def _part(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    for key in path:
+        config = config[key]
+    return config
+
+
+def _per_layer_lists(
+    part: dict[str, Any], depth: int, layout: Layout, checkpoints: Mapping[ModelRef, Checkpoint]
+) -> None:
+    """Re-assemble every list with one entry per layer from the layers the output is stacked of."""
+    for key, value in part.items():
+        if not isinstance(value, list) or len(value) != depth:
+            continue
+        part[key] = [_entry(checkpoints[model].config, key, layer, value) for model, layer in layout.layers]
+
+
+def _entry(config: Mapping[str, Any], key: str, layer: int, fallback: list[Any]) -> object:
+    path, depth = layer_count(config)
+    part = _part(dict(config), path[:-1]) if path is not None else config
+    value = part.get(key)
+    if isinstance(value, list) and len(value) == depth:
+        return value[layer]
+    return fallback[min(layer, len(fallback) - 1)]

@@ -1,0 +1,247 @@
+"""Slot -> Step: the method's contract, every parameter's value, shapes and dtypes, checked before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bot.errors import Refused, Where
+from bot.merge.architecture import is_head, is_optional
+from bot.merge.contract import METHODS, Absent, Base, Kind, Method, Missing, Parameter
+from bot.merge.draws import mask_key
+from bot.merge.dtypes import BY_NAME, Dtype, promote
+from bot.merge.header import TensorInfo
+from bot.merge.layout import Input, Slot
+from bot.merge.parameters import resolve, uses_gradient
+from bot.merge.spec import ModelRef, Notice, Recipe
+
+Value = float | int | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One tensor to read: `nbytes` bytes at `tensor.start` of `tensor.file` of `model`."""
+
+    model: ModelRef
+    tensor: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What to compute for one output tensor.
+
+    `merge` applies `method`; `copy` takes the only operand; `equal` copies the first and fails unless all operands
+    are equal bit for bit (tensors that are not floating point). `per_input` holds one value per operand, None for
+    the base; `keys` the mask keys of methods that draw.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Dtype
+    action: Literal["merge", "copy", "equal"]
+    method: str
+    operands: tuple[Operand, ...]
+    base: int | None = None
+    per_input: Mapping[str, tuple[Value | None, ...]] = field(default_factory=dict)
+    shared: Mapping[str, Value] = field(default_factory=dict)
+    keys: tuple[int, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for dimension in self.shape:
+            count *= dimension
+        return count
+
+
+class Notes:
+    """Notices in the making: equal codes are counted, the first text is kept as the example."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], list[object]] = {}
+
+    def add(self, code: str, text: str, group: str = "") -> None:
+        """Count one notice; those of the same code and group share one line."""
+        entry = self._found.setdefault((code, group), [text, 0])
+        entry[1] = int(str(entry[1])) + 1
+
+    def all(self) -> tuple[Notice, ...]:
+        return tuple(Notice(code, str(text), int(str(count))) for (code, _), (text, count) in self._found.items())
+
+
+def work_of(slot: Slot, recipe: Recipe, seed: int, notes: Notes) -> Work | None:
+    """The work for one slot, None if the tensor is left out. Raises `Refused`."""
+    method = METHODS[recipe.method]
+    present = tuple(i for i, one in enumerate(slot.inputs) if one.tensor is not None)
+    action = _presence(slot, method, present, notes)
+    if action == "leave out":
+        return None
+    inputs = [slot.inputs[i] for i in present]
+    tensors = [one.tensor for one in inputs if one.tensor is not None]
+    _same_shape(slot, inputs, tensors)
+    operands = tuple(Operand(one.source.model, tensor) for one, tensor in zip(inputs, tensors, strict=True))
+    shape = tensors[0].shape
+    if any(not tensor.dtype.floating for tensor in tensors):
+        return _unmixable(slot, shape, operands, tensors)
+    wanted = recipe.out_dtype or recipe.dtype
+    dtype = BY_NAME[wanted] if wanted else promote(tensor.dtype for tensor in tensors)
+    if action == "copy" or 0 in shape:
+        return Work(slot.name, shape, dtype, "copy", recipe.method, operands[:1])
+    base = present.index(slot.base) if slot.base in present else None
+    per_input = _per_input(slot, method, inputs, base)
+    shared = _shared(slot, method)
+    _check_values(slot, method, inputs, per_input, shared, notes)
+    _note_gradient(slot, method, notes)
+    keys = tuple(mask_key(seed, str(operand.model), slot.name) for operand in operands) if method.draws else ()
+    return Work(slot.name, shape, dtype, "merge", recipe.method, operands, base, per_input, shared, keys)
+
+
+def _presence(
+    slot: Slot, method: Method, present: tuple[int, ...], notes: Notes
+) -> Literal["merge", "copy", "leave out"]:
+    """What the contract says to a tensor that only some inputs have (column "missing" of merging.md 2.1)."""
+    if len(present) == len(slot.inputs):
+        return "merge"
+    if not (is_optional(slot.name) or is_head(slot.name)):
+        _refuse_missing(slot, "is a weight every source must have")
+    others = len(present) - (slot.base in present)
+    alone = present == (slot.base,)
+    notes.add("PARTLY_MISSING", f"{slot.name} is not in every source")
+    if alone and method.missing is not Missing.ONE and method.base is Base.REQUIRED:
+        return "copy"
+    if method.missing is Missing.ONE and len(present) == 1:
+        return "copy"
+    if method.missing is Missing.STOCK and len(present) < 3:
+        notes.add("LEFT_OUT", f"{slot.name} is in fewer than three inputs and is left out")
+        return "leave out"
+    base_missing = method.base is Base.REQUIRED and slot.base not in present
+    if base_missing or others < method.least or method.missing in (Missing.BASE,):
+        _refuse_missing(slot, f"{method.name} cannot do without")
+    return "merge"
+
+
+def _refuse_missing(slot: Slot, why: str) -> None:
+    lacking = [str(one.source.model) for one in slot.inputs if one.tensor is None]
+    raise Refused(
+        "TENSOR_MISSING", f"{', '.join(lacking)} lacks {slot.name}, which {why}.",
+        "Use models of one architecture, or take those layers by `slices:` from a model that has them.",
+        value=slot.name,
+    )  # fmt: skip
+
+
+def _same_shape(slot: Slot, inputs: list[Input], tensors: list[TensorInfo]) -> None:
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return
+    shapes = ", ".join(f"{one.source.model} {list(t.shape)}" for one, t in zip(inputs, tensors, strict=True))
+    rows_only = slot.loose and len({tensor.shape[1:] for tensor in tensors}) == 1
+    hint = (
+        "Give `tokenizer: {source: base}` so that the vocabularies are aligned."
+        if rows_only and len(tensors[0].shape) == 2
+        else "Only models of the same width can be merged."
+    )
+    raise Refused("SHAPE_MISMATCH", f"{slot.name} differs in shape: {shapes}.", hint, value=slot.name)
+
+
+def _unmixable(slot: Slot, shape: tuple[int, ...], operands: tuple[Operand, ...], tensors: list[TensorInfo]) -> Work:
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        kinds = ", ".join(f"{o.model} {o.tensor.dtype.name}" for o in operands)
+        raise Refused(
+            "SHAPE_MISMATCH", f"{slot.name} is not floating point in every source: {kinds}.",
+            "Use models that store it alike.", value=slot.name,
+        )  # fmt: skip
+    return Work(slot.name, shape, tensors[0].dtype, "equal", "copy", operands)
+
+
+def _typed(value: object, parameter: Parameter) -> Value:
+    if parameter.kind is Kind.BOOLEAN:
+        return bool(value)
+    return int(float(str(value))) if parameter.kind is Kind.INTEGER else float(str(value))
+
+
+def _per_input(
+    slot: Slot, method: Method, inputs: list[Input], base: int | None
+) -> dict[str, tuple[Value | None, ...]]:
+    out: dict[str, tuple[Value | None, ...]] = {}
+    for parameter in method.per_input:
+        if not parameter.used:
+            continue
+        values: list[Value | None] = []
+        for i, one in enumerate(inputs):
+            if i == base:
+                values.append(None)
+                continue
+            tensor = one.tensor.name if one.tensor is not None else slot.name
+            value = resolve(parameter, (one.source.parameters, *slot.shared_levels), tensor, slot.u)
+            if value is Absent.REQUIRED:
+                _refuse_parameter(slot, parameter, f"for {one.source.model}", f"{one.path}.parameters.{parameter.name}")
+            values.append(None if isinstance(value, Absent) else _typed(value, parameter))
+        out[parameter.name] = tuple(values)
+    return out
+
+
+def _shared(slot: Slot, method: Method) -> dict[str, Value]:
+    out: dict[str, Value] = {}
+    for parameter in method.shared:
+        if not parameter.used:
+            continue
+        value = resolve(parameter, slot.shared_levels, slot.name, slot.u)
+        if isinstance(value, Absent):
+            _refuse_parameter(slot, parameter, "", f"parameters.{parameter.name}")
+        out[parameter.name] = _typed(value, parameter)
+    return out
+
+
+def _refuse_parameter(slot: Slot, parameter: Parameter, whom: str, path: str) -> None:
+    raise Refused(
+        "MISSING_KEY", f"`{path}` is missing: no value{' ' if whom else ''}{whom} applies to {slot.name}.",
+        f"Add `{parameter.name}:`, or a last condition without `filter`.",
+        where=Where("recipe", None, path),
+    )  # fmt: skip
+
+
+def _check_values(
+    slot: Slot,
+    method: Method,
+    inputs: list[Input],
+    per_input: Mapping[str, tuple[Value | None, ...]],
+    shared: Mapping[str, Value],
+    notes: Notes,
+) -> None:
+    """Sums and combinations that only show once every value is known (merging.md 2.3)."""
+    weights = [float(w) for w in per_input.get("weight", ()) if w is not None]
+    divides = shared.get("normalize", shared.get("normalize_weights", False))
+    plain_sum = method.name in ("linear", "multislerp")
+    if plain_sum and divides and abs(sum(weights)) < 1e-8:
+        raise Refused(
+            "VALUE_OUT_OF_RANGE",
+            f"the weights for {slot.name} add up to {sum(weights):g}, and {method.name} divides by that.",
+            "Change a weight, or set `normalize: false`.", value=slot.name,
+        )  # fmt: skip
+    if method.elects_sign and divides and min(weights, default=0.0) < 0 < max(weights, default=0.0):
+        notes.add("MIXED_SIGNS", f"weights of both signs are normalised in {slot.name}; the result may be large")
+    for i, (density, epsilon) in enumerate(
+        zip(per_input.get("density", ()), per_input.get("epsilon", ()), strict=False)
+    ):
+        if density is None or epsilon is None or not 0 < density < 1:
+            continue
+        if density - epsilon <= 0 or density + epsilon >= 1:
+            raise Refused(
+                "VALUE_OUT_OF_RANGE",
+                f"`{inputs[i].path}.parameters` asks for density {density:g} with epsilon {epsilon:g} in {slot.name}.",
+                "della needs density - epsilon above 0 and density + epsilon below 1: set a smaller `epsilon`.",
+                value=slot.name,
+            )
+    if any(density == 0 for density in per_input.get("density", ())) or shared.get("select_topk") == 0:
+        notes.add("NOTHING_KEPT", f"a density of 0 keeps nothing of a source in {slot.name}")
+    if method.name == "slerp" and not 0 <= shared["t"] <= 1:
+        notes.add("EXTRAPOLATES", f"t = {shared['t']:g} in {slot.name} lies outside [0, 1]")
+
+
+def _note_gradient(slot: Slot, method: Method, notes: Notes) -> None:
+    if not slot.loose or slot.u != 0.0:
+        return
+    for parameter in (*method.per_input, *method.shared):
+        levels = (*(one.source.parameters for one in slot.inputs), *slot.shared_levels)
+        if parameter.used and uses_gradient(levels, parameter.name):
+            notes.add("GRADIENT_AT_ZERO", f"{slot.name} takes the first entry of the gradient of `{parameter.name}`")

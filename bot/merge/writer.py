@@ -1,0 +1,285 @@
+"""The output on disk: it grows in `OUT.partial`, and `OUT` appears whole or not at all. merging.md 5.4.
+
+    OUT.partial/journal             plan digest, then a line per finished tensor
+    OUT.partial/model*.safetensors  full size from the start, header first, tensors at their final offsets
+    ... hashes, index, config, tokenizer, provenance, manifest; fsync; rename to OUT
+
+A tensor enters the journal only after its bytes are on the disk, so a killed merge continues from the journal and
+ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from bot.errors import Failed, Refused, Transient
+from bot.merge.plan import Plan, Step
+
+JOURNAL = "journal"
+SYNC_BYTES, SYNC_S = 256 * 2**20, 5.0
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One finished tensor: its step, the CRC-32 of its bytes, non-finite elements found per source."""
+
+    step: int
+    crc: int
+    nonfinite: Mapping[str, int]
+
+    def line(self) -> bytes:
+        """The journal line, ending in the CRC-32 of what stands before it."""
+        text = json.dumps({"step": self.step, "crc": self.crc, "nonfinite": dict(self.nonfinite)}).encode()
+        return b"%s %08x\n" % (text, zlib.crc32(text))
+
+    @classmethod
+    def read(cls, line: bytes) -> Record | None:
+        """The record of a line, None if the line is torn."""
+        text, _, crc = line.rpartition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
+            return None
+        entry = json.loads(text)
+        return cls(entry["step"], entry["crc"], entry["nonfinite"])
+
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """Size and SHA-256 (64 hex digits) of one finished file."""
+
+    bytes: int
+    sha256: str
+
+
+class Writer:
+    """Writes one output folder. Use as a context manager: leaving it early keeps the partial folder for a resume."""
+
+    def __init__(self, plan: Plan, out: Path, identity: str) -> None:
+        self.plan, self.out = plan, out
+        self.partial = out.with_name(out.name + ".partial")
+        self.identity = identity
+        self.done: dict[int, Record] = {}
+        self._shards: dict[int, int] = {}
+        self._journal = -1
+        self._pending: list[Record] = []
+        self._dirty: set[int] = set()
+        self._pending_bytes = 0
+        self._synced_at = time.monotonic()
+
+    def __enter__(self) -> Writer:
+        if self.out.exists() or self.out.is_symlink():
+            raise Refused(
+                "OUTPUT_EXISTS",
+                f"{self.out} exists already.",
+                "Name another folder, or remove it.",
+                value=str(self.out),
+            )
+        try:
+            self._open()
+        except OSError as error:
+            self.close()
+            raise self._explained(error) from error
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None and self._journal >= 0:
+                self.sync()
+        except (OSError, Failed):
+            pass  # what is not in the journal is computed again
+        self.close()
+
+    def close(self) -> None:
+        """Close every file; the partial folder stays."""
+        for handle in (*self._shards.values(), self._journal):
+            if handle >= 0:
+                os.close(handle)
+        self._shards, self._journal = {}, -1
+
+    def write(self, step: Step, data: memoryview, nonfinite: Mapping[str, int]) -> None:
+        """Write the bytes of one tensor at their final offset."""
+        try:
+            at, view = step.offset, data
+            while view.nbytes:
+                count = os.pwrite(self._shards[step.shard], view[: 2**26], at)
+                at, view = at + count, view[count:]
+            self._pending.append(Record(step.index, zlib.crc32(data), nonfinite))
+            self._dirty.add(step.shard)
+            self._pending_bytes += step.nbytes
+            if self._pending_bytes >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_S:
+                self.sync()
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def sync(self) -> None:
+        """Make the written tensors durable, then enter them into the journal."""
+        for shard in sorted(self._dirty):
+            os.fdatasync(self._shards[shard])
+        if self._pending:
+            _write_all(self._journal, b"".join(record.line() for record in self._pending))
+            os.fdatasync(self._journal)
+        self.done.update({record.step: record for record in self._pending})
+        self._pending, self._dirty, self._pending_bytes = [], set(), 0
+        self._synced_at = time.monotonic()
+
+    def hash_shards(self) -> dict[str, FileFact]:
+        """Sync, then read every shard back and hash it."""
+        try:
+            self.sync()
+            return {shard.file: hash_file(self.partial / shard.file) for shard in self.plan.shards}
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def add(self, name: str, content: bytes) -> FileFact:
+        """Write a small file durably."""
+        try:
+            handle = os.open(self.partial / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            try:
+                _write_all(handle, content)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise self._explained(error) from error
+        return FileFact(len(content), hashlib.sha256(content).hexdigest())
+
+    def finish(self) -> None:
+        """Everything is written: make it durable and read-only, drop the journal, rename to the final name."""
+        try:
+            for handle in self._shards.values():
+                os.fsync(handle)
+            for path in self.partial.iterdir():
+                path.chmod(0o444)
+            if self.out.exists():
+                raise Refused("OUTPUT_EXISTS", f"{self.out} has appeared meanwhile.", "Remove it and run again.")
+            (self.partial / JOURNAL).unlink()
+            _sync_folder(self.partial)
+            self.partial.rename(self.out)
+            _sync_folder(self.out.parent)
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def _open(self) -> None:
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not (self.partial / JOURNAL).exists()
+        if fresh:
+            self._refuse_without_space()
+        self.partial.mkdir(exist_ok=True)
+        self._journal = os.open(self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                "OUTPUT_EXISTS", f"another process is merging into {self.out}.", "Wait for it, or name another folder."
+            ) from None
+        self._read_journal()
+        for number, shard in enumerate(self.plan.shards):
+            handle = os.open(self.partial / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._shards[number] = handle
+            os.posix_fallocate(handle, 0, shard.nbytes)
+            os.ftruncate(handle, shard.nbytes)
+            os.pwrite(handle, shard.header, 0)
+        _sync_folder(self.partial)
+
+    def _read_journal(self) -> None:
+        """Take over what an interrupted run of the same plan finished; drop a torn tail."""
+        content = b""
+        while part := os.pread(self._journal, 2**20, len(content)):
+            content += part
+        head = b"mergebot-journal/1 " + self.identity.encode() + b"\n"
+        if content and not head.startswith(content) and not content.startswith(head):
+            raise Refused(
+                "OUTPUT_EXISTS",
+                f"{self.partial} holds the beginning of another merge.",
+                "Remove that folder, or name another output.",
+                value=str(self.partial),
+            )
+        good = len(head)
+        for line in content[len(head) :].splitlines(keepends=True):
+            record = Record.read(line[:-1]) if line.endswith(b"\n") else None
+            if record is None:
+                break
+            self.done[record.step] = record
+            good += len(line)
+        if len(content) < len(head):
+            os.ftruncate(self._journal, 0)
+            _write_all(self._journal, head)
+            os.fdatasync(self._journal)
+        os.ftruncate(self._journal, good)
+        os.lseek(self._journal, good, os.SEEK_SET)
+
+    def _refuse_without_space(self) -> None:
+        usage = shutil.disk_usage(self.partial.parent)
+        need = self.plan.disk_bytes
+        if need > usage.total:
+            raise Refused(
+                "TOO_LARGE",
+                f"the merge needs {gigabytes(need)} of disk; the whole disk has {gigabytes(usage.total)}.",
+                "Use a larger disk, or merge smaller models.",
+            )
+        if need > usage.free:
+            raise Transient(
+                "DISK_LOW",
+                f"the merge needs {gigabytes(need)} of disk; {gigabytes(usage.free)} are free.",
+                "Free some space, or name a folder on another disk.",
+                retry_after_s=600.0,
+            )
+
+    def _explained(self, error: OSError) -> Exception:
+        if error.errno in _NO_SPACE:
+            return Failed(
+                "DISK_FULL",
+                f"the disk filled up while writing {self.partial.name}; nothing was left at {self.out}.",
+                "Free some space and run the same command again: it continues where it stopped.",
+            )
+        return Failed(
+            "DISK_FULL" if error.errno == errno.EROFS else "INTERNAL",
+            f"{self.partial} cannot be written: {os.strerror(error.errno or 0)}.",
+            "Check the folder's permissions, or name another one.",
+        )
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for a sentence."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def hash_file(path: Path) -> FileFact:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(2**22):
+            digest.update(block)
+            size += len(block)
+    return FileFact(size, digest.hexdigest())
+
+
+def _write_all(handle: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view.nbytes:
+        view = view[os.write(handle, view) :]
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
