@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bot.errors import Failed
-from bot.hub import Hub
 from bot.merge import checkpoint, plan, recipe
 from bot.settings import Settings
+
+if TYPE_CHECKING:
+    from bot.hub import Hub
 
 Progress = Callable[[str, float, float], None]
 
@@ -31,7 +34,6 @@ def read_text(file: Path) -> str:
 
 def plan_from_headers(asked: recipe.Recipe, settings: Settings, *, seed: int = 0) -> plan.Plan:
     """The plan of a recipe, from headers alone: local folders are opened, Hub repos are read by range."""
-    hub = Hub(settings.hub)
     pins: dict[recipe.ModelRef, recipe.ModelRef] = {}
     opened: dict[recipe.ModelRef, checkpoint.Checkpoint] = {}
     for ref in asked.sources:
@@ -40,6 +42,7 @@ def plan_from_headers(asked: recipe.Recipe, settings: Settings, *, seed: int = 0
             pins[ref] = ref
             files: checkpoint.Files = checkpoint.LocalFiles(folder)
         else:
+            hub = _hub(settings)
             pinned = hub.resolve(ref.path, ref.revision)
             pins[ref] = replace(ref, revision=pinned.revision)
             files = hub.files(pinned.repo, pinned.revision)
@@ -49,7 +52,6 @@ def plan_from_headers(asked: recipe.Recipe, settings: Settings, *, seed: int = 0
 
 def download_sources(made: plan.Plan, settings: Settings, progress: Progress) -> dict[recipe.ModelRef, Path]:
     """Folders of the plan's sources; Hub repos are downloaded at their pinned commits and verified."""
-    hub = Hub(settings.hub)
     folders: dict[recipe.ModelRef, Path] = {}
     for ref in made.recipe.sources:
         folder = local_folder(ref)
@@ -57,7 +59,7 @@ def download_sources(made: plan.Plan, settings: Settings, progress: Progress) ->
             assert ref.revision is not None
             folder = settings.sources / ref.path / ref.revision
             name = f"Downloading {ref.path}"
-            hub.download(
+            _hub(settings).download(
                 ref.path, ref.revision, folder, progress=lambda done, total, name=name: progress(name, done, total)
             )
         folders[ref] = folder
@@ -68,3 +70,10 @@ def local_folder(ref: recipe.ModelRef) -> Path | None:
     """The folder a reference means, None when it means a Hub repo: a folder that exists wins, as in mergekit."""
     folder = Path(ref.path)
     return folder if ref.revision is None and folder.is_dir() else None
+
+
+def _hub(settings: Settings) -> Hub:
+    """The Hub, only when a recipe names a repo: its client takes a second to import."""
+    from bot.hub import Hub
+
+    return Hub(settings.hub)

@@ -58,6 +58,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> 
             folders,
             out,
             device=settings.device,
+            on_nonfinite="fail",
             progress=lambda done, total, tensor: report(f"Merging {tensor}", done, total),
         )
     crashpoint("writer.after_rename")

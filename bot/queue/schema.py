@@ -1,7 +1,7 @@
 """The tables behind the queue.
 
     requests   raw_key | requester origin repo revision text options received_at | job_id or refusal | answered
-    jobs       id | digest recipe sources plan submitted_at | attempts not_before | lease_owner lease_token
+    jobs       id | digest recipe sources plan submitted_at | attempts claimed_at not_before | lease_owner lease_token
                lease_expires_at | cancelled_at committing progress ended_at
     facts      job_id kind number | body recorded_at      kind: merge evaluation publication (once), failure (many)
     leaders    name | owner expires_at                    one scheduler ticks at a time
@@ -44,6 +44,7 @@ JOBS = sa.Table(
     sa.Column("plan", sa.Text, nullable=False),
     sa.Column("submitted_at", sa.Float, nullable=False, index=True),
     sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("claimed_at", sa.Float, nullable=True),
     sa.Column("not_before", sa.Float, nullable=True),
     sa.Column("lease_owner", sa.String(128), nullable=True),
     sa.Column("lease_token", sa.String(32), nullable=True),

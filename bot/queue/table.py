@@ -135,18 +135,20 @@ class Queue:
     # -- work ----------------------------------------------------------------------------------------------------
 
     def claim(self, owner: str, now: datetime | None = None) -> Lease | None:
-        """Take the next job: people take turns, each person's jobs in their order. None when nothing waits."""
+        """Take the next job: whoever was served longest ago, each person's jobs in their order. None: nothing waits."""
         at = seconds(now)
-        turn = sa.func.row_number().over(partition_by=JOBS.c.requester, order_by=(JOBS.c.submitted_at, JOBS.c.id))
-        open_jobs = sa.select(JOBS, turn.label("turn")).where(JOBS.c.ended_at.is_(None)).subquery()
+        served = sa.select(JOBS.c.requester, sa.func.max(JOBS.c.claimed_at).label("at")).group_by(JOBS.c.requester)
+        last = served.subquery()
         candidate = (
-            sa.select(open_jobs.c.id)
+            sa.select(JOBS.c.id)
+            .join(last, last.c.requester == JOBS.c.requester)
             .where(
-                sa.or_(open_jobs.c.lease_expires_at.is_(None), open_jobs.c.lease_expires_at <= at),
-                sa.or_(open_jobs.c.not_before.is_(None), open_jobs.c.not_before <= at),
-                open_jobs.c.attempts < self.attempts,
+                JOBS.c.ended_at.is_(None),
+                sa.or_(JOBS.c.lease_expires_at.is_(None), JOBS.c.lease_expires_at <= at),
+                sa.or_(JOBS.c.not_before.is_(None), JOBS.c.not_before <= at),
+                JOBS.c.attempts < self.attempts,
             )
-            .order_by(open_jobs.c.turn, open_jobs.c.submitted_at, open_jobs.c.id)
+            .order_by(sa.func.coalesce(last.c.at, 0.0), JOBS.c.submitted_at, JOBS.c.id)
             .limit(1)
         )
         with self._writing.begin() as connection:
@@ -167,6 +169,7 @@ class Queue:
                     lease_token=token,
                     lease_expires_at=expires,
                     attempts=JOBS.c.attempts + 1,
+                    claimed_at=at,
                     not_before=None,
                     progress=None,
                 )
@@ -299,9 +302,9 @@ class Queue:
         with self._reading.connect() as connection:
             return set(connection.execute(sa.select(JOBS.c.id).where(JOBS.c.ended_at.is_(None))).scalars())
 
-    def _all(self, query: sa.Select[tuple[str]]) -> list[Job]:
+    def _all(self, query: sa.Select[Any]) -> list[Job]:
         with self._reading.connect() as connection:
-            return [read_job(connection, job_id) for job_id in connection.execute(query).scalars().all()]
+            return [read_job(connection, job_id) for job_id in connection.execute(query).scalars()]
 
     def _live_job(self, connection: Connection, digest: str, at: float) -> str | None:
         query = sa.select(JOBS.c.id).where(JOBS.c.digest == digest).order_by(JOBS.c.submitted_at.desc())
