@@ -1,0 +1,9 @@
+"""Medusa: draft heads for any causal LM, exact tree decoding, and a speed figure one can trust.
+
+`measure` is the whole evaluation of a checkpoint directory; the parts are importable on their own. Paper: Medusa,
+arXiv 2401.10774. Knows directories, never jobs; no network, no subprocess, no environment.
+"""
+
+from evaluators.medusa.evaluation import measure
+
+__all__ = ["measure"]

@@ -1,0 +1,345 @@
+"""The base model as the engine sees it: hidden rows, logits, stop ids, and a cache that can hold a tree.
+
+`Base` wraps any decoder-only causal LM of transformers v5 without patching it. `capability` says whether its cache and
+positions can take a tree at all, in a sentence; a silent wrong answer would be worse than any refusal. `EagerRunner`
+is the one cache both decoding loops share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicLayer
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa.tree import Tree, full
+
+SELF_CHECK_TOKENS = 16
+ALIBI_MODELS = frozenset({"bloom", "mpt"})
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """Whether trees may be verified on this base. `reason` is a sentence, None if `tree`."""
+
+    tree: bool
+    reason: str | None
+    kernel: str
+
+
+class Base:
+    """A frozen causal LM. `h` is always the row that enters the output embedding (after the final norm)."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config: Any = model.config.get_text_config(decoder=True)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.output: Any = model.get_output_embeddings()
+        if self.output is None or model.config.is_encoder_decoder:
+            raise EvaluationError(
+                "SPEED_UNSUPPORTED",
+                f"{type(model).__name__} is not a decoder-only language model with an output embedding.",
+                "Measure a causal language model.",
+            )
+        self.vocab: int = self.output.weight.shape[0]
+        self.hidden: int = self.output.weight.shape[1]
+        self.stop_ids = _stop_ids(model, tokenizer)
+        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.rope = _rope(self.config)
+        self._hooked = False
+        self._captured: Tensor | None = None
+        self.post: Callable[[Tensor], Tensor] = lambda z: z
+        self._find_hidden_row()
+
+    # -- running the model ---------------------------------------------------------------------------------------
+
+    def run(
+        self, ids: Tensor, *, last_only: bool = False, project: bool = True, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """ids [B, T] -> (h [B, T, H], logits [B, T, V]); with `last_only` both hold the last position only.
+
+        Without `project` the logits are empty: heads and features need rows, not the vocabulary.
+        """
+        if self._hooked:
+            logits = self.model(input_ids=ids, **kwargs).logits
+            hidden = self._captured
+            assert hidden is not None  # the pre-hook of the output embedding ran inside the call above
+            return (hidden[:, -1:], logits[:, -1:]) if last_only else (hidden, logits)
+        hidden = self.model.base_model(input_ids=ids, **kwargs).last_hidden_state
+        if last_only:
+            hidden = hidden[:, -1:]
+        return hidden, self.logits(hidden) if project else hidden.new_empty(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., H] -> [.., V], the model's own logits."""
+        return self.post(self.output(hidden))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [..] -> input embeddings [.., H] (scaled embedding modules included)."""
+        embedded: Tensor = self.model.get_input_embeddings()(ids)
+        return embedded
+
+    def new_cache(self) -> Any:
+        return DynamicCache(config=self.model.config)
+
+    def depth_room(self, length: int) -> int:
+        """How deep a tree may reach after `length` cached tokens without leaving the position table.
+
+        rope `longrope` switches its factors and `dynamic` rescales all angles once a position passes the original
+        length, so a tree there must not look across that line.
+        """
+        room = 1 << 30 if self.max_positions is None else self.max_positions - 1 - length
+        kind, original = self.rope
+        if original is not None and kind in ("longrope", "dynamic"):
+            if length + 1 <= original:
+                return min(room, original - 1 - length)
+            return room if kind == "longrope" else 0
+        return room
+
+    def last_position(self) -> int | None:
+        """The largest position a token may be forwarded at; None where nothing bounds it."""
+        if self.max_positions is None or self.rope[0] == "dynamic":
+            return None
+        return self.max_positions - 1
+
+    # -- finding h -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _find_hidden_row(self) -> None:
+        """Make `run` agree with the model's own logits, by the backbone if that works, by a hook if not."""
+        generator = torch.Generator().manual_seed(0)
+        size = min(SELF_CHECK_TOKENS, (self.max_positions or SELF_CHECK_TOKENS))
+        ids = torch.randint(0, self.vocab, (1, size), generator=generator).to(self.device)
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        backbone = self.model.base_model
+        if backbone is not self.model:
+            hidden = getattr(backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
+            if hidden is not None and hidden.shape[-1] == self.hidden:
+                raw = self.output(hidden)
+                for candidate in _postprocessors(self.config):
+                    if _close(candidate(raw).float(), own):
+                        self.post = candidate
+                        return
+        self._hooked = True
+        self.output.register_forward_pre_hook(self._capture)
+        hidden, logits = self.run(ids, use_cache=False)
+        if hidden.shape[-1] != self.hidden or not _close(logits.float(), own):
+            raise EvaluationError(
+                "SPEED_UNSUPPORTED",
+                f"The hidden state that {type(self.model).__name__} hands to its output embedding could not be found.",
+                "Evaluate this model without the speed check.",
+            )
+
+    def _capture(self, _module: Any, inputs: tuple[Tensor, ...]) -> None:
+        self._captured = inputs[0]
+
+
+def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+    """Load a checkpoint directory (safetensors only, no remote code). Raises EvaluationError MODEL_UNLOADABLE."""
+    if not (folder / "config.json").is_file():
+        raise EvaluationError(
+            "MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Give the folder of a transformers checkpoint."
+        )
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, attn_implementation="sdpa", **options
+            )
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
+            )
+    except Exception as error:  # transformers raises whatever the file provokes; the caller gets one sentence
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EvaluationError(
+            "MODEL_UNLOADABLE",
+            f"transformers cannot load the checkpoint in {folder.name}: {first_line}",
+            "Check that the folder holds config.json, safetensors weights and a tokenizer that fit together.",
+        ) from error
+    return Base(model.to(device), tokenizer)
+
+
+def capability(base: Base) -> Capability:
+    """May trees be verified on this base? First by what its config says, then by trying it on a few tokens."""
+    kernel = str(getattr(base.model.config, "_attn_implementation", "eager"))
+    reason = _reason_against_trees(base, kernel) or _tree_disagrees(base)
+    return Capability(reason is None, reason, kernel)
+
+
+def _reason_against_trees(base: Base, kernel: str) -> str | None:
+    name = type(base.model).__name__
+    if kernel not in ("sdpa", "eager"):
+        return f"{name} runs with the attention kernel {kernel}, which takes no tree mask."
+    if base.config.model_type in ALIBI_MODELS or getattr(base.config, "alibi", False):
+        return f"{name} takes its ALiBi bias from the cache column, so sibling tokens of a tree would be misplaced."
+    if base.rope[0] == "mrope":
+        return f"{name} uses three-dimensional rotary positions (mrope), which a tree of tokens does not have."
+    try:
+        layers = list(base.new_cache().layers)
+    except Exception as error:  # a config whose cache cannot even be described
+        return f"{name} has a cache that transformers cannot build ({type(error).__name__})."
+    for layer in layers:
+        if type(layer) is DynamicLayer or isinstance(layer, DummyLayer):
+            continue
+        kind = type(layer).__name__
+        if "Linear" in kind:
+            return f"{name} keeps a recurrent state ({kind}), which the branches of a tree would share."
+        if "Sliding" in kind:
+            return f"{name} uses a sliding attention window ({kind}), which cannot hold a tree past its length."
+        return f"{name} uses the cache layer {kind}, which is not known to hold a tree."
+    return None
+
+
+@torch.no_grad()
+def _tree_disagrees(base: Base) -> str | None:
+    """Verify a small tree and compare every node with a plain pass over its own path."""
+    generator = torch.Generator().manual_seed(1)
+    room = 16 if base.max_positions is None else min(16, base.max_positions)
+    probe = full((2, 2))
+    if room < 2 + probe.max_depth + 1:
+        return f"{type(base.model).__name__} has only {base.max_positions} positions."
+    ids = torch.randint(0, base.vocab, (room - probe.max_depth - 1,), generator=generator).tolist()
+    tokens = torch.randint(0, base.vocab, (probe.nodes,), generator=generator).to(base.device)
+    runner = EagerRunner(base)
+    name = type(base.model).__name__
+    try:
+        runner.prefill(ids)
+        _, logits = runner.forward(tokens, probe)
+    except Exception as error:  # any failure here is an answer: this model cannot verify a tree
+        return f"{name} does not run with a tree mask ({type(error).__name__})."
+    tolerance = 2e-3 if base.dtype == torch.float32 else 0.05
+    for node in range(probe.nodes):
+        path = [int(tokens[step]) for step in probe.ancestors(node)]
+        _, plain = base.run(torch.tensor([ids + path], device=base.device), last_only=True, use_cache=False)
+        if not _close(logits[node].float(), plain[0, -1].float(), tolerance):
+            return f"{name} gives other logits for a token inside a tree than for the same token in plain text."
+    return None
+
+
+class EagerRunner:
+    """A DynamicCache and the forward passes that both decoding loops use. Batch of one.
+
+    Invariant between calls of the loop: the cache holds exactly the first `length` tokens.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.cache: Any = None
+        self.length = 0
+        self._width = 0
+        self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Tensor, Tensor]] = {}
+
+    def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Start anew with `ids`. Returns h [H] and logits [V] of the last token."""
+        self.cache = self.base.new_cache()
+        row = torch.tensor([list(ids)], device=self.base.device)
+        hidden, logits = self.base.run(row, last_only=True, past_key_values=self.cache, use_cache=True)
+        self.length, self._width = len(ids), 0
+        return hidden[0, -1], logits[0, -1]
+
+    def forward(self, tokens: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+        """Tokens [n] of `tree` after the cached ones -> h [n, H], logits [n, V]; the cache grows by n until `keep`.
+
+        A tree of the root alone is a plain step: no mask and no explicit positions, so the baseline pays for neither.
+        """
+        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        if tree.nodes > 1:
+            depth, bias = self._prepare(tree)
+            mask = torch.zeros((tree.nodes, self.length + tree.nodes), dtype=self.base.dtype, device=self.base.device)
+            mask[:, self.length :] = bias
+            options |= {"attention_mask": mask[None, None], "position_ids": (depth + self.length)[None]}
+        hidden, logits = self.base.run(tokens[None], **options)
+        self._width = tree.nodes
+        return hidden[0], logits[0]
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Leave only the nodes of `path` (root first) of the last forward pass in the cache, in that order."""
+        kept = len(path)
+        if list(path) != list(range(kept)):
+            # Advanced indexing copies its right-hand side first, so overlapping source and target rows are safe.
+            source = torch.tensor([self.length + node for node in path], device=self.base.device)
+            target = slice(self.length, self.length + kept)
+            for layer in self.cache.layers:
+                if isinstance(layer, DummyLayer):
+                    continue
+                layer.keys[:, :, target] = layer.keys[:, :, source]
+                layer.values[:, :, target] = layer.values[:, :, source]
+        if self._width > kept:
+            self.cache.crop(kept - self._width)
+        self.length += kept
+        self._width = 0
+
+    def _prepare(self, tree: Tree) -> tuple[Tensor, Tensor]:
+        """Depths [n] and the additive mask of the tree's own block [n, n], once per tree."""
+        if tree.paths not in self._prepared:
+            visible = torch.tensor(tree.visible(), device=self.base.device)
+            # finfo.min, not -inf: a row of -inf would give NaN in some kernels.
+            bias = torch.zeros(visible.shape, dtype=self.base.dtype, device=self.base.device)
+            bias.masked_fill_(~visible, torch.finfo(self.base.dtype).min)
+            self._prepared[tree.paths] = (torch.tensor(tree.depth, device=self.base.device), bias)
+        return self._prepared[tree.paths]
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The union of what generation_config, config and tokenizer call the end; each may be a list."""
+    found: set[int] = set()
+    for owner in (model.generation_config, model.config, model.config.get_text_config(decoder=True), tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return frozenset(found)
+
+
+def _rope(config: Any) -> tuple[str, int | None]:
+    """(rope type, original length): what bounds a tree besides the position table."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return ("default", None)
+    groups = [parameters] if "rope_type" in parameters else [g for g in parameters.values() if isinstance(g, dict)]
+    for group in groups:
+        if group.get("mrope_section"):
+            return ("mrope", None)
+        kind = group.get("rope_type", "default")
+        if kind in ("longrope", "dynamic"):
+            original = group.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return (kind, original or config.max_position_embeddings)
+    return ("default", None)
+
+
+def _postprocessors(config: Any) -> list[Callable[[Tensor], Tensor]]:
+    """Monotone logit post-processings seen in transformers; the self-check picks the one this model uses."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None)
+    scaling = getattr(config, "logits_scaling", None)
+    multiplier = getattr(config, "lm_head_multiplier", None)
+    found: list[Callable[[Tensor], Tensor]] = [lambda z: z]
+    if cap:
+        found.append(lambda z: cap * torch.tanh(z / cap))
+    if scale:
+        found.append(lambda z: z * scale)
+    if scaling:
+        found += [lambda z: z / scaling, lambda z: z * scaling]
+    if multiplier:
+        found.append(lambda z: z * multiplier)
+    return found
+
+
+def _close(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
+    """Equal up to rounding, measured against the spread of the logits so that scales do not matter."""
+    if left.shape != right.shape:
+        return False
+    spread = float(right.std()) or 1.0
+    return bool((left - right).abs().max() <= tolerance * max(spread, 1e-6))

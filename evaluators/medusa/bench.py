@@ -1,0 +1,269 @@
+"""The speed check: plain against speculating, paired and in alternating order, with what makes it trustworthy.
+
+Each question is run plain, candidates, candidates backwards, plain (ABBA; every other question starts with the
+candidates), so that drift cancels. Both loops share code, cache, dtype and kernels. Only decoding is compared; the
+prefill is timed apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.decode import Clock, Drafter, Limits, Trace, medusa, plain
+from evaluators.medusa.report import sentence as sentence
+from evaluators.medusa.suite import Prompt
+from evaluators.medusa.tree import Tree
+
+RESAMPLES = 10_000
+TIE_GAP = 1e-3
+IDENTITY_LIMIT = 0.02
+AA_WIDTH = 0.10
+AA_SLACK = 0.02
+ClockName = Literal["wall", "cpu"]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way of speculating that is timed against plain decoding."""
+
+    id: str
+    drafter: Drafter
+    tree: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """All runs of one question: plain twice, each candidate twice."""
+
+    question: Question
+    plain: tuple[Trace, Trace]
+    runs: dict[str, tuple[Trace, Trace]]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a candidate first left the plain text. `gap` is plain's top-1 minus top-2 logit there."""
+
+    prompt: str
+    index: int
+    gap: float
+    tie: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio of summed tokens/s with its 95 % interval over questions (None from a single question)."""
+
+    value: float
+    interval: Interval | None
+
+
+def run_blocks(
+    base: Base,
+    candidates: Sequence[Candidate],
+    questions: Sequence[Question],
+    limits: Limits,
+    *,
+    deadline: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Block]:
+    """Run the questions in order until all are done or the next would not fit before `deadline` (time.monotonic).
+
+    At least one block is always run. The first question is run once beforehand to warm up every width.
+    """
+    runner = EagerRunner(base)
+    if questions:
+        _block(runner, candidates, questions[0], Limits(min(6, limits.max_new_tokens), limits.stop_ids), False)
+    blocks: list[Block] = []
+    longest_s = 0.0
+    for number, question in enumerate(questions):
+        if deadline is not None and blocks and time.monotonic() + longest_s > deadline:
+            break
+        started = time.monotonic()
+        blocks.append(_block(runner, candidates, question, limits, number % 2 == 1))
+        longest_s = max(longest_s, time.monotonic() - started)
+        if progress is not None:
+            progress(number + 1, len(questions))
+    return blocks
+
+
+def _block(
+    runner: EagerRunner, candidates: Sequence[Candidate], question: Question, limits: Limits, inside_out: bool
+) -> Block:
+    ids = question.ids
+
+    def plainly() -> Trace:
+        return plain(runner, ids, limits, keep_hidden=True)
+
+    def all_candidates(order: Sequence[Candidate]) -> dict[str, Trace]:
+        return {c.id: medusa(runner, c.drafter, c.tree, ids, limits) for c in order}
+
+    if inside_out:
+        first = all_candidates(candidates)
+        both = (plainly(), plainly())
+        second = all_candidates(candidates[::-1])
+    else:
+        before = plainly()
+        first, second = all_candidates(candidates), all_candidates(candidates[::-1])
+        both = (before, plainly())
+    return Block(question, both, {c.id: (first[c.id], second[c.id]) for c in candidates})
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def seconds(clock: Clock, name: ClockName) -> float:
+    return clock.wall_s if name == "wall" else clock.cpu_s
+
+
+def decoded(traces: Sequence[Trace]) -> int:
+    """Tokens of the decoding phase: the prefill's one token is not among them."""
+    return sum(len(trace.tokens) - 1 for trace in traces)
+
+
+def speedup(blocks: Sequence[Block], candidate: str, clock: ClockName, seed: int = 0) -> Ratio | None:
+    """Ratio of summed decode tokens/s, candidate to plain; None if nothing was decoded."""
+    return _ratio([block.runs[candidate] for block in blocks], [block.plain for block in blocks], clock, seed)
+
+
+def a_a(blocks: Sequence[Block], clock: ClockName, seed: int = 0) -> Ratio | None:
+    """The first plain run of each block against the second: what the machine does to equal work."""
+    return _ratio([block.plain[:1] for block in blocks], [block.plain[1:] for block in blocks], clock, seed)
+
+
+def a_a_ok(ratio: Ratio | None) -> bool:
+    """The interval holds 1.0 (with 2 % of slack, since few questions make it narrow) and is within +-10 %."""
+    if ratio is None or ratio.interval is None:
+        return False
+    low, high = ratio.interval
+    return low - AA_SLACK <= 1.0 <= high + AA_SLACK and low >= 1 - AA_WIDTH and high <= 1 + AA_WIDTH
+
+
+def _ratio(
+    above: Sequence[Sequence[Trace]], below: Sequence[Sequence[Trace]], clock: ClockName, seed: int
+) -> Ratio | None:
+    rows = [
+        (decoded(a), sum(seconds(t.decode, clock) for t in a), decoded(b), sum(seconds(t.decode, clock) for t in b))
+        for a, b in zip(above, below, strict=True)
+    ]
+    table = np.array([row for row in rows if min(row) > 0], dtype=np.float64)
+    if not len(table):
+        return None
+    total = table.sum(axis=0)
+    value = float(total[0] / total[1] / (total[2] / total[3]))
+    if len(table) == 1:
+        return Ratio(value, None)
+    sums = _resampled(table, seed)
+    return Ratio(value, _interval(sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3])))
+
+
+def rate(blocks: Sequence[Block], candidate: str, seed: int = 0) -> Ratio | None:
+    """Tokens per step with its interval over questions."""
+    traces = [block.runs[candidate][0] for block in blocks]
+    table = np.array([(decoded([t]), t.steps) for t in traces if t.steps], dtype=np.float64)
+    if not len(table):
+        return None
+    value = float(table[:, 0].sum() / table[:, 1].sum())
+    if len(table) == 1:
+        return Ratio(value, None)
+    sums = _resampled(table, seed)
+    return Ratio(value, _interval(sums[:, 0] / sums[:, 1]))
+
+
+def _resampled(table: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """[questions, columns] -> [resamples, columns]: sums over questions drawn with replacement."""
+    drawn = np.random.default_rng(seed).integers(0, len(table), size=(RESAMPLES, len(table)))
+    sums: NDArray[np.float64] = table[drawn].sum(axis=1)
+    return sums
+
+
+def _interval(values: NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def verdict(ratio: Ratio | None, machine_ok: bool) -> str:
+    """`faster` only where the whole interval lies above 1."""
+    if ratio is None or ratio.interval is None or not machine_ok:
+        return "inconclusive"
+    low, high = ratio.interval
+    return "faster" if low > 1 else "slower" if high < 1 else "same"
+
+
+def step_s(traces: Sequence[Trace]) -> float | None:
+    """Mean seconds inside a step, by the clocks inside it."""
+    steps = sum(trace.steps for trace in traces)
+    return sum(t.draft_s + t.forward_s + t.accept_s for t in traces) / steps if steps else None
+
+
+def identity_error(blocks: Sequence[Block], candidate: str) -> tuple[float | None, float | None]:
+    """(overhead, error): overhead = step / plain step, error = |speedup * overhead / tokens per step - 1|.
+
+    The speedup comes from the clocks around whole generations, the overhead from those inside the steps; they can
+    only disagree if something outside the steps was slow, or was left out.
+    """
+    runs = [trace for block in blocks for trace in block.runs[candidate]]
+    plains = [trace for block in blocks for trace in block.plain]
+    ratio, mine, theirs = speedup(blocks, candidate, "wall"), step_s(runs), step_s(plains)
+    if ratio is None or not mine or not theirs:
+        return None, None
+    overhead = mine / theirs
+    tokens = decoded(runs) / sum(trace.steps for trace in runs)
+    return overhead, abs(ratio.value * overhead / tokens - 1)
+
+
+def divergences(base: Base, blocks: Sequence[Block], candidate: str, tie_gap: float = TIE_GAP) -> list[Divergence]:
+    """First differences between candidate and plain, each judged by how near plain's choice was to a tie."""
+    found = []
+    for block in blocks:
+        want = block.plain[0].tokens
+        for got in (trace.tokens for trace in block.runs[candidate]):
+            if got != want:
+                index = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
+                at = min(len(got), len(want)) if index is None else index
+                gap = _gap(base, [*block.question.ids, *want[:at]])
+                found.append(Divergence(block.question.prompt.id, at, gap, gap < tie_gap))
+                break
+    return found
+
+
+@torch.no_grad()
+def _gap(base: Base, ids: Sequence[int]) -> float:
+    _, logits = base.run(torch.tensor([list(ids)], device=base.device), last_only=True, use_cache=False)
+    best = logits[0, -1].float().topk(2).values
+    return float(best[0] - best[1])
+
+
+@torch.no_grad()
+def native(base: Base, question: Question, limits: Limits) -> tuple[list[int], float]:
+    """transformers' own greedy `generate`: (tokens, wall seconds end to end). Catches a plain loop made slow."""
+    ids = torch.tensor([list(question.ids)], device=base.device)
+    stops = sorted(base.stop_ids & limits.stop_ids)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=limits.max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+    )
+    started = time.perf_counter()
+    out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    if base.device.type == "cuda":
+        torch.cuda.synchronize()
+    elapsed = time.perf_counter() - started
+    return out[0, len(question.ids) :].tolist(), elapsed

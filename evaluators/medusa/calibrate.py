@@ -1,0 +1,203 @@
+"""Which tree, if any: head accuracies, exact simulation, the cost of a forward pass here, and the choice.
+
+speedup = tokens per step / overhead. The numerator comes from held-out answers without running the base again, the
+denominator from timing this base on this machine; "do not speculate" is one of the candidates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from evaluators.medusa.adapters import EagerRunner
+from evaluators.medusa.data import Features
+from evaluators.medusa.drafters import HeadDrafter
+from evaluators.medusa.heads import Heads
+from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
+
+RANKS = 10
+LEAST_GAIN = 1.02
+WIDTHS = (1, 2, 4, 8, 16)
+ROWS = 512
+ClockName = Literal["wall", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """`shares[k][j]`: share of positions where rank j of head k + 1 is right. A token outside the draft vocabulary
+    is a miss. `positions[k]` is the sample size."""
+
+    shares: tuple[tuple[float, ...], ...]
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Milliseconds of one forward pass by tree width, after `context` cached tokens; `draft_ms` is the heads'."""
+
+    context: int
+    clock: ClockName
+    points: tuple[tuple[int, float], ...]
+    draft_ms: float
+
+    def overhead(self, nodes: int) -> float:
+        """(forward + draft) / plain step, between the measured widths by straight lines."""
+        if nodes <= 1:
+            return 1.0
+        return (self._forward_ms(nodes) + self.draft_ms) / self.points[0][1]
+
+    def _forward_ms(self, nodes: int) -> float:
+        for (left, left_ms), (right, right_ms) in zip(self.points, self.points[1:], strict=False):
+            if nodes <= right:
+                return left_ms + (right_ms - left_ms) * (nodes - left) / (right - left)
+        return self.points[-1][1] * nodes / self.points[-1][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The best speculating tree, what it is expected to bring, and whether to speculate at all."""
+
+    tree: Tree
+    expected: float
+    overhead: float
+    gain: float
+    speculate: bool
+
+
+@torch.no_grad()
+def _right_ranks(heads: Heads, features: Features, k: int) -> tuple[Tensor, Tensor]:
+    """(right [K, T, k] bool, valid [K, T] bool): which ranks name the token that really came."""
+    labels = features.labels(heads.spec.heads)
+    ranks = [
+        heads.ranks(features.hidden[at : at + ROWS], features.tokens[at : at + ROWS], k)
+        for at in range(0, len(features.tokens), ROWS)
+    ]
+    right = torch.cat(ranks, dim=1) == labels[..., None]
+    return right, labels >= 0
+
+
+def accuracy(heads: Heads, features: Features, ranks: int = RANKS) -> Accuracy:
+    """Marginal accuracy of each rank of each head on `features`."""
+    if not len(features.tokens):
+        empty = tuple((0.0,) * ranks for _ in range(heads.spec.heads))
+        return Accuracy(empty, (0,) * heads.spec.heads)
+    right, valid = _right_ranks(heads, features, ranks)
+    counts = valid.sum(-1)
+    shares = (right & valid[..., None]).sum(1).float() / counts.clamp_min(1)[:, None]
+    return Accuracy(tuple(tuple(row) for row in shares.tolist()), tuple(counts.tolist()))
+
+
+def simulate(heads: Heads, features: Features, tree: Tree) -> float:
+    """Tokens per step of greedy decoding with these heads and this tree on these answers, without the base."""
+    return simulate_each(heads, features, [tree])[0]
+
+
+def simulate_each(heads: Heads, features: Features, trees: Sequence[Tree]) -> list[float]:
+    """`simulate` for several trees from one pass of the heads.
+
+    At row i the root is y_i; node (a1..ad) is right iff rank a_j of head j at i names y_{i+j} for all j <= d; the
+    step brings 1 + the deepest right depth tokens.
+    """
+    topk = max(tree.topk for tree in trees)
+    if not topk or not len(features.tokens):
+        return [1.0 for _ in trees]
+    right, _ = _right_ranks(heads, features, topk)
+    return [_walk(_advance(right, tree), features.lengths) for tree in trees]
+
+
+def _advance(right: Tensor, tree: Tree) -> list[int]:
+    """[K, T, k] -> 1 + the deepest right depth at every row."""
+    rows = right.shape[1]
+    good: dict[tuple[int, ...], Tensor] = {(): torch.ones(rows, dtype=torch.bool, device=right.device)}
+    depth = torch.zeros(rows, dtype=torch.long, device=right.device)
+    for path in tree.paths:
+        good[path] = good[path[:-1]] & right[len(path) - 1, :, path[-1]]
+        depth = torch.maximum(depth, good[path].long() * len(path))
+    advance: list[int] = (depth + 1).tolist()
+    return advance
+
+
+def _walk(advance: Sequence[int], lengths: Sequence[int]) -> float:
+    tokens = steps = start = 0
+    for length in lengths:
+        at = 0
+        while at < length - 1:
+            at += advance[start + at]
+            steps += 1
+        tokens += max(length - 1, 0)
+        start += length
+    return tokens / steps if steps else 1.0
+
+
+@torch.inference_mode()
+def cost_curve(
+    runner: EagerRunner,
+    heads: Heads | None,
+    context: int,
+    *,
+    widths: Sequence[int] = WIDTHS,
+    repeats: int = 3,
+    clock: ClockName = "wall",
+) -> CostCurve:
+    """Time one forward pass per width after `context` tokens, and one draft; the smallest of `repeats` each."""
+    base = runner.base
+    room = base.depth_room(0)
+    context = max(1, min(context, room - 4))
+    h, _ = runner.prefill([index % base.vocab for index in range(context)])
+    points = []
+    for width in sorted(set(widths) | {1}):
+        tree = ROOT_ONLY if width == 1 else _of_width(width)
+        tokens = torch.zeros(tree.nodes, dtype=torch.long, device=base.device)
+        points.append((width, 1000 * _least_s(lambda: _undone(runner, tokens, tree), repeats, clock, runner)))  # noqa: B023
+    draft_ms = 0.0
+    if heads is not None:
+        drafter, tree = HeadDrafter(heads), chain(heads.spec.heads)
+        draft_ms = 1000 * _least_s(lambda: drafter.propose(h, 0, (), tree), repeats, clock, runner)
+    return CostCurve(context, clock, tuple(points), draft_ms)
+
+
+def _of_width(nodes: int) -> Tree:
+    """A tree of exactly `nodes` nodes; its shape hardly matters for the cost, its width does."""
+    return full((nodes - 1,)) if nodes <= 4 else full((3, nodes)).first(nodes)
+
+
+def _undone(runner: EagerRunner, tokens: Tensor, tree: Tree) -> None:
+    """One forward pass, then the cache as before: keep only the root, and cut that off as well."""
+    runner.forward(tokens, tree)
+    runner.keep((0,))
+    runner.cache.crop(-1)
+    runner.length -= 1
+
+
+def _least_s(call: Callable[[], object], repeats: int, clock: ClockName, runner: EagerRunner) -> float:
+    call()
+    now = time.perf_counter if clock == "wall" else time.process_time
+    seconds = []
+    for _ in range(repeats):
+        if runner.base.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = now()
+        call()
+        if runner.base.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(now() - started)
+    return min(seconds)
+
+
+def choose_tree(heads: Heads, features: Features, cost: CostCurve, widths: Sequence[int] = WIDTHS) -> Choice:
+    """argmax over widths of simulated tokens per step / overhead; below a gain of 1.02 do not speculate.
+
+    The tree of the best speculating width is returned either way, so that it can be measured honestly.
+    """
+    shares = accuracy(heads, features).shares
+    trees = [greedy_tree(shares, width) for width in sorted(set(widths)) if width > 1]
+    candidates = list(zip(trees, simulate_each(heads, features, trees), strict=True))
+    tree, expected = max(candidates, key=lambda pair: pair[1] / cost.overhead(pair[0].nodes))
+    overhead = cost.overhead(tree.nodes)
+    gain = expected / overhead
+    return Choice(tree, expected, overhead, gain, gain >= LEAST_GAIN)

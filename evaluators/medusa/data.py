@@ -1,0 +1,174 @@
+"""Training data: the base model's own greedy answers and the hidden states that predicted them.
+
+Heads learn what this model says, not what somebody else wrote (self-distillation, arXiv 2401.10774, section 2.3.2).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa.adapters import Base
+
+LEAST_AGREEMENT = 0.995
+NEAR_TIE = 1e-2
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A prompt and the model's greedy answer y_1..y_N (a stop id is kept); hidden[i-1] [H] predicted y_i."""
+
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Rows of several answers one after another: hidden [T, H] float32, tokens [T], lengths of the answers."""
+
+    hidden: Tensor
+    tokens: Tensor
+    lengths: tuple[int, ...]
+
+    def labels(self, heads: int) -> Tensor:
+        """[K, T]: head k at row i is to guess y_{i+k}; -100 where the answer has ended by then."""
+        total = len(self.tokens)
+        left = torch.cat([torch.arange(n - 1, -1, -1) for n in self.lengths]) if self.lengths else torch.zeros(0)
+        left = left.to(self.tokens.device)
+        labels = torch.full((heads, total), IGNORED, dtype=torch.long, device=self.tokens.device)
+        for k in range(1, heads + 1):
+            here = (left >= k).nonzero().squeeze(-1)
+            labels[k - 1, here] = self.tokens[here + k]
+        return labels
+
+
+def gather(base: Base, dialogues: Sequence[Dialogue]) -> Features:
+    """The features of answers whose states were kept while they were generated."""
+    hidden = [dialogue.hidden for dialogue in dialogues] or [torch.zeros(0, base.hidden)]
+    tokens = [token for dialogue in dialogues for token in dialogue.output]
+    return Features(
+        torch.cat(hidden).float().to(base.device),
+        torch.tensor(tokens, dtype=torch.long, device=base.device),
+        tuple(len(dialogue.output) for dialogue in dialogues),
+    )
+
+
+@torch.no_grad()
+def self_distil(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch: int = 32,
+    deadline: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Dialogue]:
+    """Greedy answers to `prompts` (token ids) in order, until all are done or `deadline` (time.monotonic) passes.
+
+    Answers cut by the deadline are kept as far as they came; prompts never begun are absent. `progress` gets
+    (prompts done, prompts). Rows are kept as they are generated: a forward pass per answer is not paid twice.
+    """
+    done: list[Dialogue] = []
+    for start in range(0, len(prompts), batch):
+        if deadline is not None and done and time.monotonic() >= deadline:
+            break
+        done += _answer(base, prompts[start : start + batch], max_new_tokens, deadline)
+        if progress is not None:
+            progress(len(done), len(prompts))
+    return done
+
+
+def _answer(base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: float | None) -> list[Dialogue]:
+    longest = max(len(prompt) for prompt in prompts)
+    if base.max_positions is not None:
+        limit = max(1, min(limit, base.max_positions - longest))
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padding on the left: every answer starts in the last column
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    ids, mask = ids.to(base.device), mask.to(base.device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache = base.new_cache()
+    outputs: list[list[int]] = [[] for _ in prompts]
+    states: list[list[Tensor]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    while True:
+        hidden, logits = base.run(
+            ids, last_only=True, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        following = logits[:, -1].argmax(-1)
+        for row, token, state in zip(alive, following.tolist(), hidden[:, -1], strict=True):
+            outputs[row].append(token)
+            states[row].append(state)
+        going = [at for at, row in enumerate(alive) if outputs[row][-1] not in base.stop_ids]
+        late = deadline is not None and time.monotonic() >= deadline
+        if not going or len(outputs[alive[going[0]]]) >= limit or late:
+            break
+        if len(going) < len(alive):
+            chosen = torch.tensor(going, device=base.device)
+            cache.batch_select_indices(chosen)
+            mask, positions, following = mask[chosen], positions[chosen], following[chosen]
+            alive = [alive[at] for at in going]
+        ids, positions = following[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=-1)
+    return [
+        Dialogue(tuple(prompt), tuple(output), torch.stack(rows))
+        for prompt, output, rows in zip(prompts, outputs, states, strict=True)
+    ]
+
+
+@torch.no_grad()
+def replay(base: Base, dialogue: Dialogue) -> tuple[Tensor, float, float]:
+    """One unpadded teacher-forced pass over a dialogue.
+
+    Returns its rows h_1..h_N [N, H], the share of y_i that are the argmax there or tie with it, and the largest
+    difference to the kept rows, relative to their spread.
+    """
+    text = torch.tensor([[*dialogue.prompt, *dialogue.output[:-1]]], device=base.device)
+    hidden, _ = base.run(text, project=False, use_cache=False)
+    rows = hidden[0, len(dialogue.prompt) - 1 :]
+    logits = base.logits(rows).float()
+    said = torch.tensor(dialogue.output, device=base.device)
+    behind = logits.max(-1).values - logits.gather(-1, said[:, None])[:, 0]
+    kept = dialogue.hidden.to(rows)
+    difference = float((rows - kept).abs().max() / kept.std().clamp_min(1e-6))
+    return rows, float((behind <= NEAR_TIE).float().mean()), difference
+
+
+def check(base: Base, dialogues: Sequence[Dialogue], sample: int = 2) -> float:
+    """Replay the first `sample` answers and return the share of agreeing tokens; too little is an error.
+
+    Padding or positions gone wrong would show here and nowhere else: heads would train, and be useless.
+    """
+    picked = [dialogue for dialogue in dialogues if dialogue.output][:sample]
+    tokens = sum(len(dialogue.output) for dialogue in picked)
+    agreed = sum(replay(base, dialogue)[1] * len(dialogue.output) for dialogue in picked)
+    share = agreed / tokens if tokens else 1.0
+    if share < LEAST_AGREEMENT:
+        raise EvaluationError(
+            "SPEED_CHECK_FAILED",
+            f"Only {share:.1%} of the tokens this model generated in a batch are its own choice when replayed.",
+            "The model does not take left padding; evaluate it without the speed check.",
+        )
+    return share
+
+
+def distinct_4grams(tokens: Sequence[int]) -> float:
+    """Share of 4-grams that are different from each other; 1.0 for texts shorter than 8 tokens."""
+    if len(tokens) < 8:
+        return 1.0
+    grams = [tuple(tokens[at : at + 4]) for at in range(len(tokens) - 3)]
+    return len(set(grams)) / len(grams)
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Looping text inflates tokens per step, so it is flagged."""
+    return distinct_4grams(tokens) < 0.5

@@ -1,0 +1,239 @@
+"""Decoding: one loop for plain and for Medusa, so that neither can be favoured.
+
+Invariant before a step: the cache holds exactly x[0..L-1]; `root` = x[L] is emitted but not cached; `h` is the state
+at L-1. A step drafts from h, verifies all nodes of the tree in one forward pass, accepts one path, compacts the cache
+to it and emits the accepted tokens and the next root. Plain decoding is the same step with a tree of the root alone.
+
+Reference: Medusa, arXiv 2401.10774, sections 2.1.2 and 2.3.1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa.acceptance import GREEDY, Rule
+from evaluators.medusa.adapters import EagerRunner
+from evaluators.medusa.tree import ROOT_ONLY, Tree
+
+Finish = Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When to stop: after `max_new_tokens`, or after the first of `stop_ids` (which is emitted)."""
+
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+
+
+class Drafter(Protocol):
+    """Guesses the tokens of a tree. Heads, prompt lookup, an oracle and an adversary all fit."""
+
+    def propose(self, h: Tensor, root: int, seen: Sequence[int], tree: Tree) -> Tensor:
+        """h [H] is the state that predicted `root`; `seen` is all text up to and with the root.
+
+        Returns token ids [m] for nodes 1..m of the tree, m <= nodes - 1; fewer means a smaller tree this step.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds on the wall and of this process's CPUs."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one generation did. `emitted[i]` tokens came out of step i; the prefill emits one token more."""
+
+    tokens: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    paths: list[tuple[int, ...]] = field(default_factory=list)
+    finish: Finish = "length"
+    prefill: Clock = field(default_factory=Clock)
+    decode: Clock = field(default_factory=Clock)
+    draft_s: float = 0.0
+    forward_s: float = 0.0
+    accept_s: float = 0.0
+    hidden: list[Tensor] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Forward passes after the prefill."""
+        return len(self.emitted)
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens after the prefill's one, per forward pass; None if the prefill already ended it."""
+        return (len(self.tokens) - 1) / self.steps if self.steps else None
+
+
+def plain(
+    runner: EagerRunner, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY, *, keep_hidden: bool = False
+) -> Trace:
+    """One token per step. With `keep_hidden` the state that predicted each emitted token is kept, [H] each."""
+    return _run(runner, None, ROOT_ONLY, ids, limits, rule, keep_hidden)
+
+
+def medusa(
+    runner: EagerRunner, drafter: Drafter, tree: Tree, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY
+) -> Trace:
+    """Draft, verify, accept. Greedy acceptance gives the tokens of `plain`, one for one, in float32."""
+    return _run(runner, drafter, tree, ids, limits, rule, False)
+
+
+def _run(
+    runner: EagerRunner,
+    drafter: Drafter | None,
+    tree: Tree,
+    ids: Sequence[int],
+    limits: Limits,
+    rule: Rule,
+    keep_hidden: bool,
+) -> Trace:
+    trace = Trace()
+    for _ in stream(runner, drafter, tree, ids, limits, rule, trace=trace, keep_hidden=keep_hidden):
+        pass
+    return trace
+
+
+@torch.inference_mode()
+def stream(
+    runner: EagerRunner,
+    drafter: Drafter | None,
+    tree: Tree,
+    ids: Sequence[int],
+    limits: Limits,
+    rule: Rule = GREEDY,
+    *,
+    trace: Trace,
+    keep_hidden: bool = False,
+) -> Iterator[list[int]]:
+    """Yield the tokens of the prefill, then of each step, as they are decided; `trace` is filled on the way."""
+    if not ids or limits.max_new_tokens < 1:
+        raise ValueError("decoding needs at least one prompt token and one token to generate")
+    with _timed(trace.prefill, runner.base.device):
+        h, logits = runner.prefill(ids)
+        _require_finite(logits, 0)
+        root = rule.pick(logits, len(ids))
+    seen = [*ids, root]
+    trace.tokens.append(root)
+    if keep_hidden:
+        trace.hidden.append(h)
+    yield [root]
+    trees = _Shapes(tree)
+    while not _finished(trace, runner, limits):
+        with _timed(trace.decode, runner.base.device):
+            remaining = limits.max_new_tokens - len(trace.tokens)
+            room = min(remaining - 1, runner.base.depth_room(runner.length))
+            h, block = _step(runner, drafter, trees.at(room), h, seen, rule, trace)
+            block = _truncate(block, remaining, limits.stop_ids)
+        seen += block
+        trace.tokens += block
+        trace.emitted.append(len(block))
+        if keep_hidden:
+            trace.hidden.append(h)
+        yield block
+
+
+def _step(
+    runner: EagerRunner,
+    drafter: Drafter | None,
+    tree: Tree,
+    h: Tensor,
+    seen: list[int],
+    rule: Rule,
+    trace: Trace,
+) -> tuple[Tensor, list[int]]:
+    """One forward pass. Returns the state of the last accepted node [H] and the tokens it brought."""
+    started = time.perf_counter()
+    tokens = torch.tensor(seen[-1:], device=runner.base.device)
+    if drafter is not None and tree.nodes > 1:
+        drafted = drafter.propose(h, seen[-1], seen, tree)
+        tree = tree.first(len(drafted) + 1)
+        tokens = torch.cat([tokens, drafted])
+    drafted_at = time.perf_counter()
+    hidden, logits = runner.forward(tokens, tree)
+    _require_finite(logits, trace.steps + 1)
+    forwarded_at = time.perf_counter()
+    names = tokens.tolist() if tree.nodes > 1 else seen[-1:]
+    path, following = rule.accept(tree, names, logits, runner.length)
+    runner.keep(path)
+    trace.paths.append(path)
+    trace.draft_s += drafted_at - started
+    trace.forward_s += forwarded_at - drafted_at
+    trace.accept_s += time.perf_counter() - forwarded_at
+    return hidden[path[-1]], [*(names[node] for node in path[1:]), following]
+
+
+class _Shapes:
+    """The tree cut to what room is left, each cut made once."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._full = tree
+        self._cut: dict[int, Tree] = {}
+
+    def at(self, depth: int) -> Tree:
+        if depth >= self._full.max_depth:
+            return self._full
+        if depth not in self._cut:
+            self._cut[depth] = self._full.shallow(depth)
+        return self._cut[depth]
+
+
+def _truncate(block: list[int], remaining: int, stop_ids: frozenset[int]) -> list[int]:
+    for index, token in enumerate(block):
+        if token in stop_ids:
+            return block[: min(index + 1, remaining)]
+    return block[:remaining]
+
+
+def _finished(trace: Trace, runner: EagerRunner, limits: Limits) -> bool:
+    last = runner.base.last_position()
+    if trace.tokens[-1] in limits.stop_ids:
+        trace.finish = "stop"
+    elif len(trace.tokens) >= limits.max_new_tokens:
+        trace.finish = "length"
+    elif last is not None and runner.length > last:
+        trace.finish = "context"
+    else:
+        return False
+    return True
+
+
+def _require_finite(logits: Tensor, step: int) -> None:
+    # max() hands a NaN through, so one number tells for the whole tensor.
+    if not bool(torch.isfinite(logits.max())):
+        raise EvaluationError(
+            "SPEED_CHECK_FAILED",
+            f"The model's logits hold NaN or infinity at decoding step {step}.",
+            "Look at the merged weights: a source or the merge itself is not finite.",
+        )
+
+
+class _timed:
+    """Adds the block's seconds to a clock; on a GPU the queue is drained first and last."""
+
+    def __init__(self, clock: Clock, device: torch.device) -> None:
+        self._clock, self._cuda = clock, device.type == "cuda"
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._clock.wall_s += time.perf_counter() - self._wall
+        self._clock.cpu_s += time.process_time() - self._cpu

@@ -1,0 +1,49 @@
+"""Who guesses: trained heads, or the text itself (prompt lookup)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evaluators.medusa.heads import Heads
+from evaluators.medusa.tree import Tree
+
+
+class HeadDrafter:
+    """The heads' ranks, laid out on the nodes of the tree."""
+
+    def __init__(self, heads: Heads) -> None:
+        self.heads = heads
+        self._picks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+
+    def propose(self, h: Tensor, root: int, seen: Sequence[int], tree: Tree) -> Tensor:
+        if tree.paths not in self._picks:
+            tree.check_fits(self.heads.spec.heads)
+            self._picks[tree.paths] = torch.tensor(tree.pick, device=h.device)
+        ranks = self.heads.ranks(h[None], torch.tensor([root], device=h.device), tree.topk)
+        return ranks[:, 0].reshape(-1)[self._picks[tree.paths]]
+
+
+class PromptLookup:
+    """What followed the last occurrence of the newest words: 3-gram first, then 2-gram, latest match.
+
+    Needs a chain. Reference: prompt lookup decoding, as in transformers' `prompt_lookup_num_tokens`.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
+
+    def propose(self, h: Tensor, root: int, seen: Sequence[int], tree: Tree) -> Tensor:
+        found: Sequence[int] = ()
+        for size in (3, 2):
+            tail = list(seen[-size:])
+            starts = range(len(seen) - size - 1, -1, -1)
+            start = (
+                next((at for at in starts if list(seen[at : at + size]) == tail), None) if len(seen) > size else None
+            )
+            if start is not None:
+                found = seen[start + size : start + size + tree.max_depth]
+                break
+        return torch.tensor(list(found), dtype=torch.long, device=self._device)
