@@ -1,0 +1,262 @@
+"""The demo: the bot's main job on this machine, with a Hub of its own. No account, no token from outside, no GPU.
+
+    DIR/hub/      the local Hub's repos            DIR/bot/     the bot's database, caches and scratch
+    DIR/family/   base, two parents, their skills  DIR/port     the Hub's port, kept so that links stay valid
+    DIR/token     the bot's write token for that Hub, made at the first run
+
+Everything that is made is kept: a second run finds the models trained, the requests known and nothing to publish.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from bot import screens
+from bot.demo import base, parents, skills
+from bot.errors import Failed
+from bot.job import ENDED, Job, Stage, stage
+from bot.settings import Settings, activate
+
+REQUESTER = "visitor"
+BOT = "mergebot"
+FAMILY = base.REPO.partition("/")[0]
+SPEED_BUDGET_S = 55.0
+WATCH_S = 0.2
+SUITE = "demo"
+
+
+def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None:
+    """Run the walk in `directory`, show it, write `report`, then serve the Space at `port` unless `once`."""
+    started, seconds = time.monotonic(), {}
+    directory.mkdir(parents=True, exist_ok=True)
+    directory = directory.resolve()
+    with screens.progress() as shown:
+        folders = _family(directory / "family", shown, seconds)
+    token = _token(directory / "token")
+    with _local_hub(directory, token, seconds, folders) as address:
+        settings = _settings(directory, address)
+        activate(settings)
+        jobs = _walk(settings)
+        seconds["total"] = time.monotonic() - started
+        made = _report(jobs, settings, seconds)
+        _show(jobs, made, settings)
+        if report is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(json.dumps(made, indent=1) + "\n")
+            screens.console.print(f"The report is in {escape(str(report))}.")
+        if not once:
+            _serve(port)
+
+
+def _family(folder: Path, shown: screens.Show, seconds: dict[str, float]) -> dict[str, Path]:
+    """Base, parents and skill datasets as `models/ns/name` and `datasets/ns/name` folders to put on the Hub."""
+    began = time.monotonic()
+    found = {base.REPO: base.build(folder, lambda done, total, what: shown("Base model", done, total))}
+    seconds["base"] = time.monotonic() - began
+    began = time.monotonic()
+    for skill in skills.ALL:
+        repo, what = f"{FAMILY}/smollm2-135m-{skill.name}", f"Training the parent for {skill.name}"
+        out = folder / f"smollm2-135m-{skill.name}"
+        found[repo] = parents.train(
+            found[base.REPO], skill, out, lambda done, total, loss, what=what: shown(what, done, total)
+        )
+    seconds["parents"] = time.monotonic() - began
+    return found
+
+
+@contextmanager
+def _local_hub(directory: Path, token: str, seconds: dict[str, float], folders: dict[str, Path]) -> Iterator[str]:
+    """The Hub, filled and listening; yields its address."""
+    from bot.localhub import add_user, seed
+    from bot.localhub.serve import listen
+
+    began, root = time.monotonic(), directory / "hub"
+    add_user(root, BOT, token, role="write")
+    add_user(root, REQUESTER, None)
+    content = directory / "family" / "content"
+    for repo, folder in folders.items():
+        _link(folder, content / "models" / repo)
+    for name, folder in skills.write(content / "datasets" / BOT).items():
+        assert folder.name == name
+    for name in ("README.md", "mergekit_config.yml"):
+        target = content / "models" / REQUESTER / "skills-averaged" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(_text(f"card/{name}"))
+    seed(root, content)
+    ready = threading.Event()
+    server, listener = listen(root, "127.0.0.1", _port(directory / "port"), lambda url: ready.set())
+    (directory / "port").write_text(str(listener.getsockname()[1]))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    if not ready.wait(30):
+        raise Failed(
+            "HUB_UNAVAILABLE", "The local Hub did not start within 30 s.", "Look for what else keeps this machine busy."
+        )
+    seconds["hub"] = time.monotonic() - began
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def _link(folder: Path, target: Path) -> None:
+    """The files of `folder` under another name without a second copy of the weights."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            (target / file.name).hardlink_to(file)
+
+
+def _port(file: Path) -> int:
+    """The port of the last run if it is free again, else any."""
+    import socket
+
+    try:
+        wanted = int(file.read_text())
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", wanted))
+        return wanted
+    except (OSError, ValueError):
+        return 0
+
+
+def _token(file: Path) -> str:
+    """The bot's write token for the local Hub, readable by its owner only."""
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(f"hf_{secrets.token_hex(17)}")
+    return file.read_text()
+
+
+def _settings(directory: Path, address: str) -> Settings:
+    return Settings(
+        home=directory / "bot",
+        hub=address,
+        namespace=BOT,
+        publish_token_file=directory / "token",
+        poll_s=2.0,
+        tick_s=0.5,
+        suite=SUITE,
+        speed_budget_s=SPEED_BUDGET_S,
+        speed_questions=6,
+        speed_new_tokens=32,
+    )
+
+
+def _walk(settings: Settings) -> list[Job]:
+    """One request through each door, followed to its end. The first job is the form's."""
+    from bot import intake
+    from bot.request import EvaluateOptions, from_form
+    from bot.scheduler import Scheduler
+
+    scheduler = Scheduler(settings)
+    options = EvaluateOptions(suite=SUITE, speed="medusa")
+    request = from_form(REQUESTER, _text("form.yml"), "both-skills", options)
+    form = intake.take(request, scheduler.hub, scheduler.queue, settings)
+    scheduler.start()
+    try:
+        with screens.progress() as shown:
+            jobs = _follow(scheduler, form.id, shown)
+        scheduler.tell()  # the board holds the last merge before anybody looks at it
+    finally:
+        scheduler.stop()
+    return jobs
+
+
+def _follow(scheduler: Any, form: str, shown: screens.Show) -> list[Job]:
+    """Show every job's progress until the form's and the card's have ended."""
+    pause = threading.Event()
+    while True:
+        jobs = sorted(scheduler.queue.jobs(), key=lambda job: (job.id != form, job.submitted_at))
+        now = datetime.now(UTC)
+        for job in jobs:
+            if job.progress is not None and job.progress.total > 0:
+                name = f"{job.request.name}: {job.progress.text.partition(' ')[0].lower()}"
+                shown(f"{name} {job.progress.text.partition(' ')[2]}"[:44], job.progress.done, job.progress.total)
+        refused = [refusal for request, job, refusal in scheduler.queue.unanswered() if refusal]
+        if refused:
+            raise Failed(
+                refused[0]["code"], f"The demo's card was refused: {refused[0]['message']}", refused[0]["next"]
+            )
+        if len(jobs) > 1 and all(stage(job, now) in ENDED for job in jobs):
+            return jobs
+        pause.wait(WATCH_S)
+
+
+def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float]) -> dict[str, Any]:
+    """The form's merge in full, and every request's end. Raises Failed when a request did not end published."""
+    from pydantic import TypeAdapter
+
+    from bot import leaderboard
+    from bot.hub import Hub
+    from bot.job import Evaluation, Merge
+
+    for job in jobs:
+        if stage(job, datetime.now(UTC)) is not Stage.PUBLISHED:
+            last = job.failures[-1]
+            raise Failed(last.code, f"{job.request.name} was not published: {last.sentence}", last.next_step)
+    first = jobs[0]
+    assert first.merge and first.evaluation and first.publication
+    evaluation = TypeAdapter(Evaluation).dump_python(first.evaluation, mode="json")
+    rows = leaderboard.read(Hub(settings.hub), settings)
+    stages = {"merge": first.merge.seconds, "evaluate": first.evaluation.seconds, "publish": first.publication.seconds}
+    return {
+        "recipe": json.loads(first.recipe),
+        "plan": dict(first.plan),
+        "merge": TypeAdapter(Merge).dump_python(first.merge, mode="json"),
+        "evaluation": {"merged": evaluation["merged"], "parents": evaluation["sources"]},
+        "decode_speed": evaluation["decode_speed"],
+        "publication": {"repo": first.publication.repo, "commit": first.publication.commit},
+        "leaderboard": [asdict(row) for row in rows],
+        "requests": [
+            {"origin": job.request.origin.value, "name": job.request.name, "repo": job.publication.repo}
+            for job in jobs
+            if job.publication
+        ],
+        "seconds": {name: round(value, 2) for name, value in {**seconds, **stages}.items()},
+    }
+
+
+def _show(jobs: list[Job], made: dict[str, Any], settings: Settings) -> None:
+    evaluations = {}
+    for job in jobs:
+        assert job.evaluation and job.publication
+        for name, evaluation in reversed(job.evaluation.sources.items()):
+            evaluations.setdefault(name.partition("@")[0], evaluation)
+        if job.evaluation.merged:
+            evaluations[f"{job.publication.repo} ({job.plan['method']})"] = job.evaluation.merged
+    screens.scores(evaluations)
+    speed = made["decode_speed"]
+    if speed is not None:
+        screens.console.print(escape(str(speed["sentence"])))
+    for row in made["leaderboard"]:
+        screens.console.print(f"[green]published[/green] {escape(row['repo_url'])}")
+    took = ", ".join(f"{name} {value:.0f} s" for name, value in made["seconds"].items())
+    screens.console.print(f"[dim]{took}[/dim]")
+
+
+def _text(name: str) -> str:
+    return importlib.resources.files("bot.demo").joinpath("texts", name).read_text()
+
+
+def _serve(port: int) -> None:
+    import uvicorn
+
+    screens.console.print(f"[bold]The Space is at http://127.0.0.1:{port}[/bold]  (Ctrl-C ends it)")
+    uvicorn.run("space.app:create", factory=True, host="127.0.0.1", port=port, log_level="warning")

@@ -1,0 +1,116 @@
+"""Who may import whom, and one home for each kind of I/O: the rules of the house, read from the code itself."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PACKAGES = ("bot", "evaluators", "space")
+
+# package -> what of ours it may import
+MAY_IMPORT = {
+    "space": ("space", "bot", "evaluators"),
+    "bot": ("bot", "evaluators"),
+    "evaluators": ("evaluators",),
+}
+# library -> the only places that import it
+HOMES = {
+    "huggingface_hub": ("bot/hub/",),
+    "sqlalchemy": ("bot/queue/",),
+    "gradio": ("space/",),
+    "subprocess": ("bot/executors/", "bot/worker.py", "evaluators/harness.py"),
+    "yaml": (
+        "bot/request.py",
+        "bot/merge/recipe.py",
+        "bot/merge/classic.py",
+        "bot/card.py",
+        "bot/localhub/metadata.py",
+    ),
+    "apscheduler": ("bot/scheduler.py",),
+    "lm_eval": ("evaluators/",),
+}
+# processes that serve strangers or hold the token start without these
+HEAVY = ("torch", "transformers", "lm_eval")
+LIGHT_MODULES = (
+    "bot.queue",
+    "bot.scheduler",
+    "bot.publish",
+    "bot.intake",
+    "bot.leaderboard",
+    "bot.card",
+    "bot.cli",
+    "space.app",
+)
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for package in PACKAGES:
+        for path in sorted((REPO / package).rglob("*.py")):
+            yield path.relative_to(REPO).as_posix(), ast.parse(path.read_text())
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module
+
+
+def test_imports_go_one_way() -> None:
+    wrong = [
+        f"{path} imports {name}"
+        for path, tree in sources()
+        for name in imports(tree)
+        if name.partition(".")[0] in PACKAGES and name.partition(".")[0] not in MAY_IMPORT[path.partition("/")[0]]
+    ]
+    assert wrong == []
+
+
+def test_the_merge_engine_knows_nothing_of_the_bot_but_its_errors() -> None:
+    wrong = [
+        f"{path} imports {name}"
+        for path, tree in sources()
+        if path.startswith("bot/merge/")
+        for name in imports(tree)
+        if name.startswith("bot.") and not name.startswith(("bot.merge", "bot.errors"))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("library", sorted(HOMES))
+def test_each_kind_of_io_has_one_home(library: str) -> None:
+    wrong = [
+        path
+        for path, tree in sources()
+        if any(name.partition(".")[0] == library for name in imports(tree)) and not path.startswith(HOMES[library])
+    ]
+    assert wrong == []
+
+
+def test_only_settings_touch_the_environment() -> None:
+    def touches(tree: ast.Module) -> bool:
+        return any(isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") for node in ast.walk(tree))
+
+    wrong = [path for path, tree in sources() if path != "bot/settings.py" and touches(tree)]
+    assert wrong == []
+
+
+def test_no_catch_all_names_and_no_file_without_end() -> None:
+    names = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py", "manager.py"}
+    files = [REPO / path for path, _ in sources()]
+    assert [file for file in files if file.name in names] == []
+    assert [file for file in files if len(file.read_text().splitlines()) > 400] == []
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_processes_that_serve_or_publish_start_without_torch(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True)
+    assert done.stdout.strip() == "[]"
