@@ -1,0 +1,9 @@
+"""The Hub: the only importer of huggingface_hub. Callers see values of ours and `bot.errors`, nothing of the library.
+
+Import it after `bot.settings.activate`: the library reads its settings when it is imported.
+"""
+
+from bot.hub.client import Hub, PinnedRepo, User, check_repo_id
+from bot.hub.files import FileFact, RepoFiles
+
+__all__ = ["FileFact", "Hub", "PinnedRepo", "RepoFiles", "User", "check_repo_id"]

@@ -1,0 +1,297 @@
+"""The Hub as the bot uses it: our own values in, our own values out, every failure a bot.errors exception.
+
+The address is explicit in every call and the token is the one given here or none: nothing is taken from the machine.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import disable_progress_bars
+
+from bot.errors import Refused, Transient
+from bot.hub import threads
+from bot.hub.files import DOWNLOAD_LIMIT_BYTES, FileFact, Progress, RepoFiles, download, read_tree, stream
+from bot.hub.transport import LIVE_HUB, Absent, Line
+
+# Progress is reported through our own callbacks; the library's bars would be drawn over them.
+disable_progress_bars()
+
+T = TypeVar("T")
+Content = bytes | Path
+_ID = re.compile(r"[\w\-.]{1,96}/[\w\-.]{1,96}", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedRepo:
+    """A repo at one commit. `licence` is the card's at that commit; None when it names none or several."""
+
+    repo: str
+    revision: str
+    tags: tuple[str, ...]
+    licence: str | None
+    private: bool
+    gated: bool
+    last_modified: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    name: str
+    orgs: tuple[str, ...]
+
+
+def check_repo_id(repo: str) -> str:
+    """`owner/name`, or Refused NOT_A_REPO_ID (safety.md 4.3): asked before anything else looks at the text."""
+    if not _ID.fullmatch(repo) or "--" in repo or ".." in repo or repo.endswith(".git"):
+        raise Refused(
+            "NOT_A_REPO_ID",
+            "That is not the name of a repo.",
+            "Write owner/name, not an address or a path.",
+            value=repo,
+        )
+    return repo
+
+
+class Hub:
+    """One Hub at one address, with one token or none. `deadline_s` bounds each call, repeats included."""
+
+    def __init__(
+        self, endpoint: str, token: str | None = None, cache: Path | None = None, *, deadline_s: float = 120.0
+    ) -> None:
+        self.endpoint = endpoint.rstrip("/")
+        self.cache = cache
+        self._line = Line(self.endpoint, deadline_s)
+        # token=False: never a token that happens to lie on this machine
+        self._api = HfApi(endpoint=self.endpoint, token=token or False)
+        self._user: User | None = None
+
+    # -- reading
+
+    def whoami(self) -> User:
+        """Owner of the token; asked once, because the Hub limits this call strictly."""
+        if self._user is None:
+            facts = self._line.ask("our token", self._api.whoami)
+            self._user = User(facts["name"], tuple(org["name"] for org in facts.get("orgs", ())))
+        return self._user
+
+    def resolve(self, repo: str, revision: str | None = None, repo_type: str = "model") -> PinnedRepo:
+        """Pin a name to a commit. Raises Refused SOURCE_NOT_FOUND, SOURCE_GATED, NOT_A_REPO_ID."""
+        check_repo_id(repo)
+        about = repo if revision is None else f"{repo}@{revision}"
+
+        def deed() -> PinnedRepo:
+            return _pinned(self._api.repo_info(repo, revision=revision, repo_type=repo_type))
+
+        return self._line.ask(about, deed)
+
+    def files(self, repo: str, revision: str, repo_type: str = "model") -> RepoFiles:
+        """The files at a commit, read by HTTP range. Refuses a revision that is not a full commit id."""
+        return RepoFiles(self._api, self._line, check_repo_id(repo), _commit_id(revision), repo_type)
+
+    def tree(self, repo: str, revision: str, repo_type: str = "model") -> dict[str, FileFact]:
+        """path -> (size, sha256 of a large file or None, git blob id)."""
+        return read_tree(self._api, self._line, check_repo_id(repo), revision, repo_type)
+
+    def read_text(self, repo: str, revision: str, path: str, limit_bytes: int, repo_type: str = "model") -> str | None:
+        """A small text at a commit, None when absent; Refused DOWNLOAD_TOO_LARGE beyond the limit."""
+        files = self.files(repo, revision, repo_type)
+
+        def deed() -> bytes:
+            with stream(self._api, files, path, 0, limit_bytes + 1, whole=True) as chunks:
+                return b"".join(chunks)
+
+        try:
+            data = self._line.ask(f"{path} of {files}", deed)
+        except Absent:
+            return None
+        if len(data) > limit_bytes:
+            raise Refused(
+                "DOWNLOAD_TOO_LARGE", f"{path} of {files} is larger than {limit_bytes} bytes.", "Make it shorter."
+            )
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Refused("REQUEST_INVALID", f"{path} of {files} is not UTF-8 text.", "Save it as UTF-8.") from error
+
+    def download(
+        self,
+        repo: str,
+        revision: str,
+        into: Path,
+        *,
+        progress: Progress | None = None,
+        limit_bytes: int = DOWNLOAD_LIMIT_BYTES,
+    ) -> Path:
+        """The allowed files of a model at a commit, every one checked by hash, as the folder `into` (files.py).
+
+        `progress(done_bytes, total_bytes, file_name)`.
+        """
+        try:
+            return download(self.files(repo, revision), self._api, self._line, into, progress, limit_bytes)
+        except Absent as gone:
+            raise Refused(
+                "SOURCE_CHANGED_OR_GONE", f"{gone} is no longer there.", "Ask again with the repo as it is now."
+            ) from gone
+
+    def tagged(self, tag: str, repo_type: str = "model", limit: int | None = None) -> list[PinnedRepo]:
+        """Repos with a tag, most recently changed first. Licences are not part of this answer."""
+        fields = ["sha", "lastModified", "tags", "private", "gated", "disabled"]
+        lists: dict[str, Callable[..., Any]] = {"model": self._api.list_models, "dataset": self._api.list_datasets}
+
+        def deed() -> list[PinnedRepo]:
+            found = lists[repo_type](filter=tag, sort="last_modified", limit=limit, expand=fields)
+            return [_pinned(info) for info in found if not info.disabled]
+
+        return self._line.ask(f"the list of repos tagged {tag}", deed)
+
+    # -- writing: none of these is repeated blindly; the caller looks first (safety.md 6.2)
+
+    def create_private(self, repo: str, repo_type: str = "model") -> None:
+        """Make sure the repo exists; one that exists keeps its visibility (`make_public` and `resolve` tell)."""
+        check_repo_id(repo)
+        self._write(
+            repo, lambda: self._api.create_repo(repo, private=True, exist_ok=True, repo_type=repo_type), repeat=True
+        )
+
+    def head(self, repo: str, repo_type: str = "model") -> str | None:
+        """The commit of main, None when there is no such repo."""
+        try:
+            return self.resolve(repo, repo_type=repo_type).revision
+        except Refused as error:
+            if error.code == "SOURCE_NOT_FOUND":
+                return None
+            raise
+
+    def upload(self, repo: str, files: Mapping[str, Content], repo_type: str = "model") -> Iterator[str]:
+        """Send large contents ahead of the commit, one by one; yields each path once its content is on the Hub.
+
+        Contents are addressed by their hash, so repeating this costs nothing. Small files travel with the commit.
+        """
+        for path, content in files.items():
+
+            def deed(path: str = path, content: Content = content) -> None:
+                with ExitStack() as opened:
+                    addition = self._addition(opened, path, content)
+                    self._api.preupload_lfs_files(repo, [addition], repo_type=repo_type, free_memory=False)
+
+            self._write(f"{path} of {repo}", deed, repeat=True, deadline_s=_upload_time_s(content))
+            yield path
+
+    def commit(
+        self,
+        repo: str,
+        files: Mapping[str, Content],
+        *,
+        parent: str | None,
+        message: str,
+        description: str = "",
+        repo_type: str = "model",
+    ) -> str:
+        """All files in ONE commit on main -> its id. Refused PUBLISH_CONFLICT when main is not `parent` any more.
+
+        Files equal to the Hub's are left out by the client; when all are, the present head comes back unasked. Read the
+        tree back to know what stands there.
+        """
+
+        def deed() -> str:
+            with ExitStack() as opened:
+                return str(
+                    self._api.create_commit(
+                        repo,
+                        [self._addition(opened, path, content) for path, content in files.items()],
+                        commit_message=message,
+                        commit_description=description,
+                        parent_commit=parent,
+                        repo_type=repo_type,
+                    ).oid
+                )
+
+        time_s = sum(_upload_time_s(content) for content in files.values())
+        return self._write(repo, deed, deadline_s=time_s)
+
+    def make_public(self, repo: str, repo_type: str = "model") -> None:
+        """Open the repo to everybody, and look that it is open."""
+        self._write(
+            repo, lambda: self._api.update_repo_settings(repo, visibility="public", repo_type=repo_type), repeat=True
+        )
+        if self.resolve(repo, repo_type=repo_type).private:
+            raise Transient("HUB_UNAVAILABLE", f"{repo} is still private.", "It is tried again by itself.")
+
+    # -- discussions (threads.py)
+
+    def find_discussion(self, repo: str, title: str, repo_type: str = "model") -> int | None:
+        """Our own open or closed discussion with exactly this title."""
+        return threads.find(self._api, self._line, self.whoami().name, repo, title, repo_type)
+
+    def open_discussion(self, repo: str, title: str, text: str, repo_type: str = "model") -> int:
+        return threads.start(self._api, self._line, repo, title, text, repo_type)
+
+    def comment(self, repo: str, number: int, text: str, ref: str, repo_type: str = "model") -> None:
+        """Add a comment once: one of ours that already carries the line `ref` makes this a look-up only."""
+        threads.comment(self._api, self._line, self.whoami().name, repo, number, text, ref, repo_type)
+
+    def close_discussion(self, repo: str, number: int, text: str, ref: str, repo_type: str = "model") -> None:
+        """Close with a last comment, each of the two at most once."""
+        threads.close(self._api, self._line, self.whoami().name, repo, number, text, ref, repo_type)
+
+    # -- inside
+
+    def _write(self, about: str, deed: Callable[[], T], *, repeat: bool = False, deadline_s: float | None = None) -> T:
+        try:
+            return self._line.ask(about, deed, repeat=repeat, deadline_s=deadline_s)
+        except Refused as error:
+            if error.code != "HUB_FORBIDDEN":
+                raise
+            # safety.md 8.2: a token that lost its rights must not fail anybody's job
+            raise Transient(
+                "PUBLISHING_PAUSED", f"The Hub does not accept our token for {about}.",
+                "Publishing waits until the operator has renewed it.", retry_after_s=600,
+            ) from error  # fmt: skip
+
+    def _addition(self, opened: ExitStack, path: str, content: Content) -> CommitOperationAdd:
+        """Only the live Hub speaks Xet, and a client that tries it elsewhere does not fall back (hub.md 5.5): an open
+        file or a buffer instead of a path or bytes makes it take the plain way."""
+        if self.endpoint == LIVE_HUB:
+            return CommitOperationAdd(path, content)
+        if isinstance(content, Path):
+            return CommitOperationAdd(path, opened.enter_context(content.open("rb")))
+        return CommitOperationAdd(path, io.BytesIO(content))
+
+
+def _upload_time_s(content: Content) -> float:
+    """Two minutes, and a second for each megabyte."""
+    size = content.stat().st_size if isinstance(content, Path) else len(content)
+    return 120.0 + size / 1e6
+
+
+def _commit_id(revision: str) -> str:
+    if not _COMMIT.fullmatch(revision):
+        raise ValueError(f"{revision!r} is not a full commit id: resolve names first")
+    return revision
+
+
+def _pinned(info: Any) -> PinnedRepo:
+    """Our value from the library's. Missing fields are a defect of the answer, so they raise."""
+    if not _COMMIT.fullmatch(info.sha or ""):
+        raise ValueError("the answer names no commit")
+    card = getattr(info, "card_data", None)
+    licence = None if card is None else card.to_dict().get("license")
+    modified = info.last_modified
+    return PinnedRepo(
+        repo=info.id,
+        revision=info.sha,
+        tags=tuple(info.tags or ()),
+        licence=licence if isinstance(licence, str) else None,
+        private=bool(info.private),
+        gated=bool(info.gated),
+        last_modified=None if modified is None else modified.isoformat(),
+    )

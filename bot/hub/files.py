@@ -1,0 +1,331 @@
+"""Reading one repo at one commit: names, sizes and hashes, byte ranges, and whole files that were checked.
+
+Each small file is checked against its git blob id, each large one against its sha256, as the tree at the pinned commit
+names them; the client library itself compares sizes only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from bot.errors import Refused, Transient
+from bot.hub.transport import Away, Line, check_deadline
+
+# safety.md 5, row 1: what of a source is ever written to our disk. Only files at the top of the repo.
+ALLOWED = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "adapter_config.json",
+)  # fmt: skip
+INDEX = "model.safetensors.index.json"
+INDEX_LIMIT_BYTES = 8 << 20
+DOWNLOAD_LIMIT_BYTES = 120_000_000_000
+_CHUNK_BYTES = 1 << 20
+# A header reader asks for 8 bytes and then for the header: one request brings both.
+_FIRST_READ_BYTES = 256 << 10
+_PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """What a commit says of one path. `blob_id` is the git blob id (of the pointer, for a large file)."""
+
+    size: int
+    sha256: str | None
+    blob_id: str
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpacks as (size, sha256, blob_id)."""
+        return iter((self.size, self.sha256, self.blob_id))
+
+
+def read_tree(api: HfApi, line: Line, repo: str, revision: str, repo_type: str) -> dict[str, FileFact]:
+    """Every file of the repo at the revision."""
+
+    def deed() -> dict[str, FileFact]:
+        entries = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type=repo_type)
+        return {
+            entry.path: FileFact(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        }
+
+    return line.ask(f"{repo}@{revision[:7]}", deed)
+
+
+class RepoFiles:
+    """The files of one repo at one commit, read by HTTP range; one home for headers before any download.
+
+    Satisfies `bot.merge.checkpoint.Files`. Not for several threads at once.
+    """
+
+    def __init__(self, api: HfApi, line: Line, repo: str, revision: str, repo_type: str = "model") -> None:
+        self.repo, self.revision, self.repo_type = repo, revision, repo_type
+        self._api, self._line = api, line
+        self._facts: dict[str, FileFact] | None = None
+        self._starts: dict[str, bytes] = {}
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision[:7]}"
+
+    def facts(self) -> dict[str, FileFact]:
+        if self._facts is None:
+            self._facts = read_tree(self._api, self._line, self.repo, self.revision, self.repo_type)
+        return self._facts
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of every file, names relative with `/`."""
+        return {name: fact.size for name, fact in self.facts().items()}
+
+    def sha256s(self) -> dict[str, str | None]:
+        """Name -> sha256 of every large file; None for small ones, which have a git blob id only."""
+        return {name: fact.sha256 for name, fact in self.facts().items()}
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from `start`, fewer only at the end of the file."""
+        size = self.facts()[name].size
+        length = max(0, min(length, size - start))
+        if start + length <= _FIRST_READ_BYTES:
+            if name not in self._starts:
+                self._starts[name] = self._range(name, 0, min(size, _FIRST_READ_BYTES))
+            return self._starts[name][start : start + length]
+        return self._range(name, start, length)
+
+    def _range(self, name: str, start: int, length: int) -> bytes:
+        if length == 0:
+            return b""
+        about = f"{name} of {self}"
+
+        def deed() -> bytes:
+            with stream(self._api, self, name, start, start + length) as chunks:
+                data = b"".join(chunks)
+            if len(data) != length:
+                raise Away(f"it sent {len(data)} of {length} bytes")
+            return data
+
+        return self._line.ask(about, deed)
+
+
+def address(endpoint: str, repo: str, revision: str, path: str, repo_type: str) -> str:
+    return f"{endpoint}/{_PREFIXES[repo_type]}{repo}/resolve/{quote(revision, safe='')}/{quote(path)}"
+
+
+@contextmanager
+def stream(
+    api: HfApi, files: RepoFiles, name: str, start: int, end: int, whole: bool = False
+) -> Iterator[Iterator[bytes]]:
+    """Chunks of bytes [start, end) of a file; never more than that, whatever the answer announces."""
+    # identity: a compressed answer has no length to check, and may be a bomb
+    headers = {**build_hf_headers(token=api.token), "Accept-Encoding": "identity"}
+    if not whole:
+        headers["Range"] = f"bytes={start}-{end - 1}"
+    url = address(api.endpoint, files.repo, files.revision, name, files.repo_type)
+    with get_session().stream("GET", url, headers=headers) as response:
+        if response.status_code >= 400:
+            response.read()
+        hf_raise_for_status(response)
+        if not whole and response.status_code != 206:
+            if start:
+                raise ValueError("the Hub ignored the range")
+        elif not whole and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
+            raise ValueError("the Hub sent another range")
+        yield _bounded(response.iter_bytes(_CHUNK_BYTES), end - start)
+
+
+def _bounded(chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:
+    left = limit
+    for chunk in chunks:
+        check_deadline()
+        yield chunk[:left]
+        left -= len(chunk)
+        if left <= 0:
+            return
+
+
+# -- whole files
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Progress | None, limit_bytes: int) -> Path:
+    """The allowed files of a source, checked, in the new folder `into`; complete when it exists.
+
+    Grows in `<into>.partial`, where files of an attempt cut short are checked and kept.
+    Raises Refused DOWNLOAD_TOO_LARGE, Transient CORRUPT_DOWNLOAD or DISK_LOW.
+    """
+    into.parent.mkdir(parents=True, exist_ok=True)
+    partial = into.with_name(into.name + ".partial")
+    with _alone(into.with_name(f".{into.name}.lock")):
+        if into.is_dir():
+            return into
+        partial.mkdir(exist_ok=True)
+        wanted = _wanted(files, api, line, partial)
+        total = sum(fact.size for fact in wanted.values())
+        _check_room(files, total, limit_bytes, partial)
+        done = 0
+        for name, fact in wanted.items():
+            if progress is not None:
+                progress(done, total, name)
+            before = done
+
+            def advanced(count: int, name: str = name, before: int = before) -> None:
+                if progress is not None:
+                    progress(before + count, total, name)
+
+            _fetch(files, api, line, name, fact, partial / name, advanced)
+            done += fact.size
+        for stray in list(partial.iterdir()):
+            if stray.name not in wanted:
+                stray.unlink()
+        _sync_folder(partial)
+        partial.rename(into)
+        _sync_folder(into.parent)
+        if progress is not None:
+            progress(total, total, "")
+    return into
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Two jobs may want one source: the second waits and finds it complete."""
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str, FileFact]:
+    """The allowed files; of the weights only those that belong to the checkpoint (repos may hold them twice)."""
+    top = {
+        name: fact
+        for name, fact in sorted(files.facts().items())
+        if "/" not in name and not name.startswith(".") and any(fnmatch.fnmatchcase(name, one) for one in ALLOWED)
+    }
+    if INDEX in top:
+        if top[INDEX].size > INDEX_LIMIT_BYTES:
+            raise Refused(
+                "BAD_CHECKPOINT", f"{INDEX} of {files} has {top[INDEX].size} bytes; the limit is 8 MiB.",
+                "Ask its author to save the model again.",
+            )  # fmt: skip
+        _fetch(files, api, line, INDEX, top[INDEX], partial / INDEX, lambda count: None)
+        shards = _shards((partial / INDEX).read_bytes())
+    elif "model.safetensors" in top:
+        shards = {"model.safetensors"}
+    else:
+        shards = {name for name in top if name.endswith(".safetensors")}
+    kept = shards | {"adapter_model.safetensors"}
+    return {name: fact for name, fact in top.items() if not name.endswith(".safetensors") or name in kept}
+
+
+def _shards(index: bytes) -> set[str]:
+    """Shard names of an index; what is wrong with it is said later, by the reader of checkpoints."""
+    try:
+        return {name for name in json.loads(index)["weight_map"].values() if isinstance(name, str)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+
+
+def _check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path) -> None:
+    if total > limit_bytes:
+        raise Refused(
+            "DOWNLOAD_TOO_LARGE",
+            f"{files} has {total / 1e9:.1f} GB to download; the limit is {limit_bytes / 1e9:.1f} GB.",
+            "Choose smaller models.",
+        )  # fmt: skip
+    free = shutil.disk_usage(folder).free
+    here = sum(path.stat().st_size for path in folder.iterdir())
+    if total - here > free:
+        raise Transient(
+            "DISK_LOW", f"{files} needs {total / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free.",
+            "It waits for disk; nothing is lost.", retry_after_s=300,
+        )  # fmt: skip
+
+
+def _fetch(
+    files: RepoFiles, api: HfApi, line: Line, name: str, fact: FileFact, place: Path, advanced: Callable[[int], None]
+) -> None:
+    """One file, whole and checked, at `place`. Wrong bytes are fetched once more, then it is CORRUPT_DOWNLOAD."""
+    if place.is_file() and _digest_of(place, fact) == _expected(fact):
+        advanced(fact.size)
+        return
+    arriving = place.with_name(f".{name}.arriving")
+    found = ""
+    for _ in range(2):
+        _receive(files, api, line, name, fact, arriving, advanced)
+        found = _digest_of(arriving, fact)
+        if found == _expected(fact):
+            with arriving.open("rb+") as file:
+                os.fsync(file.fileno())
+            arriving.chmod(0o444)
+            arriving.replace(place)
+            return
+        arriving.unlink()
+    raise Transient(
+        "CORRUPT_DOWNLOAD",
+        f"{name} of {files} arrived damaged twice: {_expected(fact)[:8]} expected, {found[:8]} got.",
+        "It is tried again later by itself.",
+    )  # fmt: skip
+
+
+def _receive(
+    files: RepoFiles, api: HfApi, line: Line, name: str, fact: FileFact, arriving: Path, advanced: Callable[[int], None]
+) -> None:
+    """Bring `arriving` to its full length; a lost connection goes on where it stopped."""
+    with arriving.open("ab") as file:
+
+        def deed() -> None:
+            start = file.tell()
+            if start >= fact.size:
+                return
+            with stream(api, files, name, start, fact.size) as chunks:
+                for chunk in chunks:
+                    file.write(chunk)
+                    advanced(file.tell())
+            if file.tell() != fact.size:
+                raise Away(f"it sent {file.tell()} of {fact.size} bytes")
+
+        if file.tell() > fact.size:
+            file.truncate(0)
+        # A big file takes its time: at least 1 MB/s is expected over the usual deadline.
+        line.ask(f"{name} of {files}", deed, deadline_s=line.deadline_s + fact.size / 1e6)
+
+
+def _expected(fact: FileFact) -> str:
+    return fact.sha256 or fact.blob_id
+
+
+def _digest_of(path: Path, fact: FileFact) -> str:
+    digest: _Hash = hashlib.sha256() if fact.sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

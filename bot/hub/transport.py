@@ -1,0 +1,254 @@
+"""How this process talks to a Hub: with timeouts, with a total deadline, to one address, and with typed failures only.
+
+huggingface_hub shares one HTTP client per process, by default without any timeout; its own retries obey `Retry-After`
+without bound (hub.md 8.1). The factory installed here adds timeouts for everybody. Within a `Line.ask`, hooks stop what
+the library would sit out: an answer that asks to come back later, a lost connection and a passed deadline become
+exceptions its retry loop does not catch, so that all waiting is decided in one place, by safety.md 8.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+from huggingface_hub import set_client_factory
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils._http import hf_request_event_hook
+
+from bot.errors import Failed, MergebotError, Refused, Transient
+
+T = TypeVar("T")
+LIVE_HUB = "https://huggingface.co"
+TIMEOUT = httpx2.Timeout(connect=10, read=60, write=60, pool=10)
+MAX_TRIES, FIRST_WAIT_S, LONGEST_WAIT_S = 6, 1.0, 60.0
+INVALID_ANSWER_TRIES = 3
+_RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+# Where the live Hub keeps large files (unverified list; safety.md 5, row 6). A local Hub keeps them itself.
+_STORAGE = (".huggingface.co", ".hf.co", ".amazonaws.com")
+
+
+class Away(Exception):
+    """The Hub cannot answer now; `wait_s` is what it asked for, if it said so."""
+
+    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class ForeignHost(Exception):
+    """A request that would leave the configured Hub."""
+
+
+class Absent(Exception):
+    """The file asked for is not in the repo at that commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    endpoint: str
+    until: float  # time.monotonic()
+
+
+_current: ContextVar[_Ask | None] = ContextVar("bot_hub_ask", default=None)
+
+
+class _Client(httpx2.Client):
+    """The shared client. Within an `ask`, a lost connection leaves the library's own retry loop at once."""
+
+    def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        try:
+            return super().send(request, **options)
+        except httpx2.TransportError as error:
+            if _current.get() is None:
+                raise
+            raise Away(f"no connection ({type(error).__name__})") from error
+
+
+def _before(request: httpx2.Request) -> None:
+    ask = _current.get()
+    if ask is None:
+        return
+    if time.monotonic() > ask.until:
+        raise Away("it did not answer in time")
+    if not _is_ours(ask.endpoint, str(request.url)):
+        raise ForeignHost(f"a request to {request.url.host} was stopped")
+
+
+def _is_ours(endpoint: str, url: str) -> bool:
+    home, target = urlsplit(endpoint), urlsplit(url)
+    if (home.scheme, home.netloc) == (target.scheme, target.netloc):
+        return True
+    host = (target.hostname or "").lower()
+    return endpoint == LIVE_HUB and target.scheme == "https" and (host == "hf.co" or host.endswith(_STORAGE))
+
+
+def _after(response: httpx2.Response) -> None:
+    if _current.get() is not None and response.status_code in _RETRIED:
+        raise Away(f"it answered {response.status_code}", wait_asked_s(response.headers))
+
+
+def wait_asked_s(headers: Any, now: datetime | None = None) -> float | None:
+    """Seconds the Hub asks us to wait: `RateLimit` when it is used up, else `Retry-After` as seconds or as a date."""
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    text = (headers.get("retry-after") or "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+
+
+def new_client() -> httpx2.Client:
+    return _Client(
+        event_hooks={"request": [hf_request_event_hook, _before], "response": [_after]},
+        follow_redirects=True,
+        timeout=TIMEOUT,
+    )
+
+
+set_client_factory(new_client)
+
+
+@dataclass(slots=True)
+class Line:
+    """The line to one Hub. `deadline_s` bounds one `ask` in all, waits and repeats included."""
+
+    endpoint: str
+    deadline_s: float = 120.0
+    sleep: Callable[[float], None] = time.sleep
+    random: random.Random = field(default_factory=random.Random)
+
+    def ask(self, about: str, deed: Callable[[], T], *, repeat: bool = True, deadline_s: float | None = None) -> T:
+        """`deed()` with every failure typed. `about` names the repo, file or address in sentences.
+
+        Raises Refused (SOURCE_NOT_FOUND, SOURCE_GATED, HUB_FORBIDDEN, PUBLISH_CONFLICT, NOT_A_REPO_ID), Transient
+        (HUB_UNAVAILABLE, HUB_ANSWER_INVALID), or Absent for a missing file. A write is not repeated (`repeat=False`):
+        its caller looks first whether it has happened (hub.md 2.4).
+        """
+        until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
+        with self.within(until):
+            for attempt in range(1, MAX_TRIES + 1):
+                try:
+                    return deed()
+                except Exception as error:
+                    fault = _typed(error, about)
+                    if not isinstance(fault, Transient):
+                        raise fault from error
+                    tries = INVALID_ANSWER_TRIES if fault.code == "HUB_ANSWER_INVALID" else MAX_TRIES
+                    wait_s = self._wait_s(error, attempt)
+                    last = not repeat or attempt >= tries or fault.code not in ("HUB_UNAVAILABLE", "HUB_ANSWER_INVALID")
+                    if last or time.monotonic() + wait_s > until:
+                        fault.retry_after_s = max(wait_s, 60.0)
+                        raise fault from error
+                    self.sleep(wait_s)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    @contextlib.contextmanager
+    def within(self, until: float) -> Iterator[None]:
+        token = _current.set(_Ask(self.endpoint, until))
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def _wait_s(self, error: BaseException, attempt: int) -> float:
+        away = _root(error)
+        if isinstance(away, Away) and away.wait_s is not None:
+            return float(away.wait_s)
+        grown = min(FIRST_WAIT_S * 2.0 ** (attempt - 1), LONGEST_WAIT_S)
+        return grown * self.random.uniform(0.75, 1.25)
+
+
+def check_deadline() -> None:
+    """To be called between the chunks of a long answer: timeouts alone let a trickle go on for ever."""
+    ask = _current.get()
+    if ask is not None and time.monotonic() > ask.until:
+        raise Away("it did not answer in time")
+
+
+def _root(error: BaseException) -> BaseException:
+    """The library wraps failures of uploads; what matters is the innermost one we know."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (Away, HfHubHTTPError, MergebotError, ForeignHost)):
+            return seen
+        seen = seen.__cause__
+    return error
+
+
+def _typed(error: Exception, about: str) -> Exception:
+    found = _root(error)
+    if isinstance(found, (MergebotError, Absent)):
+        return found
+    if isinstance(found, (Away, httpx2.TransportError, OfflineModeIsEnabled)):
+        reason = str(found) if isinstance(found, Away) else type(found).__name__
+        return Transient(
+            "HUB_UNAVAILABLE", f"The Hub is not available for {about}: {reason}.", "It is tried again later by itself."
+        )
+    if isinstance(found, HfHubHTTPError):  # before OSError and ValueError, which its kinds also are
+        return _typed_answer(found, about)
+    if isinstance(found, HFValidationError):
+        return Refused("NOT_A_REPO_ID", f"{about} is not the name of a repo.", "Write owner/name.", value=about)
+    if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Transient(
+            "DISK_LOW", f"The disk is full while reading {about}.", "It goes on when there is space again."
+        )
+    if isinstance(found, OSError) and found.errno is not None:
+        return found  # a disk of ours; not the Hub's doing
+    return Transient(
+        "HUB_ANSWER_INVALID",
+        f"The Hub's answer about {about} cannot be read ({type(found).__name__}).",
+        "It is tried again later by itself.",
+    )
+
+
+def _typed_answer(error: HfHubHTTPError, about: str) -> Exception:
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return Refused(
+            "SOURCE_GATED", f"{about} is gated: its files are not open to everybody.", "Choose an ungated model."
+        )
+    if isinstance(error, EntryNotFoundError):
+        return Absent(about)
+    if isinstance(error, RevisionNotFoundError):
+        return Refused("SOURCE_NOT_FOUND", f"{about} has no such revision.", "Check the branch, tag or commit.")
+    if isinstance(error, (RepositoryNotFoundError, DisabledRepoError)):
+        return Refused(
+            "SOURCE_NOT_FOUND",
+            f"{about} does not exist on the Hub or is not public.",
+            "Check the spelling of owner/name.",
+        )
+    if status in (409, 412):
+        return Refused("PUBLISH_CONFLICT", f"{about} was changed by somebody else meanwhile.", "Look at it again.")
+    if status in (401, 403):
+        return Refused("HUB_FORBIDDEN", f"The Hub does not let us do this with {about}.", "Check the token's rights.")
+    if status in _RETRIED:
+        return Transient("HUB_UNAVAILABLE", f"The Hub answered {status} about {about}.", "It is tried again by itself.")
+    reason = " ".join((error.server_message or "").split())[:200]
+    return Failed("HUB_FORBIDDEN", f"The Hub refused {about} ({status}{': ' + reason if reason else ''}).", "")
