@@ -72,13 +72,17 @@ class LocalFiles:
         return real
 
     def read(self, name: str, start: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        return bytes(buffer[: self.read_into(name, start, memoryview(buffer))])
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+        """Fill a writable buffer of bytes from `start`; returns how many there were."""
         handle = os.open(self.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            parts, at, end = [], start, start + length
-            while at < end and (part := os.pread(handle, min(end - at, 2**26), at)):
-                parts.append(part)
-                at += len(part)
-            return b"".join(parts)
+            filled = 0
+            while filled < len(buffer) and (count := os.preadv(handle, [buffer[filled:][: 2**26]], start + filled)):
+                filled += count
+            return filled
         finally:
             os.close(handle)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from bot.errors import Refused, Where
+from bot.merge.contract import KNOWN_PARAMETERS
 from bot.merge.spec import ModelRef, Notice
 
 Trust = Literal["operator", "stranger"]
@@ -184,7 +185,10 @@ class Reader:
         if self.unknown_keys == "ignore":
             self.notice("UNKNOWN_KEY", f"`{where[:80]}` is unknown and was ignored.")
             return
-        self.refuse("UNKNOWN_KEY", line, where, f"line {line}: {shown(where)} is not known.", nearest(key, valid))
+        hint = nearest(key, valid)
+        if key in KNOWN_PARAMETERS and not path.endswith("parameters"):
+            hint = f"Write it under `parameters:` (`parameters: {{{key}: ...}}`)."
+        self.refuse("UNKNOWN_KEY", line, where, f"line {line}: {shown(where)} is not known.", hint)
 
     def _wrong(self, node: Node, path: str, wanted: str) -> NoReturn:
         if isinstance(node, Text):

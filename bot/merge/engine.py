@@ -23,7 +23,7 @@ from bot.merge.plan import Plan, Step
 from bot.merge.provenance import manifest, provenance
 from bot.merge.spec import ModelRef, Notice
 from bot.merge.steps import Work
-from bot.merge.writer import FileFact, Record, Writer
+from bot.merge.writer import SYNC_BYTES, FileFact, Record, Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
 NonFinite = Literal["notice", "fail"]
@@ -58,11 +58,13 @@ def merge(
     device: str = "cpu",
     progress: Progress | None = None,
     on_nonfinite: NonFinite = "notice",
+    sync_bytes: int = SYNC_BYTES,
 ) -> Merged:
     """Carry out `plan` with the sources in `folders`; `out` appears only when it is whole.
 
     device: cpu, cuda or auto. A partial output of the same plan is continued. on_nonfinite: what NaN or Inf in a
-    source means, a notice (operator) or the end (a stranger's request). Raises `bot.errors`: OUTPUT_EXISTS,
+    source means, a notice (operator) or the end (a stranger's request). Written tensors enter the journal after
+    `sync_bytes` bytes or 5 s. Raises `bot.errors`: OUTPUT_EXISTS,
     DISK_LOW, TOO_LARGE, DISK_FULL, NOT_FINITE, SOURCE_CHANGED_OR_GONE, DEVICE_UNAVAILABLE.
     """
     started = time.monotonic()
@@ -71,7 +73,7 @@ def merge(
     sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
     _same_sources(plan, sources)
     identity = f"{plan.digest} {chosen.type}"
-    with Writer(plan, Path(out), identity) as writer:
+    with Writer(plan, Path(out), identity, sync_bytes=sync_bytes) as writer:
         _run_steps(plan, sources, writer, chosen, progress, on_nonfinite)
         notices = (*plan.notices, *_nonfinite_notices(plan, writer.done))
         files, manifest_id = _complete(plan, sources, writer, notices, chosen)
@@ -158,13 +160,12 @@ def _read(work: Work, sources: Mapping[ModelRef, LocalFiles]) -> list[Tensor]:
     out = []
     for operand in work.operands:
         tensor = operand.tensor
-        data = sources[operand.model].read(tensor.file, tensor.start, tensor.nbytes)
-        if len(data) != tensor.nbytes:
+        raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        if sources[operand.model].read_into(tensor.file, tensor.start, raw.numpy().data) != tensor.nbytes:
             raise Failed(
                 "SOURCE_CHANGED_OR_GONE", f"{tensor.file} of {operand.model} ends inside {tensor.name}.",
                 "The source was changed or cut while merging: fetch it again.", value=tensor.name,
             )  # fmt: skip
-        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         out.append(raw)
     return out
 
@@ -189,14 +190,15 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
             "NOT_FINITE", f"{step.name} has {count} NaN or infinite values in {source}.",
             "Use another source: such weights spoil whatever they are merged into.", value=step.name,
         )  # fmt: skip
-    target = getattr(torch, work.dtype.name)
+    spoilt = _spoilt(stored) if nonfinite else None
     if work.action == "copy":
         result = stored[0]
     else:
         wide = torch.float64 if any(t.dtype == torch.float64 for t in stored) else torch.float32
-        result = _merged(work, [tensor.to(device, wide) for tensor in stored], bool(nonfinite))
-    result = result.to(target).to("cpu").contiguous()
-    if not nonfinite and not bool(torch.isfinite(result).all()):
+        result = _merged(work, [tensor.to(device, wide) for tensor in stored], spoilt)
+    result = result.to(getattr(torch, work.dtype.name)).to("cpu").contiguous()
+    finite = torch.isfinite(result)
+    if not bool((finite if spoilt is None else finite | spoilt).all()):
         raise Failed(
             "NOT_FINITE", f"{step.name} overflows {work.dtype.name}, though its inputs are finite.",
             "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.", value=step.name,
@@ -204,16 +206,21 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
     return _Computed(step, result.reshape(-1).view(torch.uint8), nonfinite)
 
 
-def _merged(work: Work, tensors: list[Tensor], some_nonfinite: bool) -> Tensor:
-    """Apply the method. A non-finite element stays in its place: it takes part in no norm, sum or ranking."""
-    if not some_nonfinite:
-        return apply(work.method, tensors, work.base, work.per_input, work.shared, work.keys)
+def _spoilt(tensors: list[Tensor]) -> Tensor:
+    """Where any input is NaN or infinite."""
     spoilt = torch.zeros_like(tensors[0], dtype=torch.bool)
     for tensor in tensors:
         spoilt |= ~torch.isfinite(tensor)
+    return spoilt
+
+
+def _merged(work: Work, tensors: list[Tensor], spoilt: Tensor | None) -> Tensor:
+    """Apply the method. A non-finite element stays in its place: it takes part in no norm, sum or ranking."""
+    if spoilt is None:
+        return apply(work.method, tensors, work.base, work.per_input, work.shared, work.keys)
+    spoilt = spoilt.to(tensors[0].device)
     clean = [tensor.masked_fill(spoilt, 0.0) for tensor in tensors]
-    result = apply(work.method, clean, work.base, work.per_input, work.shared, work.keys)
-    result = result.clone()
+    result = apply(work.method, clean, work.base, work.per_input, work.shared, work.keys).clone()
     result[spoilt] = torch.stack([tensor[spoilt] for tensor in tensors]).sum(0)
     return result
 

@@ -65,8 +65,8 @@ class FileFact:
 class Writer:
     """Writes one output folder. Use as a context manager: leaving it early keeps the partial folder for a resume."""
 
-    def __init__(self, plan: Plan, out: Path, identity: str) -> None:
-        self.plan, self.out = plan, out
+    def __init__(self, plan: Plan, out: Path, identity: str, *, sync_bytes: int = SYNC_BYTES) -> None:
+        self.plan, self.out, self.sync_bytes = plan, out, sync_bytes
         self.partial = out.with_name(out.name + ".partial")
         self.identity = identity
         self.done: dict[int, Record] = {}
@@ -122,7 +122,7 @@ class Writer:
             self._pending.append(Record(step.index, zlib.crc32(data), nonfinite))
             self._dirty.add(step.shard)
             self._pending_bytes += step.nbytes
-            if self._pending_bytes >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_S:
+            if self._pending_bytes >= self.sync_bytes or time.monotonic() - self._synced_at >= SYNC_S:
                 self.sync()
         except OSError as error:
             raise self._explained(error) from error
@@ -249,7 +249,7 @@ class Writer:
                 "Free some space and run the same command again: it continues where it stopped.",
             )
         return Failed(
-            "DISK_FULL" if error.errno == errno.EROFS else "INTERNAL",
+            "OUTPUT_UNWRITABLE",
             f"{self.partial} cannot be written: {os.strerror(error.errno or 0)}.",
             "Check the folder's permissions, or name another one.",
         )
