@@ -143,6 +143,7 @@ def _run_steps(
                 progress(done_bytes, plan.bytes_out, step.name)
         if written is not None:
             written.result()
+    writer.sync()
 
 
 def _read_ahead(

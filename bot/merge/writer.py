@@ -128,20 +128,22 @@ class Writer:
             raise self._explained(error) from error
 
     def sync(self) -> None:
-        """Make the written tensors durable, then enter them into the journal."""
-        for shard in sorted(self._dirty):
-            os.fdatasync(self._shards[shard])
-        if self._pending:
-            _write_all(self._journal, b"".join(record.line() for record in self._pending))
-            os.fdatasync(self._journal)
+        """Make the written tensors durable, then enter them into the journal and into `done`."""
+        try:
+            for shard in sorted(self._dirty):
+                os.fdatasync(self._shards[shard])
+            if self._pending:
+                _write_all(self._journal, b"".join(record.line() for record in self._pending))
+                os.fdatasync(self._journal)
+        except OSError as error:
+            raise self._explained(error) from error
         self.done.update({record.step: record for record in self._pending})
         self._pending, self._dirty, self._pending_bytes = [], set(), 0
         self._synced_at = time.monotonic()
 
     def hash_shards(self) -> dict[str, FileFact]:
-        """Sync, then read every shard back and hash it."""
+        """Read every shard back and hash it."""
         try:
-            self.sync()
             return {shard.file: hash_file(self.partial / shard.file) for shard in self.plan.shards}
         except OSError as error:
             raise self._explained(error) from error
