@@ -33,6 +33,7 @@ from bot.localhub.storage import Store
 from bot.localhub.users import Users, Visitor
 
 _log = logging.getLogger(__name__)
+_ANONYMOUS_LIMIT_BYTES = 2 << 20
 _HOST = re.compile(r"[A-Za-z0-9.\-]+(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?")
 # Pages last: their patterns "/{ns}" and "/{ns}/{name}" match nearly anything.
 _TABLES = (routes_repos, routes_content, routes_commit, routes_lfs, routes_discussions, routes_oauth, routes_pages)
@@ -40,16 +41,20 @@ _TABLES = (routes_repos, routes_content, routes_commit, routes_lfs, routes_discu
 
 class LocalHub:
     """A Hub over the folder `root` (storage.py draws it). `page_size`: entries per page of lists and discussions.
+    `scripted_logins`: a test may say who logs in next, without a browser.
 
     `unknown` collects requests below /api/ (and LFS) that no route answers: the contract lacks what a client asked for.
     """
 
-    def __init__(self, root: Path, *, page_size: int = 100, store: Store | None = None) -> None:
+    def __init__(
+        self, root: Path, *, page_size: int = 100, scripted_logins: bool = False, store: Store | None = None
+    ) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self.store = store or Store(root)
+        self.store.sweep()
         self.users = Users(root)
         self.journal = Journal(root)
-        self.logins = Logins()
+        self.logins = Logins(scripted_logins)
         self.page_size = page_size
         self.unknown: list[str] = []
 
@@ -74,6 +79,7 @@ class LocalHub:
             except HubError as error:
                 response = _error_response(request, error)
             except ClientDisconnect:
+                sent["status"] = 499  # nobody is left to answer
                 return
             except Exception:
                 _log.exception("%s %s", request.method, scope["raw_path"])
@@ -112,7 +118,9 @@ class LocalHub:
             notes={"logins": self.logins, "unknown": self.unknown},
         )
         if route.limit_bytes and request.method not in ("GET", "HEAD"):
-            call.body = await _body(request, route.limit_bytes)
+            # Somebody unknown gets no big buffer of ours, whatever the route would allow to a user.
+            limit = route.limit_bytes if visitor.name else min(route.limit_bytes, _ANONYMOUS_LIMIT_BYTES)
+            call.body = await _body(request, limit)
         if inspect.iscoroutinefunction(route.handler):
             answer: Response = await route.handler(call)
             return answer
@@ -163,6 +171,6 @@ def _error_response(request: Request, error: HubError) -> Response:
     return error.response()
 
 
-def create_app(root: Path, *, page_size: int = 100) -> LocalHub:
+def create_app(root: Path, *, page_size: int = 100, scripted_logins: bool = False) -> LocalHub:
     """The ASGI application over the Hub at `root`; the folder is made when missing."""
-    return LocalHub(root, page_size=page_size)
+    return LocalHub(root, page_size=page_size, scripted_logins=scripted_logins)

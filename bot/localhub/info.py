@@ -22,7 +22,7 @@ def describe(store: Store, repo: Repo, commit: Commit, *, blobs: bool = False) -
     """Every field we know of a repo at a commit; None stands for "nothing to say" and is left out of answers."""
     card = card_data(text_of(store, repo, commit.files.get("README.md"))) or {}
     config = _json_of(store, repo, commit.files.get("config.json")) if repo.id.kind == "models" else {}
-    head = store.commit(repo.id, store.refs(repo.id).heads["main"])
+    head = store.at(repo.id, "main")
     pipeline = card.get("pipeline_tag") or _pipeline(config)
     library = card.get("library_name") or ("transformers" if config.get("model_type") else None)
     info: dict[str, Any] = {

@@ -79,3 +79,8 @@ def valid_path(path: str) -> bool:
         and all(part not in ("", ".", "..") and part.lower() != ".git" for part in parts)
         and not (len(parts[0]) == 2 and parts[0][1] == ":")
     )
+
+
+def is_number(text: str) -> bool:
+    """Plain digits that fit an int; `str.isdigit` alone says yes to "²" and to a thousand digits."""
+    return text.isascii() and text.isdigit() and len(text) <= 18

@@ -14,13 +14,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from bot.localhub.answers import HubError, bad_request, entry_not_found
 from bot.localhub.blobs import CHUNK_BYTES
 from bot.localhub.info import pointer_size
+from bot.localhub.names import is_number
 from bot.localhub.routes_repos import next_page
 from bot.localhub.routing import Call, Routes
 from bot.localhub.storage import Commit, FileEntry, Repo
 
 routes = Routes()
 _TREE_PAGE, _TREE_PAGE_EXPANDED, _COMMITS_PAGE, _MAX_PATHS = 1000, 50, 100, 1000
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _TEXT_TYPES = {".json": "application/json", ".jsonl": "text/plain; charset=utf-8", ".md": "text/plain; charset=utf-8"}
 
 
@@ -35,7 +36,7 @@ def tree(call: Call) -> Response:
     if not entries and folder:
         raise entry_not_found(folder, commit.oid)
     cursor = call.query("cursor") or "0"
-    if not cursor.isdigit():
+    if not is_number(cursor):
         raise bad_request("cursor must be a number")
     start, page = int(cursor), _TREE_PAGE_EXPANDED if expand else _TREE_PAGE
     shown = [_described(call, repo, commit, entry, expand) for entry in entries[start : start + page]]
@@ -131,7 +132,7 @@ def commits(call: Call) -> Response:
     repo = call.repo()
     history = list(call.store.history(repo.id, call.store.resolve(repo.id, call.params["rev"])))
     cursor = call.query("cursor") or "0"
-    start = int(cursor) if cursor.isdigit() else 0
+    start = int(cursor) if is_number(cursor) else 0
     shown = [
         {
             "id": commit.oid,

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from bot.localhub import threads
 from bot.localhub.answers import HubError, bad_request
+from bot.localhub.names import is_number
 from bot.localhub.routing import Call, Routes
 from bot.localhub.storage import Repo, Store
 from bot.localhub.threads import Thread
@@ -24,7 +25,7 @@ def listing(call: Call) -> Response:
     repo = call.repo()
     found = [thread for thread in threads.all_threads(call.store, repo.id) if _wanted(call, thread)]
     page = call.query("p") or "0"
-    start = (int(page) if page.isdigit() else 0) * call.page_size
+    start = (int(page) if is_number(page) else 0) * call.page_size
     shown = [{key: thread[key] for key in _LISTED} for thread in found[start : start + call.page_size]]
     # `start` must grow with the page: the client asks on while start + len < count.
     return JSONResponse({"discussions": shown, "count": len(found), "start": start})
@@ -70,7 +71,7 @@ def _bounded(text: Any) -> str:
 
 
 def _number(call: Call) -> int:
-    if not call.params["num"].isdigit():
+    if not is_number(call.params["num"]):
         raise HubError(404, "Discussion not found")
     return int(call.params["num"])
 

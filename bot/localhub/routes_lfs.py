@@ -19,14 +19,13 @@ from starlette.responses import JSONResponse, Response
 
 from bot.localhub.answers import HubError, bad_request
 from bot.localhub.disk import exclusive, write_atomic
-from bot.localhub.names import RepoId
+from bot.localhub.names import RepoId, is_number
 from bot.localhub.routes_commit import is_sha256
 from bot.localhub.routing import Call, Routes
-from bot.localhub.storage import Store
+from bot.localhub.storage import UPLOAD_LIFETIME_S, Store
 
 routes = Routes()
 MULTIPART_ABOVE_BYTES = 5 << 20
-_TICKET_LIFETIME_S = 6 * 3600
 _MAX_OBJECTS, _MAX_PARTS = 256, 200
 _UPLOAD = "/_lfs/{kind}/{ns}/{name}/{oid}/{size}/{expires}/{nonce}/{seal}"
 _LFS_JSON = "application/vnd.git-lfs+json"
@@ -91,7 +90,7 @@ def _answer(call: Call, repo: RepoId, item: Any, multipart: bool) -> dict[str, A
         return known | {"error": {"code": 422, "message": "the object needs a sha256 and a size"}}
     if call.store.allowed_size(repo, oid) == size:
         return known  # no actions: it is here already
-    ticket = Ticket(repo, oid, size, int(time.time()) + _TICKET_LIFETIME_S, secrets.token_hex(8))
+    ticket = Ticket(repo, oid, size, int(time.time()) + UPLOAD_LIFETIME_S, secrets.token_hex(8))
     seal = ticket.seal(_secret(call.store))
     path = f"{repo.kind}/{repo}/{oid}/{size}/{ticket.expires}/{ticket.nonce}/{seal}"
     upload: dict[str, Any] = {"href": f"{call.endpoint}/_lfs/{path}"}
@@ -104,7 +103,7 @@ def _answer(call: Call, repo: RepoId, item: Any, multipart: bool) -> dict[str, A
 
 def _ticket(call: Call) -> Ticket:
     given = call.params
-    if not (given["size"].isdigit() and given["expires"].isdigit() and is_sha256(given["oid"])):
+    if not (is_number(given["size"]) and is_number(given["expires"]) and is_sha256(given["oid"])):
         raise HubError(403, "this is not an upload address")
     ticket = Ticket(call.id, given["oid"], int(given["size"]), int(given["expires"]), given["nonce"])
     if not hmac.compare_digest(ticket.seal(_secret(call.store)).encode(), given["seal"].encode()):
@@ -134,7 +133,7 @@ async def upload(call: Call) -> Response:
 async def upload_part(call: Call) -> Response:
     ticket = await run_in_threadpool(_ticket, call)
     part = call.params["part"]
-    number = int(part) if part.isdigit() else 0
+    number = int(part) if is_number(part) else 0
     if not 1 <= number <= ticket.parts:
         raise bad_request(f"this upload has {ticket.parts} parts")
     offset = (number - 1) * ticket.part_bytes

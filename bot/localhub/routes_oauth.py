@@ -45,7 +45,8 @@ class _Grant:
 class Logins:
     """Codes handed out and not yet used (they live for minutes, so in memory), and who logs in next in a test."""
 
-    def __init__(self) -> None:
+    def __init__(self, scripted: bool) -> None:
+        self.scripted = scripted
         self._lock = threading.Lock()
         self._grants: dict[str, _Grant] = {}
         self._next: str | None = None
@@ -208,7 +209,10 @@ def userinfo(call: Call) -> Response:
 @routes.add("POST", "/_local/login/{user}")
 def next_login(call: Call) -> Response:
     """Tests: the next visit to /oauth/authorize logs in this user without asking."""
+    logins: Logins = call.notes["logins"]
+    if not logins.scripted:
+        raise HubError(403, "logins are not scripted on this Hub")
     if call.params["user"] not in call.users.facts()["users"]:
         raise HubError(404, "nobody of that name")
-    call.notes["logins"].choose_next(call.params["user"])
+    logins.choose_next(call.params["user"])
     return JSONResponse({})

@@ -14,7 +14,7 @@ from bot.localhub import threads
 from bot.localhub.answers import HubError
 from bot.localhub.info import describe, text_of
 from bot.localhub.metadata import split_card, texts
-from bot.localhub.names import KINDS, RepoId
+from bot.localhub.names import KINDS, RepoId, is_number, valid_segment
 from bot.localhub.page import POLICY, human_size, markdown, page
 from bot.localhub.routing import Call, Routes
 from bot.localhub.storage import Commit, Repo
@@ -55,6 +55,8 @@ def front(call: Call) -> Response:
 def namespace(call: Call) -> Response:
     if call.params["ns"] in KINDS:
         return _overview(call, None, call.params["ns"])
+    if not valid_segment(call.params["ns"]):
+        raise HubError(404, "no such page")
     return _overview(call, call.params["ns"])
 
 
@@ -163,7 +165,7 @@ def discussions(call: Call) -> Response:
 @routes.add("GET", "/{P}{ns}/{name}/discussions/{num}")
 def discussion(call: Call) -> Response:
     repo = call.repo()
-    if not call.params["num"].isdigit():
+    if not is_number(call.params["num"]):
         raise HubError(404, "Discussion not found")
     thread = threads.load(call.store, repo.id, int(call.params["num"]))
     parts = []

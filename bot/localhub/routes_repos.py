@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from bot.localhub.answers import HubError, bad_request
 from bot.localhub.info import choose, describe
 from bot.localhub.metadata import complaints
-from bot.localhub.names import PLURAL, RepoId, repo_id
+from bot.localhub.names import PLURAL, RepoId, is_number, repo_id
 from bot.localhub.routing import Call, Routes
 from bot.localhub.storage import Repo
 
@@ -198,7 +198,7 @@ def _number(call: Call, name: str) -> int | None:
     text = call.query(name)
     if text is None:
         return None
-    if not text.isdigit():
+    if not is_number(text):
         raise bad_request(f"{name} must be a number")
     return int(text)
 
@@ -212,10 +212,10 @@ def _listed(call: Call, repo: Repo) -> dict[str, Any] | None:
         return None
     if search is not None and search.lower() not in str(repo.id).lower():
         return None
-    refs = call.store.refs(repo.id)
-    if "main" not in refs.heads:
-        return None  # being deleted at this moment
-    facts = describe(call.store, repo, call.store.commit(repo.id, refs.heads["main"]))
+    try:
+        facts = describe(call.store, repo, call.store.at(repo.id, "main"))
+    except (HubError, FileNotFoundError):
+        return None  # it is being deleted at this moment
     wanted = set(call.queries("filter")) | set(call.queries("pipeline_tag"))
     gated = call.query("gated")
     if not wanted <= set(facts["tags"]) or (gated is not None and bool(repo.gated) != (gated == "true")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -50,5 +51,5 @@ def listen(root: Path, host: str, port: int, on_ready: Callable[[str], None] | N
 def serve(root: Path, host: str = "127.0.0.1", port: int = 0, on_ready: Callable[[str], None] | None = None) -> None:
     """Serve the Hub at `root` until interrupted; `on_ready(url)` is called once it answers."""
     server, listener = listen(root, host, port, on_ready)
-    with listener:
+    with listener, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

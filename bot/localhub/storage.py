@@ -20,6 +20,7 @@ import hashlib
 import json
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,7 @@ LFS_PATTERNS = (
     "*.safetensors", "*.bin", "*.gguf", "*.parquet", "*.arrow", "*.msgpack", "*.pt", "*.onnx", "*.zip",
     "tokenizer.model",
 )  # fmt: skip
+UPLOAD_LIFETIME_S = 6 * 3600
 GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 
 
@@ -157,6 +159,14 @@ class Store:
         self.folder(old).rename(target)
         write_json(self.folder(old) / "repo.json", {"movedTo": str(new)})
         sync_folder(target.parent)
+
+    def sweep(self) -> None:
+        """At start-up: remove what a kill left behind (deletions cut short, uploads nobody can finish any more)."""
+        shutil.rmtree(self.root / "trash", ignore_errors=True)
+        if self.blobs.incoming.is_dir():
+            for path in self.blobs.incoming.iterdir():
+                if time.time() - path.stat().st_mtime > UPLOAD_LIFETIME_S:
+                    path.unlink(missing_ok=True)
 
     def _discard(self, folder: Path) -> None:
         # Renamed away first: a deletion cut short must not leave half a repo that still answers.

@@ -1,5 +1,7 @@
 """A local Hub on a real loopback socket, for any test.
 
+    def test_x(local_hub): ...           a fresh Hub for one test (fixture below; import it into a conftest.py)
+
     with running_hub(root) as hub:
         hub.url                      http://127.0.0.1:<port>
         hub.token_of("mergebot")     a write token; users: alice, bob, mergebot (admin of `mergebot-org`)
@@ -25,6 +27,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from bot.localhub import add_user
 from bot.localhub.app import LocalHub
@@ -134,7 +138,7 @@ def running_hub(root: Path, *, page_size: int = 100) -> Iterator[RunningHub]:
     server, listener = listen(root, "127.0.0.1", 0, on_ready)
     app = server.config.app
     assert isinstance(app, LocalHub)
-    app.page_size = page_size
+    app.page_size, app.logins.scripted = page_size, True
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -145,6 +149,13 @@ def running_hub(root: Path, *, page_size: int = 100) -> Iterator[RunningHub]:
         server.should_exit = True
         thread.join(20)
         listener.close()
+
+
+@pytest.fixture
+def local_hub(tmp_path: Path) -> Iterator[RunningHub]:
+    """A fresh Hub with the usual users and nothing on it; lists come in pages of 2, so that every test turns pages."""
+    with running_hub(tmp_path / "hub", page_size=2) as hub:
+        yield hub
 
 
 _SERVE = """
