@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from evaluators.medusa.adapters import EagerRunner
 from evaluators.medusa.data import Features
+from evaluators.medusa.decode import Clock, timed
 from evaluators.medusa.drafters import HeadDrafter
 from evaluators.medusa.heads import Heads
 from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
@@ -38,12 +40,16 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
-    """Milliseconds of one forward pass by tree width, after `context` cached tokens; `draft_ms` is the heads'."""
+    """Milliseconds of one forward pass by tree width, after `context` cached tokens; `draft_ms` is the heads'.
+
+    `plain_wall_s` is the plain step on the wall, whichever clock the points are from.
+    """
 
     context: int
     clock: ClockName
     points: tuple[tuple[int, float], ...]
     draft_ms: float
+    plain_wall_s: float
 
     def overhead(self, nodes: int) -> float:
         """(forward + draft) / plain step, between the measured widths by straight lines."""
@@ -142,23 +148,34 @@ def cost_curve(
     *,
     widths: Sequence[int] = WIDTHS,
     repeats: int = 3,
-    clock: ClockName = "wall",
+    deadline: float | None = None,
 ) -> CostCurve:
-    """Time one forward pass per width after `context` tokens, and one draft; the smallest of `repeats` each."""
+    """Time one forward pass per width after `context` tokens, and one draft; the smallest of `repeats` each.
+
+    The wall clock counts unless this process got less than 85 % of its threads' time, which means the machine is
+    shared: then its CPU clock does. Past `deadline` (time.monotonic) only the widths timed so far are given, at
+    least two.
+    """
     base = runner.base
-    room = base.depth_room(0)
-    context = max(1, min(context, room - 4))
+    context = max(1, min(context, base.depth_room(0) - 4))
     h, _ = runner.prefill([index % base.vocab for index in range(context)])
-    points = []
+    timings: list[tuple[int, Clock]] = []
     for width in sorted(set(widths) | {1}):
+        if deadline is not None and len(timings) >= 2 and time.monotonic() > deadline:
+            break
         tree = ROOT_ONLY if width == 1 else _of_width(width)
         tokens = torch.zeros(tree.nodes, dtype=torch.long, device=base.device)
-        points.append((width, 1000 * _least_s(lambda: _undone(runner, tokens, tree), repeats, clock, runner)))  # noqa: B023
-    draft_ms = 0.0
+        timings.append((width, _least(partial(_undone, runner, tokens, tree), repeats, base.device)))
+    draft = Clock()
     if heads is not None:
         drafter, tree = HeadDrafter(heads), chain(heads.spec.heads)
-        draft_ms = 1000 * _least_s(lambda: drafter.propose(h, 0, (), tree), repeats, clock, runner)
-    return CostCurve(context, clock, tuple(points), draft_ms)
+        draft = _least(partial(drafter.propose, h, 0, (), tree), repeats, base.device)
+    wall, cpu = (sum(getattr(clock, name) for _, clock in timings) for name in ("wall_s", "cpu_s"))
+    shared = base.device.type == "cpu" and cpu < 0.85 * wall * torch.get_num_threads()
+    clock: ClockName = "cpu" if shared else "wall"
+    ms = {width: 1000 * (spent.cpu_s if shared else spent.wall_s) for width, spent in timings}
+    draft_ms = 1000 * (draft.cpu_s if shared else draft.wall_s)
+    return CostCurve(context, clock, tuple(ms.items()), draft_ms, timings[0][1].wall_s)
 
 
 def _of_width(nodes: int) -> Tree:
@@ -174,28 +191,25 @@ def _undone(runner: EagerRunner, tokens: Tensor, tree: Tree) -> None:
     runner.length -= 1
 
 
-def _least_s(call: Callable[[], object], repeats: int, clock: ClockName, runner: EagerRunner) -> float:
+def _least(call: Callable[[], object], repeats: int, device: torch.device) -> Clock:
+    """The smallest seconds of several calls, on each clock; one more call warms up."""
     call()
-    now = time.perf_counter if clock == "wall" else time.process_time
-    seconds = []
+    spent = []
     for _ in range(repeats):
-        if runner.base.device.type == "cuda":
-            torch.cuda.synchronize()
-        started = now()
-        call()
-        if runner.base.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(now() - started)
-    return min(seconds)
+        clock = Clock()
+        with timed(clock, device):
+            call()
+        spent.append(clock)
+    return Clock(min(clock.wall_s for clock in spent), min(clock.cpu_s for clock in spent))
 
 
-def choose_tree(heads: Heads, features: Features, cost: CostCurve, widths: Sequence[int] = WIDTHS) -> Choice:
+def choose_tree(heads: Heads, features: Features, cost: CostCurve) -> Choice:
     """argmax over widths of simulated tokens per step / overhead; below a gain of 1.02 do not speculate.
 
     The tree of the best speculating width is returned either way, so that it can be measured honestly.
     """
     shares = accuracy(heads, features).shares
-    trees = [greedy_tree(shares, width) for width in sorted(set(widths)) if width > 1]
+    trees = [greedy_tree(shares, width) for width, _ in cost.points if width > 1]
     candidates = list(zip(trees, simulate_each(heads, features, trees), strict=True))
     tree, expected = max(candidates, key=lambda pair: pair[1] / cost.overhead(pair[0].nodes))
     overhead = cost.overhead(tree.nodes)

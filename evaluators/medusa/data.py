@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +77,14 @@ def self_distil(
     (prompts done, prompts). Rows are kept as they are generated: a forward pass per answer is not paid twice.
     """
     done: list[Dialogue] = []
+    longest_s = 0.0
     for start in range(0, len(prompts), batch):
-        if deadline is not None and done and time.monotonic() >= deadline:
+        began = time.monotonic()
+        # A batch cut off early has paid for its prompts and brought little.
+        if deadline is not None and done and began + longest_s / 2 > deadline:
             break
         done += _answer(base, prompts[start : start + batch], max_new_tokens, deadline)
+        longest_s = max(longest_s, time.monotonic() - began)
         if progress is not None:
             progress(len(done), len(prompts))
     return done
@@ -89,14 +94,7 @@ def _answer(base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: 
     longest = max(len(prompt) for prompt in prompts)
     if base.max_positions is not None:
         limit = max(1, min(limit, base.max_positions - longest))
-    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padding on the left: every answer starts in the last column
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, longest - len(prompt) :] = 1
-    ids, mask = ids.to(base.device), mask.to(base.device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    cache = base.new_cache()
+    cache, ids, mask, positions = _padded(base, prompts)
     outputs: list[list[int]] = [[] for _ in prompts]
     states: list[list[Tensor]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
@@ -123,6 +121,36 @@ def _answer(base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: 
         Dialogue(tuple(prompt), tuple(output), torch.stack(rows))
         for prompt, output, rows in zip(prompts, outputs, states, strict=True)
     ]
+
+
+def _padded(base: Base, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """(cache, ids, mask, positions) of a batch: what all prompts begin with is computed once and stands in the cache.
+
+    Columns: the common prefix, padding, the rest of each prompt. Padding on the left makes every answer start in the
+    last column; masked columns and explicit positions make it invisible.
+    """
+    shared = _common(prompts)
+    cache = base.new_cache()
+    if shared:
+        prefix = torch.tensor([list(prompts[0][:shared])], device=base.device)
+        base.run(prefix, last_only=True, project=False, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompts))
+    width = max(len(prompt) for prompt in prompts) - shared
+    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask = torch.cat([torch.ones(len(prompts), shared, dtype=torch.long), torch.zeros_like(ids)], dim=-1)
+    for row, prompt in enumerate(prompts):
+        rest = len(prompt) - shared
+        ids[row, width - rest :] = torch.tensor(list(prompt[shared:]))
+        mask[row, shared + width - rest :] = 1
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, shared:]
+    return cache, ids.to(base.device), mask.to(base.device), positions.to(base.device)
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; at least one is left to each."""
+    shortest = min(len(prompt) for prompt in prompts)
+    columns = range(shortest - 1)
+    return next((at for at in columns if any(p[at] != prompts[0][at] for p in prompts)), max(shortest - 1, 0))
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ def stream(
     """Yield the tokens of the prefill, then of each step, as they are decided; `trace` is filled on the way."""
     if not ids or limits.max_new_tokens < 1:
         raise ValueError("decoding needs at least one prompt token and one token to generate")
-    with _timed(trace.prefill, runner.base.device):
+    with timed(trace.prefill, runner.base.device):
         h, logits = runner.prefill(ids)
         _require_finite(logits, 0)
         root = rule.pick(logits, len(ids))
@@ -133,7 +133,7 @@ def stream(
     yield [root]
     trees = _Shapes(tree)
     while not _finished(trace, runner, limits):
-        with _timed(trace.decode, runner.base.device):
+        with timed(trace.decode, runner.base.device):
             remaining = limits.max_new_tokens - len(trace.tokens)
             room = min(remaining - 1, runner.base.depth_room(runner.length))
             h, block = _step(runner, drafter, trees.at(room), h, seen, rule, trace)
@@ -221,7 +221,7 @@ def _require_finite(logits: Tensor, step: int) -> None:
         )
 
 
-class _timed:
+class timed:
     """Adds the block's seconds to a clock; on a GPU the queue is drained first and last."""
 
     def __init__(self, clock: Clock, device: torch.device) -> None:

@@ -6,9 +6,10 @@ out/heads/                       the trained heads (formats.py)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ from evaluators.medusa.heads import Heads, HeadSpec, vocabulary_cut
 
 Progress = Callable[[str, int, int], None]
 
-# Shares of the whole budget at which a stage must have ended; the timing gets what is left.
-GENERATED_BY = 0.36
-FITTED_BY = 0.54
-FINISHED_BY = 0.96
+# Shares of the budget left after loading at which a stage must have ended; the timing gets what is left.
+GENERATED_BY = 0.33
+FITTED_BY = 0.5
+CALIBRATED_BY = 0.56
+FINISHED_BY = 0.97
 HEADS = 4
 DRAFT_VOCABULARY = 8192
-ANSWER_TOKENS = 64
-BATCH = 32
+ANSWER_TOKENS = 96
+BATCH = 48
+HELD_OUT = 8
 LEAST_TIMED_TOKENS = 16
 LEAST_QUESTIONS = 4
 LEAST_POSITIONS = 64
@@ -47,8 +50,9 @@ class _Run:
     report: dict[str, Any] = field(default_factory=lambda: report.blank("quick"))
 
     def until(self, share: float) -> float:
-        """The monotonic time at which `share` of the budget is gone."""
-        return self.started + share * self.budget_s
+        """The monotonic time at which `share` of what loading left of the budget is gone."""
+        loaded = self.started + self.report["seconds"].get("load", 0.0)
+        return float(loaded + share * (self.started + self.budget_s - loaded))
 
     def stage(self, name: str, began: float) -> float:
         """Note the seconds since `began` as those of stage `name`; returns now."""
@@ -90,27 +94,31 @@ def measure(
     torch.manual_seed(seed)
     run.progress("load", 0, 1)
     asked = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), questions)
-    base = adapters.load(model, device)
-    able = adapters.capability(base)
-    run.report["model"] = report.describe_model(base, model)
-    run.report["environment"] = report.describe_environment(base, able.kernel, seed)
-    test = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in asked]
-    _describe_suite(run, base, test, prompts)
-    now = run.stage("load", run.started)
-    run.progress("load", 1, 1)
-    if able.reason is not None:
-        run.report["refusal"] = able.reason
-        run.report["candidates"] = [
-            report.blank_row("none", "none"),
-            report.blank_row("fresh", "fresh", able.reason),
-        ]
-    else:
-        _speculate(run, base, test, max_new_tokens, out, now)
+    with _steadiest_threads(device):
+        base = adapters.load(model, device)
+        _examine(run, base, asked, prompts, max_new_tokens, out)
     run.report["environment"]["load_after"] = report.load()
     run.report["seconds"]["total"] = round(time.monotonic() - run.started, 2)
     out.mkdir(parents=True, exist_ok=True)
     formats.write_json(out / "decode_speed.json", run.report)
     return run.report
+
+
+def _examine(
+    run: _Run, base: Base, asked: Sequence[suite.Prompt], given: Path | None, max_new_tokens: int, out: Path
+) -> None:
+    able = adapters.capability(base)
+    run.report["model"] = report.describe_model(base, run.folder)
+    run.report["environment"] = report.describe_environment(base, able.kernel, run.seed)
+    test = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in asked]
+    _describe_suite(run, base, test, given)
+    now = run.stage("load", run.started)
+    run.progress("load", 1, 1)
+    if able.reason is None:
+        _speculate(run, base, test, max_new_tokens, out, now)
+        return
+    run.report["refusal"] = able.reason
+    run.report["candidates"] = [report.blank_row("none", "none"), report.blank_row("fresh", "fresh", able.reason)]
 
 
 def _speculate(
@@ -126,7 +134,7 @@ def _speculate(
     formats.save(heads, out / "heads", base_model=run.folder.name)
     run.progress("calibrate", 0, 1)
     context = sum(len(q.ids) for q in test) // len(test) + max_new_tokens // 2
-    cost = calibrate.cost_curve(adapters.EagerRunner(base), heads, context)
+    cost = calibrate.cost_curve(adapters.EagerRunner(base), heads, context, deadline=run.until(CALIBRATED_BY))
     choice = calibrate.choose_tree(heads, features["calibration"], cost)
     now = run.stage("calibrate", now)
     run.progress("calibrate", 1, 1)
@@ -147,24 +155,63 @@ def _speculate(
 
 
 def _generate(run: _Run, base: Base, test: Sequence[bench.Question]) -> _Texts:
-    """Answer calibration and test prompts first, then as many training prompts as the time allows."""
+    """Answers for all three splits in the same batches, so that a short budget thins all of them alike."""
     asked = [question.prompt for question in test]
     sources, dropped = suite.without_leaks(suite.builtin("train", run.seed), asked)
     if dropped:
         run.report["warnings"].append(f"{len(dropped)} training prompts were too close to a test prompt: {dropped}")
-    held_out = suite.without_leaks(suite.builtin("calibration", run.seed), asked)[0][:8]
-    fixed = [list(q.ids) for q in test] + [suite.encode(base, p.turns[0]) for p in held_out]
-    rest = [suite.encode(base, prompt.turns[0]) for prompt in sources]
+    held_out = suite.without_leaks(suite.builtin("calibration", run.seed), asked)[0][:HELD_OUT]
+    queues = [iter([("train", suite.encode(base, prompt.turns[0])) for prompt in sources])] * 3
+    queues.append(iter([("calibration", suite.encode(base, prompt.turns[0])) for prompt in held_out]))
+    queues.append(iter([("test", list(question.ids)) for question in test]))
+    mixed = _taking_turns(queues)
     dialogues = data.self_distil(
         base,
-        fixed + rest,
+        [ids for _, ids in mixed],
         max_new_tokens=ANSWER_TOKENS,
-        batch=max(BATCH, len(fixed)),
+        batch=BATCH,
         deadline=run.until(GENERATED_BY),
         progress=_named(run, "generate"),
     )
-    cut = len(test), len(fixed)
-    return _Texts(dialogues[cut[1] :], dialogues[cut[0] : cut[1]], dialogues[: cut[0]])
+    texts = _Texts([], [], [])
+    for (split, _), dialogue in zip(mixed, dialogues, strict=False):
+        getattr(texts, split).append(dialogue)
+    return texts
+
+
+def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
+    """One item of each queue after another until all are empty; a queue given thrice gives three."""
+    ended = object()
+    rounds = iter(lambda: [item for queue in queues if (item := next(queue, ended)) is not ended], [])
+    return [item for turn in rounds for item in turn]  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _steadiest_threads(device: str) -> Iterator[None]:
+    """Use one thread where more are slower: on a shared machine threads that wait for each other cost tenfold."""
+    threads = torch.get_num_threads()
+    try:
+        if device == "cpu" and threads > 1:
+            together = _products_s()
+            torch.set_num_threads(1)
+            if together < _products_s():
+                torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _products_s(products: int = 40, repeats: int = 5) -> float:
+    """The median seconds of matrix products like those of a few tokens in a small model."""
+    weight, rows = torch.ones(1536, 576), torch.ones(8, 576)
+    spent = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(products):
+            torch.nn.functional.linear(rows, weight)
+        spent.append(time.perf_counter() - began)
+    return sorted(spent)[repeats // 2]
 
 
 def _fit(run: _Run, base: Base, features: dict[str, data.Features]) -> tuple[Heads, train.Training]:
@@ -196,7 +243,7 @@ def _limits(
     choice: calibrate.Choice,
 ) -> decode.Limits:
     """As many tokens a question as let a handful of questions fit into what is left of the budget."""
-    plain_s = cost.points[0][1] / 1000
+    plain_s = cost.plain_wall_s
     per_token_s = 2 * plain_s + 2 * plain_s * choice.overhead / max(choice.expected, 1.0)
     prefill_s = 4 * 3 * plain_s
     left_s = run.until(FINISHED_BY) - time.monotonic()

@@ -1,0 +1,217 @@
+"""Decoding: greedy text is the base's own, token for token, whatever is proposed; and it stops where plain stops."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_causal_lms as tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa import reference
+from evaluators.medusa.acceptance import Exact, Greedy, Typical
+from evaluators.medusa.adapters import Base, EagerRunner, capability
+from evaluators.medusa.decode import Limits, medusa, plain
+from evaluators.medusa.drafters import HeadDrafter, PromptLookup
+from evaluators.medusa.heads import HeadSpec, identity_heads
+from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
+
+PROMPT = [7, 42, 99, 3, 250, 7, 42]
+SPARSE = greedy_tree([[0.5, 0.2, 0.1, 0.05], [0.4, 0.2, 0.1], [0.3, 0.1], [0.2, 0.1]], 24)
+TREES = {"n=1": ROOT_ONLY, "n=2": chain(1), "chain-4": chain(4), "full": full((2, 2, 2)), "sparse": SPARSE}
+MODELS = ("llama", "gqa", "gpt2")
+
+
+@pytest.mark.parametrize("shape", TREES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_text_equals_plain_decoding_token_for_token(kind: str, shape: str) -> None:
+    base, tree, limits = tiny.base(kind), TREES[shape], Limits(40)
+    want = plain(EagerRunner(base), PROMPT, limits)
+    assert len(set(want.tokens)) > 8, "a model that repeats itself proves little"
+    spec = HeadSpec("shared", 4, 1, conditioned=True, keep=tuple(range(0, tiny.VOCAB, 2)))
+    drafters = [
+        HeadDrafter(tiny.random_heads(base, spec)),
+        HeadDrafter(identity_heads(HeadSpec("shared", 4), base)),
+        tiny.Oracle([*PROMPT, *want.tokens]),
+        tiny.Always(tiny.EOS),
+        tiny.Always(0),
+        PromptLookup() if shape in ("n=1", "n=2", "chain-4") else tiny.Always(1),
+    ]
+    for drafter in drafters:
+        got = medusa(EagerRunner(base), drafter, tree, PROMPT, limits)
+        assert got.tokens == want.tokens
+        assert sum(got.emitted) == len(got.tokens) - 1
+        if isinstance(drafter, tiny.Oracle) and tree.nodes > 1:
+            assert got.steps < want.steps
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_fast_loop_takes_the_paths_of_the_slow_reference(kind: str) -> None:
+    base, limits = tiny.base(kind), Limits(20)
+    text = plain(EagerRunner(base), PROMPT, limits).tokens
+    for drafter in (tiny.Oracle, lambda _: HeadDrafter(tiny.random_heads(base, HeadSpec(heads=4)))):
+        for rule in (Greedy(), Typical(temperature=3.0), Exact(seed=5, temperature=2.0)):
+            fast = medusa(EagerRunner(base), drafter([*PROMPT, *text]), SPARSE, PROMPT, limits, rule)
+            slow = reference.medusa(base, drafter([*PROMPT, *text]), SPARSE, PROMPT, limits, rule)
+            assert fast.tokens == slow.tokens
+            assert fast.paths == slow.paths
+
+
+@pytest.mark.parametrize("kind", ["llama", "gqa", "mqa", "gpt2", "opt", "partial-rotary"])
+def test_the_cache_after_many_scattered_paths_equals_a_fresh_prefill(kind: str) -> None:
+    base, limits = tiny.base(kind), Limits(50)
+    assert capability(base).reason is None
+    text = [*PROMPT, *plain(EagerRunner(base), PROMPT, limits).tokens]
+    runner = EagerRunner(base)
+    trace = medusa(runner, tiny.Oracle(text), full((3, 3)), PROMPT, limits)
+    assert any(path != tuple(range(len(path))) for path in trace.paths)
+    fresh = EagerRunner(base)
+    fresh.prefill(text[: runner.length])
+    for mine, theirs in zip(runner.cache.layers, fresh.cache.layers, strict=True):
+        assert mine.keys.shape == theirs.keys.shape
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine.values, theirs.values, atol=1e-4, rtol=1e-4)
+
+
+def test_token_zero_after_a_short_leaf_is_not_accepted_by_a_padding_alias() -> None:
+    """A base that always answers 0: with one row per leaf and -1 padding, the leaf (1) would be walked past its end."""
+    model = tiny.model("llama")
+    base = Base(model, tiny.tokenizer())
+    tree = Tree(((0,), (1,), (0, 0), (0, 1)))  # (1) is a short leaf beside a deeper branch
+    runner = EagerRunner(base)
+    _, logits = runner.prefill(PROMPT)
+    root = int(logits.argmax())
+    _, after_root = runner.forward(torch.tensor([root]), ROOT_ONLY)
+    truth = int(after_root[0].argmax())
+    runner.keep((0,))
+    after = torch.tensor([*PROMPT, root, truth])
+    # Make token 0 the base's choice after the short leaf by making its output row the strongest there.
+    with torch.no_grad():
+        state, _ = base.run(after[None], last_only=True, use_cache=False)
+        model.get_output_embeddings().weight[0] = 5 * state[0, -1] / state.norm() ** 2 * 40
+    want = plain(EagerRunner(base), PROMPT, Limits(12))
+
+    class ShortLeaf:
+        def propose(self, h: torch.Tensor, root: int, seen: list[int], tree: Tree) -> torch.Tensor:
+            following = want.tokens[len(seen) - len(PROMPT)] if len(seen) - len(PROMPT) < len(want.tokens) else 5
+            return torch.tensor([(following + 1) % tiny.VOCAB, following, 0, 1][: tree.nodes - 1])
+
+    assert 0 in want.tokens
+    got = medusa(EagerRunner(base), ShortLeaf(), tree, PROMPT, Limits(12))
+    assert got.tokens == want.tokens
+    assert any(path == (0, 2) for path in got.paths), "the short leaf was never taken"
+
+
+def test_a_stop_id_inside_an_accepted_path_ends_the_text_there() -> None:
+    base = tiny.base("llama")
+    text = plain(EagerRunner(base), PROMPT, Limits(30)).tokens
+    for at in (3, 4, 5, 6):
+        stops = frozenset({text[at], tiny.EOS})
+        want = plain(EagerRunner(base), PROMPT, Limits(30, stops))
+        got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), full((2, 2, 2)), PROMPT, Limits(30, stops))
+        assert got.tokens == want.tokens
+        assert got.tokens[-1] in stops and not stops & set(got.tokens[:-1])
+        assert got.finish == want.finish == "stop"
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_max_new_tokens_cuts_inside_an_accepted_path(tokens: int) -> None:
+    base = tiny.base("gqa")
+    text = plain(EagerRunner(base), PROMPT, Limits(30)).tokens
+    got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), chain(4), PROMPT, Limits(tokens))
+    assert got.tokens == text[:tokens]
+    assert got.finish == "length"
+    assert (got.tokens_per_step is None) == (tokens == 1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("left", [1, 2, 3, 5, 9])
+def test_at_the_end_of_the_context_decoding_stays_exact_and_stops(kind: str, left: int) -> None:
+    base = tiny.base(kind)
+    assert base.max_positions is not None
+    prompt = [(index * 37) % 290 for index in range(base.max_positions - left)]
+    want = plain(EagerRunner(base), prompt, Limits(50))
+    got = medusa(EagerRunner(base), tiny.Oracle([*prompt, *want.tokens]), full((2, 2, 2)), prompt, Limits(50))
+    assert want.finish == got.finish == "context"
+    assert got.tokens == want.tokens and len(want.tokens) == left + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("mamba", "Mamba.* recurrent state"),
+        ("window", "Mistral.* sliding attention window"),
+        ("bloom", "Bloom.* ALiBi"),
+        ("falcon-alibi", "Falcon.* ALiBi"),
+    ],
+)
+def test_a_model_that_cannot_hold_a_tree_is_refused_by_name(kind: str, says: str) -> None:
+    able = capability(tiny.base(kind))
+    assert not able.tree
+    assert able.reason is not None
+    import re
+
+    assert re.search(says, able.reason) and able.reason.endswith(".")
+
+
+def test_sampling_with_trees_gives_the_tokens_of_plain_sampling_with_the_same_noise() -> None:
+    base, limits = tiny.base("llama"), Limits(40)
+    for seed in range(3):
+        rule = Exact(seed=seed, temperature=1.5, top_k=50, top_p=0.95)
+        want = plain(EagerRunner(base), PROMPT, limits, rule)
+        got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *want.tokens]), full((2, 2)), PROMPT, limits, rule)
+        assert got.tokens == want.tokens
+        assert got.steps < want.steps
+    assert plain(EagerRunner(base), PROMPT, limits, Exact(seed=9)).tokens != want.tokens
+
+
+def test_sampled_draws_follow_the_distribution() -> None:
+    p = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    draws = torch.tensor([Exact(seed=1).pick(p.log(), position) for position in range(4000)])
+    counts = draws.bincount(minlength=4).double()
+    chi_square = float(((counts - 4000 * p) ** 2 / (4000 * p)).sum())
+    assert chi_square < 16.27  # 3 degrees of freedom, one in a thousand
+
+
+def test_top_k_and_top_p_leave_only_what_they_should() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    assert {Exact(seed=2, top_k=2).pick(logits, at) for at in range(200)} == {0, 1}
+    assert {Exact(seed=2, top_p=0.8).pick(logits, at) for at in range(300)} == {0, 1, 2}
+
+
+def test_typical_acceptance_follows_the_formula_with_eps_and_delta_in_their_places() -> None:
+    p = torch.tensor([0.6, 0.3, 0.06, 0.04])
+    entropy = -sum(float(q) * torch.log(q + 1e-5).item() for q in p)
+    rule = Typical(temperature=1.0)
+    assert float(rule.threshold(p)) == pytest.approx(min(0.09, 0.3 * torch.tensor(-entropy).exp().item()), rel=1e-5)
+    flat = torch.full((100,), 0.01)
+    assert float(rule.threshold(flat)) == pytest.approx(0.3 / 100, rel=1e-2)  # delta * exp(-H), far below eps
+    logits = p.log().expand(3, 4)
+    tree = Tree(((0,), (1,)))
+    assert rule.accept(tree, [0, 2, 1], logits, 10) == ((0, 2), 0)  # 0.06 < 0.09 < 0.3: only the second child stands
+    assert rule.accept(tree, [0, 2, 3], logits, 10) == ((0,), 0)
+    deeper = Tree(((0,), (1,), (1, 0)))
+    assert rule.accept(deeper, [0, 0, 1, 1], p.log().expand(4, 4), 10) == ((0, 2, 3), 0)  # deepest, not likeliest
+    assert rule.accept(tree, [0, 1, 0], logits, 10) == ((0, 2), 0)  # ties in depth by log p
+
+
+@given(
+    st.lists(st.floats(-4, 4, width=32), min_size=12, max_size=12), st.lists(st.integers(0, 3), min_size=2, max_size=2)
+)
+@settings(max_examples=50)
+def test_typical_acceptance_at_no_temperature_is_greedy(values: list[float], tokens: list[int]) -> None:
+    logits = torch.tensor(values).view(3, 4) + torch.arange(4) * 1e-3
+    tree = chain(2)
+    cold = Typical(temperature=1e-7).accept(tree, [0, *tokens], logits, 5)
+    if float(logits.topk(2).values.diff().abs().min()) > 1e-4:
+        assert cold == Greedy().accept(tree, [0, *tokens], logits, 5)
+
+
+def test_a_model_whose_logits_are_not_finite_ends_with_the_step_and_a_reason() -> None:
+    model = tiny.model("llama")
+    base = Base(model, tiny.tokenizer())
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = float("nan")
+    with pytest.raises(EvaluationError, match="NaN or infinity at decoding step 0"):
+        plain(EagerRunner(base), PROMPT, Limits(5))

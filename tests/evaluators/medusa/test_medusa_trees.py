@@ -1,0 +1,87 @@
+"""Trees: the published numbering and growth order, and what is not a tree."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, expected_tokens, full, greedy_tree, grow
+
+CUMULATIVE = (
+    (0.560, 0.672, 0.727, 0.760, 0.780),
+    (0.316, 0.424, 0.485, 0.528, 0.562),
+    (0.201, 0.288, 0.348, 0.383, 0.417),
+    (0.147, 0.225, 0.274, 0.311, 0.340),
+    (0.118, 0.187, 0.235, 0.272, 0.300),
+)
+PUBLISHED = [[row[0], *(right - left for left, right in itertools.pairwise(row))] for row in CUMULATIVE]
+
+
+def test_a_small_tree_has_the_published_parents_depths_and_picks() -> None:
+    tree = Tree(((0, 1), (0,), (1, 0), (1,), (0, 0), (9,), (9, 9)))
+    assert tree.topk == 10
+    small = tree.first(4)
+    assert small.paths == ((0,), (1,), (9,))
+    golden = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0)))
+    assert golden.parent == (-1, 0, 0, 1, 1, 2)
+    assert golden.depth == (0, 1, 1, 2, 2, 2)
+    # The reference counts the root as index 0 and always has ten ranks a head.
+    picks = [10 * (len(path) - 1) + path[-1] + 1 for path in golden.paths]
+    assert [0, *picks] == [0, 1, 2, 11, 12, 11]
+    assert golden.pick == tuple(golden.topk * (len(path) - 1) + path[-1] for path in golden.paths)
+    leaves = [node for node in range(golden.nodes) if not golden.children[node]]
+    assert {golden.ancestors(leaf) for leaf in leaves} == {(0, 2, 5), (0, 1, 4), (0, 1, 3)}
+
+
+def test_the_published_accuracies_grow_the_published_tree() -> None:
+    grown = grow(PUBLISHED, 63)
+    order = [path for path, _ in grown[:11]]
+    assert order == [(0,), (0, 0), (1,), (0, 1), (2,), (0, 0, 0), (1, 0), (0, 2), (3,), (0, 3), (4,)]
+    for nodes, expected in ((2, 1.560), (4, 1.849), (8, 2.035), (16, 2.211), (32, 2.317), (64, 2.384)):
+        assert 1 + sum(value for _, value in grown[: nodes - 1]) == pytest.approx(expected, abs=6e-4)
+        assert expected_tokens(PUBLISHED, greedy_tree(PUBLISHED, nodes)) == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("paths", "says"),
+    [
+        (((0, 0),), "has no parent"),
+        (((0,), (0,)), "given twice"),
+        (((),), "is the root"),
+        (((-1,),), "not an integer from 0"),
+    ],
+)
+def test_what_is_no_tree_is_refused_with_the_path(paths: tuple[tuple[int, ...], ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Tree(paths)
+
+
+def test_a_tree_deeper_than_the_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 levels deep, but there are only 3 heads"):
+        chain(4).check_fits(3)
+
+
+def test_shapes_have_the_sizes_they_are_named_for() -> None:
+    assert (ROOT_ONLY.nodes, chain(4).nodes, full((2, 2, 2)).nodes, full((3, 3, 3)).nodes) == (1, 5, 15, 40)
+    assert full((2, 2, 2)).shallow(1).paths == ((0,), (1,))
+    assert chain(3).shallow(0).nodes == 1
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.integers(1, 40),
+)
+def test_growth_is_prefix_closed_and_every_prefix_of_it_is_the_best_of_its_size(
+    accuracy: list[list[float]], nodes: int
+) -> None:
+    accuracy = [sorted(row, reverse=True) for row in accuracy]
+    grown = grow(accuracy, nodes)
+    values = [value for _, value in grown]
+    assert values == sorted(values, reverse=True)
+    tree = Tree(tuple(path for path, _ in grown))
+    visible = tree.visible()
+    for node in range(tree.nodes):
+        assert [column for column, seen in enumerate(visible[node]) if seen] == sorted(tree.ancestors(node))

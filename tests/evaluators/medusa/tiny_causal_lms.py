@@ -1,0 +1,137 @@
+"""Tiny real models, built here: weights wide enough that their greedy text varies, and a real byte tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.heads import Heads, HeadSpec
+from evaluators.medusa.tree import Tree
+
+VOCAB = 300
+EOS = 299
+TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}[assistant] "
+
+
+def tokenizer(template: str | None = TEMPLATE) -> Any:
+    """Bytes as tokens 0..255, a few specials above; token 0 is an ordinary one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([f"<extra{index}>" for index in range(EOS - len(alphabet))] + ["<eos>"])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+    wrapped.chat_template = template
+    return wrapped
+
+
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.35,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+}
+_LLAMA = _SMALL | {"intermediate_size": 64, "max_position_embeddings": 256}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**_LLAMA),
+    "gqa": lambda: LlamaConfig(**_LLAMA, num_key_value_heads=2, head_dim=16),
+    "mqa": lambda: LlamaConfig(**_LLAMA, num_key_value_heads=1),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.35,
+        bos_token_id=None, eos_token_id=EOS,
+    ),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, init_std=0.35,
+        max_position_embeddings=64, word_embed_proj_dim=32, bos_token_id=None, eos_token_id=EOS, pad_token_id=None,
+    ),
+    "partial-rotary": lambda: GPTNeoXConfig(
+        **_SMALL, intermediate_size=64, max_position_embeddings=128, rotary_pct=0.25
+    ),
+    "mamba": lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "window": lambda: MistralConfig(**_LLAMA, num_key_value_heads=2, sliding_window=8),
+    "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+    "falcon-alibi": lambda: FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+}  # fmt: skip
+
+
+def model(kind: str, seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    config = CONFIGS[kind]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@cache
+def base(kind: str) -> Base:
+    """A shared, frozen model of this kind; do not change it."""
+    return Base(model(kind), tokenizer())
+
+
+def write(folder: Path, made: Any, template: str | None = TEMPLATE) -> Path:
+    made.save_pretrained(folder)
+    tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def random_heads(on: Base, spec: HeadSpec, seed: int = 0) -> Heads:
+    """Heads whose guesses are arbitrary."""
+    heads = Heads(spec, on)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return heads.eval().requires_grad_(False)
+
+
+class Oracle:
+    """Knows the text. Each step one branch of the tree, another each time, carries the truth down to some depth."""
+
+    def __init__(self, text: Sequence[int], vocab: int = VOCAB) -> None:
+        self.text, self.vocab, self.calls = list(text), vocab, 0
+
+    def propose(self, h: torch.Tensor, root: int, seen: Sequence[int], tree: Tree) -> torch.Tensor:
+        self.calls += 1
+        last = tree.nodes - 1 - self.calls % max(1, tree.nodes // 2)
+        branch = set(tree.ancestors(max(last, 0)))
+        proposed = []
+        for node in range(1, tree.nodes):
+            at = len(seen) - 1 + tree.depth[node]
+            truth = self.text[at] if at < len(self.text) else 0
+            wrong = (truth + 1 + tree.paths[node - 1][-1]) % self.vocab
+            proposed.append(truth if node in branch else wrong)
+        return torch.tensor(proposed, dtype=torch.long)
+
+
+class Always:
+    """Proposes one token everywhere."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def propose(self, h: torch.Tensor, root: int, seen: Sequence[int], tree: Tree) -> torch.Tensor:
+        return torch.full((tree.nodes - 1,), self.token, dtype=torch.long)
