@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,11 +66,17 @@ class Hub:
     """One Hub at one address, with one token or none. `deadline_s` bounds each call, repeats included."""
 
     def __init__(
-        self, endpoint: str, token: str | None = None, cache: Path | None = None, *, deadline_s: float = 120.0
+        self,
+        endpoint: str,
+        token: str | None = None,
+        cache: Path | None = None,
+        *,
+        deadline_s: float = 120.0,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.endpoint = endpoint.rstrip("/")
         self.cache = cache
-        self._line = Line(self.endpoint, deadline_s)
+        self._line = Line(self.endpoint, deadline_s, sleep)
         # token=False: never a token that happens to lie on this machine
         self._api = HfApi(endpoint=self.endpoint, token=token or False)
         self._user: User | None = None

@@ -145,7 +145,8 @@ def stream(
                 raise ValueError("the Hub ignored the range")
         elif not whole and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
             raise ValueError("the Hub sent another range")
-        yield _bounded(response.iter_bytes(_CHUNK_BYTES), end - start)
+        # As they arrive: gathered into bigger chunks, the last ones before a cut would be lost.
+        yield _bounded(response.iter_bytes(), end - start)
 
 
 def _bounded(chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:

@@ -42,6 +42,7 @@ LIVE_HUB = "https://huggingface.co"
 TIMEOUT = httpx2.Timeout(connect=10, read=60, write=60, pool=10)
 MAX_TRIES, FIRST_WAIT_S, LONGEST_WAIT_S = 6, 1.0, 60.0
 INVALID_ANSWER_TRIES = 3
+_LONGEST_ASKED_S = 24 * 3600
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 # Where the live Hub keeps large files (unverified list; safety.md 5, row 6). A local Hub keeps them itself.
 _STORAGE = (".huggingface.co", ".hf.co", ".amazonaws.com")
@@ -111,17 +112,17 @@ def wait_asked_s(headers: Any, now: datetime | None = None) -> float | None:
     """Seconds the Hub asks us to wait: `RateLimit` when it is used up, else `Retry-After` as seconds or as a date."""
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
+        return float(min(limit.reset_in_seconds, _LONGEST_ASKED_S))
     text = (headers.get("retry-after") or "").strip()
-    if text.isdigit():
-        return float(text)
+    if text.isascii() and text.isdigit():  # isdigit alone says yes to "²"
+        return float(min(int(text[:9]), _LONGEST_ASKED_S))
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+    return min(max(0.0, (moment - (now or datetime.now(UTC))).total_seconds()), float(_LONGEST_ASKED_S))
 
 
 def new_client() -> httpx2.Client:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from bot.errors import Refused
 from bot.localhub.app import create_app
@@ -26,8 +27,8 @@ class Server(uvicorn.Server):
             self._on_ready(self._url)
 
 
-def listen(root: Path, host: str, port: int, on_ready: Callable[[str], None] | None) -> tuple[Server, socket.socket]:
-    """A server that is bound but does not run yet. Port 0 takes a free one."""
+def listen(app: ASGIApp, host: str, port: int, on_ready: Callable[[str], None] | None) -> tuple[Server, socket.socket]:
+    """A server for `app` that is bound but does not run yet. Port 0 takes a free one."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -42,7 +43,7 @@ def listen(root: Path, host: str, port: int, on_ready: Callable[[str], None] | N
     named = f"[{host}]" if ":" in host else host
     url = f"http://{named}:{listener.getsockname()[1]}"
     config = uvicorn.Config(
-        create_app(root), lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=3,
+        app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=3,
         server_header=False,
     )  # fmt: skip
     return Server(config, url, on_ready), listener
@@ -50,6 +51,6 @@ def listen(root: Path, host: str, port: int, on_ready: Callable[[str], None] | N
 
 def serve(root: Path, host: str = "127.0.0.1", port: int = 0, on_ready: Callable[[str], None] | None = None) -> None:
     """Serve the Hub at `root` until interrupted; `on_ready(url)` is called once it answers."""
-    server, listener = listen(root, host, port, on_ready)
+    server, listener = listen(create_app(root), host, port, on_ready)
     with listener, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

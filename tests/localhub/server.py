@@ -7,6 +7,7 @@
         hub.token_of("mergebot")     a write token; users: alice, bob, mergebot (admin of `mergebot-org`)
         hub.env(home)                environment of a child process that talks to this Hub and to nothing else
         hub.client(code, home)       runs Python code in such a child, returns what it printed as JSON
+        hub.faults.add("GET", "/api/models/*", status=503, times=2)     the next two such requests fail (faults.py)
 
 huggingface_hub, datasets and transformers read their settings when they are imported, so tests of *those* clients run
 them in a child with `env()`: that is right whatever this process has imported before. Our own `bot.hub` takes its
@@ -24,15 +25,16 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bot.localhub import add_user
-from bot.localhub.app import LocalHub
+from bot.localhub.app import create_app
 from bot.localhub.serve import listen
+from tests.localhub.faults import Faults
 
 REPO = Path(__file__).resolve().parent.parent.parent
 USERS = ("alice", "bob", "mergebot")
@@ -45,7 +47,7 @@ class RunningHub:
 
     url: str
     root: Path
-    app: LocalHub | None = None  # None when it runs in a process of its own
+    faults: Faults = field(default_factory=lambda: Faults(None))  # no use when the Hub is another process
 
     def token_of(self, user: str) -> str:
         return token_of(user)
@@ -135,16 +137,14 @@ def running_hub(root: Path, *, page_size: int = 100) -> Iterator[RunningHub]:
         urls.append(url)
         ready.set()
 
-    server, listener = listen(root, "127.0.0.1", 0, on_ready)
-    app = server.config.app
-    assert isinstance(app, LocalHub)
-    app.page_size, app.logins.scripted = page_size, True
+    faults = Faults(create_app(root, page_size=page_size, scripted_logins=True))
+    server, listener = listen(faults, "127.0.0.1", 0, on_ready)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
         if not ready.wait(20):
             raise RuntimeError("the local Hub did not start within 20 s")
-        yield RunningHub(urls[0], root, app)
+        yield RunningHub(urls[0], root, faults)
     finally:
         server.should_exit = True
         thread.join(20)
