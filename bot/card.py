@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from bot import messages, policy
+from bot import leaderboard, messages, policy
 from bot.job import Job, Source
 from bot.merge import recipe
 from bot.request import MergeRequest
@@ -103,11 +103,12 @@ def _model_index(job: Job) -> list[dict[str, Any]]:
             "name": f"{score.metric}, {score.few_shot}-shot",
         }
         results.append({"task": task, "dataset": {"type": score.task, "name": score.task}, "metrics": [metric]})
-    chosen = _chosen(job)
-    if chosen is not None and chosen["speedup"]["wall"] is not None:
+    heads = leaderboard.measured_heads(job.evaluation.decode_speed)
+    ratio = None if heads is None else leaderboard.speedup(heads)[0]
+    if ratio is not None:
         metric = {
             "type": "medusa_speedup",
-            "value": round(chosen["speedup"]["wall"], 4),
+            "value": round(ratio, 4),
             "name": "tokens per second, Medusa / plain greedy",
         }
         results.append(
@@ -122,7 +123,8 @@ def _headline(job: Job) -> str:
     merged = job.evaluation.merged
     if merged is None:
         return ""
-    kept, lost = [], []
+    kept: list[str] = []
+    lost: list[str] = []
     for score in merged.scores:
         rivals = [_score_of(evaluation, score.task) for evaluation in job.evaluation.sources.values()]
         best = max((rival for rival in rivals if rival is not None), key=lambda rival: rival.value, default=None)
@@ -165,15 +167,14 @@ def _speed(job: Job) -> str:
     speed = job.evaluation.decode_speed
     if speed is None:
         return messages.NO_SPEED
-    chosen = _chosen(job)
-    if chosen is None:
-        return plain(str(speed.get("refusal") or speed["sentence"]))
-    plain_run, sped = speed["plain"], chosen["speedup"]
+    heads = leaderboard.measured_heads(speed)
+    if heads is None or heads["tokens_per_s"] is None:
+        return plain(speed["sentence"])
     lines = [
         "| | tokens/s | tokens per step |",
         "|---|---:|---:|",
-        f"| plain greedy | {plain_run['tokens_per_s']:.1f} | 1.00 |",
-        f"| Medusa | {plain_run['tokens_per_s'] * sped['wall']:.1f} | {chosen['tokens_per_step']['measured']:.2f} |",
+        f"| plain greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
+        f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
     ]
     return plain(speed["sentence"]) + "\n\n" + "\n".join(lines)
 
@@ -190,12 +191,6 @@ def _lm_eval(job: Job) -> dict[str, Any]:
         "merged": asdict(job.evaluation.merged),
         "sources": {name: asdict(evaluation) for name, evaluation in job.evaluation.sources.items()},
     }
-
-
-def _chosen(job: Job) -> Mapping[str, Any] | None:
-    from bot.leaderboard import chosen_candidate
-
-    return None if job.evaluation is None else chosen_candidate(job.evaluation.decode_speed)
 
 
 def _score_of(evaluation: ModelEvaluation, task: str) -> Score | None:

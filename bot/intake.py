@@ -63,7 +63,9 @@ def check(text: str, hub: Hub, settings: Settings) -> Checked:
             continue
         files = hub.files(pinned.repo, pinned.revision)
         opened[pin] = checkpoint.open_checkpoint(files, limits=checkpoint.STRANGER, name=str(ref))
-        sources[pin] = Source(pinned.repo, pinned.revision, pinned.licence, opened[pin].bytes)
+        sources[pin] = Source(
+            pinned.repo, pinned.revision, pinned.licence, sum(tensor.nbytes for tensor in opened[pin].tensors.values())
+        )
     crashpoint("resolve.after_pin")
     made = plan.make(asked.pinned(pins), opened).summary()
     policy.check_size(made, disk_limit_bytes=settings.disk_limit_bytes, memory_limit_bytes=settings.memory_limit_bytes)

@@ -106,7 +106,8 @@ def row(job: Job, settings: Settings) -> Row:
     for name, evaluation in job.evaluation.sources.items():
         measured += _measured(name.partition("@")[0], evaluation)
     average, stderr = _average([each for each in measured if each.model == job.publication.repo])
-    chosen = chosen_candidate(speed)
+    heads = measured_heads(speed)
+    ratio, interval = (None, None) if heads is None else speedup(heads)
     return Row(
         model=job.publication.repo,
         repo_url=f"{settings.hub}/{job.publication.repo}",
@@ -122,19 +123,35 @@ def row(job: Job, settings: Settings) -> Row:
         average=average,
         average_stderr=stderr,
         results=tuple(measured),
-        tokens_per_step=chosen and chosen["tokens_per_step"]["measured"],
+        tokens_per_step=None if heads is None else heads["tokens_per_step"]["measured"],
         tokens_per_second=None if speed is None or speed.get("plain") is None else speed["plain"]["tokens_per_s"],
-        speedup=chosen and chosen["speedup"]["wall"],
-        speedup_ci=tuple(chosen["speedup"]["wall_ci95"]) if chosen and chosen["speedup"]["wall_ci95"] else None,
+        speedup=ratio,
+        speedup_ci=interval,
         published_at="" if job.ended_at is None else job.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
 
 
-def chosen_candidate(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The row of a decode-speed report that it speaks for, None where nothing was measured."""
-    if speed is None or speed.get("refusal") or not speed.get("chosen"):
-        return None
-    return next((each for each in speed["candidates"] if each["id"] == speed["chosen"]), None)
+def measured_heads(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The heads a decode-speed report timed, as its candidate row; None where none were.
+
+    They are shown also where the report advises against them: a ratio below 1 is a result.
+    """
+    for candidate in () if speed is None else speed["candidates"]:
+        if (
+            candidate["origin"] in ("fresh", "merged", "parent")
+            and candidate["tokens_per_step"]["measured"] is not None
+        ):
+            return dict(candidate)
+    return None
+
+
+def speedup(heads: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
+    """The ratio to plain decoding on the clock the report trusts, and its 95 % interval."""
+    measured, clock = heads["speedup"], heads["speedup"]["clock_used"]
+    if clock is None:
+        return None, None
+    interval = measured[f"{clock}_ci95"]
+    return measured[clock], None if interval is None else (interval[0], interval[1])
 
 
 def _measured(model: str, evaluation: ModelEvaluation) -> Iterable[Measured]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bot.errors import Failed
 from bot.merge import checkpoint, plan, recipe
+from bot.progress import Show, named
 from bot.settings import Settings
 
 if TYPE_CHECKING:
     from bot.hub import Hub
-
-Progress = Callable[[str, float, float], None]
 
 
 def read_recipe(file: Path) -> recipe.Recipe:
@@ -50,7 +48,7 @@ def plan_from_headers(asked: recipe.Recipe, settings: Settings, *, seed: int = 0
     return plan.make(asked.pinned(pins), opened, seed=seed)
 
 
-def download_sources(made: plan.Plan, settings: Settings, progress: Progress) -> dict[recipe.ModelRef, Path]:
+def download_sources(made: plan.Plan, settings: Settings, progress: Show) -> dict[recipe.ModelRef, Path]:
     """Folders of the plan's sources; Hub repos are downloaded at their pinned commits and verified."""
     folders: dict[recipe.ModelRef, Path] = {}
     for ref in made.recipe.sources:
@@ -58,10 +56,7 @@ def download_sources(made: plan.Plan, settings: Settings, progress: Progress) ->
         if folder is None:
             assert ref.revision is not None
             folder = settings.sources / ref.path / ref.revision
-            name = f"Downloading {ref.path}"
-            _hub(settings).download(
-                ref.path, ref.revision, folder, progress=lambda done, total, name=name: progress(name, done, total)
-            )
+            _hub(settings).download(ref.path, ref.revision, folder, progress=named(progress, f"Downloading {ref.path}"))
         folders[ref] = folder
     return folders
 

@@ -22,6 +22,7 @@ from bot.errors import Failed, Refused, Transient
 from bot.executors import child
 from bot.hub import Hub
 from bot.job import Lease, Publication
+from bot.progress import Show
 from bot.queue import open_queue
 from bot.settings import Settings, crashpoint
 
@@ -41,7 +42,7 @@ class Place:
     done: str | None
 
 
-def publish(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> dict[str, Any]:
+def publish(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
     """Publish the files of `spec` and prove on the Hub that they are the evaluated ones -> Publication."""
     started = time.monotonic()
     hub, queue = Hub(settings.hub, token=settings.write_token()), open_queue(settings)
@@ -67,9 +68,8 @@ def publish(spec: Mapping[str, Any], settings: Settings, report: child.Report) -
         _still_there(hub, source["repo"], source["revision"])
     hub.make_public(place.repo)
     crashpoint("publish.after_public")
-    return TypeAdapter(Publication).dump_python(
-        Publication(place.repo, commit, time.monotonic() - started), mode="json"
-    )
+    fact = Publication(place.repo, commit, time.monotonic() - started)
+    return dict(TypeAdapter(Publication).dump_python(fact, mode="json"))
 
 
 def _verified(out: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
@@ -113,7 +113,7 @@ def _commit(
     place: Place,
     contents: Mapping[str, Content],
     spec: Mapping[str, Any],
-    report: child.Report,
+    report: Show,
 ) -> str | None:
     """P3 and P4. None when somebody else committed in between: look again."""
     total = len(contents)
@@ -181,7 +181,7 @@ def _still_there(hub: Hub, repo: str, revision: str) -> None:
         ) from gone
 
 
-def board(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> dict[str, Any]:
+def board(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
     """Write the board and the results datasets; a file that is already equal is left alone."""
     hub = Hub(settings.hub, token=settings.write_token())
     for number, (repo, texts) in enumerate(spec["datasets"].items()):
@@ -214,7 +214,7 @@ def _write_dataset(hub: Hub, repo: str, texts: Mapping[str, str], message: str) 
     hub.make_public(repo, repo_type="dataset")
 
 
-def reply(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> dict[str, Any]:
+def reply(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
     """Answer a request from a card in one discussion on its repo; the same answer is never written twice."""
     hub = Hub(settings.hub, token=settings.write_token())
     number = hub.find_discussion(spec["repo"], spec["title"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,13 +15,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from bot.policy import gigabytes
+from bot.progress import Show
 
 if TYPE_CHECKING:
     from bot.job import Job
     from evaluators.scores import ModelEvaluation
 
 console = Console()
-Show = Callable[[str, float, float], None]
 
 
 @contextmanager

@@ -78,6 +78,12 @@ class Settings(BaseSettings):
 
     webhook_secret: SecretStr | None = None
     public: bool = Field(default=False, description="strangers can reach the Space: login is required")
+    schedule: bool = Field(
+        default=True, description="the Space runs the jobs too; off where a scheduler runs elsewhere"
+    )
+    examples: Path | None = Field(
+        default=None, description="folder of recipes (*.yml) the form offers; a first line `# ...` is the title"
+    )
 
     @field_validator("hub")
     @classmethod
@@ -92,6 +98,11 @@ class Settings(BaseSettings):
     def scratch(self) -> Path:
         """One folder a job; removed when the job has ended."""
         return self.home / "scratch"
+
+    @property
+    def logs(self) -> Path:
+        """What each stage of each job printed."""
+        return self.home / "logs"
 
     @property
     def sources(self) -> Path:

@@ -22,6 +22,7 @@ from bot.errors import Failed
 from bot.executors import child
 from bot.job import Evaluation, Merge, PublishedFile, Source
 from bot.merge import checkpoint, plan, recipe
+from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, crashpoint
 
@@ -30,7 +31,7 @@ _SOURCES = TypeAdapter(tuple[Source, ...])
 MANIFEST = "manifest.json"
 
 
-def merge(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> dict[str, Any]:
+def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
     """Download, verify, merge into `spec["out"]`. A finished folder of an earlier attempt is checked and kept."""
     from bot.hub import Hub
     from bot.merge import engine
@@ -44,8 +45,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> 
         if ref.revision is None:
             raise Failed("INTERNAL", f"{ref} reached the worker without a commit.", "Tell the operator.")
         folder = settings.sources / ref.path / ref.revision
-        name = f"Downloading {ref.path}"
-        hub.download(ref.path, ref.revision, folder, progress=lambda done, total, name=name: report(name, done, total))
+        hub.download(ref.path, ref.revision, folder, progress=named(report, f"Downloading {ref.path}"))
         folders[ref] = folder
         opened[ref] = checkpoint.open_checkpoint(
             checkpoint.LocalFiles(folder), limits=checkpoint.STRANGER, name=str(ref)
@@ -59,7 +59,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> 
             out,
             device=settings.device,
             on_nonfinite="fail",
-            progress=lambda done, total, tensor: report(f"Merging {tensor}", done, total),
+            progress=named(report, "Merging"),
         )
     crashpoint("writer.after_rename")
     files = read_manifest(out)
@@ -71,13 +71,13 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> 
         parameters=made.parameters,
         notices=tuple(dataclasses.asdict(notice) for notice in made.notices),
     )
-    return TypeAdapter(Merge).dump_python(fact, mode="json")
+    return _json(fact)
 
 
 def read_manifest(out: Path) -> dict[str, PublishedFile]:
     """The files of a finished merge, each re-hashed. Raises Failed CORRUPT_DOWNLOAD when the disk disagrees."""
     listed = json.loads((out / MANIFEST).read_text())
-    files = {name: PublishedFile(entry["bytes"], entry["sha256"]) for name, entry in listed["files"].items()}
+    files = {entry["path"]: PublishedFile(entry["bytes"], entry["sha256"]) for entry in listed["files"]}
     for name, file in files.items():
         found = _sha256(out / name)
         if found != file.sha256:
@@ -94,7 +94,7 @@ def manifest_id(out: Path) -> str:
     return _sha256(out / MANIFEST)
 
 
-def evaluate(spec: Mapping[str, Any], settings: Settings, report: child.Report) -> dict[str, Any]:
+def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
     """lm-eval on the merged model and on its sources (cached), then the Medusa speed test."""
     from bot import measure
 
@@ -111,7 +111,11 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: child.Report) 
     crashpoint("eval.after_task")
     speed = measure.decode_speed(out, settings, scratch, report) if asked.speed == "medusa" else None
     fact = Evaluation(spec["manifest"], merged, parents, speed, time.monotonic() - started)
-    return TypeAdapter(Evaluation).dump_python(fact, mode="json")
+    return _json(fact)
+
+
+def _json(fact: Merge | Evaluation) -> dict[str, Any]:
+    return dict(TypeAdapter(type(fact)).dump_python(fact, mode="json"))
 
 
 def _sha256(file: Path) -> str:

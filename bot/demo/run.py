@@ -28,19 +28,22 @@ from bot import screens
 from bot.demo import base, parents, skills
 from bot.errors import Failed
 from bot.job import ENDED, Job, Stage, stage
+from bot.progress import Show
 from bot.settings import Settings, activate
+from evaluators.scores import ModelEvaluation
 
 REQUESTER = "visitor"
 BOT = "mergebot"
 FAMILY = base.REPO.partition("/")[0]
 SPEED_BUDGET_S = 55.0
 WATCH_S = 0.2
-SUITE = "demo"
+SUITE = "demo-skills"
 
 
 def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None:
     """Run the walk in `directory`, show it, write `report`, then serve the Space at `port` unless `once`."""
-    started, seconds = time.monotonic(), {}
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
     directory.mkdir(parents=True, exist_ok=True)
     directory = directory.resolve()
     with screens.progress() as shown:
@@ -61,7 +64,7 @@ def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None
             _serve(port)
 
 
-def _family(folder: Path, shown: screens.Show, seconds: dict[str, float]) -> dict[str, Path]:
+def _family(folder: Path, shown: Show, seconds: dict[str, float]) -> dict[str, Path]:
     """Base, parents and skill datasets as `models/ns/name` and `datasets/ns/name` folders to put on the Hub."""
     began = time.monotonic()
     found = {base.REPO: base.build(folder, lambda done, total, what: shown("Base model", done, total))}
@@ -70,9 +73,11 @@ def _family(folder: Path, shown: screens.Show, seconds: dict[str, float]) -> dic
     for skill in skills.ALL:
         repo, what = f"{FAMILY}/smollm2-135m-{skill.name}", f"Training the parent for {skill.name}"
         out = folder / f"smollm2-135m-{skill.name}"
-        found[repo] = parents.train(
-            found[base.REPO], skill, out, lambda done, total, loss, what=what: shown(what, done, total)
-        )
+
+        def trained(done: int, total: int, _loss: float, what: str = what) -> None:
+            shown(what, done, total)
+
+        found[repo] = parents.train(found[base.REPO], skill, out, trained)
     seconds["parents"] = time.monotonic() - began
     return found
 
@@ -179,7 +184,7 @@ def _walk(settings: Settings) -> list[Job]:
     return jobs
 
 
-def _follow(scheduler: Any, form: str, shown: screens.Show) -> list[Job]:
+def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
     """Show every job's progress until the form's and the card's have ended."""
     pause = threading.Event()
     while True:
@@ -187,8 +192,7 @@ def _follow(scheduler: Any, form: str, shown: screens.Show) -> list[Job]:
         now = datetime.now(UTC)
         for job in jobs:
             if job.progress is not None and job.progress.total > 0:
-                name = f"{job.request.name}: {job.progress.text.partition(' ')[0].lower()}"
-                shown(f"{name} {job.progress.text.partition(' ')[2]}"[:44], job.progress.done, job.progress.total)
+                shown(f"{job.request.name}: {job.progress.text}", job.progress.done, job.progress.total)
         refused = [refusal for request, job, refusal in scheduler.queue.unanswered() if refusal]
         if refused:
             raise Failed(
@@ -234,10 +238,10 @@ def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float]) -> d
 
 
 def _show(jobs: list[Job], made: dict[str, Any], settings: Settings) -> None:
-    evaluations = {}
+    evaluations: dict[str, ModelEvaluation] = {}
     for job in jobs:
         assert job.evaluation and job.publication
-        for name, evaluation in reversed(job.evaluation.sources.items()):
+        for name, evaluation in reversed(tuple(job.evaluation.sources.items())):
             evaluations.setdefault(name.partition("@")[0], evaluation)
         if job.evaluation.merged:
             evaluations[f"{job.publication.repo} ({job.plan['method']})"] = job.evaluation.merged

@@ -2,7 +2,7 @@
 
     scratch/<stage>.spec.json     what to do; never a token
     scratch/<stage>.result.json   {"ok": ...} or {"error": {...}}; written whole or not at all
-    scratch/<stage>.log           what the process printed
+    logs/<scratch name>/<stage>.log    what the process printed; kept when the scratch folder goes
 
 `local.LocalExecutor` runs a child process. Hub Jobs and Ray run the same command elsewhere.
 """

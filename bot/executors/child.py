@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import Failed, MergebotError, Transient
+from bot.progress import Show
 from bot.settings import Settings, activate
 
-Report = Callable[[str, float, float], None]
-Stage = Callable[[Mapping[str, Any], Settings, Report], dict[str, Any]]
+Stage = Callable[[Mapping[str, Any], Settings, Show], dict[str, Any]]
 REPORT_EVERY_S = 0.2
 PR_SET_PDEATHSIG = 1
 
@@ -61,7 +61,7 @@ def _described(error: MergebotError) -> dict[str, Any]:
     return {**error.as_dict(), "kind": kind, "retry_after_s": after}
 
 
-def _reporter(progress: Any) -> Report:
+def _reporter(progress: Any) -> Show:
     last = 0.0
 
     def report(text: str, done: float, total: float) -> None:

@@ -46,7 +46,9 @@ class LocalExecutor:
         spec_file, result_file = scratch / f"{stage}.spec.json", scratch / f"{stage}.result.json"
         result_file.unlink(missing_ok=True)
         spec_file.write_text(json.dumps(spec))
-        with (scratch / f"{stage}.log").open("ab") as log:
+        logs = self._settings.logs / scratch.name
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"{stage}.log").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", MODULES[zone], stage, str(spec_file), str(result_file)],
                 env=child_environment(self._settings, zone),

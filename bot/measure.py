@@ -1,0 +1,141 @@
+"""Between the job and the evaluators: which folders to measure, with which suite, for how long.
+
+A source is evaluated once for all merges that share it: the harness keeps its results by content, suite and settings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bot.errors import Failed, Refused
+from bot.job import Source
+from bot.progress import Show, named
+from bot.request import EvaluateOptions
+from bot.settings import Settings
+from evaluators import harness, suites
+from evaluators.errors import EvaluationError
+from evaluators.scores import ModelEvaluation
+
+NONE = "none"
+
+
+def suite_named(name: str) -> suites.Suite:
+    """The suite with this name. Raises Refused UNKNOWN_TASK."""
+    if name not in suites.SUITES:
+        raise Refused(
+            "UNKNOWN_TASK", f"There is no suite `{name}`.", f"Choose one of {', '.join(sorted(suites.SUITES))}."
+        )
+    return suites.SUITES[name]
+
+
+def scores(
+    out: Path, sources: tuple[Source, ...], asked: EvaluateOptions, settings: Settings, scratch: Path, report: Show
+) -> tuple[ModelEvaluation | None, dict[str, ModelEvaluation]]:
+    """The merged model's scores, and its sources' by `repo@revision`. Raises Failed as the harness does."""
+    if asked.suite == NONE:
+        return None, {}
+    folders = {str(source): settings.sources / source.repo / source.revision for source in sources}
+    found = {
+        name: _evaluate(folder, name.partition("@")[0], asked, settings, scratch, report)
+        for name, folder in [("the merge", out), *folders.items()]
+    }
+    return found.pop("the merge"), found
+
+
+def _evaluate(
+    folder: Path, name: str, asked: EvaluateOptions, settings: Settings, scratch: Path, report: Show
+) -> ModelEvaluation:
+    try:
+        return harness.evaluate(
+            folder,
+            suite_named(asked.suite),
+            limit=asked.limit,
+            device=settings.device,
+            chat_template=asked.chat_template,
+            endpoint=settings.hub,
+            cache=settings.evaluations,
+            scratch=scratch / "lm-eval",
+            timeout_s=settings.evaluate_timeout_s,
+            progress=named(report, f"Evaluating {name}"),
+        )
+    except EvaluationError as error:
+        raise Failed(error.code, error.message, error.next_step) from error
+
+
+def decode_speed(out: Path, settings: Settings, scratch: Path, report: Show) -> dict[str, Any]:
+    """The Medusa report of the merged model, with its sentence for people."""
+    return bench(
+        out,
+        scratch / "medusa",
+        None,
+        settings.speed_budget_s,
+        0,
+        settings,
+        report,
+        questions=settings.speed_questions,
+        new_tokens=settings.speed_new_tokens,
+    )
+
+
+def bench(
+    folder: Path,
+    out: Path,
+    prompts: Path | None,
+    budget_s: float,
+    seed: int,
+    settings: Settings,
+    report: Show,
+    *,
+    questions: int = 16,
+    new_tokens: int = 48,
+) -> dict[str, Any]:
+    """Train heads on the model in `folder` and time decoding with them. Raises Failed."""
+    from evaluators import medusa
+    from evaluators.medusa.report import sentence as report_sentence
+
+    try:
+        measured = medusa.measure(
+            folder,
+            out,
+            prompts=prompts,
+            budget_s=budget_s,
+            questions=questions,
+            max_new_tokens=new_tokens,
+            seed=seed,
+            device=_device(settings.device),
+            progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
+        )
+    except EvaluationError as error:
+        raise Failed(error.code, error.message, error.next_step) from error
+    return {**measured, "sentence": report_sentence(measured)}
+
+
+def one_model(
+    folder: Path, suite: str, limit: int | None, seed: int, settings: Settings, report: Show
+) -> ModelEvaluation:
+    """The operator's own evaluation of one folder. Raises Failed."""
+    asked = EvaluateOptions(suite=suite, limit=limit)
+    return _evaluate(folder, folder.name, asked, settings, settings.scratch / "evaluate", report)
+
+
+def model_folder(model: str, settings: Settings, report: Show) -> Path:
+    """The folder of a model named on the command line: a local one, or a Hub repo downloaded at its present commit."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from bot.hub import Hub
+
+    hub = Hub(settings.hub)
+    pinned = hub.resolve(model)
+    into = settings.sources / pinned.repo / pinned.revision
+    hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))
+    return into
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
