@@ -1,0 +1,154 @@
+"""The named endpoints, for programs: JSON in, JSON out. Their names and keys are stable.
+
+    /submit       recipe, name, suite, tasks, limit, speed -> {"job": ...}
+    /check        recipe                                   -> {"plan": ..., "sources": ..., "licence": ...}
+    /jobs         mine                                     -> {"jobs": [...]}
+    /job          job_id                                   -> {"job": ...}
+    /cancel       job_id                                   -> {"job": ...}
+    /leaderboard                                           -> {"rows": [...]}
+
+Where something was refused the answer is {"refused": {code, message, value, where, next, request_id}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import gradio as gr
+from pydantic import TypeAdapter
+
+from bot.intake import Checked
+from bot.job import ENDED, Evaluation, Job, Source, Stage, stage
+from bot.leaderboard import Row, measured_heads, speedup
+from evaluators.scores import ModelEvaluation
+from space import login
+from space.desk import Desk, Refusal, attempt, now
+
+_SOURCES = TypeAdapter(tuple[Source, ...])
+_MODEL = TypeAdapter(ModelEvaluation | None)
+_ROWS = TypeAdapter(tuple[Row, ...])
+
+
+def publish(desk: Desk) -> None:
+    """Name the endpoints; to be called inside the Blocks."""
+
+    def submit(
+        recipe: str,
+        name: str,
+        request: gr.Request,
+        suite: str = "quick",
+        tasks: list[str] = [],  # noqa: B006 - Gradio reads the default into the API's description and never changes it
+        limit: int | None = None,
+        speed: str = "off",
+    ) -> dict[str, Any]:
+        """Ask for a merge; `tasks` replaces the suite, `limit` is per task, `speed` is off or medusa."""
+        visitor = login.visitor(request, desk.settings)
+        form = {"recipe": recipe, "name": name, "suite": suite, "tasks": tasks, "limit": limit, "speed": speed}
+        return _answer(lambda: {"job": facts(desk, desk.submit(visitor, **form))})
+
+    def check(recipe: str, request: gr.Request) -> dict[str, Any]:
+        """What would be merged, from headers alone: sources pinned to commits, tensors, bytes, memory."""
+        visitor = login.visitor(request, desk.settings)
+        return _answer(lambda: planned(desk.check(visitor, recipe)))
+
+    def jobs(request: gr.Request, mine: bool = False) -> dict[str, Any]:
+        """The newest jobs first; only your own with `mine`."""
+        visitor = login.visitor(request, desk.settings) if mine is True else None
+        return _answer(lambda: {"jobs": [facts(desk, job) for job in desk.jobs(visitor)]})
+
+    def job(job_id: str) -> dict[str, Any]:
+        """One job with its facts."""
+        return _answer(lambda: {"job": facts(desk, desk.job(job_id))})
+
+    def cancel(job_id: str, request: gr.Request) -> dict[str, Any]:
+        """Stop a job of your own, unless it is being published already."""
+        visitor = login.visitor(request, desk.settings)
+        return _answer(lambda: {"job": facts(desk, desk.cancel(visitor, job_id))})
+
+    def board() -> dict[str, Any]:
+        """The published merges, newest first."""
+        return _answer(lambda: {"rows": _ROWS.dump_python(desk.board().rows, mode="json")})
+
+    gr.api(submit, api_name="submit", concurrency_limit=4, concurrency_id="hub")
+    gr.api(check, api_name="check", concurrency_limit=4, concurrency_id="hub")
+    gr.api(jobs, api_name="jobs", concurrency_limit=8, queue=False)
+    gr.api(job, api_name="job", concurrency_limit=8, queue=False)
+    gr.api(cancel, api_name="cancel", concurrency_limit=4)
+    gr.api(board, api_name="leaderboard", concurrency_limit=8, queue=False)
+
+
+def facts(desk: Desk, job: Job) -> dict[str, Any]:
+    """A job as JSON: where it stands and every fact recorded so far."""
+    at = now()
+    stands = stage(job, at)
+    waiting = stands is Stage.QUEUED
+    return {
+        "id": job.id,
+        "name": job.request.name,
+        "requester": job.request.requester,
+        "origin": job.request.origin.value,
+        "stage": stands.value,
+        "ended": stands in ENDED,
+        "position": desk.queue.position(job.id) if waiting else None,
+        "attempts": job.attempts,
+        "submitted_at": _iso(job.submitted_at),
+        "ended_at": _iso(job.ended_at),
+        "method": job.plan.get("method"),
+        "sources": _SOURCES.dump_python(job.sources, mode="json"),
+        "evaluate": asdict(job.request.evaluate),
+        "progress": None if job.progress is None else asdict(job.progress),
+        "merge": job.merge
+        and {"bytes": job.merge.bytes, "seconds": job.merge.seconds, "parameters": job.merge.parameters,
+             "manifest": job.merge.manifest},
+        "evaluation": _measured(job.evaluation),
+        "publication": job.publication
+        and {"repo": job.publication.repo, "commit": job.publication.commit,
+             "url": f"{desk.settings.hub}/{job.publication.repo}"},
+        "failures": [
+            {"stage": each.stage.value, "code": each.code, "message": each.sentence, "next": each.next_step,
+             "retry_at": _iso(each.retry_at)}
+            for each in job.failures
+        ],
+    }  # fmt: skip
+
+
+def planned(checked: Checked) -> dict[str, Any]:
+    """A checked recipe as JSON."""
+    return {
+        "plan": dict(checked.plan),
+        "sources": _SOURCES.dump_python(checked.sources, mode="json"),
+        "licence": checked.licence,
+    }
+
+
+def _measured(found: Evaluation | None) -> dict[str, Any] | None:
+    """Scores of the merge and its sources, and what the speed test came to."""
+    if found is None:
+        return None
+    heads = measured_heads(found.decode_speed)
+    ratio, interval = (None, None) if heads is None else speedup(heads)
+    return {
+        "manifest": found.manifest,
+        "merged": _MODEL.dump_python(found.merged, mode="json"),
+        "sources": {name: _MODEL.dump_python(each, mode="json") for name, each in found.sources.items()},
+        "decode_speed": found.decode_speed
+        and {
+            "sentence": found.decode_speed.get("sentence"),
+            "tokens_per_step": None if heads is None else heads["tokens_per_step"]["measured"],
+            "speedup": ratio,
+            "speedup_ci95": interval,
+        },
+        "seconds": found.seconds,
+    }
+
+
+def _answer(deed: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    done = attempt(deed)
+    return {"refused": done.as_dict()} if isinstance(done, Refusal) else done
+
+
+def _iso(at: datetime | None) -> str | None:
+    return None if at is None else at.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,239 @@
+"""The leaderboard: every published merge in a table, quality against speed, and one merge beside its parents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from bot.leaderboard import Row
+from space import figures, words
+from space.desk import Board, Desk
+from space.job_page import speed_sentence
+from space.markup import Markup, join, link, repo_link, tag
+from space.pieces import facts_table, panel, refused
+
+FIXED = ("Model", "Method", "Sources", "Average %")
+TAIL = ("Tokens/step", "Speedup", "Parameters")
+WIDTHS = {"Model": "230px", "Method": "150px", "Sources": "270px", "Average %": "115px", "Speedup": "165px"}
+LAST = float("-inf")  # where a missing figure sorts
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What other parts of the page need of this one: `look` reads the board anew."""
+
+    look: Callable[..., Any]
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What a visitor wants to see."""
+
+    words: str = ""
+    methods: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    licences: tuple[str, ...] = ()
+    least_percent: float = 0.0
+
+    def pick(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that pass, best average first; those without one last."""
+        wanted = self.words.casefold().split()
+        kept = [
+            row
+            for row in rows
+            if all(word in _searched(row) for word in wanted)
+            and (not self.methods or row.method in self.methods)
+            and (not self.sources or set(self.sources) <= set(row.sources))
+            and (not self.licences or row.licence in self.licences)
+            and (self.least_percent <= 0 or 100 * (row.average or 0.0) >= self.least_percent)
+        ]
+        return sorted(kept, key=lambda row: (row.average is not None, row.average or 0.0), reverse=True)
+
+
+def build(desk: Desk) -> Parts:
+    chosen = gr.State(None)
+    summary = panel(elem_id="board-summary")
+    with gr.Row(elem_classes="filters"):
+        search = gr.Textbox(label="Search", placeholder="model, source, method, requester", elem_id="search", scale=3)
+        method = gr.Dropdown(label="Method", multiselect=True, choices=[], elem_id="filter-method", scale=2)
+        source = gr.Dropdown(label="Made of", multiselect=True, choices=[], elem_id="filter-source", scale=3)
+        licence = gr.Dropdown(label="Licence", multiselect=True, choices=[], elem_id="filter-licence", scale=2)
+        least = gr.Slider(label="Least average, %", minimum=0, maximum=100, step=1, value=0, elem_id="least",
+                          scale=2)  # fmt: skip
+    table = gr.Dataframe(
+        interactive=False,
+        show_label=False,
+        label="Published merges",
+        pinned_columns=1,
+        show_search="none",
+        max_height=460,
+        buttons=["fullscreen", "copy"],
+        elem_id="board",
+        wrap=False,
+    )
+    empty = panel(visible=False, elem_id="board-empty")
+    with gr.Row(elem_classes="columns", visible=False) as below:
+        with gr.Column(scale=6, min_width=320):
+            detail = panel(elem_id="detail", elem_classes="panel")
+            parents = gr.Plot(show_label=False, label="The merge beside its parents", elem_id="parents")
+        with gr.Column(scale=6, min_width=320):
+            panel(tag("h3", "Quality against speed"), elem_classes="panel")
+            scatter = gr.Plot(show_label=False, label="Quality against speed", elem_id="quality-speed")
+            unseen = panel(elem_id="unseen")
+
+    filters = [search, method, source, licence, least]
+    shown = [summary, table, empty, below, detail, parents, scatter, unseen, chosen]
+    look = _looker(desk)
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+    for each in filters:
+        each.change(look, [*filters, chosen], [*shown, method, source, licence], trigger_mode="always_last", **quiet)
+    table.select(_selector(desk), filters, [detail, parents, scatter, chosen], **quiet)
+    return Parts(look, [*filters, chosen], [*shown, method, source, licence])
+
+
+def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
+    def look(
+        search: str, methods: list[str], sources: list[str], licences: list[str], least: float, chosen: str | None
+    ) -> tuple[Any, ...]:
+        board = desk.board()
+        rows = _filters(search, methods, sources, licences, least).pick(board.rows)
+        row = next((each for each in rows if each.model == chosen), rows[0] if rows else None)
+        plot = figures.quality_speed(rows, row)
+        return (
+            _summary(board, len(rows)),
+            gr.Dataframe(**table_value(rows), visible=bool(rows)),
+            panel(_nothing(board), visible=not rows),
+            gr.Row(visible=bool(rows)),
+            *_detail(row, desk.settings.hub),
+            gr.Plot(plot, visible=plot is not None),
+            _unseen(rows),
+            row.model if row else None,
+            gr.Dropdown(choices=sorted({each.method for each in board.rows})),
+            gr.Dropdown(choices=sorted({each for row in board.rows for each in row.sources})),
+            gr.Dropdown(choices=sorted({each.licence for each in board.rows})),
+        )
+
+    return look
+
+
+def _selector(desk: Desk) -> Callable[..., tuple[Any, ...]]:
+    def select(
+        search: str, methods: list[str], sources: list[str], licences: list[str], least: float, event: gr.SelectData
+    ) -> tuple[Any, ...]:
+        """A cell was chosen: its row is known by its first cell, whatever the table is sorted by."""
+        rows = _filters(search, methods, sources, licences, least).pick(desk.board().rows)
+        row = next((each for each in rows if event.row_value and _model_cell(each) == event.row_value[0]), None)
+        if row is None:
+            return (gr.skip(),) * 4
+        return *_detail(row, desk.settings.hub), figures.quality_speed(rows, row), row.model
+
+    return select
+
+
+def _filters(search: Any, methods: Any, sources: Any, licences: Any, least: Any) -> Filters:
+    return Filters(
+        str(search or ""), tuple(methods or ()), tuple(sources or ()), tuple(licences or ()), float(least or 0)
+    )
+
+
+def table_value(rows: Sequence[Row]) -> dict[str, Any]:
+    """The table's value, headers and types: numbers to sort by, and how each is shown."""
+    tasks = sorted({task for row in rows for task in row.scores})
+    headers = [*FIXED, *(f"{task} %" for task in tasks), *TAIL]
+    values, displayed = [], []
+    for row in rows:
+        cells = _cells(row, tasks)
+        values.append([value for value, _ in cells])
+        displayed.append([shown for _, shown in cells])
+    types = ["html", "str", "str", *["number"] * (1 + len(tasks) + len(TAIL))]
+    return {
+        "value": {"headers": headers, "data": values, "metadata": {"display_value": displayed}},
+        "headers": headers,
+        "datatype": types,
+        "column_widths": [WIDTHS.get(header, "130px") for header in headers],
+    }
+
+
+def _cells(row: Row, tasks: Sequence[str]) -> list[tuple[Any, str]]:
+    """Each cell as what it is sorted by and what is shown."""
+    model = _model_cell(row)
+    sources = ", ".join(row.sources)
+    scores = [row.scores.get(task, (None, None)) for task in tasks]
+    return [
+        (model, model),
+        (row.method, row.method),
+        (sources, sources),
+        (_sorted(row.average), words.percent(row.average, row.average_stderr)),
+        *((_sorted(value), words.percent(value, stderr)) for value, stderr in scores),
+        (_sorted(row.tokens_per_step), words.MISSING if row.tokens_per_step is None else f"{row.tokens_per_step:.2f}"),
+        (_sorted(row.speedup), words.interval(row.speedup, row.speedup_ci)),
+        (row.parameters, words.count(row.parameters)),
+    ]
+
+
+def _sorted(value: float | None) -> float:
+    return -1.0 if value is None else value
+
+
+def _model_cell(row: Row) -> str:
+    return str(link(row.repo_url, row.model.rpartition("/")[2]))
+
+
+def _searched(row: Row) -> str:
+    return " ".join((row.model, row.method, row.requester, row.licence, *row.sources)).casefold()
+
+
+def _summary(board: Board, kept: int) -> Markup:
+    told = words.plural(len(board.rows), "published merge")
+    picked = f"{kept} of {told}" if kept != len(board.rows) else told
+    suites = {row.suite_digest for row in board.rows if row.suite_digest}
+    mixed = " Averages compare only within one suite; there are several here." if len(suites) > 1 else ""
+    note = tag("p", picked, ". Scores by lm-eval, percent ± one standard error.", mixed, class_="fine")
+    return join([refused(board.stale) if board.stale else None, note if board.rows else None])
+
+
+def _nothing(board: Board) -> Markup:
+    told = (
+        "No merge passes these filters: widen them."
+        if board.rows
+        else "No merges yet: submit one in the first tab."
+        if board.stale is None
+        else "The leaderboard could not be read."
+    )
+    return tag("div", tag("p", told), class_="empty")
+
+
+def _unseen(rows: Sequence[Row]) -> Markup:
+    without = sum(1 for row in rows if row.average is None or row.speedup is None)
+    if not without:
+        return Markup("")
+    if without == len(rows):
+        return tag("p", "None of these merges had a speed test, so there is nothing to plot.", class_="fine")
+    return tag("p", f"{words.plural(without, 'merge')} without a speed test or scores not shown.", class_="fine")
+
+
+def _detail(row: Row | None, hub: str) -> tuple[Markup, Any]:
+    """The chosen merge in words, and its figure."""
+    if row is None:
+        return Markup(""), gr.Plot(None, visible=False)
+    rows: list[tuple[str, object]] = [
+        ("Published", join([link(f"{row.repo_url}/tree/{row.commit}", row.model), " ",
+                            tag("code", row.commit[:7], class_="sha", title=row.commit)])),
+        ("Made of", tag("ul", [tag("li", repo_link(hub, source)) for source in row.sources], class_="bare")),
+        ("Licence", row.licence),
+        ("Asked for by", join([row.requester, f", {row.published_at[:10]}" if row.published_at else None])),
+        ("Measured", f"suite {row.suite} on {row.device}" if row.suite else "not evaluated"),
+    ]  # fmt: skip
+    if row.speedup is not None:
+        rows.append(("Speed", speed_sentence(row.speedup, row.speedup_ci, row.tokens_per_step)))
+    if row.tokens_per_second is not None:
+        rows.append(("Plain greedy", f"{row.tokens_per_second:,.1f} tokens a second"))
+    name = row.model.rpartition("/")[2]
+    figure = figures.beside_parents(row)
+    shown = tag("section", tag("h3", name, " ", tag("code", row.method)), facts_table(rows))
+    return shown, gr.Plot(figure, visible=figure is not None)

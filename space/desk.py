@@ -1,0 +1,176 @@
+"""What a visitor can have done here: check, submit, cancel, look. Every door of the page leads to these functions.
+
+A deed raises `bot.errors`; `attempt` turns whatever goes wrong into a `Refusal`, which a page and the API can show.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bot import intake, leaderboard, request
+from bot.errors import MergebotError, Refused, Transient, Where
+from bot.hub import Hub
+from bot.intake import Checked
+from bot.job import Job
+from bot.leaderboard import Row
+from bot.queue import Queue
+from bot.request import EvaluateOptions
+from bot.settings import Settings
+from evaluators import suites
+from space import login
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+BOARD_FRESH_S = 10.0
+JOBS_SHOWN = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something was not done: why, and what to do next. `request_id` finds a defect of ours in the log."""
+
+    code: str
+    message: str
+    next_step: str
+    value: str | None
+    where: Where | None
+    request_id: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "message": self.message,
+            "value": self.value,
+            # Gradio's clients take a mapping with the key `path` for a file to fetch.
+            "where": self.where and {"file": self.where.file, "line": self.where.line, "key": self.where.path},
+            "next": self.next_step,
+            "request_id": self.request_id,
+        }
+
+
+class Form(BaseModel):
+    """What the form or the API sends: any JSON, until it has passed here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    recipe: str
+    name: str
+    suite: Annotated[str, Field(max_length=64)] = "quick"
+    tasks: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=64)] = []
+    limit: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    speed: Literal["off", "medusa"] = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """The published merges, newest first, and since when the Hub did not answer (None: it did)."""
+
+    rows: tuple[Row, ...]
+    stale: Refusal | None = None
+
+
+@dataclass(slots=True)
+class Desk:
+    """The deeds, under `settings`. One for the process; safe to share between threads."""
+
+    settings: Settings
+    hub: Hub
+    queue: Queue
+    _board: Board | None = field(default=None, init=False)
+    _board_at: float = field(default=float("-inf"), init=False)
+    _board_lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def submit(self, visitor: str | None, **form: Any) -> Job:
+        """Ask for a merge. Raises Refused or Transient."""
+        requester = login.require(visitor)
+        asked = read_form(form)
+        evaluate = EvaluateOptions(suite=asked.suite, tasks=tuple(asked.tasks), limit=asked.limit, speed=asked.speed)
+        return intake.take(
+            request.from_form(requester, asked.recipe, asked.name, evaluate), self.hub, self.queue, self.settings
+        )
+
+    def check(self, visitor: str | None, recipe: str) -> Checked:
+        """What would be done for `recipe`, without doing it. Raises Refused or Transient."""
+        login.require(visitor)
+        return intake.check(read_form({"recipe": recipe, "name": ""}).recipe, self.hub, self.settings)
+
+    def jobs(self, requester: str | None = None) -> list[Job]:
+        return self.queue.jobs(requester=requester, limit=JOBS_SHOWN)
+
+    def job(self, job_id: object) -> Job:
+        """Raises Refused JOB_NOT_FOUND."""
+        if not isinstance(job_id, str) or not job_id.strip().isalnum() or len(job_id) > 64:
+            raise Refused("JOB_NOT_FOUND", "That is not the id of a job.", "See the list of jobs.")
+        return self.queue.job(job_id.strip())
+
+    def cancel(self, visitor: str | None, job_id: object) -> Job:
+        """Raises Refused LOGIN_REQUIRED, JOB_NOT_FOUND, NOT_YOURS, CANCELLED."""
+        return self.queue.cancel(self.job(job_id).id, login.require(visitor))
+
+    def board(self) -> Board:
+        """The leaderboard as the Hub has it, at most 10 s old; when the Hub is away, the last one known."""
+        with self._board_lock:
+            if time.monotonic() - self._board_at > BOARD_FRESH_S:
+                found = attempt(lambda: leaderboard.read(self.hub, self.settings))
+                known = self._board.rows if self._board else ()
+                self._board = Board(known, found) if isinstance(found, Refusal) else Board(found)
+                self._board_at = time.monotonic()
+            assert self._board is not None
+            return self._board
+
+
+def read_form(form: dict[str, Any]) -> Form:
+    """Raises Refused REQUEST_INVALID, naming the field."""
+    try:
+        return Form.model_validate(form)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "request"
+        raise Refused(
+            "REQUEST_INVALID",
+            f"The field `{name[:80]}` cannot be used: {first['msg'][:160].lower()}.",
+            "Correct it and send the form again.",
+        ) from None
+
+
+def suite_names() -> list[str]:
+
+    return list(suites.SUITES)
+
+
+def suite_tasks(suite: str) -> tuple[str, ...]:
+    return tuple(task.name for task in suites.SUITES[suite].tasks) if suite in suites.SUITES else ()
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def attempt(deed: Callable[[], Result]) -> Result | Refusal:
+    """`deed`'s result, or why there is none. A defect of ours is logged and reaches the visitor by its id only."""
+    request_id = secrets.token_hex(4)
+    try:
+        return deed()
+    except MergebotError as error:
+        log.info("%s %s: %s", request_id, error.code, error)
+        again = error.next_step or ("Try again in a minute." if isinstance(error, Transient) else "")
+        return Refusal(error.code, error.message, again, error.value, error.where, request_id)
+    except Exception:
+        log.exception("request %s stopped on a defect", request_id)
+        return Refusal(
+            "INTERNAL",
+            "This stopped on a defect of the bot.",
+            f"Tell the operator the request id {request_id}.",
+            None,
+            None,
+            request_id,
+        )

@@ -1,0 +1,148 @@
+"""The two figures of the leaderboard: quality against speed, and a merge beside its parents.
+
+Text and grid take the page's colours from the stylesheet, so one figure serves light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from bot.leaderboard import Row
+from space import words
+from space.markup import escape
+from space.theme import MERGE, PARENT_SYMBOLS, PARENTS, SANS
+
+QUIET = "rgba(128,128,128,0.55)"
+ROW_PX = 62
+
+
+def quality_speed(rows: Sequence[Row], chosen: Row | None) -> go.Figure | None:
+    """Average score against speedup, with both uncertainties; None when no row has both."""
+    shown = [row for row in rows if row.average is not None and row.speedup is not None]
+    if not shown:
+        return None
+    figure = go.Figure()
+    for picked, name, colour, size in ((False, "merges", QUIET, 10), (True, "chosen", MERGE, 14)):
+        group = [row for row in shown if (chosen is not None and row.model == chosen.model) is picked]
+        if group:
+            figure.add_trace(_points(group, name, colour, size))
+    figure.add_vline(x=1.0, line={"dash": "dot", "width": 1, "color": QUIET})
+    figure.update_xaxes(title_text="speed with Medusa heads, × plain greedy decoding", ticksuffix="×")
+    figure.update_yaxes(title_text="average score, %")
+    return _dressed(figure, height=360)
+
+
+def _points(rows: Sequence[Row], name: str, colour: str, size: int) -> go.Scatter:
+    bounds = [row.speedup_ci or (row.speedup or 0.0, row.speedup or 0.0) for row in rows]
+    speeds = [row.speedup or 0.0 for row in rows]
+    return go.Scatter(
+        x=speeds,
+        y=[100 * (row.average or 0.0) for row in rows],
+        error_x={
+            "type": "data",
+            "array": [high - at for at, (_, high) in zip(speeds, bounds, strict=True)],
+            "arrayminus": [at - low for at, (low, _) in zip(speeds, bounds, strict=True)],
+            **_whisker(colour),
+        },
+        error_y={"type": "data", "array": [100 * (row.average_stderr or 0.0) for row in rows], **_whisker(colour)},
+        mode="markers",
+        name=name,
+        marker={
+            "color": MERGE,
+            "size": size,
+            "opacity": 1.0 if name == "chosen" else 0.55,
+            "line": {"width": 1, "color": "rgba(255,255,255,0.8)"},
+        },
+        customdata=[[_hover(row)] for row in rows],
+        hovertemplate="%{customdata[0]}<extra></extra>",
+        showlegend=False,
+    )
+
+
+def _hover(row: Row) -> str:
+    lines = (
+        f"<b>{escape(row.model)}</b>",
+        escape(row.method),
+        f"average {words.percent(row.average, row.average_stderr)} %",
+        f"speed {words.interval(row.speedup, row.speedup_ci)}",
+    )
+    return "<br>".join(lines)
+
+
+def beside_parents(row: Row) -> go.Figure | None:
+    """A dot for each model on each task, whiskers of one standard error; None without scores."""
+    tasks = list(row.scores)
+    if not tasks:
+        return None
+    figure = go.Figure()
+    series = [(source, scores) for source, scores in row.source_scores.items()]
+    for place, (source, scores) in enumerate(series):
+        look = {
+            "color": PARENTS[place % len(PARENTS)],
+            "symbol": PARENT_SYMBOLS[place % len(PARENT_SYMBOLS)],
+            "size": 10,
+            "line": {"width": 2, "color": PARENTS[place % len(PARENTS)]},
+        }
+        figure.add_trace(_dots(source, tasks, scores, look, _offset(place, len(series) + 1)))
+    merge = {"color": MERGE, "symbol": "diamond", "size": 13}
+    figure.add_trace(_dots("this merge", tasks, row.scores, merge, _offset(len(series), len(series) + 1)))
+    figure.update_yaxes(
+        tickmode="array", tickvals=list(range(len(tasks))), ticktext=[_wrapped(task) for task in tasks],
+        range=[len(tasks) - 0.5, -0.5], showgrid=False, zeroline=False,
+    )  # fmt: skip
+    figure.update_xaxes(title_text="score, % (whiskers: ± 1 standard error)", range=[-2, 102], zeroline=False)
+    legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "traceorder": "reversed"}
+    figure.update_layout(legend=legend)
+    return _dressed(figure, height=150 + ROW_PX * len(tasks))
+
+
+def _dots(
+    name: str,
+    tasks: list[str],
+    scores: dict[str, tuple[float, float | None]],
+    marker: dict[str, Any],
+    offset: float,
+) -> go.Scatter:
+    present = [(place, *scores[task]) for place, task in enumerate(tasks) if task in scores]
+    return go.Scatter(
+        x=[100 * value for _, value, _ in present],
+        y=[place + offset for place, _, _ in present],
+        error_x={"type": "data", "array": [100 * (error or 0.0) for *_, error in present], **_whisker(marker["color"])},
+        mode="markers",
+        name=str(escape(name)),
+        marker=marker,
+        customdata=[[escape(tasks[place]), words.percent(value, error)] for place, value, error in present],
+        hovertemplate="%{customdata[0]}: %{customdata[1]} %<extra>" + str(escape(name)) + "</extra>",
+    )
+
+
+def _offset(place: int, of: int) -> float:
+    """Where series `place` lies within a task's band, so that whiskers do not cover each other."""
+    return (place - (of - 1) / 2) * min(0.2, 0.7 / of)
+
+
+def _wrapped(task: str) -> str:
+    return str(escape(task)).replace("_", "_​") if len(task) > 18 else str(escape(task))
+
+
+def _whisker(colour: str) -> dict[str, Any]:
+    return {"color": colour, "thickness": 1.5, "width": 4}
+
+
+def _dressed(figure: go.Figure, height: int) -> go.Figure:
+    return figure.update_layout(
+        height=height,
+        margin={"l": 8, "r": 12, "t": 16, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": ", ".join(SANS), "size": 13, "color": "#77746d"},
+        xaxis={"automargin": True, "gridcolor": "rgba(128,128,128,0.2)", "zeroline": False, "fixedrange": True,
+               "title": {"font": {"size": 13}}},
+        yaxis={"automargin": True, "gridcolor": "rgba(128,128,128,0.2)", "zeroline": False, "fixedrange": True,
+               "title": {"font": {"size": 13}}},
+        hoverlabel={"font": {"family": ", ".join(SANS)}, "align": "left"},
+        dragmode=False,
+    )  # fmt: skip

@@ -1,0 +1,187 @@
+"""One job on a page: where it stands, each fact as it was recorded, and what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from bot.job import ENDED, Failure, Job, Progress, Stage, missing, stage
+from bot.leaderboard import measured_heads, speedup
+from evaluators.scores import ModelEvaluation
+from space import words
+from space.markup import Markup, join, repo_link, tag
+from space.pieces import facts_table, rows_table, sources_table
+
+STEPS = (
+    (Stage.MERGING, "Merge"),
+    (Stage.EVALUATING, "Evaluate"),
+    (Stage.PUBLISHING, "Publish"),
+)
+
+
+def job_page(job: Job, hub: str, ahead: int, at: datetime) -> Markup:
+    """Everything known about `job`. `ahead` is how many open jobs came before it."""
+    stands = stage(job, at)
+    return tag(
+        "article",
+        _title(job, at),
+        _steps(job, stands),
+        _headline(job, hub, stands, ahead),
+        _evaluation(job),
+        _speed(job.evaluation.decode_speed) if job.evaluation else None,
+        tag("h3", "Sources"),
+        sources_table(job.sources, hub, job.plan),
+        tag("h3", "Plan and facts"),
+        facts_table(_facts(job)),
+        _failures(job.failures),
+        class_="job",
+    )
+
+
+def progress_bar(progress: Progress) -> Markup:
+    """What the running stage says of itself, as a bar with its text under it."""
+    part = min(max(progress.done / progress.total, 0.0), 1.0) if progress.total > 0 else 0.0
+    bar = tag("progress", value=f"{part:.3f}", max="1", aria_label=progress.text)
+    return tag("div", bar, tag("span", f"{progress.text}, {100 * part:.0f} %", class_="fine"), class_="progress")
+
+
+def _title(job: Job, at: datetime) -> Markup:
+    tried = f", attempt {job.attempts}" if job.attempts > 1 else ""
+    told = f"asked for by {job.request.requester} {words.age(job.submitted_at, at)}{tried}"
+    return tag("header", tag("h2", job.request.name), tag("p", "Job ", tag("code", job.id), ", ", told, class_="fine"))
+
+
+def _steps(job: Job, stands: Stage) -> Markup:
+    """Merge, evaluate, publish: done, at work, or to come."""
+    facts = (job.merge, job.evaluation, job.publication)
+    lacking = missing(job)
+    items = []
+    for (step, word), fact in zip(STEPS, facts, strict=True):
+        if fact is not None:
+            state, told = "done", words.duration(fact.seconds)
+        elif step is lacking and stands is step:
+            state, told = "now", "at work"
+        elif step is lacking and stands in ENDED:
+            state, told = "stopped", stands.value
+        else:
+            state, told = "later", "to come" if stands not in ENDED else "not reached"
+        items.append(tag("li", tag("b", word), tag("span", told), class_=state))
+    return tag("ol", items, class_="steps-bar", aria_label="Stages")
+
+
+def _headline(job: Job, hub: str, stands: Stage, ahead: int) -> Markup:
+    """The one thing to know now, with the next step."""
+    if job.publication is not None:
+        where = repo_link(hub, job.publication.repo, job.publication.commit)
+        return tag("div", tag("p", "Published as ", where, class_="message"), class_="notice good")
+    if stands is Stage.CANCELLED:
+        return tag("div", tag("p", "Cancelled by its owner. Nothing was published.", class_="message"), class_="notice")
+    if stands is Stage.FAILED:
+        last = job.failures[-1]
+        return tag(
+            "div",
+            tag("p", last.sentence, class_="message"),
+            tag("p", last.next_step, class_="next") if last.next_step else None,
+            tag("p", tag("code", last.code), class_="fine"),
+            class_="notice bad",
+            role="alert",
+        )
+    if stands is Stage.QUEUED:
+        later = job.failures[-1].retry_at if job.failures else None
+        if later is not None:
+            told = f"Waits to be tried again at {later:%H:%M} UTC; nothing is lost."
+        else:
+            told = f"{words.plural(ahead, 'job')} came before it." if ahead else "It is the next to start."
+        return tag("div", tag("p", told, class_="message"), class_="notice")
+    return tag("div", progress_bar(job.progress or Progress("Starting", 0, 1)), class_="notice", aria_live="polite")
+
+
+def _facts(job: Job) -> list[tuple[str, object]]:
+    plan = job.plan
+    rows: list[tuple[str, object]] = [("Method", tag("code", plan.get("method", words.MISSING)))]
+    if "tensors" in plan:
+        rows.append(("Tensors", f"{plan['tensors']:,}"))
+    if "parameters" in plan:
+        rows.append(("Parameters", words.count(plan["parameters"])))
+    if "bytes_in" in plan:
+        rows.append(("Read", words.size(plan["bytes_in"])))
+    if job.merge is not None:
+        rows.append(("Written", words.size(job.merge.bytes)))
+        rows.append(("Manifest of the bytes", tag("code", job.merge.manifest[:16], title=job.merge.manifest)))
+    elif "bytes_out" in plan:
+        rows.append(("To be written", words.size(plan["bytes_out"])))
+    asked = job.request.evaluate
+    suite = ", ".join(asked.tasks) or asked.suite
+    samples = f", {asked.limit} samples a task" if asked.limit else ""
+    rows.append(("Evaluation asked for", f"{suite}{samples}; speed test {asked.speed}"))
+    return rows
+
+
+def _evaluation(job: Job) -> Markup | None:
+    """The merge beside its sources, task by task."""
+    found = job.evaluation
+    if found is None or found.merged is None:
+        return None
+    columns = [("This merge", found.merged), *((name.partition("@")[0], each) for name, each in found.sources.items())]
+    tasks = [score.task for score in found.merged.scores]
+    rows = [
+        tag("tr", tag("th", task, scope="row"), [tag("td", _score(each, task), class_="number") for _, each in columns])
+        for task in tasks
+    ]
+    rows.append(
+        tag(
+            "tr",
+            tag("th", "Average", scope="row"),
+            [tag("td", words.percent(each.average), class_="number") for _, each in columns],
+            class_="total",
+        )
+    )
+    taken = found.merged.environment
+    told = f"lm-eval {taken.lm_eval} on {taken.device} in {taken.dtype}; percent ± one standard error."
+    titles = ("Task", *(name for name, _ in columns))
+    return join([tag("h3", "Evaluation"), rows_table(titles, rows), tag("p", told, class_="fine")])
+
+
+def _score(evaluation: ModelEvaluation, task: str) -> str:
+    found = next((score for score in evaluation.scores if score.task == task), None)
+    return words.MISSING if found is None else words.percent(found.value, found.stderr)
+
+
+def _speed(report: Mapping[str, Any] | None) -> Markup | None:
+    """The speed test: the report's own sentence, and the figures of the heads where some were timed."""
+    if report is None:
+        return None
+    heads = measured_heads(report)
+    told = [tag("p", report.get("sentence"))] if report.get("sentence") else []
+    if heads is not None:
+        ratio, bounds = speedup(heads)
+        if ratio is not None:
+            told.append(tag("p", speed_sentence(ratio, bounds, heads["tokens_per_step"]["measured"]), class_="fine"))
+    return join([tag("h3", "Speed"), told or tag("p", "Nothing could be measured.")])
+
+
+def speed_sentence(speedup: float, bounds: tuple[float, float] | None, tokens_per_step: float | None) -> str:
+    """What the speed test found, honestly."""
+    steps = f"{tokens_per_step:.2f} tokens a step; " if tokens_per_step else ""
+    low, high = bounds or (speedup, speedup)
+    verdict = "faster than" if low > 1 else "slower than" if high < 1 else "not clearly different from"
+    spread = f", 95 % interval {low:.2f} to {high:.2f}" if bounds else ""
+    return f"{steps}{words.times(speedup)} the speed of plain greedy decoding{spread}: {verdict} it on this machine."
+
+
+def _failures(failures: tuple[Failure, ...]) -> Markup | None:
+    if not failures:
+        return None
+    rows = [
+        tag(
+            "li",
+            tag("b", f"While {failure.stage.value}: "),
+            failure.sentence,
+            " ",
+            failure.next_step,
+            tag("span", " Tried again." if failure.retry_at else " That ended the job.", class_="fine"),
+        )
+        for failure in failures
+    ]
+    return join([tag("h3", "What went wrong"), tag("ol", rows, class_="notes")])

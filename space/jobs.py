@@ -1,0 +1,178 @@
+"""The tab to follow jobs: the newest ones, and one of them in full, looked at every few seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from bot.job import ENDED, Job, Stage, stage
+from space import login, words
+from space.desk import Desk, Refusal, attempt, now
+from space.job_page import job_page, progress_bar
+from space.markup import Markup, join, tag
+from space.pieces import panel, refused, rows_table
+
+POLL_HERE_S = 2.0
+POLL_PUBLIC_S = 5.0
+STAGE_WORDS = {
+    Stage.QUEUED: "Queued",
+    Stage.MERGING: "Merging",
+    Stage.EVALUATING: "Evaluating",
+    Stage.PUBLISHING: "Publishing",
+    Stage.PUBLISHED: "Published",
+    Stage.FAILED: "Failed",
+    Stage.CANCELLED: "Cancelled",
+}
+
+# A click on a row, or Enter on its button, says which job; a refresh gives the focus back to the same button.
+_SELECT_ROW = """
+let focused = null;
+element.addEventListener('click', (event) => {
+    const row = event.target.closest('[data-job]');
+    if (row) trigger('click', {job: row.dataset.job});
+});
+document.addEventListener('focusin', (event) => {
+    const row = element.contains(event.target) ? event.target.closest('[data-job]') : null;
+    focused = row ? row.dataset.job : null;
+});
+watch('value', () => {
+    const row = focused && element.querySelector(`button[data-job="${focused}"]`);
+    if (row) row.focus({preventScroll: true});
+});
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What other parts of the page need of this one: `look` reads the jobs anew."""
+
+    chosen: gr.State
+    look: Callable[..., Any]
+    inputs: list[Any]
+    outputs: list[Any]
+    timer: gr.Timer
+
+
+def build(desk: Desk) -> Parts:
+    chosen = gr.State(None)
+    seen = gr.State(None)
+    timer = gr.Timer(POLL_PUBLIC_S if desk.settings.public else POLL_HERE_S, active=False)
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(scale=5, min_width=320):
+            mine = gr.Checkbox(label="Only mine", value=False, elem_id="mine", container=False)
+            table = panel(elem_id="jobs", js_on_load=_SELECT_ROW)
+        with gr.Column(scale=7, min_width=320):
+            page = panel(elem_id="job", elem_classes="panel")
+            with gr.Row(elem_classes="actions"):
+                cancel = gr.Button("Cancel this job", variant="stop", visible=False, elem_id="cancel")
+                sure = gr.Button("Yes, stop it", variant="stop", visible=False, elem_id="cancel-sure")
+                keep = gr.Button("Keep it", visible=False, elem_id="cancel-keep")
+            told = panel(elem_id="cancel-answer")
+
+    look = _looker(desk)
+    inputs, outputs = [chosen, mine, seen], [table, page, cancel, sure, keep, chosen, seen]
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+
+    def choose(event: gr.EventData) -> str:
+        return str(event._data.get("job", ""))
+
+    timer.tick(look, inputs, outputs, **quiet)
+    mine.input(look, inputs, outputs, **quiet)
+    table.click(choose, None, chosen, **quiet).then(lambda: "", None, told, **quiet).then(
+        look, inputs, outputs, **quiet
+    )
+    cancel.click(lambda: _buttons(False, True), None, [cancel, sure, keep], **quiet)
+    keep.click(lambda: _buttons(True, False), None, [cancel, sure, keep], **quiet)
+    sure.click(_canceller(desk), chosen, told, api_visibility="private", queue=False).then(
+        lambda: None, None, seen, **quiet
+    ).then(look, inputs, outputs, **quiet)
+    return Parts(chosen, look, inputs, outputs, timer)
+
+
+def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
+    def look(chosen: str | None, mine: bool, seen: tuple[str, ...] | None, request: gr.Request) -> tuple[Any, ...]:
+        """The list and the chosen job; a part that has not changed since `seen` is left as it is."""
+        visitor = login.visitor(request, desk.settings)
+        jobs = attempt(lambda: desk.jobs(visitor or "" if mine else None))
+        if isinstance(jobs, Refusal):
+            return refused(jobs), gr.skip(), *_buttons(False, False), chosen, None
+        chosen = chosen or (jobs[0].id if jobs else None)
+        table = jobs_table(desk, jobs, chosen, mine)
+        job = attempt(lambda: desk.job(chosen)) if chosen else None
+        page = _page(desk, job)
+        can_cancel = isinstance(job, Job) and job.request.requester == visitor and stage(job, now()) not in ENDED
+        now_seen = (table, page, str(can_cancel))
+        before = seen or ("", "", "")
+        buttons = (gr.skip(),) * 3 if before[2] == now_seen[2] and before[1] else _buttons(can_cancel, False)
+        return (
+            gr.skip() if table == before[0] else table,
+            gr.skip() if page == before[1] else page,
+            *buttons,
+            chosen,
+            now_seen,
+        )
+
+    return look
+
+
+def _canceller(desk: Desk) -> Callable[..., Markup]:
+    def cancel(chosen: str | None, request: gr.Request) -> Markup:
+        done = attempt(lambda: desk.cancel(login.visitor(request, desk.settings), chosen))
+        if isinstance(done, Refusal):
+            return refused(done)
+        return tag("div", tag("p", "Cancelled. Its work is being stopped.", class_="message"), class_="notice good",
+                   role="status")  # fmt: skip
+
+    return cancel
+
+
+def _buttons(cancel: bool, sure: bool) -> tuple[gr.Button, gr.Button, gr.Button]:
+    return gr.Button(visible=cancel), gr.Button(visible=sure), gr.Button(visible=sure)
+
+
+def _page(desk: Desk, job: Job | Refusal | None) -> Markup:
+    if job is None:
+        return tag("div", tag("p", "A job's page appears here."), class_="empty")
+    if isinstance(job, Refusal):
+        return refused(job)
+    return job_page(job, desk.settings.hub, desk.queue.position(job.id), now())
+
+
+def jobs_table(desk: Desk, jobs: list[Job], chosen: str | None, mine: bool) -> Markup:
+    """The newest jobs; a row is a button for its page."""
+    if not jobs:
+        whose = "You have asked for no merge yet" if mine else "No jobs yet"
+        return tag("div", tag("p", f"{whose}: submit one in the first tab."), class_="empty")
+    at = now()
+    rows = []
+    for job in jobs:
+        stands = stage(job, at)
+        name = tag("button", job.request.name, type="button", data_job=job.id, class_="choose",
+                   aria_pressed="true" if job.id == chosen else "false")  # fmt: skip
+        of = tag("span", f"{job.plan.get('method', '')} by {job.request.requester}", class_="fine")
+        cells = (
+            tag("td", name, of, tag("span", words.age(job.submitted_at, at), class_="fine")),
+            tag("td", stage_pill(stands), _how_far(desk, job, stands)),
+        )
+        rows.append(tag("tr", cells, data_job=job.id, class_="chosen" if job.id == chosen else None))
+    return rows_table(("Merge", "Stage"), rows)
+
+
+def stage_pill(stands: Stage) -> Markup:
+    return tag("span", STAGE_WORDS[stands], class_=f"pill {stands.value}")
+
+
+def _how_far(desk: Desk, job: Job, stands: Stage) -> Markup | None:
+    if stands is Stage.QUEUED:
+        ahead = desk.queue.position(job.id)
+        later = job.failures[-1].retry_at if job.failures else None
+        told = f"tries again at {later:%H:%M} UTC" if later else f"{ahead} before it" if ahead else "next"
+        return tag("span", told, class_="fine")
+    if stands is Stage.FAILED:
+        return tag("span", job.failures[-1].sentence, class_="fine clip", title=job.failures[-1].sentence)
+    if job.progress is not None and stands not in ENDED:
+        return join([progress_bar(job.progress)])
+    return None

@@ -1,0 +1,78 @@
+"""Figures as people read them: scores, sizes, times. Pure."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from bot import policy
+
+__all__ = ["age", "count", "duration", "interval", "percent", "plural", "size", "times"]
+MISSING = "–"
+
+
+def percent(value: float | None, stderr: float | None = None) -> str:
+    """A fraction as percent with its standard error: `83.1 ± 2.2`."""
+    if value is None:
+        return MISSING
+    shown = f"{100 * value:.1f}"
+    return shown if stderr is None else f"{shown} ± {100 * stderr:.1f}"
+
+
+def times(ratio: float | None) -> str:
+    return MISSING if ratio is None else f"{ratio:.2f}×"
+
+
+def interval(ratio: float | None, bounds: tuple[float, float] | None) -> str:
+    """A ratio with its 95 % interval: `1.84× (1.79–1.90)`."""
+    if ratio is None or bounds is None:
+        return times(ratio)
+    return f"{times(ratio)} ({bounds[0]:.2f}–{bounds[1]:.2f})"
+
+
+def count(number: int | float | None) -> str:
+    """A large count in three digits: `134.5 M`, `7.24 B`."""
+    if number is None:
+        return MISSING
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            shown = number / limit
+            return f"{shown:.1f} {unit}" if shown >= 100 else f"{shown:.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def size(size_bytes: float) -> str:
+    """`1.3 GB`, `270 MB`, `6 kB`."""
+    if size_bytes >= 1_000_000:
+        return policy.gigabytes(int(size_bytes))
+    return f"{size_bytes / 1e3:,.0f} kB" if size_bytes >= 1000 else f"{size_bytes:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """`0.8 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 days`."""
+    if seconds < 10:
+        return f"{max(seconds, 0.0):.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{hours // 24} days"
+
+
+def age(then: datetime, now: datetime) -> str:
+    """How long ago, coarsely: a page that polls must not change every second because of it."""
+    seconds = (now - then).total_seconds()
+    if seconds < 60:
+        return "just now"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min ago"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600:.0f} h ago"
+    return f"{seconds // 86400:.0f} days ago"
+
+
+def plural(number: int, noun: str, many: str | None = None) -> str:
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
