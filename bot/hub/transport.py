@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -64,10 +65,15 @@ class Absent(Exception):
     """The file asked for is not in the repo at that commit."""
 
 
-@dataclass(frozen=True, slots=True)
+# Requests that may be sent twice: uploads are addressed by content, the others ask or check only.
+_REPEATABLE = re.compile(r"/(preupload/[^/]+|info/lfs/objects/batch|info/lfs/verify|validate-yaml|paths-info/[^/]+)$")
+
+
+@dataclass(slots=True)
 class _Ask:
     endpoint: str
     until: float  # time.monotonic()
+    acted: bool = False  # a request has left that must not be sent twice
 
 
 _current: ContextVar[_Ask | None] = ContextVar("bot_hub_ask", default=None)
@@ -93,6 +99,8 @@ def _before(request: httpx2.Request) -> None:
         raise Away("it did not answer in time")
     if not _is_ours(ask.endpoint, str(request.url)):
         raise ForeignHost(f"a request to {request.url.host} was stopped")
+    if request.method not in ("GET", "HEAD", "PUT") and not _REPEATABLE.search(request.url.path):
+        ask.acted = True
 
 
 def _is_ours(endpoint: str, url: str) -> bool:
@@ -149,11 +157,11 @@ class Line:
         """`deed()` with every failure typed. `about` names the repo, file or address in sentences.
 
         Raises Refused (SOURCE_NOT_FOUND, SOURCE_GATED, HUB_FORBIDDEN, PUBLISH_CONFLICT, NOT_A_REPO_ID), Transient
-        (HUB_UNAVAILABLE, HUB_ANSWER_INVALID), or Absent for a missing file. A write is not repeated (`repeat=False`):
-        its caller looks first whether it has happened (hub.md 2.4).
+        (HUB_UNAVAILABLE, HUB_ANSWER_INVALID), or Absent for a missing file. With `repeat=False` a deed is not repeated
+        once its writing request has left: its caller looks first whether it has happened (hub.md 2.4).
         """
         until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
-        with self.within(until):
+        with self._within(until) as asked:
             for attempt in range(1, MAX_TRIES + 1):
                 try:
                     return deed()
@@ -163,18 +171,20 @@ class Line:
                         raise fault from error
                     tries = INVALID_ANSWER_TRIES if fault.code == "HUB_ANSWER_INVALID" else MAX_TRIES
                     wait_s = self._wait_s(error, attempt)
-                    last = not repeat or attempt >= tries or fault.code not in ("HUB_UNAVAILABLE", "HUB_ANSWER_INVALID")
-                    if last or time.monotonic() + wait_s > until:
+                    passing = fault.code in ("HUB_UNAVAILABLE", "HUB_ANSWER_INVALID") and attempt < tries
+                    may_repeat = repeat or not asked.acted
+                    if not (passing and may_repeat) or time.monotonic() + wait_s > until:
                         fault.retry_after_s = max(wait_s, 60.0)
                         raise fault from error
                     self.sleep(wait_s)
         raise AssertionError("unreachable: the last try returns or raises")
 
     @contextlib.contextmanager
-    def within(self, until: float) -> Iterator[None]:
-        token = _current.set(_Ask(self.endpoint, until))
+    def _within(self, until: float) -> Iterator[_Ask]:
+        asked = _Ask(self.endpoint, until)
+        token = _current.set(asked)
         try:
-            yield
+            yield asked
         finally:
             _current.reset(token)
 

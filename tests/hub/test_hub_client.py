@@ -270,6 +270,11 @@ def test_a_write_is_never_repeated_blindly(local_hub: RunningHub) -> None:
     error = refusal(lambda: hub.commit(name, {"x.txt": b"1"}, parent=commit, message="lost answer"))
     assert isinstance(error, Transient) and error.code == "HUB_UNAVAILABLE" and lost.seen == 1
     assert "x.txt" in hub.tree(name, "main")  # it happened: the caller's look-up finds it
+    local_hub.faults.rules.clear()
+    before = local_hub.faults.add("POST", f"/api/models/{name}/preupload/main", status=503, times=2)
+    head = hub.head(name)
+    assert hub.commit(name, {"y.txt": b"1"}, parent=head, message="a fault before the commit left") != head
+    assert before.seen == 3
     local_hub.faults.add("POST", "/api/models/*/discussions", status=503)
     assert refusal(lambda: hub.open_discussion(name, "a title", "text")).code == "HUB_UNAVAILABLE"
     assert local_hub.faults.rules[-1].seen == 1
