@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from bot.errors import Refused
+from bot.errors import Failed, Refused
 from bot.localhub.app import create_app
+
+START_TIMEOUT_S = 30
 
 
 class Server(uvicorn.Server):
@@ -27,8 +30,15 @@ class Server(uvicorn.Server):
             self._on_ready(self._url)
 
 
-def listen(app: ASGIApp, host: str, port: int, on_ready: Callable[[str], None] | None) -> tuple[Server, socket.socket]:
-    """A server for `app` that is bound but does not run yet. Port 0 takes a free one."""
+def listen(root: Path, host: str, port: int, on_ready: Callable[[str], None] | None) -> tuple[Server, socket.socket]:
+    """A server for the Hub at `root` that is bound but does not run yet. Port 0 takes a free one."""
+    return listen_app(create_app(root), host, port, on_ready)
+
+
+def listen_app(
+    app: ASGIApp, host: str, port: int, on_ready: Callable[[str], None] | None
+) -> tuple[Server, socket.socket]:
+    """The same for an application of the caller's (tests put faults in front of the Hub)."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -51,6 +61,33 @@ def listen(app: ASGIApp, host: str, port: int, on_ready: Callable[[str], None] |
 
 def serve(root: Path, host: str = "127.0.0.1", port: int = 0, on_ready: Callable[[str], None] | None = None) -> None:
     """Serve the Hub at `root` until interrupted; `on_ready(url)` is called once it answers."""
-    server, listener = listen(create_app(root), host, port, on_ready)
+    server, listener = listen(root, host, port, on_ready)
     with listener, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def running(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """The application on a socket, in a thread of this process; yields its address."""
+    ready = threading.Event()
+    addresses: list[str] = []
+
+    def on_ready(url: str) -> None:
+        addresses.append(url)
+        ready.set()
+
+    server, listener = listen_app(app, host, port, on_ready)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="local-hub", daemon=True)
+    thread.start()
+    try:
+        if not ready.wait(START_TIMEOUT_S):
+            raise Failed(
+                "HUB_UNAVAILABLE",
+                f"The local Hub did not start within {START_TIMEOUT_S} s.",
+                "Look for what else keeps this machine busy.",
+            )
+        yield addresses[0]
+    finally:
+        server.should_exit = True
+        thread.join(START_TIMEOUT_S)
+        listener.close()

@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ import pytest
 
 from bot.localhub import add_user
 from bot.localhub.app import create_app
-from bot.localhub.serve import listen
+from bot.localhub.serve import running
 from tests.localhub.faults import Faults
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -130,25 +129,9 @@ def running_hub(root: Path, *, page_size: int = 100) -> Iterator[RunningHub]:
     """A Hub in a thread of this process: starts in milliseconds."""
     root.mkdir(parents=True, exist_ok=True)
     add_usual_users(root)
-    ready = threading.Event()
-    urls: list[str] = []
-
-    def on_ready(url: str) -> None:
-        urls.append(url)
-        ready.set()
-
     faults = Faults(create_app(root, page_size=page_size, scripted_logins=True))
-    server, listener = listen(faults, "127.0.0.1", 0, on_ready)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        if not ready.wait(20):
-            raise RuntimeError("the local Hub did not start within 20 s")
-        yield RunningHub(urls[0], root, faults)
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
+    with running(faults) as url:
+        yield RunningHub(url, root, faults)
 
 
 @pytest.fixture
