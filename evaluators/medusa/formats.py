@@ -116,33 +116,49 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _spec(tensors: dict[str, Tensor], config: dict[str, Any], base: Base) -> tuple[HeadSpec, list[str]]:
-    blocks = {(int(m[1]), int(m[2])): name for name in tensors if (m := _BLOCK.fullmatch(name)) and m[3] == "weight"}
-    projections = {int(m[1]): name for name in tensors if (m := _PROJECTION.fullmatch(name))}
+    """What the file holds, checked whole: after this every tensor `load` copies is there and has its shape."""
+    blocks = [(int(m[1]), int(m[2])) for name in tensors if (m := _BLOCK.fullmatch(name))]
     if not blocks:
         raise _unfit("The head file holds no `{i}.{j}.linear.weight`.")
     heads, layers = max(head for head, _ in blocks) + 1, max(block for _, block in blocks) + 1
-    missing = [(i, j) for i in range(heads) for j in range(layers) if (i, j) not in blocks]
-    if missing:
-        raise _unfit(f"The head file lacks block {missing[0][1]} of head {missing[0][0]}.")
-    shape = tuple(tensors["0.0.linear.weight"].shape)
-    if shape not in ((base.hidden, base.hidden), (base.hidden, 2 * base.hidden)):
-        raise _unfit(f"The heads were made for hidden size {shape[0]}, the model has {base.hidden}.")
-    odd = next((name for name in blocks.values() if name[1:].startswith(".0.") and tensors[name].shape != shape), None)
-    if odd is not None:
-        raise _unfit(f"{odd} has shape {tuple(tensors[odd].shape)}, its neighbours {shape}.")
-    keep = tensors.get("keep")
-    rows = base.vocab if keep is None else len(keep)
-    for name in projections.values():
-        if tensors[name].shape[0] != rows:
-            raise _unfit(f"The heads were made for {tensors[name].shape[0]} tokens, the model has {rows}.")
+    if heads * layers > len(tensors):
+        raise _unfit(f"The head file names head {heads - 1} and block {layers - 1}, but holds {len(tensors)} tensors.")
+    own = any(_PROJECTION.fullmatch(name) for name in tensors)
+    keep = _keep(tensors.get("keep"), base)
+    first = tensors.get("0.0.linear.weight", torch.empty(0))
+    width = base.hidden
+    conditioned = tuple(first.shape) == (width, 2 * width)
+    for head in range(heads):
+        for block in range(layers):
+            entering = 2 * width if conditioned and block == 0 else width
+            _expect(tensors, f"{head}.{block}.linear.weight", (width, entering))
+            if f"{head}.{block}.linear.bias" in tensors:
+                _expect(tensors, f"{head}.{block}.linear.bias", (width,))
+        if own:
+            _expect(tensors, f"{head}.{layers}.weight", (base.vocab if keep is None else len(keep), width))
     warnings = [
         f"the config says {config[key]} for {key}, the file holds {found}: the file was believed"
         for key, found in (("medusa_num_heads", heads), ("medusa_num_layers", layers))
         if key in config and config[key] != found
     ]
-    kept = None if keep is None else tuple(int(token) for token in keep.tolist())
-    kind = "own" if projections else "shared"
-    return HeadSpec(kind, heads, layers, shape[1] == 2 * base.hidden, kept), warnings  # type: ignore[arg-type]
+    return HeadSpec("own" if own else "shared", heads, layers, conditioned, keep), warnings
+
+
+def _expect(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> None:
+    if name not in tensors:
+        raise _unfit(f"The head file lacks {name}.")
+    found = tuple(tensors[name].shape)
+    if found != shape:
+        raise _unfit(f"{name} has shape {found}, but this model needs {shape}.")
+
+
+def _keep(keep: Tensor | None, base: Base) -> tuple[int, ...] | None:
+    if keep is None:
+        return None
+    ids = keep.tolist() if keep.ndim == 1 and not keep.is_floating_point() else []
+    if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= base.vocab:
+        raise _unfit(f"The draft vocabulary of the heads is not a list of different tokens below {base.vocab}.")
+    return tuple(ids)
 
 
 def _unfit(message: str) -> EvaluationError:
