@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoint import OPERATOR, LocalFiles, read_header
-from bot.merge.methods import FUNCTIONS, apply
-from bot.merge.plan import Plan, Step
+from bot.merge.methods import apply
+from bot.merge.plan import WORKERS, Plan, Step
 from bot.merge.provenance import manifest, provenance
 from bot.merge.spec import ModelRef, Notice
 from bot.merge.steps import Work
@@ -58,23 +59,24 @@ def merge(
     device: str = "cpu",
     progress: Progress | None = None,
     on_nonfinite: NonFinite = "notice",
+    threads: int = WORKERS,
     sync_bytes: int = SYNC_BYTES,
 ) -> Merged:
     """Carry out `plan` with the sources in `folders`; `out` appears only when it is whole.
 
     device: cpu, cuda or auto. A partial output of the same plan is continued. on_nonfinite: what NaN or Inf in a
-    source means, a notice (operator) or the end (a stranger's request). Written tensors enter the journal after
+    source means, a notice (operator) or the end (a stranger's request). `threads` tensors are worked on at a time;
+    the bytes do not depend on it. Written tensors enter the journal after
     `sync_bytes` bytes or 5 s. Raises `bot.errors`: OUTPUT_EXISTS,
     DISK_LOW, TOO_LARGE, DISK_FULL, NOT_FINITE, SOURCE_CHANGED_OR_GONE, DEVICE_UNAVAILABLE.
     """
     started = time.monotonic()
     chosen = choose_device(device)
-    _refuse_unready(plan)
     sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
     _same_sources(plan, sources)
     identity = f"{plan.digest} {chosen.type}"
     with Writer(plan, Path(out), identity, sync_bytes=sync_bytes) as writer:
-        _run_steps(plan, sources, writer, chosen, progress, on_nonfinite)
+        _run_steps(plan, sources, writer, chosen, progress, on_nonfinite, threads)
         notices = (*plan.notices, *_nonfinite_notices(plan, writer.done))
         files, manifest_id = _complete(plan, sources, writer, notices, chosen)
         writer.finish()
@@ -90,15 +92,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not cuda:
         raise Refused("DEVICE_UNAVAILABLE", "no CUDA device is to be seen here.", "Use `--device cpu`.", value=name)
     return torch.device("cuda" if cuda and name != "cpu" else "cpu")
-
-
-def _refuse_unready(plan: Plan) -> None:
-    method = plan.recipe.method
-    if method not in FUNCTIONS:
-        raise Refused(
-            "NOT_SUPPORTED", f"the method {method} is known but cannot be run yet.",
-            f"These run today: {', '.join(sorted(FUNCTIONS))}.", value=method,
-        )  # fmt: skip
 
 
 def _same_sources(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> None:
@@ -128,33 +121,34 @@ def _run_steps(
     device: torch.device,
     progress: Progress | None,
     on_nonfinite: NonFinite,
+    threads: int,
 ) -> None:
+    """Read, compute and write the steps that are not done, `threads` at a time, reporting them in order."""
+
+    def carry_out(step: Step) -> None:
+        computed = _compute(step, _read(step.work, sources), device, on_nonfinite)
+        writer.write(step, computed.data.numpy().data, computed.nonfinite)
+
     todo = [step for step in plan.steps if step.index not in writer.done]
     done_bytes = plan.bytes_out - sum(step.nbytes for step in todo)
-    with ThreadPoolExecutor(1, "read") as reads, ThreadPoolExecutor(1, "write") as writes:
-        written: Future[None] | None = None
-        for step, operands in _read_ahead(todo, sources, reads):
-            computed = _compute(step, operands, device, on_nonfinite)
-            if written is not None:
-                written.result()
-            written = writes.submit(writer.write, step, computed.data.numpy().data, computed.nonfinite)
-            done_bytes += step.nbytes
-            if progress is not None:
-                progress(done_bytes, plan.bytes_out, step.name)
-        if written is not None:
-            written.result()
+    before = torch.get_num_threads()
+    # one torch thread per worker: how torch splits a tensor among threads would show in the last bits
+    pool = ThreadPoolExecutor(threads, "merge", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        waiting: deque[tuple[Step, Future[None]]] = deque()
+        for step in [*todo, *[None] * threads]:
+            if step is not None:
+                waiting.append((step, pool.submit(carry_out, step)))
+            if waiting and (step is None or len(waiting) > threads):
+                finished, future = waiting.popleft()
+                future.result()
+                done_bytes += finished.nbytes
+                if progress is not None:
+                    progress(done_bytes, plan.bytes_out, finished.name)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
     writer.sync()
-
-
-def _read_ahead(
-    todo: list[Step], sources: Mapping[ModelRef, LocalFiles], reads: ThreadPoolExecutor
-) -> Iterator[tuple[Step, list[Tensor]]]:
-    """Each step with its operands as byte tensors, the next step's being read while this one is used."""
-    ahead: Future[list[Tensor]] | None = None
-    for i, step in enumerate(todo):
-        now = ahead.result() if ahead is not None else _read(step.work, sources)
-        ahead = reads.submit(_read, todo[i + 1].work, sources) if i + 1 < len(todo) else None
-        yield step, now
 
 
 def _read(work: Work, sources: Mapping[ModelRef, LocalFiles]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from bot.merge.steps import Notes, Work, work_of
 
 NUMERICS_VERSION = 1  # raised whenever the same plan would give other bytes
 BASE_MEMORY_BYTES = 220 * 2**20  # an interpreter with torch imported
+WORKERS = 2  # tensors worked on at a time
 SHARD_LIMIT_BYTES = 5_000_000_000
 METADATA = {"format": "pt"}
 
@@ -188,7 +189,8 @@ def _finish(
         notices=(*recipe.notices, *notes.all()),
         bytes_in=sum(operand.tensor.nbytes for step in steps for operand in step.work.operands),
         bytes_out=bytes_out,
-        peak_memory_bytes=BASE_MEMORY_BYTES + max((_memory(step.work) for step in steps), default=0),
+        peak_memory_bytes=BASE_MEMORY_BYTES
+        + sum(sorted((_memory(step.work) for step in steps), reverse=True)[:WORKERS]),
         disk_bytes=sum(shard.nbytes for shard in shards) + small,
         parameters=sum(step.work.elements for step in steps),
         digest=hashlib.sha256(b"plan/1\n" + json.dumps(identity, sort_keys=True).encode()).hexdigest(),

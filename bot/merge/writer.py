@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Mapping
@@ -72,6 +73,7 @@ class Writer:
         self.done: dict[int, Record] = {}
         self._shards: dict[int, int] = {}
         self._journal = -1
+        self._lock = threading.Lock()
         self._pending: list[Record] = []
         self._dirty: set[int] = set()
         self._pending_bytes = 0
@@ -113,33 +115,37 @@ class Writer:
         self._shards, self._journal = {}, -1
 
     def write(self, step: Step, data: memoryview, nonfinite: Mapping[str, int]) -> None:
-        """Write the bytes of one tensor at their final offset."""
+        """Write the bytes of one tensor at their final offset. Several threads may write at once."""
+        record = Record(step.index, zlib.crc32(data), nonfinite)
         try:
             at, view = step.offset, data
             while view.nbytes:
                 count = os.pwrite(self._shards[step.shard], view[: 2**26], at)
                 at, view = at + count, view[count:]
-            self._pending.append(Record(step.index, zlib.crc32(data), nonfinite))
-            self._dirty.add(step.shard)
-            self._pending_bytes += step.nbytes
-            if self._pending_bytes >= self.sync_bytes or time.monotonic() - self._synced_at >= SYNC_S:
-                self.sync()
         except OSError as error:
             raise self._explained(error) from error
+        with self._lock:
+            self._pending.append(record)
+            self._dirty.add(step.shard)
+            self._pending_bytes += step.nbytes
+            due = self._pending_bytes >= self.sync_bytes or time.monotonic() - self._synced_at >= SYNC_S
+        if due:
+            self.sync()
 
     def sync(self) -> None:
         """Make the written tensors durable, then enter them into the journal and into `done`."""
-        try:
-            for shard in sorted(self._dirty):
-                os.fdatasync(self._shards[shard])
-            if self._pending:
-                _write_all(self._journal, b"".join(record.line() for record in self._pending))
-                os.fdatasync(self._journal)
-        except OSError as error:
-            raise self._explained(error) from error
-        self.done.update({record.step: record for record in self._pending})
-        self._pending, self._dirty, self._pending_bytes = [], set(), 0
-        self._synced_at = time.monotonic()
+        with self._lock:
+            try:
+                for shard in sorted(self._dirty):
+                    os.fdatasync(self._shards[shard])
+                if self._pending:
+                    _write_all(self._journal, b"".join(record.line() for record in self._pending))
+                    os.fdatasync(self._journal)
+            except OSError as error:
+                raise self._explained(error) from error
+            self.done.update({record.step: record for record in self._pending})
+            self._pending, self._dirty, self._pending_bytes = [], set(), 0
+            self._synced_at = time.monotonic()
 
     def hash_shards(self) -> dict[str, FileFact]:
         """Read every shard back and hash it."""

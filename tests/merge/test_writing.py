@@ -249,3 +249,35 @@ def test_an_unknown_device_is_refused(models: Path) -> None:
     with pytest.raises(Refused) as caught:
         merge(LINEAR, models, models / "out", device="tpu")
     assert caught.value.code == "DEVICE_UNAVAILABLE"
+
+
+def test_the_bytes_depend_neither_on_threads_nor_on_how_sources_are_sharded(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for seed, name in enumerate(("base", "a", "b")):
+        tensors = llama_tensors(seed, layers=1)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.randn(307, 257, generator=draw)
+        save(tmp_path / name, tensors)
+    texts = [
+        "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 0.3}",
+        "merge_method: model_stock\nbase_model: base\nmodels: [{model: a}, {model: b}]",
+        "merge_method: dare_ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {weight: 0.7, density: 0.4}",
+        "merge_method: della\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {weight: 0.7, density: 0.4}",
+    ]
+    before = torch.get_num_threads()
+    try:
+        for i, text in enumerate(texts):
+            torch.set_num_threads(1)
+            first = merge(text, tmp_path, tmp_path / f"{i}-1", threads=1)
+            torch.set_num_threads(2)
+            second = merge(text, tmp_path, tmp_path / f"{i}-2", threads=3)
+            assert first.files == second.files
+    finally:
+        torch.set_num_threads(before)
+    whole = load(tmp_path / "3-1")
+    save(tmp_path / "a", load(tmp_path / "a"), shards=3)
+    for seed in (0, 1):
+        merge(texts[3], tmp_path, tmp_path / f"seed-{seed}", seed=seed)
+        same = all(torch.equal(whole[name], tensor) for name, tensor in load(tmp_path / f"seed-{seed}").items())
+        assert same is (seed == 0)

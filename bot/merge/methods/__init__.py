@@ -11,16 +11,28 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from bot.merge.methods.choice import arcee_fusion, nearswap
 from bot.merge.methods.linear import linear, passthrough
+from bot.merge.methods.model_stock import model_stock
+from bot.merge.methods.shares import ram, ramplus_tl, sce
 from bot.merge.methods.slerp import slerp
-from bot.merge.methods.task_vectors import task_arithmetic, ties
+from bot.merge.methods.spherical import karcher, multislerp, nuslerp
+from bot.merge.methods.task_vectors import FAMILY
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **FAMILY,
     "linear": linear,
     "passthrough": passthrough,
     "slerp": slerp,
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
+    "nuslerp": nuslerp,
+    "multislerp": multislerp,
+    "karcher": karcher,
+    "model_stock": model_stock,
+    "nearswap": nearswap,
+    "arcee_fusion": arcee_fusion,
+    "sce": sce,
+    "ram": ram,
+    "ramplus_tl": ramplus_tl,
 }
 
 

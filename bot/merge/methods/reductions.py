@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -35,9 +36,9 @@ def l1(x: Tensor) -> float:
 
 def sorted_element(magnitudes: Tensor, rank: int) -> float:
     """Element number `rank` (from 0) of the ascending order of a flat tensor, exactly."""
+    if magnitudes.dtype in (torch.bfloat16, torch.float16):
+        magnitudes = magnitudes.float()
     if magnitudes.device.type == "cpu":
-        import numpy
-
         return float(numpy.partition(magnitudes.numpy(), rank)[rank])
     return float(torch.kthvalue(magnitudes, rank + 1).values)
 

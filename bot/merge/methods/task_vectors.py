@@ -6,11 +6,13 @@ The order is mergekit's: delta, sparsify, rescale, weight, elect, sum, normalise
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bot.merge.methods.reductions import first_largest, l1
+from bot.merge.methods.masks import by_chance, by_rank, largest, middle
+from bot.merge.methods.reductions import l1
 
 CANCELS = 1e-6  # a vote whose sides differ by less than this share is a draw, and a draw is positive
 TINY_L1 = 1e-7
@@ -34,10 +36,7 @@ def ties(
     rescale: bool,
     lambda_: float,
 ) -> Tensor:
-    """Trim to the largest deltas, elect a sign per element, sum what agrees. TIES-merging, arXiv:2306.01708.
-
-    Keeps max(1, int(density*n)) elements of each delta; with equal magnitudes those of the lowest index.
-    """
+    """Trim to the largest deltas, elect a sign per element, sum what agrees. TIES-merging, arXiv:2306.01708."""
 
     def trim(delta: Tensor, i: int) -> Tensor:
         return largest(delta, density[i])
@@ -45,13 +44,80 @@ def ties(
     return combine(x, b, weight, trim, elects=True, rescale=rescale, normalize=normalize, lambda_=lambda_)
 
 
-def largest(delta: Tensor, density: float) -> Tensor:
-    """The delta with all but its int(density*n) largest elements (at least one) set to zero."""
-    if density >= 1:
-        return delta
-    flat = delta.reshape(-1)
-    keep = first_largest(flat.abs(), max(1, int(density * flat.numel())) if density > 0 else 0)
-    return (flat * keep).reshape(delta.shape)
+def breadcrumbs(
+    x: Sequence[Tensor],
+    b: Tensor,
+    *,
+    elects: bool,
+    weight: Sequence[float],
+    density: Sequence[float],
+    gamma: Sequence[float],
+    normalize: bool,
+    rescale: bool,
+    lambda_: float,
+) -> Tensor:
+    """Drop outliers and small changes, then sum (or elect signs as ties does). Model breadcrumbs, arXiv:2312.06795."""
+
+    def band(delta: Tensor, i: int) -> Tensor:
+        return middle(delta, density[i], gamma[i])
+
+    return combine(x, b, weight, band, elects=elects, rescale=rescale, normalize=normalize, lambda_=lambda_)
+
+
+def dare(
+    x: Sequence[Tensor],
+    b: Tensor,
+    *,
+    elects: bool,
+    keys: Sequence[int],
+    weight: Sequence[float],
+    density: Sequence[float],
+    normalize: bool,
+    rescale: bool,
+    lambda_: float,
+) -> Tensor:
+    """Drop elements at random and restore the L1 norm, then sum (or elect signs). DARE, arXiv:2311.03099.
+
+    As in mergekit the norm is matched exactly, where the paper multiplies by 1 / density.
+    """
+
+    def drop(delta: Tensor, i: int) -> Tensor:
+        return by_chance(delta, density[i], keys[i])
+
+    return combine(x, b, weight, drop, elects=elects, rescale=rescale, normalize=normalize, lambda_=lambda_)
+
+
+def della(
+    x: Sequence[Tensor],
+    b: Tensor,
+    *,
+    elects: bool,
+    keys: Sequence[int],
+    weight: Sequence[float],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    normalize: bool,
+    rescale: bool,
+    lambda_: float,
+) -> Tensor:
+    """As dare, but large elements of a row are kept more often. DELLA-merging, arXiv:2406.11617."""
+
+    def drop(delta: Tensor, i: int) -> Tensor:
+        return by_rank(delta, density[i], epsilon[i], keys[i])
+
+    return combine(x, b, weight, drop, elects=elects, rescale=rescale, normalize=normalize, lambda_=lambda_)
+
+
+FAMILY: dict[str, Callable[..., Tensor]] = {
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "breadcrumbs": partial(breadcrumbs, elects=False),
+    "breadcrumbs_ties": partial(breadcrumbs, elects=True),
+    "dare_linear": partial(dare, elects=False),
+    "dare_ties": partial(dare, elects=True),
+    "della": partial(della, elects=True),
+    "della_linear": partial(della, elects=False),
+}
 
 
 def combine(
@@ -75,25 +141,30 @@ def combine(
         weight_sum = sum(weight)
         divisor = weight_sum if normalize and abs(weight_sum) >= 1e-8 else 1.0
         return b + sum_of(votes).div_(divisor).mul_(lambda_)
-    total, count = elected_sum(votes, weight)
+    total, count = _elected_sum(votes, weight)
     if normalize:
         total.div_(torch.where(count == 0, torch.ones_like(count), count))
     return total.mul_(lambda_).add_(b)
 
 
-def elected_sum(votes: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Sum of the votes that agree with the elected sign, and the weights of those votes, per element.
-
-    An exact zero never votes; a draw (sides equal up to rounding) elects plus.
-    """
+def elects_plus(votes: Sequence[Tensor]) -> Tensor:
+    """Per element, whether the votes elect plus. A draw (sides equal up to rounding) elects plus."""
     balance = sum_of(votes)
     size = torch.zeros_like(balance)
     for vote in votes:
         size.add_(vote.abs())
-    positive = (balance >= 0) | (balance.abs() <= CANCELS * size)
-    total, count = torch.zeros_like(balance), torch.zeros_like(balance)
+    return (balance >= 0) | (balance.abs() <= CANCELS * size)
+
+
+def _elected_sum(votes: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Sum of the votes that agree with the elected sign, and the weights of those votes, per element.
+
+    An exact zero never votes; a negative weight has flipped its vote already.
+    """
+    plus = elects_plus(votes)
+    total, count = torch.zeros_like(votes[0]), torch.zeros_like(votes[0])
     for vote, w_i in zip(votes, weight, strict=True):
-        agrees = torch.where(positive, vote > 0, vote < 0)
+        agrees = torch.where(plus, vote > 0, vote < 0)
         total.add_(vote * agrees)
         count.add_(agrees, alpha=w_i)
     return total, count

@@ -1,0 +1,207 @@
+"""Every method against a slow float64 reference, in its ordinary and in its odd cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import method_oracles as oracle
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bot.merge.contract import METHODS
+from bot.merge.draws import mask_key
+from bot.merge.methods import FUNCTIONS, apply
+from bot.merge.methods.masks import by_chance, splitmix64, uniform
+from bot.merge.methods.reductions import first_largest
+
+FAMILY = dict(weight=[0.5, -0.3, 0.8], normalize=True, **{"lambda": 1.2})
+SPARSE = dict(FAMILY, density=[0.4, 1.0, 0.7], rescale=True)
+CASES: list[tuple[str, int, dict[str, Any]]] = [
+    ("linear", 3, {"weight": [0.5, -0.2, 0.9], "normalize": True}),
+    ("linear", 2, {"weight": [0.5, 0.2], "normalize": False}),
+    ("passthrough", 1, {"scale": [None]}),
+    ("passthrough", 1, {"scale": [0.3]}),
+    ("slerp", 1, {"t": 0.3}),
+    ("slerp", 1, {"t": 1.4}),
+    ("nuslerp", 2, {"weight": [0.3, 0.9], "nuslerp_flatten": True, "nuslerp_row_wise": False}),
+    ("nuslerp", 2, {"weight": [0.3, -0.3], "nuslerp_flatten": False, "nuslerp_row_wise": False}),
+    ("nuslerp", 2, {"weight": [0.3, 0.9], "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("multislerp", 3, {"weight": [0.3, 0.9, 0.1], "normalize_weights": True, "eps": 1e-8}),
+    ("multislerp", 3, {"weight": [0.3, 0.9, 0.1], "normalize_weights": False, "eps": 1e-3}),
+    ("multislerp", 1, {"weight": [0.3], "normalize_weights": True, "eps": 1e-8}),
+    ("karcher", 4, {"max_iter": 10, "tol": 1e-5}),
+    ("karcher", 3, {"max_iter": 0, "tol": 1e-5}),
+    ("task_arithmetic", 3, FAMILY),
+    ("task_arithmetic", 2, dict(FAMILY, weight=[1.0, -1.0])),
+    ("ties", 3, SPARSE),
+    ("ties", 2, dict(SPARSE, weight=[0.5, 0.5], density=[0.0, 0.01], rescale=False)),
+    ("breadcrumbs", 3, dict(SPARSE, gamma=[0.1, 0.5, 0.35])),
+    ("breadcrumbs_ties", 3, dict(SPARSE, gamma=[0.1, 0.5, 0.35], normalize=False)),
+    ("dare_linear", 3, SPARSE),
+    ("dare_ties", 3, dict(SPARSE, rescale=False)),
+    ("della", 3, dict(SPARSE, epsilon=[0.1, 0.2, 0.05])),
+    ("della_linear", 3, dict(SPARSE, epsilon=[0.0, 0.2, 0.25])),
+    ("model_stock", 3, {"filter_wise": False}),
+    ("model_stock", 2, {"filter_wise": True}),
+    ("nearswap", 1, {"t": 0.05}),
+    ("sce", 3, {"select_topk": 0.6}),
+    ("sce", 3, {"select_topk": 1.0}),
+    ("sce", 2, {"select_topk": 0.0}),
+    ("ram", 3, {"epsilon": 0.03}),
+    ("ramplus_tl", 3, {"epsilon": 0.1, "r": 0.5, "alpha": 0.7}),
+]
+SHAPES = [(6, 7), (13,), (5, 1), (2, 3, 4)]
+BASELESS = {"linear", "passthrough", "karcher"}
+
+
+def inputs(count: int, shape: Sequence[int], seed: int, spread: float = 0.1) -> tuple[list[Tensor], Tensor]:
+    """Models near a base, as fine-tunes are, in float32."""
+    draw = torch.Generator().manual_seed(seed)
+    base = torch.randn(*shape, generator=draw)
+    return [base + spread * torch.randn(*shape, generator=draw) for _ in range(count)], base
+
+
+def ours(method: str, x: list[Tensor], b: Tensor | None, values: dict[str, Any]) -> Tensor:
+    contract = METHODS[method]
+    others = {p.name for p in contract.per_input}
+    per_input = {k: [*v, *([None] if b is not None else [])] for k, v in values.items() if k in others}
+    shared = {k: v for k, v in values.items() if k not in others}
+    keys = keys_for(len(x) + 1) if contract.draws else ()
+    return apply(method, [*x, *([b] if b is not None else [])], None if b is None else len(x), per_input, shared, keys)
+
+
+def keys_for(count: int) -> list[int]:
+    return [mask_key(0, f"o/m{i}", "w") for i in range(count)]
+
+
+def truth(method: str, x: list[Tensor], b: Tensor | None, values: dict[str, Any]) -> Tensor:
+    """The float64 reference on the same stored numbers."""
+    x64 = [e.double().numpy() for e in x]
+    b64 = None if b is None else b.double().numpy()
+    if method in ("ram", "ramplus_tl"):
+        out = oracle.ram(x64, b64, **values)  # type: ignore[arg-type]
+    elif hasattr(oracle, method):
+        function: Callable[..., Any] = getattr(oracle, method)
+        out = function(x64, b64, **values)
+    else:
+        out = oracle.task_vectors(method, x64, b64, **values, keys=keys_for(len(x)))  # type: ignore[arg-type]
+    return torch.from_numpy(np.asarray(out))
+
+
+def with_base(method: str) -> list[bool]:
+    return [False] if method in BASELESS else [False, True] if METHODS[method].base.value == "optional" else [True]
+
+
+def test_every_method_of_the_contract_runs() -> None:
+    assert set(FUNCTIONS) == set(METHODS)
+    assert {method for method, _, _ in CASES} | {"arcee_fusion"} == set(METHODS)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("method", "count", "values"), CASES)
+def test_a_method_agrees_with_its_float64_reference(
+    method: str, count: int, values: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    for seed in range(3):
+        x, b = inputs(count, shape, seed)
+        for base in (b if used else None for used in with_base(method)):
+            before = [e.clone() for e in (*x, b)]
+            got, want = ours(method, x, base, values), truth(method, x, base, values)
+            assert got.shape == b.shape
+            assert float((got.double() - want).abs().max()) <= 3e-6 * float(want.abs().max())
+            assert all(torch.equal(e, f) for e, f in zip((*x, b), before, strict=True)), "inputs are left alone"
+
+
+@pytest.mark.parametrize(("method", "count", "values"), [case for case in CASES if not METHODS[case[0]].draws])
+def test_float32_arithmetic_is_never_worse_than_working_in_the_storage_type(
+    method: str, count: int, values: dict[str, Any]
+) -> None:
+    mine = theirs = 0.0
+    for seed in range(4):
+        x, b = inputs(count, (24, 16), seed, spread=0.02)
+        x, b = [e.bfloat16() for e in x], b.bfloat16()
+        base = b if with_base(method)[-1] else None
+        want = truth(method, x, base, values)
+        wide = ours(method, [e.float() for e in x], None if base is None else base.float(), values)
+        mine += float((wide.bfloat16().double() - want).abs().mean())
+        theirs += float((ours(method, x, base, values).double() - want).abs().mean())
+    assert mine <= theirs * 1.001
+    if method in ("ties", "karcher"):
+        assert mine < theirs
+
+
+def test_arcee_fusion_takes_each_element_whole_from_one_parent() -> None:
+    x, b = inputs(1, (40, 30), 0)
+    got = apply("arcee_fusion", [x[0], b], 1, {}, {})
+    from_x = got == x[0]
+    assert bool((from_x | (got == b)).all())
+    p, q = (torch.softmax(e.double(), -1) + 1e-8 for e in (x[0], b))
+    importance = (x[0] - b).double().abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    ordered = importance.flatten().sort().values
+    median, low, high = (ordered[int(f * (len(ordered) - 1))] for f in (0.5, 0.25, 0.75))
+    expected = importance >= median + 1.5 * (high - low)
+    assert 0 < int(expected.sum()) < expected.numel() / 2
+    assert int((from_x != expected).sum()) <= 1
+
+
+def test_opposite_votes_of_one_size_elect_plus_whatever_the_order() -> None:
+    base = torch.zeros(4)
+    x = [torch.tensor([0.1, -0.1, 0.3, 0.0]), torch.tensor([-0.1, 0.1, 0.0, 0.0])]
+    values = dict(weight=[1.0, 1.0], density=[1.0, 1.0], normalize=True, rescale=False, **{"lambda": 1.0})
+    for order in (x, x[::-1]):
+        torch.testing.assert_close(ours("ties", order, base, values), torch.tensor([0.1, 0.1, 0.3, 0.0]))
+
+
+def test_equal_magnitudes_are_kept_from_the_front_and_exactly_as_many_as_asked_for() -> None:
+    sizes = torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0, 1.0])
+    assert first_largest(sizes, 4).tolist() == [True, True, True, False, True, False]
+    assert first_largest(sizes, 0).sum() == 0
+    assert first_largest(sizes, 6).all()
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0]), min_size=1, max_size=40), st.integers(0, 45))
+def test_selection_without_a_sort_selects_what_a_sort_would(values: list[float], k: int) -> None:
+    want = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+    assert first_largest(torch.tensor(values), k).nonzero().flatten().tolist() == sorted(want)
+
+
+def test_spherical_corners() -> None:
+    zero, one = torch.zeros(4), torch.ones(4)
+    assert torch.allclose(apply("karcher", [zero, one], None, {}, {"max_iter": 10, "tol": 1e-5}), one / 2)
+    assert torch.equal(apply("karcher", [zero, zero], None, {}, {"max_iter": 10, "tol": 1e-5}), zero)
+    opposite = apply("karcher", [one, -one], None, {}, {"max_iter": 10, "tol": 1e-5})
+    assert opposite.isfinite().all()
+    assert torch.allclose(apply("slerp", [one, -one], 0, {}, {"t": 0.25}), one / 2)
+    half = apply("slerp", [zero, one], 0, {}, {"t": 0.5})
+    assert torch.allclose(half, one * 0.5**0.5)
+    vanishing = apply("multislerp", [one, -one], None, {"weight": [1.0, 1.0]}, {"normalize_weights": True, "eps": 1e-8})
+    assert torch.equal(vanishing, zero)
+
+
+def test_the_random_stream_is_splitmix64_and_its_key_names_the_tensor() -> None:
+    assert splitmix64(0, 0, 1)[0] == 0xE220A8397B1DCDAF
+    key = mask_key(0, "parents/a", "model.norm.weight")
+    assert key == 0x2C544E03C5B7CDB7
+    assert splitmix64(key, 0, 1)[0] == 0x728C703FE3024C47
+    assert mask_key(1, "parents/a", "model.norm.weight") != key
+    assert splitmix64(key, 5, 3).tolist() == splitmix64(key, 0, 8)[5:].tolist()
+
+
+def test_a_drop_rate_holds_within_four_sigma_and_l1_is_preserved() -> None:
+    n, density = 600_000, 0.3
+    x, b = inputs(1, (n,), 0)
+    kept = float((by_chance(x[0] - b, density, 7) != 0).sum())
+    assert abs(kept - density * n) < 4 * (n * density * (1 - density)) ** 0.5
+    values = dict(weight=[1.0], density=[density], normalize=False, rescale=True, **{"lambda": 1.0})
+    merged = ours("dare_linear", x, b, values)
+    assert float((merged - b).abs().sum()) == pytest.approx(float((x[0] - b).abs().sum()), rel=1e-4)
+    assert (
+        uniform(7, 300_000)[270_000:].tolist()
+        == uniform(7, 280_000)[270_000:].tolist() + uniform(7, 300_000)[280_000:].tolist()
+    )
