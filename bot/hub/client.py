@@ -69,13 +69,11 @@ class Hub:
         self,
         endpoint: str,
         token: str | None = None,
-        cache: Path | None = None,
         *,
         deadline_s: float = 120.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.endpoint = endpoint.rstrip("/")
-        self.cache = cache
         self._line = Line(self.endpoint, deadline_s, sleep)
         # token=False: never a token that happens to lie on this machine
         self._api = HfApi(endpoint=self.endpoint, token=token or False)

@@ -21,6 +21,7 @@ import yaml
 FRONT_MATTER = re.compile(r"\A(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---[ \t]*(?:[\r\n]|\Z))")
 LIMIT_BYTES = 1 << 20
 _FRONT_LIMIT_BYTES = 256 << 10
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MAX_DEPTH, _MAX_EVENTS = 32, 50_000
 _HEADER_LIMIT_BYTES = 100 << 20
 
@@ -44,14 +45,14 @@ def parse_front_matter(front: str) -> str:
         raise MetadataError("the metadata is larger than 256 KiB")
     depth = events = 0
     try:
-        for event in yaml.parse(front, Loader=yaml.SafeLoader):
+        for event in yaml.parse(front, Loader=_LOADER):
             events += 1
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH or events > _MAX_EVENTS:
                 raise MetadataError("the metadata is nested too deep or too long")
             if isinstance(event, yaml.AliasEvent):
                 raise MetadataError("the metadata uses YAML aliases")
-        value = yaml.safe_load(front)
+        value = yaml.load(front, Loader=_LOADER)  # a safe loader: builds plain values only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise MetadataError(f"the metadata is not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if value is None:

@@ -20,6 +20,8 @@ pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 
 code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
 .tag { display: inline-block; border: 1px solid var(--line); border-radius: 1rem; padding: 0 .6rem }
 .tag { margin: .15rem .2rem; font-size: .85rem }
+time { white-space: nowrap }
+blockquote { border-left: 3px solid var(--line); margin: .8rem 0; padding-left: .9rem }
 .soft { opacity: .7; font-size: .9rem }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 article { border: 1px solid var(--line); border-radius: 8px; padding: .2rem 1.2rem; margin: 1rem 0 }
@@ -38,6 +40,11 @@ def page(title: str, body: str) -> str:
         f"<title>{html.escape(title)} · local Hub</title><style>{_STYLE}</style></head>"
         f'<body><nav><a href="/">Local Hub</a></nav>{body}</body></html>'
     )
+
+
+def moment(stamp: str) -> str:
+    """A stamp to the minute, as a person reads it."""
+    return f'<time datetime="{html.escape(stamp)}">{html.escape(stamp[:16].replace("T", " "))}</time>'
 
 
 _MARKDOWN = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table").disable("image")

@@ -15,7 +15,7 @@ from bot.localhub.answers import HubError
 from bot.localhub.info import describe, text_of
 from bot.localhub.metadata import split_card, texts
 from bot.localhub.names import KINDS, RepoId, is_number, valid_segment
-from bot.localhub.page import POLICY, human_size, markdown, page
+from bot.localhub.page import POLICY, human_size, markdown, moment, page
 from bot.localhub.routing import Call, Routes
 from bot.localhub.storage import Commit, Repo
 
@@ -78,7 +78,7 @@ def _overview(call: Call, owner: str | None, only: str | None = None) -> Respons
 def _overview_row(call: Call, repo: Repo) -> str:
     facts = describe(call.store, repo, call.store.at(repo.id, "main"))
     shown = [tag for tag in facts["tags"] if ":" not in tag][:6]
-    return f"<tr><td>{_link(repo.id)}</td><td>{escape(facts['lastModified'][:16])}</td><td>{_tags(shown)}</td></tr>"
+    return f"<tr><td>{_link(repo.id)}</td><td>{moment(facts['lastModified'])}</td><td>{_tags(shown)}</td></tr>"
 
 
 def _tags(tags: list[str]) -> str:
@@ -98,7 +98,7 @@ def repo_page(call: Call) -> Response:
     threads_link = f'<a href="/{escape(repo.id.prefix + str(repo.id))}/discussions">discussions</a>'
     head = (
         f"<h1>{escape(str(repo.id))}</h1><p>{_tags(facts['tags'])}</p>"
-        f'<p class="soft">commit <code>{commit.oid}</code> of {escape(commit.date)} · {threads_link}'
+        f'<p class="soft">commit <code>{commit.oid}</code> of {moment(commit.date)} · {threads_link}'
         f"{' · ' + state if state else ''}</p>" + (f"<p>Made from {bases}.</p>" if bases else "")
     )
     text = f"<article>{markdown(body)}</article>" if body.strip() else "<p>This repo has no card.</p>"
@@ -127,7 +127,7 @@ def _history(call: Call, repo: Repo, commit: Commit) -> str:
             break
         rows += (
             f"<tr><td><code>{past.oid[:7]}</code></td><td>{escape(past.title)}</td>"
-            f"<td>{escape(past.author)}</td><td>{escape(past.date[:16])}</td></tr>"
+            f"<td>{escape(past.author)}</td><td>{moment(past.date)}</td></tr>"
         )
     return f"<h2>History</h2><table><tr><th>commit</th><th>title</th><th>author</th><th>date</th></tr>{rows}</table>"
 
@@ -145,7 +145,7 @@ def commit_page(call: Call) -> Response:
     commit = call.store.at(repo.id, call.params["rev"])
     body = (
         f"<h1>{escape(commit.title)}</h1><p>{_link(repo.id)} · <code>{commit.oid}</code> · {escape(commit.author)} · "
-        f"{escape(commit.date)}</p><pre>{escape(commit.message)}</pre>"
+        f"{moment(commit.date)}</p><pre>{escape(commit.message)}</pre>"
     )
     return _answer(commit.title, body + _files(repo, commit))
 
@@ -170,7 +170,7 @@ def discussion(call: Call) -> Response:
     thread = threads.load(call.store, repo.id, int(call.params["num"]))
     parts = []
     for event in thread["events"]:
-        who = f'<p class="soft">{escape(event["author"]["name"])} · {escape(event["createdAt"])}</p>'
+        who = f'<p class="soft">{escape(event["author"]["name"])} · {moment(event["createdAt"])}</p>'
         if event["type"] == "comment":
             text = "<p>hidden</p>" if event["data"]["hidden"] else markdown(event["data"]["latest"]["raw"])
             parts.append(f"<article>{who}{text}</article>")
