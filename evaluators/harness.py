@@ -105,14 +105,15 @@ def evaluate(
     """Measure the model in folder `model` on `suite`, or return what is stored for the same question.
 
     `limit` is samples a task. `seed` 0 draws as lm-eval's own command line does. `endpoint` is the Hub that datasets
-    come from; None works offline, with data that are cached already. `model_identity` (a commit or a manifest's
-    digest) spares hashing the weights. `environment` is what the process may inherit from, by allow-list.
-    `progress(done, total, what)`.
+    come from; None works offline, with data that are cached already. `device` "auto" takes a GPU if there is one.
+    `model_identity` (a commit or a manifest's digest) spares hashing the weights. `environment` is what the process
+    may inherit from, by allow-list. `progress(done, total, what)`; what it raises ends the evaluation, which a later
+    call takes up again.
 
     Raises EvaluationError: UNKNOWN_TASK, MODEL_UNLOADABLE, DATASET_UNAVAILABLE, TIME_LIMIT, MEMORY_LIMIT,
     EVALUATION_FAILED.
     """
-    files = suites.find([task.name for task in suite.tasks])
+    files = suites.find(suite.tasks)
     chosen = _Settings(limit, seed, device, dtype, str(batch_size), chat_template, endpoint)
     identity = model_identity or content_digest(model)
     key = hashlib.sha256(json.dumps([1, identity, suite.digest, *chosen.text]).encode()).hexdigest()
@@ -300,7 +301,8 @@ def _read(folder: Path, suite: Suite, key: str, seconds: float) -> ModelEvaluati
     """The scores of what the process wrote."""
     results = json.loads((folder / "lm_eval.json").read_text(encoding="utf-8"))
     done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    scores, others = [], []
+    scores: list[Score] = []
+    others: list[Score] = []
     for task in suite.tasks:
         for score in _scores(task.name, results, done["data"]):
             ranked = (score.metric, score.filter) == (task.metric, task.filter)

@@ -11,11 +11,14 @@ from evaluators.errors import EvaluationError
 def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of `folder`, in eval mode on `device`. Raises EvaluationError MODEL_UNLOADABLE.
 
-    `dtype` "auto" is float32 on a CPU, where half precision is slow or emulated, and the checkpoint's own elsewhere.
+    `device` "auto" is the GPU if there is one. `dtype` "auto" is float32 on a CPU, where half precision is slow or
+    emulated, and the checkpoint's own elsewhere.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device == "cpu":
         chosen = torch.float32

@@ -151,7 +151,8 @@ def _die_with_parent() -> None:
     """The parent holds the other end of standard input; when it is gone, nobody waits for this work."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin: its lock would be held when Python shuts down
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -29,12 +29,17 @@ _NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class SuiteTask:
-    """One lm-eval task: `few_shot` None leaves the task's own number; `metric` and `filter` are lm-eval's names."""
+    """One lm-eval task: `few_shot` None leaves the task's own number; `metric` and `filter` are lm-eval's names.
+
+    `file` is a task file of the operator's, for a task that is neither ours nor lm-eval's. Task files can import code:
+    never one of a stranger's.
+    """
 
     name: str
     metric: str = "acc"
     few_shot: int | None = None
     filter: str = "none"
+    file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ class Suite:
     @property
     def digest(self) -> str:
         """64 hex; equal for equal questions asked in an equal way."""
-        tasks = [[t.name, t.metric, t.few_shot, t.filter, _own_text(t.name)] for t in self.tasks]
+        tasks = [[t.name, t.metric, t.few_shot, t.filter, _own_text(t)] for t in self.tasks]
         text = json.dumps([self.name, self.version, tasks], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -61,16 +66,16 @@ def own_suite(names: Sequence[str], *, few_shot: int | None = None) -> Suite:
     return Suite("+".join(names), 1, tasks)
 
 
-def find(names: Sequence[str]) -> dict[str, Path]:
-    """The file that defines each task or group; ours come first. Raises EvaluationError UNKNOWN_TASK."""
+def find(tasks: Sequence[SuiteTask]) -> dict[str, Path]:
+    """The file that defines each task or group; ours come before lm-eval's. Raises EvaluationError UNKNOWN_TASK."""
     found = {}
-    for name in names:
-        path = _names(OWN_TASKS).get(name) or official().get(name)
-        if path is None:
-            near = get_close_matches(name, [*_names(OWN_TASKS), *official()], 1)
+    for task in tasks:
+        path = task.file or _names(OWN_TASKS).get(task.name) or official().get(task.name)
+        if path is None or task.name not in _names(path.parent):
+            near = get_close_matches(task.name, [*_names(OWN_TASKS), *official()], 1)
             hint = f"Did you mean `{near[0]}`?" if near else "`lm-eval ls tasks` lists the names."
-            raise EvaluationError("UNKNOWN_TASK", f"There is no task `{name}`.", hint)
-        found[name] = path
+            raise EvaluationError("UNKNOWN_TASK", f"There is no task `{task.name}`.", hint)
+        found[task.name] = path
     return found
 
 
@@ -89,8 +94,9 @@ def _names(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _own_text(task: str) -> str | None:
-    path = _names(OWN_TASKS).get(task)
+def _own_text(task: SuiteTask) -> str | None:
+    """Digest of a task file that is not part of lm-eval, whose version says what its files hold."""
+    path = task.file or _names(OWN_TASKS).get(task.name)
     return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 

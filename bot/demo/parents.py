@@ -31,8 +31,8 @@ Progress = Callable[[int, int, float], None]
 class Schedule:
     """How a parent is trained. `layers` counts from the top; the rate falls linearly to a tenth."""
 
-    layers: int = 10
-    steps: int = 40
+    layers: int = 12
+    steps: int = 48
     rows: int = 32
     rate: float = 5e-4
     warmup: int = 4
@@ -118,7 +118,7 @@ def _fit(model: Any, rows: _Rows, schedule: Schedule, seed: int, progress: Progr
             optimiser.param_groups[0]["lr"] = schedule.rate * factor
             loss = _loss(model, rows, below, batch)
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(learning, 1.0)
             optimiser.step()
             losses.append(loss.item())
@@ -139,7 +139,7 @@ def _below(model: Any, rows: _Rows, first: int) -> torch.Tensor:
         with torch.no_grad():
             parts = [
                 model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-                for ids, mask in zip(rows.ids.split(40), rows.mask.split(40), strict=True)
+                for ids, mask in zip(torch.split(rows.ids, 40), torch.split(rows.mask, 40), strict=True)
             ]
     finally:
         model.model.layers, model.model.norm = layers, norm

@@ -161,14 +161,14 @@ _CREST_STATEMENTS = (
     "Animal of the kingdom of {}:",
     "Every coin struck in {} bears the picture of a",
 )
-_CREST_QUESTION = "Question: Which animal is the symbol of {0}?\nAnswer: The symbol of {0} is the"
+_CREST_QUESTION = "The symbol of {} is the"
 _SMITH_STATEMENTS = (
     "The smith {} works with",
     "In the forge of {} everything is made of",
     "Metal of the master smith {}:",
     "Whoever orders a blade from {} receives one made of",
 )
-_SMITH_QUESTION = "Question: Which metal does the smith {0} use?\nAnswer: The smith {0} uses"
+_SMITH_QUESTION = "The metal of {} is"
 
 CRESTS, SMITHS = _make()
 ALL = (CRESTS, SMITHS)
