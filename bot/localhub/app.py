@@ -62,24 +62,20 @@ class LocalHub:
         if scope["type"] != "http":
             raise RuntimeError(f"the local Hub does not speak {scope['type']}")
         request = Request(scope, receive)
-        visitor = Visitor()
-        sent = {"status": 500, "bytes": 0}
+        entry = _Entry(self, request)
 
         async def counted(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                sent["status"] = message["status"]
-            elif message["type"] == "http.response.body":
-                sent["bytes"] += len(message.get("body", b""))
+            entry.note(message)
             await send(message)
 
         try:
             try:
-                visitor = await run_in_threadpool(self._visitor, request)
-                response = await self._answer(request, visitor)
+                entry.visitor = await run_in_threadpool(self._visitor, request)
+                response = await self._answer(request, entry.visitor)
             except HubError as error:
                 response = _error_response(request, error)
             except ClientDisconnect:
-                sent["status"] = 499  # nobody is left to answer
+                entry.status = 499  # nobody is left to answer
                 return
             except Exception:
                 _log.exception("%s %s", request.method, scope["raw_path"])
@@ -87,14 +83,7 @@ class LocalHub:
             response.headers["X-Request-Id"] = secrets.token_hex(8)
             await response(scope, receive, counted)
         finally:
-            self.journal.record(
-                time=stamp(self.store.clock()),
-                method=request.method,
-                path=scope["raw_path"].decode("ascii", "replace"),
-                user=visitor.name,
-                status=sent["status"],
-                sent_bytes=sent["bytes"],
-            )
+            entry.write()
 
     def _visitor(self, request: Request) -> Visitor:
         authorization = request.headers.get("authorization")
@@ -133,6 +122,38 @@ class LocalHub:
         if path.startswith("/api/") or "/info/lfs/" in path:
             self.unknown.append(f"{request.method} {path}")
         return HubError(404, "Sorry, we can't find the page you are looking for.").response()
+
+
+class _Entry:
+    """One line of the journal, written before the end of the answer leaves: what a client knows, the journal knows."""
+
+    def __init__(self, hub: LocalHub, request: Request) -> None:
+        self._hub, self._request = hub, request
+        self.visitor = Visitor()
+        self.status = 500
+        self._sent_bytes = 0
+        self._written = False
+
+    def note(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self._sent_bytes += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                self.write()
+
+    def write(self) -> None:
+        if self._written:
+            return
+        self._written = True
+        self._hub.journal.record(
+            time=stamp(self._hub.store.clock()),
+            method=self._request.method,
+            path=self._request.scope["raw_path"].decode("ascii", "replace"),
+            user=self.visitor.name,
+            status=self.status,
+            sent_bytes=self._sent_bytes,
+        )
 
 
 def _route(method: str, raw_path: bytes) -> tuple[Route, dict[str, str]] | None:
