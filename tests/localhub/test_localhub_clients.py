@@ -301,3 +301,43 @@ def test_datasets_loads_the_seeded_benchmarks_at_a_pinned_commit(
     assert found["openai/gsm8k"][1]["test"] > 0 and set(found["baber/piqa"][1]) == {"train", "validation"}
     assert local_hub.unknown() == []
     assert all(entry["status"] < 500 for entry in local_hub.journal())
+
+
+def test_the_less_common_calls_are_understood_too(local_hub: RunningHub, tmp_path: Path) -> None:
+    found = local_hub.client(
+        """
+        from huggingface_hub import HfFileSystem, get_hf_file_metadata, hf_hub_url
+        api.create_repo("alice/m")
+        api.create_repo("alice/s", repo_type="space", space_sdk="gradio")
+        api.create_repo("alice/d", repo_type="dataset")
+        api.upload_file(path_or_fileobj=b"abc", path_in_repo="a/x.safetensors", repo_id="alice/m")
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="alice/m", commit_message="second")
+        tree = {e.path: e.last_commit.title for e in api.list_repo_tree("alice/m", recursive=True, expand=True)}
+        info = api.model_info("alice/m", files_metadata=True)
+        files = HfFileSystem(token=api.token)
+        with files.open("datasets/alice/d/data/rows.jsonl", "w") as out:
+            out.write('{"a": 1}')
+        meta = get_hf_file_metadata(hf_hub_url("alice/m", "a/x.safetensors"))
+        api.auth_check("alice/m")
+        api.update_repo_settings("alice/m", visibility="private")
+        result = dict(
+            tree=tree, sizes={s.rfilename: s.size for s in info.siblings}, lfs=info.siblings[1].lfs.sha256,
+            found=files.find("datasets/alice/d"), read=files.cat("datasets/alice/d/data/rows.jsonl").decode(),
+            meta=[meta.size, meta.commit_hash == info.sha], private=api.model_info("alice/m").private,
+            spaces=[s.id for s in api.list_spaces(author="alice")], sdk=api.space_info("alice/s").sdk,
+            datasets=[d.id for d in api.list_datasets(author="alice", full=True)],
+            stage=api.get_space_runtime("alice/s").stage, exists=api.repo_exists("alice/none"),
+            url=[api.revision_exists("alice/m", "main"), api.revision_exists("alice/m", "v0")],
+        )
+        """,
+        tmp_path / "home",
+        "alice",
+    )
+    assert found["tree"] == {".gitattributes": "initial commit", "config.json": "second",
+                             "a": found["tree"]["a"], "a/x.safetensors": found["tree"]["a"]}  # fmt: skip
+    assert found["sizes"]["a/x.safetensors"] == 3 and found["lfs"].startswith("ba7816bf")
+    assert found["read"] == '{"a": 1}' and "datasets/alice/d/data/rows.jsonl" in found["found"]
+    assert found["meta"] == [3, True] and found["private"] is True
+    assert found["spaces"] == ["alice/s"] and found["sdk"] == "gradio" and found["stage"] == "STOPPED"
+    assert found["datasets"] == ["alice/d"] and found["exists"] is False and found["url"] == [True, False]
+    assert local_hub.unknown() == []
