@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoint import OPERATOR, LocalFiles, read_header
+from bot.merge.gather import gather
 from bot.merge.methods import apply
 from bot.merge.plan import WORKERS, Plan, Step
 from bot.merge.provenance import manifest, provenance
@@ -153,7 +154,7 @@ def _run_steps(
 
 def _read(work: Work, sources: Mapping[ModelRef, LocalFiles]) -> list[Tensor]:
     out = []
-    for operand in work.operands:
+    for operand in work.reads:
         tensor = operand.tensor
         raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
         if sources[operand.model].read_into(tensor.file, tensor.start, raw.numpy().data) != tensor.nbytes:
@@ -175,8 +176,8 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
             )  # fmt: skip
         return _Computed(step, raw[0], {})
     stored = [
-        data.view(getattr(torch, operand.tensor.dtype.name)).reshape(work.shape)
-        for data, operand in zip(raw, work.operands, strict=True)
+        data.view(getattr(torch, operand.tensor.dtype.name)).reshape(operand.tensor.shape)
+        for data, operand in zip(raw, work.reads, strict=True)
     ]
     nonfinite = _count_nonfinite(work, stored)
     if nonfinite and on_nonfinite == "fail":
@@ -185,11 +186,13 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
             "NOT_FINITE", f"{step.name} has {count} NaN or infinite values in {source}.",
             "Use another source: such weights spoil whatever they are merged into.", value=step.name,
         )  # fmt: skip
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in stored) else torch.float32
+    if work.aligned is not None:
+        stored = gather(work.aligned.maps, [tensor.to(wide) for tensor in stored])
     spoilt = _spoilt(stored) if nonfinite else None
     if work.action == "copy":
         result = stored[0]
     else:
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in stored) else torch.float32
         result = _merged(work, [tensor.to(device, wide) for tensor in stored], spoilt)
     result = result.to(getattr(torch, work.dtype.name)).to("cpu").contiguous()
     finite = torch.isfinite(result)
@@ -222,7 +225,7 @@ def _merged(work: Work, tensors: list[Tensor], spoilt: Tensor | None) -> Tensor:
 
 def _count_nonfinite(work: Work, stored: list[Tensor]) -> dict[str, int]:
     out: dict[str, int] = {}
-    for operand, tensor in zip(work.operands, stored, strict=True):
+    for operand, tensor in zip(work.reads, stored, strict=True):
         # one pass when all is well: a sum is finite only if every element is (or it overflows, and we look closer)
         if tensor.numel() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -258,6 +261,8 @@ def _complete(
         files[INDEX] = writer.add(INDEX, (json.dumps(index, indent=2) + "\n").encode())
     for copied in plan.copies:
         files[copied.file] = writer.add(copied.file, sources[copied.model].read(copied.file, 0, copied.nbytes))
+    for name, text in plan.texts.items():
+        files[name] = writer.add(name, text.encode())
     files["config.json"] = writer.add("config.json", plan.config.encode())
     files["mergekit_config.yml"] = writer.add("mergekit_config.yml", plan.recipe.to_yaml().encode())
     if plan.recipe.original is not None:

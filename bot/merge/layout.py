@@ -6,6 +6,7 @@ the stack it stands.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from bot.merge.header import TensorInfo
 from bot.merge.parameters import position
 from bot.merge.spec import ModelRef, Parameters, Recipe, Slice, Source
 
+_HEAD_BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\.bias$")
 Checkpoints = Mapping[ModelRef, Checkpoint]
 Architectures = Mapping[ModelRef, Architecture]
 
@@ -39,6 +41,8 @@ class Slot:
     u: float
     shared_levels: tuple[Parameters, ...]
     loose: bool
+    vocabulary: bool = False  # dimension 0 counts tokens
+    extras: tuple[tuple[ModelRef, TensorInfo], ...] = ()  # the same tensor in sources that are not inputs here
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +183,18 @@ class _Arrangement:
             )
             for i, (source, found) in enumerate(zip(piece.sources, names, strict=True))
         )
-        return Slot(name, inputs, piece.base, u, piece.levels, loose)
+        if not (loose and (name == self.model.embedding or is_head(name) or _HEAD_BIAS.search(name))):
+            return Slot(name, inputs, piece.base, u, piece.levels, loose)
+        return Slot(name, inputs, piece.base, u, piece.levels, loose, True, tuple(self._elsewhere(name, piece)))
+
+    def _elsewhere(self, name: str, piece: _Piece) -> Iterator[tuple[ModelRef, TensorInfo]]:
+        """The tensor in the recipe's other models, which may give single rows."""
+        taking_part = {source.model for source in piece.sources}
+        for ref in self.recipe.sources:
+            part = self.architectures[ref]
+            found = self._in_source(name, part) or (part.embedding if is_head(name) and part.tied else None)
+            if ref not in taking_part and found is not None:
+                yield ref, self.checkpoints[ref].tensors[found]
 
     def _in_output(self, name: str, part: Architecture) -> str:
         """The output's name for a loose tensor of a source whose names may differ by one constant prefix."""

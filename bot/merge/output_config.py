@@ -10,8 +10,10 @@ from typing import Any
 from bot.merge.architecture import Architecture, layer_count
 from bot.merge.checkpoint import Checkpoint
 from bot.merge.layout import Layout
+from bot.merge.notices import Notes
 from bot.merge.spec import ModelRef, Recipe
-from bot.merge.steps import Notes, Work
+from bot.merge.steps import Work
+from bot.merge.tokenizer import Alignment, remapped_ids
 
 
 def output_config(
@@ -21,8 +23,9 @@ def output_config(
     layout: Layout,
     works: Sequence[Work],
     notes: Notes,
+    alignment: Alignment | None,
 ) -> str:
-    """The text of config.json: dtype as written, layer count and per-layer lists, the tie that holds."""
+    """The text of config.json: dtype as written, layer count and per-layer lists, the tie that holds, vocabulary."""
     donor = recipe.donor
     config: dict[str, Any] = copy.deepcopy(dict(checkpoints[donor].config))
     if config.pop("auto_map", None) is not None:
@@ -38,6 +41,12 @@ def output_config(
     tied = not layout.has_head
     if architectures[donor].tied != tied or "tie_word_embeddings" in config:
         config["tie_word_embeddings"] = tied
+    if alignment is not None:
+        config.update(remapped_ids(config, alignment, donor, checkpoints[alignment.giver].config))
+        inner = config.get("text_config")
+        for part in (config, inner if isinstance(inner, dict) else {}):
+            if "vocab_size" in part:
+                part["vocab_size"] = alignment.rows
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bot.errors import Refused
+from bot.merge import chat_template
 from bot.merge.architecture import infer
 from bot.merge.checkpoint import Checkpoint
-from bot.merge.layout import Layout, arrange
+from bot.merge.layout import arrange
+from bot.merge.notices import Notes
 from bot.merge.output_config import output_config
 from bot.merge.spec import ModelRef, Notice, Recipe
-from bot.merge.steps import Notes, Work, work_of
+from bot.merge.steps import Work, work_of
+from bot.merge.tokenizer import Alignment, align, remapped_ids
 
 NUMERICS_VERSION = 1  # raised whenever the same plan would give other bytes
 BASE_MEMORY_BYTES = 220 * 2**20  # an interpreter with torch imported
@@ -24,12 +27,14 @@ WORKERS = 2  # tensors worked on at a time
 SHARD_LIMIT_BYTES = 5_000_000_000
 METADATA = {"format": "pt"}
 
-# Files of the donor that belong to the model as much as its weights do.
-_DONATED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json",
+# Files that belong to the model as much as its weights do: those of its tokenizer, and others.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+_OTHER_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -87,6 +92,8 @@ class Plan:
     sources: tuple[PlannedSource, ...]
     copies: tuple[Copied, ...]
     config: str  # the text of config.json
+    texts: Mapping[str, str]  # further small files whose text is known
+    vocabulary: Alignment | None
     layers: int
     notices: tuple[Notice, ...]
     bytes_in: int
@@ -132,50 +139,89 @@ def make(
 
     Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED.
     """
-    _refuse_unready(recipe)
     notes = Notes()
     architectures = {ref: infer(checkpoints[ref]) for ref in recipe.sources}
     _same_family(recipe, checkpoints)
+    embeddings = {ref: part.embedding for ref, part in architectures.items()}
+    rows = {ref: checkpoints[ref].tensors[name].shape[0] for ref, name in embeddings.items() if name is not None}
+    alignment = align(recipe, checkpoints, rows, notes)
     layout = arrange(recipe, checkpoints, architectures)
     for code, text in layout.notices:
         notes.add(code, text, text)
     for ref in recipe.sources:
         for text in checkpoints[ref].notices:
             notes.add("SOURCE_ODD", text, text)
-    works = [work for slot in layout.slots if (work := work_of(slot, recipe, seed, notes)) is not None]
-    steps, shards = pack(works, shard_limit_bytes)
-    config = output_config(recipe, checkpoints, architectures, layout, works, notes)
+    works = [work for slot in layout.slots if (work := work_of(slot, recipe, seed, notes, alignment)) is not None]
+    config = output_config(recipe, checkpoints, architectures, layout, works, notes, alignment)
+    small = _small_files(recipe, checkpoints, alignment, config, notes)
+    return _finish(recipe, checkpoints, len(layout.layers), works, small, alignment, notes, seed, shard_limit_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _SmallFiles:
+    """Everything beside the weights: config.json, texts we make, files copied."""
+
+    config: str
+    texts: Mapping[str, str]
+    copies: tuple[Copied, ...]
+
+
+def _small_files(
+    recipe: Recipe,
+    checkpoints: Mapping[ModelRef, Checkpoint],
+    alignment: Alignment | None,
+    config: str,
+    notes: Notes,
+) -> _SmallFiles:
+    donor = recipe.donor
+    giver = donor if alignment is None else alignment.giver
+    texts = {} if alignment is None else dict(alignment.texts)
+    generation = checkpoints[donor].text("generation_config.json")
+    if alignment is not None and giver != donor and generation is not None:
+        loaded = json.loads(generation)
+        loaded.update(remapped_ids(loaded, alignment, donor, checkpoints[giver].config))
+        texts["generation_config.json"] = json.dumps(loaded, indent=2) + "\n"
+    template = chat_template.chat_template(recipe, checkpoints, notes)
+    if template is not None:
+        texts[chat_template.FILE] = template
+        own = texts.get("tokenizer_config.json") or checkpoints[giver].text("tokenizer_config.json")
+        if own is not None:
+            texts["tokenizer_config.json"] = chat_template.without_template(own)
+    stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
+    names = [(giver, name) for name in _TOKENIZER_FILES if name not in stale] + [(donor, name) for name in _OTHER_FILES]
     copies = tuple(
-        Copied(recipe.donor, name, checkpoints[recipe.donor].sizes[name])
-        for name in _DONATED
-        if name in checkpoints[recipe.donor].sizes
+        Copied(ref, name, checkpoints[ref].sizes[name])
+        for ref, name in names
+        if name in checkpoints[ref].sizes and name not in texts
     )
-    return _finish(recipe, checkpoints, layout, steps, shards, copies, config, notes, seed, shard_limit_bytes)
+    return _SmallFiles(config, texts, copies)
 
 
 def _finish(
     recipe: Recipe,
     checkpoints: Mapping[ModelRef, Checkpoint],
-    layout: Layout,
-    steps: tuple[Step, ...],
-    shards: tuple[Shard, ...],
-    copies: tuple[Copied, ...],
-    config: str,
+    layers: int,
+    works: Sequence[Work],
+    small: _SmallFiles,
+    alignment: Alignment | None,
     notes: Notes,
     seed: int,
     shard_limit_bytes: int,
 ) -> Plan:
+    steps, shards = pack(works, shard_limit_bytes)
     sources = tuple(PlannedSource(ref, _roles(recipe, ref), checkpoints[ref].headers) for ref in recipe.sources)
-    bytes_out = sum(step.nbytes for step in steps)
-    small = len(config) + sum(copied.nbytes for copied in copies) + 200 * len(steps) + 64 * 1024
+    small_bytes = len(small.config) + sum(map(len, small.texts.values())) + sum(c.nbytes for c in small.copies)
     identity = {
         "recipe": recipe.digest,
         "numerics": NUMERICS_VERSION,
         "seed": seed,
         "shard_limit_bytes": shard_limit_bytes,
         "sources": {str(source.model): {k: list(v) for k, v in source.headers.items()} for source in sources},
-        "config": config,
+        "config": small.config,
+        "texts": dict(small.texts),
+        "vocabulary": None if alignment is None else {str(ref): dict(ids) for ref, ids in alignment.sources.items()},
     }
+    memory = sorted((_memory(step.work) for step in steps), reverse=True)
     return Plan(
         recipe=recipe,
         seed=seed,
@@ -183,15 +229,16 @@ def _finish(
         steps=steps,
         shards=shards,
         sources=sources,
-        copies=copies,
-        config=config,
-        layers=len(layout.layers),
+        copies=small.copies,
+        config=small.config,
+        texts=small.texts,
+        vocabulary=alignment,
+        layers=layers,
         notices=(*recipe.notices, *notes.all()),
-        bytes_in=sum(operand.tensor.nbytes for step in steps for operand in step.work.operands),
-        bytes_out=bytes_out,
-        peak_memory_bytes=BASE_MEMORY_BYTES
-        + sum(sorted((_memory(step.work) for step in steps), reverse=True)[:WORKERS]),
-        disk_bytes=sum(shard.nbytes for shard in shards) + small,
+        bytes_in=sum(operand.tensor.nbytes for step in steps for operand in step.work.reads),
+        bytes_out=sum(step.nbytes for step in steps),
+        peak_memory_bytes=BASE_MEMORY_BYTES + sum(memory[:WORKERS]),
+        disk_bytes=sum(shard.nbytes for shard in shards) + small_bytes + 200 * len(steps) + 64 * 1024,
         parameters=sum(step.work.elements for step in steps),
         digest=hashlib.sha256(b"plan/1\n" + json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     )
@@ -233,15 +280,6 @@ def pack(works: Iterable[Work], shard_limit_bytes: int) -> tuple[tuple[Step, ...
     return tuple(steps), tuple(shards)
 
 
-def _refuse_unready(recipe: Recipe) -> None:
-    if recipe.vocabulary is not None or recipe.chat_template is not None:
-        key = "chat_template" if recipe.vocabulary is None else "tokenizer"
-        raise Refused(
-            "NOT_SUPPORTED", f"`{key}` in a recipe is not supported yet.",
-            "Merge models that share one vocabulary and leave the key out; the base model's tokenizer is kept.",
-        )  # fmt: skip
-
-
 def _same_family(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
     families = {ref: checkpoints[ref].config.get("model_type") for ref in recipe.sources}
     if len(set(families.values())) > 1:
@@ -267,8 +305,8 @@ def _roles(recipe: Recipe, ref: ModelRef) -> tuple[str, ...]:
 
 def _memory(work: Work) -> int:
     """Bytes one tensor needs while it is merged: stored inputs, their float32 copies, work space, the output."""
-    stored = sum(operand.tensor.nbytes for operand in work.operands)
-    if work.action != "merge":
+    stored = sum(operand.tensor.nbytes for operand in work.reads)
+    if work.action != "merge" and work.aligned is None:
         return 2 * stored
     return 2 * stored + work.elements * (4 * (len(work.operands) + 3) + work.dtype.itemsize)
 

@@ -44,13 +44,21 @@ def provenance(
             }
             for source in plan.sources
         ],
-        "tokenizer": {"policy": "copied", "donor": str(plan.recipe.donor)},
+        "tokenizer": _tokenizer(plan),
         "outputs": {name: {"bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(outputs.items())},
         "tensors": {"merged": actions.count("merge"), "copied": actions.count("copy") + actions.count("equal")},
         "notices": [{"code": n.code, "count": n.count, "example": n.text} for n in notices],
         "environment": {"torch": torch_version, "device": device},
     }
     return _text(document)
+
+
+def _tokenizer(plan: Plan) -> dict[str, object]:
+    chosen, asked = plan.vocabulary, plan.recipe.vocabulary
+    if chosen is None or asked is None:
+        return {"policy": "copied", "donor": str(plan.recipe.donor)}
+    added = {"added_tokens": len(chosen.added), "first_added": list(chosen.added[:20])}
+    return {"policy": str(asked.source), "donor": str(chosen.giver), "rows": chosen.rows, **added}
 
 
 def manifest(files: Mapping[str, _Fact]) -> bytes:

@@ -13,8 +13,11 @@ from bot.merge.draws import mask_key
 from bot.merge.dtypes import BY_NAME, Dtype, promote
 from bot.merge.header import TensorInfo
 from bot.merge.layout import Input, Slot
+from bot.merge.notices import Notes
 from bot.merge.parameters import resolve, uses_gradient
-from bot.merge.spec import ModelRef, Notice, Recipe
+from bot.merge.rows import RowMap, row_maps
+from bot.merge.spec import ModelRef, Recipe
+from bot.merge.tokenizer import Alignment
 
 Value = float | int | bool
 
@@ -25,6 +28,17 @@ class Operand:
 
     model: ModelRef
     tensor: TensorInfo
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aligned:
+    """Operands that are re-indexed to the output's vocabulary before the method sees them.
+
+    `maps` has one entry per operand; their matrix numbers count the operands first, then `extra`.
+    """
+
+    maps: tuple[RowMap, ...]
+    extra: tuple[Operand, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +60,12 @@ class Work:
     per_input: Mapping[str, tuple[Value | None, ...]] = field(default_factory=dict)
     shared: Mapping[str, Value] = field(default_factory=dict)
     keys: tuple[int, ...] = ()
+    aligned: Aligned | None = None
+
+    @property
+    def reads(self) -> tuple[Operand, ...]:
+        """Everything to read: the operands, then the matrices that only give rows."""
+        return self.operands if self.aligned is None else (*self.operands, *self.aligned.extra)
 
     @property
     def elements(self) -> int:
@@ -55,22 +75,7 @@ class Work:
         return count
 
 
-class Notes:
-    """Notices in the making: equal codes are counted, the first text is kept as the example."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, str], list[object]] = {}
-
-    def add(self, code: str, text: str, group: str = "") -> None:
-        """Count one notice; those of the same code and group share one line."""
-        entry = self._found.setdefault((code, group), [text, 0])
-        entry[1] = int(str(entry[1])) + 1
-
-    def all(self) -> tuple[Notice, ...]:
-        return tuple(Notice(code, str(text), int(str(count))) for (code, _), (text, count) in self._found.items())
-
-
-def work_of(slot: Slot, recipe: Recipe, seed: int, notes: Notes) -> Work | None:
+def work_of(slot: Slot, recipe: Recipe, seed: int, notes: Notes, alignment: Alignment | None = None) -> Work | None:
     """The work for one slot, None if the tensor is left out. Raises `Refused`."""
     method = METHODS[recipe.method]
     present = tuple(i for i, one in enumerate(slot.inputs) if one.tensor is not None)
@@ -79,22 +84,36 @@ def work_of(slot: Slot, recipe: Recipe, seed: int, notes: Notes) -> Work | None:
         return None
     inputs = [slot.inputs[i] for i in present]
     tensors = [one.tensor for one in inputs if one.tensor is not None]
-    _same_shape(slot, inputs, tensors)
     operands = tuple(Operand(one.source.model, tensor) for one, tensor in zip(inputs, tensors, strict=True))
+    aligned = _aligned(slot, operands, alignment) if alignment is not None and slot.vocabulary else None
+    _same_shape(slot, inputs, tensors, rows_too=aligned is None)
     shape = tensors[0].shape
+    if aligned is not None and alignment is not None:
+        shape = (alignment.rows, *shape[1:])
     if any(not tensor.dtype.floating for tensor in tensors):
         return _unmixable(slot, shape, operands, tensors)
     wanted = recipe.out_dtype or recipe.dtype
     dtype = BY_NAME[wanted] if wanted else promote(tensor.dtype for tensor in tensors)
     if action == "copy" or 0 in shape:
-        return Work(slot.name, shape, dtype, "copy", recipe.method, operands[:1])
+        return Work(slot.name, shape, dtype, "copy", recipe.method, operands[:1], aligned=aligned)
     base = present.index(slot.base) if slot.base in present else None
     per_input = _per_input(slot, method, inputs, base)
     shared = _shared(slot, method)
     _check_values(slot, method, inputs, per_input, shared, notes)
     _note_gradient(slot, method, notes)
     keys = tuple(mask_key(seed, str(operand.model), slot.name) for operand in operands) if method.draws else ()
-    return Work(slot.name, shape, dtype, "merge", recipe.method, operands, base, per_input, shared, keys)
+    return Work(slot.name, shape, dtype, "merge", recipe.method, operands, base, per_input, shared, keys, aligned)
+
+
+def _aligned(slot: Slot, operands: tuple[Operand, ...], alignment: Alignment) -> Aligned | None:
+    present = {operand.model for operand in operands}
+    extra = tuple(Operand(model, tensor) for model, tensor in slot.extras if model not in present)
+    matrices = {operand.model: operand.tensor.shape[0] for operand in (*operands, *extra)}
+    maps = row_maps(alignment, [operand.model for operand in operands], matrices)
+    if maps is None:
+        return None
+    used = {number for row_map in maps for fill in row_map.fills for number in fill.matrices}
+    return Aligned(maps, extra if any(number >= len(operands) for number in used) else ())
 
 
 def _presence(
@@ -130,8 +149,8 @@ def _refuse_missing(slot: Slot, why: str) -> None:
     )  # fmt: skip
 
 
-def _same_shape(slot: Slot, inputs: list[Input], tensors: list[TensorInfo]) -> None:
-    if len({tensor.shape for tensor in tensors}) == 1:
+def _same_shape(slot: Slot, inputs: list[Input], tensors: list[TensorInfo], *, rows_too: bool) -> None:
+    if len({tensor.shape if rows_too else tensor.shape[1:] for tensor in tensors}) == 1:
         return
     shapes = ", ".join(f"{one.source.model} {list(t.shape)}" for one, t in zip(inputs, tensors, strict=True))
     rows_only = slot.loose and len({tensor.shape[1:] for tensor in tensors}) == 1

@@ -15,9 +15,11 @@ import yaml
 from bot.merge import checkpoint, engine, plan, recipe
 
 NAMES = [
-    "linear", "linear_bf16", "linear_sharded_filter", "linear_unnormalized", "out_dtype", "slerp", "slerp_bf16",
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "karcher", "linear", "linear_bf16", "linear_sharded_filter",
+    "linear_unnormalized", "model_stock", "multislerp", "nearswap", "nuslerp", "nuslerp_base", "nuslerp_rowwise",
+    "out_dtype", "passthrough_frankenmerge", "passthrough_scale", "ram", "ramplus_tl", "sce", "slerp", "slerp_bf16",
     "slerp_gradient", "task_arithmetic", "tied_embeddings", "ties", "ties_bf16", "ties_lambda_int8", "ties_slices",
-    "passthrough_frankenmerge", "passthrough_scale",
+    "tokenizer_base", "tokenizer_tokens", "tokenizer_union",
 ]  # fmt: skip
 
 
@@ -30,6 +32,11 @@ def _inside(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
+
+
+def test_every_golden_recipe_is_listed_here(shared: Path) -> None:
+    present = {path.stem for path in (shared / "golden" / "merge" / "recipes").glob("*.yml")}
+    assert present - set(NAMES) == set(), "a golden recipe without a test"
 
 
 @pytest.mark.parametrize("name", NAMES)

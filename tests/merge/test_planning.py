@@ -242,6 +242,7 @@ def test_ten_terabytes_are_planned_from_a_few_kilobytes() -> None:
     assert files.reads == 3
 
 
+@pytest.mark.slow
 def test_thirty_thousand_tensors_are_planned_in_seconds_without_torch() -> None:
     script = """
 import sys, time

@@ -1,0 +1,183 @@
+"""Which tokens the output knows, and which rows of which matrices become the row of a token. merging.md 3.2.
+
+Only plain JSON is read: `tokenizer.json` of fast tokenizers. Everything is decided while planning, as index arrays;
+the engine gathers rows by them and never looks at a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bot.errors import Refused
+from bot.merge.checkpoint import Checkpoint
+from bot.merge.notices import Notes
+from bot.merge.spec import ModelRef, Recipe, TokenRule
+
+FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+LIMIT_BYTES = 64 * 2**20
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One tokenizer: token -> id, the entries of its added tokens, and its JSON."""
+
+    ids: Mapping[str, int]
+    added: tuple[Mapping[str, Any], ...]
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alignment:
+    """The output's vocabulary: `ids` token -> id, `rows` of the matrices, each source's own ids, rules for tokens.
+
+    `texts` are tokenizer files that differ from the giver's; `added` the tokens the giver did not have.
+    """
+
+    giver: ModelRef
+    ids: Mapping[str, int]
+    rows: int
+    sources: Mapping[ModelRef, Mapping[str, int]]
+    rules: Mapping[str, TokenRule]
+    base: ModelRef | None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+
+
+def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
+    """The tokenizer of a source, None if it has no tokenizer.json we can read."""
+    text = checkpoint.text(FILE, LIMIT_BYTES)
+    if text is None:
+        return None
+    try:
+        document = json.loads(text)
+        vocabulary = document["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [token, score] by id
+            ids = {str(entry[0]): i for i, entry in enumerate(vocabulary)}
+        else:
+            ids = {str(token): int(i) for token, i in vocabulary.items()}
+        added = tuple(document.get("added_tokens") or ())
+        ids.update({str(entry["content"]): int(entry["id"]) for entry in added})
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise Refused(
+            "BAD_CHECKPOINT", f"{checkpoint.name}: {FILE} is not a tokenizer we can read.",
+            "Use a source with a fast tokenizer.", value=FILE,
+        ) from None  # fmt: skip
+    return Tokens(ids, added, document)
+
+
+def align(
+    recipe: Recipe,
+    checkpoints: Mapping[ModelRef, Checkpoint],
+    rows_of: Mapping[ModelRef, int],
+    notes: Notes,
+) -> Alignment | None:
+    """The vocabulary a recipe asks for; None when it has no tokenizer keys. `rows_of`: rows of input embeddings."""
+    wanted = recipe.vocabulary
+    if wanted is None:
+        return None
+    giver = wanted.source if isinstance(wanted.source, ModelRef) else recipe.donor
+    own = read_tokens(checkpoints[giver])
+    if own is None:
+        raise Refused(
+            "NOT_SUPPORTED", f"{giver} has no {FILE}, so its vocabulary cannot be used.",
+            "Name a model with a fast tokenizer as `tokenizer: {source: owner/name}`.", value=str(giver),
+        )  # fmt: skip
+    sources: dict[ModelRef, Mapping[str, int]] = {}
+    others: list[Tokens] = []
+    for ref in recipe.sources:
+        tokens = own if ref == giver else read_tokens(checkpoints[ref])
+        if tokens is None:
+            notes.add("TOKENIZER_ASSUMED", f"{ref} has no {FILE}; it is taken to use the tokenizer of {giver}")
+        sources[ref] = own.ids if tokens is None else tokens.ids
+        if tokens is not None and ref != giver:
+            others.append(tokens)
+    entries = _added(own, others if wanted.source == "union" else [], wanted.tokens)
+    ids = {**own.ids, **{str(entry["content"]): int(entry["id"]) for entry in entries}}
+    used = max(ids.values()) + 1
+    p = wanted.pad_to_multiple_of
+    rows = -(-used // p) * p if p else max(used, rows_of.get(giver, 0))
+    rules = {rule.token: rule for rule in wanted.tokens}
+    for rule in wanted.tokens:
+        _check_rule(rule, sources)
+    texts = _texts(checkpoints[giver], own, entries)
+    added = tuple(str(entry["content"]) for entry in entries)
+    return Alignment(giver, ids, rows, sources, rules, recipe.base, texts, added)
+
+
+def _added(own: Tokens, others: Sequence[Tokens], rules: Sequence[TokenRule]) -> list[dict[str, Any]]:
+    """Entries of the tokens the giver lacks, numbered behind its own: source by source, ordinary tokens first."""
+    known = set(own.ids)
+    out: list[dict[str, Any]] = []
+    after = max(own.ids.values(), default=-1) + 1
+
+    def add(token: str, flags: Mapping[str, Any]) -> None:
+        if token not in known:
+            known.add(token)
+            out.append({"id": after + len(out), "content": token, **flags})
+
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    for tokens in others:
+        flags = {str(entry["content"]): {k: entry.get(k, v) for k, v in plain.items()} for entry in tokens.added}
+        ordered = sorted(tokens.ids, key=lambda token: (token in flags, tokens.ids[token]))
+        for token in ordered:
+            add(token, flags.get(token, plain))
+    for rule in rules:
+        add(rule.token, plain)
+    return out
+
+
+def _check_rule(rule: TokenRule, sources: Mapping[ModelRef, Mapping[str, int]]) -> None:
+    given = rule.source
+    if given is None or given.model is None:
+        return
+    token = rule.token if given.kind == "model" else given.token
+    known = sources[given.model]
+    lacks = token not in known if token is not None else given.token_id not in set(known.values())
+    if lacks:
+        raise Refused(
+            "RECIPE_INVALID", f"{given.model} has no token {token if token is not None else given.token_id!r}.",
+            f"Name another source for `tokenizer.tokens.{rule.token[:40]}`.", value=rule.token,
+        )  # fmt: skip
+
+
+def _texts(giver: Checkpoint, own: Tokens, entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    if not entries:
+        return {}
+    document = copy.deepcopy(dict(own.document))
+    document["added_tokens"] = [*own.added, *entries]
+    out = {FILE: json.dumps(document, ensure_ascii=False, indent=2) + "\n"}
+    config = giver.text(CONFIG_FILE)
+    loaded = json.loads(config) if config else {}
+    if isinstance(loaded.get("added_tokens_decoder"), dict):
+        for entry in entries:
+            flags = {key: value for key, value in entry.items() if key != "id"}
+            loaded["added_tokens_decoder"][str(entry["id"])] = flags
+        out[CONFIG_FILE] = json.dumps(loaded, ensure_ascii=False, indent=2) + "\n"
+    return out
+
+
+def remapped_ids(
+    config: Mapping[str, Any], alignment: Alignment, donor: ModelRef, giver_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `*_token_id` keys of a config of the donor's, by token string, as ids of the output's vocabulary."""
+    strings = {i: token for token, i in alignment.sources[donor].items()}
+
+    def one(key: str, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        token = strings.get(value, "")
+        return alignment.ids[token] if token in alignment.ids else giver_config.get(key, value)
+
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if key.endswith("_token_id"):
+            out[key] = [one(key, item) for item in value] if isinstance(value, list) else one(key, value)
+    return out
