@@ -12,13 +12,21 @@ from bot.leaderboard import Row
 from space import figures, words
 from space.desk import Board, Desk
 from space.job_page import speed_sentence
-from space.markup import Markup, join, link, repo_link, tag
+from space.markup import Markup, join, link, plain, repo_link, tag
 from space.pieces import facts_table, panel, refused
 
 FIXED = ("Model", "Method", "Sources", "Average %")
-TAIL = ("Tokens/step", "Speedup", "Parameters")
-WIDTHS = {"Model": "230px", "Method": "150px", "Sources": "270px", "Average %": "115px", "Speedup": "165px"}
-LAST = float("-inf")  # where a missing figure sorts
+TAIL = ("Tokens / step", "Speedup", "Parameters")
+MISSING_SORTS_AS = -1.0  # below every score and every speed
+WIDTHS = {
+    "Model": "205px",
+    "Method": "140px",
+    "Sources": "180px",
+    "Average %": "110px",
+    "Tokens / step": "96px",
+    "Speedup": "150px",
+    "Parameters": "116px",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +64,15 @@ class Filters:
 
 
 def build(desk: Desk) -> Parts:
-    chosen = gr.State(None)
     summary = panel(elem_id="board-summary")
     with gr.Row(elem_classes="filters"):
-        search = gr.Textbox(label="Search", placeholder="model, source, method, requester", elem_id="search", scale=3)
+        search = gr.Textbox(label="Search", placeholder="name, source, method", elem_id="search", scale=3, max_lines=1)
         method = gr.Dropdown(label="Method", multiselect=True, choices=[], elem_id="filter-method", scale=2)
         source = gr.Dropdown(label="Made of", multiselect=True, choices=[], elem_id="filter-source", scale=3)
         licence = gr.Dropdown(label="Licence", multiselect=True, choices=[], elem_id="filter-licence", scale=2)
-        least = gr.Slider(label="Least average, %", minimum=0, maximum=100, step=1, value=0, elem_id="least",
-                          scale=2)  # fmt: skip
+        least = gr.Number(
+            label="Average at least, %", minimum=0, maximum=100, value=0, precision=0, elem_id="least", scale=2
+        )
     table = gr.Dataframe(
         interactive=False,
         show_label=False,
@@ -72,27 +80,30 @@ def build(desk: Desk) -> Parts:
         pinned_columns=1,
         show_search="none",
         max_height=460,
-        buttons=["fullscreen", "copy"],
+        buttons=["fullscreen"],
         elem_id="board",
         wrap=False,
     )
     empty = panel(visible=False, elem_id="board-empty")
     with gr.Row(elem_classes="columns", visible=False) as below:
         with gr.Column(scale=6, min_width=320):
-            detail = panel(elem_id="detail", elem_classes="panel")
-            parents = gr.Plot(show_label=False, label="The merge beside its parents", elem_id="parents")
-        with gr.Column(scale=6, min_width=320):
             panel(tag("h3", "Quality against speed"), elem_classes="panel")
             scatter = gr.Plot(show_label=False, label="Quality against speed", elem_id="quality-speed")
             unseen = panel(elem_id="unseen")
+        with gr.Column(scale=6, min_width=320):
+            chosen = gr.Dropdown(label="Merge to look at", elem_id="chosen", filterable=True)
+            heading = panel(elem_classes="panel")
+            parents = gr.Plot(show_label=False, label="The merge beside its parents", elem_id="parents")
+            detail = panel(elem_id="detail", elem_classes="panel")
 
     filters = [search, method, source, licence, least]
-    shown = [summary, table, empty, below, detail, parents, scatter, unseen, chosen]
+    shown = [summary, table, empty, below, heading, parents, detail, scatter, unseen, chosen]
     look = _looker(desk)
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     for each in filters:
         each.change(look, [*filters, chosen], [*shown, method, source, licence], trigger_mode="always_last", **quiet)
-    table.select(_selector(desk), filters, [detail, parents, scatter, chosen], **quiet)
+    chosen.input(look, [*filters, chosen], [*shown, method, source, licence], **quiet)
+    table.select(_selector(desk), filters, [heading, parents, detail, scatter, chosen], **quiet)
     return Parts(look, [*filters, chosen], [*shown, method, source, licence])
 
 
@@ -112,7 +123,7 @@ def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
             *_detail(row, desk.settings.hub),
             gr.Plot(plot, visible=plot is not None),
             _unseen(rows),
-            row.model if row else None,
+            gr.Dropdown(choices=_names(rows), value=row.model if row else None),
             gr.Dropdown(choices=sorted({each.method for each in board.rows})),
             gr.Dropdown(choices=sorted({each for row in board.rows for each in row.sources})),
             gr.Dropdown(choices=sorted({each.licence for each in board.rows})),
@@ -129,7 +140,7 @@ def _selector(desk: Desk) -> Callable[..., tuple[Any, ...]]:
         rows = _filters(search, methods, sources, licences, least).pick(desk.board().rows)
         row = next((each for each in rows if event.row_value and _model_cell(each) == event.row_value[0]), None)
         if row is None:
-            return (gr.skip(),) * 4
+            return (gr.skip(),) * 5
         return *_detail(row, desk.settings.hub), figures.quality_speed(rows, row), row.model
 
     return select
@@ -144,7 +155,7 @@ def _filters(search: Any, methods: Any, sources: Any, licences: Any, least: Any)
 def table_value(rows: Sequence[Row]) -> dict[str, Any]:
     """The table's value, headers and types: numbers to sort by, and how each is shown."""
     tasks = sorted({task for row in rows for task in row.scores})
-    headers = [*FIXED, *(f"{task} %" for task in tasks), *TAIL]
+    headers = [*FIXED, *(_header(task) for task in tasks), *TAIL]
     values, displayed = [], []
     for row in rows:
         cells = _cells(row, tasks)
@@ -155,14 +166,19 @@ def table_value(rows: Sequence[Row]) -> dict[str, Any]:
         "value": {"headers": headers, "data": values, "metadata": {"display_value": displayed}},
         "headers": headers,
         "datatype": types,
-        "column_widths": [WIDTHS.get(header, "130px") for header in headers],
+        "column_widths": [WIDTHS.get(header, "112px") for header in headers],
     }
+
+
+def _header(task: str) -> str:
+    """A task's name that can be broken into lines where its words end."""
+    return plain(task).replace("_", "_\u200b") + " %"
 
 
 def _cells(row: Row, tasks: Sequence[str]) -> list[tuple[Any, str]]:
     """Each cell as what it is sorted by and what is shown."""
     model = _model_cell(row)
-    sources = ", ".join(row.sources)
+    sources = ", ".join(source.rpartition("/")[2] for source in row.sources)
     scores = [row.scores.get(task, (None, None)) for task in tasks]
     return [
         (model, model),
@@ -177,7 +193,7 @@ def _cells(row: Row, tasks: Sequence[str]) -> list[tuple[Any, str]]:
 
 
 def _sorted(value: float | None) -> float:
-    return -1.0 if value is None else value
+    return MISSING_SORTS_AS if value is None else value
 
 
 def _model_cell(row: Row) -> str:
@@ -186,6 +202,10 @@ def _model_cell(row: Row) -> str:
 
 def _searched(row: Row) -> str:
     return " ".join((row.model, row.method, row.requester, row.licence, *row.sources)).casefold()
+
+
+def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    return [(row.model.rpartition("/")[2], row.model) for row in rows]
 
 
 def _summary(board: Board, kept: int) -> Markup:
@@ -217,10 +237,10 @@ def _unseen(rows: Sequence[Row]) -> Markup:
     return tag("p", f"{words.plural(without, 'merge')} without a speed test or scores not shown.", class_="fine")
 
 
-def _detail(row: Row | None, hub: str) -> tuple[Markup, Any]:
-    """The chosen merge in words, and its figure."""
+def _detail(row: Row | None, hub: str) -> tuple[Markup, Any, Markup]:
+    """The chosen merge: its name, its figure, what is known of it."""
     if row is None:
-        return Markup(""), gr.Plot(None, visible=False)
+        return Markup(""), gr.Plot(None, visible=False), Markup("")
     rows: list[tuple[str, object]] = [
         ("Published", join([link(f"{row.repo_url}/tree/{row.commit}", row.model), " ",
                             tag("code", row.commit[:7], class_="sha", title=row.commit)])),
@@ -235,5 +255,5 @@ def _detail(row: Row | None, hub: str) -> tuple[Markup, Any]:
         rows.append(("Plain greedy", f"{row.tokens_per_second:,.1f} tokens a second"))
     name = row.model.rpartition("/")[2]
     figure = figures.beside_parents(row)
-    shown = tag("section", tag("h3", name, " ", tag("code", row.method)), facts_table(rows))
-    return shown, gr.Plot(figure, visible=figure is not None)
+    heading = tag("h3", name, ", ", row.method, ", beside its parents" if figure else None)
+    return heading, gr.Plot(figure, visible=figure is not None), facts_table(rows)

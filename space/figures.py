@@ -30,7 +30,7 @@ def quality_speed(rows: Sequence[Row], chosen: Row | None) -> go.Figure | None:
         if group:
             figure.add_trace(_points(group, name, colour, size))
     figure.add_vline(x=1.0, line={"dash": "dot", "width": 1, "color": QUIET})
-    figure.update_xaxes(title_text="speed with Medusa heads, × plain greedy decoding", ticksuffix="×")
+    figure.update_xaxes(title_text="speed with Medusa, × plain decoding", ticksuffix="×")
     figure.update_yaxes(title_text="average score, %")
     return _dressed(figure, height=360)
 
@@ -93,7 +93,7 @@ def beside_parents(row: Row) -> go.Figure | None:
         tickmode="array", tickvals=list(range(len(tasks))), ticktext=[_wrapped(task) for task in tasks],
         range=[len(tasks) - 0.5, -0.5], showgrid=False, zeroline=False,
     )  # fmt: skip
-    figure.update_xaxes(title_text="score, % (whiskers: ± 1 standard error)", range=[-2, 102], zeroline=False)
+    figure.update_xaxes(title_text="score, % ± one standard error", range=[-2, 102], zeroline=False)
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "traceorder": "reversed"}
     figure.update_layout(legend=legend)
     return _dressed(figure, height=150 + ROW_PX * len(tasks))

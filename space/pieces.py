@@ -50,7 +50,7 @@ def sources_table(sources: tuple[Source, ...], hub: str, plan: Mapping[str, Any]
             "tr",
             tag("td", repo_link(hub, source.repo, source.revision)),
             tag("td", roles.get(str(source)) or words.MISSING),
-            tag("td", source.licence or words.MISSING),
+            tag("td", source.licence or words.MISSING, class_="whole"),
             tag("td", words.size(source.bytes), class_="number"),
         )
         for source in sources

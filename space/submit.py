@@ -106,8 +106,10 @@ def build(desk: Desk) -> Parts:
                     label="Name of the merged model",
                     placeholder="my-merge",
                     max_length=96,
+                    max_lines=1,
                     info=f"Published as {desk.settings.namespace}/<you>-<name>.",
                     elem_id="merge-name",
+                    min_width=260,
                 )
                 suite = gr.Radio(
                     choices=[(_suite_label(each), each) for each in suite_names()],
@@ -115,6 +117,7 @@ def build(desk: Desk) -> Parts:
                     label="Evaluate with lm-eval",
                     info="The sources are measured the same way, to compare.",
                     elem_id="suite",
+                    min_width=300,
                 )
             with gr.Accordion("More about the evaluation", open=False):
                 tasks = gr.Dropdown(
