@@ -1,0 +1,395 @@
+"""The harness: lm-eval's numbers exactly, in a process that can be killed, kept for the next merge that asks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from evaluators import harness, suites
+from evaluators.errors import EvaluationError
+from evaluators.harness_process import Journal
+from evaluators.harness_tasks import cleaned
+from evaluators.scores import Environment, ModelEvaluation, Score, TaskData
+from evaluators.suites import SUITES, Suite, SuiteTask
+from tests.evaluators import tiny_harness
+from tests.localhub.server import REPO, running_hub
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+TIMEOUT_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("harness")
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> Path:
+    return tiny_harness.model(place / "models" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def suite(place: Path) -> Suite:
+    return tiny_harness.suite(place / "task")
+
+
+@pytest.fixture(scope="module")
+def measure(place: Path) -> Callable[..., ModelEvaluation]:
+    def run(model: Path, suite: Suite, scratch: str, **options: Any) -> ModelEvaluation:
+        settings = {"timeout_s": TIMEOUT_S, "environment": ONE_THREAD} | options
+        return harness.evaluate(model, suite, cache=place / "cache", scratch=place / scratch, **settings)
+
+    return run
+
+
+class Cancelled(Exception):
+    """What a caller's progress may raise to end the evaluation."""
+
+
+@pytest.fixture(scope="module")
+def interrupted(measure: Callable[..., ModelEvaluation], model: Path, suite: Suite) -> list[int]:
+    """An evaluation that was cancelled after its first answers; how many answers its caller had heard of."""
+    heard: list[int] = []
+
+    def cancel(done: int, total: int, what: str) -> None:
+        if what == "loglikelihood" and done:
+            heard.append(done)
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        measure(model, suite, "interrupted", progress=cancel)
+    return heard
+
+
+@pytest.fixture(scope="module")
+def told() -> list[tuple[int, int, str]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(
+    interrupted: list[int],
+    measure: Callable[..., ModelEvaluation],
+    model: Path,
+    suite: Suite,
+    told: list[tuple[int, int, str]],
+) -> ModelEvaluation:
+    return measure(model, suite, "scratch", progress=lambda *line: told.append(line))
+
+
+@pytest.mark.slow
+def test_scores_are_exactly_those_of_calling_lm_eval(measured: ModelEvaluation, model: Path, suite: Suite) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = suite.tasks[0].file
+    assert file is not None
+    direct = simple_evaluate(
+        HFLM(
+            pretrained=AutoModelForCausalLM.from_pretrained(model),
+            tokenizer=AutoTokenizer.from_pretrained(model),
+            batch_size=16,
+        ),
+        tasks=["which_animal"],
+        task_manager=TaskManager(include_path=str(file.parent), include_defaults=False),
+        bootstrap_iters=1000,
+    )
+    assert direct is not None
+    expected = direct["results"]["which_animal"]
+    (score,), (normalised,) = measured.scores, measured.others
+    assert (score.metric, score.value, score.stderr) == ("acc", expected["acc,none"], expected["acc_stderr,none"])
+    assert (normalised.metric, normalised.value) == ("acc_norm", expected["acc_norm,none"])
+    assert (score.samples, score.few_shot, score.task_version) == (24, 0, "1.0")
+    assert measured.environment.dtype == "float32" and measured.environment.device == "cpu"
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_goes_on_at_the_next_sample(
+    measured: ModelEvaluation, interrupted: list[int], told: list[tuple[int, int, str]]
+) -> None:
+    resumed_at = next(done for done, _, what in told if what == "loglikelihood")
+    assert resumed_at >= interrupted[0] > 0
+
+
+@pytest.mark.slow
+def test_every_sample_is_kept_and_no_path_of_this_machine(
+    measured: ModelEvaluation, place: Path, model: Path, told: list[tuple[int, int, str]]
+) -> None:
+    folder = harness.folder_of(measured, place / "cache")
+    samples = [json.loads(line) for line in (folder / "samples" / "which_animal.jsonl").read_text().splitlines()]
+    assert [sample["doc_id"] for sample in samples] == list(range(24))
+    assert sum(sample["acc"] for sample in samples) / 24 == measured.scores[0].value
+    results = (folder / "lm_eval.json").read_text()
+    assert str(place) not in results and str(REPO) not in results and str(Path.home()) + "/" not in results
+    assert "pretty_env_info" not in results and "git_hash" not in results
+    assert told[-1][0] == told[-1][1] > 0
+    assert list((place / "cache" / "partial").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_same_question_is_answered_from_the_cache_without_a_process(
+    measured: ModelEvaluation, measure: Callable[..., ModelEvaluation], model: Path, suite: Suite, place: Path
+) -> None:
+    assert measure(model, suite, "unused", timeout_s=0.0) == measured
+    assert not (place / "unused").exists()
+
+
+@pytest.mark.slow
+def test_another_setting_another_model_or_another_suite_is_another_question(
+    measured: ModelEvaluation, measure: Callable[..., ModelEvaluation], model: Path, suite: Suite, place: Path
+) -> None:
+    other_model = tiny_harness.model(place / "models" / "other", seed=1)
+    other_suite = replace(suite, tasks=(replace(suite.tasks[0], few_shot=0),))
+    for asked in ((model, suite, {"limit": 3}), (other_model, suite, {}), (model, other_suite, {})):
+        with pytest.raises(EvaluationError) as caught:
+            measure(asked[0], asked[1], "none", timeout_s=0.0, **asked[2])
+        assert caught.value.code == "TIME_LIMIT"
+
+
+@pytest.mark.slow
+def test_an_evaluation_past_its_time_is_killed_with_its_process(
+    measure: Callable[..., ModelEvaluation], model: Path, suite: Suite
+) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(EvaluationError) as caught:
+        measure(model, suite, "late", limit=5, timeout_s=1.0)
+    assert caught.value.code == "TIME_LIMIT" and "1 seconds" in caught.value.message
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+@pytest.mark.slow
+def test_the_process_dies_with_whoever_started_it(place: Path, model: Path, suite: Suite) -> None:
+    code = f"""
+from pathlib import Path
+from evaluators import harness
+from tests.evaluators import tiny_harness
+suite = tiny_harness.suite(Path({str(place / "task-of-the-dead")!r}))
+harness.evaluate(Path({str(model)!r}), suite, cache=Path({str(place / "cache-of-the-dead")!r}),
+                 scratch=Path({str(place / "scratch-of-the-dead")!r}), timeout_s=100,
+                 progress=lambda done, total, what: print(what, flush=True))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline().strip() == "loading lm-eval"
+        orphans = psutil.Process(starter.pid).children(recursive=True)
+        starter.kill()
+    assert orphans
+    _gone, alive = psutil.wait_procs(orphans, timeout=30)
+    assert not alive
+
+
+def _truncated(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def _without_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _not_a_number(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "code", "words"),
+    [
+        (_truncated, "MODEL_UNLOADABLE", "cannot be loaded"),
+        (_without_a_tensor, "MODEL_UNLOADABLE", "model.layers.1.mlp.up_proj.weight"),
+        (_not_a_number, "EVALUATION_FAILED", "NaN"),
+    ],
+)
+def test_a_broken_model_is_refused_with_a_sentence(
+    spoil: Callable[[Path], None],
+    code: str,
+    words: str,
+    measure: Callable[..., ModelEvaluation],
+    suite: Suite,
+    place: Path,
+) -> None:
+    folder = tiny_harness.model(place / "models" / spoil.__name__)
+    spoil(folder)
+    with pytest.raises(EvaluationError) as caught:
+        measure(folder, suite, f"scratch{spoil.__name__}")
+    assert caught.value.code == code
+    assert words in caught.value.message and str(place) not in caught.value.message
+
+
+@pytest.mark.slow
+def test_data_that_the_hub_does_not_have_are_named(
+    measure: Callable[..., ModelEvaluation], model: Path, place: Path
+) -> None:
+    suite = tiny_harness.suite(place / "absent", repo="nobody/no-such-data")
+    with running_hub(place / "hub-without-data") as hub, pytest.raises(EvaluationError) as caught:
+        measure(model, suite, "absent-scratch", endpoint=hub.url)
+    assert caught.value.code == "DATASET_UNAVAILABLE"
+    assert "nobody/no-such-data" in caught.value.message
+
+
+@pytest.mark.slow
+def test_the_official_arc_easy_gives_lm_evals_own_number(
+    shared: Path, measure: Callable[..., ModelEvaluation], model: Path, place: Path
+) -> None:
+    """Unmodified task file, data in the layout of the Hub original, both sides through the real datasets client."""
+    from bot.localhub import seed
+
+    data = place / "seed" / "datasets" / "allenai"
+    data.mkdir(parents=True)
+    (data / "ai2_arc").symlink_to(shared / "hub_seed" / "datasets" / "allenai" / "ai2_arc")
+    asked = Suite("arc", 1, (SuiteTask("arc_easy", "acc_norm", few_shot=1),))
+    with running_hub(place / "hub") as hub:
+        seed(place / "hub", place / "seed")
+        measured = measure(model, asked, "arc", endpoint=hub.url, limit=6)
+        direct = hub.client(
+            f"""
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+            import lm_eval, os
+            folder = os.path.join(os.path.dirname(lm_eval.__file__), "tasks", "arc")
+            found = simple_evaluate(
+                "hf", model_args={{"pretrained": {str(model)!r}, "dtype": "float32"}}, device="cpu", batch_size=16,
+                tasks=["arc_easy"], num_fewshot=1, limit=6,
+                task_manager=TaskManager(include_path=folder, include_defaults=False),
+            )
+            result = found["results"]["arc_easy"], [s["resps"] for s in found["samples"]["arc_easy"]]
+            """,
+            place / "home",
+        )
+        revision = hub.client('result = api.dataset_info("allenai/ai2_arc").sha', place / "home")
+    (score,) = measured.scores
+    assert (score.value, score.stderr) == (direct[0]["acc_norm,none"], direct[0]["acc_norm_stderr,none"])
+    assert measured.others[0].value == direct[0]["acc,none"]
+    assert score.data == TaskData("allenai/ai2_arc", "ARC-Easy", "test", revision)
+    assert (score.few_shot, score.samples) == (1, 6)
+    folder = harness.folder_of(measured, place / "cache")
+    samples = [json.loads(line) for line in (folder / "samples" / "arc_easy.jsonl").read_text().splitlines()]
+    assert [sample["resps"] for sample in samples] == direct[1]
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_name(
+    measure: Callable[..., ModelEvaluation], model: Path, place: Path
+) -> None:
+    with pytest.raises(EvaluationError) as caught:
+        measure(model, Suite("mine", 1, (SuiteTask("arc_eazy"),)), "nothing")
+    assert caught.value.code == "UNKNOWN_TASK"
+    assert str(caught.value) == "There is no task `arc_eazy`. Did you mean `arc_easy`?"
+    assert not (place / "nothing").exists()
+
+
+def test_a_folder_without_a_model_is_refused(measure: Callable[..., ModelEvaluation], place: Path) -> None:
+    (place / "empty").mkdir()
+    with pytest.raises(EvaluationError) as caught:
+        measure(place / "empty", SUITES["demo-skills"], "nothing")
+    assert caught.value.code == "MODEL_UNLOADABLE" and "empty holds no config.json" in caught.value.message
+
+
+def test_every_task_of_our_suites_exists() -> None:
+    for suite in SUITES.values():
+        assert set(suites.find(suite.tasks)) == {task.name for task in suite.tasks}
+
+
+@pytest.mark.slow
+def test_task_files_are_found_as_lm_evals_own_index_finds_them() -> None:
+    from lm_eval.tasks._index import TaskIndex
+
+    for name in ("arc", "mmlu", "hellaswag", "gsm8k", "leaderboard"):
+        folder = suites.official()["arc_easy"].parent.parent / name
+        theirs = {task: entry.yaml_path for task, entry in TaskIndex.build([folder]).items() if entry.yaml_path}
+        ours = suites._names(folder)
+        assert {task: path.resolve() for task, path in ours.items()} == theirs
+
+
+def test_a_suites_digest_follows_everything_that_changes_a_question(tmp_path: Path) -> None:
+    suite = tiny_harness.suite(tmp_path)
+    task = suite.tasks[0]
+    digests = {suite.digest, replace(suite, version=2).digest, replace(suite, name="other").digest}
+    digests |= {
+        replace(suite, tasks=(changed,)).digest
+        for changed in (replace(task, few_shot=3), replace(task, metric="acc_norm"), replace(task, filter="strict"))
+    }
+    assert suite.digest == tiny_harness.suite(tmp_path).digest
+    assert task.file is not None
+    task.file.write_text(task.file.read_text() + "repeats: 1\n")
+    digests.add(suite.digest)
+    assert len(digests) == 7
+    assert replace(suite, about="said otherwise").digest == suite.digest
+
+
+def test_a_models_content_is_its_weights_configuration_and_tokenizer(tmp_path: Path) -> None:
+    folder = tiny_harness.model(tmp_path / "model")
+    before = harness.content_digest(folder)
+    (folder / "README.md").write_text("# another card")
+    (folder / "merge_provenance.json").write_text("{}")
+    assert harness.content_digest(folder) == before
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1] + b" ")
+        assert harness.content_digest(folder) != before
+        (folder / name).write_bytes(whole)
+    assert harness.content_digest(folder) == before
+
+
+def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = Journal(path)
+    first.add("loglikelihood", ("a", " b"), (-1.5, True))
+    first.add("generate_until", ("a", {"until": ["."]}), "text")
+    path.write_bytes(path.read_bytes()[:-5])
+    second = Journal(path)
+    assert second.get("loglikelihood", ("a", " b")) == (-1.5, True)
+    assert second.get("generate_until", ("a", {"until": ["."]})) is None
+    second.add("generate_until", ("a", {"until": ["."]}), "text")
+    assert Journal(path).get("generate_until", ("a", {"until": ["."]})) == "text"
+
+
+texts = st.text(max_size=8)
+fractions = st.floats(0, 1)
+scores = st.builds(
+    Score, texts, texts, fractions, st.none() | fractions, st.integers(0, 9), st.integers(0, 9), st.booleans(), texts,
+    texts, st.none() | st.builds(TaskData, texts, st.none() | texts, st.none() | texts, st.none() | texts),
+)  # fmt: skip
+environments = st.builds(
+    Environment, texts, texts, texts, st.booleans(), st.integers(), texts, texts, texts, st.none() | st.integers(1, 9)
+)
+
+
+@given(
+    st.builds(
+        ModelEvaluation,
+        texts,
+        texts,
+        st.lists(scores, max_size=3).map(tuple),
+        environments,
+        fractions,
+        st.lists(scores, max_size=3).map(tuple),
+        texts,
+    )
+)
+def test_an_evaluation_survives_its_own_json(evaluation: ModelEvaluation) -> None:
+    assert ModelEvaluation.from_dict(json.loads(json.dumps(evaluation.as_dict()))) == evaluation
+
+
+@given(st.recursive(st.text(alphabet="ab/ /srv/home", max_size=20), lambda inner: st.lists(inner, max_size=3)))
+def test_cleaned_results_hold_no_private_path(value: Any) -> None:
+    hidden = {"config": {"x": value, "model_args": value}, "git_hash": value, "where": ["/srv/home/x", value]}
+    kept = json.dumps(cleaned(hidden, ["/srv/home"]))
+    assert "/srv/home/x" not in kept and "model_args" not in kept and "git_hash" not in kept

@@ -1,0 +1,97 @@
+"""A tiny real Llama with a real tokenizer, and a small multiple-choice task in a file of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from evaluators.suites import Suite, SuiteTask
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "sits",
+    "runs",
+    "sings",
+    "swims",
+    "in",
+    "on",
+    "house",
+    "tree",
+    "water",
+    "answer",
+    "question",
+    "which",
+    "animal",
+]
+ANIMALS = ["cat", "dog", "bird", "fish"]
+
+
+def model(folder: Path, *, seed: int = 0, chat_template: str | None = None) -> Path:
+    """Two layers, 32 wide, random weights."""
+    vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    wrapped.chat_template = chat_template
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def suite(folder: Path, *, rows: int = 24, repo: str | None = None) -> Suite:
+    """A task `which_animal` of `rows` questions with answers of one and two tokens; `repo` replaces its local data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "test.jsonl"
+    choices = [*ANIMALS, "fish house"]
+    questions = [
+        {"prompt": f"question which animal {verb} {place} {row} answer", "choices": choices, "answer": row % 5}
+        for row in range(rows)
+        for verb, place in [(("sits", "runs", "sings")[row % 3], ("in the house", "on a tree")[row % 2])]
+    ]
+    data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    source = (
+        f"dataset_path: {repo}" if repo else f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}"
+    )
+    (folder / "which_animal.yaml").write_text(
+        f"""task: which_animal
+{source}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+    )
+    return Suite("animals", 1, (SuiteTask("which_animal", file=folder / "which_animal.yaml"),))
