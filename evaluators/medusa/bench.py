@@ -26,6 +26,7 @@ from evaluators.medusa.tree import Tree
 RESAMPLES = 10_000
 TIE_GAP = 1e-3
 IDENTITY_LIMIT = 0.02
+IDENTITY_FLOOR_S = 0.1
 AA_WIDTH = 0.10
 AA_SLACK = 0.02
 ClockName = Literal["wall", "cpu"]
@@ -226,6 +227,14 @@ def identity_error(blocks: Sequence[Block], candidate: str) -> tuple[float | Non
     overhead = mine / theirs
     tokens = decoded(runs) / sum(trace.steps for trace in runs)
     return overhead, abs(ratio.value * overhead / tokens - 1)
+
+
+def clocks_disagree(blocks: Sequence[Block], candidate: str) -> bool:
+    """The identity is broken by more than 2 %, and by more than a process switch between two clocks explains."""
+    _, error = identity_error(blocks, candidate)
+    traces = [trace for block in blocks for trace in (*block.plain, *block.runs[candidate])]
+    outside_s = sum(t.decode.wall_s - t.draft_s - t.forward_s - t.accept_s for t in traces)
+    return error is not None and error >= IDENTITY_LIMIT and outside_s > IDENTITY_FLOOR_S
 
 
 def divergences(base: Base, blocks: Sequence[Block], candidate: str, tie_gap: float = TIE_GAP) -> list[Divergence]:

@@ -24,7 +24,7 @@ from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 RANKS = 10
 LEAST_GAIN = 1.02
-WIDTHS = (1, 2, 4, 8, 16)
+WIDTHS = (1, 4, 8, 2, 16)  # in the order they are timed: the telling ones first
 ROWS = 512
 ClockName = Literal["wall", "cpu"]
 
@@ -160,7 +160,7 @@ def cost_curve(
     context = max(1, min(context, base.depth_room(0) - 4))
     h, _ = runner.prefill([index % base.vocab for index in range(context)])
     timings: list[tuple[int, Clock]] = []
-    for width in sorted(set(widths) | {1}):
+    for width in (1, *(width for width in widths if width != 1)):
         if deadline is not None and len(timings) >= 2 and time.monotonic() > deadline:
             break
         tree = ROOT_ONLY if width == 1 else _of_width(width)
@@ -173,9 +173,10 @@ def cost_curve(
     wall, cpu = (sum(getattr(clock, name) for _, clock in timings) for name in ("wall_s", "cpu_s"))
     shared = base.device.type == "cpu" and cpu < 0.85 * wall * torch.get_num_threads()
     clock: ClockName = "cpu" if shared else "wall"
-    ms = {width: 1000 * (spent.cpu_s if shared else spent.wall_s) for width, spent in timings}
+    plain_wall_s = timings[0][1].wall_s
+    points = sorted((width, 1000 * (spent.cpu_s if shared else spent.wall_s)) for width, spent in timings)
     draft_ms = 1000 * (draft.cpu_s if shared else draft.wall_s)
-    return CostCurve(context, clock, tuple(ms.items()), draft_ms, timings[0][1].wall_s)
+    return CostCurve(context, clock, tuple(points), draft_ms, plain_wall_s)
 
 
 def _of_width(nodes: int) -> Tree:

@@ -19,6 +19,10 @@ from evaluators.medusa.adapters import Base
 LEAST_AGREEMENT = 0.995
 NEAR_TIE = 1e-2
 IGNORED = -100
+PILOT_ROWS = 12
+PILOT_TOKENS = 24
+READING_SHARE = 0.3
+LEAST_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +71,37 @@ def self_distil(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch: int = 32,
+    batch: int = 48,
     deadline: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Dialogue]:
     """Greedy answers to `prompts` (token ids) in order, until all are done or `deadline` (time.monotonic) passes.
 
-    Answers cut by the deadline are kept as far as they came; prompts never begun are absent. `progress` gets
-    (prompts done, prompts). Rows are kept as they are generated: a forward pass per answer is not paid twice.
+    Answers cut by the deadline are kept as far as they came; prompts never begun are absent. With a deadline a small
+    first batch of short answers finds out how long reading a prompt takes here, and later batches are as large as
+    leaves most of the time for answering. `progress` gets (prompts done, prompts). States are kept as they are
+    generated: a forward pass per answer is not paid twice.
     """
     done: list[Dialogue] = []
-    longest_s = 0.0
-    for start in range(0, len(prompts), batch):
-        began = time.monotonic()
-        # A batch cut off early has paid for its prompts and brought little.
-        if deadline is not None and done and began + longest_s / 2 > deadline:
-            break
-        done += _answer(base, prompts[start : start + batch], max_new_tokens, deadline)
-        longest_s = max(longest_s, time.monotonic() - began)
+    rows, limit = (batch, max_new_tokens) if deadline is None else (PILOT_ROWS, min(PILOT_TOKENS, max_new_tokens))
+    while len(done) < len(prompts) and rows >= LEAST_ROWS:
+        some = prompts[len(done) : len(done) + min(rows, batch)]
+        answers, reading_s = _answer(base, some, limit, deadline)
+        done += answers
         if progress is not None:
             progress(len(done), len(prompts))
+        if deadline is not None:
+            left_s, limit = deadline - time.monotonic(), max_new_tokens
+            rows = int(READING_SHARE * left_s * len(some) / reading_s)
     return done
 
 
-def _answer(base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: float | None) -> list[Dialogue]:
+def _answer(
+    base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: float | None
+) -> tuple[list[Dialogue], float]:
+    """The answers to one batch, and the seconds until the first token of all of them was there."""
+    began = time.monotonic()
+    reading_s = 0.0
     longest = max(len(prompt) for prompt in prompts)
     if base.max_positions is not None:
         limit = max(1, min(limit, base.max_positions - longest))
@@ -103,6 +114,7 @@ def _answer(base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: 
             ids, last_only=True, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         following = logits[:, -1].argmax(-1)
+        reading_s = reading_s or time.monotonic() - began
         for row, token, state in zip(alive, following.tolist(), hidden[:, -1], strict=True):
             outputs[row].append(token)
             states[row].append(state)
@@ -117,10 +129,11 @@ def _answer(base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: 
             alive = [alive[at] for at in going]
         ids, positions = following[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=-1)
-    return [
+    answers = [
         Dialogue(tuple(prompt), tuple(output), torch.stack(rows))
         for prompt, output, rows in zip(prompts, outputs, states, strict=True)
     ]
+    return answers, max(reading_s, 1e-6)
 
 
 def _padded(base: Base, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Tensor, Tensor]:

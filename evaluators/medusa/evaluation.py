@@ -18,24 +18,28 @@ import torch
 
 from evaluators.medusa import adapters, bench, calibrate, data, decode, formats, report, rows, suite, train
 from evaluators.medusa.adapters import Base
-from evaluators.medusa.drafters import HeadDrafter
+from evaluators.medusa.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.heads import Heads, HeadSpec, vocabulary_cut
+from evaluators.medusa.tree import chain
 
 Progress = Callable[[str, int, int], None]
 
 # Shares of the budget left after loading at which a stage must have ended; the timing gets what is left.
-GENERATED_BY = 0.33
-FITTED_BY = 0.5
-CALIBRATED_BY = 0.56
+GENERATED_BY = 0.44
+FITTED_BY = 0.55
+CALIBRATED_BY = 0.6
 FINISHED_BY = 0.97
-HEADS = 4
-DRAFT_VOCABULARY = 8192
+HEADS = 3
+LONG_BUDGET_S = 180
+DRAFT_VOCABULARY = {"quick": 4096, "long": 8192}
 ANSWER_TOKENS = 96
 BATCH = 48
 HELD_OUT = 8
-LEAST_TIMED_TOKENS = 16
+LEAST_TIMED_TOKENS = 12
 LEAST_QUESTIONS = 4
 LEAST_POSITIONS = 64
+LOOKUP_FROM_S = 60
+LOOKUP_TOKENS = 4
 
 
 @dataclass(slots=True)
@@ -139,17 +143,20 @@ def _speculate(
     now = run.stage("calibrate", now)
     run.progress("calibrate", 1, 1)
     limits = _limits(run, base, test, max_new_tokens, cost, choice)
-    candidate = bench.Candidate("fresh", HeadDrafter(heads), choice.tree)
+    candidates = [bench.Candidate("fresh", HeadDrafter(heads), choice.tree)]
+    if run.until(FINISHED_BY) - time.monotonic() > LOOKUP_FROM_S:
+        candidates.append(bench.Candidate("prompt_lookup", PromptLookup(base.device), chain(LOOKUP_TOKENS)))
     blocks = bench.run_blocks(
-        base, [candidate], test, limits, deadline=run.until(FINISHED_BY), progress=_named(run, "bench")
+        base, candidates, test, limits, deadline=run.until(FINISHED_BY), progress=_named(run, "bench")
     )
+    native = _native(run, base, blocks[0], limits)
     run.stage("bench", now)
     spent = run.report["seconds"]
     rows.write(
         run.report,
         rows.Measured(
             base, heads, training, features, cost, choice, blocks, limits.max_new_tokens, len(texts.train),
-            spent["generate"], spent["features"], run.seed,
+            spent["generate"], spent["features"], run.seed, native,
         ),
     )  # fmt: skip
 
@@ -216,7 +223,9 @@ def _products_s(products: int = 40, repeats: int = 5) -> float:
 
 def _fit(run: _Run, base: Base, features: dict[str, data.Features]) -> tuple[Heads, train.Training]:
     counted: list[int] = features["train"].tokens.tolist()
-    keep = None if base.vocab <= DRAFT_VOCABULARY else vocabulary_cut(counted, DRAFT_VOCABULARY, base)
+    pace = "quick" if run.budget_s < LONG_BUDGET_S else "long"
+    size = DRAFT_VOCABULARY[pace]
+    keep = None if base.vocab <= size else vocabulary_cut(counted, size, base)
     spec = HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep)
     usable = features["train"]
     if len(usable.tokens) < LEAST_POSITIONS:
@@ -229,6 +238,7 @@ def _fit(run: _Run, base: Base, features: dict[str, data.Features]) -> tuple[Hea
         usable,
         budget_s=max(1.0, run.until(FITTED_BY) - time.monotonic()),
         seed=run.seed,
+        recipe=train.QUICK if pace == "quick" else train.LONG,
         held_out=features["calibration"],
         progress=_named(run, "fit"),
     )
@@ -250,6 +260,14 @@ def _limits(
     affordable = int((left_s / min(LEAST_QUESTIONS, len(test)) - prefill_s) / per_token_s)
     tokens = max(min(LEAST_TIMED_TOKENS, max_new_tokens), min(max_new_tokens, affordable))
     return decode.Limits(tokens, base.stop_ids)
+
+
+def _native(run: _Run, base: Base, block: bench.Block, limits: decode.Limits) -> rows.Native | None:
+    """transformers' own loop on the first question, if that still fits into the budget."""
+    likely_s = max(trace.prefill.wall_s + trace.decode.wall_s for trace in block.plain)
+    if time.monotonic() + 1.5 * likely_s > run.started + run.budget_s:
+        return None
+    return rows.Native(*bench.native(base, block.question, limits))
 
 
 def _describe_suite(run: _Run, base: Base, test: Sequence[bench.Question], given: Path | None) -> None:

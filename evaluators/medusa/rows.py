@@ -17,6 +17,14 @@ GOOD_OVERHEAD = 1.2
 
 
 @dataclass(frozen=True, slots=True)
+class Native:
+    """transformers' own greedy `generate` on the first timed question, once, end to end."""
+
+    tokens: Sequence[int]
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """Everything a report is written from. `features` has the splits train, calibration and test."""
 
@@ -32,6 +40,7 @@ class Measured:
     generate_s: float
     features_s: float
     seed: int
+    native: Native | None = None
 
 
 def write(into: Row, m: Measured) -> None:
@@ -54,12 +63,11 @@ def write(into: Row, m: Measured) -> None:
     }
     into["plain"] = _plain(m)
     fresh = _fresh(into, m, clock, machine_ok)
-    identity = _identity(m)
     into["candidates"] = [
         _none(m),
-        report.blank_row("native", "native", "not timed in the quick mode"),
-        report.blank_row("prompt_lookup", "prompt_lookup", "not timed in the quick mode"),
-        identity,
+        _native(m),
+        _prompt_lookup(into, m, clock, machine_ok),
+        _identity(m),
         fresh,
     ]
     into["chosen"] = "fresh" if m.choice.speculate else "none"
@@ -108,52 +116,80 @@ def _none(m: Measured) -> Row:
     return row
 
 
+def _native(m: Measured) -> Row:
+    """Against plain decoding end to end, prefill included: a plain loop made slow would show here."""
+    if m.native is None:
+        return report.blank_row("native", "native", "there was no time left to run it.")
+    row = report.blank_row("native", "native")
+    plain = m.blocks[0].plain
+    plain_s = sum(trace.prefill.wall_s + trace.decode.wall_s for trace in plain) / len(plain)
+    equal = list(m.native.tokens) == plain[0].tokens
+    row["tokens_per_s"] = _over(len(m.native.tokens), m.native.wall_s)
+    row["tree"] |= {"nodes": 1, "depth": 0, "paths": []}
+    row["tokens_per_step"]["measured"] = 1.0
+    row["speedup"] |= {"wall": _over(plain_s, m.native.wall_s), "clock_used": "wall"}
+    row["exact"] = {"prompts": 1, "equal": int(equal), "divergences": []}
+    return row
+
+
+def _prompt_lookup(into: Row, m: Measured, clock: bench.ClockName, machine_ok: bool) -> Row:
+    if not all("prompt_lookup" in block.runs for block in m.blocks):
+        return report.blank_row("prompt_lookup", "prompt_lookup", "the budget was too short to time it.")
+    row = report.blank_row("prompt_lookup", "prompt_lookup")
+    row["tree"] |= {"chosen": "common"}
+    _timed(into, row, m, clock, machine_ok)
+    return row
+
+
 def _fresh(into: Row, m: Measured, clock: bench.ClockName, machine_ok: bool) -> Row:
     row = report.blank_row("fresh", "fresh")
-    runs = [trace for block in m.blocks for trace in block.runs["fresh"]]
-    steps = sum(trace.steps for trace in runs)
-    wall, cpu = (bench.speedup(m.blocks, "fresh", name, m.seed) for name in ("wall", "cpu"))
-    rate = bench.rate(m.blocks, "fresh", m.seed)
-    overhead, error = bench.identity_error(m.blocks, "fresh")
-    row |= {"overhead": _round(overhead), "identity_error": _round(error)}
-    row["tokens_per_s"] = _over(bench.decoded(runs), sum(t.decode.wall_s for t in runs))
+    _timed(into, row, m, clock, machine_ok)
     row["heads"] = _heads(m)
     row["accuracy"] = _accuracy(m.heads, m.features["calibration"])
     row["tree"] = _tree(m)
+    row["tokens_per_step"] |= {
+        "expected": _round(m.choice.expected),
+        "simulated": _simulated(m, m.heads),
+        "common_tree": _common(m, m.heads),
+    }
+    row["speedup"]["predicted_here"] = _round(m.choice.gain)
+    row["training"] = _training(m, bench.speedup(m.blocks, "fresh", clock, m.seed))
+    if row["tokens_per_step"]["measured"] is None:
+        row["absent_because"] = "the model ended every answer with its first token, so nothing was decoded."
+    return row
+
+
+def _timed(into: Row, row: Row, m: Measured, clock: bench.ClockName, machine_ok: bool) -> None:
+    """What the blocks say about the candidate of this row: speed, rate, exactness, and whether the clocks agree."""
+    name = row["id"]
+    runs = [trace for block in m.blocks for trace in block.runs[name]]
+    steps = sum(trace.steps for trace in runs)
+    wall, cpu = bench.speedup(m.blocks, name, "wall", m.seed), bench.speedup(m.blocks, name, "cpu", m.seed)
+    rate = bench.rate(m.blocks, name, m.seed)
+    overhead, error = bench.identity_error(m.blocks, name)
+    row |= {"overhead": _round(overhead), "identity_error": _round(error)}
+    row["tokens_per_s"] = _over(bench.decoded(runs), sum(t.decode.wall_s for t in runs))
     row["step_ms"] = {
         "draft": _over(1000 * sum(t.draft_s for t in runs), steps),
         "forward": _over(1000 * sum(t.forward_s for t in runs), steps),
         "accept": _over(1000 * sum(t.accept_s for t in runs), steps),
     }
-    row["tokens_per_step"] = {
-        "expected": _round(m.choice.expected),
-        "simulated": _simulated(m, m.heads),
-        "measured": _value(rate),
-        "ci95": _ci(rate),
-        "common_tree": _common(m, m.heads),
-        "without_loops": _without_loops(m),
-    }
-    used = wall if clock == "wall" else cpu
-    row["speedup"] = {
+    row["tokens_per_step"] |= {"measured": _value(rate), "ci95": _ci(rate), "without_loops": _without_loops(m, name)}
+    row["speedup"] |= {
         "wall": _value(wall),
         "wall_ci95": _ci(wall),
         "cpu": _value(cpu),
         "cpu_ci95": _ci(cpu),
         "clock_used": clock,
-        "predicted_here": _round(m.choice.gain),
         "predicted_at_1_2": None if rate is None else _round(rate.value / GOOD_OVERHEAD),
-        "verdict": bench.verdict(used, machine_ok),
+        "verdict": bench.verdict(wall if clock == "wall" else cpu, machine_ok),
     }
-    row["exact"] = _exact(into, m)
-    row["categories"] = _categories(m, clock)
-    row["training"] = _training(m, used)
-    if error is not None and error >= bench.IDENTITY_LIMIT:
+    row["exact"] = _exact(into, m, name)
+    row["categories"] = _categories(m, name, clock)
+    if bench.clocks_disagree(m.blocks, name):
         into["refusal"] = (
             f"the clocks disagree by {error:.1%}: speedup is not tokens per step over overhead, so no speed is stated."
         )
-    if rate is None:
-        row["absent_because"] = "the model ended every answer with its first token, so nothing was decoded."
-    return row
 
 
 def _identity(m: Measured) -> Row:
@@ -217,9 +253,9 @@ def _common(m: Measured, heads: Heads) -> float | None:
     return _round(calibrate.simulate(heads, m.features["test"], tree))
 
 
-def _without_loops(m: Measured) -> float | None:
+def _without_loops(m: Measured, name: str) -> float | None:
     straight = [block for block in m.blocks if not data.loops(block.plain[0].tokens)]
-    ratio = bench.rate(straight, "fresh", m.seed)
+    ratio = bench.rate(straight, name, m.seed)
     return _value(ratio)
 
 
@@ -232,8 +268,8 @@ def _flag_loops(into: Row, m: Measured) -> None:
         )
 
 
-def _exact(into: Row, m: Measured) -> Row:
-    found = bench.divergences(m.base, m.blocks, "fresh")
+def _exact(into: Row, m: Measured, name: str) -> Row:
+    found = bench.divergences(m.base, m.blocks, name)
     wrong = [divergence for divergence in found if not divergence.tie]
     if wrong:
         into["refusal"] = (
@@ -248,7 +284,7 @@ def _exact(into: Row, m: Measured) -> Row:
     }  # fmt: skip
 
 
-def _categories(m: Measured, clock: bench.ClockName) -> list[Row]:
+def _categories(m: Measured, candidate: str, clock: bench.ClockName) -> list[Row]:
     names = list(dict.fromkeys(block.question.prompt.category for block in m.blocks))
     rows = []
     for name in names:
@@ -257,8 +293,8 @@ def _categories(m: Measured, clock: bench.ClockName) -> list[Row]:
             {
                 "name": name,
                 "prompts": len(blocks),
-                "tokens_per_step": _value(bench.rate(blocks, "fresh", m.seed)),
-                "speedup": _value(bench.speedup(blocks, "fresh", clock, m.seed)),
+                "tokens_per_step": _value(bench.rate(blocks, candidate, m.seed)),
+                "speedup": _value(bench.speedup(blocks, candidate, clock, m.seed)),
             }
         )
     return rows

@@ -48,12 +48,12 @@ def test_greedy_text_equals_plain_decoding_token_for_token(kind: str, shape: str
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_fast_loop_takes_the_paths_of_the_slow_reference(kind: str) -> None:
-    base, limits = tiny.base(kind), Limits(20)
+    base, limits, tree = tiny.base(kind), Limits(12), SPARSE.first(12)
     text = plain(EagerRunner(base), PROMPT, limits).tokens
     for drafter in (tiny.Oracle, lambda _: HeadDrafter(tiny.random_heads(base, HeadSpec(heads=4)))):
         for rule in (Greedy(), Typical(temperature=3.0), Exact(seed=5, temperature=2.0)):
-            fast = medusa(EagerRunner(base), drafter([*PROMPT, *text]), SPARSE, PROMPT, limits, rule)
-            slow = reference.medusa(base, drafter([*PROMPT, *text]), SPARSE, PROMPT, limits, rule)
+            fast = medusa(EagerRunner(base), drafter([*PROMPT, *text]), tree, PROMPT, limits, rule)
+            slow = reference.medusa(base, drafter([*PROMPT, *text]), tree, PROMPT, limits, rule)
             assert fast.tokens == slow.tokens
             assert fast.paths == slow.paths
 

@@ -20,6 +20,7 @@ from evaluators.medusa.drafters import HeadDrafter
 from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.tree import ROOT_ONLY, chain, full, greedy_tree
 
+TEN, THIRTY = train.Recipe(1e-3, 256, 10), train.Recipe(1e-3, 256, 30)
 KEEP = (5, 299, 0, 17, 100)
 SPECS = {
     "shared": HeadSpec("shared", 3),
@@ -40,7 +41,7 @@ def answers(base: Base, count: int = 12, tokens: int = 40) -> list[data.Dialogue
 def teachable() -> tuple[Base, data.Features]:
     """A base whose text varies but can be learnt, and its answers."""
     base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
-    return base, data.gather(base, answers(base, 24))
+    return base, data.gather(base, answers(base, 16))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -152,10 +153,10 @@ def test_own_heads_refuse_an_output_embedding_with_a_bias() -> None:
 def test_batched_answers_and_their_states_are_those_of_plain_decoding() -> None:
     for kind in ("gqa", "gpt2", "opt"):
         base = tiny.base(kind)
-        found = answers(base)
+        found = answers(base, 7, 25)
         assert len({len(dialogue.prompt) for dialogue in found}) > 2
         for dialogue in found:
-            want = plain(EagerRunner(base), dialogue.prompt, Limits(40, base.stop_ids), keep_hidden=True)
+            want = plain(EagerRunner(base), dialogue.prompt, Limits(25, base.stop_ids), keep_hidden=True)
             assert list(dialogue.output) == want.tokens
             torch.testing.assert_close(dialogue.hidden, torch.stack(want.hidden), atol=1e-3, rtol=1e-3)
         assert data.check(base, found, sample=len(found)) == 1.0
@@ -189,7 +190,7 @@ def test_labels_end_with_their_answer() -> None:
 def test_training_learns_and_one_seed_gives_one_set_of_heads() -> None:
     base, features = teachable()
     spec = HeadSpec("shared", 3, conditioned=True)
-    runs = [train.fit(spec, base, features, budget_s=600, seed=seed, epochs=30) for seed in (3, 3, 4)]
+    runs = [train.fit(spec, base, features, budget_s=600, seed=seed, recipe=THIRTY) for seed in (3, 3, 4)]
     (first, training), (second, _), (third, _) = runs
     assert training.steps == training.planned_steps and training.last_loss is not None
     assert training.first_loss is not None and training.last_loss < 0.95 * training.first_loss
@@ -204,7 +205,7 @@ def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
     dialogues = answers(base)
     learn, held_out = data.gather(base, dialogues[:8]), data.gather(base, dialogues[8:])
     spec = HeadSpec("shared", 3, conditioned=True)
-    heads, training = train.fit(spec, base, learn, budget_s=600, epochs=12, held_out=held_out)
+    heads, training = train.fit(spec, base, learn, budget_s=600, recipe=TEN, held_out=held_out)
     tree = greedy_tree(calibrate.accuracy(heads, held_out).shares, train.COMMON_NODES)
     assert training.best_epoch is not None
     assert calibrate.simulate(heads, held_out, tree) == pytest.approx(max(training.held_out))
@@ -217,11 +218,12 @@ def test_a_model_that_wrote_nothing_to_learn_from_leaves_the_heads_untrained() -
     assert training.steps == 0 and not heads.first.any()
 
 
+@pytest.mark.slow
 def test_simulation_without_the_base_predicts_the_real_tokens_per_step() -> None:
     base = tiny.base("gqa")
     dialogues = answers(base)
     features = data.gather(base, dialogues)
-    heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, budget_s=600, epochs=10)
+    heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, budget_s=600, recipe=TEN)
     for tree in (ROOT_ONLY, chain(1), chain(3), full((2, 2))):
         steps = tokens = 0
         for dialogue in dialogues:
@@ -250,7 +252,7 @@ def test_the_draft_vocabulary_holds_the_stop_ids_then_the_frequent_then_the_low(
 
 def test_no_speculation_where_the_cost_curve_cannot_win() -> None:
     base, features = teachable()
-    heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, budget_s=600, epochs=10)
+    heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, budget_s=600, recipe=TEN)
     dear = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 50.0), (4, 60.0), (8, 70.0)), 0.1, 0.001)
     cheap = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0)), 0.0, 0.001)
     assert not calibrate.choose_tree(heads, features, dear).speculate

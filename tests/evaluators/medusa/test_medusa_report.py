@@ -1,0 +1,243 @@
+"""The speed report: whole, honest, and the same story as its figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_causal_lms as tiny
+import torch
+
+from evaluators import medusa
+from evaluators.errors import EvaluationError
+from evaluators.medusa import bench, report
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.decode import Clock, Limits, Trace
+from evaluators.medusa.suite import Prompt
+from evaluators.medusa.tree import chain, full
+
+
+def trace(tokens: int, steps: int, seconds: float, step_s: float | None = None) -> Trace:
+    made = Trace(tokens=list(range(tokens + 1)), emitted=[1] * steps, decode=Clock(seconds, 2 * seconds))
+    made.forward_s = seconds if step_s is None else steps * step_s
+    return made
+
+
+def block(name: str, plain_s: tuple[float, float], fast_s: float, steps: int = 10, step_s: float | None = None) -> Any:
+    question = bench.Question(Prompt(name, "x", ("?",)), (1, 2))
+    plain = (trace(20, 20, plain_s[0]), trace(20, 20, plain_s[1]))
+    fast = (trace(20, steps, fast_s, step_s), trace(20, steps, fast_s, step_s))
+    return bench.Block(question, plain, {"fresh": fast})
+
+
+def test_speedup_is_the_ratio_of_summed_tokens_per_second() -> None:
+    blocks = [block("a", (2.0, 2.0), 1.0), block("b", (2.0, 2.0), 3.0)]
+    ratio = bench.speedup(blocks, "fresh", "wall")
+    assert ratio is not None and ratio.interval is not None
+    assert ratio.value == pytest.approx((80 / 8) / (80 / 8))
+    assert ratio.interval == (pytest.approx(4 / 6), pytest.approx(2.0))
+    rate = bench.rate(blocks, "fresh")
+    assert rate is not None and rate.value == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("fast_s", "machine_ok", "says"),
+    [(1.0, True, "faster"), (3.0, True, "slower"), (1.0, False, "inconclusive")],
+)
+def test_a_verdict_needs_the_whole_interval_and_a_steady_machine(fast_s: float, machine_ok: bool, says: str) -> None:
+    blocks = [block(name, (2.0, 2.0), fast_s) for name in "abc"]
+    assert bench.verdict(bench.speedup(blocks, "fresh", "wall"), machine_ok) == says
+    mixed = [block("a", (2.0, 2.0), 1.0), block("b", (2.0, 2.0), 3.0), block("c", (2.0, 2.0), 2.0)]
+    assert bench.verdict(bench.speedup(mixed, "fresh", "wall"), True) == "same"
+    assert bench.verdict(bench.speedup(mixed[:1], "fresh", "wall"), True) == "inconclusive"
+
+
+def test_equal_work_that_takes_unequal_time_makes_the_machine_unfit() -> None:
+    steady = [block(name, (2.0, 2.02), 1.0) for name in "abcd"]
+    drifting = [block(name, (2.0, 2.6), 1.0) for name in "abcd"]
+    assert bench.a_a_ok(bench.a_a(steady, "wall"))
+    assert not bench.a_a_ok(bench.a_a(drifting, "wall"))
+    assert not bench.a_a_ok(bench.a_a(steady[:1], "wall"))
+
+
+def test_the_identity_of_speedup_rate_and_overhead_holds_and_a_hidden_cost_breaks_it() -> None:
+    honest = [block(name, (2.0, 2.0), 1.5) for name in "ab"]
+    overhead, error = bench.identity_error(honest, "fresh")
+    assert overhead == pytest.approx(1.5) and error == pytest.approx(0, abs=1e-9)
+    hiding = [block(name, (2.0, 2.0), 1.5, step_s=0.1) for name in "ab"]  # 1.5 s passed, the steps own up to 1.0
+    assert bench.clocks_disagree(hiding, "fresh") and not bench.clocks_disagree(honest, "fresh")
+
+
+def test_blocks_alternate_run_everything_twice_and_stay_exact() -> None:
+    base = tiny.base("gqa")
+    questions = [bench.Question(Prompt(str(n), "x", ("?",)), (n, 5, 9)) for n in range(3)]
+    limits = Limits(20, base.stop_ids)
+    candidates = [
+        bench.Candidate("fresh", tiny.Always(3), full((1, 2))),
+        bench.Candidate("b", tiny.Always(0), chain(2)),
+    ]
+    blocks = bench.run_blocks(base, candidates, questions, limits)
+    assert [b.question.prompt.id for b in blocks] == ["0", "1", "2"]
+    for b in blocks:
+        assert b.plain[0].tokens == b.plain[1].tokens == b.runs["fresh"][0].tokens == b.runs["b"][1].tokens
+        assert min(t.decode.wall_s for t in (*b.plain, *b.runs["fresh"])) > 0
+    assert bench.divergences(base, blocks, "fresh") == []
+    forged = bench.Block(blocks[0].question, blocks[0].plain, {"fresh": (trace(5, 5, 1.0), trace(5, 5, 1.0))})
+    found = bench.divergences(base, [forged], "fresh")
+    assert len(found) == 1 and found[0].index == 0 and not found[0].tie
+    assert len(bench.run_blocks(base, candidates, questions, limits, deadline=0.0)) == 1
+
+
+def test_transformers_own_greedy_loop_gives_the_same_text() -> None:
+    base = tiny.base("gqa")
+    question = bench.Question(Prompt("1", "x", ("?",)), (4, 5, 9))
+    limits = Limits(25, base.stop_ids)
+    tokens, seconds = bench.native(base, question, limits)
+    assert tokens == bench.run_blocks(base, [], [question], limits)[0].plain[0].tokens
+    assert seconds > 0
+
+
+SHAPE = {
+    "schema mode chosen recommendation verdict refusal warnings seconds model environment suite cost_curve aa plain "
+    "candidates": None,
+    "weights_sha256 architecture parameters layers hidden_size vocab_size dtype": "model",
+    "device cores threads torch transformers attention execution load_before load_after seed": "environment",
+    "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order": "suite",
+    "context_tokens clock points": "cost_curve",
+    "ratio ci95 ok": "aa",
+    "tokens steps wall_s cpu_s tokens_per_s step_ms prefill_ms end_to_end_tokens_per_s": "plain",
+}  # fmt: skip
+ROW = {
+    "id origin source absent_because overhead identity_error tokens_per_s heads hidden_cosine retention accuracy tree "
+    "step_ms tokens_per_step speedup exact categories training": None,
+    "kind count layers conditioned kept_vocab vocab_coverage parameters bytes": "heads",
+    "nodes depth paths chosen": "tree",
+    "draft forward accept": "step_ms",
+    "expected simulated measured ci95 common_tree without_loops": "tokens_per_step",
+    "wall wall_ci95 cpu cpu_ci95 clock_used predicted_here predicted_at_1_2 verdict": "speedup",
+    "prompts equal divergences": "exact",
+    "prompts tokens positions generate_s features_s fit_s steps seed break_even_tokens": "training",
+}  # fmt: skip
+
+
+def assert_whole(measured: dict[str, Any]) -> None:
+    for keys, part in SHAPE.items():
+        assert set(measured if part is None else measured[part]) == set(keys.split())
+    for row in measured["candidates"]:
+        for keys, part in ROW.items():
+            assert set(row if part is None else row[part]) == set(keys.split()), row["id"]
+    assert measured["schema"] == "mergebot.decode_speed/1"
+    json.dumps(measured, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_a_measurement_is_whole_exact_and_on_disk(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("gqa", initializer_range=0.15, max_position_embeddings=512))
+    heard: list[tuple[str, int, int]] = []
+    measured = medusa.measure(
+        folder, tmp_path / "out", budget_s=9, questions=4, max_new_tokens=24, progress=lambda *a: heard.append(a)
+    )
+    assert_whole(measured)
+    assert json.loads((tmp_path / "out" / "decode_speed.json").read_text()) == measured
+    assert {path.name for path in (tmp_path / "out" / "heads").iterdir()} == {
+        "medusa_lm_head.safetensors",
+        "config.json",
+    }
+    rows = {row["id"]: row for row in measured["candidates"]}
+    assert list(rows) == ["none", "native", "prompt_lookup", "identity", "fresh"]
+    fresh = rows["fresh"]
+    assert measured["refusal"] is None
+    assert fresh["exact"]["equal"] == fresh["exact"]["prompts"] == measured["suite"]["questions"] == 4
+    assert fresh["training"]["steps"] > 0 and fresh["tokens_per_step"]["measured"] >= 1
+    assert measured["chosen"] == ("none" if measured["recommendation"] == "do not speculate" else "fresh")
+    assert list(dict.fromkeys(stage for stage, _, _ in heard)) == [
+        "load", "generate", "fit", "calibrate", "bench",
+    ]  # fmt: skip
+    assert measured["seconds"]["total"] < 15
+    said = report.sentence(measured)
+    assert f"{fresh['tokens_per_step']['measured']:.2f} tokens per step" in said and "4 of 4 questions" in said
+
+
+@pytest.mark.slow
+def test_given_prompts_are_timed_and_none_of_them_is_trained_on(shared: Path, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("llama", max_position_embeddings=512), template=None)
+    measured = medusa.measure(
+        folder, tmp_path / "out", prompts=shared / "hub_seed" / "mt_bench" / "question.jsonl",
+        budget_s=4, questions=3, max_new_tokens=16,
+    )  # fmt: skip
+    assert_whole(measured)
+    assert measured["suite"]["name"] == "question" and measured["suite"]["chat_template"] is False
+    assert 1 <= measured["suite"]["questions"] <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("habit", ["stops at once", "repeats itself"])
+def test_a_degenerate_model_still_gives_a_whole_report(habit: str, tmp_path: Path) -> None:
+    model = tiny.model("gqa", tie_word_embeddings=False)
+    favourite = tiny.EOS if habit == "stops at once" else 65
+    with torch.no_grad():  # every hidden row becomes the same, and the output embedding prefers one token
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[favourite] = 1.0
+    folder = tiny.write(tmp_path / "model", model)
+    measured = medusa.measure(folder, tmp_path / "out", budget_s=4, questions=2, max_new_tokens=24)
+    assert_whole(measured)
+    fresh = measured["candidates"][-1]
+    if habit == "stops at once":
+        assert fresh["tokens_per_step"]["measured"] is None and fresh["speedup"]["verdict"] == "inconclusive"
+        assert "stopped" in report.sentence(measured) or "first token" in report.sentence(measured)
+    else:
+        assert any("repeat themselves" in warning for warning in measured["warnings"])
+        assert fresh["tokens_per_step"]["measured"] > 1.5 and fresh["tokens_per_step"]["without_loops"] is None
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_take_trees_gives_a_report_with_a_refusal(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("window"))
+    measured = medusa.measure(folder, tmp_path / "out", budget_s=4, questions=2)
+    assert_whole(measured)
+    assert "sliding attention window" in measured["refusal"]
+    assert measured["refusal"] in report.sentence(measured)
+    assert json.loads((tmp_path / "out" / "decode_speed.json").read_text()) == measured
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"holds no config\.json"):
+        medusa.measure(tmp_path, tmp_path / "out", budget_s=4)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(EvaluationError) as refused:
+        medusa.measure(tmp_path, tmp_path / "out", budget_s=4)
+    assert refused.value.code == "MODEL_UNLOADABLE"
+    assert not (tmp_path / "out").exists()
+
+
+def test_hidden_rows_are_found_where_logits_are_scaled_capped_or_hidden_behind_the_model() -> None:
+    for name, change in (("granite", "divides"), ("cohere", "multiplies"), ("gemma2-like", "caps")):
+        base = scaled(name)
+        ids = torch.arange(10)[None]
+        hidden, logits = base.run(ids, use_cache=False)
+        torch.testing.assert_close(logits, base.model(input_ids=ids).logits, msg=f"{name} {change}")
+        torch.testing.assert_close(base.logits(hidden), logits)
+
+
+def scaled(name: str) -> Base:
+    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    }  # fmt: skip
+    configs: dict[str, Any] = {
+        "granite": lambda: GraniteConfig(**sizes, logits_scaling=7.0),
+        "cohere": lambda: CohereConfig(**sizes, logit_scale=0.3),
+        "gemma2-like": lambda: Gemma2Config(
+            **sizes, head_dim=8, final_logit_softcapping=0.5, attn_logit_softcapping=None
+        ),
+    }
+    torch.manual_seed(0)
+    return Base(AutoModelForCausalLM.from_config(configs[name]()), tiny.tokenizer())
