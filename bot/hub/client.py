@@ -20,7 +20,8 @@ from huggingface_hub.utils import disable_progress_bars
 from bot.errors import Refused, Transient
 from bot.hub import threads
 from bot.hub.files import DOWNLOAD_LIMIT_BYTES, FileFact, Progress, RepoFiles, download, read_tree, stream
-from bot.hub.transport import LIVE_HUB, Absent, Line
+from bot.hub.transport import Absent, Line
+from bot.settings import LIVE_HUB
 
 # Progress is reported through our own callbacks; the library's bars would be drawn over them.
 disable_progress_bars()

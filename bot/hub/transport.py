@@ -37,9 +37,9 @@ from huggingface_hub.utils import parse_ratelimit_headers
 from huggingface_hub.utils._http import hf_request_event_hook
 
 from bot.errors import Failed, MergebotError, Refused, Transient
+from bot.settings import LIVE_HUB
 
 T = TypeVar("T")
-LIVE_HUB = "https://huggingface.co"
 TIMEOUT = httpx2.Timeout(connect=10, read=60, write=60, pool=10)
 MAX_TRIES, FIRST_WAIT_S, LONGEST_WAIT_S = 6, 1.0, 60.0
 INVALID_ANSWER_TRIES = 3

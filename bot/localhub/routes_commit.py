@@ -43,7 +43,7 @@ def _advice(file: Any, commit: Commit, patterns: list[str], ignored: list[str]) 
     try:
         path, size = str(file["path"]), int(file["size"])
         sample = base64.b64decode(file.get("sample") or "", validate=True)
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise bad_request("each file needs path, size and sample") from None
     _require_path(path)
     mode = "lfs" if goes_to_lfs(path, size, sample, patterns) else "regular"

@@ -49,7 +49,8 @@ def paths_info(call: Call) -> Response:
     commit = call.store.at(repo.id, call.params["rev"])
     if call.request.headers.get("content-type", "").startswith("application/json"):
         body = call.json()
-        paths, expand = [str(path) for path in body.get("paths", [])], bool(body.get("expand"))
+        listed = body.get("paths")
+        paths, expand = [str(path) for path in listed] if isinstance(listed, list) else [], bool(body.get("expand"))
     else:
         form = parse_qs(call.body.decode("utf-8", "replace"))
         paths, expand = form.get("paths", []), form.get("expand", ["false"])[0].lower() == "true"

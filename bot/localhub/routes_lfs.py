@@ -75,7 +75,8 @@ def batch(call: Call) -> Response:
     objects = body.get("objects")
     if body.get("operation") != "upload" or not isinstance(objects, list) or len(objects) > _MAX_OBJECTS:
         raise bad_request(f"an upload of at most {_MAX_OBJECTS} objects is expected")
-    multipart = "multipart" in (body.get("transfers") or [])
+    transfers = body.get("transfers")
+    multipart = isinstance(transfers, list) and "multipart" in transfers
     answers = [_answer(call, repo.id, item, multipart) for item in objects]
     return JSONResponse({"transfer": "multipart" if multipart else "basic", "objects": answers}, media_type=_LFS_JSON)
 
@@ -83,7 +84,7 @@ def batch(call: Call) -> Response:
 def _answer(call: Call, repo: RepoId, item: Any, multipart: bool) -> dict[str, Any]:
     try:
         oid, size = str(item["oid"]), int(item["size"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise bad_request("each object needs oid and size") from None
     known = {"oid": oid, "size": size}
     if not is_sha256(oid) or size < 0:

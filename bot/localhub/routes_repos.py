@@ -88,7 +88,7 @@ def create(call: Call) -> Response:
     with call.store.locked(target):
         if call.store.find(target) is not None:
             raise HubError(409, "You already created this repo", body={"url": url})
-        sdk = body.get("sdk") if target.kind == "spaces" else None
+        sdk = str(body.get("sdk")) if target.kind == "spaces" else None
         call.store.create(target, author=call.user(), private=visibility == "private", sdk=sdk)
     return JSONResponse({"url": url, "name": str(target), "id": str(target)})
 
@@ -137,10 +137,12 @@ def settings(call: Call) -> Response:
     body = call.json()
     changes: dict[str, Any] = {}
     if "gated" in body:
-        if body["gated"] not in ("auto", "manual", False):
+        if body["gated"] is not False and body["gated"] not in ("auto", "manual"):
             raise bad_request('gated must be "auto", "manual" or false')
         changes["gated"] = body["gated"]
-    visibility = body.get("visibility", {True: "private", False: "public"}.get(body.get("private", "")))
+    visibility = body.get("visibility")
+    if visibility is None and isinstance(body.get("private"), bool):
+        visibility = "private" if body["private"] else "public"
     if visibility is not None:
         if visibility not in ("public", "private"):  # "protected" exists on the Hub for Spaces; not needed here
             raise bad_request("visibility must be public or private")
