@@ -54,7 +54,7 @@ def output_names(job: Job, namespace: str) -> list[str]:
 
 def model_card(job: Job, repo: str) -> str:
     """The README.md of the published repo: metadata the Hub understands, then what a person wants to know."""
-    metadata = yaml.safe_dump(_metadata(job, repo), sort_keys=False, allow_unicode=True)
+    metadata = yaml.dump(_metadata(job, repo), Dumper=_NoAliases, sort_keys=False, allow_unicode=True)
     method = str(job.plan["method"])
     sections = [
         f"# {repo.partition('/')[2]}",
@@ -75,6 +75,13 @@ def model_card(job: Job, repo: str) -> str:
         *(f"- {plain(notice['text'])}" for notice in (job.merge.notices if job.merge else ())),
     ]
     return f"---\n{metadata}---\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+class _NoAliases(yaml.SafeDumper):
+    """Writes a value that occurs twice twice: the Hub's metadata has no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _metadata(job: Job, repo: str) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import Any
 
-from bot import policy
+from bot import measure, policy
 from bot.errors import Refused
 from bot.hub import Hub
 from bot.job import ENDED, Job, Source, Stage, stage
-from bot.merge import checkpoint, plan, recipe
+from bot.merge import checkpoint, document, plan, recipe
 from bot.merge.plan import NUMERICS_VERSION
 from bot.queue import Queue
 from bot.request import (
@@ -99,12 +99,16 @@ def take(request: MergeRequest, hub: Hub, queue: Queue, settings: Settings) -> J
 
 
 def check_evaluation(asked: EvaluateOptions) -> None:
-    """Refuse suites the bot does not have. Raises Refused UNKNOWN_TASK with the nearest name."""
-    names = sorted(suites.SUITES)
-    if asked.suite not in names:
-        near = get_close_matches(asked.suite, names, 1)
-        hint = f"Did you mean `{near[0]}`?" if near else f"Choose one of {', '.join(names)}."
-        raise Refused("UNKNOWN_TASK", f"There is no suite `{asked.suite}`.", hint, value=asked.suite)
+    """Refuse suites and tasks that are not on the bot's list. Raises Refused UNKNOWN_TASK with the nearest name."""
+    listed = {task.name for suite in suites.SUITES.values() for task in suite.tasks}
+    for kind, name, names in (
+        ("suite", asked.suite, {*suites.SUITES, measure.NO_SUITE}),
+        *(("task", task, listed) for task in asked.tasks),
+    ):
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"Choose one of {', '.join(sorted(names))}."
+            raise Refused("UNKNOWN_TASK", f"There is no {kind} {document.shown(name)}.", hint, value=name)
 
 
 def _known(request: MergeRequest, queue: Queue) -> tuple[MergeRequest, Job | None]:

@@ -17,7 +17,7 @@ from evaluators import harness, suites
 from evaluators.errors import EvaluationError
 from evaluators.scores import ModelEvaluation
 
-NONE = "none"
+NO_SUITE = "none"
 
 
 def suite_named(name: str) -> suites.Suite:
@@ -33,7 +33,7 @@ def scores(
     out: Path, sources: tuple[Source, ...], asked: EvaluateOptions, settings: Settings, scratch: Path, report: Show
 ) -> tuple[ModelEvaluation | None, dict[str, ModelEvaluation]]:
     """The merged model's scores, and its sources' by `repo@revision`. Raises Failed as the harness does."""
-    if asked.suite == NONE:
+    if asked.suite == NO_SUITE and not asked.tasks:
         return None, {}
     folders = {str(source): settings.sources / source.repo / source.revision for source in sources}
     found = {
@@ -49,7 +49,7 @@ def _evaluate(
     try:
         return harness.evaluate(
             folder,
-            suite_named(asked.suite),
+            suites.own_suite(asked.tasks) if asked.tasks else suite_named(asked.suite),
             limit=asked.limit,
             device=settings.device,
             chat_template=asked.chat_template,

@@ -34,6 +34,7 @@ from bot.queue import Queue, open_queue
 from bot.settings import Settings, crashpoint
 
 log = logging.getLogger(__name__)
+logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a tick that is still at work is no news
 Fact = TypeVar("Fact", Merge, Evaluation, Publication)
 SEED = 0
 RENEW_EVERY_S = 1.0

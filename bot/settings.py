@@ -36,7 +36,8 @@ CLIENT_ENVIRONMENT = {
 # Needed to find Python, its libraries, the GPU and a temporary folder; nothing here names a person or a secret.
 INHERITED = (
     "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
-    "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NO_PROXY", "MERGEBOT_CRASH_AT", "SSL_CERT_FILE",
+    "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NO_PROXY", "SSL_CERT_FILE", "MERGEBOT_CRASH_AT",
+    "MERGEBOT_CRASH_ONCE",
 )  # fmt: skip
 
 LIVE_HUB = "https://huggingface.co"
@@ -122,26 +123,35 @@ class Settings(BaseSettings):
 
 
 def activate(settings: Settings) -> None:
-    """Put this process under `settings`: call before huggingface_hub, transformers, datasets or gradio are imported."""
-    for name, value in _client_environment(settings).items():
-        os.environ[name] = value
+    """Put this process, and what it imports from here on, under `settings`.
+
+    Call it before huggingface_hub, transformers, datasets or gradio are imported. `Settings()` anywhere later in this
+    process finds the same values.
+    """
+    os.environ.update(_client_environment(settings))
+    os.environ.update(_own_environment(settings, without={"webhook_secret"}))
     os.environ.pop("HF_TOKEN", None)
 
 
 def child_environment(settings: Settings, zone: Zone) -> dict[str, str]:
-    """The whole environment of a child process of `zone`; only the publisher learns where the write token lies."""
+    """The whole environment of a child process of `zone`; only the publisher learns where the write token lies.
+
+    A database address may hold a password, and a worker reads strangers' files: it has no business with the queue.
+    """
+    hidden = {"webhook_secret"} | ({"publish_token_file", "database"} if zone == "worker" else set())
     environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment.update(_client_environment(settings))
+    environment.update(_own_environment(settings, without=hidden))
     environment["HF_HOME"] = str((settings.home / "cache" / "huggingface").resolve())
+    return environment
+
+
+def _own_environment(settings: Settings, *, without: set[str]) -> dict[str, str]:
+    environment = {}
     for name in Settings.model_fields:
-        # A database address may hold a password: the worker has no business with the queue.
-        if name in ("webhook_secret", "publish_token_file") or (name == "database" and zone == "worker"):
-            continue
         value = getattr(settings, name)
-        if value is not None:
+        if value is not None and name not in without:
             environment[f"MERGEBOT_{name.upper()}"] = str(value.resolve()) if isinstance(value, Path) else str(value)
-    if zone == "publisher" and settings.publish_token_file is not None:
-        environment["MERGEBOT_PUBLISH_TOKEN_FILE"] = str(settings.publish_token_file.resolve())
     return environment
 
 
@@ -154,7 +164,16 @@ def _client_environment(settings: Settings) -> dict[str, str]:
 
 
 def crashpoint(name: str, k: int | None = None) -> None:
-    """Die here, as if the power failed, when `MERGEBOT_CRASH_AT` is `name` or `name:k` (tests of safety.md 7)."""
-    wanted = os.environ.get("MERGEBOT_CRASH_AT")
-    if wanted is not None and wanted in (name, f"{name}:{k}"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Die here, as if the power failed, when `MERGEBOT_CRASH_AT` is `name` or `name:k` (tests of safety.md 7).
+
+    With `MERGEBOT_CRASH_ONCE` a file's name, only the process that makes this file dies; the next one passes.
+    """
+    if os.environ.get("MERGEBOT_CRASH_AT") not in (name, f"{name}:{k}"):
+        return
+    once = os.environ.get("MERGEBOT_CRASH_ONCE")
+    if once is not None:
+        try:
+            Path(once).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -50,7 +50,8 @@ class LocalExecutor:
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{stage}.log").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", MODULES[zone], stage, str(spec_file), str(result_file)],
+                # -P: the folder we were started in must not be able to shadow a module
+                [sys.executable, "-P", "-m", MODULES[zone], stage, str(spec_file), str(result_file)],
                 env=child_environment(self._settings, zone),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -1,0 +1,35 @@
+"""The bot in a process that may be killed at any moment: ask for one merge, run the scheduler until it has ended.
+
+python -m tests.crash.driver        settings by MERGEBOT_…; started again, it finds what it finds and goes on
+"""
+
+from __future__ import annotations
+
+import threading
+
+from bot.settings import Settings, activate
+from tests import family
+
+REQUESTER, NAME = "alice", "killed"
+
+
+def main() -> None:
+    settings = Settings()
+    activate(settings)
+    from bot import intake
+    from bot.request import EvaluateOptions, from_form
+    from bot.scheduler import Scheduler
+
+    scheduler = Scheduler(settings)
+    request = from_form(REQUESTER, family.RECIPE, NAME, EvaluateOptions(suite="none"))
+    job = intake.take(request, scheduler.hub, scheduler.queue, settings)
+    scheduler.start()
+    pause = threading.Event()
+    while scheduler.queue.job(job.id).ended_at is None:
+        pause.wait(0.05)
+    scheduler.tell()
+    scheduler.stop()
+
+
+if __name__ == "__main__":
+    main()
