@@ -21,6 +21,8 @@ from bot.hub import Hub, check_repo_id
 from bot.hub.transport import wait_asked_s
 from tests.localhub.server import ORG, RunningHub
 
+# The library itself passes uploads to its transport in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 WEIGHTS = random.Random(0).randbytes(700_000)
 
