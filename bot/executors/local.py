@@ -32,6 +32,10 @@ class LocalExecutor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
+    def command(self, zone: Zone) -> list[str]:
+        """The program of a zone. -P: the folder we were started in must not be able to shadow a module."""
+        return [sys.executable, "-P", "-m", MODULES[zone]]
+
     def run(
         self,
         stage: str,
@@ -50,8 +54,7 @@ class LocalExecutor:
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{stage}.log").open("ab") as log:
             child = subprocess.Popen(
-                # -P: the folder we were started in must not be able to shadow a module
-                [sys.executable, "-P", "-m", MODULES[zone], stage, str(spec_file), str(result_file)],
+                [*self.command(zone), stage, str(spec_file), str(result_file)],
                 env=child_environment(self._settings, zone),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

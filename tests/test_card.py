@@ -1,0 +1,158 @@
+"""What the bot writes: metadata the Hub reads, and text of strangers that shows itself and does nothing else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bot import card, leaderboard
+from bot.job import Evaluation, Failure, Job, Merge, Publication, PublishedFile, Source, Stage
+from bot.merge import recipe
+from bot.request import EvaluateOptions, MergeRequest, Origin, from_form, front_matter
+from bot.settings import Settings
+from evaluators.scores import Environment, ModelEvaluation, Score
+
+SETTINGS = Settings(home=Path("home"), hub="http://127.0.0.1:1", namespace="mergebot")
+A, B = "a" * 40, "b" * 40
+TEXT = f"""merge_method: linear
+models:
+- {{model: org/a@{A}, parameters: {{weight: 0.5}}}}
+- {{model: org/b@{B}, parameters: {{weight: 0.5}}}}
+dtype: bfloat16
+"""
+ENVIRONMENT = Environment("cpu", "bfloat16", "16", False, 0, "0.4.13", "5.23.0", "2.13.0")
+INJECTIONS = (
+    "<img src=x onerror=alert(1)>",
+    "](javascript:alert(1))",
+    "@everyone look",
+    "| a | b |",
+    "```\n# heading",
+    "---\nlicense: mit\n---",
+    "\u202egnp.exe",
+    "\x1b[31mred",
+    "`code` **bold** _em_",
+    "<!-- hidden -->",
+)
+
+
+def measured(task: str, value: float, stderr: float | None) -> Score:
+    return Score(task, "acc", value, stderr, 40, 0, True, "1.0")
+
+
+def evaluated(*scores: Score) -> ModelEvaluation:
+    return ModelEvaluation("quick", "d" * 64, scores, ENVIRONMENT, 1.0)
+
+
+def job(**changes: Any) -> Job:
+    made = Job(
+        id="j1",
+        digest="d" * 64,
+        request=from_form("alice", TEXT, "both", EvaluateOptions()),
+        recipe=recipe.parse(TEXT, trust="stranger").canonical(),
+        sources=(Source("org/a", A, "mit", 10), Source("org/b", B, "apache-2.0", 10)),
+        plan={"method": "linear"},
+        submitted_at=datetime(2026, 1, 2, tzinfo=UTC),
+        ended_at=datetime(2026, 1, 2, 1, tzinfo=UTC),
+        merge=Merge({"model.safetensors": PublishedFile(10, "e" * 64)}, "f" * 64, 10, 1.0, 134_515_008),
+        evaluation=Evaluation(
+            "f" * 64,
+            evaluated(measured("left", 0.8, 0.06), measured("right", 0.3, 0.07)),
+            {
+                f"org/a@{A}": evaluated(measured("left", 0.85, 0.05), measured("right", 0.1, 0.05)),
+                f"org/b@{B}": evaluated(measured("left", 0.1, 0.05), measured("right", 0.9, 0.04)),
+            },
+            None,
+            1.0,
+        ),
+        publication=Publication("mergebot/alice-both", "c" * 40, 1.0),
+    )
+    return replace(made, **changes)
+
+
+def test_the_metadata_names_sources_relation_licence_and_scores() -> None:
+    text = card.model_card(job(), "mergebot/alice-both")
+    metadata = yaml.safe_load(front_matter(text) or "")
+    assert metadata["base_model"] == ["org/a", "org/b"]
+    assert metadata["base_model_relation"] == "merge"
+    assert metadata["license"] == "apache-2.0"
+    values = [result["metrics"][0]["value"] for result in metadata["model-index"][0]["results"]]
+    assert values == [0.8, 0.3]
+    assert "&id" not in (front_matter(text) or "")
+
+
+def test_the_headline_says_where_the_merge_keeps_up_and_where_not() -> None:
+    text = card.model_card(job(), "mergebot/alice-both")
+    assert "within two standard errors of its best source, or above, on `left`" in text
+    assert "below its best source on `right`" in text
+
+
+def test_every_number_in_the_table_stands_with_its_error() -> None:
+    text = card.model_card(job(), "mergebot/alice-both")
+    assert "| **`mergebot/alice-both`** | 80.0 ± 6.0 | 30.0 ± 7.0 |" in text
+    assert "| `org/b` | 10.0 ± 5.0 | 90.0 ± 4.0 |" in text
+
+
+def test_the_recipe_in_the_card_runs_again() -> None:
+    text = card.model_card(job(), "mergebot/alice-both")
+    [block] = re.findall(r"```yaml\n(.*?)\n```", text, re.DOTALL)
+    assert recipe.parse(block, trust="stranger").digest == recipe.parse(TEXT, trust="stranger").digest
+
+
+@pytest.mark.parametrize("hostile", INJECTIONS)
+def test_text_of_strangers_does_nothing_in_a_card(hostile: str) -> None:
+    notice = {"code": "X", "text": hostile, "count": 1}
+    merge = replace(job().merge, notices=(notice,))  # type: ignore[type-var]
+    text = card.model_card(job(merge=merge), "mergebot/alice-both")
+    assert yaml.safe_load(front_matter(text) or "")["license"] == "apache-2.0"
+    last = text.rstrip().splitlines()[-1]
+    assert last.startswith("- ")
+    assert not re.search(r"(?<!\\)[<>\[\]`|*_#]", last[2:])
+    assert not re.search(r"@\w|[\x1b\u202e]", last)
+
+
+@given(st.text(max_size=200))
+def test_no_text_ends_its_own_fence_or_leaves_its_line(text: str) -> None:
+    block = card.fenced(text, "yaml").splitlines()
+    fence = block[0].removesuffix("yaml")
+    assert block[-1] == fence
+    assert not any(line.strip().startswith(fence) for line in block[1:-1])
+    assert "\n" not in card.plain(text)
+    assert card.code(text).count("`") == 2
+
+
+def test_a_taken_name_gets_the_digest() -> None:
+    assert card.output_names(job(), "mergebot") == ["mergebot/alice-both", "mergebot/alice-both-dddddddd"]
+    long = job(request=from_form("a" * 60, TEXT, "n" * 90, EvaluateOptions()))
+    assert all(len(name.partition("/")[2]) <= 96 for name in card.output_names(long, "mergebot"))
+
+
+def test_every_ending_has_an_answer_with_its_reference() -> None:
+    request = MergeRequest("alice", Origin.CARD, TEXT, "both", repo="alice/asks", revision=A, reply="discussion")
+    failed = job(publication=None, failures=(Failure(Stage.MERGING, "DISK_FULL", "The <b>disk</b> is full.", "Wait."),))
+    cancelled = job(publication=None, cancelled_at=datetime(2026, 1, 2, tzinfo=UTC))
+    refusal = {"code": "CARD_INVALID", "message": "No.", "next": "Mend it."}
+    for found, refused, event in (
+        (job(), None, "published"), (failed, None, "failed"), (cancelled, None, "cancelled"), (None, refusal, "refused")
+    ):  # fmt: skip
+        spec = card.answer(request, found, refused, SETTINGS)
+        assert spec["event"] == event
+        assert spec["ref"] == f"ref: mergebot/{request.key[:12]}/{event}"
+        assert "<b>" not in spec["text"]
+
+
+def test_the_board_is_a_function_of_the_facts() -> None:
+    first, second = leaderboard.refresh_spec([job()], SETTINGS), leaderboard.refresh_spec([job()], SETTINGS)
+    assert first == second
+    row = leaderboard.row(job(), SETTINGS)
+    assert row.average == pytest.approx(0.55)
+    assert row.average_stderr == pytest.approx((0.06**2 + 0.07**2) ** 0.5 / 2)
+    assert row.scores == {"left": (0.8, 0.06), "right": (0.3, 0.07)}
+    assert row.source_scores["org/b"]["right"] == (0.9, 0.04)
