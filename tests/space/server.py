@@ -35,7 +35,7 @@ def running_space(home: Path, hub: str, *, log: Path, environment: Mapping[str, 
         "HF_HOME": str(home / "huggingface"),
     }
     command = [sys.executable, "-m", "uvicorn", "--factory", "space.app:create", "--host", "127.0.0.1",
-               "--port", str(port), "--log-level", "warning"]  # fmt: skip
+               "--port", str(port), "--log-level", "warning", "--timeout-graceful-shutdown", "1"]  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=home, env=kept | settings | dict(environment or {}), stdout=output, stderr=subprocess.STDOUT

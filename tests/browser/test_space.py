@@ -1,0 +1,189 @@
+"""What a person sees and does in the Space."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from bot.job import Failure, Stage
+from space.desk import now
+from tests.browser.conftest import OpenPage
+from tests.space import exhibits
+from tests.space.conftest import Stage as Space
+
+pytestmark = pytest.mark.slow
+WAIT_MS = 20_000
+expect.set_options(timeout=WAIT_MS)
+HOSTILE = (
+    "<img src=x onerror=\"window.pwned='img'\">",
+    "<script>window.pwned='script'</script>",
+    "${window.pwned='template'}",
+    "{{constructor.constructor(\"window.pwned='handlebars'\")()}}",
+    '"><svg onload="window.pwned=\'svg\'">',
+    "[x](javascript:window.pwned='link')",
+    "\u202egnp.exe\u200b\x1b[31m",
+)
+
+
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def write_recipe(page: Page, text: str) -> None:
+    page.locator("#recipe .cm-content").click()
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text(text)
+
+
+def model_names(page: Page) -> list[str]:
+    """The first column of the leaderboard, from top to bottom."""
+    cells = page.locator("#board [role=gridcell][data-col='0']")
+    found = [(cell.get_attribute("data-row"), cell.inner_text()) for cell in cells.all()]
+    return [text for _, text in sorted(found, key=lambda each: int(each[0] or 0))]
+
+
+def test_every_tab_shows_its_content(space: Space, open_page: OpenPage) -> None:
+    page = open_page(space.url)
+    expect(page.locator("#recipe")).to_contain_text("merge_method: task_arithmetic")
+    expect(page.get_by_label("Start from an example")).to_have_value("Keep both skills")
+    tab(page, "Jobs")
+    expect(page.locator("#jobs")).to_contain_text("weighted-early-layers")
+    expect(page.locator("#jobs progress").first).to_be_visible()
+    tab(page, "Leaderboard")
+    expect(page.locator("#board")).to_contain_text("70.5 ± 3.5")
+    expect(page.locator("#quality-speed .js-plotly-plot")).to_be_visible()
+    expect(page.locator("#parents .js-plotly-plot")).to_be_visible()
+
+
+def test_the_first_day_says_what_to_do_next(empty_space: Space, open_page: OpenPage) -> None:
+    page = open_page(empty_space.url)
+    tab(page, "Jobs")
+    expect(page.locator("#jobs")).to_contain_text("No jobs yet: submit one in the first tab.")
+    tab(page, "Leaderboard")
+    expect(page.locator("#board-empty")).to_contain_text("No merges yet: submit one in the first tab.")
+    expect(page.locator("#board")).to_be_hidden()
+
+
+def test_a_wrong_recipe_is_answered_with_its_line_and_the_next_step(space: Space, open_page: OpenPage) -> None:
+    page = open_page(space.url)
+    write_recipe(page, "merge_method: linaer\nmodels: []\n")
+    page.get_by_label("Name of the merged model").fill("wrong")
+    page.get_by_role("button", name="Submit").click()
+    notice = page.locator("#answer [role=alert]")
+    expect(notice).to_contain_text("`linaer` is not known")
+    expect(notice).to_contain_text("Line 1")
+    expect(notice).to_contain_text("Did you mean `linear`?")
+    expect(page.get_by_role("button", name="Follow this job")).to_be_hidden()
+
+
+def test_a_check_shows_the_plan_and_the_pinned_sources(space: Space, open_page: OpenPage) -> None:
+    page = open_page(space.url)
+    page.get_by_role("button", name="Check").click()
+    answer = page.locator("#answer")
+    expect(answer).to_contain_text("Nothing has been queued yet")
+    for source in (exhibits.BASE, exhibits.POET, exhibits.SMITH):
+        link = answer.get_by_role("link", name=source)
+        assert (link.get_attribute("href") or "").startswith(f"{space.hub.url}/{source}/tree/")
+    expect(answer.locator("code.sha")).to_have_count(3)
+
+
+def test_a_submitted_merge_can_be_followed_and_cancelled(space: Space, open_page: OpenPage) -> None:
+    page = open_page(space.url)
+    page.get_by_label("Name of the merged model").fill("followed")
+    page.get_by_role("button", name="Submit").click()
+    expect(page.locator("#answer")).to_contain_text("Accepted.")
+    page.get_by_role("button", name="Follow this job").click()
+    expect(page.locator("#job h2")).to_have_text("followed")
+    page.get_by_role("button", name="Cancel this job").click()
+    page.get_by_role("button", name="Yes, stop it").click()
+    expect(page.locator("#job")).to_contain_text("Cancelled by its owner. Nothing was published.")
+    expect(page.get_by_role("button", name="Cancel this job")).to_be_hidden()
+    job = next(each for each in space.queue.jobs() if each.request.name == "followed")
+    assert job.cancelled_at is not None
+
+
+def test_a_job_of_somebody_else_has_no_cancel_button(space: Space, open_page: OpenPage) -> None:
+    page = open_page(f"{space.url}/?job={space.jobs['merging']}")
+    expect(page.locator("#job h2")).to_have_text("between")
+    expect(page.get_by_role("button", name="Cancel this job")).to_be_hidden()
+
+
+def test_a_failed_job_says_why_and_a_published_one_where(space: Space, open_page: OpenPage) -> None:
+    page = open_page(f"{space.url}/?job={space.jobs['failed']}")
+    expect(page.locator("#job [role=alert]")).to_contain_text("has 12 NaN values in smol/smiths-135m")
+    row = page.locator(f"#jobs button[data-job='{space.jobs['published']}']")
+    row.focus()
+    page.keyboard.press("Enter")
+    link = page.locator("#job .notice a")
+    expect(link).to_have_text("mergebot/alice-both-skills")
+    assert (link.get_attribute("href") or "").startswith(f"{space.hub.url}/mergebot/alice-both-skills")
+
+
+def test_a_job_page_moves_on_by_itself(space: Space, open_page: OpenPage) -> None:
+    page = open_page(f"{space.url}/?job={space.jobs['again']}")
+    expect(page.locator("#job")).to_contain_text("nothing is lost")
+    space.queue.cancel(space.jobs["again"], "alice")
+    expect(page.locator("#job")).to_contain_text("Cancelled by its owner.")
+
+
+def test_the_leaderboard_sorts_by_figures_and_shows_them_whole(space: Space, open_page: OpenPage) -> None:
+    page = open_page(f"{space.url}/?tab=leaderboard")
+    expect(page.locator("#board")).to_contain_text("alice-both-skills")
+    by_average = sorted(
+        exhibits.board_rows(space.hub.url), key=lambda row: (row.average is not None, row.average or 0), reverse=True
+    )
+    assert model_names(page) == [row.model.rpartition("/")[2] for row in by_average]
+    header = page.locator("#board [role=columnheader][data-heading='7'] .header")
+    header.click()
+    expect(page.locator("#board [data-testid='cell-0-7']")).to_have_text("–")
+    header.click()
+    expect(page.locator("#board [data-testid='cell-0-7']")).to_have_text("2.06× (1.98–2.14)")
+    expect(page.locator("#board [data-testid='cell-0-0']")).to_have_text("alice-both-skills")
+    expect(page.locator("#board [data-testid='cell-5-7']")).to_have_text("1.02× (0.96–1.09)")
+
+
+def test_the_leaderboard_filters_by_word_source_and_average(space: Space, open_page: OpenPage) -> None:
+    page = open_page(f"{space.url}/?tab=leaderboard")
+    expect(page.locator("#board-summary")).to_contain_text("8 published merges")
+    page.get_by_label("Search").fill("ties carol")
+    expect(page.locator("#board-summary")).to_contain_text("2 of 8 published merges")
+    assert model_names(page) == ["carol-ties-density-05", "carol-ties-density-02"]
+    page.get_by_label("Average at least, %").fill("65")
+    expect(page.locator("#board-summary")).to_contain_text("1 of 8 published merges")
+    page.get_by_label("Search").fill("nobody made this")
+    expect(page.locator("#board-empty")).to_contain_text("No merge passes these filters: widen them.")
+
+
+def test_a_chosen_row_is_shown_beside_its_parents(space: Space, open_page: OpenPage) -> None:
+    page = open_page(f"{space.url}/?tab=leaderboard")
+    page.locator("#board [role=gridcell]", has_text="slerp").first.click()
+    expect(page.get_by_label("Merge to look at")).to_have_value("bob-between")
+    expect(page.locator("#detail")).to_contain_text("not clearly different from it on this machine")
+    expect(page.locator("#parents")).to_contain_text(exhibits.POET)
+
+
+@pytest.mark.parametrize("name", ["Submit", "Jobs", "Leaderboard"])
+def test_a_telephone_is_wide_enough(space: Space, open_page: OpenPage, name: str) -> None:
+    page = open_page(f"{space.url}/?tab={name.lower()}", width=390, height=844)
+    expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#board-summary" if name == "Leaderboard" else "#tabs")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_what_strangers_write_stays_text(space: Space, open_page: OpenPage) -> None:
+    for place, text in enumerate(HOSTILE):
+        job = exhibits.submit(space.queue, f"eve{place}", text, now())
+        lease = next(lease for lease in iter(lambda: space.queue.claim("eve"), None) if lease.job_id == job)
+        space.queue.record(lease, Failure(Stage.MERGING, "NOT_FINITE", text, text))
+    page = open_page(f"{space.url}/?tab=jobs")
+    for text in HOSTILE[:-1]:
+        page.locator("#jobs button").filter(has_text=text).click()
+        expect(page.locator("#job h2")).to_have_text(text)
+    shown = page.locator("#jobs").inner_text()
+    assert "gnp.exe[31m" in shown and "\u202e" not in shown and "\x1b" not in shown
+    tab(page, "Submit")
+    write_recipe(page, "merge_method: " + HOSTILE[0] + "\n")
+    page.get_by_role("button", name="Check").click()
+    expect(page.locator("#answer [role=alert]")).to_be_visible()
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("#jobs img, #jobs script, #jobs svg, #job img, #job script, #answer img").count() == 0
