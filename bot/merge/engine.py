@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoint import OPERATOR, LocalFiles, read_header
+from bot.merge.chunked import can_stream, merge_chunked
 from bot.merge.gather import gather
 from bot.merge.methods import apply
 from bot.merge.plan import WORKERS, Plan, Step
@@ -190,11 +191,14 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
     if work.aligned is not None:
         stored = gather(work.aligned.maps, [tensor.to(wide) for tensor in stored])
     spoilt = _spoilt(stored) if nonfinite else None
+    target = getattr(torch, work.dtype.name)
     if work.action == "copy":
-        result = stored[0]
+        result = stored[0].to(target)
+    elif spoilt is None and device.type == "cpu" and can_stream(work):
+        result = merge_chunked(work, stored, wide, target).reshape(work.shape)
     else:
-        result = _merged(work, [tensor.to(device, wide) for tensor in stored], spoilt)
-    result = result.to(getattr(torch, work.dtype.name)).to("cpu").contiguous()
+        result = _merged(work, [tensor.to(device, wide) for tensor in stored], spoilt).to(target).to("cpu")
+    result = result.contiguous()
     finite = torch.isfinite(result)
     if not bool((finite if spoilt is None else finite | spoilt).all()):
         raise Failed(

@@ -13,11 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bot.merge.chunked import can_stream, merge_chunked
 from bot.merge.contract import METHODS
 from bot.merge.draws import mask_key
+from bot.merge.dtypes import BY_NAME
+from bot.merge.header import TensorInfo
 from bot.merge.methods import FUNCTIONS, apply
 from bot.merge.methods.masks import by_chance, splitmix64, uniform
 from bot.merge.methods.reductions import first_largest
+from bot.merge.spec import ModelRef
+from bot.merge.steps import Operand, Work
 
 FAMILY = dict(weight=[0.5, -0.3, 0.8], normalize=True, **{"lambda": 1.2})
 SPARSE = dict(FAMILY, density=[0.4, 1.0, 0.7], rescale=True)
@@ -205,3 +210,54 @@ def test_a_drop_rate_holds_within_four_sigma_and_l1_is_preserved() -> None:
         uniform(7, 300_000)[270_000:].tolist()
         == uniform(7, 280_000)[270_000:].tolist() + uniform(7, 300_000)[280_000:].tolist()
     )
+
+
+def work_for(method: str, x: Sequence[Tensor], base: bool, values: dict[str, Any]) -> Work:
+    """The work the planner would make for inputs x, the base last."""
+    contract = METHODS[method]
+    mine = {p.name for p in contract.per_input}
+    per_input = {k: (*v, *([None] if base else [])) for k, v in values.items() if k in mine}
+    shared = {k: v for k, v in values.items() if k not in mine}
+    shape = tuple(x[0].shape)
+    operands = tuple(
+        Operand(ModelRef(f"o/m{i}"), TensorInfo("w", BY_NAME[str(e.dtype).removeprefix("torch.")], shape, "f", 0, 0))
+        for i, e in enumerate(x)
+    )
+    keys = tuple(keys_for(len(x))) if contract.draws else ()
+    position = len(x) - 1 if base else None
+    return Work("w", shape, BY_NAME["bfloat16"], "merge", method, operands, position, per_input, shared, keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("method", "count", "values"), CASES)
+def test_the_chunked_path_gives_the_bits_of_the_whole_tensor_path(
+    method: str, count: int, values: dict[str, Any], dtype: torch.dtype
+) -> None:
+    for base in with_base(method):
+        x, b = inputs(count, (331, 1021), 5)
+        tensors = [e.to(dtype) for e in (*x, *([b] if base else []))]
+        work = work_for(method, tensors, base, values)
+        if not can_stream(work):
+            assert method in ("arcee_fusion", "sce", "ramplus_tl", "nuslerp", "model_stock")
+            continue
+        wide = [e.float() for e in tensors]
+        whole = apply(method, wide, work.base, work.per_input, work.shared, work.keys)
+        chunked = merge_chunked(work, tensors, torch.float32, torch.float32).reshape(whole.shape)
+        if method.startswith("della"):  # its chunks are whole rows, so its L1 norms are summed in other portions
+            torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(chunked, whole)
+
+
+@pytest.mark.parametrize(("method", "count", "values"), CASES)
+def test_chunks_of_seven_elements_agree_within_rounding(method: str, count: int, values: dict[str, Any]) -> None:
+    for shape in SHAPES:
+        for base in with_base(method):
+            x, b = inputs(count, shape, 6)
+            tensors = [*x, *([b] if base else [])]
+            work = work_for(method, tensors, base, values)
+            if not can_stream(work):
+                continue
+            whole = apply(method, tensors, work.base, work.per_input, work.shared, work.keys)
+            chunked = merge_chunked(work, tensors, torch.float32, torch.float32, chunk=7).reshape(shape)
+            torch.testing.assert_close(chunked, whole, rtol=0, atol=3e-6 * float(whole.abs().max()))

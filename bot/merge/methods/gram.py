@@ -7,7 +7,7 @@ float64, a second pass forms sum(c_i v_i). Lengths and angles of any combination
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -21,12 +21,20 @@ Vector = NDArray[np.float64]
 
 def gram(v: Sequence[Tensor]) -> Vector:
     """Matrix (N, N) of inner products of the flattened tensors, products and sums in float64."""
-    out = np.zeros((len(v), len(v)))
     flat = [v_i.reshape(-1) for v_i in v]
-    for start in range(0, flat[0].numel(), CHUNK):
-        block = torch.stack([v_i[start : start + CHUNK] for v_i in flat]).double()
-        out += (block @ block.T).cpu().numpy()
-    return out
+    starts = range(0, flat[0].numel(), CHUNK)
+    return gram_of(([v_i[start : start + CHUNK] for v_i in flat] for start in starts), len(v))
+
+
+def gram_of(pieces: Iterable[Sequence[Tensor]], count: int) -> Vector:
+    """The same for `count` tensors that come piece by piece."""
+    out = np.zeros((count, count))
+    for piece in pieces:
+        wide = [part.double() for part in piece]
+        for i in range(count):
+            for j in range(i, count):
+                out[i, j] += float((wide[i] * wide[j]).sum())
+    return np.triu(out) + np.triu(out, 1).T
 
 
 def length(g: Vector, c: Vector) -> float:

@@ -31,11 +31,11 @@ def splitmix64(key: int, start: int, count: int) -> NDArray[np.uint64]:
     return z
 
 
-def uniform(key: int, count: int) -> Tensor:
-    """`count` numbers in [0, 1) with 24 bits each, float32, on the CPU."""
+def uniform(key: int, count: int, first: int = 0) -> Tensor:
+    """Elements first .. first+count-1 of the stream as numbers in [0, 1) with 24 bits each, float32, on the CPU."""
     out = np.empty(count, dtype=np.float32)
     for start in range(0, count, CHUNK):
-        part = splitmix64(key, start, min(CHUNK, count - start))
+        part = splitmix64(key, first + start, min(CHUNK, count - start))
         np.multiply(part >> np.uint64(40), 2.0**-24, out=out[start : start + len(part)], casting="unsafe")
     return torch.from_numpy(out)
 
@@ -45,8 +45,13 @@ def largest(delta: Tensor, density: float) -> Tensor:
     if density >= 1:
         return delta
     flat = delta.reshape(-1)
-    keep = first_largest(flat.abs(), max(1, int(density * flat.numel())) if density > 0 else 0)
+    keep = first_largest(flat.abs(), kept(flat.numel(), density))
     return (flat * keep).reshape(delta.shape)
+
+
+def kept(n: int, density: float) -> int:
+    """How many of n elements ties keeps."""
+    return max(1, int(density * n)) if density > 0 else 0
 
 
 def middle(delta: Tensor, density: float, gamma: float) -> Tensor:
@@ -54,23 +59,31 @@ def middle(delta: Tensor, density: float, gamma: float) -> Tensor:
     if density >= 1:
         return delta
     flat = delta.reshape(-1)
-    n = flat.numel()
-    keep = int(density * n)
-    bottom = max(0, n - keep - int(gamma * n))
+    inner, outer = band(flat.numel(), density, gamma)
     sizes = flat.abs()
-    inside = first_largest(sizes, n - bottom) & ~first_largest(sizes, n - bottom - keep)
+    inside = first_largest(sizes, outer) & ~first_largest(sizes, inner)
     return (flat * inside).reshape(delta.shape)
 
 
-def by_chance(delta: Tensor, density: float, key: int) -> Tensor:
-    """Keep each element with probability `density`. DARE, arXiv:2311.03099."""
+def band(n: int, density: float, gamma: float) -> tuple[int, int]:
+    """Breadcrumbs keeps the elements that are among the `outer` largest and not among the `inner` largest of n."""
+    keep = int(density * n)
+    bottom = max(0, n - keep - int(gamma * n))
+    return n - bottom - keep, n - bottom
+
+
+def by_chance(delta: Tensor, density: float, key: int, first: int = 0) -> Tensor:
+    """Keep each element with probability `density`; the delta's first element is number `first` of its tensor.
+
+    DARE, arXiv:2311.03099.
+    """
     if density >= 1:
         return delta
-    keep = uniform(key, delta.numel()).double() < density
+    keep = uniform(key, delta.numel(), first).double() < density
     return delta * keep.reshape(delta.shape).to(delta.device)
 
 
-def by_rank(delta: Tensor, density: float, epsilon: float, key: int) -> Tensor:
+def by_rank(delta: Tensor, density: float, epsilon: float, key: int, first: int = 0) -> Tensor:
     """Keep with a probability that grows with the rank within the row. DELLA, arXiv:2406.11617.
 
     Rows of length m along the last dimension, rank r = number of strictly smaller magnitudes:
@@ -87,5 +100,5 @@ def by_rank(delta: Tensor, density: float, epsilon: float, key: int) -> Tensor:
         p = (density - epsilon) + 2 * epsilon * ranks.double() / (width - 1)
     else:
         p = torch.full(ranks.shape, density, dtype=torch.float64, device=delta.device)
-    draws = uniform(key, delta.numel()).to(delta.device).double().reshape(p.shape)
+    draws = uniform(key, delta.numel(), first).to(delta.device).double().reshape(p.shape)
     return delta * (draws < p).reshape(delta.shape)

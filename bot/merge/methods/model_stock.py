@@ -20,7 +20,17 @@ def model_stock(x: Sequence[Tensor], b: Tensor, *, filter_wise: bool) -> Tensor:
     """
     deltas = [x_i - b for x_i in x]
     products = _row_products(deltas) if filter_wise else torch.from_numpy(gram(deltas)).to(b.device)
-    n = len(x)
+    return blend(x, b, share(products).to(b.dtype))
+
+
+def blend(x: Sequence[Tensor], b: Tensor, t: Tensor) -> Tensor:
+    """t mean(x) + (1 - t) b."""
+    return sum_of(x).div_(len(x)).mul_(t).add_((1 - t) * b)
+
+
+def share(products: Tensor) -> Tensor:
+    """t from the inner products (N, N, ...) of the deltas, float64."""
+    n = len(products)
     norms = [products[i, i].sqrt() for i in range(n)]
     cosines = [
         (products[i, j] / (norms[i] * norms[j]).clamp(min=TINY_PRODUCT)).clamp(-1, 1)
@@ -30,9 +40,7 @@ def model_stock(x: Sequence[Tensor], b: Tensor, *, filter_wise: bool) -> Tensor:
     q = sum_of(cosines) / len(cosines)
     divisor = 1 + (n - 1) * q
     vanishes = divisor.abs() < 1e-6
-    t = torch.where(vanishes, torch.zeros_like(q), n * q / torch.where(vanishes, torch.ones_like(q), divisor))
-    t = t.to(b.dtype)
-    return sum_of(x).div_(n).mul_(t).add_((1 - t) * b)
+    return torch.where(vanishes, torch.zeros_like(q), n * q / torch.where(vanishes, torch.ones_like(q), divisor))
 
 
 def _row_products(deltas: Sequence[Tensor]) -> Tensor:

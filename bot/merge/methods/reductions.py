@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -43,15 +44,38 @@ def sorted_element(magnitudes: Tensor, rank: int) -> float:
     return float(torch.kthvalue(magnitudes, rank + 1).values)
 
 
-def first_largest(magnitudes: Tensor, k: int) -> Tensor:
-    """Mask of exactly the k largest of a flat tensor; among equals the lowest index wins."""
+@dataclass(slots=True)
+class Selection:
+    """Which elements are among the k largest, told piece by piece: above `threshold`, and the first `equal` at it."""
+
+    threshold: float
+    equal: int
+
+    def mask(self, magnitudes: Tensor) -> Tensor:
+        """Mask of the next piece of the flat tensor; pieces must come in order."""
+        keep = magnitudes > self.threshold
+        if self.equal > 0:
+            at = (magnitudes == self.threshold).nonzero().squeeze(1)[: self.equal]
+            keep[at] = True
+            self.equal -= len(at)
+        return keep
+
+    def again(self) -> Selection:
+        """The same selection from the start; call it before the first piece."""
+        return Selection(self.threshold, self.equal)
+
+
+def selection(magnitudes: Tensor, k: int) -> Selection:
+    """The selection of exactly the k largest of a flat tensor; among equals the lowest index wins."""
     n = magnitudes.numel()
     if k <= 0:
-        return torch.zeros(n, dtype=torch.bool, device=magnitudes.device)
+        return Selection(math.inf, 0)
     if k >= n:
-        return torch.ones(n, dtype=torch.bool, device=magnitudes.device)
+        return Selection(-math.inf, 0)
     threshold = sorted_element(magnitudes, n - k)
-    keep = magnitudes > threshold
-    equal = (magnitudes == threshold).nonzero().squeeze(1)
-    keep[equal[: k - int(keep.sum())]] = True
-    return keep
+    return Selection(threshold, k - int((magnitudes > threshold).sum()))
+
+
+def first_largest(magnitudes: Tensor, k: int) -> Tensor:
+    """Mask of exactly the k largest of a flat tensor; among equals the lowest index wins."""
+    return selection(magnitudes, k).mask(magnitudes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bot.merge.methods.reductions import dot, norm
+from bot.merge.methods.gram import Vector, combination, gram
 
 COLINEAR = 0.9995  # above this cosine the arc is a straight line for all purposes; mergekit's constant
 TINY_NORM = 1e-8
@@ -18,13 +18,12 @@ def slerp(x: Sequence[Tensor], b: Tensor, *, t: float) -> Tensor:
 
     K. Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985. Colinear or antipodal: (1-t) b + t x.
     """
-    norms = norm(b), norm(x[0])
-    first, second = coefficients(dot(b, x[0]), *norms, t)
-    return (b * first).add_(x[0], alpha=second)
+    return combination([b, x[0]], coefficients(gram([b, x[0]]), t))
 
 
-def coefficients(product: float, norm_a: float, norm_c: float, t: float) -> tuple[float, float]:
-    """The factors of both ends, from their inner product and norms; a zero tensor counts as orthogonal."""
+def coefficients(g: Vector, t: float) -> tuple[float, float]:
+    """The factors of base and other, from their Gram matrix; a zero tensor counts as orthogonal."""
+    product, norm_a, norm_c = g[0, 1], math.sqrt(g[0, 0]), math.sqrt(g[1, 1])
     safe_a = norm_a if norm_a > TINY_NORM else 1.0
     safe_c = norm_c if norm_c > TINY_NORM else 1.0
     cosine = max(-1.0, min(1.0, product / safe_a / safe_c))

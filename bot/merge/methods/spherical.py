@@ -29,13 +29,10 @@ def nuslerp(
 
     Whole tensors as vectors, or (not flattened) vectors along the last dimension, or with row_wise along the first.
     """
-    total = weight[0] + weight[1]
-    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    t = interpolation(weight)
     first, second = (x_i if b is None else x_i - b for x_i in x)
     if nuslerp_flatten:
-        g = torch.from_numpy(gram([first, second]))
-        c_1, c_2 = _arc(g[0, 0], g[1, 1], g[0, 1], t)
-        out = combination([first, second], [float(c_1), float(c_2)])
+        out = combination([first, second], flat_arc(gram([first, second]), t))
     else:
         across = nuslerp_row_wise and first.dim() > 1
         if across:
@@ -44,6 +41,19 @@ def nuslerp(
         out = first * c_1.to(first.dtype) + second * c_2.to(second.dtype)
         out = out.transpose(0, -1).contiguous() if across else out
     return out if b is None else out + b
+
+
+def flat_arc(g: Vector, t: float) -> tuple[float, float]:
+    """Factors of two vectors from their Gram matrix."""
+    products = torch.from_numpy(g)
+    first, second = _arc(products[0, 0], products[1, 1], products[0, 1], t)
+    return float(first), float(second)
+
+
+def interpolation(weight: Sequence[float]) -> float:
+    """t = w_2 / (w_1 + w_2), the middle if the weights cancel."""
+    total = weight[0] + weight[1]
+    return 0.5 if abs(total) < 1e-6 else weight[1] / total
 
 
 def _arc(square_1: Tensor, square_2: Tensor, product: Tensor, t: float) -> tuple[Tensor, Tensor]:
@@ -69,14 +79,15 @@ def multislerp(
     if len(x) == 1:
         return x[0]
     v = [x_i if b is None else x_i - b for x_i in x]
-    w = np.array(weight, dtype=np.float64)
-    if normalize_weights:
-        w = w / w.sum()
-    out = combination(v, _one_step(gram(v), w, eps))
+    out = combination(v, one_step(gram(v), weight, normalize_weights, eps))
     return out if b is None else out.add_(b)
 
 
-def _one_step(g: Vector, w: Vector, eps: float) -> Vector:
+def one_step(g: Vector, weight: Sequence[float], normalize_weights: bool, eps: float) -> Vector:
+    """Factors of the vectors of multislerp from their Gram matrix; a vanishing mean falls back to the weighted sum."""
+    w = np.array(weight, dtype=np.float64)
+    if normalize_weights:
+        w = w / w.sum()
     norms = np.sqrt(np.diag(g))
     units = 1.0 / (norms + eps)
     mean = w * units
@@ -98,16 +109,15 @@ def karcher(x: Sequence[Tensor], b: None, *, max_iter: int, tol: float) -> Tenso
     """
     if len(x) == 1:
         return x[0]
-    g = gram(x)
+    return combination(x, centre(gram(x), max_iter, tol))
+
+
+def centre(g: Vector, max_iter: int, tol: float) -> Vector:
+    """Factors of the vectors of karcher from their Gram matrix."""
     norms = np.sqrt(np.diag(g))
-    if not (norms > tol).any():
-        return torch.zeros_like(x[0])
-    return combination(x, _centre(g, norms, max_iter, tol) * norms.mean())
-
-
-def _centre(g: Vector, norms: Vector, max_iter: int, tol: float) -> Vector:
-    """Coefficients of the unit vector in the middle."""
     part = norms > tol
+    if not part.any():
+        return np.zeros(len(g))
     share = 1.0 / part.sum()
     unit = np.where(part, 1.0 / np.where(part, norms, 1.0), 0.0)
     mu = share * unit
@@ -125,5 +135,5 @@ def _centre(g: Vector, norms: Vector, max_iter: int, tol: float) -> Vector:
             break
         mu = math.cos(size) * mu + math.sin(size) * tangent / size
         mu = mu / length(g, mu)
-    result: Vector = mu
+    result: Vector = mu * norms.mean()
     return result

@@ -136,7 +136,14 @@ def combine(
     for i, (x_i, w_i) in enumerate(zip(x, weight, strict=True)):
         delta = x_i - b
         masked = sparsify(delta, i)
-        votes.append(masked * (w_i * _l1_match(delta, masked) if rescale else w_i))
+        votes.append(masked * (w_i * l1_match(l1(delta), l1(masked)) if rescale else w_i))
+    return decide(votes, b, weight, elects=elects, normalize=normalize, lambda_=lambda_)
+
+
+def decide(
+    votes: Sequence[Tensor], b: Tensor, weight: Sequence[float], *, elects: bool, normalize: bool, lambda_: float
+) -> Tensor:
+    """Steps (5) to (9), elementwise: elect, sum, normalise, scale, add to the base."""
     if not elects:
         weight_sum = sum(weight)
         divisor = weight_sum if normalize and abs(weight_sum) >= 1e-8 else 1.0
@@ -182,7 +189,6 @@ def _untouched(delta: Tensor, i: int) -> Tensor:
     return delta
 
 
-def _l1_match(delta: Tensor, masked: Tensor) -> float:
-    """The factor that gives the masked delta the L1 norm of the whole one; 1 for almost-zero deltas."""
-    whole, kept = l1(delta), l1(masked)
-    return 1.0 if whole < TINY_L1 or kept < TINY_L1 else whole / kept
+def l1_match(whole: float, rest: float) -> float:
+    """The factor that gives a masked delta (L1 norm `rest`) the norm of the whole one; 1 for almost-zero deltas."""
+    return 1.0 if whole < TINY_L1 or rest < TINY_L1 else whole / rest
