@@ -18,7 +18,7 @@ from typing import Any
 
 from bot import measure, policy
 from bot.errors import Refused
-from bot.hub import Hub
+from bot.hub import Hub, PinnedRepo
 from bot.job import ENDED, Job, Source, Stage, stage
 from bot.merge import checkpoint, document, plan, recipe
 from bot.merge.plan import NUMERICS_VERSION
@@ -57,6 +57,7 @@ def check(text: str, hub: Hub, settings: Settings) -> Checked:
     sources: dict[recipe.ModelRef, Source] = {}
     for ref in asked.sources:
         pinned = hub.resolve(ref.path, ref.revision)
+        _require_open(pinned)
         pin = replace(ref, revision=pinned.revision)
         pins[ref] = pin
         if pin in opened:
@@ -71,6 +72,18 @@ def check(text: str, hub: Hub, settings: Settings) -> Checked:
     policy.check_size(made, disk_limit_bytes=settings.disk_limit_bytes, memory_limit_bytes=settings.memory_limit_bytes)
     unique = tuple(sources.values())
     return Checked(asked.pinned(pins), unique, made, policy.result_licence(unique))
+
+
+def _require_open(source: PinnedRepo) -> None:
+    """A merge is published for everybody, so its sources must be there for everybody (safety.md 5, row 19)."""
+    if source.gated or source.private:
+        kind = "gated" if source.gated else "private"
+        raise Refused(
+            "SOURCE_GATED",
+            f"{source.repo} is {kind}, and a merge of it would be open to everybody.",
+            "Take a source that everybody may download.",
+            value=source.repo,
+        )
 
 
 def take(request: MergeRequest, hub: Hub, queue: Queue, settings: Settings) -> Job:

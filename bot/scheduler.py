@@ -57,7 +57,7 @@ class Scheduler:
         self._free = threading.Semaphore(settings.slots)
         self._stopping = threading.Event()
         self._seen: set[tuple[str, str]] = set()
-        self._on_board: frozenset[str] | None = None
+        self._on_board = 0  # unknown after a start, so the board is looked at once
         self._ticks = BackgroundScheduler(
             timezone=UTC, job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
         )
@@ -104,12 +104,11 @@ class Scheduler:
 
     def tell(self) -> None:
         """Bring the public board and the answers on requesting repos up to date with the facts."""
-        published = self.queue.published()
-        on_board = frozenset(job.id for job in published)
-        if published and on_board != self._on_board:
-            spec = leaderboard.refresh_spec(published, self.settings)
+        published = self.queue.count_published()
+        if published != self._on_board:
+            spec = leaderboard.refresh_spec(self.queue.published(), self.settings)
             self._publisher("board", spec, self.settings.scratch / "_board")
-            self._on_board = on_board
+            self._on_board = published
         for request, job, refusal in self.queue.unanswered():
             spec = card.answer(request, job, refusal, self.settings)
             self._publisher("reply", spec, self.settings.scratch / "_reply")

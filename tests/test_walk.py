@@ -29,7 +29,7 @@ from tests.localhub.server import RunningHub, running_hub
 from tests.space.server import running_space
 from tests.verify_promises import broken_promises
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CARD = """---
 license: apache-2.0
@@ -76,19 +76,9 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
             home=folder / "bot", hub=hub.url, namespace="mergebot", publish_token_file=token, device="cpu",
             poll_s=1, tick_s=0.2, speed_budget_s=10, speed_questions=2, speed_new_tokens=16,
         )  # fmt: skip
-        environment = {
-            f"MERGEBOT_{name.upper()}": str(getattr(settings, name))
-            for name in (
-                "namespace",
-                "publish_token_file",
-                "device",
-                "poll_s",
-                "tick_s",
-                "speed_budget_s",
-                "speed_questions",
-                "speed_new_tokens",
-            )  # fmt: skip
-        } | {"MERGEBOT_SCHEDULE": "true"}
+        told = ("namespace", "publish_token_file", "device", "poll_s", "tick_s", "speed_budget_s", "speed_questions")
+        environment = {f"MERGEBOT_{name.upper()}": str(getattr(settings, name)) for name in told}
+        environment |= {"MERGEBOT_SPEED_NEW_TOKENS": "16", "MERGEBOT_SCHEDULE": "true"}
         settings.home.mkdir()
         with running_space(settings.home, hub.url, log=folder / "space.log", environment=environment) as address:
             push = f"api.create_repo('alice/asks'); api.upload_file(path_or_fileobj={CARD.encode()!r}, "
@@ -109,7 +99,7 @@ def _submit(address: str) -> dict[str, Any]:
     return answer
 
 
-def _ended(queue: Queue, form: str, timeout_s: float = 240) -> tuple[Job, Job]:
+def _ended(queue: Queue, form: str, timeout_s: float = 500) -> tuple[Job, Job]:
     for _ in _until(timeout_s):
         jobs = queue.jobs()
         if len(jobs) == 2 and all(job.ended_at for job in jobs):
@@ -189,7 +179,8 @@ def test_the_card_has_the_metadata_the_hub_understands(walk: Walk) -> None:
     for source in walk.form.sources:
         assert source.revision in card
     loaded = walk.hub.client(
-        "from huggingface_hub import ModelCard\nresult = ModelCard.load('mergebot/visitor-both').data.eval_results is not None",
+        "from huggingface_hub import ModelCard\n"
+        "result = ModelCard.load('mergebot/visitor-both').data.eval_results is not None",
         walk.home,
     )
     assert loaded is True

@@ -85,8 +85,8 @@ def _family(folder: Path, shown: Show, seconds: dict[str, float]) -> dict[str, P
 @contextmanager
 def _local_hub(directory: Path, token: str, seconds: dict[str, float], folders: dict[str, Path]) -> Iterator[str]:
     """The Hub, filled and listening; yields its address."""
-    from bot.localhub import add_user, seed
-    from bot.localhub.serve import listen
+    from bot.localhub import add_user, create_app, seed
+    from bot.localhub.serve import running
 
     began, root = time.monotonic(), directory / "hub"
     add_user(root, BOT, token, role="write")
@@ -101,21 +101,10 @@ def _local_hub(directory: Path, token: str, seconds: dict[str, float], folders: 
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(_text(f"card/{name}"))
     seed(root, content)
-    ready = threading.Event()
-    server, listener = listen(root, "127.0.0.1", _port(directory / "port"), lambda url: ready.set())
-    (directory / "port").write_text(str(listener.getsockname()[1]))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    if not ready.wait(30):
-        raise Failed(
-            "HUB_UNAVAILABLE", "The local Hub did not start within 30 s.", "Look for what else keeps this machine busy."
-        )
-    seconds["hub"] = time.monotonic() - began
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
+    with running(create_app(root), "127.0.0.1", _port(directory / "port")) as address:
+        (directory / "port").write_text(address.rpartition(":")[2])
+        seconds["hub"] = time.monotonic() - began
+        yield address
 
 
 def _link(folder: Path, target: Path) -> None:

@@ -290,6 +290,12 @@ class Queue:
         )
         return self._all(query)
 
+    def count_published(self) -> int:
+        """How many jobs are published: cheap enough to ask at every tick."""
+        query = sa.select(sa.func.count()).select_from(FACTS).where(FACTS.c.kind == "publication")
+        with self._reading.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
     def position(self, job_id: str) -> int:
         """How many open jobs were submitted before this one."""
         with self._reading.connect() as connection:
