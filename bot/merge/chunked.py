@@ -16,7 +16,7 @@ from bot.merge.methods import apply
 from bot.merge.methods.gram import Vector, combination, gram_of
 from bot.merge.methods.masks import band, by_chance, by_rank, kept
 from bot.merge.methods.model_stock import blend, share
-from bot.merge.methods.reductions import CHUNK, selection
+from bot.merge.methods.reductions import CHUNK, Selection, selection, streamed_selection
 from bot.merge.methods.slerp import coefficients
 from bot.merge.methods.spherical import centre, flat_arc, interpolation, one_step
 from bot.merge.methods.task_vectors import decide, l1_match
@@ -56,12 +56,13 @@ class Pieces:
             return self.widened(self.x[i], start, stop)
         return self.widened(self.x[i], start, stop) - self.widened(self.base, start, stop)
 
-    def sizes(self, i: int) -> Tensor:
-        """|d_i| of the whole tensor."""
-        out = torch.empty(self.count, dtype=self.wide)
-        for start, stop in self.spans():
-            torch.abs(self.delta(i, start, stop), out=out[start:stop])
-        return out
+    def largest(self, i: int, k: int) -> Selection:
+        """Which k elements of |d_i| are the largest."""
+        if self.wide != torch.float32:
+            return selection(self.delta(i, 0, self.count).abs_(), k)
+        return streamed_selection(
+            lambda: (self.delta(i, start, stop).abs_() for start, stop in self.spans()), self.count, k
+        )
 
     def values(self, name: str) -> list[float]:
         """A parameter of each input but the base."""
@@ -193,19 +194,18 @@ def _mask(pieces: Pieces, i: int) -> Callable[[], Mask]:
         return lambda: (
             lambda delta, start: by_rank(delta.reshape(-1, width), density, epsilon, keys[i], start).reshape(-1)
         )
-    sizes = pieces.sizes(i)
     if method == "ties":
-        chosen = selection(sizes, kept(pieces.count, density))
+        chosen = pieces.largest(i, kept(pieces.count, density))
 
         def largest() -> Mask:
             fresh = chosen.again()
-            return lambda delta, start: delta * fresh.mask(delta.abs())
+            return lambda delta, start: fresh.shrink(delta)
 
         return largest
-    inner, outer = (selection(sizes, k) for k in band(pieces.count, density, pieces.values("gamma")[i]))
+    inner, outer = (pieces.largest(i, k) for k in band(pieces.count, density, pieces.values("gamma")[i]))
 
     def middle() -> Mask:
         inside, around = inner.again(), outer.again()
-        return lambda delta, start: delta * (around.mask(delta.abs()) & ~inside.mask(delta.abs()))
+        return lambda delta, start: around.shrink(delta) - inside.shrink(delta)
 
     return middle

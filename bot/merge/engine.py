@@ -199,8 +199,7 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
     else:
         result = _merged(work, [tensor.to(device, wide) for tensor in stored], spoilt).to(target).to("cpu")
     result = result.contiguous()
-    finite = torch.isfinite(result)
-    if not bool((finite if spoilt is None else finite | spoilt).all()):
+    if not _finite(result) and not bool((torch.isfinite(result) | (spoilt if spoilt is not None else False)).all()):
         raise Failed(
             "NOT_FINITE", f"{step.name} overflows {work.dtype.name}, though its inputs are finite.",
             "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.", value=step.name,
@@ -227,11 +226,15 @@ def _merged(work: Work, tensors: list[Tensor], spoilt: Tensor | None) -> Tensor:
     return result
 
 
+def _finite(tensor: Tensor) -> bool:
+    """Whether every element surely is finite: one cheap sum. False means that a closer look is due."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+
+
 def _count_nonfinite(work: Work, stored: list[Tensor]) -> dict[str, int]:
     out: dict[str, int] = {}
     for operand, tensor in zip(work.reads, stored, strict=True):
-        # one pass when all is well: a sum is finite only if every element is (or it overflows, and we look closer)
-        if tensor.numel() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        if not _finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 out[str(operand.model)] = bad

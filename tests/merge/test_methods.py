@@ -20,7 +20,7 @@ from bot.merge.dtypes import BY_NAME
 from bot.merge.header import TensorInfo
 from bot.merge.methods import FUNCTIONS, apply
 from bot.merge.methods.masks import by_chance, splitmix64, uniform
-from bot.merge.methods.reductions import first_largest
+from bot.merge.methods.reductions import first_largest, streamed_selection
 from bot.merge.spec import ModelRef
 from bot.merge.steps import Operand, Work
 
@@ -173,7 +173,15 @@ def test_equal_magnitudes_are_kept_from_the_front_and_exactly_as_many_as_asked_f
 @given(st.lists(st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0]), min_size=1, max_size=40), st.integers(0, 45))
 def test_selection_without_a_sort_selects_what_a_sort_would(values: list[float], k: int) -> None:
     want = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
-    assert first_largest(torch.tensor(values), k).nonzero().flatten().tolist() == sorted(want)
+    sizes = torch.tensor(values)
+    assert first_largest(sizes, k).nonzero().flatten().tolist() == sorted(want)
+    streamed = streamed_selection(lambda: sizes.split(3), len(values), k)
+    masks = streamed.again()
+    assert torch.cat([masks.mask(piece) for piece in sizes.split(3)]).nonzero().flatten().tolist() == sorted(want)
+    shrunk = streamed.again()
+    signed = -sizes
+    got = torch.cat([shrunk.shrink(piece) for piece in signed.split(3)])
+    assert torch.equal(got, torch.where(first_largest(sizes, k), signed, torch.zeros_like(signed)))
 
 
 def test_spherical_corners() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bot.merge.methods.reductions import dot, first_largest
-from bot.merge.methods.task_vectors import elects_plus, sum_of
+from bot.merge.methods.task_vectors import elected_sign, sum_of
 
 FLOOR = 1e-6
 
@@ -25,13 +25,13 @@ def sce(x: Sequence[Tensor], b: Tensor, *, select_topk: float) -> Tensor:
     energies = [dot(delta, delta) / max(1, b.numel()) for delta in deltas]
     total = sum(energies)
     shares = [1 / len(x)] * len(x) if total < FLOOR else [energy / total for energy in energies]
-    plus = elects_plus(deltas)
+    sign = elected_sign(deltas)
     top, bottom = torch.zeros_like(b), torch.zeros_like(b)
     for delta, share in zip(deltas, shares, strict=True):
-        agrees = torch.where(plus, delta > 0, delta < 0)
-        top.add_(delta * agrees, alpha=share)
-        bottom.add_(agrees, alpha=share)
-    return top.div_(bottom.clamp_(min=FLOOR)).add_(b)
+        agreeing = (delta * sign).clamp_(min=0)
+        top.add_(agreeing, alpha=share)
+        bottom.add_(agreeing.sign_(), alpha=share)
+    return top.mul_(sign).div_(bottom.clamp_(min=FLOOR)).add_(b)
 
 
 def _most_varying(deltas: Sequence[Tensor], select_topk: float) -> Tensor:

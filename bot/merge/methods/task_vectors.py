@@ -154,27 +154,28 @@ def decide(
     return total.mul_(lambda_).add_(b)
 
 
-def elects_plus(votes: Sequence[Tensor]) -> Tensor:
-    """Per element, whether the votes elect plus. A draw (sides equal up to rounding) elects plus."""
+def elected_sign(votes: Sequence[Tensor]) -> Tensor:
+    """Per element +1 or -1. A draw (sides equal up to rounding) elects plus."""
     balance = sum_of(votes)
     size = torch.zeros_like(balance)
     for vote in votes:
         size.add_(vote.abs())
-    return (balance >= 0) | (balance.abs() <= CANCELS * size)
+    return torch.copysign(torch.ones((), dtype=balance.dtype, device=balance.device), balance.add_(size, alpha=CANCELS))
 
 
 def _elected_sum(votes: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Sum of the votes that agree with the elected sign, and the weights of those votes, per element.
 
-    An exact zero never votes; a negative weight has flipped its vote already.
+    An exact zero never votes; a negative weight has flipped its vote already. Arithmetic on floats throughout: masks
+    of booleans cost several times as much.
     """
-    plus = elects_plus(votes)
+    sign = elected_sign(votes)
     total, count = torch.zeros_like(votes[0]), torch.zeros_like(votes[0])
     for vote, w_i in zip(votes, weight, strict=True):
-        agrees = torch.where(plus, vote > 0, vote < 0)
-        total.add_(vote * agrees)
-        count.add_(agrees, alpha=w_i)
-    return total, count
+        agreeing = (vote * sign).clamp_(min=0)
+        total.add_(agreeing)
+        count.add_(agreeing.sign_(), alpha=w_i)
+    return total.mul_(sign), count
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
