@@ -38,18 +38,36 @@ class Parts:
     outputs: list[Any]
 
 
+# What the board can be ordered by, the best first; rows without the figure come last. Tasks join as `task:<name>`.
+ORDERS: dict[str, Callable[[Row], Any]] = {
+    "average": lambda row: row.average,
+    "speedup": lambda row: row.speedup,
+    "tokens per step": lambda row: row.tokens_per_step,
+    "parameters": lambda row: row.parameters,
+    "newest": lambda row: row.published_at or None,
+}
+TASK_ORDER = "task:"
+
+
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What a visitor wants to see."""
+    """What a visitor wants to see, and in which order."""
 
     words: str = ""
     methods: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     licences: tuple[str, ...] = ()
     least_percent: float = 0.0
+    order: str = "average"
+
+    @classmethod
+    def of(cls, search: Any, methods: Any, sources: Any, licences: Any, least: Any, order: Any) -> Filters:
+        """From the values of the widgets, where nothing may be None."""
+        lists = (tuple(methods or ()), tuple(sources or ()), tuple(licences or ()))
+        return cls(str(search or ""), *lists, float(least or 0), str(order or "average"))
 
     def pick(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows that pass, best average first; those without one last."""
+        """The rows that pass, in order."""
         wanted = self.words.casefold().split()
         kept = [
             row
@@ -60,7 +78,15 @@ class Filters:
             and (not self.licences or row.licence in self.licences)
             and (self.least_percent <= 0 or 100 * (row.average or 0.0) >= self.least_percent)
         ]
-        return sorted(kept, key=lambda row: (row.average is not None, row.average or 0.0), reverse=True)
+        figures_of = [(self._figure(row), row) for row in kept]
+        known = [(figure, row) for figure, row in figures_of if figure is not None]
+        known.sort(key=lambda each: each[0], reverse=True)
+        return [row for _, row in known] + [row for figure, row in figures_of if figure is None]
+
+    def _figure(self, row: Row) -> Any:
+        if self.order.startswith(TASK_ORDER):
+            return row.scores.get(self.order.removeprefix(TASK_ORDER), (None, None))[0]
+        return ORDERS.get(self.order, ORDERS["average"])(row)
 
 
 def build(desk: Desk) -> Parts:
@@ -73,6 +99,7 @@ def build(desk: Desk) -> Parts:
         least = gr.Number(
             label="Average at least, %", minimum=0, maximum=100, value=0, precision=0, elem_id="least", scale=2
         )
+        order = gr.Dropdown(label="Sort by", choices=list(ORDERS), value="average", elem_id="order", scale=2)
     table = gr.Dataframe(
         interactive=False,
         show_label=False,
@@ -96,23 +123,24 @@ def build(desk: Desk) -> Parts:
             parents = gr.Plot(show_label=False, label="The merge beside its parents", elem_id="parents")
             detail = panel(elem_id="detail", elem_classes="panel")
 
-    filters = [search, method, source, licence, least]
+    filters = [search, method, source, licence, least, order]
     shown = [summary, table, empty, below, heading, parents, detail, scatter, unseen, chosen]
     look = _looker(desk)
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-    for each in filters:
-        each.change(look, [*filters, chosen], [*shown, method, source, licence], trigger_mode="always_last", **quiet)
-    chosen.input(look, [*filters, chosen], [*shown, method, source, licence], **quiet)
+    inputs, outputs = [*filters, chosen], [*shown, method, source, licence, order]
+    # A dropdown also "changes" when it is given new choices: only what a person does to it counts.
+    said = (search.change, least.change, *(each.input for each in (method, source, licence, order, chosen)))
+    for happened in said:
+        happened(look, inputs, outputs, trigger_mode="always_last", **quiet)
     table.select(_selector(desk), filters, [heading, parents, detail, scatter, chosen], **quiet)
-    return Parts(look, [*filters, chosen], [*shown, method, source, licence])
+    return Parts(look, inputs, outputs)
 
 
 def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
-    def look(
-        search: str, methods: list[str], sources: list[str], licences: list[str], least: float, chosen: str | None
-    ) -> tuple[Any, ...]:
+    def look(*values: Any) -> tuple[Any, ...]:
+        *asked, chosen = values
         board = desk.board()
-        rows = _filters(search, methods, sources, licences, least).pick(board.rows)
+        rows = Filters.of(*asked).pick(board.rows)
         row = next((each for each in rows if each.model == chosen), rows[0] if rows else None)
         plot = figures.quality_speed(rows, row)
         return (
@@ -127,6 +155,7 @@ def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
             gr.Dropdown(choices=sorted({each.method for each in board.rows})),
             gr.Dropdown(choices=sorted({each for row in board.rows for each in row.sources})),
             gr.Dropdown(choices=sorted({each.licence for each in board.rows})),
+            gr.Dropdown(choices=_orders(board.rows)),
         )
 
     return look
@@ -134,22 +163,16 @@ def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
 
 def _selector(desk: Desk) -> Callable[..., tuple[Any, ...]]:
     def select(
-        search: str, methods: list[str], sources: list[str], licences: list[str], least: float, event: gr.SelectData
+        search: str, methods: Any, sources: Any, licences: Any, least: Any, order: str, event: gr.SelectData
     ) -> tuple[Any, ...]:
         """A cell was chosen: its row is known by its first cell, whatever the table is sorted by."""
-        rows = _filters(search, methods, sources, licences, least).pick(desk.board().rows)
+        rows = Filters.of(search, methods, sources, licences, least, order).pick(desk.board().rows)
         row = next((each for each in rows if event.row_value and _model_cell(each) == event.row_value[0]), None)
         if row is None:
             return (gr.skip(),) * 5
         return *_detail(row, desk.settings.hub), figures.quality_speed(rows, row), row.model
 
     return select
-
-
-def _filters(search: Any, methods: Any, sources: Any, licences: Any, least: Any) -> Filters:
-    return Filters(
-        str(search or ""), tuple(methods or ()), tuple(sources or ()), tuple(licences or ()), float(least or 0)
-    )
 
 
 def table_value(rows: Sequence[Row]) -> dict[str, Any]:
@@ -202,6 +225,11 @@ def _model_cell(row: Row) -> str:
 
 def _searched(row: Row) -> str:
     return " ".join((row.model, row.method, row.requester, row.licence, *row.sources)).casefold()
+
+
+def _orders(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    tasks = sorted({task for row in rows for task in row.scores})
+    return [*((name, name) for name in ORDERS), *((plain(task), TASK_ORDER + task) for task in tasks)]
 
 
 def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -12,10 +12,15 @@ from playwright.sync_api import Browser, Page, Request, sync_playwright
 from tests.space.conftest import Stage, empty_space, space  # noqa: F401 - fixtures of this folder too
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 OpenPage = Callable[..., Page]
 
 
