@@ -119,6 +119,8 @@ class Base:
         size = min(SELF_CHECK_TOKENS, (self.max_positions or SELF_CHECK_TOKENS))
         ids = torch.randint(0, self.vocab, (1, size), generator=generator).to(self.device)
         own = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not bool(torch.isfinite(own.max())):
+            raise not_finite("on its first tokens")
         backbone = self.model.base_model
         if backbone is not self.model:
             hidden = getattr(backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
@@ -335,6 +337,15 @@ def _postprocessors(config: Any) -> list[Callable[[Tensor], Tensor]]:
     if multiplier:
         found.append(lambda z: z * multiplier)
     return found
+
+
+def not_finite(where: str) -> EvaluationError:
+    """The error for logits that hold NaN or infinity."""
+    return EvaluationError(
+        "SPEED_CHECK_FAILED",
+        f"The model's logits hold NaN or infinity {where}.",
+        "Look at the merged weights: a source or the merge itself is not finite.",
+    )
 
 
 def _close(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:

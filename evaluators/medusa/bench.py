@@ -110,7 +110,7 @@ def _block(
     ids = question.ids
 
     def plainly() -> Trace:
-        return plain(runner, ids, limits, keep_hidden=True)
+        return plain(runner, ids, limits)
 
     def all_candidates(order: Sequence[Candidate]) -> dict[str, Trace]:
         return {c.id: medusa(runner, c.drafter, c.tree, ids, limits) for c in order}

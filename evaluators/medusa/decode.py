@@ -17,9 +17,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from evaluators.errors import EvaluationError
 from evaluators.medusa.acceptance import GREEDY, Rule
-from evaluators.medusa.adapters import EagerRunner
+from evaluators.medusa.adapters import EagerRunner, not_finite
 from evaluators.medusa.tree import ROOT_ONLY, Tree
 
 Finish = Literal["stop", "length", "context"]
@@ -161,7 +160,7 @@ def _step(
     if drafter is not None and tree.nodes > 1:
         drafted = drafter.propose(h, seen[-1], seen, tree)
         tree = tree.first(len(drafted) + 1)
-        tokens = torch.cat([tokens, drafted])
+        tokens = torch.cat([tokens, drafted.to(tokens.device)])
     drafted_at = time.perf_counter()
     hidden, logits = runner.forward(tokens, tree)
     _require_finite(logits, trace.steps + 1)
@@ -214,11 +213,7 @@ def _finished(trace: Trace, runner: EagerRunner, limits: Limits) -> bool:
 def _require_finite(logits: Tensor, step: int) -> None:
     # max() hands a NaN through, so one number tells for the whole tensor.
     if not bool(torch.isfinite(logits.max())):
-        raise EvaluationError(
-            "SPEED_CHECK_FAILED",
-            f"The model's logits hold NaN or infinity at decoding step {step}.",
-            "Look at the merged weights: a source or the merge itself is not finite.",
-        )
+        raise not_finite(f"at decoding step {step}")
 
 
 class timed:

@@ -38,7 +38,6 @@ HELD_OUT = 8
 LEAST_TIMED_TOKENS = 12
 LEAST_QUESTIONS = 4
 LEAST_POSITIONS = 64
-LOOKUP_FROM_S = 60
 LOOKUP_TOKENS = 4
 
 
@@ -95,9 +94,8 @@ def measure(
     report with `refusal`.
     """
     run = _Run(model, budget_s, seed, progress or (lambda stage, done, total: None))
-    torch.manual_seed(seed)
     run.progress("load", 0, 1)
-    asked = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), questions)
+    asked = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), max(1, questions))
     with _steadiest_threads(device):
         base = adapters.load(model, device)
         _examine(run, base, asked, prompts, max_new_tokens, out)
@@ -144,7 +142,8 @@ def _speculate(
     run.progress("calibrate", 1, 1)
     limits = _limits(run, base, test, max_new_tokens, cost, choice)
     candidates = [bench.Candidate("fresh", HeadDrafter(heads), choice.tree)]
-    if run.until(FINISHED_BY) - time.monotonic() > LOOKUP_FROM_S:
+    # Six runs a question instead of four, each token priced as a wide step: only if all of it surely fits.
+    if run.until(FINISHED_BY) - time.monotonic() > len(test) * 6 * cost.plain_wall_s * (3 + 2 * limits.max_new_tokens):
         candidates.append(bench.Candidate("prompt_lookup", PromptLookup(base.device), chain(LOOKUP_TOKENS)))
     blocks = bench.run_blocks(
         base, candidates, test, limits, deadline=run.until(FINISHED_BY), progress=_named(run, "bench")

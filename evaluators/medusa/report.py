@@ -17,6 +17,12 @@ import transformers
 from evaluators.medusa.adapters import Base
 
 SCHEMA = "mergebot.decode_speed/1"
+VERDICTS = {
+    "faster": "decoding with them is faster here",
+    "slower": "decoding with them is slower here",
+    "same": "the difference to plain decoding is within the noise",
+    "inconclusive": "the machine was too unsteady, or the questions too few, for a verdict",
+}
 Row = dict[str, Any]
 
 
@@ -129,27 +135,25 @@ def sentence(report: Mapping[str, Any]) -> str:
     speed, machine = row["speedup"], report["environment"]
     clock = speed["clock_used"]
     ratio, interval = speed[clock], speed[f"{clock}_ci95"]
-    span = "from one question, so without an interval" if interval is None else (
-        f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"
-    )  # fmt: skip
-    where = f"{machine['threads']} threads of this CPU" if machine["device"] == "cpu" else machine["device"]
-    verdicts = {
-        "faster": "decoding with them is faster here",
-        "slower": "decoding with them is slower here",
-        "same": "the difference to plain decoding is within the noise",
-        "inconclusive": "the machine was too unsteady, or the questions too few, for a verdict",
-    }
+    unit = "x plain speed in CPU time" if clock == "cpu" else "x plain speed"
+    span = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "from one question, no interval"
     exact = row["exact"]
-    text = (
-        f"Medusa heads trained in {_total_s(row['training']):.0f} s bring "
-        f"{row['tokens_per_step']['measured']:.2f} tokens per step; on {where} decoding with them runs at "
-        f"{ratio:.2f} x plain speed ({span}): {verdicts[speed['verdict']]}. "
-        f"Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} questions."
+    advice = " Do not speculate here." if report["recommendation"] == "do not speculate" else ""
+    return (
+        f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
+        f"on {_where(machine)} decoding with them runs at {ratio:.2f} {unit} ({span}): {VERDICTS[speed['verdict']]}."
+        f"{advice} Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} questions."
     )
-    if report["recommendation"] == "do not speculate":
-        text += " The tree search recommends: do not speculate on this machine."
-    return text
 
 
-def _total_s(training: Mapping[str, Any]) -> float:
-    return sum(training[key] or 0.0 for key in ("generate_s", "features_s", "fit_s"))
+def _trained(training: Mapping[str, Any]) -> str:
+    if not training["steps"]:
+        return "Untrained Medusa heads (there was no time, or no text, to train them)"
+    seconds = sum(training[key] or 0.0 for key in ("generate_s", "features_s", "fit_s"))
+    return f"Medusa heads trained in {seconds:.0f} s on {training['tokens']} tokens of the model's own text"
+
+
+def _where(machine: Mapping[str, Any]) -> str:
+    if machine["device"] != "cpu":
+        return str(machine["device"])
+    return f"this CPU ({machine['threads']} thread{'s' if machine['threads'] != 1 else ''})"

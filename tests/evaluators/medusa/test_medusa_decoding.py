@@ -166,6 +166,14 @@ def test_sampling_with_trees_gives_the_tokens_of_plain_sampling_with_the_same_no
     assert plain(EagerRunner(base), PROMPT, limits, Exact(seed=9)).tokens != want.tokens
 
 
+def test_prompt_lookup_continues_the_latest_match_of_the_longest_tail() -> None:
+    h, lookup = torch.zeros(1), PromptLookup()
+    assert lookup.propose(h, 3, [1, 2, 3, 7, 8, 1, 2, 3, 9, 5, 1, 2, 3], chain(2)).tolist() == [9, 5]
+    assert lookup.propose(h, 3, [1, 2, 3, 4, 6, 9, 2, 3], chain(4)).tolist() == [4, 6, 9, 2]
+    assert lookup.propose(h, 3, [1, 2, 3], chain(4)).tolist() == []
+    assert lookup.propose(h, 3, [3], chain(4)).tolist() == []
+
+
 def test_sampled_draws_follow_the_distribution() -> None:
     p = torch.tensor([0.5, 0.25, 0.15, 0.1])
     draws = torch.tensor([Exact(seed=1).pick(p.log(), position) for position in range(4000)])
@@ -215,3 +223,5 @@ def test_a_model_whose_logits_are_not_finite_ends_with_the_step_and_a_reason() -
         model.get_output_embeddings().weight[5] = float("nan")
     with pytest.raises(EvaluationError, match="NaN or infinity at decoding step 0"):
         plain(EagerRunner(base), PROMPT, Limits(5))
+    with pytest.raises(EvaluationError, match="NaN or infinity on its first tokens"):
+        Base(model, tiny.tokenizer())

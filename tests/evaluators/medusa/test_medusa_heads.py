@@ -221,13 +221,13 @@ def test_a_model_that_wrote_nothing_to_learn_from_leaves_the_heads_untrained() -
 @pytest.mark.slow
 def test_simulation_without_the_base_predicts_the_real_tokens_per_step() -> None:
     base = tiny.base("gqa")
-    dialogues = answers(base)
+    dialogues = answers(base, 5, 30)
     features = data.gather(base, dialogues)
     heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, budget_s=600, recipe=TEN)
     for tree in (ROOT_ONLY, chain(1), chain(3), full((2, 2))):
         steps = tokens = 0
         for dialogue in dialogues:
-            trace = medusa(EagerRunner(base), HeadDrafter(heads), tree, dialogue.prompt, Limits(40, base.stop_ids))
+            trace = medusa(EagerRunner(base), HeadDrafter(heads), tree, dialogue.prompt, Limits(30, base.stop_ids))
             assert tuple(trace.tokens) == dialogue.output
             steps, tokens = steps + trace.steps, tokens + len(trace.tokens) - 1
         assert calibrate.simulate(heads, features, tree) == pytest.approx(tokens / steps, rel=0.01)

@@ -99,6 +99,26 @@ def test_transformers_own_greedy_loop_gives_the_same_text() -> None:
     assert seconds > 0
 
 
+def test_a_report_says_in_words_what_its_figures_say() -> None:
+    made = report.blank("quick")
+    row = report.blank_row("fresh", "fresh")
+    made["candidates"], made["recommendation"] = [row], "do not speculate"
+    made["environment"] |= {"device": "cpu", "threads": 2}
+    row["tokens_per_step"]["measured"] = 1.3
+    row["speedup"] |= {"wall": 0.82, "wall_ci95": [0.7, 0.9], "clock_used": "wall", "verdict": "slower"}
+    row["training"] |= {"steps": 9, "tokens": 2421, "generate_s": 30.0, "features_s": 1.0, "fit_s": 9.0}
+    row["exact"] |= {"prompts": 5, "equal": 5}
+    assert report.sentence(made) == (
+        "Medusa heads trained in 40 s on 2421 tokens of the model's own text bring 1.30 tokens per step; on this CPU "
+        "(2 threads) decoding with them runs at 0.82 x plain speed (95 % interval 0.70 to 0.90): decoding with them is "
+        "slower here. Do not speculate here. Greedy text was equal to plain decoding on 5 of 5 questions."
+    )
+    row["training"]["steps"] = 0
+    assert report.sentence(made).startswith("Untrained Medusa heads")
+    made["refusal"] = "it has a recurrent state."
+    assert report.sentence(made).endswith("was not measured: it has a recurrent state.")
+
+
 SHAPE = {
     "schema mode chosen recommendation verdict refusal warnings seconds model environment suite cost_curve aa plain "
     "candidates": None,
@@ -149,15 +169,20 @@ def test_a_measurement_is_whole_exact_and_on_disk(tmp_path: Path) -> None:
     assert list(rows) == ["none", "native", "prompt_lookup", "identity", "fresh"]
     fresh = rows["fresh"]
     assert measured["refusal"] is None
-    assert fresh["exact"]["equal"] == fresh["exact"]["prompts"] == measured["suite"]["questions"] == 4
+    # How many questions fit into the budget depends on the machine; that all are exact does not.
+    timed = measured["suite"]["questions"]
+    assert fresh["exact"]["equal"] == fresh["exact"]["prompts"] == timed and 1 <= timed <= 4
     assert fresh["training"]["steps"] > 0 and fresh["tokens_per_step"]["measured"] >= 1
     assert measured["chosen"] == ("none" if measured["recommendation"] == "do not speculate" else "fresh")
     assert list(dict.fromkeys(stage for stage, _, _ in heard)) == [
         "load", "generate", "fit", "calibrate", "bench",
     ]  # fmt: skip
-    assert measured["seconds"]["total"] < 15
+    assert measured["seconds"]["total"] < 45
     said = report.sentence(measured)
-    assert f"{fresh['tokens_per_step']['measured']:.2f} tokens per step" in said and "4 of 4 questions" in said
+    assert (
+        f"{fresh['tokens_per_step']['measured']:.2f} tokens per step" in said
+        and f"{timed} of {timed} questions" in said
+    )
 
 
 @pytest.mark.slow
