@@ -203,9 +203,7 @@ def submit(
 
 @app.command(rich_help_panel=RUN)
 def status(
-    job_id: Annotated[
-        str | None, typer.Argument(help="One job; all recent ones without it.", metavar="[JOB]")
-    ] = None,
+    job_id: Annotated[str | None, typer.Argument(help="One job; all recent ones without it.", metavar="[JOB]")] = None,
 ) -> None:
     """Where the jobs stand."""
     from bot import screens
