@@ -23,7 +23,8 @@ OWN_TASKS = Path(__file__).parent / "tasks"
 # A task's or group's name in a task file. Task files are YAML, but what is looked for is one plain scalar at the left
 # margin: reading the 14,000 files of lm-eval 0.4.13 this way takes 0.6 s of CPU, lm-eval's own index 35 s.
 _NAME = re.compile(
-    rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([A-Za-z0-9][^\s"'#\[\]{}]*)["']?[ \t]*(?:\#.*)?\r?$""", re.MULTILINE
+    rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([A-Za-z0-9][^\s"'#\[\]{}]*)["']?[ \t]*(?:\#.*)?\r?$""",
+    re.MULTILINE,
 )
 
 
