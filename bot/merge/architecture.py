@@ -59,6 +59,7 @@ def infer(checkpoint: Checkpoint) -> Architecture:
     owned = {name for layer in main.layers for name in layer.values()}
     loose = [name for name in names if name not in owned]
     before, after, unsure = _split(loose)
+    stacked = {name for stack in stacks for layer in stack.layers for name in layer.values()}
     head = next((name for name in loose if _HEAD.search(name)), None)
     return Architecture(
         main=main,
@@ -70,7 +71,7 @@ def infer(checkpoint: Checkpoint) -> Architecture:
         tied=bool(text_config(checkpoint.config).get("tie_word_embeddings", head is None)),
         depth_key=depth_key,
         dropped=dropped,
-        unsure=unsure,
+        unsure=tuple(name for name in unsure if name not in stacked),
     )
 
 
