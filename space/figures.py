@@ -32,7 +32,7 @@ def quality_speed(rows: Sequence[Row], chosen: Row | None) -> go.Figure | None:
     figure.add_vline(x=1.0, line={"dash": "dot", "width": 1, "color": QUIET})
     figure.update_xaxes(title_text="speed with Medusa, × plain decoding", ticksuffix="×")
     figure.update_yaxes(title_text="average score, %")
-    return _dressed(figure, height=360)
+    return _dressed(figure, height=440)
 
 
 def _points(rows: Sequence[Row], name: str, colour: str, size: int) -> go.Scatter:

@@ -1,0 +1,233 @@
+"""What the page is made of, without a server: markup, words, filters, figures, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bot.errors import Refused
+from bot.job import Failure, Job, Progress, Source, Stage
+from bot.request import MergeRequest, Origin
+from bot.settings import LIVE_HUB, Settings
+from space import board, figures, words
+from space.desk import Refusal, attempt, read_form
+from space.job_page import job_page, speed_sentence
+from space.limits import BODY_LIMIT_BYTES, BodyLimit
+from space.markup import escape, link, plain, tag
+from space.submit import EXAMPLES, examples
+from tests.space import exhibits
+
+ROWS = exhibits.board_rows("http://hub.test")
+NOW = datetime(2026, 11, 23, 20, 0, tzinfo=UTC)
+
+
+class Elements(HTMLParser):
+    """The elements and the text of a piece of HTML."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.names: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.names.append(name)
+        self.attributes += attributes
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_no_text_becomes_an_element_or_an_attribute(text: str, value: str) -> None:
+    found = Elements(tag("p", text, title=value))
+    assert found.names == ["p"]
+    assert [name for name, _ in found.attributes] == ["title"]
+    assert found.text == plain(text)
+    assert found.attributes[0][1] == plain(value)
+
+
+@given(st.text(max_size=200))
+def test_no_text_holds_what_gradio_reads_as_a_template(text: str) -> None:
+    escaped = escape(text)
+    assert not any(mark in escaped for mark in ("{", "}", "$", "`"))
+    assert html.unescape(escaped) == plain(text)
+
+
+@pytest.mark.parametrize("address", ["javascript:alert(1)", "data:text/html,x", "//x", "http://[", "", None])
+def test_only_web_addresses_become_links(address: str | None) -> None:
+    assert Elements(link(address, "x")).names == ["span"]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (words.percent(0.831, 0.0223), "83.1 ± 2.2"),
+        (words.percent(None), "–"),
+        (words.interval(1.84, (1.79, 1.9)), "1.84× (1.79–1.90)"),
+        (words.count(134_515_008), "134.5 M"),
+        (words.count(7_240_000_000), "7.24 B"),
+        (words.duration(200), "3 min 20 s"),
+        (words.duration(7500), "2 h 5 min"),
+        (words.age(NOW - timedelta(minutes=7), NOW), "7 min ago"),
+        (words.size(5536), "6 kB"),
+        (words.plural(1, "job"), "1 job"),
+    ],
+)
+def test_figures_are_told_as_people_read_them(told: str, expected: str) -> None:
+    assert told == expected
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"), [((1.1, 1.3), "faster than"), ((0.8, 0.9), "slower than"), ((0.9, 1.1), "not clearly")]
+)
+def test_a_speedup_is_called_one_only_when_its_interval_says_so(interval: tuple[float, float], verdict: str) -> None:
+    assert verdict in speed_sentence(sum(interval) / 2, interval, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("filters", "names"),
+    [
+        (board.Filters(words="TIES carol"), {"carol-ties-density-05", "carol-ties-density-02"}),
+        (board.Filters(methods=("slerp",)), {"bob-between", "dana-untested"}),
+        (board.Filters(licences=("mit",), least_percent=1), {"dana-weighted-early-layers"}),
+        (board.Filters(sources=(exhibits.BASE,), least_percent=70), {"alice-both-skills", "carol-ties-density-05"}),
+        (board.Filters(words="absent"), set()),
+    ],
+)
+def test_filters_keep_the_rows_they_name(filters: board.Filters, names: set[str]) -> None:
+    assert {row.model.rpartition("/")[2] for row in filters.pick(ROWS)} == names
+
+
+@pytest.mark.parametrize("order", [*board.ORDERS, "task:invented_crests", "unheard of"])
+def test_every_order_puts_the_best_first_and_the_unmeasured_last(order: str) -> None:
+    filters = board.Filters(order=order)
+    measured = [filters._figure(row) for row in filters.pick(ROWS)]
+    assert len(measured) == len(ROWS)
+    known = [figure for figure in measured if figure is not None]
+    assert measured[: len(known)] == sorted(known, reverse=True)
+
+
+def test_the_table_sorts_by_numbers_and_shows_them_with_their_errors() -> None:
+    value = board.table_value(ROWS)
+    headers, rows, shown = (
+        value["value"]["headers"],
+        value["value"]["data"],
+        value["value"]["metadata"]["display_value"],
+    )
+    assert len(headers) == len(value["datatype"]) == len(value["column_widths"]) == len(rows[0]) == len(shown[0])
+    at = headers.index("Average %")
+    assert rows[0][at] == pytest.approx(0.705)
+    assert shown[0][at] == "70.5 ± 3.5"
+    assert all(isinstance(row[at], float) for row in rows)
+
+
+def test_the_plot_holds_a_point_with_whiskers_for_each_measured_merge() -> None:
+    figure = figures.quality_speed(ROWS, ROWS[0])
+    assert figure is not None
+    points = {(x, round(y, 6)) for trace in figure.data for x, y in zip(trace.x, trace.y, strict=True)}
+    measured = [row for row in ROWS if row.average is not None and row.speedup is not None]
+    assert points == {(row.speedup, round(100 * (row.average or 0), 6)) for row in measured}
+    assert all(trace.error_x.array and trace.error_y.array for trace in figure.data)
+    assert figures.quality_speed([row for row in ROWS if row.speedup is None], None) is None
+
+
+def test_a_merge_stands_beside_each_of_its_parents_on_each_task() -> None:
+    figure = figures.beside_parents(ROWS[0])
+    assert figure is not None
+    dots = {trace.name: [round(x) for x in trace.x] for trace in figure.data}
+    assert dots == {"this merge": [83, 58], exhibits.BASE: [3, 23], exhibits.POET: [98, 20], exhibits.SMITH: [13, 75]}
+    assert figures.beside_parents(ROWS[-1]) is None
+
+
+def a_job(**facts: Any) -> Job:
+    request = MergeRequest("alice", Origin.FORM, exhibits.RECIPE, "both")
+    source = Source(exhibits.BASE, "1a" * 20, "apache-2.0", 10)
+    return Job("ab12", "0" * 64, request, "{}", (source,), {"method": "linear"}, NOW, **facts)
+
+
+def test_a_page_of_a_job_tells_each_failure_it_survived() -> None:
+    away = Failure(Stage.MERGING, "HUB_UNAVAILABLE", "The Hub is away.", "Nothing to do.", NOW + timedelta(minutes=5))
+    final = Failure(Stage.EVALUATING, "TIME_LIMIT", "Evaluating took 8 h.", "Ask for fewer tasks.")
+    waiting = Elements(job_page(a_job(failures=(away,)), LIVE_HUB, 2, NOW)).text
+    assert "tried again at 20:05 UTC" in waiting and "The Hub is away." in waiting
+    failed = Elements(job_page(a_job(failures=(away, final)), LIVE_HUB, 0, NOW)).text
+    assert "Evaluating took 8 h." in failed and "Ask for fewer tasks." in failed and "That ended the job." in failed
+
+
+@pytest.mark.parametrize(("done", "total"), [(0.0, 0.0), (-1.0, 2.0), (5.0, 2.0)])
+def test_progress_that_makes_no_sense_still_draws_a_bar(done: float, total: float) -> None:
+    from space.job_page import progress_bar
+
+    found = dict(Elements(progress_bar(Progress("x", done, total))).attributes)
+    assert 0 <= float(found["value"] or "") <= 1
+
+
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [({"recipe": 1, "name": "a"}, "recipe"), ({"recipe": "a"}, "name"), ({"recipe": "a", "name": "a", "x": 1}, "x")],
+)
+def test_a_form_with_a_wrong_field_is_refused_by_its_name(form: dict[str, Any], field: str) -> None:
+    with pytest.raises(Refused, match=f"`{field}`"):
+        read_form(form)
+
+
+def test_a_defect_of_ours_reaches_people_by_its_id_only() -> None:
+    def broken() -> None:
+        raise KeyError("hf_secretsecretsecretsecret")
+
+    found = attempt(broken)
+    assert isinstance(found, Refusal) and found.code == "INTERNAL"
+    assert "secret" not in str(found.as_dict()) and found.request_id in found.next_step
+
+
+def test_the_operators_examples_replace_ours(tmp_path: Path) -> None:
+    (tmp_path / "b_two.yml").write_text("merge_method: linear\n")
+    (tmp_path / "a.yml").write_text("# First of all\nmerge_method: slerp\n")
+    (tmp_path / "huge.yml").write_text("#" * 70_000)
+    assert list(examples(Settings(examples=tmp_path))) == ["First of all", "b two"]
+    assert examples(Settings()) == EXAMPLES
+    assert examples(Settings(hub="http://127.0.0.1:1")) == {}
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_our_examples_are_recipes_that_strangers_may_send(title: str) -> None:
+    from bot.merge import recipe
+
+    assert len(recipe.parse(EXAMPLES[title], trust="stranger").sources) == 2
+
+
+@pytest.mark.parametrize("chunks", [[b"x" * 1000], [b"x" * (BODY_LIMIT_BYTES // 2)] * 4])
+def test_a_body_of_undeclared_length_ends_at_the_limit(chunks: list[bytes]) -> None:
+    read: list[int] = []
+    waiting = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    waiting.append({"type": "http.request", "body": b"", "more_body": False})
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            read.append(len(message["body"]))
+            if not message["more_body"]:
+                return
+
+    async def receive() -> Any:
+        return waiting.pop(0)
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    asyncio.run(BodyLimit(application)({"type": "http", "headers": []}, receive, send))
+    assert sum(read) <= BODY_LIMIT_BYTES
+    assert (len(waiting) == 0) is (sum(map(len, chunks)) <= BODY_LIMIT_BYTES)
