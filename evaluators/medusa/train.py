@@ -86,8 +86,7 @@ def fit(
     planned = total = per_epoch * recipe.epochs
     optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
-    best: tuple[float, int, dict[str, Tensor]] | None = None
-    scores: list[float] = []
+    best = _Best(heads, held_out)
     losses: list[float] = []
     step = 0
     while step < total:
@@ -103,18 +102,36 @@ def fit(
                 total = _affordable(planned, step, started, budget_s)
             if progress is not None:
                 progress(step, total)
-        if held_out is not None and held_out.lengths:
-            scores.append(_score(heads, held_out))
-            if best is None or scores[-1] > best[0]:
-                best = (scores[-1], len(scores) - 1, {k: v.detach().clone() for k, v in heads.state_dict().items()})
-    if best is not None:
-        heads.load_state_dict(best[2])
+        best.offer()
+    best.restore()
     seconds = time.monotonic() - started
     training = Training(
-        len(usable), step, planned, step / per_epoch, seconds, seed, losses[0], losses[-1], tuple(scores),
-        None if best is None else best[1],
+        len(usable), step, planned, step / per_epoch, seconds, seed, losses[0], losses[-1], tuple(best.scores),
+        best.epoch,
     )  # fmt: skip
     return heads.eval().requires_grad_(False), training
+
+
+class _Best:
+    """Remembers the heads of the epoch that did best on held-out answers; without any, the last ones stand."""
+
+    def __init__(self, heads: Heads, held_out: Features | None) -> None:
+        self._heads, self._held_out = heads, held_out
+        self._state: dict[str, Tensor] = {}
+        self.scores: list[float] = []
+        self.epoch: int | None = None
+
+    def offer(self) -> None:
+        if self._held_out is None or not self._held_out.lengths:
+            return
+        self.scores.append(_score(self._heads, self._held_out))
+        if self.epoch is None or self.scores[-1] > self.scores[self.epoch]:
+            self.epoch = len(self.scores) - 1
+            self._state = {name: tensor.detach().clone() for name, tensor in self._heads.state_dict().items()}
+
+    def restore(self) -> None:
+        if self.epoch is not None:
+            self._heads.load_state_dict(self._state)
 
 
 def _train_step(
