@@ -109,7 +109,7 @@ def _model_index(job: Job) -> list[dict[str, Any]]:
             "value": round(score.value, 6),
             "name": f"{score.metric}, {score.few_shot}-shot",
         }
-        results.append({"task": task, "dataset": {"type": score.task, "name": score.task}, "metrics": [metric]})
+        results.append({"task": task, "dataset": _dataset(score), "metrics": [metric]})
     heads = leaderboard.measured_heads(job.evaluation.decode_speed)
     ratio = None if heads is None else leaderboard.speedup(heads)[0]
     if ratio is not None:
@@ -122,6 +122,21 @@ def _model_index(job: Job) -> list[dict[str, Any]]:
             {"task": task, "dataset": {"type": "prompts", "name": "Speed test prompts"}, "metrics": [metric]}
         )
     return results
+
+
+def _dataset(score: Score) -> dict[str, str]:
+    """The dataset of a score as `model-index` names it: the repo the questions came from, where there is one."""
+    data = score.data
+    if data is None or data.repo is None:
+        return {"type": score.task, "name": score.task}
+    found = {
+        "type": data.repo,
+        "name": score.task,
+        "config": data.config,
+        "split": data.split,
+        "revision": data.revision,
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def _headline(job: Job) -> str:

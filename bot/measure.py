@@ -12,7 +12,7 @@ from bot.errors import Failed, Refused
 from bot.job import Source
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
-from bot.settings import Settings
+from bot.settings import Settings, child_environment
 from evaluators import harness, suites
 from evaluators.errors import EvaluationError
 from evaluators.scores import ModelEvaluation
@@ -30,33 +30,50 @@ def suite_named(name: str) -> suites.Suite:
 
 
 def scores(
-    out: Path, sources: tuple[Source, ...], asked: EvaluateOptions, settings: Settings, scratch: Path, report: Show
+    out: Path,
+    manifest: str,
+    sources: tuple[Source, ...],
+    asked: EvaluateOptions,
+    settings: Settings,
+    scratch: Path,
+    report: Show,
 ) -> tuple[ModelEvaluation | None, dict[str, ModelEvaluation]]:
     """The merged model's scores, and its sources' by `repo@revision`. Raises Failed as the harness does."""
     if asked.suite == NO_SUITE and not asked.tasks:
         return None, {}
-    folders = {str(source): settings.sources / source.repo / source.revision for source in sources}
-    found = {
-        name: _evaluate(folder, name.partition("@")[0], asked, settings, scratch, report)
-        for name, folder in [("the merge", out), *folders.items()]
-    }
-    return found.pop("the merge"), found
+    merged = _evaluate(out, "the merge", asked, settings, scratch, report, manifest)
+    found = {}
+    for source in sources:
+        folder = settings.sources / source.repo / source.revision
+        found[str(source)] = _evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
+    return merged, found
 
 
 def _evaluate(
-    folder: Path, name: str, asked: EvaluateOptions, settings: Settings, scratch: Path, report: Show
+    folder: Path,
+    name: str,
+    asked: EvaluateOptions,
+    settings: Settings,
+    scratch: Path,
+    report: Show,
+    identity: str | None,
+    seed: int = 0,
 ) -> ModelEvaluation:
+    """`identity` stands for the bytes (a commit, a manifest) and spares hashing them again."""
     try:
         return harness.evaluate(
             folder,
             suites.own_suite(asked.tasks) if asked.tasks else suite_named(asked.suite),
             limit=asked.limit,
+            seed=seed,
             device=settings.device,
             chat_template=asked.chat_template,
             endpoint=settings.hub,
             cache=settings.evaluations,
             scratch=scratch / "lm-eval",
             timeout_s=settings.evaluate_timeout_s,
+            model_identity=identity,
+            environment=child_environment(settings, "worker"),
             progress=named(report, f"Evaluating {name}"),
         )
     except EvaluationError as error:
@@ -116,7 +133,7 @@ def one_model(
 ) -> ModelEvaluation:
     """The operator's own evaluation of one folder. Raises Failed."""
     asked = EvaluateOptions(suite=suite, limit=limit)
-    return _evaluate(folder, folder.name, asked, settings, settings.scratch / "evaluate", report)
+    return _evaluate(folder, folder.name, asked, settings, settings.scratch / "evaluate", report, None, seed)
 
 
 def model_folder(model: str, settings: Settings, report: Show) -> Path:

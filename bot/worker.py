@@ -107,7 +107,7 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
         )
     asked = _EVALUATE.validate_python(spec["evaluate"])
     sources = _SOURCES.validate_python(spec["sources"])
-    merged, parents = measure.scores(out, sources, asked, settings, scratch, report)
+    merged, parents = measure.scores(out, spec["manifest"], sources, asked, settings, scratch, report)
     crashpoint("eval.after_task")
     speed = measure.decode_speed(out, settings, scratch, report) if asked.speed == "medusa" else None
     fact = Evaluation(spec["manifest"], merged, parents, speed, time.monotonic() - started)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from gradio_client import Client
 
+from bot import leaderboard
 from bot.demo import skills
 from bot.hub import Hub
 from bot.job import ENDED, Job, Stage, stage
@@ -86,7 +87,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
             answers = [_submit(address), _submit(address)]
             queue = open_queue(settings)
             form, card = _ended(queue, answers[0]["job"]["id"])
-            _told(queue)
+            _told(queue, Hub(hub.url), settings)
         yield Walk(hub, settings, queue, form, card, answers, folder / "client")
 
 
@@ -110,11 +111,11 @@ def _ended(queue: Queue, form: str, timeout_s: float = 500) -> tuple[Job, Job]:
     )
 
 
-def _told(queue: Queue) -> None:
-    for _ in _until(30):
-        if not queue.unanswered():
+def _told(queue: Queue, hub: Hub, settings: Settings) -> None:
+    for _ in _until(60):
+        if not queue.unanswered() and len(leaderboard.read(hub, settings)) == 2:
             return
-    raise AssertionError("the card's author was not answered")
+    raise AssertionError("the card's author was not answered, or the board is behind")
 
 
 def _until(timeout_s: float) -> Iterator[None]:
