@@ -1,8 +1,8 @@
 """Run by test_writing.py as its own process: merges that are killed with SIGKILL and run again.
 
 usage: killed_merges.py FOLDER RECIPE POINT...
-A point `step:K` kills when K tensors are computed, `write:K` right after the K-th tensor's bytes are written, `end`
-after the last. Prints one JSON line: the points, and for each the digests of the resumed output.
+A point is a number K: the process dies when K tensors are done, other workers being anywhere in theirs. Prints one
+JSON line: digests of the undisturbed output, and per point what happened and the digests of the resumed output.
 """
 
 from __future__ import annotations
