@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from space.pieces import panel, refused, rows_table
 
 POLL_HERE_S = 2.0
 POLL_PUBLIC_S = 5.0
+RESEND_S = 20.0
 STAGE_WORDS = {
     Stage.QUEUED: "Queued",
     Stage.MERGING: "Merging",
@@ -98,20 +100,22 @@ def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
         visitor = login.visitor(request, desk.settings)
         jobs = attempt(lambda: desk.jobs(visitor or "" if mine else None))
         if isinstance(jobs, Refusal):
-            return refused(jobs), gr.skip(), *_buttons(False, False), chosen, None
-        chosen = chosen or (jobs[0].id if jobs else None)
-        table = jobs_table(desk, jobs, chosen, mine)
-        job = attempt(lambda: desk.job(chosen)) if chosen else None
+            return refused(jobs), gr.skip(), *_buttons(False, False), gr.skip(), None
+        shown = chosen or (jobs[0].id if jobs else None)
+        table = jobs_table(desk, jobs, shown, mine)
+        job = attempt(lambda: desk.job(shown)) if shown else None
         page = _page(desk, job)
         can_cancel = isinstance(job, Job) and job.request.requester == visitor and stage(job, now()) not in ENDED
-        now_seen = (table, page, str(can_cancel))
-        before = seen or ("", "", "")
-        buttons = (gr.skip(),) * 3 if before[2] == now_seen[2] and before[1] else _buttons(can_cancel, False)
+        # The answers to two looks can arrive in the wrong order; what is left as it is, is sent again before long.
+        now_seen = (table, page, f"{shown} {can_cancel}", str(time.time() // RESEND_S))
+        before = seen if seen and seen[3] == now_seen[3] else ("", "", seen[2] if seen else "", "")
         return (
             gr.skip() if table == before[0] else table,
             gr.skip() if page == before[1] else page,
-            *buttons,
-            chosen,
+            # "Yes, stop it" is for the job it was asked of: another one starts anew.
+            *((gr.skip(),) * 3 if before[2] == now_seen[2] else _buttons(can_cancel, False)),
+            # Never the old choice: a look that began before a click must not undo it.
+            gr.skip() if chosen else shown,
             now_seen,
         )
 

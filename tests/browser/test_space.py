@@ -221,3 +221,14 @@ def test_what_strangers_write_stays_text(space: Space, open_page: OpenPage) -> N
     expect(page.locator("#answer [role=alert]")).to_be_visible()
     assert page.evaluate("window.pwned") is None
     assert page.locator("#jobs img, #jobs script, #jobs svg, #job img, #job script, #answer img").count() == 0
+
+
+def test_a_question_left_open_is_not_asked_of_another_job(space: Space, open_page: OpenPage) -> None:
+    first, second = (exhibits.submit(space.queue, "visitor", name, now()) for name in ("first", "second"))
+    page = open_page(f"{space.url}/?job={first}")
+    page.get_by_role("button", name="Cancel this job").click()
+    expect(page.get_by_role("button", name="Yes, stop it")).to_be_visible()
+    page.locator(f"#jobs button[data-job='{second}']").click()
+    expect(page.locator("#job h2")).to_have_text("second")
+    expect(page.get_by_role("button", name="Yes, stop it")).to_be_hidden()
+    expect(page.get_by_role("button", name="Cancel this job")).to_be_visible()
