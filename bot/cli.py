@@ -86,10 +86,11 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
 ) -> None:
     """Serve the Space and run the bot: forms, tagged repos, jobs, board."""
-    import uvicorn
+    from bot import serving
 
-    settings()
-    uvicorn.run("space.app:create", factory=True, host=host, port=port, log_level="warning")
+    configured = settings()
+    typer.echo(f"The Space is at http://{host}:{port}  (Ctrl-C ends it)")
+    serving.serve(configured, host, port)
 
 
 @app.command(rich_help_panel=WALK)

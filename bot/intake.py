@@ -52,6 +52,12 @@ class Checked:
 def check(text: str, hub: Hub, settings: Settings) -> Checked:
     """What can be known about `text` from headers alone. Raises Refused, or Transient while the Hub is away."""
     asked = recipe.parse(text, trust="stranger")
+    if asked.chat_template not in (None, "auto"):
+        raise Refused(
+            "NOT_SUPPORTED",
+            "The recipe brings a chat template of its own, and the bot publishes only templates it knows.",
+            "Leave `chat_template` out, or write `chat_template: auto`.",
+        )
     pins: dict[recipe.ModelRef, recipe.ModelRef] = {}
     opened: dict[recipe.ModelRef, checkpoint.Checkpoint] = {}
     sources: dict[recipe.ModelRef, Source] = {}

@@ -29,6 +29,7 @@ from bot.settings import Settings, crashpoint
 _EVALUATE = TypeAdapter(EvaluateOptions)
 _SOURCES = TypeAdapter(tuple[Source, ...])
 MANIFEST = "manifest.json"
+TEMPLATE = "chat_template.jinja"
 
 
 def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     wanted = recipe.from_canonical(spec["recipe"])
     folders: dict[recipe.ModelRef, Path] = {}
     opened: dict[recipe.ModelRef, checkpoint.Checkpoint] = {}
+    dropped: list[dict[str, Any]] = []
     for ref in wanted.sources:
         if ref.revision is None:
             raise Failed("INTERNAL", f"{ref} reached the worker without a commit.", "Tell the operator.")
@@ -50,6 +52,9 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
         opened[ref] = checkpoint.open_checkpoint(
             checkpoint.LocalFiles(folder), limits=checkpoint.STRANGER, name=str(ref)
         )
+        if TEMPLATE in hub.files(ref.path, ref.revision).sizes() and not (folder / TEMPLATE).exists():
+            text = f"The chat template of {ref.path} is not on the bot's list and was left out."
+            dropped.append({"code": "TEMPLATE_DROPPED", "text": text, "count": 1})
     crashpoint("download.after_verify")
     made = plan.make(wanted, opened, seed=spec["seed"])
     if not (out / MANIFEST).exists():
@@ -69,7 +74,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
         bytes=sum(file.bytes for file in files.values()),
         seconds=time.monotonic() - started,
         parameters=made.parameters,
-        notices=tuple(dataclasses.asdict(notice) for notice in made.notices),
+        notices=(*dropped, *(dataclasses.asdict(notice) for notice in made.notices)),
     )
     return _json(fact)
 

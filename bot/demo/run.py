@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from bot import screens
+from bot import screens, serving
 from bot.demo import base, parents, skills
 from bot.errors import Failed
 from bot.job import ENDED, Job, Stage, stage
@@ -61,7 +61,8 @@ def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None
             report.write_text(json.dumps(made, indent=1) + "\n")
             screens.console.print(f"The report is in {escape(str(report))}.")
         if not once:
-            _serve(port)
+            screens.console.print(f"[bold]The Space is at http://127.0.0.1:{port}[/bold]  (Ctrl-C ends it)")
+            serving.serve(settings, "127.0.0.1", port)
 
 
 def _family(folder: Path, shown: Show, seconds: dict[str, float]) -> dict[str, Path]:
@@ -147,6 +148,7 @@ def _settings(directory: Path, address: str) -> Settings:
         poll_s=2.0,
         tick_s=0.5,
         suite=SUITE,
+        examples=Path(str(importlib.resources.files("bot.demo") / "texts" / "examples")),
         speed_budget_s=SPEED_BUDGET_S,
         speed_questions=6,
         speed_new_tokens=32,
@@ -246,10 +248,3 @@ def _show(jobs: list[Job], made: dict[str, Any], settings: Settings) -> None:
 
 def _text(name: str) -> str:
     return importlib.resources.files("bot.demo").joinpath("texts", name).read_text()
-
-
-def _serve(port: int) -> None:
-    import uvicorn
-
-    screens.console.print(f"[bold]The Space is at http://127.0.0.1:{port}[/bold]  (Ctrl-C ends it)")
-    uvicorn.run("space.app:create", factory=True, host="127.0.0.1", port=port, log_level="warning")

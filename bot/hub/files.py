@@ -31,6 +31,12 @@ ALLOWED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
     "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "adapter_config.json",
 )  # fmt: skip
+# A chat template is a program of its author's, run wherever the model is used: only ones that were read (safety.md 4.5).
+TEMPLATE = "chat_template.jinja"
+TEMPLATE_LIMIT_BYTES = 64 << 10
+TRUSTED_TEMPLATES = {
+    "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "SmolLM2-Instruct (ChatML with a system text)",
+}
 INDEX = "model.safetensors.index.json"
 INDEX_LIMIT_BYTES = 8 << 20
 DOWNLOAD_LIMIT_BYTES = 120_000_000_000
@@ -223,6 +229,11 @@ def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str
         for name, fact in sorted(files.facts().items())
         if "/" not in name and not name.startswith(".") and any(fnmatch.fnmatchcase(name, one) for one in ALLOWED)
     }
+    template = files.facts().get(TEMPLATE)
+    if template is not None and template.size <= TEMPLATE_LIMIT_BYTES:
+        text = files.read(TEMPLATE, 0, template.size)
+        if hashlib.sha256(text).hexdigest() in TRUSTED_TEMPLATES:
+            top[TEMPLATE] = template
     if INDEX in top:
         if top[INDEX].size > INDEX_LIMIT_BYTES:
             raise Refused(

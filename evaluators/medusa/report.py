@@ -41,7 +41,9 @@ def blank(mode: str) -> Row:
         "environment": _nulls(
             "device cores threads torch transformers attention execution load_before load_after seed"
         ),
-        "suite": _nulls("name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order"),
+        "suite": _nulls(
+            "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order looping"
+        ),
         "cost_curve": {"context_tokens": None, "clock": None, "points": []},
         "aa": _nulls("ratio ci95 ok"),
         "plain": _nulls("tokens steps wall_s cpu_s tokens_per_s step_ms prefill_ms end_to_end_tokens_per_s"),
@@ -138,11 +140,14 @@ def sentence(report: Mapping[str, Any]) -> str:
     unit = "x plain speed in CPU time" if clock == "cpu" else "x plain speed"
     span = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "from one question, no interval"
     exact = row["exact"]
+    looping, asked = report["suite"]["looping"], report["suite"]["questions"]
+    flattered = f" {looping} of {asked} answers repeat themselves, which flatters this figure." if looping else ""
     advice = " Do not speculate here." if report["recommendation"] == "do not speculate" else ""
     return (
         f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
         f"on {_where(machine)} decoding with them runs at {ratio:.2f} {unit} ({span}): {VERDICTS[speed['verdict']]}."
-        f"{advice} Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} questions."
+        f"{flattered}{advice} Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} "
+        "questions."
     )
 
 

@@ -264,6 +264,7 @@ def _without_loops(m: Measured, name: str) -> float | None:
 
 def _flag_loops(into: Row, m: Measured) -> None:
     looping = [block.question.prompt.id for block in m.blocks if data.loops(block.plain[0].tokens)]
+    into["suite"]["looping"] = len(looping)
     if looping:
         into["warnings"].append(
             f"{len(looping)} of {len(m.blocks)} answers repeat themselves (fewer than half of their 4-grams differ), "

@@ -87,7 +87,8 @@ def test_killed_anywhere_the_request_is_published_exactly_once(point: str, tmp_p
     first = run_bot(tmp_path, hub, point)
     assert (tmp_path / "crashed").exists(), f"{point} was never reached"
     assert first == (-signal.SIGKILL if POINTS[point] else 0)
-    assert run_bot(tmp_path, hub) == 0
+    if POINTS[point]:
+        assert run_bot(tmp_path, hub) == 0
 
     settings = Settings(home=tmp_path / "bot", hub=hub.url)
     queue = Queue(settings.database_url)
