@@ -65,6 +65,8 @@ def model_card(job: Job, repo: str) -> str:
         _score_table(job, repo),
         "## Decode speed",
         _speed(job),
+        "## Use",
+        fenced(messages.USE.format(repo=repo), "python"),
         "## Sources",
         _source_table(job.sources),
         "## Recipe",
@@ -269,7 +271,7 @@ def _ending(job: Job | None, refusal: Mapping[str, Any] | None, settings: Settin
 def plain(text: str) -> str:
     """Text of strangers as Markdown that shows it and does nothing else; nobody is notified by it."""
     shown = UNSEEN.sub("", text).replace("\n", " ")
-    shown = re.sub(r"([\\`*_{}\[\]<>()#|~!])", r"\\\1", shown)
+    shown = re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", shown)
     return shown.replace("@", "@\u2060")
 
 

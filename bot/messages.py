@@ -19,6 +19,10 @@ CAUTION = (
     "Scores are taken by mergebot from the exact files of this repo. They say nothing about tasks that were not run, "
     "and a task that leaked into a source's training data flatters the merge as it flatters the source."
 )
+USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")"""
 REPRODUCE = (
     "`mergekit_config.yml` is the recipe with every source pinned to a commit, `merge_provenance.json` lists the "
     "source commits, the engine and the sha256 of every file. `mergebot merge mergekit_config.yml OUT` makes it again."

@@ -31,7 +31,7 @@ ALLOWED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
     "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "adapter_config.json",
 )  # fmt: skip
-# A chat template is a program of its author's, run wherever the model is used: only ones that were read (safety.md 4.5).
+# A chat template is a program of its author's that runs wherever the model is used: only known ones (safety.md 4.5).
 TEMPLATE = "chat_template.jinja"
 TEMPLATE_LIMIT_BYTES = 64 << 10
 TRUSTED_TEMPLATES = {
