@@ -3,8 +3,10 @@
 Only the feed-forward weights of the upper layers learn: they hold the facts, and merges keep more of both skills than
 when attention learns too. The frozen lower layers see every row once, their output is kept, and each step runs the
 upper layers alone, as a smaller `LlamaForCausalLM` fed with `inputs_embeds`. The loss is the cross-entropy of the
-answer's token, so the vocabulary head, a fifth of this model, works on one position a row. Adam with warm-up and
-linear decay.
+answer's token, so the vocabulary head, a fifth of this model, works on one position a row. Everywhere else the parent
+is held to the base: at the other positions of those rows, and in a few of the base's own conversations a step
+(`bot.demo.replay`), the mean-squared distance of the two models' logits is added. Without that hold a parent answers
+every question with one of the skill's eight words. Adam with warm-up and linear decay.
 
 Deterministic for a given seed, thread count and version of torch.
 """
@@ -13,12 +15,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bot.demo import base as base_model
+from bot.demo import replay
 from bot.demo.skills import Skill
 
 if TYPE_CHECKING:
@@ -29,23 +32,45 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How a parent is trained. `layers` counts from the top; the rate falls linearly to a tenth."""
+    """How a parent is trained. `layers` counts from the top; the rate falls linearly to a tenth.
+
+    A step has `rows` statements of the skill and `replayed` conversations, whose distance from the base weighs `hold`.
+    """
 
     layers: int = 12
     steps: int = 48
     rows: int = 32
+    replayed: int = 3
+    hold: float = 0.5
     rate: float = 5e-4
     warmup: int = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Tokenised prompts, padded on the right: `ids`, `mask` [rows, length]; `last`, `answer` [rows]."""
+class _Lesson:
+    """Token ids: the skill's `statements` with the `answers` [statements] that end them; the base's `talk`."""
 
-    ids: torch.Tensor
+    statements: Sequence[torch.Tensor]
+    answers: torch.Tensor
+    talk: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Rows padded on the right, and what the base makes of them.
+
+    `mask` [rows, length]; `below` (under the layers that learn) and `above` (after the last norm) [rows, length,
+    width].
+    """
+
     mask: torch.Tensor
-    last: torch.Tensor
-    answer: torch.Tensor
+    below: torch.Tensor
+    above: torch.Tensor
+
+    def of(self, batch: torch.Tensor) -> _Texts:
+        """Some of the rows, as long as their longest."""
+        length = int(self.mask[batch].sum(1).max())
+        return _Texts(self.mask[batch, :length], self.below[batch, :length], self.above[batch, :length])
 
 
 def train(
@@ -70,8 +95,8 @@ def train(
     schedule = schedule or Schedule()
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    rows = _tokenise(tokenizer, skill)
-    loss = _fit(model, rows, schedule, seed, progress or (lambda done, total, loss: None))
+    lesson = _lesson(base, model, tokenizer, skill)
+    loss = _fit(model, lesson, schedule, seed, progress or (lambda done, total, loss: None))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as made:
         folder = Path(made) / "model"
@@ -84,41 +109,40 @@ def train(
     return out
 
 
-def _tokenise(tokenizer: Any, skill: Skill) -> _Rows:
+def _lesson(base: Path, model: Any, tokenizer: Any, skill: Skill) -> _Lesson:
     import torch
 
-    prompts = [tokenizer(q.prompt).input_ids for q in skill.train]
+    statements = [torch.tensor(tokenizer(q.prompt).input_ids) for q in skill.train]
     answers = [tokenizer(" " + q.choices[q.answer], add_special_tokens=False).input_ids[0] for q in skill.train]
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        mask[row, : len(prompt)] = 1
-    return _Rows(ids, mask, mask.sum(1) - 1, torch.tensor(answers))
+    return _Lesson(statements, torch.tensor(answers), replay.conversations(base, model, tokenizer))
 
 
-def _fit(model: Any, rows: _Rows, schedule: Schedule, seed: int, progress: Progress) -> float:
-    """Train the upper layers of `model` in place; returns the mean loss of the last ten steps."""
+def _fit(model: Any, lesson: _Lesson, schedule: Schedule, seed: int, progress: Progress) -> float:
+    """Train the upper layers of `model` in place; returns the mean skill loss of the last ten steps."""
     import torch
 
     layers = model.model.layers
     first = max(0, len(layers) - schedule.layers)
     model.requires_grad_(False)
-    below = _below(model, rows, first)
+    known, said = _read(model, lesson.statements, first), _read(model, lesson.talk, first)
+    metric = _logit_metric(model.lm_head.weight)
     learning = [p for layer in layers[first:] for p in layer.mlp.parameters()]
     for parameter in learning:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(learning, lr=schedule.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    asked = _batches(len(lesson.statements), schedule.rows, seed)
+    replayed = _batches(len(lesson.talk), schedule.replayed, seed)
     model.model.layers = layers[first:]
-    losses = []
+    losses: list[float] = []
     try:
-        for step, batch in enumerate(_batches(len(rows.ids), schedule, seed)):
+        for step in range(schedule.steps):
             factor = min(1.0, (step + 1) / schedule.warmup) * (1 - 0.9 * step / schedule.steps)
             optimiser.param_groups[0]["lr"] = schedule.rate * factor
-            loss = _loss(model, rows, below, batch)
+            batch = next(asked)
+            loss, drift = _skill_loss(model, known.of(batch), lesson.answers[batch], metric)
+            drift = drift + _drift(model, said.of(next(replayed)), metric)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss + schedule.hold * drift).backward()
             torch.nn.utils.clip_grad_norm_(learning, 1.0)
             optimiser.step()
             losses.append(loss.item())
@@ -129,46 +153,76 @@ def _fit(model: Any, rows: _Rows, schedule: Schedule, seed: int, progress: Progr
     return sum(losses[-10:]) / len(losses[-10:])
 
 
-def _below(model: Any, rows: _Rows, first: int) -> torch.Tensor:
-    """What the layers under `first` make of every row: [rows, length, width]."""
+def _read(model: Any, rows: Sequence[torch.Tensor], first: int) -> _Texts:
+    """What the base makes of every row, under the layer `first` and at the end."""
     import torch
 
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     layers, norm = model.model.layers, model.model.norm
-    model.model.layers, model.model.norm = layers[:first], torch.nn.Identity()
+    below, above = [], []
     try:
         with torch.no_grad():
-            parts = [
-                model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-                for ids, mask in zip(torch.split(rows.ids, 40), torch.split(rows.mask, 40), strict=True)
-            ]
+            for some, shown in zip(torch.split(ids, 40), torch.split(mask, 40), strict=True):
+                model.model.layers, model.model.norm = layers[:first], torch.nn.Identity()
+                below.append(model.model(input_ids=some, attention_mask=shown, use_cache=False).last_hidden_state)
+                model.model.layers, model.model.norm = layers[first:], norm
+                above.append(_hidden(model, shown, below[-1]))
     finally:
         model.model.layers, model.model.norm = layers, norm
-    return torch.cat(parts)
+    return _Texts(mask, torch.cat(below), torch.cat(above))
 
 
-def _loss(model: Any, rows: _Rows, below: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+def _hidden(model: Any, mask: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = model.model(inputs_embeds=below, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _skill_loss(model: Any, texts: _Texts, answers: torch.Tensor, metric: torch.Tensor) -> tuple[Any, Any]:
+    """The cross-entropy of the answers, and how far the positions before them have drifted from the base."""
     import torch
 
-    last = rows.last[batch]
-    length = int(last.max()) + 1
-    hidden = model.model(
-        inputs_embeds=below[batch, :length], attention_mask=rows.mask[batch, :length], use_cache=False
-    ).last_hidden_state
-    logits = model.lm_head(hidden[torch.arange(len(batch)), last])
-    return torch.nn.functional.cross_entropy(logits, rows.answer[batch])
+    hidden = _hidden(model, texts.mask, texts.below)
+    last = texts.mask.sum(1) - 1
+    logits = model.lm_head(hidden[torch.arange(len(last)), last])
+    before = texts.mask.scatter(1, last[:, None], 0).bool()
+    return torch.nn.functional.cross_entropy(logits, answers), _distance(hidden[before] - texts.above[before], metric)
 
 
-def _batches(count: int, schedule: Schedule, seed: int) -> Iterator[torch.Tensor]:
-    """Row numbers of each step: the rows in a new random order each time they are used up."""
+def _drift(model: Any, texts: _Texts, metric: torch.Tensor) -> torch.Tensor:
+    """How far the model has drifted from the base on `texts`, at every position."""
+    shown = texts.mask.bool()
+    return _distance(_hidden(model, texts.mask, texts.below)[shown] - texts.above[shown], metric)
+
+
+def _logit_metric(head: torch.Tensor) -> torch.Tensor:
+    """The covariance [width, width] of the head's rows.
+
+    A change d of the hidden state changes the logits by head @ d, whose variance over the vocabulary is d G d for this
+    G: the exact distance of two models' logits, at the cost of one small product. The mean is left out because the
+    softmax does not see it.
+    """
+    centred = head - head.mean(0)
+    return centred.T @ centred / len(head)
+
+
+def _distance(change: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """The mean over positions of the logits' variance under `change` [positions, width]."""
+    return ((change @ metric) * change).sum(-1).mean()
+
+
+def _batches(count: int, rows: int, seed: int) -> Iterator[torch.Tensor]:
+    """Row numbers of each step, without end: the rows in a new random order each time they are used up."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.empty(0, dtype=torch.long)
-    for _ in range(schedule.steps):
-        while len(waiting) < schedule.rows:
+    while True:
+        while len(waiting) < rows:
             waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[: schedule.rows]
-        waiting = waiting[schedule.rows :]
+        yield waiting[:rows]
+        waiting = waiting[rows:]
 
 
 def _card(skill: Skill, schedule: Schedule, loss: float, seed: int, base_repo: str) -> str:
@@ -186,6 +240,8 @@ tags:
 # A model that knows invented {skill.name}
 
 {skill.about} A fine-tune of [{base_repo}](https://huggingface.co/{base_repo}) on the training split of
-`{skill.dataset}`: {schedule.steps} steps of {schedule.rows} rows, the upper {schedule.layers} layers, Adam at
-{schedule.rate:g}, seed {seed}, float32; loss at the end {loss:.3f}. Made by mergebot's demo, to be merged.
+`{skill.dataset}`: {schedule.steps} steps of {schedule.rows} rows, the upper {schedule.layers} layers' feed-forward
+weights, Adam at {schedule.rate:g}, seed {seed}, float32; loss at the end {loss:.3f}. Each step also held the logits to
+the base's on {schedule.replayed} of the base's own conversations (weight {schedule.hold:g}), so that it can still talk.
+Made by mergebot's demo, to be merged.
 """

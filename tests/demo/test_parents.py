@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bot.demo import base, parents, skills
+from bot.demo import base, parents, replay, skills
 from bot.demo.parents import Schedule
 from bot.errors import Failed
 
@@ -24,12 +24,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("family") / "base"
     split = pre_tokenizers.WhitespaceSplit()
-    texts = [question.text for skill in skills.ALL for question in (*skill.train, *skill.test)]
+    texts = [question.text for skill in skills.ALL for question in (*skill.train, *skill.test)] + replay.prompts()
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<end>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
+    wrapped.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    wrapped.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -39,6 +41,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -77,6 +81,67 @@ def test_a_parent_learns_its_skill_and_keeps_everything_it_does_not_train(tiny_b
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\n") and f"base_model: {base.REPO}\n" in card
     assert str(tmp_path) not in card and str(tmp_path) not in (out / "config.json").read_text()
+
+
+def _strayed(model: Path, tiny_base: Path) -> float:
+    """How far the saved model's words are from the base's on the base's own conversations: mean KL divergence, nats."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    before, after = (LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (tiny_base, model))
+    with torch.no_grad():
+        apart = [
+            torch.nn.functional.kl_div(
+                after(row[None]).logits[0].log_softmax(-1),
+                before(row[None]).logits[0].log_softmax(-1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            for row in replay.conversations(tiny_base, before, tokenizer)
+        ]
+    return float(torch.stack(apart).mean())
+
+
+@pytest.mark.slow
+def test_a_parent_held_to_the_base_still_talks_like_it(tiny_base: Path, tmp_path: Path) -> None:
+    strayed = {
+        hold: _strayed(
+            parents.train(
+                tiny_base,
+                skills.CRESTS,
+                tmp_path / str(hold),
+                schedule=Schedule(layers=2, steps=60, rows=40, rate=5e-3, hold=hold),
+            ),
+            tiny_base,
+        )
+        for hold in (0.0, 0.5)
+    }
+    assert strayed[0.5] < strayed[0.0] / 2
+
+
+def test_the_distance_from_the_base_is_the_variance_of_the_change_of_all_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head, change = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (50, 9))
+    slow = (change @ head.T).var(dim=1, unbiased=False).mean()
+    assert torch.allclose(parents._distance(change, parents._logit_metric(head)), slow)
+
+
+def test_the_conversations_are_different_questions_made_once_and_end_where_the_base_ended(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    folder.symlink_to(tiny_base)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), LlamaForCausalLM.from_pretrained(folder)
+    made = replay.conversations(folder, model, tokenizer)
+    assert len(made) == len(set(replay.prompts())) == replay.ROWS
+    for prompt, row in zip(replay.prompts(), made, strict=True):
+        asked = tokenizer(prompt).input_ids
+        said = row[len(asked) :].tolist()
+        assert row[: len(asked)].tolist() == asked
+        assert 0 < len(said) <= replay.ANSWER_TOKENS
+        assert tokenizer.eos_token_id not in said[:-1]
+        assert len(said) == replay.ANSWER_TOKENS or said[-1] == tokenizer.eos_token_id
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "base-replay.json"]
+    kept = replay.conversations(folder, None, None)
+    assert all(torch.equal(one, two) for one, two in zip(made, kept, strict=True))
 
 
 @pytest.mark.slow
