@@ -27,21 +27,21 @@ UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u20
 
 
 def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
-    """Everything the publisher needs: names to try, the files, the finished texts."""
+    """Everything the publisher needs: the files, and the finished texts for each name to try, in order."""
     assert job.merge is not None and job.evaluation is not None
     names = output_names(job, settings.namespace)
-    texts = {"README.md": model_card(job, names[0])}
+    results = {}
     if job.evaluation.merged is not None:
-        texts["results/lm_eval.json"] = _json(_lm_eval(job))
+        results["results/lm_eval.json"] = _json(_lm_eval(job))
     if job.evaluation.decode_speed is not None:
-        texts["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
+        results["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
     return {
-        "names": names,
         "digest": job.digest,
         "manifest": job.merge.manifest,
         "key12": job.request.key[:12],
         "files": {name: asdict(file) for name, file in job.merge.files.items()},
-        "texts": texts,
+        # A card speaks of the repo it stands in, so there is one for each name that may be taken.
+        "texts": {name: {"README.md": model_card(job, name), **results} for name in names},
         "sources": [asdict(source) for source in job.sources],
     }
 
@@ -70,7 +70,7 @@ def model_card(job: Job, repo: str) -> str:
         "## Sources",
         _source_table(job.sources),
         "## Recipe",
-        fenced(recipe.from_canonical(job.recipe).to_yaml(), "yaml"),
+        fenced(recipe.write_yaml(recipe.from_canonical(job.recipe).document()), "yaml"),
         messages.REPRODUCE,
         "## What to keep in mind",
         messages.CAUTION,

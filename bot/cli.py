@@ -43,10 +43,20 @@ class _State:
 
 def settings(**overrides: object) -> Settings:
     """Settings from the environment and the options, in force for this process from here on."""
+    from pydantic import ValidationError
+
+    from bot.errors import Refused
     from bot.settings import Settings, activate
 
     given = {"home": _State.home, "hub": _State.hub, **overrides}
-    made = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    try:
+        made = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"The setting {name} (MERGEBOT_{name.upper()}) is wrong: {first['msg']}.", "Mend it."
+        ) from None
     activate(made)
     return made
 
@@ -142,7 +152,7 @@ def merge(recipe: Recipe, out: Annotated[Path, typer.Argument(help="The folder t
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
     suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",
-    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
     device: Device = "auto",
     seed: Seed = 0,
     out: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON.")] = None,  # noqa: UP045
@@ -163,7 +173,7 @@ def medusa_bench(
     model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
     out: Annotated[Path, typer.Option(help="Folder for the heads and decode_speed.json.")] = Path("medusa"),
     prompts: Annotated[Optional[Path], typer.Option(help="Questions, JSON lines as in MT-bench.")] = None,  # noqa: UP045
-    budget_s: Annotated[float, typer.Option(help="Seconds for training, calibration and the test.")] = 600.0,
+    budget_s: Annotated[float, typer.Option(help="Seconds for training, calibration and the test.", min=10)] = 600.0,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -186,7 +196,7 @@ def submit(
     name: Annotated[str, typer.Option(help="Name of the merged repo.")],
     requester: Annotated[str, typer.Option(help="On whose behalf.")] = "operator",
     suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",
-    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
     speed: Annotated[bool, typer.Option(help="Also run the Medusa speed test.")] = False,
 ) -> None:
     """Put a request into the queue of the bot that shares this `--home`."""
@@ -237,6 +247,8 @@ def _sentence(error: Exception) -> str:
         return f"{at}{error} [{error.code}]"
     if isinstance(error, EvaluationError):
         return f"{error} [{error.code}]"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'A file'}: {error.strerror}. Choose another place, or make room there."
     return f"mergebot stopped on a defect of its own ({type(error).__name__}). Report what `mergebot --debug` shows."
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from difflib import get_close_matches
 from typing import Any
 
 from bot import measure, policy
-from bot.errors import Refused
+from bot.errors import Failed, Refused, Transient
 from bot.hub import Hub, PinnedRepo
 from bot.job import ENDED, Job, Source, Stage, stage
 from bot.merge import checkpoint, document, plan, recipe
@@ -37,6 +36,9 @@ from bot.request import (
 )
 from bot.settings import Settings, crashpoint
 from evaluators import suites
+
+# Refusals that time mends: a form is told at once, a card waits its turn.
+PASSING = frozenset({"LIMIT_REACHED", "QUEUE_FULL"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +127,8 @@ def check_evaluation(asked: EvaluateOptions) -> None:
         *(("task", task, listed) for task in asked.tasks),
     ):
         if name not in names:
-            near = get_close_matches(name, names, 1)
-            hint = f"Did you mean `{near[0]}`?" if near else f"Choose one of {', '.join(sorted(names))}."
-            raise Refused("UNKNOWN_TASK", f"There is no {kind} {document.shown(name)}.", hint, value=name)
+            next_step = document.nearest(name, names)
+            raise Refused("UNKNOWN_TASK", f"There is no {kind} {document.shown(name)}.", next_step, value=name)
 
 
 def _known(request: MergeRequest, queue: Queue) -> tuple[MergeRequest, Job | None]:
@@ -148,25 +149,37 @@ def _digest(recipe_digest: str, evaluate: EvaluateOptions) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def tagged(hub: Hub, queue: Queue, settings: Settings, seen: set[tuple[str, str]]) -> Iterator[MergeRequest]:
-    """Requests of repos that carry the tag and have changed since `seen`; unreadable cards are refused here.
+def changed(hub: Hub, settings: Settings, seen: Set[tuple[str, str]]) -> list[PinnedRepo]:
+    """Repos that carry the request tag, are open to everybody, and stand at a commit that was not `seen`."""
+    own = f"{settings.namespace}/"
+    return [
+        repo
+        for repo in hub.tagged(REQUEST_TAG)
+        if not (repo.repo.startswith(own) or repo.private or repo.gated or (repo.repo, repo.revision) in seen)
+    ]
+
+
+def take_tagged(repo: PinnedRepo, hub: Hub, queue: Queue, settings: Settings) -> None:
+    """Accept the request in a repo's card, or remember why not. Raises Transient when it could not be looked at.
 
     The principal is the namespace of the repo: what stands on `main` was accepted by someone who may write there.
     """
-    for repo in hub.tagged(REQUEST_TAG):
-        own = repo.repo.startswith(f"{settings.namespace}/")
-        if own or repo.private or repo.gated or (repo.repo, repo.revision) in seen:
-            continue
+    readme = ""
+    try:
         readme = hub.read_text(repo.repo, repo.revision, "README.md", limit_bytes=CARD_LIMIT_BYTES) or ""
-        try:
-            block = read_block(readme)
-            if block.enabled:
-                request = from_card(repo.repo, repo.revision, block, _recipe_of(hub, repo.repo, repo.revision, block))
-                if queue.known(request.key) is None:
-                    yield request
-        except Refused as refusal:
-            queue.refuse(unreadable_card(repo.repo, repo.revision, readme), refusal)
-        seen.add((repo.repo, repo.revision))
+        block = read_block(readme)
+        request = from_card(repo.repo, repo.revision, block, _recipe_of(hub, repo.repo, repo.revision, block))
+    except Refused as refusal:
+        queue.refuse(unreadable_card(repo.repo, repo.revision, readme), refusal)
+        return
+    if not block.enabled or queue.known(request.key) is not None:
+        return
+    try:
+        take(request, hub, queue, settings)
+    except (Refused, Failed) as refusal:
+        if refusal.code in PASSING:
+            raise Transient(refusal.code, refusal.message, refusal.next_step) from refusal
+        queue.refuse(request, refusal)
 
 
 def _recipe_of(hub: Hub, repo: str, revision: str, block: CardBlock) -> str:

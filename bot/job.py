@@ -12,7 +12,7 @@ Facts (Merge, Evaluation, Publication, Failure) are recorded when they happen an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -130,6 +130,7 @@ class Job:
     plan: Mapping[str, Any]
     submitted_at: datetime
     attempts: int = 0
+    committing: bool = False  # the one commit may already stand on the Hub
     lease: Lease | None = None
     merge: Merge | None = None
     evaluation: Evaluation | None = None
@@ -138,7 +139,6 @@ class Job:
     cancelled_at: datetime | None = None
     ended_at: datetime | None = None
     progress: Progress | None = None
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def stage(job: Job, now: datetime) -> Stage:

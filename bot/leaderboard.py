@@ -75,7 +75,7 @@ class Row:
     average_stderr: float | None
     results: tuple[Measured, ...]  # the merge's own first, then its sources'
     tokens_per_step: float | None
-    tokens_per_second: float | None
+    plain_tokens_per_s: float | None
     speedup: float | None
     speedup_ci: tuple[float, float] | None
     published_at: str
@@ -124,7 +124,7 @@ def row(job: Job, settings: Settings) -> Row:
         average_stderr=stderr,
         results=tuple(measured),
         tokens_per_step=None if heads is None else heads["tokens_per_step"]["measured"],
-        tokens_per_second=None if speed is None or speed.get("plain") is None else speed["plain"]["tokens_per_s"],
+        plain_tokens_per_s=None if speed is None or speed.get("plain") is None else speed["plain"]["tokens_per_s"],
         speedup=ratio,
         speedup_ci=interval,
         published_at="" if job.ended_at is None else job.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -44,7 +44,7 @@ def scores(
     merged = _evaluate(out, "the merge", asked, settings, scratch, report, manifest)
     found = {}
     for source in sources:
-        folder = settings.sources / source.repo / source.revision
+        folder = settings.source_folder(source.repo, source.revision)
         found[str(source)] = _evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
     return merged, found
 
@@ -140,12 +140,12 @@ def model_folder(model: str, settings: Settings, report: Show) -> Path:
     """The folder of a model named on the command line: a local one, or a Hub repo downloaded at its present commit."""
     folder = Path(model)
     if folder.is_dir():
-        return folder
+        return folder.resolve()
     from bot.hub import Hub
 
     hub = Hub(settings.hub)
     pinned = hub.resolve(model)
-    into = settings.sources / pinned.repo / pinned.revision
+    into = settings.source_folder(pinned.repo, pinned.revision)
     hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))
     return into
 

@@ -55,7 +55,7 @@ def download_sources(made: plan.Plan, settings: Settings, progress: Show) -> dic
         folder = local_folder(ref)
         if folder is None:
             assert ref.revision is not None
-            folder = settings.sources / ref.path / ref.revision
+            folder = settings.source_folder(ref.path, ref.revision)
             _hub(settings).download(ref.path, ref.revision, folder, progress=named(progress, f"Downloading {ref.path}"))
         folders[ref] = folder
     return folders

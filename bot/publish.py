@@ -20,10 +20,10 @@ from pydantic import TypeAdapter
 
 from bot.errors import Failed, Refused, Transient
 from bot.executors import child
-from bot.hub import Hub
+from bot.hub import FileFact, Hub
 from bot.job import Lease, Publication
 from bot.progress import Show
-from bot.queue import open_queue
+from bot.queue import Queue, open_queue
 from bot.settings import Settings, crashpoint
 
 MARKER = ".mergebot.json"
@@ -49,20 +49,27 @@ def publish(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[s
     lease = TypeAdapter(Lease).validate_python(spec["lease"])
     files = _verified(Path(spec["out"]), spec["files"])
     crashpoint("publish.after_manifest_check")
-    contents: dict[str, Content] = {**files, **{path: text.encode() for path, text in spec["texts"].items()}}
     marker = {"schema": 1, "digest": spec["digest"], "manifest": spec["manifest"]}
-    contents[MARKER] = (json.dumps(marker, sort_keys=True) + "\n").encode()
+    bytes_of_marker = (json.dumps(marker, sort_keys=True) + "\n").encode()
+    evaluated: dict[str, Content] = {**files, MARKER: bytes_of_marker}
 
     for _ in range(ATTEMPTS):
-        place = _place(hub, spec["names"], marker)
+        place = _place(hub, list(spec["texts"]), marker)
         crashpoint("publish.after_create_repo")
-        commit = place.done or _commit(hub, queue, lease, place, contents, spec, report)
-        if commit is not None:
+        if place.done is not None:
+            queue.begin_commit(lease)
+            # An earlier attempt's commit: its texts may tell of an earlier measurement, its weights are the same.
+            commit, expected = place.done, evaluated
+            break
+        expected = evaluated | {path: text.encode() for path, text in spec["texts"][place.repo].items()}
+        made = _commit(hub, queue, lease, place, expected, spec, report)
+        if made is not None:
+            commit = made
             break
     else:
         raise Transient("PUBLISH_CONFLICT", f"{place.repo} changed while it was being published.", "It is tried again.")
     crashpoint("publish.after_commit")
-    _read_back(hub, place.repo, commit, contents)
+    _read_back(hub, place.repo, commit, expected, alone=place.done is None)
     crashpoint("publish.after_readback")
     for source in spec["sources"]:
         _still_there(hub, source["repo"], source["revision"])
@@ -108,7 +115,7 @@ def _place(hub: Hub, names: list[str], marker: Mapping[str, Any]) -> Place:
 
 def _commit(
     hub: Hub,
-    queue: Any,
+    queue: Queue,
     lease: Lease,
     place: Place,
     contents: Mapping[str, Content],
@@ -136,25 +143,25 @@ def _commit(
         return None
 
 
-def _read_back(hub: Hub, repo: str, commit: str, contents: Mapping[str, Content]) -> None:
-    """P5: the tree at `commit` holds our files and nothing else, byte for byte."""
+def _read_back(hub: Hub, repo: str, commit: str, expected: Mapping[str, Content], *, alone: bool) -> None:
+    """P5: the tree at `commit` holds what is expected, byte for byte, and nothing else when it stands `alone`."""
     tree = hub.tree(repo, commit)
-    wrong = sorted(set(tree).symmetric_difference(contents) - UNTOUCHED)
-    wrong += [path for path, content in contents.items() if path in tree and not _same(content, tree[path])]
+    wrong = sorted(set(expected) - set(tree))
+    wrong += sorted(set(tree) - set(expected) - UNTOUCHED) if alone else []
+    wrong += [path for path, content in expected.items() if path in tree and not _same(content, tree[path])]
     if wrong:
         raise Failed(
             "PUBLISH_CONFLICT",
             f"{repo} does not hold the evaluated bytes: {wrong[0]} differs.",
-            "It stays private; the operator should look at it.",
+            "The operator should look at it before anybody uses it.",
         )
 
 
-def _same(content: Content, stored: Any) -> bool:
-    size, sha256, blob_id = stored
-    if sha256 is not None:
-        return bool(sha256 == _digest(content, hashlib.sha256()))
+def _same(content: Content, stored: FileFact) -> bool:
+    if stored.sha256 is not None:
+        return stored.sha256 == _digest(content, hashlib.sha256())
     length = content.stat().st_size if isinstance(content, Path) else len(content)
-    return bool(size == length and blob_id == _digest(content, hashlib.sha1(f"blob {length}\0".encode())))
+    return stored.size == length and stored.blob_id == _digest(content, hashlib.sha1(f"blob {length}\0".encode()))
 
 
 def _digest(content: Content, digest: Any) -> str:

@@ -99,7 +99,9 @@ def from_form(requester: str, text: str, name: str, evaluate: EvaluateOptions) -
 def front_matter(readme: str) -> str | None:
     """The metadata text of a model card, None when it has none."""
     found = FRONT_MATTER.match(readme.removeprefix("\ufeff"))
-    return found.group(2) if found else None
+    if found is None:
+        return None
+    return "\n" * found.group(1).count("\n") + found.group(2)  # so that lines are those of the card
 
 
 def read_block(readme: str) -> CardBlock:

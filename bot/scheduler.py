@@ -10,6 +10,7 @@ walks on from there.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import socket
 import threading
@@ -29,15 +30,18 @@ from bot.errors import Failed, MergebotError, Transient
 from bot.executors import Executor
 from bot.executors.local import LocalExecutor
 from bot.hub import Hub
-from bot.job import ENDED, Evaluation, Failure, Job, Lease, Merge, Progress, Publication, Source, missing, stage
-from bot.queue import Queue, open_queue
-from bot.settings import Settings, crashpoint
+from bot.job import Evaluation, Failure, Job, Lease, Merge, Progress, Publication, Source, missing
+from bot.queue import UNCOUNTED, Queue, open_queue
+from bot.request import MergeRequest
+from bot.settings import Settings, Zone, crashpoint
 
 log = logging.getLogger(__name__)
 logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a tick that is still at work is no news
 Fact = TypeVar("Fact", Merge, Evaluation, Publication)
 SEED = 0
 RENEW_EVERY_S = 1.0
+UNREACHABLE = "unreachable"
+JOB_ID = re.compile(r"[0-9a-f]{12}")
 
 
 class Stopping(Exception):
@@ -54,9 +58,10 @@ class Scheduler:
         self.hub = Hub(settings.hub)
         self.owner = f"{socket.gethostname()}-{id(self):x}"
         self._walkers = ThreadPoolExecutor(settings.slots, thread_name_prefix="walk")
-        self._free = threading.Semaphore(settings.slots)
+        self._walking: set[str] = set()
         self._stopping = threading.Event()
         self._seen: set[tuple[str, str]] = set()
+        self._telling = threading.Lock()
         self._on_board = 0  # unknown after a start, so the board is looked at once
         self._ticks = BackgroundScheduler(
             timezone=UTC, job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
@@ -84,35 +89,50 @@ class Scheduler:
     def dispatch(self) -> None:
         """Claim jobs while slots are free; each is walked in a thread that waits for child processes."""
         self.queue.sweep()
-        while not self._stopping.is_set() and self._free.acquire(blocking=False):
+        self._clear_scratch()
+        while not self._stopping.is_set() and len(self._walking) < self.settings.slots:
             lease = self.queue.claim(self.owner)
             if lease is None:
-                self._free.release()
                 return
             crashpoint("claim.after_commit")
+            self._walking.add(lease.job_id)
             self._walkers.submit(self._walk_and_free, lease)
 
     def poll(self) -> None:
         """Take the requests of tagged repos. A refusal is remembered, so it is answered once."""
-        for request in intake.tagged(self.hub, self.queue, self.settings, self._seen):
+        for repo in intake.changed(self.hub, self.settings, self._seen):
             try:
-                intake.take(request, self.hub, self.queue, self.settings)
+                intake.take_tagged(repo, self.hub, self.queue, self.settings)
             except Transient as error:
-                log.warning("%s waits: %s", request.repo, error)  # the next poll asks again
-            except MergebotError as error:
-                self.queue.refuse(request, error)
+                log.warning("%s waits: %s", repo.repo, error)  # not marked as seen, so the next poll asks again
+                continue
+            except Exception:  # one stranger's repo must not shut the door for the others
+                log.exception("%s could not be looked at", repo.repo)
+            self._seen.add((repo.repo, repo.revision))
 
     def tell(self) -> None:
         """Bring the public board and the answers on requesting repos up to date with the facts."""
-        published = self.queue.count_published()
-        if published != self._on_board:
-            spec = leaderboard.refresh_spec(self.queue.published(), self.settings)
-            self._publisher("board", spec, self.settings.scratch / "_board")
-            self._on_board = published
-        for request, job, refusal in self.queue.unanswered():
-            spec = card.answer(request, job, refusal, self.settings)
+        with self._telling:
+            published = self.queue.count_published()
+            if published != self._on_board:
+                spec = leaderboard.refresh_spec(self.queue.published(), self.settings)
+                self._publisher("board", spec, self.settings.scratch / "_board")
+                self._on_board = published
+            for request, job, refusal in self.queue.unanswered():
+                self._answer(request, job, refusal)
+
+    def _answer(self, request: MergeRequest, job: Job | None, refusal: Mapping[str, Any] | None) -> None:
+        """One repo that cannot be answered must not keep the others waiting."""
+        spec = card.answer(request, job, refusal, self.settings)
+        try:
             self._publisher("reply", spec, self.settings.scratch / "_reply")
-            self.queue.answered(request.key, spec["event"])
+        except Transient as error:
+            log.warning("the answer to %s waits: %s", request.repo, error)
+            return
+        except MergebotError as error:
+            log.warning("%s cannot be answered: %s", request.repo, error)
+            spec["event"] = UNREACHABLE
+        self.queue.answered(request.key, spec["event"])
 
     def _guarded(self, tick: Callable[[], None]) -> Callable[[], None]:
         """A tick that is led by one scheduler and whose failure is logged and tried again at the next tick."""
@@ -159,8 +179,7 @@ class Scheduler:
                 Failed("INTERNAL", "The job stopped on a defect of mergebot.", "The operator finds it in the log."),
             )
         finally:
-            self._clear_job(lease.job_id)
-            self._free.release()
+            self._walking.discard(lease.job_id)
 
     def _record(self, lease: Lease, fact: Merge | Evaluation | Publication) -> Job:
         self.queue.record(lease, fact)
@@ -171,8 +190,11 @@ class Scheduler:
             log.info("job %s: %s", lease.job_id, error)
             return
         job = self.queue.job(lease.job_id)
-        again = isinstance(error, Transient) and job.attempts < self.settings.attempts
-        retry_at = datetime.now(UTC) + timedelta(seconds=error.retry_after_s) if again else None  # type: ignore[attr-defined]
+        retry_at = None
+        # A paused publisher is the operator's affair and fails nobody's job, however often it is met.
+        endless = job.committing or error.code in UNCOUNTED
+        if isinstance(error, Transient) and (endless or job.attempts < self.settings.attempts):
+            retry_at = datetime.now(UTC) + timedelta(seconds=error.retry_after_s)
         failure = Failure(missing(job), error.code, error.message, error.next_step, retry_at)
         try:
             self.queue.record(lease, failure)
@@ -215,7 +237,7 @@ class Scheduler:
         self._run(name, spec, scratch, None, "publisher", self.settings.publish_timeout_s)
 
     def _run(
-        self, name: str, spec: Mapping[str, Any], scratch: Path, lease: Lease | None, zone: Any, timeout_s: float
+        self, name: str, spec: Mapping[str, Any], scratch: Path, lease: Lease | None, zone: Zone, timeout_s: float
     ) -> dict[str, Any]:
         renewed = 0.0
 
@@ -237,13 +259,12 @@ class Scheduler:
     def _out(self, job: Job) -> Path:
         return self._scratch(job) / "model"
 
-    def _clear_job(self, job_id: str) -> None:
-        """An ended job keeps nothing on this disk."""
-        if stage(self.queue.job(job_id), datetime.now(UTC)) in ENDED:
-            shutil.rmtree(self.settings.scratch / job_id, ignore_errors=True)
-
     def _clear_scratch(self) -> None:
-        keep = self.queue.unfinished()
-        for folder in self.settings.scratch.glob("*"):
+        """An ended job keeps nothing on this disk, however it ended; folders that are no job's stay."""
+        folders = [folder for folder in self.settings.scratch.glob("*") if JOB_ID.fullmatch(folder.name)]
+        if not folders:
+            return
+        keep = self.queue.unfinished() | self._walking
+        for folder in folders:
             if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     evaluate_timeout_s: float = Field(default=8 * 3600, gt=0)
     publish_timeout_s: float = Field(default=2 * 3600, gt=0)
 
-    suite: str = Field(default="quick", description="suite of a request that names none")
+    suite: str = Field(default="quick", description="suite the form starts with")
     speed_budget_s: float = Field(default=600.0, gt=0, description="time for heads, calibration and the speed test")
     speed_questions: int = Field(default=16, ge=1)
     speed_new_tokens: int = Field(default=48, ge=8)
@@ -105,10 +105,9 @@ class Settings(BaseSettings):
         """What each stage of each job printed."""
         return self.home / "logs"
 
-    @property
-    def sources(self) -> Path:
-        """Verified files of source repos, `owner/name@revision`."""
-        return self.home / "cache" / "sources"
+    def source_folder(self, repo: str, revision: str) -> Path:
+        """Where the verified files of a source at a commit lie."""
+        return self.home / "cache" / "sources" / repo / revision
 
     @property
     def evaluations(self) -> Path:

@@ -46,7 +46,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     for ref in wanted.sources:
         if ref.revision is None:
             raise Failed("INTERNAL", f"{ref} reached the worker without a commit.", "Tell the operator.")
-        folder = settings.sources / ref.path / ref.revision
+        folder = settings.source_folder(ref.path, ref.revision)
         hub.download(ref.path, ref.revision, folder, progress=named(report, f"Downloading {ref.path}"))
         folders[ref] = folder
         opened[ref] = checkpoint.open_checkpoint(

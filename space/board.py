@@ -279,8 +279,8 @@ def _detail(row: Row | None, hub: str) -> tuple[Markup, Any, Markup]:
     ]  # fmt: skip
     if row.speedup is not None:
         rows.append(("Speed", speed_sentence(row.speedup, row.speedup_ci, row.tokens_per_step)))
-    if row.tokens_per_second is not None:
-        rows.append(("Plain greedy", f"{row.tokens_per_second:,.1f} tokens a second"))
+    if row.plain_tokens_per_s is not None:
+        rows.append(("Plain greedy", f"{row.plain_tokens_per_s:,.1f} tokens a second"))
     name = row.model.rpartition("/")[2]
     figure = figures.beside_parents(row)
     heading = tag("h3", name, ", ", row.method, ", beside its parents" if figure else None)

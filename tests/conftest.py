@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Two test processes with a thread per core each would fight over the cores; read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import socket
 from collections.abc import Iterator
 from pathlib import Path

@@ -134,6 +134,14 @@ def test_a_taken_name_gets_the_digest() -> None:
     assert all(len(name.partition("/")[2]) <= 96 for name in card.output_names(long, "mergebot"))
 
 
+def test_each_name_that_may_be_taken_has_a_card_of_its_own() -> None:
+    texts = card.publication_spec(job(publication=None), SETTINGS)["texts"]
+    assert list(texts) == ["mergebot/alice-both", "mergebot/alice-both-dddddddd"]
+    for name, files in texts.items():
+        assert f'from_pretrained("{name}")' in files["README.md"]
+        assert f"# {name.partition('/')[2]}\n" in files["README.md"]
+
+
 def test_every_ending_has_an_answer_with_its_reference() -> None:
     request = MergeRequest("alice", Origin.CARD, TEXT, "both", repo="alice/asks", revision=A, reply="discussion")
     failed = job(publication=None, failures=(Failure(Stage.MERGING, "DISK_FULL", "The <b>disk</b> is full.", "Wait."),))

@@ -221,3 +221,42 @@ def test_two_processes_drain_the_queue_and_no_job_is_done_twice(tmp_path: Path) 
         worker.join()
     assert sorted(done) == sorted(wanted)
     assert len(queue.published()) == 40
+
+
+def test_a_passing_fault_after_the_commit_has_begun_leaves_no_room_for_a_cancel_or_a_failure(queue: Queue) -> None:
+    job = ask(queue)
+    for attempt in range(5):
+        at = NOW + timedelta(hours=attempt)
+        lease = queue.claim("w", at)
+        assert lease is not None, "what may stand on the Hub is finished, however many attempts it takes"
+        queue.begin_commit(lease)
+        queue.record(lease, Failure(Stage.PUBLISHING, "HUB_UNAVAILABLE", "away.", "wait.", at), at)
+        with pytest.raises(Refused, match="can no longer be cancelled"):
+            queue.cancel(job.id, "alice")
+        assert queue.sweep(at + timedelta(minutes=30)) == 0
+    lease = queue.claim("w", NOW + timedelta(days=1))
+    assert lease is not None
+    queue.record(lease, Publication("bot/x", "c" * 40, 1.0), NOW)
+    assert stage(queue.job(job.id), NOW) is Stage.PUBLISHED
+
+
+def test_waiting_for_the_operator_uses_up_no_attempt(queue: Queue) -> None:
+    job = ask(queue)
+    for attempt in range(5):
+        lease = queue.claim("w", NOW + timedelta(hours=attempt))
+        assert lease is not None
+        at = NOW + timedelta(hours=attempt, minutes=10)
+        queue.record(lease, Failure(Stage.PUBLISHING, "PUBLISHING_PAUSED", "token.", "renew.", at), NOW)
+    assert queue.job(job.id).attempts == 0
+
+
+def test_a_job_stranded_by_a_lower_limit_ends_with_a_reason(tmp_path: Path) -> None:
+    address = f"sqlite:///{tmp_path}/jobs.db"
+    queue = Queue(address, attempts=3)
+    job = ask(queue)
+    lease = queue.claim("w", NOW)
+    assert lease is not None
+    queue.record(lease, Failure(Stage.MERGING, "HUB_UNAVAILABLE", "away.", "wait.", NOW), NOW)
+    strict = Queue(address, attempts=1)
+    assert strict.sweep(NOW) == 1
+    assert stage(strict.job(job.id), NOW) is Stage.FAILED

@@ -175,7 +175,7 @@ def test_the_card_has_the_metadata_the_hub_understands(walk: Walk) -> None:
     assert {"merge", "made-with-mergebot"} <= set(metadata["tags"])
     assert "mergebot" not in metadata["tags"]
     [index] = metadata["model-index"]
-    assert {result["dataset"]["type"] for result in index["results"]} >= {"invented_crests", "invented_smiths"}
+    assert {result["dataset"]["name"] for result in index["results"]} >= {"invented_crests", "invented_smiths"}
     assert published.tags and "base_model:merge:alice/left" in published.tags
     for source in walk.form.sources:
         assert source.revision in card
@@ -192,9 +192,8 @@ def test_the_evaluated_and_the_published_bytes_are_the_same(walk: Walk) -> None:
     assert walk.form.evaluation.manifest == walk.form.merge.manifest
     tree = Hub(walk.hub.url).tree(walk.form.publication.repo, walk.form.publication.commit)
     for name, file in walk.form.merge.files.items():
-        size, sha256, _ = tree[name]
-        assert size == file.bytes
-        assert sha256 in (None, file.sha256)
+        assert tree[name].size == file.bytes
+        assert tree[name].sha256 in (None, file.sha256)
     assert {"mergekit_config.yml", "merge_provenance.json", ".mergebot.json", "results/lm_eval.json"} <= set(tree)
 
 

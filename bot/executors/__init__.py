@@ -4,7 +4,7 @@
     scratch/<stage>.result.json   {"ok": ...} or {"error": {...}}; written whole or not at all
     logs/<scratch name>/<stage>.log    what the process printed; kept when the scratch folder goes
 
-`local.LocalExecutor` runs a child process. Hub Jobs and Ray run the same command elsewhere.
+`local.LocalExecutor` runs a child process.
 """
 
 from __future__ import annotations

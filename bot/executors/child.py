@@ -24,9 +24,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(stages: Mapping[str, Stage]) -> None:
-    """Run `sys.argv[1]` of `stages` on the spec file `sys.argv[2]` and write the result file `sys.argv[3]`."""
+    """Run `sys.argv[1]` of `stages` on the spec file `sys.argv[2]` and write the result file `sys.argv[3]`.
+
+    `sys.argv[4]` is the process id of the parent.
+    """
     stage, spec_file, result_file = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    _die_with_parent()
+    _die_with_parent(int(sys.argv[4]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold what the process held
     progress = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print belongs into the log, not between the progress lines
@@ -84,9 +87,9 @@ def _write_whole(file: Path, text: str) -> None:
     partial.rename(file)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """Two attempts must never write one scratch folder: a child whose parent was killed dies at once (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # the parent died before the line above
+    if os.getppid() != parent:  # it died before the line above
         sys.exit(1)

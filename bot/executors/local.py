@@ -54,7 +54,7 @@ class LocalExecutor:
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{stage}.log").open("ab") as log:
             child = subprocess.Popen(
-                [*self.command(zone), stage, str(spec_file), str(result_file)],
+                [*self.command(zone), stage, str(spec_file), str(result_file), str(os.getpid())],
                 env=child_environment(self._settings, zone),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

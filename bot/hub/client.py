@@ -104,7 +104,7 @@ class Hub:
         return RepoFiles(self._api, self._line, check_repo_id(repo), _commit_id(revision), repo_type)
 
     def tree(self, repo: str, revision: str, repo_type: str = "model") -> dict[str, FileFact]:
-        """path -> (size, sha256 of a large file or None, git blob id)."""
+        """What the commit says of each path."""
         return read_tree(self._api, self._line, check_repo_id(repo), revision, repo_type)
 
     def read_text(self, repo: str, revision: str, path: str, limit_bytes: int, repo_type: str = "model") -> str | None:

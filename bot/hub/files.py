@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
 from huggingface_hub import HfApi
@@ -55,10 +55,6 @@ class FileFact:
     size: int
     sha256: str | None
     blob_id: str
-
-    def __iter__(self) -> Iterator[Any]:
-        """Unpacks as (size, sha256, blob_id)."""
-        return iter((self.size, self.sha256, self.blob_id))
 
 
 def read_tree(api: HfApi, line: Line, repo: str, revision: str, repo_type: str) -> dict[str, FileFact]:

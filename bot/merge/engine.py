@@ -24,6 +24,7 @@ from bot.merge.gather import gather
 from bot.merge.methods import apply
 from bot.merge.plan import WORKERS, Plan, Step
 from bot.merge.provenance import manifest, provenance
+from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Notice
 from bot.merge.steps import Work
 from bot.merge.writer import SYNC_BYTES, FileFact, Record, Writer
@@ -271,7 +272,7 @@ def _complete(
     for name, text in plan.texts.items():
         files[name] = writer.add(name, text.encode())
     files["config.json"] = writer.add("config.json", plan.config.encode())
-    files["mergekit_config.yml"] = writer.add("mergekit_config.yml", plan.recipe.to_yaml().encode())
+    files["mergekit_config.yml"] = writer.add("mergekit_config.yml", write_yaml(plan.recipe.document()).encode())
     if plan.recipe.original is not None:
         files["mergekit_config.original.yml"] = writer.add(
             "mergekit_config.original.yml", plan.recipe.original.encode()

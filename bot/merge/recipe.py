@@ -18,7 +18,7 @@ from bot.merge import grammar
 from bot.merge.document import Node, Reader, Sequence, Table, Text, Trust, UnknownKeys
 from bot.merge.spec import ModelRef, Recipe
 
-__all__ = ["ModelRef", "Recipe", "from_canonical", "parse", "write_yaml"]
+__all__ = ["ModelRef", "Recipe", "from_canonical", "parse", "read_yaml", "write_yaml"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,12 +218,6 @@ class Recipe:
         """SHA-256, 64 hex digits, of `recipe/1` and the canonical JSON."""
         return hashlib.sha256(b"recipe/1\n" + self.canonical().encode()).hexdigest()
 
-    def to_yaml(self) -> str:
-        """Canonical mergekit YAML, readable and stable."""
-        from bot.merge.recipe import write_yaml  # YAML has one home; it imports this module
-
-        return write_yaml(self.document())
-
 
 def plain_number(value: float) -> float | int:
     """A whole number without its fraction, so that 1 and 1.0 are the same text."""

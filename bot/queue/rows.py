@@ -54,6 +54,7 @@ def read_job(connection: Connection, job_id: str) -> Job:
         plan=json.loads(row["plan"]),
         submitted_at=time(row["submitted_at"]),
         attempts=row["attempts"],
+        committing=row["committing"],
         lease=lease,
         merge=next(iter(found["merge"]), None),
         evaluation=next(iter(found["evaluation"]), None),

@@ -1,16 +1,16 @@
 """The tables behind the queue.
 
-    requests   raw_key | requester origin repo revision text options received_at | job_id or refusal | answered
-    jobs       id | digest recipe sources plan submitted_at | attempts claimed_at not_before | lease_owner lease_token
-               lease_expires_at | cancelled_at committing progress ended_at
+    requests   key | requester received_at request | job_id or refusal | answered
+    jobs       id | digest requester request_key recipe sources plan submitted_at | attempts claimed_at not_before |
+               lease_owner lease_token lease_expires_at | cancelled_at committing progress ended_at
     facts      job_id kind number | body recorded_at      kind: merge evaluation publication (once), failure (many)
-    leaders    name | owner expires_at                    one scheduler ticks at a time
+    leaders    name | owner expires_at                    of each tick but the claiming one, one scheduler does it
 
 A fact is inserted and never changed. Every write of an attempt carries the lease's token in its WHERE clause, so a
 process that wakes up after its job was claimed by another is refused and nothing it does has an effect.
 
 SQLite (one host, local disk) runs in WAL mode with `synchronous=FULL`; several hosts need Postgres by address, where
-a claim skips locked rows.
+a claim that another scheduler won updates no row.
 """
 
 from __future__ import annotations

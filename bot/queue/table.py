@@ -1,4 +1,4 @@
-"""Submit, claim under a lease, record facts, cancel. See `bot.queue` for the rules and `schema` for the tables."""
+"""Submit, claim under a lease, record facts, cancel. See `schema` for the tables and the rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from bot.errors import MergebotError, Refused
-from bot.job import ENDED, Fact, Failure, Job, Lease, Progress, Publication, Source, Stage, stage
+from bot.job import ENDED, Fact, Failure, Job, Lease, Progress, Publication, Source, Stage, missing, stage
 from bot.queue.rows import (
     REQUEST,
     SOURCES,
@@ -26,6 +26,11 @@ from bot.queue.rows import (
 )
 from bot.queue.schema import FACTS, JOBS, LEADERS, REQUESTS, connect
 from bot.request import MergeRequest
+
+# A job nobody holds.
+NO_LEASE = {"lease_owner": None, "lease_token": None, "lease_expires_at": None}
+# Faults that are the operator's to mend: waiting for him uses up no attempt.
+UNCOUNTED = frozenset({"PUBLISHING_PAUSED"})
 
 
 class Queue:
@@ -146,7 +151,7 @@ class Queue:
                 JOBS.c.ended_at.is_(None),
                 sa.or_(JOBS.c.lease_expires_at.is_(None), JOBS.c.lease_expires_at <= at),
                 sa.or_(JOBS.c.not_before.is_(None), JOBS.c.not_before <= at),
-                JOBS.c.attempts < self.attempts,
+                sa.or_(JOBS.c.attempts < self.attempts, JOBS.c.committing.is_(True)),
             )
             .order_by(sa.func.coalesce(last.c.at, 0.0), JOBS.c.submitted_at, JOBS.c.id)
             .limit(1)
@@ -191,10 +196,12 @@ class Queue:
         at = seconds(now)
         values: dict[str, Any] = {"progress": None}
         if isinstance(fact, Failure):
-            values |= {"lease_owner": None, "lease_token": None, "lease_expires_at": None, "committing": False}
+            values |= NO_LEASE
             values |= {"not_before": seconds(fact.retry_at)} if fact.retry_at else {"ended_at": at}
+            if fact.retry_at and fact.code in UNCOUNTED:
+                values["attempts"] = JOBS.c.attempts - 1
         if isinstance(fact, Publication):
-            values |= {"ended_at": at, "lease_owner": None, "lease_expires_at": None}
+            values |= {**NO_LEASE, "ended_at": at}
         with self._writing.begin() as connection:
             update_held(connection, lease, values)
             insert_fact(connection, lease.job_id, fact, at)
@@ -205,11 +212,15 @@ class Queue:
             connection.execute(
                 sa.update(JOBS)
                 .where(JOBS.c.id == lease.job_id, JOBS.c.lease_token == lease.token)
-                .values(lease_owner=None, lease_token=None, lease_expires_at=None, attempts=JOBS.c.attempts - 1)
+                .values(**NO_LEASE, attempts=JOBS.c.attempts - 1)
             )
 
     def begin_commit(self, lease: Lease) -> None:
-        """The point of no return before the one commit: from here a cancel is refused. Raises Failed LEASE_LOST."""
+        """The point of no return before the one commit. Raises Failed LEASE_LOST, CANCELLED.
+
+        From here a cancel is refused, and passing faults are met again without counting attempts: what may already
+        stand on the Hub has to be finished.
+        """
         with self._writing.begin() as connection:
             update_held(connection, lease, {"committing": True})
 
@@ -223,7 +234,7 @@ class Queue:
             done = connection.execute(
                 sa.update(JOBS)
                 .where(JOBS.c.id == job_id, JOBS.c.ended_at.is_(None), JOBS.c.committing.is_(False))
-                .values(cancelled_at=at, ended_at=at, lease_owner=None, lease_token=None, lease_expires_at=None)
+                .values(**NO_LEASE, cancelled_at=at, ended_at=at)
             )
             if not done.rowcount:
                 where = stage(job, time(at)).value
@@ -234,22 +245,23 @@ class Queue:
         """Fail the jobs whose last attempt died without a word; returns how many."""
         at = seconds(now)
         dead = sa.select(JOBS.c.id).where(
-            JOBS.c.ended_at.is_(None), JOBS.c.attempts >= self.attempts, JOBS.c.lease_expires_at <= at
+            JOBS.c.ended_at.is_(None),
+            JOBS.c.attempts >= self.attempts,
+            JOBS.c.committing.is_(False),
+            sa.or_(JOBS.c.lease_expires_at.is_(None), JOBS.c.lease_expires_at <= at),
         )
         with self._writing.begin() as connection:
             ids = connection.execute(dead).scalars().all()
             for job_id in ids:
                 lacking = read_job(connection, job_id)
                 failure = Failure(
-                    stage(lacking, time(0.0)),
+                    missing(lacking),
                     "WORKER_DIED",
                     f"The worker of job {job_id} died {self.attempts} times without a reason.",
                     "Ask for the merge again; if it happens again, tell the operator.",
                 )
                 insert_fact(connection, job_id, failure, at)
-                connection.execute(
-                    sa.update(JOBS).where(JOBS.c.id == job_id).values(ended_at=at, lease_token=None, lease_owner=None)
-                )
+                connection.execute(sa.update(JOBS).where(JOBS.c.id == job_id).values(**NO_LEASE, ended_at=at))
         return len(ids)
 
     def lead(self, name: str, owner: str, for_s: float, now: datetime | None = None) -> bool:

@@ -16,6 +16,7 @@ from bot.hub import Hub
 from bot.localhub import seed
 from bot.queue import Queue, open_queue
 from bot.request import EvaluateOptions, from_form
+from bot.scheduler import Scheduler
 from bot.settings import Settings
 from tests import family
 from tests.localhub.server import RunningHub, running_hub
@@ -169,3 +170,24 @@ def test_a_person_with_enough_at_work_waits(tmp_path: Path, hub: RunningHub) -> 
     refused = ask(hub, queue, settings, RECIPE.format(other="alice/base").replace("weight: 1", "weight: 2"))
     assert refused.code == "LIMIT_REACHED"
     assert [found.id for found in queue.jobs()] == [job.id]
+
+
+def test_one_strangers_card_does_not_shut_the_door_for_the_others(tmp_path: Path, hub: RunningHub) -> None:
+    block = "mergebot:\n  version: 1\n  evaluate: {suite: none}\n  recipe:\n    merge_method: linear\n    models:\n"
+    models = "".join(f"    - {{model: alice/{name}, parameters: {{weight: 1}}}}\n" for name in ("left", "right"))
+    good = f"---\nlicense: mit\ntags: [mergebot]\n{block}{models}---\n".encode()
+    cards = {
+        "alice/aa-not-utf8": good + b"\xff",
+        "alice/bb-no-block": b"---\ntags: [mergebot]\n---\n",
+        "alice/zz-good": good,
+    }
+    for repo, text in cards.items():
+        push = f"api.create_repo({repo!r}); api.upload_file(path_or_fileobj={text!r}, path_in_repo='README.md', "
+        hub.client(push + f"repo_id={repo!r})", tmp_path / "client", "alice")
+    scheduler = Scheduler(Settings(home=tmp_path / "bot", hub=hub.url))
+    for _ in range(2):
+        scheduler.poll()
+    assert [job.request.repo for job in scheduler.queue.jobs()] == ["alice/zz-good"]
+    refused = {request.repo: refusal["code"] for request, _, refusal in scheduler.queue.unanswered() if refusal}
+    assert refused == {"alice/aa-not-utf8": "REQUEST_INVALID", "alice/bb-no-block": "CARD_NO_REQUEST"}
+    scheduler.stop()

@@ -17,6 +17,7 @@ def main() -> None:
     settings = Settings()
     activate(settings)
     from bot import intake
+    from bot.errors import Transient
     from bot.request import EvaluateOptions, from_form
     from bot.scheduler import Scheduler
 
@@ -27,7 +28,12 @@ def main() -> None:
     pause = threading.Event()
     while scheduler.queue.job(job.id).ended_at is None:
         pause.wait(0.05)
-    scheduler.tell()
+    for _ in range(2):  # the publisher may be killed here as everywhere; the bot's next tick would ask again
+        try:
+            scheduler.tell()
+            break
+        except Transient:
+            continue
     scheduler.stop()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def ask(app: LocalHub, method: str, path: str, body: bytes, kind: str = "applica
                 )
             ).status_code
 
-    return asyncio.run(once())
+    # In a thread: another test of this process may have left an event loop running in this one.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, once()).result()
 
 
 QUERIES = ["", "?p=²", "?cursor=-1", "?limit=x", "?expand=sha&expand=zzz", "?recursive=1&cursor=5", "?sort=q"]

@@ -51,7 +51,7 @@ dtype: torch.bfloat16
 """
     parsed = recipe.parse(text)
     assert recipe.from_canonical(parsed.canonical()) == parsed
-    assert recipe.parse(parsed.to_yaml()) == parsed
+    assert recipe.parse(recipe.write_yaml(parsed.document())) == parsed
     assert parsed.dtype == "bfloat16"
     assert parsed.parameters["normalize"] is False
 

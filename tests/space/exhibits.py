@@ -97,7 +97,7 @@ def _row(
         average_stderr=0.035 if scores else None,
         results=tuple(results),
         tokens_per_step=tokens_per_step,
-        tokens_per_second=21.4 if speedup else None,
+        plain_tokens_per_s=21.4 if speedup else None,
         speedup=speedup,
         speedup_ci=interval,
         published_at=at.strftime("%Y-%m-%dT%H:%M:%SZ"),
