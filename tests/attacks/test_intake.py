@@ -181,9 +181,11 @@ def test_one_strangers_card_does_not_shut_the_door_for_the_others(tmp_path: Path
         "alice/bb-no-block": b"---\ntags: [mergebot]\n---\n",
         "alice/zz-good": good,
     }
-    for repo, text in cards.items():
-        push = f"api.create_repo({repo!r}); api.upload_file(path_or_fileobj={text!r}, path_in_repo='README.md', "
-        hub.client(push + f"repo_id={repo!r})", tmp_path / "client", "alice")
+    for repo, text in cards.items():  # past the client, which would not send such bytes
+        readme = tmp_path / "content" / "models" / repo / "README.md"
+        readme.parent.mkdir(parents=True)
+        readme.write_bytes(text)
+    seed(hub.root, tmp_path / "content")
     scheduler = Scheduler(Settings(home=tmp_path / "bot", hub=hub.url))
     for _ in range(2):
         scheduler.poll()
