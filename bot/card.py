@@ -171,8 +171,8 @@ def _score_table(job: Job, repo: str) -> str:
         return messages.NOT_MEASURED
     tasks = [score.task for score in merged.scores]
     lines = [f"| model | {' | '.join(code(task) for task in tasks)} |", "|---|" + "---:|" * len(tasks)]
-    rows: list[tuple[str, ModelEvaluation]] = [(f"**{cell(repo)}**", merged)]
-    rows += [(cell(name.partition("@")[0]), evaluation) for name, evaluation in job.evaluation.sources.items()]
+    rows: list[tuple[str, ModelEvaluation]] = [(f"**{code(repo)}**", merged)]
+    rows += [(code(name.partition("@")[0]), evaluation) for name, evaluation in job.evaluation.sources.items()]
     for name, evaluation in rows:
         scores = (_score_of(evaluation, task) for task in tasks)
         lines.append(f"| {name} | {' | '.join(with_error(score) for score in scores)} |")
@@ -205,7 +205,7 @@ def _speed(job: Job) -> str:
 
 def _source_table(sources: tuple[Source, ...]) -> str:
     lines = ["| source | commit | licence |", "|---|---|---|"]
-    lines += [f"| {cell(source.repo)} | `{source.revision}` | {cell(str(source.licence))} |" for source in sources]
+    lines += [f"| {code(source.repo)} | `{source.revision}` | {code(str(source.licence))} |" for source in sources]
     return "\n".join(lines)
 
 
@@ -278,9 +278,6 @@ def plain(text: str) -> str:
 def code(text: str) -> str:
     """A name in code style, safe in a sentence and in a table."""
     return f"`{UNSEEN.sub('', text).replace('`', '´').replace('|', '¦')}`"
-
-
-cell = code
 
 
 def fenced(text: str, language: str) -> str:

@@ -158,12 +158,12 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON.")] = None,  # noqa: UP045
 ) -> None:
     """Measure a model with lm-eval."""
-    from bot import measure, screens
+    from bot import operator, screens
 
     configured = settings(device=device)
     with screens.progress() as shown:
-        scores = measure.one_model(
-            measure.model_folder(model, configured, shown), suite, limit, seed, configured, shown
+        scores = operator.evaluate_model(
+            operator.model_folder(model, configured, shown), suite, limit, seed, configured, shown
         )
     screens.scores({model: scores}, out)
 
@@ -178,11 +178,11 @@ def medusa_bench(
     seed: Seed = 0,
 ) -> None:
     """Train heads on a model and compare decoding with them to plain greedy decoding, honestly."""
-    from bot import measure, screens
+    from bot import measure, operator, screens
 
     configured = settings(device=device)
     with screens.progress() as shown:
-        folder = measure.model_folder(model, configured, shown)
+        folder = operator.model_folder(model, configured, shown)
         report = measure.bench(folder, out, prompts, budget_s, seed, configured, shown)
     screens.speed(report, out)
 

@@ -8,7 +8,7 @@
 Anything else that is raised is a defect of ours: it is logged with its traceback and reaches a person as
 `INTERNAL` with the request's id only.
 
-The codes below are a stable interface (they stand in job pages, in the requests dataset and in JSON reports): new
+The codes below are a stable interface (they stand in job pages and in JSON answers): new
 ones may be added, old ones keep their meaning.
 """
 
@@ -30,7 +30,7 @@ CODES = frozenset(
         "CORRUPT_DOWNLOAD", "DOWNLOAD_TOO_LARGE",
         # the work
         "TOO_LARGE", "DISK_LOW", "DISK_FULL", "MEMORY_LIMIT", "TIME_LIMIT", "OUTPUT_EXISTS", "OUTPUT_UNWRITABLE",
-        "DEVICE_UNAVAILABLE", "FILE_NOT_FOUND", "LEASE_LOST", "WORKER_DIED", "INTERRUPTED",
+        "DEVICE_UNAVAILABLE", "FILE_NOT_FOUND", "LEASE_LOST", "WORKER_DIED",
         # the evaluation
         "UNKNOWN_TASK", "DATASET_UNAVAILABLE", "EVALUATION_FAILED", "MODEL_UNLOADABLE",
         "SPEED_CHECK_FAILED", "SPEED_UNSUPPORTED",

@@ -41,15 +41,15 @@ def scores(
     """The merged model's scores, and its sources' by `repo@revision`. Raises Failed as the harness does."""
     if asked.suite == NO_SUITE and not asked.tasks:
         return None, {}
-    merged = _evaluate(out, "the merge", asked, settings, scratch, report, manifest)
+    merged = evaluate(out, "the merge", asked, settings, scratch, report, manifest)
     found = {}
     for source in sources:
         folder = settings.source_folder(source.repo, source.revision)
-        found[str(source)] = _evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
+        found[str(source)] = evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
     return merged, found
 
 
-def _evaluate(
+def evaluate(
     folder: Path,
     name: str,
     asked: EvaluateOptions,
@@ -108,6 +108,7 @@ def bench(
     new_tokens: int = 48,
 ) -> dict[str, Any]:
     """Train heads on the model in `folder` and time decoding with them. Raises Failed."""
+    from bot.merge.engine import choose_device
     from evaluators import medusa
     from evaluators.medusa.report import sentence as report_sentence
 
@@ -120,39 +121,9 @@ def bench(
             questions=questions,
             max_new_tokens=new_tokens,
             seed=seed,
-            device=_device(settings.device),
+            device=choose_device(settings.device).type,
             progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
         )
     except EvaluationError as error:
         raise Failed(error.code, error.message, error.next_step) from error
     return {**measured, "sentence": report_sentence(measured)}
-
-
-def one_model(
-    folder: Path, suite: str, limit: int | None, seed: int, settings: Settings, report: Show
-) -> ModelEvaluation:
-    """The operator's own evaluation of one folder. Raises Failed."""
-    asked = EvaluateOptions(suite=suite, limit=limit)
-    return _evaluate(folder, folder.name, asked, settings, settings.scratch / "evaluate", report, None, seed)
-
-
-def model_folder(model: str, settings: Settings, report: Show) -> Path:
-    """The folder of a model named on the command line: a local one, or a Hub repo downloaded at its present commit."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder.resolve()
-    from bot.hub import Hub
-
-    hub = Hub(settings.hub)
-    pinned = hub.resolve(model)
-    into = settings.source_folder(pinned.repo, pinned.revision)
-    hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))
-    return into
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"

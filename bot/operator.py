@@ -1,4 +1,4 @@
-"""The operator's own merges, at the command line: local folders beside Hub repos, no queue, no publication."""
+"""The operator's own work, at the command line: local folders beside Hub repos, no queue, no publication."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bot import measure
 from bot.errors import Failed
 from bot.merge import checkpoint, plan, recipe
 from bot.progress import Show, named
+from bot.request import EvaluateOptions
 from bot.settings import Settings
+from evaluators.scores import ModelEvaluation
 
 if TYPE_CHECKING:
     from bot.hub import Hub
@@ -59,6 +62,26 @@ def download_sources(made: plan.Plan, settings: Settings, progress: Show) -> dic
             _hub(settings).download(ref.path, ref.revision, folder, progress=named(progress, f"Downloading {ref.path}"))
         folders[ref] = folder
     return folders
+
+
+def evaluate_model(
+    folder: Path, suite: str, limit: int | None, seed: int, settings: Settings, report: Show
+) -> ModelEvaluation:
+    """The operator's own evaluation of one folder. Raises Failed."""
+    asked = EvaluateOptions(suite=suite, limit=limit)
+    return measure.evaluate(folder, folder.name, asked, settings, settings.scratch / "evaluate", report, None, seed)
+
+
+def model_folder(model: str, settings: Settings, report: Show) -> Path:
+    """The folder of a model named on the command line: a local one, or a Hub repo downloaded at its present commit."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder.resolve()
+    hub = _hub(settings)
+    pinned = hub.resolve(model)
+    into = settings.source_folder(pinned.repo, pinned.revision)
+    hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))
+    return into
 
 
 def local_folder(ref: recipe.ModelRef) -> Path | None:

@@ -34,40 +34,22 @@ TEMPLATE = "chat_template.jinja"
 
 def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
     """Download, verify, merge into `spec["out"]`. A finished folder of an earlier attempt is checked and kept."""
-    from bot.hub import Hub
     from bot.merge import engine
 
-    started = time.monotonic()
-    hub, out = Hub(settings.hub), Path(spec["out"])
+    started, out = time.monotonic(), Path(spec["out"])
     wanted = recipe.from_canonical(spec["recipe"])
-    folders: dict[recipe.ModelRef, Path] = {}
-    opened: dict[recipe.ModelRef, checkpoint.Checkpoint] = {}
-    dropped: list[dict[str, Any]] = []
-    for ref in wanted.sources:
-        if ref.revision is None:
-            raise Failed("INTERNAL", f"{ref} reached the worker without a commit.", "Tell the operator.")
-        folder = settings.source_folder(ref.path, ref.revision)
-        hub.download(ref.path, ref.revision, folder, progress=named(report, f"Downloading {ref.path}"))
-        folders[ref] = folder
-        opened[ref] = checkpoint.open_checkpoint(
-            checkpoint.LocalFiles(folder), limits=checkpoint.STRANGER, name=str(ref)
-        )
-        if TEMPLATE in hub.files(ref.path, ref.revision).sizes() and not (folder / TEMPLATE).exists():
-            text = f"The chat template of {ref.path} is not on the bot's list and was left out."
-            dropped.append({"code": "TEMPLATE_DROPPED", "text": text, "count": 1})
+    folders, dropped = _download(wanted, settings, report)
     crashpoint("download.after_verify")
+    opened = {
+        ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(folder), limits=checkpoint.STRANGER, name=str(ref))
+        for ref, folder in folders.items()
+    }
     made = plan.make(wanted, opened, seed=spec["seed"])
     if not (out / MANIFEST).exists():
-        engine.merge(
-            made,
-            folders,
-            out,
-            device=settings.device,
-            on_nonfinite="fail",
-            progress=named(report, "Merging"),
-        )
+        shown = named(report, "Merging")
+        engine.merge(made, folders, out, device=settings.device, on_nonfinite="fail", progress=shown)
     crashpoint("writer.after_rename")
-    files = read_manifest(out)
+    files = verified_files(out)
     fact = Merge(
         files=files,
         manifest=manifest_id(out),
@@ -79,7 +61,28 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     return _json(fact)
 
 
-def read_manifest(out: Path) -> dict[str, PublishedFile]:
+def _download(
+    wanted: recipe.Recipe, settings: Settings, report: Show
+) -> tuple[dict[recipe.ModelRef, Path], list[dict[str, Any]]]:
+    """The verified files of every source at its commit, and notices of what was left out of them."""
+    from bot.hub import Hub
+
+    hub = Hub(settings.hub)
+    folders: dict[recipe.ModelRef, Path] = {}
+    dropped: list[dict[str, Any]] = []
+    for ref in wanted.sources:
+        if ref.revision is None:
+            raise Failed("INTERNAL", f"{ref} reached the worker without a commit.", "Tell the operator.")
+        folder = settings.source_folder(ref.path, ref.revision)
+        hub.download(ref.path, ref.revision, folder, progress=named(report, f"Downloading {ref.path}"))
+        folders[ref] = folder
+        if TEMPLATE in hub.files(ref.path, ref.revision).sizes() and not (folder / TEMPLATE).exists():
+            text = f"The chat template of {ref.path} is not on the bot's list and was left out."
+            dropped.append({"code": "TEMPLATE_DROPPED", "text": text, "count": 1})
+    return folders, dropped
+
+
+def verified_files(out: Path) -> dict[str, PublishedFile]:
     """The files of a finished merge, each re-hashed. Raises Failed CORRUPT_DOWNLOAD when the disk disagrees."""
     listed = json.loads((out / MANIFEST).read_text())
     files = {entry["path"]: PublishedFile(entry["bytes"], entry["sha256"]) for entry in listed["files"]}
@@ -105,7 +108,7 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
 
     started = time.monotonic()
     out, scratch = Path(spec["out"]), Path(spec["scratch"])
-    read_manifest(out)
+    verified_files(out)
     if manifest_id(out) != spec["manifest"]:
         raise Failed(
             "CORRUPT_DOWNLOAD", "The merged files are not those that were recorded.", "Ask for the merge again."

@@ -55,7 +55,7 @@ def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None
         jobs = _walk(settings)
         seconds["total"] = time.monotonic() - started
         made = _report(jobs, settings, seconds)
-        _show(jobs, made, settings)
+        _show(jobs, made)
         if report is not None:
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(json.dumps(made, indent=1) + "\n")
@@ -67,6 +67,9 @@ def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None
 
 def _family(folder: Path, shown: Show, seconds: dict[str, float]) -> dict[str, Path]:
     """Base, parents and skill datasets as `models/ns/name` and `datasets/ns/name` folders to put on the Hub."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours are shown
     began = time.monotonic()
     found = {base.REPO: base.build(folder, lambda done, total, what: shown("Base model", done, total))}
     seconds["base"] = time.monotonic() - began
@@ -228,7 +231,7 @@ def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float]) -> d
     }
 
 
-def _show(jobs: list[Job], made: dict[str, Any], settings: Settings) -> None:
+def _show(jobs: list[Job], made: dict[str, Any]) -> None:
     evaluations: dict[str, ModelEvaluation] = {}
     for job in jobs:
         assert job.evaluation and job.publication
