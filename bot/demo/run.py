@@ -35,7 +35,7 @@ from evaluators.scores import ModelEvaluation
 REQUESTER = "visitor"
 BOT = "mergebot"
 FAMILY = base.REPO.partition("/")[0]
-SPEED_BUDGET_S = 55.0
+SPEED_BUDGET_S = 50.0
 WATCH_S = 0.2
 SUITE = "demo-skills"
 
