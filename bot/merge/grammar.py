@@ -354,12 +354,6 @@ def _refuse_count(reader: Reader, line: int, at: str, method: Method, count: int
 
 def _not_yet(reader: Reader, top: Table, built: Recipe) -> None:
     """What the language knows and the engine does not do yet."""
-    adapter = next((ref for ref in built.sources if ref.lora is not None), None)
-    if adapter is not None:
-        reader.refuse(
-            "NOT_SUPPORTED", top, "", f"{adapter} asks for a LoRA adapter, which is not supported yet.",
-            "Merge the adapter into its model first and name the result.",
-        )  # fmt: skip
     if built.modular and [module.name for module in built.modules] != ["default"]:
         reader.refuse(
             "NOT_SUPPORTED", top.key_lines["modules"], "modules",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from bot.errors import Refused
 from bot.merge import chat_template
 from bot.merge.architecture import infer
-from bot.merge.checkpoint import Checkpoint
+from bot.merge.checkpoint import INDEX, Checkpoint
 from bot.merge.layout import arrange
 from bot.merge.notices import Notes
 from bot.merge.output_config import output_config
@@ -66,11 +66,16 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSource:
-    """One source: what it is used for and the shards the plan was made from (bytes, header SHA-256)."""
+    """One source: what it is used for and the shards the plan was made from (bytes, header SHA-256).
+
+    `header_ends` is where each shard's first tensor starts; `texts` the small files that describe the model (bytes).
+    """
 
     model: ModelRef
     roles: tuple[str, ...]
     headers: Mapping[str, tuple[int, str]]
+    header_ends: Mapping[str, int]
+    texts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,12 @@ def make(
 
     Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED.
     """
+    adapter = next((ref for ref in recipe.sources if ref.lora is not None), None)
+    if adapter is not None:
+        raise Refused(
+            "NOT_SUPPORTED", f"{adapter} asks for a LoRA adapter, which is not supported yet.",
+            "Merge the adapter into its model first and name the result.",
+        )  # fmt: skip
     notes = Notes()
     architectures = {ref: infer(checkpoints[ref]) for ref in recipe.sources}
     _same_family(recipe, checkpoints)
@@ -211,7 +222,7 @@ def _finish(
     shard_limit_bytes: int,
 ) -> Plan:
     steps, shards = pack(works, shard_limit_bytes)
-    sources = tuple(PlannedSource(ref, _roles(recipe, ref), checkpoints[ref].headers) for ref in recipe.sources)
+    sources = tuple(_planned_source(ref, _roles(recipe, ref), checkpoints[ref]) for ref in recipe.sources)
     small_bytes = len(small.config) + sum(map(len, small.texts.values())) + sum(c.nbytes for c in small.copies)
     identity = {
         "recipe": recipe.digest,
@@ -244,6 +255,12 @@ def _finish(
         parameters=sum(step.work.elements for step in steps),
         digest=hashlib.sha256(b"plan/1\n" + json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     )
+
+
+def _planned_source(ref: ModelRef, roles: tuple[str, ...], opened: Checkpoint) -> PlannedSource:
+    describing = ("config.json", INDEX, *_TOKENIZER_FILES, *_OTHER_FILES)
+    texts = {name: opened.sizes[name] for name in describing if name in opened.sizes}
+    return PlannedSource(ref, roles, opened.headers, opened.header_ends, texts)
 
 
 def pack(works: Iterable[Work], shard_limit_bytes: int) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:

@@ -31,6 +31,16 @@ class ModelRef:
     revision: str | None = None
     lora: ModelRef | None = None
 
+    @property
+    def bare(self) -> ModelRef:
+        """The model without its adapter."""
+        return ModelRef(self.path, self.revision)
+
+    def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> ModelRef:
+        """The reference with model and adapter each replaced as `commits` says of bare references."""
+        bare = commits.get(self.bare, self.bare)
+        return bare if self.lora is None else replace(bare, lora=self.lora.pinned(commits))
+
     def __str__(self) -> str:
         own = self.path if self.revision is None else f"{self.path}@{self.revision}"
         return own if self.lora is None else f"{own}+{self.lora}"
@@ -129,8 +139,24 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """An intermediate of a recipe of several documents: what `name` means as a model there."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def ref(self) -> ModelRef:
+        """The reference by which later documents name the result."""
+        return ModelRef(self.name)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """One merge, as asked for. `digest` is the identity of the work once the references are pinned."""
+    """One merge, as asked for. `digest` is the identity of the work once the references are pinned.
+
+    A recipe of several documents is its final document; `stages` are the others, each after those it uses.
+    """
 
     method: str
     modules: tuple[Module, ...]
@@ -141,12 +167,13 @@ class Recipe:
     vocabulary: Vocabulary | None
     chat_template: str | None
     modular: bool = False  # written with the key `modules`
+    stages: tuple[Stage, ...] = ()
     notices: tuple[Notice, ...] = field(default=(), compare=False)
     original: str | None = field(default=None, compare=False)  # the operator's own text
 
     @property
     def sources(self) -> tuple[ModelRef, ...]:
-        """Every model the recipe names, in recipe order, each once; the base keeps its place or comes last."""
+        """Every model this document names, as written, each once; the base keeps its place or comes last."""
         found: dict[ModelRef, None] = {}
         for piece in (piece for module in self.modules for piece in module.slices):
             found.update(dict.fromkeys(source.model for source in piece.sources))
@@ -160,6 +187,15 @@ class Recipe:
             for rule in self.vocabulary.tokens:
                 if rule.source is not None and rule.source.model is not None:
                     found.setdefault(rule.source.model)
+        return tuple(found)
+
+    @property
+    def repos(self) -> tuple[ModelRef, ...]:
+        """Every model and adapter to be read from outside, each once and bare, the stages' first."""
+        made = {stage.ref for stage in self.stages}
+        found: dict[ModelRef, None] = {}
+        for ref in (ref for part in (*(stage.recipe for stage in self.stages), self) for ref in part.sources):
+            found.update(dict.fromkeys(part for part in (ref.bare, ref.lora) if part is not None and part not in made))
         return tuple(found)
 
     @property
@@ -180,14 +216,15 @@ class Recipe:
         return sources, next((i for i, source in enumerate(sources) if source.model == base), None)
 
     def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> Recipe:
-        """The same recipe with every reference replaced; references not in `commits` stay."""
+        """The same recipe, stages and adapters included, with every bare reference replaced that is in `commits`."""
         return replace(
             self,
+            stages=tuple(replace(stage, recipe=stage.recipe.pinned(commits)) for stage in self.stages),
             modules=tuple(
                 replace(module, slices=tuple(_pinned_slice(piece, commits) for piece in module.slices))
                 for module in self.modules
             ),
-            base=None if self.base is None else commits.get(self.base, self.base),
+            base=None if self.base is None else self.base.pinned(commits),
             vocabulary=None if self.vocabulary is None else _pinned_vocabulary(self.vocabulary, commits),
         )
 
@@ -225,11 +262,11 @@ def plain_number(value: float) -> float | int:
 
 
 def _pinned_source(source: Source, commits: Mapping[ModelRef, ModelRef]) -> Source:
-    return replace(source, model=commits.get(source.model, source.model))
+    return replace(source, model=source.model.pinned(commits))
 
 
 def _pinned_slice(piece: Slice, commits: Mapping[ModelRef, ModelRef]) -> Slice:
-    base = None if piece.base is None else commits.get(piece.base, piece.base)
+    base = None if piece.base is None else piece.base.pinned(commits)
     return replace(piece, base=base, sources=tuple(_pinned_source(source, commits) for source in piece.sources))
 
 
@@ -238,10 +275,10 @@ def _pinned_vocabulary(vocabulary: Vocabulary, commits: Mapping[ModelRef, ModelR
     rules = tuple(
         rule
         if rule.source is None or rule.source.model is None
-        else replace(rule, source=replace(rule.source, model=commits.get(rule.source.model, rule.source.model)))
+        else replace(rule, source=replace(rule.source, model=rule.source.model.pinned(commits)))
         for rule in vocabulary.tokens
     )
-    pinned = commits.get(source, source) if isinstance(source, ModelRef) else source
+    pinned = source.pinned(commits) if isinstance(source, ModelRef) else source
     return replace(vocabulary, source=pinned, tokens=rules)
 
 

@@ -67,6 +67,21 @@ def test_sources_come_in_recipe_order_once_and_can_be_pinned() -> None:
     assert pinned.digest != parsed.digest
 
 
+def test_a_model_and_its_adapter_are_fetched_and_pinned_apart() -> None:
+    parsed = recipe.parse("""
+merge_method: linear
+models: [{model: o/a+o/l@v1}, {model: {model: {path: o/a}, lora: {path: o/m}}}, {model: o/a}]
+parameters: {weight: 1}
+""")
+    assert [str(ref) for ref in parsed.sources] == ["o/a+o/l@v1", "o/a+o/m", "o/a"]
+    assert [str(ref) for ref in parsed.repos] == ["o/a", "o/l@v1", "o/m"]
+    assert all(ref.lora is None for ref in parsed.repos)
+    pinned = parsed.pinned({ref: ModelRef(ref.path, ref.path[-1] * 40) for ref in parsed.repos})
+    assert [str(ref) for ref in pinned.repos] == [f"o/{c}@{c * 40}" for c in "alm"]
+    assert str(pinned.sources[0]) == f"o/a@{'a' * 40}+o/l@{'l' * 40}"
+    assert recipe.from_canonical(pinned.canonical()) == pinned
+
+
 def test_a_mistyped_parameter_is_refused_with_line_path_and_the_nearest_name() -> None:
     error = refusal(
         "merge_method: ties\nbase_model: o/b\nmodels:\n- model: o/a\n  parameters:\n    weight: 1\n    denstiy: 0.5\n"
@@ -97,7 +112,7 @@ def test_a_mistyped_parameter_is_refused_with_line_path_and_the_nearest_name() -
         ("merge_method: linear\nmodels: [{model: o/a}, {model: o/a}]", "RECIPE_INVALID", "once"),
         ("merge_method: linear\nmodels: [{model: o/a, parameters: {weight: .nan}}]", "VALUE_OUT_OF_RANGE", "finite"),
         ("merge_method: linear\nmodels: [{model: o/a, parameters: {weight: much}}]", "RECIPE_INVALID", "a number"),
-        ("merge_method: linear\nmodels: [{model: o/a+o/l}]", "NOT_SUPPORTED", "adapter"),
+        ("merge_method: linear\nmodels: [{model: o/a+o/l+o/m}]", "RECIPE_INVALID", "Name one"),
         ("merge_method: linear\nmodels: [{model: o/a}]\n---\nname: x", "NOT_SUPPORTED", "one after the other"),
         ("merge_method: linear\nmerge_method: ties\nmodels: [{model: o/a}]", "DUPLICATE_KEY", "Keep one"),
         ("just a sentence", "RECIPE_INVALID", "mapping"),
