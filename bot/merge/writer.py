@@ -19,10 +19,11 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from bot.errors import Failed, Refused, Transient
 from bot.merge.plan import Plan, Step
@@ -61,6 +62,35 @@ class FileFact:
 
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What came to light while one tensor was merged.
+
+    nonfinite: NaN or infinite elements per source. corners: how often a rule for odd cases came in, by notice code.
+    """
+
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    corners: Mapping[str, int] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """Takes the bytes of the output as they are made. Several threads may use it at once, one per tensor."""
+
+    @property
+    def done(self) -> Container[int]:
+        """Indices of the steps that need not be made."""
+        ...
+
+    def write(self, step: Step, at: int, data: memoryview) -> None:
+        """Bytes of `step` from byte `at` of its tensor on; within a step `at` rises without gaps. `data` is reused
+        by the caller afterwards."""
+        ...
+
+    def finished(self, step: Step, found: Found) -> None:
+        """Every byte of `step` has been written."""
+        ...
 
 
 class Writer:
