@@ -19,7 +19,17 @@ from typing import Any, NoReturn, Protocol
 from bot.errors import Refused
 from bot.merge.header import OPERATOR, STRANGER, Limits, TensorInfo, header_length, parse, refuse
 
-__all__ = ["OPERATOR", "STRANGER", "Checkpoint", "Files", "Limits", "LocalFiles", "TensorInfo", "open_checkpoint"]
+__all__ = [
+    "INDEX",
+    "OPERATOR",
+    "STRANGER",
+    "Checkpoint",
+    "Files",
+    "Limits",
+    "LocalFiles",
+    "TensorInfo",
+    "open_checkpoint",
+]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
@@ -98,6 +108,14 @@ class Checkpoint:
     sizes: Mapping[str, int]
     files: Files
     notices: tuple[str, ...] = ()
+
+    @property
+    def header_ends(self) -> dict[str, int]:
+        """Shard -> bytes before its first tensor: the length and the header."""
+        ends: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            ends[tensor.file] = min(tensor.start, ends.get(tensor.file, tensor.start))
+        return ends
 
     def text(self, name: str, limit_bytes: int = 64 * 2**20) -> str | None:
         """A small file as text; None if there is none. Refused when larger than `limit_bytes`."""
