@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -251,10 +252,23 @@ def _check_values(
                 "della needs density - epsilon above 0 and density + epsilon below 1: set a smaller `epsilon`.",
                 value=slot.name,
             )
-    if any(density == 0 for density in per_input.get("density", ())) or shared.get("select_topk") == 0:
-        notes.add("NOTHING_KEPT", f"a density of 0 keeps nothing of a source in {slot.name}")
+    if _keeps_nothing(slot, method, per_input, shared):
+        notes.add("NOTHING_KEPT", f"the density is so low that nothing of a source is kept in {slot.name}")
     if method.name == "slerp" and not 0 <= shared["t"] <= 1:
         notes.add("EXTRAPOLATES", f"t = {shared['t']:g} in {slot.name} lies outside [0, 1]")
+
+
+def _keeps_nothing(
+    slot: Slot, method: Method, per_input: Mapping[str, tuple[Value | None, ...]], shared: Mapping[str, Value]
+) -> bool:
+    """Whether a count of elements to keep comes out as 0: then the base is the result (merging.md 2.3)."""
+    elements = next((math.prod(one.tensor.shape) for one in slot.inputs if one.tensor is not None), 0)
+    if method.name == "sce":
+        return int(elements * float(shared["select_topk"])) == 0
+    densities = [float(density) for density in per_input.get("density", ()) if density is not None]
+    if method.name.startswith("breadcrumbs"):
+        return any(int(density * elements) == 0 for density in densities)
+    return 0.0 in densities
 
 
 def _note_gradient(slot: Slot, method: Method, notes: Notes) -> None:
