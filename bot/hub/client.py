@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from huggingface_hub.utils import disable_progress_bars
 from bot.errors import Refused, Transient
 from bot.hub import threads
 from bot.hub.files import DOWNLOAD_LIMIT_BYTES, FileFact, Progress, RepoFiles, download, read_tree, stream
+from bot.hub.ranges import Verified, fetch
 from bot.hub.transport import Absent, Line
 from bot.settings import LIVE_HUB
 
@@ -144,9 +145,27 @@ class Hub:
         try:
             return download(self.files(repo, revision), self._api, self._line, into, progress, limit_bytes)
         except Absent as gone:
-            raise Refused(
-                "SOURCE_CHANGED_OR_GONE", f"{gone} is no longer there.", "Ask again with the repo as it is now."
-            ) from gone
+            raise _gone(gone) from gone
+
+    def fetch(
+        self,
+        repo: str,
+        revision: str,
+        into: Path,
+        ranges: Mapping[str, Sequence[tuple[int, int]]],
+        *,
+        progress: Progress | None = None,
+        limit_bytes: int = DOWNLOAD_LIMIT_BYTES,
+    ) -> dict[str, Verified]:
+        """Bring byte ranges of the files at a commit into `into`, sparse files of full size (ranges.py).
+
+        `ranges` holds [start, end) by file. Several requests at once; a fetch cut short continues, a later one adds.
+        Answers how each file was checked. `progress(done_bytes, total_bytes, file_name)`.
+        """
+        try:
+            return fetch(self.files(repo, revision), self._api, self._line, into, ranges, progress, limit_bytes)
+        except Absent as gone:
+            raise _gone(gone) from gone
 
     def tagged(self, tag: str, repo_type: str = "model", limit: int | None = None) -> list[PinnedRepo]:
         """Repos with a tag, most recently changed first. Licences are not part of this answer."""
@@ -271,6 +290,10 @@ class Hub:
         if isinstance(content, Path):
             return CommitOperationAdd(path, opened.enter_context(content.open("rb")))
         return CommitOperationAdd(path, io.BytesIO(content))
+
+
+def _gone(absent: Absent) -> Refused:
+    return Refused("SOURCE_CHANGED_OR_GONE", f"{absent} is no longer there.", "Ask again with the repo as it is now.")
 
 
 def _upload_time_s(content: Content) -> float:

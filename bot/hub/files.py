@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
+import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -129,19 +130,26 @@ def address(endpoint: str, repo: str, revision: str, path: str, repo_type: str) 
 
 
 @contextmanager
-def stream(
-    api: HfApi, files: RepoFiles, name: str, start: int, end: int, whole: bool = False
-) -> Iterator[Iterator[bytes]]:
-    """Chunks of bytes [start, end) of a file; never more than that, whatever the answer announces."""
+def answer(api: HfApi, files: RepoFiles, name: str, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
+    """The Hub's answer when asked for bytes [start, end) of a file, or for all of it; errors raised, body unread."""
     # identity: a compressed answer has no length to check, and may be a bomb
     headers = {**build_hf_headers(token=api.token), "Accept-Encoding": "identity"}
-    if not whole:
-        headers["Range"] = f"bytes={start}-{end - 1}"
+    if span is not None:
+        headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
     url = address(api.endpoint, files.repo, files.revision, name, files.repo_type)
     with get_session().stream("GET", url, headers=headers) as response:
         if response.status_code >= 400:
             response.read()
         hf_raise_for_status(response)
+        yield response
+
+
+@contextmanager
+def stream(
+    api: HfApi, files: RepoFiles, name: str, start: int, end: int, whole: bool = False
+) -> Iterator[Iterator[bytes]]:
+    """Chunks of bytes [start, end) of a file; never more than that, whatever the answer announces."""
+    with answer(api, files, name, None if whole else (start, end)) as response:
         if not whole and response.status_code != 206:
             if start:
                 raise ValueError("the Hub ignored the range")
@@ -177,13 +185,13 @@ def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Pro
     """
     into.parent.mkdir(parents=True, exist_ok=True)
     partial = into.with_name(into.name + ".partial")
-    with _alone(into.with_name(f".{into.name}.lock")):
+    with alone(into.with_name(f".{into.name}.lock")):
         if into.is_dir():
             return into
         partial.mkdir(exist_ok=True)
         wanted = _wanted(files, api, line, partial)
         total = sum(fact.size for fact in wanted.values())
-        _check_room(files, total, limit_bytes, partial)
+        check_room(files, total, limit_bytes, partial, sum(path.stat().st_size for path in partial.iterdir()))
         done = 0
         for name, fact in wanted.items():
             if progress is not None:
@@ -194,21 +202,21 @@ def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Pro
                 if progress is not None:
                     progress(before + count, total, name)
 
-            _fetch(files, api, line, name, fact, partial / name, advanced)
+            fetch_whole(files, api, line, name, fact, partial / name, advanced)
             done += fact.size
         for stray in list(partial.iterdir()):
             if stray.name not in wanted:
                 stray.unlink()
-        _sync_folder(partial)
+        sync_folder(partial)
         partial.rename(into)
-        _sync_folder(into.parent)
+        sync_folder(into.parent)
         if progress is not None:
             progress(total, total, "")
     return into
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path) -> Iterator[None]:
     """Two jobs may want one source: the second waits and finds it complete."""
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -236,7 +244,7 @@ def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str
                 "BAD_CHECKPOINT", f"{INDEX} of {files} has {top[INDEX].size} bytes; the limit is 8 MiB.",
                 "Ask its author to save the model again.",
             )  # fmt: skip
-        _fetch(files, api, line, INDEX, top[INDEX], partial / INDEX, lambda count: None)
+        fetch_whole(files, api, line, INDEX, top[INDEX], partial / INDEX, lambda count: None)
         shards = _shards((partial / INDEX).read_bytes())
     elif "model.safetensors" in top:
         shards = {"model.safetensors"}
@@ -254,7 +262,8 @@ def _shards(index: bytes) -> set[str]:
         return set()
 
 
-def _check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path) -> None:
+def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, already_bytes: int = 0) -> None:
+    """Refuse a download over the limit; wait when the disk has no room for what of `total` is not there already."""
     if total > limit_bytes:
         raise Refused(
             "DOWNLOAD_TOO_LARGE",
@@ -262,15 +271,14 @@ def _check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path) ->
             "Choose smaller models.",
         )  # fmt: skip
     free = shutil.disk_usage(folder).free
-    here = sum(path.stat().st_size for path in folder.iterdir())
-    if total - here > free:
+    if total - already_bytes > free:
         raise Transient(
             "DISK_LOW", f"{files} needs {total / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free.",
             "It waits for disk; nothing is lost.", retry_after_s=300,
         )  # fmt: skip
 
 
-def _fetch(
+def fetch_whole(
     files: RepoFiles, api: HfApi, line: Line, name: str, fact: FileFact, place: Path, advanced: Callable[[int], None]
 ) -> None:
     """One file, whole and checked, at `place`. Wrong bytes are fetched once more, then it is CORRUPT_DOWNLOAD."""
@@ -331,7 +339,7 @@ def _digest_of(path: Path, fact: FileFact) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

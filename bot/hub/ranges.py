@@ -1,0 +1,382 @@
+"""Parts of a repo's large files: byte ranges, several requests at once, written into sparse files of full size.
+
+    INTO/<file>            full size; only what its journal names holds data
+    INTO/.ranges/<file>    journal: which file it is, then a line per finished range (start, end, CRC-32 of its bytes)
+
+A range enters the journal when its bytes are on the disk, so a killed fetch continues with what is missing, and a later
+plan adds to what an earlier one left. Nobody may take such a folder for the model: it lies apart from whole ones, and
+`is_partial` tells.
+
+A range cannot be checked against the file's SHA-256. It is held against everything else: the pinned commit, the hash
+and the size each answer names, the exact span. Where most of a file is needed, all of it is fetched and its hash
+checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import httpx2
+from huggingface_hub import HfApi
+
+from bot.errors import Refused, Transient
+from bot.hub.files import FileFact, Progress, RepoFiles, alone, answer, check_room, fetch_whole, sync_folder
+from bot.hub.transport import Away, Line, check_deadline
+from bot.settings import crashpoint
+
+FOLDER = ".ranges"
+PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it
+AT_ONCE = 6
+WHOLE_FROM = 0.8  # from this share on the rest is fetched too, for a hash that proves the whole
+_BLOCK_BYTES = 4 * 2**20
+
+Range = tuple[int, int]
+Verified = Literal["sha256", "git", "ranges"]
+
+
+def is_partial(folder: Path) -> bool:
+    """Whether a folder holds parts of files only."""
+    return (folder / FOLDER).exists()
+
+
+def fetch(
+    files: RepoFiles,
+    api: HfApi,
+    line: Line,
+    into: Path,
+    ranges: Mapping[str, Sequence[Range]],
+    progress: Progress | None,
+    limit_bytes: int,
+) -> dict[str, Verified]:
+    """Bring `ranges` of the files into the folder `into` -> how each file was checked.
+
+    Files that git itself holds are small and come whole. Raises Refused SOURCE_CHANGED_OR_GONE, DOWNLOAD_TOO_LARGE,
+    Transient CORRUPT_DOWNLOAD, DISK_LOW, HUB_UNAVAILABLE, HUB_ANSWER_INVALID.
+    """
+    facts = _wanted_facts(files, ranges)
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with alone(into.with_name(f".{into.name}.lock")):
+        (into / FOLDER).mkdir(parents=True, exist_ok=True)
+        parts = [_Part.open(into, name, fact, ranges[name]) for name, fact in facts.items() if fact.sha256]
+        small = {name: fact for name, fact in facts.items() if not fact.sha256}
+        missing = sum(part.missing_bytes for part in parts)
+        total = sum(part.wanted_bytes for part in parts) + sum(fact.size for fact in small.values())
+        check_room(files, missing, limit_bytes, into)
+        told = _Told(progress, total, total - missing - sum(fact.size for fact in small.values()))
+        for name, fact in small.items():
+            fetch_whole(files, api, line, name, fact, into / name, lambda count: None)
+            told.more(fact.size, name)
+        sync_folder(into)
+        _fill(files, api, line, parts, told)
+        verified: dict[str, Verified] = dict.fromkeys(small, "git")
+        for part in parts:
+            verified[part.name] = _checked(files, api, line, part, told)
+        return verified
+
+
+def _wanted_facts(files: RepoFiles, ranges: Mapping[str, Sequence[Range]]) -> dict[str, FileFact]:
+    """What the commit says of the files asked for; a plan that asks for other ones was made from something else."""
+    known = files.facts()
+    for name, spans in ranges.items():
+        if name not in known or any(not 0 <= start <= end <= known[name].size for start, end in spans):
+            raise _changed(name, files)
+    return {name: known[name] for name in sorted(ranges) if ranges[name]}
+
+
+def _changed(name: str, files: RepoFiles) -> Refused:
+    return Refused(
+        "SOURCE_CHANGED_OR_GONE", f"{name} of {files} is not the file the merge was planned with.",
+        "Plan the merge again.", value=name,
+    )  # fmt: skip
+
+
+# -- one file
+
+
+@dataclass(slots=True)
+class _Part:
+    """The wanted ranges of one file, and those that are here."""
+
+    name: str
+    fact: FileFact
+    place: Path
+    journal: Path
+    wanted: tuple[Range, ...]
+    here: list[tuple[int, int, int]]  # start, end, CRC-32
+    proven: bool = False  # the whole file was hashed
+
+    @classmethod
+    def open(cls, into: Path, name: str, fact: FileFact, spans: Sequence[Range]) -> _Part:
+        """Take over what an earlier fetch left, as far as its bytes are still those that arrived."""
+        wanted = tuple(spans)
+        if sum(end - start for start, end in wanted) >= WHOLE_FROM * fact.size:
+            wanted = ((0, fact.size),)
+        part = cls(name, fact, into / name, into / FOLDER / name, wanted, [])
+        part._read_journal()
+        return part
+
+    @property
+    def whole(self) -> bool:
+        return self.wanted == ((0, self.fact.size),)
+
+    @property
+    def wanted_bytes(self) -> int:
+        return sum(end - start for start, end in self.wanted)
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(end - start for start, end in self.missing())
+
+    def missing(self) -> list[Range]:
+        return without(self.wanted, [(start, end) for start, end, _ in self.here])
+
+    def head(self) -> bytes:
+        """The first line of the journal: which file these are ranges of."""
+        return json.dumps({"sha256": self.fact.sha256, "bytes": self.fact.size}).encode() + b"\n"
+
+    def forget(self) -> None:
+        """Start over with an empty file."""
+        self.place.unlink(missing_ok=True)
+        self.here, self.proven = [], False
+        with self.place.open("xb") as file:
+            file.truncate(self.fact.size)
+        with self.journal.open("wb") as file:
+            file.write(self.head())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def add(self, entry: Mapping[str, object]) -> None:
+        """Append one line to the journal; it is on the disk when this returns."""
+        handle = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            os.write(handle, _line(entry))
+            os.fdatasync(handle)
+        finally:
+            os.close(handle)
+
+    def _read_journal(self) -> None:
+        whole_size = self.place.is_file() and self.place.stat().st_size == self.fact.size
+        content = self.journal.read_bytes() if self.journal.is_file() and whole_size else b""
+        if not content.startswith(self.head()):
+            self.forget()
+            return
+        good = len(self.head())
+        for text in content[good:].splitlines(keepends=True):
+            entry = _entry(text)
+            if entry is None:  # a line cut by a kill
+                break
+            good += len(text)
+            if entry.get("whole"):
+                self.proven = True
+            else:
+                self.here.append((entry["start"], entry["end"], entry["crc"]))
+        if good < len(content):
+            os.truncate(self.journal, good)
+        self._keep_what_is_sound()
+
+    def _keep_what_is_sound(self) -> None:
+        """Ranges we are about to rely on are read again; what rotted on our disk is fetched anew."""
+        needed = [one for one in self.here if without([one[:2]], self.wanted) != [one[:2]]]
+        with self.place.open("rb") as file:
+            rotten = [one for one in needed if _crc(file.fileno(), one[0], one[1]) != one[2]]
+        if rotten:
+            self.here = [one for one in self.here if one not in rotten]
+            self.proven = False
+            kept = b"".join(_line({"start": a, "end": b, "crc": crc}) for a, b, crc in self.here)
+            renewed = self.journal.with_name(self.journal.name + ".new")
+            with renewed.open("wb") as file:
+                file.write(self.head() + kept)
+                file.flush()
+                os.fsync(file.fileno())
+            renewed.replace(self.journal)
+
+
+def _line(entry: Mapping[str, object]) -> bytes:
+    """A journal line: the record, and the CRC-32 of its text."""
+    text = json.dumps(entry).encode()
+    return b"%s %08x\n" % (text, zlib.crc32(text))
+
+
+def _entry(line: bytes) -> dict[str, int] | None:
+    """The record of a journal line, None if the line is torn."""
+    text, _, crc = line.removesuffix(b"\n").rpartition(b" ")
+    if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
+        return None
+    return dict(json.loads(text))
+
+
+def without(wanted: Sequence[Range], held: Sequence[Range]) -> list[Range]:
+    """The parts of `wanted` that no range of `held` covers, ascending."""
+    out: list[Range] = []
+    cover = sorted(held)
+    for start, end in sorted(wanted):
+        at = start
+        for first, last in cover:
+            if last <= at or first >= end:
+                continue
+            if first > at:
+                out.append((at, first))
+            at = max(at, last)
+        if at < end:
+            out.append((at, end))
+    return out
+
+
+def pieces(spans: Sequence[Range], most_bytes: int = PIECE_BYTES) -> list[Range]:
+    """`spans` cut into requests of at most `most_bytes`, the cuts of one span about equal."""
+    out: list[Range] = []
+    for start, end in spans:
+        count = -(-(end - start) // most_bytes)
+        step = -(-(end - start) // count) if count else 0
+        out.extend((at, min(at + step, end)) for at in range(start, end, step or 1))
+    return out
+
+
+def _crc(handle: int, start: int, end: int) -> int:
+    crc, at = 0, start
+    while at < end and (block := os.pread(handle, min(_BLOCK_BYTES, end - at), at)):
+        crc, at = zlib.crc32(block, crc), at + len(block)
+    return crc
+
+
+# -- the requests
+
+
+class _Told:
+    """Progress from several threads."""
+
+    def __init__(self, progress: Progress | None, total: int, done: int) -> None:
+        self._progress, self._total, self._done = progress, total, done
+        self._lock = threading.Lock()
+
+    def more(self, count: int, name: str) -> None:
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(min(self._done, self._total), self._total, name)
+
+
+def _fill(files: RepoFiles, api: HfApi, line: Line, parts: Sequence[_Part], told: _Told) -> None:
+    """Fetch what is missing of all parts. The first failure stops the others; what arrived stays."""
+    stop = threading.Event()
+    if line.sleep is time.sleep:  # a wait that a failure elsewhere cuts short
+
+        def pause(seconds: float) -> None:
+            stop.wait(seconds)
+
+        line = replace(line, sleep=pause)
+    lock = threading.Lock()
+    work = [(part, span) for part in parts for span in pieces(part.missing())]
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor(AT_ONCE, "fetch") as pool:
+        handles = {part.name: opened.enter_context(part.place.open("rb+")).fileno() for part, _ in work}
+
+        def one(part: _Part, span: Range) -> None:
+            crc = _receive(files, api, line, part, span, handles[part.name], told, stop)
+            os.fdatasync(handles[part.name])
+            with lock:
+                part.add({"start": span[0], "end": span[1], "crc": crc})
+                part.here.append((*span, crc))
+                crashpoint("download.after_range", sum(len(each.here) for each in parts))
+
+        futures: list[Future[None]] = [pool.submit(one, part, span) for part, span in work]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _receive(
+    files: RepoFiles, api: HfApi, line: Line, part: _Part, span: Range, handle: int, told: _Told, stop: threading.Event
+) -> int:
+    """Write one range to its place -> its CRC-32. A lost connection goes on where it stopped."""
+    at, crc = span[0], 0
+
+    def deed() -> None:
+        nonlocal at, crc
+        with answer(api, files, part.name, (at, span[1])) as response:
+            _require_same(files, part, response, (at, span[1]))
+            for chunk in response.iter_bytes():
+                check_deadline()
+                if stop.is_set():
+                    raise Refused("CANCELLED", f"Fetching {files} was stopped.", "")
+                if at + len(chunk) > span[1]:
+                    raise ValueError("the Hub sent more than it was asked for")
+                _write_at(handle, chunk, at)
+                at, crc = at + len(chunk), zlib.crc32(chunk, crc)
+                told.more(len(chunk), part.name)
+        if at < span[1]:
+            raise Away(f"it ended {span[1] - at} bytes early")
+
+    # At least 1 MB/s for all requests together is expected over the usual deadline.
+    patience_s = line.deadline_s + AT_ONCE * (span[1] - span[0]) / 1e6
+    line.ask(f"{part.name} of {files}", deed, deadline_s=patience_s)
+    return crc
+
+
+def _write_at(handle: int, chunk: bytes, at: int) -> None:
+    view = memoryview(chunk)
+    while view.nbytes:
+        count = os.pwrite(handle, view, at)
+        view, at = view[count:], at + count
+
+
+def _require_same(files: RepoFiles, part: _Part, response: httpx2.Response, span: Range) -> None:
+    """The answer must be this range of this file at this commit; a redirect says so before the storage does."""
+    chain = [*response.history, response]
+    commit = next(_named(chain, "x-repo-commit"), files.revision)
+    etag = next(_named(chain, "x-linked-etag"), response.headers.get("etag"))
+    size = next(_named(chain, "x-linked-size"), str(part.fact.size))
+    if etag is None:
+        raise ValueError("the Hub does not say which file it sends")
+    if (commit, etag.removeprefix("W/").strip('"'), size) != (files.revision, part.fact.sha256, str(part.fact.size)):
+        raise _changed(part.name, files)
+    if response.status_code != 206:
+        raise ValueError("the Hub ignored the range")
+    if response.headers.get("content-range") != f"bytes {span[0]}-{span[1] - 1}/{part.fact.size}":
+        raise ValueError("the Hub sent another range")
+    if response.headers.get("content-length", str(span[1] - span[0])) != str(span[1] - span[0]):
+        raise ValueError("the Hub announces another length")
+
+
+def _named(chain: Sequence[httpx2.Response], header: str) -> Iterator[str]:
+    return (each.headers[header] for each in chain if header in each.headers)
+
+
+# -- whole files
+
+
+def _checked(files: RepoFiles, api: HfApi, line: Line, part: _Part, told: _Told) -> Verified:
+    """Hash a file that is here in full; when it is not what the commit says, fetch it once more."""
+    if not part.whole:
+        return "ranges"
+    if part.proven:
+        return "sha256"
+    found = ""
+    for attempt in range(2):
+        with part.place.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found == part.fact.sha256:
+            part.add({"whole": True})
+            return "sha256"
+        part.forget()
+        if attempt == 0:
+            _fill(files, api, line, [part], told)
+    raise Transient(
+        "CORRUPT_DOWNLOAD",
+        f"{part.name} of {files} arrived damaged twice: {str(part.fact.sha256)[:8]} expected, {found[:8]} got.",
+        "It is tried again later by itself.",
+    )
