@@ -1,0 +1,1 @@
+"""How far mergebot and mergekit agree: the same recipes through both programs."""
