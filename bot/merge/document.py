@@ -81,6 +81,7 @@ class Reader:
     file: str
     trust: Trust
     unknown_keys: UnknownKeys
+    made: frozenset[str] = frozenset()  # names of the recipe's documents, which stand for models too
     notices: list[Notice] = field(default_factory=list)
 
     def refuse(self, code: str, node: Node | int | None, path: str, message: str, next_step: str) -> NoReturn:
@@ -147,10 +148,12 @@ class Reader:
         if "model" in node.items:
             base = self.model(node.items["model"], f"{path}.model")
             lora = node.items.get("lora")
-            absent = lora is None or (isinstance(lora, Text) and lora.is_null)
-            return (
-                base if lora is None or absent else ModelRef(base.path, base.revision, self.model(lora, f"{path}.lora"))
-            )
+            if lora is None or (isinstance(lora, Text) and lora.is_null):
+                return base
+            adapter = self.model(lora, f"{path}.lora")
+            if base.lora is not None or adapter.lora is not None:
+                self.refuse("RECIPE_INVALID", node, path, f"`{path}` names more than one adapter.", "Name one.")
+            return ModelRef(base.path, base.revision, adapter)
         if "path" not in node.items:
             self.refuse("MISSING_KEY", node, path, f"`{path}` names no model.", "Add `path: owner/name`.")
         name = self.text(node.items["path"], f"{path}.path")
@@ -166,7 +169,7 @@ class Reader:
                 "NOT_A_REPO_ID", node, path, f"{shown(text)} is not a model reference.",
                 "Write owner/name or owner/name@revision.",
             )  # fmt: skip
-        if self.trust == "stranger" and not is_repo_id(name):
+        if self.trust == "stranger" and not is_repo_id(name) and text.strip() not in self.made:
             self.refuse(
                 "NOT_A_REPO_ID", node, path, f"{shown(text)} is not the id of a repo.",
                 "Write owner/name, not an address or a folder.",

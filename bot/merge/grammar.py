@@ -359,8 +359,6 @@ def _not_yet(reader: Reader, top: Table, built: Recipe) -> None:
             "NOT_SUPPORTED", top.key_lines["modules"], "modules",
             "a recipe with several modules is not supported yet.", "Use `models:`, which covers every module.",
         )  # fmt: skip
-    if _present(top, "name") is not None:
-        reader.notice("UNUSED_KEY", "`name` has no effect in a recipe of one document.")
     if METHODS[built.method].base is Base.IGNORED and built.base is not None:
         listed = {source.model for module in built.modules for piece in module.slices for source in piece.sources}
         if built.base not in listed and any(module.layout == "models" for module in built.modules):

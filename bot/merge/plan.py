@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bot.errors import Refused
-from bot.merge import chat_template
+from bot.merge import chat_template, summary
 from bot.merge.architecture import infer
 from bot.merge.checkpoint import INDEX, Checkpoint
 from bot.merge.layout import arrange
@@ -109,30 +109,29 @@ class Plan:
     disk_bytes: int
     parameters: int
     digest: str = field(default="")
+    stages: tuple[tuple[ModelRef, Plan], ...] = ()  # intermediates, each after those it uses
+
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plans of the stages in their order, then this one."""
+        return (*(made for _, made in self.stages), self)
+
+    @property
+    def index(self) -> str | None:
+        """The text of model.safetensors.index.json, None for a single shard."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {step.name: self.shards[step.shard].file for step in self.steps}
+        index = {"metadata": {"total_size": self.bytes_out}, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(index, indent=2) + "\n"
 
     def summary(self) -> dict[str, object]:
-        """The plan as plain JSON values, for printing and for reports."""
-        return {
-            "method": self.recipe.method,
-            "recipe_digest": self.recipe.digest,
-            "plan_digest": self.digest,
-            "sources": [
-                {"model": str(s.model), "roles": list(s.roles), "bytes": sum(size for size, _ in s.headers.values())}
-                for s in self.sources
-            ],
-            "tensors": len(self.steps),
-            "layers": self.layers,
-            "parameters": self.parameters,
-            "dtypes": _dtype_bytes(self.steps),
-            "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in self.shards],
-            "copied_files": [copied.file for copied in self.copies],
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "disk_bytes": self.disk_bytes,
-            "values": _value_ranges(self.steps),
-            "notices": [{"code": n.code, "text": n.text, "count": n.count} for n in self.notices],
-        }
+        """The plan as plain JSON values, for printing and for reports; all stages are counted in."""
+        return summary.summary(self)
+
+    def values_of(self, tensor: str) -> dict[str, object]:
+        """What the recipe comes to for one output tensor, its inputs and every parameter's value. Raises `Refused`."""
+        return summary.values_of(self, tensor)
 
 
 def make(
@@ -142,17 +141,46 @@ def make(
     seed: int = 0,
     shard_limit_bytes: int = SHARD_LIMIT_BYTES,
 ) -> Plan:
-    """Plan a merge. `checkpoints` holds every reference of `recipe.sources`; seed keys the random methods.
+    """Plan a merge and the stages before it. `checkpoints` holds `recipe.repos`; seed keys the random methods.
 
     Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED.
     """
+    from bot.merge import ahead
+
+    opened = dict(checkpoints)
+    stages: list[tuple[ModelRef, Plan]] = []
+    for stage in recipe.stages:
+        made = _planned(_Asked(stage.recipe, _seen(stage.recipe, opened), seed, shard_limit_bytes))
+        opened[stage.ref] = ahead.checkpoint(made, stage.name, opened)
+        stages.append((stage.ref, made))
+    return _planned(_Asked(recipe, _seen(recipe, opened), seed, shard_limit_bytes, tuple(stages)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What one document is planned from: `checkpoints` holds every reference of `recipe.sources` as written."""
+
+    recipe: Recipe
+    checkpoints: Mapping[ModelRef, Checkpoint]
+    seed: int
+    shard_limit_bytes: int
+    stages: tuple[tuple[ModelRef, Plan], ...] = ()
+
+
+def _seen(recipe: Recipe, opened: Mapping[ModelRef, Checkpoint]) -> dict[ModelRef, Checkpoint]:
+    """Every source of one document as a checkpoint."""
     adapter = next((ref for ref in recipe.sources if ref.lora is not None), None)
     if adapter is not None:
         raise Refused(
             "NOT_SUPPORTED", f"{adapter} asks for a LoRA adapter, which is not supported yet.",
             "Merge the adapter into its model first and name the result.",
         )  # fmt: skip
-    notes = Notes()
+    return {ref: opened[ref] for ref in recipe.sources}
+
+
+def _planned(asked: _Asked) -> Plan:
+    """The plan of one document."""
+    notes, recipe, checkpoints = Notes(), asked.recipe, asked.checkpoints
     architectures = {ref: infer(checkpoints[ref]) for ref in recipe.sources}
     _same_family(recipe, checkpoints)
     embeddings = {ref: part.embedding for ref, part in architectures.items()}
@@ -164,10 +192,10 @@ def make(
     for ref in recipe.sources:
         for text in checkpoints[ref].notices:
             notes.add("SOURCE_ODD", text, text)
-    works = [work for slot in layout.slots if (work := work_of(slot, recipe, seed, notes, alignment)) is not None]
+    works = [work for slot in layout.slots if (work := work_of(slot, recipe, asked.seed, notes, alignment)) is not None]
     config = output_config(recipe, checkpoints, architectures, layout, works, notes, alignment)
     small = _small_files(recipe, checkpoints, alignment, config, notes)
-    return _finish(recipe, checkpoints, len(layout.layers), works, small, alignment, notes, seed, shard_limit_bytes)
+    return _finish(asked, len(layout.layers), works, small, alignment, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,34 +239,17 @@ def _small_files(
 
 
 def _finish(
-    recipe: Recipe,
-    checkpoints: Mapping[ModelRef, Checkpoint],
-    layers: int,
-    works: Sequence[Work],
-    small: _SmallFiles,
-    alignment: Alignment | None,
-    notes: Notes,
-    seed: int,
-    shard_limit_bytes: int,
+    asked: _Asked, layers: int, works: Sequence[Work], small: _SmallFiles, alignment: Alignment | None, notes: Notes
 ) -> Plan:
-    steps, shards = pack(works, shard_limit_bytes)
-    sources = tuple(_planned_source(ref, _roles(recipe, ref), checkpoints[ref]) for ref in recipe.sources)
+    steps, shards = pack(works, asked.shard_limit_bytes)
+    recipe = asked.recipe
+    sources = tuple(_planned_source(ref, _roles(recipe, ref), asked.checkpoints[ref]) for ref in recipe.sources)
     small_bytes = len(small.config) + sum(map(len, small.texts.values())) + sum(c.nbytes for c in small.copies)
-    identity = {
-        "recipe": recipe.digest,
-        "numerics": NUMERICS_VERSION,
-        "seed": seed,
-        "shard_limit_bytes": shard_limit_bytes,
-        "sources": {str(source.model): {k: list(v) for k, v in source.headers.items()} for source in sources},
-        "config": small.config,
-        "texts": dict(small.texts),
-        "vocabulary": None if alignment is None else {str(ref): dict(ids) for ref, ids in alignment.sources.items()},
-    }
     memory = sorted((_memory(step.work) for step in steps), reverse=True)
     return Plan(
         recipe=recipe,
-        seed=seed,
-        shard_limit_bytes=shard_limit_bytes,
+        seed=asked.seed,
+        shard_limit_bytes=asked.shard_limit_bytes,
         steps=steps,
         shards=shards,
         sources=sources,
@@ -253,8 +264,25 @@ def _finish(
         peak_memory_bytes=BASE_MEMORY_BYTES + sum(memory[:WORKERS]),
         disk_bytes=sum(shard.nbytes for shard in shards) + small_bytes + 200 * len(steps) + 64 * 1024,
         parameters=sum(step.work.elements for step in steps),
-        digest=hashlib.sha256(b"plan/1\n" + json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        digest=_digest(asked, sources, small, alignment),
+        stages=asked.stages,
     )
+
+
+def _digest(asked: _Asked, sources: Iterable[PlannedSource], small: _SmallFiles, alignment: Alignment | None) -> str:
+    """Identity of the exact work: whatever may change a byte of the output is in it."""
+    identity = {
+        "recipe": asked.recipe.digest,
+        "numerics": NUMERICS_VERSION,
+        "seed": asked.seed,
+        "shard_limit_bytes": asked.shard_limit_bytes,
+        "sources": {str(source.model): {k: list(v) for k, v in source.headers.items()} for source in sources},
+        "config": small.config,
+        "texts": dict(small.texts),
+        "vocabulary": None if alignment is None else {str(ref): dict(ids) for ref, ids in alignment.sources.items()},
+        **({"stages": [made.digest for _, made in asked.stages]} if asked.stages else {}),
+    }
+    return hashlib.sha256(b"plan/1\n" + json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _planned_source(ref: ModelRef, roles: tuple[str, ...], opened: Checkpoint) -> PlannedSource:
@@ -334,25 +362,3 @@ def _memory(work: Work) -> int:
         return stored + out + widened + 4 * work.elements * (3 * count + 5)
     chunks = 8 * min(work.elements, CHUNK_ELEMENTS) * (2 * count + 10)
     return stored + out + widened + chunks
-
-
-def _dtype_bytes(steps: Iterable[Step]) -> dict[str, int]:
-    out: dict[str, int] = {}
-    for step in steps:
-        out[step.work.dtype.name] = out.get(step.work.dtype.name, 0) + step.nbytes
-    return out
-
-
-def _value_ranges(steps: Iterable[Step]) -> dict[str, object]:
-    """Lowest and highest resolved value of every parameter, per model where it is given per model."""
-    spans: dict[str, list[float]] = {}
-    for step in steps:
-        seen = [(name, float(value)) for name, value in step.work.shared.items()]
-        for name, values in step.work.per_input.items():
-            for operand, value in zip(step.work.operands, values, strict=True):
-                if value is not None:
-                    seen.append((f"{name} of {operand.model}", float(value)))
-        for name, value in seen:
-            low, high = spans.get(name, [value, value])
-            spans[name] = [min(low, value), max(high, value)]
-    return {name: span[0] if span[0] == span[1] else span for name, span in spans.items()}

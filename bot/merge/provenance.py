@@ -11,7 +11,7 @@ from typing import Protocol
 
 from bot import __version__
 from bot.merge.plan import NUMERICS_VERSION, Plan
-from bot.merge.spec import Notice
+from bot.merge.spec import ModelRef, Notice
 
 
 class _Fact(Protocol):
@@ -33,17 +33,8 @@ def provenance(
         "plan_digest": plan.digest,
         "seed": plan.seed,
         "shard_limit_bytes": plan.shard_limit_bytes,
-        "sources": [
-            {
-                "ref": str(source.model),
-                "commit": source.model.revision,
-                "roles": list(source.roles),
-                "files": {
-                    file: {"bytes": size, "header_sha256": digest} for file, (size, digest) in source.headers.items()
-                },
-            }
-            for source in plan.sources
-        ],
+        "sources": _sources(plan),
+        **({"stages": [_stage(ref, made) for ref, made in plan.stages]} if plan.stages else {}),
         "tokenizer": _tokenizer(plan),
         "outputs": {name: {"bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(outputs.items())},
         "tensors": {"merged": actions.count("merge"), "copied": actions.count("copy") + actions.count("equal")},
@@ -51,6 +42,25 @@ def provenance(
         "environment": {"torch": torch_version, "device": device},
     }
     return _text(document)
+
+
+def _stage(ref: ModelRef, made: Plan) -> dict[str, object]:
+    """An intermediate that was merged first and is not kept; the shards of its result stand among the sources."""
+    return {"name": str(ref), "plan_digest": made.digest, "sources": _sources(made)}
+
+
+def _sources(plan: Plan) -> list[dict[str, object]]:
+    return [
+        {
+            "ref": str(source.model),
+            "commit": source.model.revision,
+            "roles": list(source.roles),
+            "files": {
+                file: {"bytes": size, "header_sha256": digest} for file, (size, digest) in source.headers.items()
+            },
+        }
+        for source in plan.sources
+    ]
 
 
 def _tokenizer(plan: Plan) -> dict[str, object]:

@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 import yaml
 
 from bot.errors import Refused, Where
-from bot.merge import grammar
+from bot.merge import documents
 from bot.merge.document import Node, Reader, Sequence, Table, Text, Trust, UnknownKeys
-from bot.merge.spec import ModelRef, Recipe
+from bot.merge.spec import Document, ModelRef, Recipe
 
-__all__ = ["ModelRef", "Recipe", "from_canonical", "parse", "read_yaml", "write_yaml"]
+__all__ = ["ModelRef", "Recipe", "from_canonical", "parse", "read_stream", "read_yaml", "write_yaml"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +46,40 @@ def parse(
     `stranger` applies the limits of safety.md 4.1 and takes model names only as owner/name[@revision].
     `unknown_keys="ignore"` turns unknown keys into notices. Raises `bot.errors.Refused`.
     """
-    root = read_yaml(text, trust=trust, file=file)
-    recipe = grammar.recipe(Reader(file, trust, unknown_keys), root)
+    roots = read_stream(text, trust=trust, file=file)
+    recipe = documents.recipe(lambda made: Reader(file, trust, unknown_keys, made), roots)
     return replace(recipe, original=text if trust == "operator" else None)
 
 
 def from_canonical(canonical: str) -> Recipe:
     """The recipe whose `canonical()` text this is."""
     try:
-        root = _from_json(json.loads(canonical))
+        loaded = json.loads(canonical)
+        roots = [_from_json(value) for value in (loaded if isinstance(loaded, list) else [loaded])]
     except (ValueError, RecursionError) as error:
         raise Refused("RECIPE_INVALID", "the canonical recipe is not JSON.", "Parse the recipe again.") from error
-    return grammar.recipe(Reader("canonical recipe", "operator", "refuse"), root)
+    return documents.recipe(lambda made: Reader("canonical recipe", "operator", "refuse", made), roots)
 
 
-def write_yaml(document: dict[str, object]) -> str:
-    """Stable block-style YAML of plain values, keys in the given order."""
-    return yaml.safe_dump(document, sort_keys=False, default_flow_style=False, allow_unicode=True, width=1000)
+def write_yaml(document: Document) -> str:
+    """Stable block-style YAML of plain values, keys in the given order; a list becomes a stream of documents."""
+    each = document if isinstance(document, list) else [document]
+    return yaml.safe_dump_all(each, sort_keys=False, default_flow_style=False, allow_unicode=True, width=1000)
 
 
 def read_yaml(text: str, *, trust: Trust, file: str = "recipe") -> Node:
-    """The tree of a single-document YAML text, under the limits of `trust`."""
+    """The tree of a YAML text of one document, under the limits of `trust`."""
+    roots = read_stream(text, trust=trust, file=file)
+    if len(roots) > 1:
+        raise Refused(
+            "RECIPE_INVALID", f"{file} holds {len(roots)} YAML documents.", "Write one.",
+            where=Where(file, roots[1].line),
+        )  # fmt: skip
+    return roots[0]
+
+
+def read_stream(text: str, *, trust: Trust, file: str = "recipe") -> tuple[Node, ...]:
+    """The trees of the documents of a YAML text, at least one, under the limits of `trust` for all together."""
     limits = LIMITS[trust]
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > limits.text_bytes:
@@ -118,7 +131,7 @@ class _Open:
 
 
 class _Builder:
-    """Builds the tree from the event stream and stops at the first event past a limit."""
+    """Builds the trees from the event stream and stops at the first event past a limit."""
 
     def __init__(self, file: str, trust: Trust, limits: TextLimits) -> None:
         self.file, self.trust, self.limits = file, trust, limits
@@ -126,26 +139,21 @@ class _Builder:
         self.used: set[str] = set()
         self.aliased = 0
         self.open: list[_Open] = []
-        self.root: Node | None = None
+        self.roots: list[Node] = []
 
-    def build(self, text: str) -> Node:
-        documents = 0
+    def build(self, text: str) -> tuple[Node, ...]:
         for count, event in enumerate(self._events(text), 1):
             line = event.start_mark.line + 1 if event.start_mark is not None else 0
             if count > self.limits.events:
                 self._refuse("RECIPE_TOO_LARGE", line, "the recipe has too many entries.", "Shorten it.")
             if isinstance(event, yaml.DocumentStartEvent):
-                documents += 1
-                if documents > 1:
-                    self._refuse(
-                        "NOT_SUPPORTED", line, "a recipe of several documents is not supported yet.",
-                        "Run the stages one after the other, each as its own recipe.",
-                    )  # fmt: skip
+                self.anchors = {}
+                self.used = set()
             elif isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent):
                 self._take(event, line)
-        if self.root is None:
+        if not self.roots:
             self._refuse("RECIPE_INVALID", 1, "the recipe is empty.", "Write at least `merge_method` and `models`.")
-        return self.root
+        return tuple(self.roots)
 
     @staticmethod
     def _events(text: str) -> Iterator[yaml.Event]:
@@ -178,7 +186,7 @@ class _Builder:
             self.open[-1].items.append((node, anchor))
             self.open[-1].nodes += nodes
         else:
-            self.root = node
+            self.roots.append(node)
 
     def _alias(self, anchor: str, line: int) -> None:
         if anchor not in self.anchors:

@@ -21,6 +21,7 @@ from bot.merge.contract import METHODS, Base
 
 Scalar = float | bool | str
 Layout = Literal["models", "slices"]
+Document = dict[str, object] | list[dict[str, object]]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -228,8 +229,17 @@ class Recipe:
             vocabulary=None if self.vocabulary is None else _pinned_vocabulary(self.vocabulary, commits),
         )
 
-    def document(self) -> dict[str, object]:
-        """The recipe as plain JSON values in mergekit's language; parsing them gives this recipe back."""
+    def document(self) -> Document:
+        """The recipe as plain JSON values in mergekit's language; parsing them gives this recipe back.
+
+        With stages it is a list of documents, each stage with its name, the final document last.
+        """
+        if not self.stages:
+            return self._own_document()
+        stages = [{"name": stage.name, **stage.recipe._own_document()} for stage in self.stages]
+        return [*stages, self._own_document()]
+
+    def _own_document(self) -> dict[str, object]:
         out: dict[str, object] = {"merge_method": self.method}
         if self.base is not None:
             out["base_model"] = str(self.base)

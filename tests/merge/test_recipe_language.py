@@ -113,7 +113,7 @@ def test_a_mistyped_parameter_is_refused_with_line_path_and_the_nearest_name() -
         ("merge_method: linear\nmodels: [{model: o/a, parameters: {weight: .nan}}]", "VALUE_OUT_OF_RANGE", "finite"),
         ("merge_method: linear\nmodels: [{model: o/a, parameters: {weight: much}}]", "RECIPE_INVALID", "a number"),
         ("merge_method: linear\nmodels: [{model: o/a+o/l+o/m}]", "RECIPE_INVALID", "Name one"),
-        ("merge_method: linear\nmodels: [{model: o/a}]\n---\nname: x", "NOT_SUPPORTED", "one after the other"),
+        ("merge_method: linear\nmodels: [{model: o/a}]\n---\nname: x", "MISSING_KEY", "merge_method"),
         ("merge_method: linear\nmerge_method: ties\nmodels: [{model: o/a}]", "DUPLICATE_KEY", "Keep one"),
         ("just a sentence", "RECIPE_INVALID", "mapping"),
         ("", "RECIPE_INVALID", "merge_method"),

@@ -1,0 +1,113 @@
+"""A merge with its stages: each intermediate is merged into scratch, then the result; then scratch goes.
+
+    SCRATCH/<plan digest>-<device>/           a finished intermediate, a whole output folder of the engine
+    SCRATCH/<plan digest>-<device>.partial/   one that was interrupted; it continues from its journal
+
+Whatever moment the process dies at, the same call continues there and the output has the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bot.errors import Refused, Transient
+from bot.merge import engine
+from bot.merge.engine import Merged, Progress
+from bot.merge.plan import Plan
+from bot.merge.spec import ModelRef, Notice
+from bot.merge.writer import gigabytes
+
+_MANIFEST, _PROVENANCE = "manifest.json", "merge_provenance.json"
+
+
+def merge(
+    plan: Plan,
+    folders: Mapping[ModelRef, Path],
+    out: Path,
+    *,
+    scratch: Path | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Merged:
+    """Carry out `plan` and the stages before it; `folders` holds what `plan.recipe.repos` names.
+
+    scratch: where intermediates lie meanwhile, `OUT.stages` by default; nothing of them is left when `out` stands.
+    `options` are those of `engine.merge`, which says what is raised. Progress counts the bytes of all stages.
+    """
+    if not plan.stages:
+        return engine.merge(plan, folders, out, device=device, progress=progress, **options)
+    started, out = time.monotonic(), Path(out)
+    scratch = Path(scratch) if scratch is not None else out.with_name(out.name + ".stages")
+    kind = engine.choose_device(device).type
+    places = {ref: scratch / f"{made.digest[:32]}-{kind}" for ref, made in plan.stages}
+    if out.exists() or out.is_symlink():
+        if _finished(out, plan):
+            _remove(places.values(), scratch)  # killed between the end and the tidying up
+        raise Refused("OUTPUT_EXISTS", f"{out} exists already.", "Name another folder, or remove it.", value=str(out))
+    _require_space(plan, places, scratch)
+    here, done_before, notices = dict(folders), 0, list[Notice]()
+    total = sum(part.bytes_out for part in plan.parts)
+    for ref, made in plan.stages:
+        shown = None if progress is None else _shifted(progress, done_before, total, f"{ref}: ")
+        if not (places[ref] / _MANIFEST).exists():
+            engine.merge(made, here, places[ref], device=device, progress=shown, **options)
+        notices += _notices(places[ref])
+        done_before += made.bytes_out
+        here[ref] = places[ref]
+    shown = None if progress is None else _shifted(progress, done_before, total, "")
+    merged = engine.merge(plan, here, out, device=device, progress=shown, **options)
+    _remove(places.values(), scratch)
+    return replace(merged, seconds=time.monotonic() - started, notices=(*notices, *merged.notices))
+
+
+def _shifted(progress: Progress, before: int, total: int, label: str) -> Callable[[int, int, str], None]:
+    return lambda done, _, tensor: progress(before + done, total, label + tensor)
+
+
+def _require_space(plan: Plan, places: Mapping[ModelRef, Path], scratch: Path) -> None:
+    """Every part is checked when it begins; this looks whether they fit together, before the first begins."""
+    missing = [made for ref, made in plan.stages if not places[ref].exists()]
+    if len(missing) < len(plan.stages) or any(
+        path.with_name(path.name + ".partial").exists() for path in places.values()
+    ):
+        return  # some of it stands on the disk already
+    scratch.mkdir(parents=True, exist_ok=True)
+    need, free = sum(part.disk_bytes for part in plan.parts), shutil.disk_usage(scratch).free
+    if need > free:
+        raise Transient(
+            "DISK_LOW",
+            f"the merge and its {len(plan.stages)} stages need {gigabytes(need)} of disk; {gigabytes(free)} are free.",
+            "Free some space, or name a folder on another disk.",
+            retry_after_s=600.0,
+        )
+
+
+def _notices(place: Path) -> list[Notice]:
+    found = json.loads((place / _PROVENANCE).read_text())["notices"]
+    return [Notice(entry["code"], entry["example"], entry["count"]) for entry in found]
+
+
+def _partial(place: Path) -> Path:
+    return place.with_name(place.name + ".partial")
+
+
+def _finished(out: Path, plan: Plan) -> bool:
+    try:
+        return bool(json.loads((out / _PROVENANCE).read_text())["plan_digest"] == plan.digest)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _remove(places: Iterable[Path], scratch: Path) -> None:
+    for place in places:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(_partial(place), ignore_errors=True)
+    if scratch.is_dir() and not any(scratch.iterdir()):
+        scratch.rmdir()
