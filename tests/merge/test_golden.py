@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import runpy
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from bot.merge import checkpoint, engine, plan, recipe
+from bot.merge.plan import Plan
 
 NAMES = [
     "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "karcher", "linear", "linear_bf16", "linear_sharded_filter",
@@ -39,17 +41,40 @@ def test_every_golden_recipe_is_listed_here(shared: Path) -> None:
     assert present - set(NAMES) == set(), "a golden recipe without a test"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_golden_recipe_agrees_with_what_mergekit_made_of_it(name: str, shared: Path, tmp_path: Path) -> None:
-    yardstick: dict[str, Any] = runpy.run_path(str(shared / "golden" / "compare.py"))
-    golden = shared / "golden" / "merge"
-    yardstick["compare"].__globals__["golden"] = golden
+def merged_golden(name: str, golden: Path, out: Path, **options: Any) -> Plan:
+    """Merge a golden recipe into `out`, as its author would: from inside the golden folder."""
     text = (golden / "recipes" / f"{name}.yml").read_text()
     with _inside(golden):
         parsed = recipe.parse(text)
         folders = {ref: Path(ref.path) for ref in parsed.sources}
         opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(folder)) for ref, folder in folders.items()}
         planned = plan.make(parsed, opened)
-        merged = engine.merge(planned, folders, tmp_path / "out")
-    assert yardstick["compare"](tmp_path / "out", name, yaml.safe_load(text)) == []
-    assert merged.files["model.safetensors"].bytes == planned.shards[0].nbytes
+        engine.merge(planned, folders, out, **options)
+    return planned
+
+
+def differences(name: str, shared: Path, out: Path) -> list[str]:
+    """What the yardstick says of a merged golden recipe; nothing if it agrees."""
+    yardstick: dict[str, Any] = runpy.run_path(str(shared / "golden" / "compare.py"))
+    golden = shared / "golden" / "merge"
+    yardstick["compare"].__globals__["golden"] = golden
+    text = (golden / "recipes" / f"{name}.yml").read_text()
+    return list(yardstick["compare"](out, name, yaml.safe_load(text)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_recipe_agrees_with_what_mergekit_made_of_it(name: str, shared: Path, tmp_path: Path) -> None:
+    planned = merged_golden(name, shared / "golden" / "merge", tmp_path / "out", threads=1)
+    assert differences(name, shared, tmp_path / "out") == []
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == planned.shards[0].nbytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_recipe_has_the_same_bytes_with_two_threads(name: str, shared: Path, tmp_path: Path) -> None:
+    golden = shared / "golden" / "merge"
+    digests = []
+    for threads in (1, 2):
+        out = tmp_path / f"out-{threads}"
+        merged_golden(name, golden, out, threads=threads)
+        digests.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
+    assert digests[0] == digests[1]

@@ -30,11 +30,21 @@ def gram_of(pieces: Iterable[Sequence[Tensor]], count: int) -> Vector:
     """The same for `count` tensors that come piece by piece."""
     out = np.zeros((count, count))
     for piece in pieces:
-        wide = [part.double() for part in piece]
         for i in range(count):
             for j in range(i, count):
-                out[i, j] += float((wide[i] * wide[j]).sum())
+                room = torch.empty(piece[i].numel(), dtype=torch.float64, device=piece[i].device)
+                out[i, j] += pair_dot(piece[i], piece[j], room)
     return np.triu(out) + np.triu(out, 1).T
+
+
+def pair_dot(x: Tensor, y: Tensor, room: Tensor) -> float:
+    """x . y of two flat tensors. The products are formed and summed (pairwise) in the type of `room`, as long as x.
+
+    In float32 the rounding errors of a sum of 2^18 products average out to 4e-8 of the sum of their sizes.
+    """
+    if room.dtype == x.dtype:
+        return float(torch.mul(x, y, out=room).sum())
+    return float(room.copy_(x).mul_(y).sum())
 
 
 def length(g: Vector, c: Vector) -> float:
@@ -43,10 +53,13 @@ def length(g: Vector, c: Vector) -> float:
 
 
 def combination(v: Sequence[Tensor], c: Sequence[float] | Vector) -> Tensor:
-    """A fresh tensor: sum(c_i v_i) in input order."""
+    """A fresh tensor: sum(c_i v_i) in input order.
+
+    Products are rounded one like the other, not fused into the sum: where c v and -c v meet, nothing is left over.
+    """
     out = v[0] * float(c[0])
     for v_i, c_i in zip(v[1:], c[1:], strict=True):
-        out.add_(v_i, alpha=float(c_i))
+        out.add_(v_i * float(c_i))
     return out
 
 
