@@ -33,9 +33,10 @@ from huggingface_hub import HfApi
 from bot.errors import Refused, Transient
 from bot.hub.files import FileFact, Progress, RepoFiles, alone, answer, check_room, fetch_whole, sync_folder
 from bot.hub.transport import Away, Line, check_deadline
+from bot.merge.unchanged import IN_PARTS
 from bot.settings import crashpoint
 
-FOLDER = ".ranges"
+FOLDER = IN_PARTS
 PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it
 AT_ONCE = 6
 WHOLE_FROM = 0.8  # from this share on the rest is fetched too, for a hash that proves the whole

@@ -12,12 +12,16 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from bot.errors import Refused
 from bot.merge.header import OPERATOR, STRANGER, Limits, TensorInfo, header_length, parse, refuse
+
+if TYPE_CHECKING:
+    from bot.merge.lora import LowRank
+    from bot.merge.spec import ModelRef
 
 __all__ = [
     "INDEX",
@@ -99,7 +103,10 @@ class LocalFiles:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One source, as far as headers tell. `headers` is shard -> (file bytes, SHA-256 of length and header)."""
+    """One source, as far as headers tell. `headers` is shard -> (file bytes, SHA-256 of length and header).
+
+    Seen through an adapter, a model has `patches` on some tensors, and the bytes of others lie `elsewhere`.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -108,12 +115,16 @@ class Checkpoint:
     sizes: Mapping[str, int]
     files: Files
     notices: tuple[str, ...] = ()
+    patches: Mapping[str, LowRank] = field(default_factory=dict)
+    elsewhere: Mapping[str, ModelRef] = field(default_factory=dict)
 
     @property
     def header_ends(self) -> dict[str, int]:
         """Shard -> bytes before its first tensor: the length and the header."""
         ends: dict[str, int] = {}
         for tensor in self.tensors.values():
+            if tensor.file not in self.headers:
+                continue  # an adapter's, which lies in another folder
             ends[tensor.file] = min(tensor.start, ends.get(tensor.file, tensor.start))
         return ends
 
@@ -195,16 +206,25 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
     return loaded
 
 
+def shard_like(name: str) -> bool:
+    """Whether a file may hold weights of the model itself."""
+    return bool(_SHARD_NAME.fullmatch(name)) and not name.startswith(("adapter_", "consolidated"))
+
+
+def read_json(
+    files: Files, sizes: Mapping[str, int], name: str, label: str, limit_bytes: int
+) -> tuple[dict[str, Any], str]:
+    """A JSON object of a source and its text. Refuses a key given twice, and what is too large or no object."""
+    text = _text(files, sizes, name, limit_bytes)
+    if text is None:
+        refuse(label, f"has no {name}.")
+    return _json_object(text, f"{label}: {name}"), text
+
+
 def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> dict[str, Any]:
     text = _text(files, sizes, "config.json", limits.config_bytes)
     if text is None:
-        adapter = "adapter_config.json" in sizes
-        raise Refused(
-            "NOT_SUPPORTED" if adapter else "BAD_CHECKPOINT",
-            f"{label} is a LoRA adapter, not a model." if adapter else f"{label} has no config.json.",
-            "Merge the adapter into its model first." if adapter else "Name a transformers model.",
-            value=label,
-        )
+        refuse(label, "has no config.json.")
     config = _json_object(text, f"{label}: config.json")
     if limits.strict and "auto_map" in config:
         raise Refused(
@@ -237,7 +257,7 @@ def _index(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -
 def _shards_without_index(sizes: Mapping[str, int], label: str) -> list[str]:
     if SINGLE in sizes:
         return [SINGLE]
-    shards = [n for n in sorted(sizes) if _SHARD_NAME.fullmatch(n) and not n.startswith(("adapter_", "consolidated"))]
+    shards = [name for name in sorted(sizes) if shard_like(name)]
     if len(shards) == 1 and not _NUMBERED.fullmatch(shards[0]):
         return shards
     if shards:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bot.errors import Failed, Refused
-from bot.merge.checkpoint import OPERATOR, LocalFiles, read_header
+from bot.merge.checkpoint import LocalFiles
 from bot.merge.chunked import can_stream, merge_chunked
 from bot.merge.gather import gather
 from bot.merge.methods import apply
@@ -27,6 +27,7 @@ from bot.merge.provenance import manifest, provenance
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Notice
 from bot.merge.steps import Work
+from bot.merge.unchanged import Watch
 from bot.merge.writer import SYNC_BYTES, FileFact, Record, Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
@@ -76,12 +77,13 @@ def merge(
     started = time.monotonic()
     chosen = choose_device(device)
     sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
-    _same_sources(plan, sources)
+    watched = _watched(plan, sources)
     identity = f"{plan.digest} {chosen.type}"
     with Writer(plan, Path(out), identity, sync_bytes=sync_bytes) as writer:
         _run_steps(plan, sources, writer, chosen, progress, on_nonfinite, threads)
         notices = (*plan.notices, *_nonfinite_notices(plan, writer.done))
         files, manifest_id = _complete(plan, sources, writer, notices, chosen)
+        watched.require_unchanged()
         writer.finish()
     total = sum(fact.bytes for fact in files.values())
     return Merged(files, total, time.monotonic() - started, notices, manifest_id)
@@ -97,24 +99,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if cuda and name != "cpu" else "cpu")
 
 
-def _same_sources(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> None:
-    """The plan was made from headers; hold the folders against them."""
-    for source in plan.sources:
-        if source.model not in sources:
-            raise Refused(
-                "SOURCE_NOT_FOUND",
-                f"no folder was given for {source.model}.",
-                "Fetch it first.",
-                value=str(source.model),
-            )
-        files = sources[source.model]
-        sizes = files.sizes()
-        for shard, (size, digest) in source.headers.items():
-            if sizes.get(shard) != size or read_header(files, shard, size, str(files), OPERATOR)[1] != digest:
-                raise Failed(
-                    "SOURCE_CHANGED_OR_GONE", f"{shard} of {source.model} has changed since the plan was made.",
-                    "Plan again.", value=str(source.model),
-                )  # fmt: skip
+def _watched(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> Watch:
+    """The plan was made from headers; hold the folders against them, now and at the end."""
+    headers = {source.model.bare: source.headers for source in plan.sources}
+    for ref in headers:
+        if ref not in sources:
+            raise Refused("SOURCE_NOT_FOUND", f"no folder was given for {ref}.", "Fetch it first.", value=str(ref))
+    return Watch(sources, headers)
 
 
 def _run_steps(

@@ -6,7 +6,7 @@ become one, because a request costs more than the bytes of the gap.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from bot.merge.plan import Plan
 from bot.merge.spec import ModelRef
@@ -18,24 +18,28 @@ Needs = Mapping[ModelRef, Mapping[str, tuple[Range, ...]]]
 
 def needed(plan: Plan, *, bridged_bytes: int = BRIDGED_BYTES) -> Needs:
     """Ranges of every file the plan reads, by source; ascending, with gaps of at least `bridged_bytes` between them."""
-    found: dict[ModelRef, dict[str, list[Range]]] = {}
-    for source in plan.sources:
-        files = found.setdefault(source.model, {})
-        for file, end in source.header_ends.items():
-            files.setdefault(file, []).append((0, end))
-        for file, size in source.texts.items():
-            files.setdefault(file, []).append((0, size))
-    for copied in plan.copies:
-        found.setdefault(copied.model, {}).setdefault(copied.file, []).append((0, copied.nbytes))
-    for step in plan.steps:
-        for operand in step.work.reads:
-            tensor = operand.tensor
-            spans = found.setdefault(operand.model, {}).setdefault(tensor.file, [])
-            spans.append((tensor.start, tensor.start + tensor.nbytes))
+    found: dict[ModelRef, dict[str, list[Range]]] = {ref: {} for ref in plan.recipe.repos}
+    for part in plan.parts:
+        for ref, file, span in _reads(part):
+            if ref in found:  # not a stage, which is made here
+                found[ref].setdefault(file, []).append(span)
     return {
         ref: {file: bridged(spans, bridged_bytes) for file, spans in sorted(files.items())}
         for ref, files in found.items()
     }
+
+
+def _reads(plan: Plan) -> Iterator[tuple[ModelRef, str, Range]]:
+    """Whatever one document reads, in any order."""
+    for source in plan.sources:
+        for file, size in (*source.header_ends.items(), *source.texts.items()):
+            yield source.model.bare, file, (0, size)
+    for copied in plan.copies:
+        yield copied.model.bare, copied.file, (0, copied.nbytes)
+    for step in plan.steps:
+        for operand in step.work.reads:
+            for ref, tensor in operand.reads:
+                yield ref, tensor.file, (tensor.start, tensor.start + tensor.nbytes)
 
 
 def bridged(spans: Iterable[Range], gap_bytes: int) -> tuple[Range, ...]:
