@@ -56,7 +56,7 @@ def recipe(reader: Reader, root: Node) -> Recipe:
         modular=modular,
     )
     _check_inputs(reader, top, built, method)
-    _not_yet(reader, top, built)
+    _note_base(reader, built)
     return replace(built, notices=tuple(reader.notices))
 
 
@@ -352,13 +352,7 @@ def _refuse_count(reader: Reader, line: int, at: str, method: Method, count: int
     )  # fmt: skip
 
 
-def _not_yet(reader: Reader, top: Table, built: Recipe) -> None:
-    """What the language knows and the engine does not do yet."""
-    if built.modular and [module.name for module in built.modules] != ["default"]:
-        reader.refuse(
-            "NOT_SUPPORTED", top.key_lines["modules"], "modules",
-            "a recipe with several modules is not supported yet.", "Use `models:`, which covers every module.",
-        )  # fmt: skip
+def _note_base(reader: Reader, built: Recipe) -> None:
     if METHODS[built.method].base is Base.IGNORED and built.base is not None:
         listed = {source.model for module in built.modules for piece in module.slices for source in piece.sources}
         if built.base not in listed and any(module.layout == "models" for module in built.modules):

@@ -7,15 +7,16 @@ the stack it stands.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bot.errors import Refused
+from bot.errors import Refused, Where
 from bot.merge.architecture import Architecture, Stack, is_head
 from bot.merge.checkpoint import Checkpoint
 from bot.merge.header import TensorInfo
+from bot.merge.modules import Part, counterpart, layered, parts, require, with_loose
 from bot.merge.parameters import position
-from bot.merge.spec import ModelRef, Parameters, Recipe, Slice, Source
+from bot.merge.spec import ModelRef, Module, Parameters, Recipe, Slice, Source
 
 _HEAD_BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\.bias$")
 Checkpoints = Mapping[ModelRef, Checkpoint]
@@ -46,6 +47,15 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Stacked:
+    """One stack of the output: the config's keys that count it, its depth in the donor, where each layer is from."""
+
+    depths: tuple[tuple[str, ...], ...]
+    donor_layers: int
+    layers: tuple[tuple[ModelRef, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The output's tensors in order, its depth, and from which source layer each output layer takes its config."""
 
@@ -53,6 +63,7 @@ class Layout:
     layers: tuple[tuple[ModelRef, int], ...]
     has_head: bool
     notices: tuple[tuple[str, str], ...]
+    stacks: tuple[Stacked, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +79,102 @@ class _Piece:
 
 
 def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures) -> Layout:
-    """Lay out the output of a recipe with one module. Raises `Refused` for ranges and depths that do not fit."""
-    return _Arrangement(recipe, checkpoints, architectures).layout()
+    """Lay out the output. Raises `Refused` for modules, ranges and depths that do not fit."""
+    modules = {module.name: module for module in recipe.modules}
+    whole = modules.get("default")
+    if not recipe.modular or (whole is not None and whole.layout == "models" and len(modules) == 1):
+        return _Arrangement(recipe, recipe.modules[0], checkpoints, architectures).layout()
+    found = {ref: parts(checkpoints[ref], architectures[ref]) for ref in recipe.sources}
+    layouts: list[Layout] = []
+    for module, part in _asked(recipe, found[recipe.donor]):
+        views = {}
+        for ref, theirs in found.items():
+            twin = part if ref == recipe.donor else _twin(part, theirs)
+            if twin is not None:
+                views[ref] = twin.of(architectures[ref])
+        for source in (source for piece in module.slices for source in recipe.taking_part(module, piece)[0]):
+            if source.model not in views:
+                raise Refused(
+                    "TENSOR_MISSING", f"{source.model} has no module `{part.name}`.",
+                    f"Name models that have one under `modules.{module.name}`.", value=module.name,
+                )  # fmt: skip
+        layouts.append(_Arrangement(recipe, module, checkpoints, views, part.depths).layout())
+    return _joined(layouts)
+
+
+def _asked(recipe: Recipe, found: Sequence[Part]) -> list[tuple[Module, Part]]:
+    """What each module of the recipe means in the output; modules without layers may go along with the main one."""
+    donor = str(recipe.donor)
+    asked: dict[str, tuple[Module, Part]] = {}
+    for module in recipe.modules:
+        part = require(found, module.name, donor)
+        if part.name in asked:
+            raise Refused(
+                "RECIPE_INVALID", f"`modules` names {part.name} of {donor} twice.", "Keep one.", value=module.name,
+                where=Where("recipe", None, f"modules.{module.name}"),
+            )  # fmt: skip
+        if part.stack is None and module.layout == "slices":
+            raise Refused(
+                "RECIPE_INVALID", f"`modules.{module.name}` asks for layers, and {part.name} has none.",
+                "Write `models:` there.", value=module.name, where=Where("recipe", None, f"modules.{module.name}"),
+            )  # fmt: skip
+        asked[part.name] = (module, part)
+    missing = [part.name for part in layered(found) if part.name not in asked]
+    if missing:
+        raise Refused(
+            "MISSING_KEY", f"`modules` says nothing of {', '.join(missing)} of {donor}.",
+            f"Add `{missing[0]}:` with `models:` under `modules`.", value=missing[0],
+            where=Where("recipe", None, "modules"),
+        )  # fmt: skip
+    extra = [part for part in found if part.name not in asked]
+    host = next((part.name for part in found if part.kind in ("text", "decoder")), next(iter(asked)))
+    module, part = asked[host]
+    asked[host] = (module, with_loose(part, extra))
+    return [asked[part.name] for part in found if part.name in asked]
+
+
+def _twin(part: Part, found: Sequence[Part]) -> Part | None:
+    """The same module of another model, with whatever loose tensors went along in the output."""
+    twin = counterpart(part, found)
+    if twin is None:
+        return None
+    foreign = set(part.before) - set(twin.before) - set(twin.after)
+    return with_loose(twin, [each for each in found if each is not twin and foreign & {*each.before, *each.after}])
+
+
+def _joined(layouts: Sequence[Layout]) -> Layout:
+    longest = max(layouts, key=lambda layout: len(layout.layers))
+    return Layout(
+        tuple(slot for layout in layouts for slot in layout.slots),
+        longest.layers,
+        any(layout.has_head for layout in layouts),
+        tuple(dict.fromkeys(notice for layout in layouts for notice in layout.notices)),
+        tuple(stack for layout in layouts for stack in layout.stacks),
+    )
 
 
 class _Arrangement:
-    def __init__(self, recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        module: Module,
+        checkpoints: Checkpoints,
+        architectures: Architectures,
+        depths: tuple[tuple[str, ...], ...] | None = None,
+    ) -> None:
+        """`depths`: paths of the config's keys for the layer count; None: there is one module, which has them all."""
         self.recipe, self.checkpoints, self.architectures = recipe, checkpoints, architectures
         self.model = architectures[recipe.donor]  # gives the output its names
-        self.module = recipe.modules[0]
+        self.module = module
+        self.alone = depths is None
+        own = () if self.model.depth_key is None else (self.model.depth_key,)
+        self.depths = own if depths is None else depths
         self.notices: list[tuple[str, str]] = []
         self.pieces = [self._piece(piece, i) for i, piece in enumerate(self.module.slices)]
 
     def layout(self) -> Layout:
         first, last = self.pieces[0], self.pieces[-1]
-        if self.module.layout == "slices":
+        if self.module.layout == "slices" and self.alone:
             self._refuse_second_stack()
         slots = list(self._loose(first, "before"))
         layers: list[tuple[ModelRef, int]] = []
@@ -93,13 +185,16 @@ class _Arrangement:
         after = list(self._loose(last, "after"))
         slots += after
         self._note_dropped()
-        return Layout(tuple(slots), tuple(layers), any(is_head(slot.name) for slot in after), tuple(self.notices))
+        has_head = any(is_head(slot.name) for slot in after)
+        stack = Stacked(self.depths, len(self.model.main.layers), tuple(layers))
+        return Layout(tuple(slots), tuple(layers), has_head, tuple(self.notices), (stack,))
 
     def _piece(self, piece: Slice, index: int) -> _Piece:
-        module, path = self.module, f"slices[{index}].sources"
+        module, prefix = self.module, f"modules.{self.module.name}." if self.recipe.modular else ""
+        path = f"{prefix}slices[{index}].sources"
         sources, base = self.recipe.taking_part(module, piece)
         if module.layout == "models":
-            path = "models"
+            path = f"{prefix}models"
             depths = {source.model: len(self.architectures[source.model].main.layers) for source in sources}
             if len(set(depths.values())) > 1:
                 raise Refused(
@@ -130,7 +225,7 @@ class _Arrangement:
                 raise Refused(
                     "NOT_SUPPORTED",
                     f"{self.recipe.donor} has a second stack, {stack.prefix.rstrip('.')}; `slices` means one.",
-                    "Use `models:`, which covers every stack.",
+                    "Use `models:`, which covers every stack, or `modules:` with slices for each.",
                 )
 
     def _bytes(self, stack: Stack) -> int:
@@ -191,7 +286,9 @@ class _Arrangement:
         """The tensor in the recipe's other models, which may give single rows."""
         taking_part = {source.model for source in piece.sources}
         for ref in self.recipe.sources:
-            part = self.architectures[ref]
+            part = self.architectures.get(ref)
+            if part is None:
+                continue
             found = self._in_source(name, part) or (part.embedding if is_head(name) and part.tied else None)
             if ref not in taking_part and found is not None:
                 yield ref, self.checkpoints[ref].tensors[found]

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bot.merge.architecture import Architecture, layer_count
+from bot.merge.architecture import Architecture
 from bot.merge.checkpoint import Checkpoint
-from bot.merge.layout import Layout
+from bot.merge.layout import Layout, Stacked
 from bot.merge.notices import Notes
 from bot.merge.spec import ModelRef, Recipe
 from bot.merge.steps import Work
@@ -31,13 +31,13 @@ def output_config(
     if config.pop("auto_map", None) is not None:
         notes.add("REMOTE_CODE_DROPPED", f"`auto_map` of {donor} is left out: no remote code is carried over")
     _set_dtype(config, _main_dtype(works))
-    depth_path, depth = layer_count(config)
-    if depth_path is not None and depth is not None:
-        part = _part(config, depth_path[:-1])
-        own = [(donor, i) for i in range(depth)]
-        if list(layout.layers) != own:
-            _per_layer_lists(part, depth, layout, checkpoints)
-        part[depth_path[-1]] = len(layout.layers)
+    for stack in layout.stacks:
+        own = [(donor, i) for i in range(stack.donor_layers)]
+        for path in stack.depths:
+            part = _part(config, path[:-1])
+            if list(stack.layers) != own:
+                _per_layer_lists(part, path[:-1], stack, checkpoints)
+            part[path[-1]] = len(stack.layers)
     tied = not layout.has_head
     if architectures[donor].tied != tied or "tie_word_embeddings" in config:
         config["tie_word_embeddings"] = tied
@@ -76,19 +76,19 @@ def _part(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 
 def _per_layer_lists(
-    part: dict[str, Any], depth: int, layout: Layout, checkpoints: Mapping[ModelRef, Checkpoint]
+    part: dict[str, Any], path: Sequence[str], stack: Stacked, checkpoints: Mapping[ModelRef, Checkpoint]
 ) -> None:
     """Re-assemble every list with one entry per layer from the layers the output is stacked of."""
     for key, value in part.items():
-        if not isinstance(value, list) or len(value) != depth:
-            continue
-        part[key] = [_entry(checkpoints[model].config, key, layer, value) for model, layer in layout.layers]
+        if isinstance(value, list) and len(value) == stack.donor_layers:
+            part[key] = [_entry(checkpoints[model].config, path, key, i, value) for model, i in stack.layers]
 
 
-def _entry(config: Mapping[str, Any], key: str, layer: int, fallback: list[Any]) -> object:
-    path, depth = layer_count(config)
-    part = _part(dict(config), path[:-1]) if path is not None else config
-    value = part.get(key)
-    if isinstance(value, list) and len(value) == depth:
+def _entry(config: Mapping[str, Any], path: Sequence[str], key: str, layer: int, fallback: list[Any]) -> object:
+    part: Any = config
+    for step in path:
+        part = part.get(step) if isinstance(part, Mapping) else None
+    value = part.get(key) if isinstance(part, Mapping) else None
+    if isinstance(value, list) and layer < len(value):
         return value[layer]
     return fallback[min(layer, len(fallback) - 1)]
