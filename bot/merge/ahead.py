@@ -9,11 +9,12 @@ from collections.abc import Mapping
 
 from bot.errors import Failed
 from bot.merge.checkpoint import INDEX, OPERATOR, Checkpoint, open_checkpoint
+from bot.merge.lora import Adapter
 from bot.merge.plan import Plan
 from bot.merge.spec import ModelRef
 
 
-def checkpoint(plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint]) -> Checkpoint:
+def checkpoint(plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> Checkpoint:
     """The result of `plan` as later documents see it; `opened` are the sources it was planned from."""
     return open_checkpoint(_Ahead(plan, name, opened), limits=OPERATOR, name=name)
 
@@ -21,7 +22,7 @@ def checkpoint(plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint]) -> 
 class _Ahead:
     """The files `plan` will write, as far as their bytes are known."""
 
-    def __init__(self, plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint]) -> None:
+    def __init__(self, plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> None:
         self._name = name
         self._heads = {shard.file: shard.header for shard in plan.shards}
         self._sizes = {shard.file: shard.nbytes for shard in plan.shards}

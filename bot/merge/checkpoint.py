@@ -223,6 +223,13 @@ def read_json(
 
 def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> dict[str, Any]:
     text = _text(files, sizes, "config.json", limits.config_bytes)
+    if text is None and "adapter_config.json" in sizes:
+        raise Refused(
+            "NOT_SUPPORTED",
+            f"{label} is a LoRA adapter, not a model.",
+            "Write MODEL+ADAPTER in the recipe.",
+            value=label,
+        )
     if text is None:
         refuse(label, "has no config.json.")
     config = _json_object(text, f"{label}: config.json")

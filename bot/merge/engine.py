@@ -21,12 +21,14 @@ from bot.errors import Failed, Refused
 from bot.merge.checkpoint import LocalFiles
 from bot.merge.chunked import can_stream, merge_chunked
 from bot.merge.gather import gather
+from bot.merge.lora_rows import PatchedView, stored_tensor
 from bot.merge.methods import apply
 from bot.merge.plan import WORKERS, Plan, Step
 from bot.merge.provenance import manifest, provenance
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Notice
-from bot.merge.steps import Work
+from bot.merge.steps import Operand, Work
+from bot.merge.views import HeldView
 from bot.merge.unchanged import Watch
 from bot.merge.writer import SYNC_BYTES, FileFact, Record, Writer
 
@@ -120,7 +122,7 @@ def _run_steps(
     """Read, compute and write the steps that are not done, `threads` at a time, reporting them in order."""
 
     def carry_out(step: Step) -> None:
-        computed = _compute(step, _read(step.work, sources), device, on_nonfinite)
+        computed = _compute(step, _read(step.work, sources), sources, device, on_nonfinite)
         writer.write(step, computed.data.numpy().data, computed.nonfinite)
 
     todo = [step for step in plan.steps if step.index not in writer.done]
@@ -159,7 +161,13 @@ def _read(work: Work, sources: Mapping[ModelRef, LocalFiles]) -> list[Tensor]:
     return out
 
 
-def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: NonFinite) -> _Computed:
+def _compute(
+    step: Step,
+    raw: list[Tensor],
+    sources: Mapping[ModelRef, LocalFiles],
+    device: torch.device,
+    on_nonfinite: NonFinite,
+) -> _Computed:
     work = step.work
     if work.action == "equal":
         if any(not torch.equal(raw[0], other) for other in raw[1:]):
@@ -172,6 +180,8 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
         data.view(getattr(torch, operand.tensor.dtype.name)).reshape(operand.tensor.shape)
         for data, operand in zip(raw, work.reads, strict=True)
     ]
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in stored) else torch.float32
+    stored = [_through(operand, data, sources, wide) for operand, data in zip(work.reads, stored, strict=True)]
     nonfinite = _count_nonfinite(work, stored)
     if nonfinite and on_nonfinite == "fail":
         source, count = next(iter(nonfinite.items()))
@@ -179,7 +189,6 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
             "NOT_FINITE", f"{step.name} has {count} NaN or infinite values in {source}.",
             "Use another source: such weights spoil whatever they are merged into.", value=step.name,
         )  # fmt: skip
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in stored) else torch.float32
     if work.aligned is not None:
         stored = gather(work.aligned.maps, [tensor.to(wide) for tensor in stored])
     spoilt = _spoilt(stored) if nonfinite else None
@@ -197,6 +206,15 @@ def _compute(step: Step, raw: list[Tensor], device: torch.device, on_nonfinite: 
             "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.", value=step.name,
         )  # fmt: skip
     return _Computed(step, result.reshape(-1).view(torch.uint8), nonfinite)
+
+
+def _through(operand: Operand, stored: Tensor, sources: Mapping[ModelRef, LocalFiles], wide: torch.dtype) -> Tensor:
+    """The tensor seen through its adapter."""
+    if operand.patch is None:
+        return stored
+    files = sources[operand.patch.adapter]
+    view = PatchedView(HeldView(stored, wide), operand.patch, lambda tensor: stored_tensor(files, tensor, wide))
+    return view.read(0, stored.numel()).reshape(stored.shape)
 
 
 def _spoilt(tensors: list[Tensor]) -> Tensor:
@@ -229,7 +247,7 @@ def _count_nonfinite(work: Work, stored: list[Tensor]) -> dict[str, int]:
         if not _finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
-                out[str(operand.model)] = bad
+                out[str(operand.source)] = bad
     return out
 
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bot.errors import Refused
-from bot.merge import chat_template, summary
+from bot.merge import chat_template, lora, summary
 from bot.merge.architecture import infer
 from bot.merge.checkpoint import INDEX, Checkpoint
 from bot.merge.layout import arrange
+from bot.merge.lora import Adapter, models_of
 from bot.merge.notices import Notes
 from bot.merge.output_config import output_config
 from bot.merge.spec import ModelRef, Notice, Recipe
@@ -136,46 +137,36 @@ class Plan:
 
 def make(
     recipe: Recipe,
-    checkpoints: Mapping[ModelRef, Checkpoint],
+    opened: Mapping[ModelRef, Checkpoint | Adapter],
     *,
     seed: int = 0,
     shard_limit_bytes: int = SHARD_LIMIT_BYTES,
 ) -> Plan:
-    """Plan a merge and the stages before it. `checkpoints` holds `recipe.repos`; seed keys the random methods.
+    """Plan a merge and the stages before it. `opened` holds `recipe.repos`; seed keys the random methods.
 
     Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED.
     """
     from bot.merge import ahead
 
-    opened = dict(checkpoints)
+    opened = dict(opened)
     stages: list[tuple[ModelRef, Plan]] = []
     for stage in recipe.stages:
-        made = _planned(_Asked(stage.recipe, _seen(stage.recipe, opened), seed, shard_limit_bytes))
+        made = _planned(_Asked(stage.recipe, opened, models_of(stage.recipe, opened), seed, shard_limit_bytes))
         opened[stage.ref] = ahead.checkpoint(made, stage.name, opened)
         stages.append((stage.ref, made))
-    return _planned(_Asked(recipe, _seen(recipe, opened), seed, shard_limit_bytes, tuple(stages)))
+    return _planned(_Asked(recipe, opened, models_of(recipe, opened), seed, shard_limit_bytes, tuple(stages)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What one document is planned from: `checkpoints` holds every reference of `recipe.sources` as written."""
+    """What one document is planned from: `opened` by bare reference, `checkpoints` by `recipe.sources` as written."""
 
     recipe: Recipe
+    opened: Mapping[ModelRef, Checkpoint | Adapter]
     checkpoints: Mapping[ModelRef, Checkpoint]
     seed: int
     shard_limit_bytes: int
     stages: tuple[tuple[ModelRef, Plan], ...] = ()
-
-
-def _seen(recipe: Recipe, opened: Mapping[ModelRef, Checkpoint]) -> dict[ModelRef, Checkpoint]:
-    """Every source of one document as a checkpoint."""
-    adapter = next((ref for ref in recipe.sources if ref.lora is not None), None)
-    if adapter is not None:
-        raise Refused(
-            "NOT_SUPPORTED", f"{adapter} asks for a LoRA adapter, which is not supported yet.",
-            "Merge the adapter into its model first and name the result.",
-        )  # fmt: skip
-    return {ref: opened[ref] for ref in recipe.sources}
 
 
 def _planned(asked: _Asked) -> Plan:
@@ -192,7 +183,11 @@ def _planned(asked: _Asked) -> Plan:
     for ref in recipe.sources:
         for text in checkpoints[ref].notices:
             notes.add("SOURCE_ODD", text, text)
-    works = [work for slot in layout.slots if (work := work_of(slot, recipe, asked.seed, notes, alignment)) is not None]
+    works = [
+        work
+        for slot in layout.slots
+        if (work := work_of(slot, recipe, checkpoints, asked.seed, notes, alignment)) is not None
+    ]
     config = output_config(recipe, checkpoints, architectures, layout, works, notes, alignment)
     small = _small_files(recipe, checkpoints, alignment, config, notes)
     return _finish(asked, len(layout.layers), works, small, alignment, notes)
@@ -231,7 +226,7 @@ def _small_files(
     stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
     names = [(giver, name) for name in _TOKENIZER_FILES if name not in stale] + [(donor, name) for name in _OTHER_FILES]
     copies = tuple(
-        Copied(ref, name, checkpoints[ref].sizes[name])
+        Copied(ref.bare, name, checkpoints[ref].sizes[name])
         for ref, name in names
         if name in checkpoints[ref].sizes and name not in texts
     )
@@ -243,7 +238,8 @@ def _finish(
 ) -> Plan:
     steps, shards = pack(works, asked.shard_limit_bytes)
     recipe = asked.recipe
-    sources = tuple(_planned_source(ref, _roles(recipe, ref), asked.checkpoints[ref]) for ref in recipe.sources)
+    read = dict.fromkeys(part for ref in recipe.sources for part in (ref.bare, ref.lora) if part is not None)
+    sources = tuple(_planned_source(ref, _roles(recipe, ref), asked.opened[ref]) for ref in read)
     small_bytes = len(small.config) + sum(map(len, small.texts.values())) + sum(c.nbytes for c in small.copies)
     memory = sorted((_memory(step.work) for step in steps), reverse=True)
     return Plan(
@@ -259,7 +255,7 @@ def _finish(
         vocabulary=alignment,
         layers=layers,
         notices=(*recipe.notices, *notes.all()),
-        bytes_in=sum(operand.tensor.nbytes for step in steps for operand in step.work.reads),
+        bytes_in=sum(operand.nbytes for step in steps for operand in step.work.reads),
         bytes_out=sum(step.nbytes for step in steps),
         peak_memory_bytes=BASE_MEMORY_BYTES + sum(memory[:WORKERS]),
         disk_bytes=sum(shard.nbytes for shard in shards) + small_bytes + 200 * len(steps) + 64 * 1024,
@@ -271,6 +267,7 @@ def _finish(
 
 def _digest(asked: _Asked, sources: Iterable[PlannedSource], small: _SmallFiles, alignment: Alignment | None) -> str:
     """Identity of the exact work: whatever may change a byte of the output is in it."""
+    adapters = {str(ref): one.digest for ref, one in asked.opened.items() if isinstance(one, Adapter)}
     identity = {
         "recipe": asked.recipe.digest,
         "numerics": NUMERICS_VERSION,
@@ -280,13 +277,14 @@ def _digest(asked: _Asked, sources: Iterable[PlannedSource], small: _SmallFiles,
         "config": small.config,
         "texts": dict(small.texts),
         "vocabulary": None if alignment is None else {str(ref): dict(ids) for ref, ids in alignment.sources.items()},
+        **({"adapters": adapters} if adapters else {}),
         **({"stages": [made.digest for _, made in asked.stages]} if asked.stages else {}),
     }
     return hashlib.sha256(b"plan/1\n" + json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _planned_source(ref: ModelRef, roles: tuple[str, ...], opened: Checkpoint) -> PlannedSource:
-    describing = ("config.json", INDEX, *_TOKENIZER_FILES, *_OTHER_FILES)
+def _planned_source(ref: ModelRef, roles: tuple[str, ...], opened: Checkpoint | Adapter) -> PlannedSource:
+    describing = ("config.json", lora.CONFIG, INDEX, *_TOKENIZER_FILES, *_OTHER_FILES)
     texts = {name: opened.sizes[name] for name in describing if name in opened.sizes}
     return PlannedSource(ref, roles, opened.headers, opened.header_ends, texts)
 
@@ -340,19 +338,24 @@ def _same_family(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> 
 
 
 def _roles(recipe: Recipe, ref: ModelRef) -> tuple[str, ...]:
+    """What the bare `ref` is used for."""
+    pieces = [piece for module in recipe.modules for piece in module.slices]
+    bases = [base for base in (recipe.base, *(piece.base for piece in pieces)) if base is not None]
     roles = []
-    if any(ref == source.model for module in recipe.modules for piece in module.slices for source in piece.sources):
+    if any(ref == source.model.bare for piece in pieces for source in piece.sources):
         roles.append("input")
-    if ref == recipe.base or any(ref == piece.base for module in recipe.modules for piece in module.slices):
+    if any(ref == base.bare for base in bases):
         roles.append("base")
-    if ref == recipe.donor:
+    if any(ref == source.lora for source in recipe.sources):
+        roles.append("adapter")
+    if ref == recipe.donor.bare:
         roles.append("config and tokenizer")
     return tuple(roles)
 
 
 def _memory(work: Work) -> int:
     """Bytes one tensor needs while it is merged: stored inputs, the output, and the work space of its method."""
-    stored = sum(operand.tensor.nbytes for operand in work.reads)
+    stored = sum(operand.nbytes for operand in work.reads)
     out = work.elements * work.dtype.itemsize
     widened = 4 * work.elements * len(work.operands) + 4 * stored if work.aligned is not None else 0
     if work.action != "merge":

@@ -9,11 +9,13 @@ from typing import Literal
 
 from bot.errors import Refused, Where
 from bot.merge.architecture import is_head, is_optional
+from bot.merge.checkpoint import Checkpoint
 from bot.merge.contract import METHODS, Absent, Base, Kind, Method, Missing, Parameter
 from bot.merge.draws import mask_key
 from bot.merge.dtypes import BY_NAME, Dtype, promote
 from bot.merge.header import TensorInfo
 from bot.merge.layout import Input, Slot
+from bot.merge.lora import LowRank
 from bot.merge.notices import Notes
 from bot.merge.parameters import resolve, uses_gradient
 from bot.merge.rows import RowMap, row_maps
@@ -25,10 +27,26 @@ Value = float | int | bool
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One tensor to read: `nbytes` bytes at `tensor.start` of `tensor.file` of `model`."""
+    """One tensor to read: `nbytes` bytes at `tensor.start` of `tensor.file` of `model`, the bare reference.
 
+    `source` is the input as the recipe writes it, adapter included; `patch` is what the adapter adds.
+    """
+
+    source: ModelRef
     model: ModelRef
     tensor: TensorInfo
+    patch: LowRank | None = None
+
+    @property
+    def reads(self) -> tuple[tuple[ModelRef, TensorInfo], ...]:
+        """Every tensor to read, with the bare reference whose folder holds it."""
+        added = () if self.patch is None else tuple((self.patch.adapter, tensor) for tensor in self.patch.reads)
+        return ((self.model, self.tensor), *added)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(tensor.nbytes for _, tensor in self.reads)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,8 +94,15 @@ class Work:
         return count
 
 
-def work_of(slot: Slot, recipe: Recipe, seed: int, notes: Notes, alignment: Alignment | None = None) -> Work | None:
-    """The work for one slot, None if the tensor is left out. Raises `Refused`."""
+def work_of(
+    slot: Slot,
+    recipe: Recipe,
+    models: Mapping[ModelRef, Checkpoint],
+    seed: int,
+    notes: Notes,
+    alignment: Alignment | None = None,
+) -> Work | None:
+    """The work for one slot, None if the tensor is left out. `models` are the sources as written. Raises `Refused`."""
     method = METHODS[recipe.method]
     present = tuple(i for i, one in enumerate(slot.inputs) if one.tensor is not None)
     action = _presence(slot, method, present, notes)
@@ -85,8 +110,8 @@ def work_of(slot: Slot, recipe: Recipe, seed: int, notes: Notes, alignment: Alig
         return None
     inputs = [slot.inputs[i] for i in present]
     tensors = [one.tensor for one in inputs if one.tensor is not None]
-    operands = tuple(Operand(one.source.model, tensor) for one, tensor in zip(inputs, tensors, strict=True))
-    aligned = _aligned(slot, operands, alignment) if alignment is not None and slot.vocabulary else None
+    operands = tuple(_operand(one.source.model, tensor, models) for one, tensor in zip(inputs, tensors, strict=True))
+    aligned = _aligned(slot, operands, models, alignment) if alignment is not None and slot.vocabulary else None
     _same_shape(slot, inputs, tensors, rows_too=aligned is None)
     shape = tensors[0].shape
     if aligned is not None and alignment is not None:
@@ -102,15 +127,22 @@ def work_of(slot: Slot, recipe: Recipe, seed: int, notes: Notes, alignment: Alig
     shared = _shared(slot, method)
     _check_values(slot, method, inputs, per_input, shared, notes)
     _note_gradient(slot, method, notes)
-    keys = tuple(mask_key(seed, str(operand.model), slot.name) for operand in operands) if method.draws else ()
+    keys = tuple(mask_key(seed, str(operand.source), slot.name) for operand in operands) if method.draws else ()
     return Work(slot.name, shape, dtype, "merge", recipe.method, operands, base, per_input, shared, keys, aligned)
 
 
-def _aligned(slot: Slot, operands: tuple[Operand, ...], alignment: Alignment) -> Aligned | None:
-    present = {operand.model for operand in operands}
-    extra = tuple(Operand(model, tensor) for model, tensor in slot.extras if model not in present)
-    matrices = {operand.model: operand.tensor.shape[0] for operand in (*operands, *extra)}
-    maps = row_maps(alignment, [operand.model for operand in operands], matrices)
+def _operand(source: ModelRef, tensor: TensorInfo, models: Mapping[ModelRef, Checkpoint]) -> Operand:
+    seen = models[source]
+    return Operand(source, seen.elsewhere.get(tensor.name, source.bare), tensor, seen.patches.get(tensor.name))
+
+
+def _aligned(
+    slot: Slot, operands: tuple[Operand, ...], models: Mapping[ModelRef, Checkpoint], alignment: Alignment
+) -> Aligned | None:
+    present = {operand.source for operand in operands}
+    extra = tuple(_operand(source, tensor, models) for source, tensor in slot.extras if source not in present)
+    matrices = {operand.source: operand.tensor.shape[0] for operand in (*operands, *extra)}
+    maps = row_maps(alignment, [operand.source for operand in operands], matrices)
     if maps is None:
         return None
     used = {number for row_map in maps for fill in row_map.fills for number in fill.matrices}
@@ -165,7 +197,7 @@ def _same_shape(slot: Slot, inputs: list[Input], tensors: list[TensorInfo], *, r
 
 def _unmixable(slot: Slot, shape: tuple[int, ...], operands: tuple[Operand, ...], tensors: list[TensorInfo]) -> Work:
     if len({tensor.dtype for tensor in tensors}) > 1:
-        kinds = ", ".join(f"{o.model} {o.tensor.dtype.name}" for o in operands)
+        kinds = ", ".join(f"{o.source} {o.tensor.dtype.name}" for o in operands)
         raise Refused(
             "SHAPE_MISMATCH", f"{slot.name} is not floating point in every source: {kinds}.",
             "Use models that store it alike.", value=slot.name,

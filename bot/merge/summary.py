@@ -86,7 +86,7 @@ def nearest(tensor: str, steps: Iterable[Step]) -> str:
 
 
 def _label(operand: Operand) -> str:
-    return str(operand.model)
+    return str(operand.source)
 
 
 def _sources(plan: Plan) -> list[dict[str, object]]:

@@ -108,8 +108,6 @@ def test_the_twelfth_an_adapter_for_another_base_is_refused_with_its_tensor(mode
     with pytest.raises(Refused) as caught:
         plan_of("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a+adapter}, {model: b}]", models)
     assert time.process_time() - started < 2.0
-    if caught.value.code == "NOT_SUPPORTED":
-        pytest.xfail("adapters come with the new engine")
-    assert caught.value.code in ("SHAPE_MISMATCH", "TENSOR_MISSING")
+    assert caught.value.code == "SHAPE_MISMATCH"
     assert "adapter" in caught.value.message
     assert "q_proj" in caught.value.message

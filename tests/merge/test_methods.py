@@ -228,8 +228,8 @@ def work_for(method: str, x: Sequence[Tensor], base: bool, values: dict[str, Any
     shared = {k: v for k, v in values.items() if k not in mine}
     shape = tuple(x[0].shape)
     operands = tuple(
-        Operand(ModelRef(f"o/m{i}"), TensorInfo("w", BY_NAME[str(e.dtype).removeprefix("torch.")], shape, "f", 0, 0))
-        for i, e in enumerate(x)
+        Operand(ref, ref, TensorInfo("w", BY_NAME[str(e.dtype).removeprefix("torch.")], shape, "f", 0, 0))
+        for ref, e in ((ModelRef(f"o/m{i}"), e) for i, e in enumerate(x))
     )
     keys = tuple(keys_for(len(x))) if contract.draws else ()
     position = len(x) - 1 if base else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bot.merge import checkpoint, engine, plan, recipe
+from bot.merge import checkpoint, engine, lora, plan, recipe
 from bot.merge.spec import ModelRef
 
 HIDDEN, INNER, VOCABULARY = 8, 12, 16
@@ -93,8 +93,8 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
 def plan_of(text: str, folder: Path, **options: Any) -> tuple[plan.Plan, dict[ModelRef, Path]]:
     """The plan of a recipe whose models are sub-folders of `folder`, and where its sources lie."""
     parsed = recipe.parse(text)
-    folders = {ref: folder / ref.path for ref in parsed.sources}
-    opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(path)) for ref, path in folders.items()}
+    folders = {ref: folder / ref.path for ref in parsed.repos}
+    opened = {ref: lora.open_source(checkpoint.LocalFiles(path)) for ref, path in folders.items()}
     return plan.make(parsed, opened, **options), folders
 
 
