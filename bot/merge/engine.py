@@ -28,8 +28,8 @@ from bot.merge.provenance import manifest, provenance
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Notice
 from bot.merge.steps import Operand, Work
-from bot.merge.views import HeldView
 from bot.merge.unchanged import Watch
+from bot.merge.views import HeldView
 from bot.merge.writer import SYNC_BYTES, FileFact, Record, Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
