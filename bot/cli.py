@@ -127,7 +127,7 @@ def plan(
     from bot import operator, screens
 
     made = operator.plan_from_headers(operator.read_recipe(recipe), settings(), seed=seed)
-    screens.plan(made.summary(), as_json=as_json)
+    screens.plan(made.plan.summary(), as_json=as_json)
 
 
 @app.command(rich_help_panel=STEP)
@@ -137,14 +137,8 @@ def merge(recipe: Recipe, out: Annotated[Path, typer.Argument(help="The folder t
     from bot import operator, screens
 
     asked, configured = operator.read_recipe(recipe), settings()
-    made = operator.plan_from_headers(asked, configured, seed=seed)
     with screens.progress() as shown:
-        folders = operator.download_sources(made, configured, shown)
-        from bot.merge import engine
-
-        merged = engine.merge(
-            made, folders, out, device=device, progress=lambda done, total, tensor: shown("Merging", done, total)
-        )
+        merged = operator.merge(asked, out, configured, shown, device=device, seed=seed)
     screens.merged(merged, out)
 
 

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from bot import measure, policy
+from bot import measure, policy, sources
 from bot.errors import Failed, Refused, Transient
 from bot.hub import Hub, PinnedRepo
 from bot.job import ENDED, Job, Source, Stage, stage
 from bot.merge import checkpoint, document, plan, recipe
+from bot.merge.lora import Adapter
 from bot.merge.plan import NUMERICS_VERSION
 from bot.queue import Queue
 from bot.request import (
@@ -60,26 +61,17 @@ def check(text: str, hub: Hub, settings: Settings) -> Checked:
             "The recipe brings a chat template of its own, and the bot publishes only templates it knows.",
             "Leave `chat_template` out, or write `chat_template: auto`.",
         )
-    pins: dict[recipe.ModelRef, recipe.ModelRef] = {}
-    opened: dict[recipe.ModelRef, checkpoint.Checkpoint] = {}
-    sources: dict[recipe.ModelRef, Source] = {}
-    for ref in asked.sources:
-        pinned = hub.resolve(ref.path, ref.revision)
-        _require_open(pinned)
-        pin = replace(ref, revision=pinned.revision)
-        pins[ref] = pin
-        if pin in opened:
-            continue
-        files = hub.files(pinned.repo, pinned.revision)
-        opened[pin] = checkpoint.open_checkpoint(files, limits=checkpoint.STRANGER, name=str(ref))
-        sources[pin] = Source(
-            pinned.repo, pinned.revision, pinned.licence, sum(tensor.nbytes for tensor in opened[pin].tensors.values())
-        )
+    seen = sources.opened(asked, lambda: hub, limits=checkpoint.STRANGER, accept=_require_open)
     crashpoint("resolve.after_pin")
-    made = plan.make(asked.pinned(pins), opened).summary()
+    made = plan.make(seen.recipe, seen.sources).summary()
     policy.check_size(made, disk_limit_bytes=settings.disk_limit_bytes, memory_limit_bytes=settings.memory_limit_bytes)
-    unique = tuple(sources.values())
-    return Checked(asked.pinned(pins), unique, made, policy.result_licence(unique))
+    found = tuple(_source(seen.repos[ref], source) for ref, source in seen.sources.items())
+    return Checked(seen.recipe, found, made, policy.result_licence(found))
+
+
+def _source(repo: PinnedRepo, source: sources.Source) -> Source:
+    weights = sum(tensor.nbytes for tensor in source.tensors.values())
+    return Source(repo.repo, repo.revision, repo.licence, weights, adapter=isinstance(source, Adapter))
 
 
 def _require_open(source: PinnedRepo) -> None:

@@ -36,12 +36,16 @@ ENDED = frozenset({Stage.PUBLISHED, Stage.FAILED, Stage.CANCELLED})
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model pinned to a commit; `bytes` of weights; `licence` as its card at that commit says."""
+    """A model pinned to a commit; `bytes` of weights; `licence` as its card at that commit says.
+
+    An `adapter` is no model by itself: it is merged and named, and cannot be evaluated.
+    """
 
     repo: str
     revision: str
     licence: str | None
     bytes: int
+    adapter: bool = False
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision}"

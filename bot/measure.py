@@ -29,6 +29,11 @@ def suite_named(name: str) -> suites.Suite:
     return suites.SUITES[name]
 
 
+def measures_nothing(asked: EvaluateOptions) -> bool:
+    """Whether no model is to be scored at all."""
+    return asked.suite == NO_SUITE and not asked.tasks
+
+
 def scores(
     out: Path,
     manifest: str,
@@ -39,11 +44,11 @@ def scores(
     report: Show,
 ) -> tuple[ModelEvaluation | None, dict[str, ModelEvaluation]]:
     """The merged model's scores, and its sources' by `repo@revision`. Raises Failed as the harness does."""
-    if asked.suite == NO_SUITE and not asked.tasks:
+    if measures_nothing(asked):
         return None, {}
     merged = evaluate(out, "the merge", asked, settings, scratch, report, manifest)
     found = {}
-    for source in sources:
+    for source in (source for source in sources if not source.adapter):
         folder = settings.source_folder(source.repo, source.revision)
         found[str(source)] = evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
     return merged, found

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bot import measure
+from bot import measure, sources
 from bot.errors import Failed
-from bot.merge import checkpoint, plan, recipe
+from bot.merge import plan, recipe
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings
+from bot.sources import Opened
 from evaluators.scores import ModelEvaluation
 
 if TYPE_CHECKING:
     from bot.hub import Hub
+    from bot.merge.engine import Merged
 
 
 def read_recipe(file: Path) -> recipe.Recipe:
@@ -33,35 +37,35 @@ def read_text(file: Path) -> str:
         raise Failed("FILE_NOT_FOUND", f"{file} is not a text file.", "Name a recipe file.") from None
 
 
-def plan_from_headers(asked: recipe.Recipe, settings: Settings, *, seed: int = 0) -> plan.Plan:
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and the sources it was made from."""
+
+    plan: plan.Plan
+    opened: Opened
+
+
+def plan_from_headers(
+    asked: recipe.Recipe, settings: Settings, *, seed: int = 0, shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES
+) -> Planned:
     """The plan of a recipe, from headers alone: local folders are opened, Hub repos are read by range."""
-    pins: dict[recipe.ModelRef, recipe.ModelRef] = {}
-    opened: dict[recipe.ModelRef, checkpoint.Checkpoint] = {}
-    for ref in asked.sources:
-        folder = local_folder(ref)
-        if folder is not None:
-            pins[ref] = ref
-            files: checkpoint.Files = checkpoint.LocalFiles(folder)
-        else:
-            hub = _hub(settings)
-            pinned = hub.resolve(ref.path, ref.revision)
-            pins[ref] = replace(ref, revision=pinned.revision)
-            files = hub.files(pinned.repo, pinned.revision)
-        opened[pins[ref]] = checkpoint.open_checkpoint(files, limits=checkpoint.OPERATOR, name=str(ref))
-    return plan.make(asked.pinned(pins), opened, seed=seed)
+    seen = sources.opened(asked, _hub(settings))
+    made = plan.make(seen.recipe, seen.sources, seed=seed, shard_limit_bytes=shard_limit_bytes)
+    return Planned(made, seen)
 
 
-def download_sources(made: plan.Plan, settings: Settings, progress: Show) -> dict[recipe.ModelRef, Path]:
-    """Folders of the plan's sources; Hub repos are downloaded at their pinned commits and verified."""
-    folders: dict[recipe.ModelRef, Path] = {}
-    for ref in made.recipe.sources:
-        folder = local_folder(ref)
-        if folder is None:
-            assert ref.revision is not None
-            folder = settings.source_folder(ref.path, ref.revision)
-            _hub(settings).download(ref.path, ref.revision, folder, progress=named(progress, f"Downloading {ref.path}"))
-        folders[ref] = folder
-    return folders
+def merge(
+    asked: recipe.Recipe, out: Path, settings: Settings, report: Show, *, device: str = "auto", seed: int = 0
+) -> Merged:
+    """Plan, fetch what the plan reads, merge into `out`. Raises `bot.errors`."""
+    planned = plan_from_headers(asked, settings, seed=seed)
+    here = sources.fetched(planned.plan, planned.opened, _hub(settings), settings, report)
+    from bot.merge import stages
+
+    with sources.hashing(here, planned.plan) as known:
+        shown = named(report, "Merging")
+        folders = {ref: each.folder for ref, each in here.items()}
+        return stages.merge(planned.plan, folders, out, device=device, progress=shown, known=known)
 
 
 def evaluate_model(
@@ -76,22 +80,21 @@ def model_folder(model: str, settings: Settings, report: Show) -> Path:
     """The folder of a model named on the command line: a local one, or a Hub repo downloaded at its present commit."""
     folder = Path(model)
     if folder.is_dir():
-        return folder.resolve()
-    hub = _hub(settings)
+        return sources.whole_folder(folder).resolve()
+    hub = _hub(settings)()
     pinned = hub.resolve(model)
     into = settings.source_folder(pinned.repo, pinned.revision)
     hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))
     return into
 
 
-def local_folder(ref: recipe.ModelRef) -> Path | None:
-    """The folder a reference means, None when it means a Hub repo: a folder that exists wins, as in mergekit."""
-    folder = Path(ref.path)
-    return folder if ref.revision is None and folder.is_dir() else None
-
-
-def _hub(settings: Settings) -> Hub:
+def _hub(settings: Settings) -> Callable[[], Hub]:
     """The Hub, only when a recipe names a repo: its client takes a second to import."""
-    from bot.hub import Hub
 
-    return Hub(settings.hub)
+    @functools.cache
+    def hub() -> Hub:
+        from bot.hub import Hub
+
+        return Hub(settings.hub)
+
+    return hub

@@ -204,7 +204,13 @@ class Scheduler:
     # -- stages --------------------------------------------------------------------------------------------------
 
     def _merge(self, job: Job, lease: Lease) -> Merge:
-        spec = {"recipe": job.recipe, "out": str(self._out(job)), "seed": SEED}
+        spec = {
+            "recipe": job.recipe,
+            "out": str(self._out(job)),
+            "seed": SEED,
+            "sources": TypeAdapter(tuple[Source, ...]).dump_python(job.sources, mode="json"),
+            "evaluate": asdict(job.request.evaluate),
+        }
         return self._worker("merge", spec, job, lease, self.settings.merge_timeout_s, Merge)
 
     def _evaluate(self, job: Job, lease: Lease) -> Evaluation:

@@ -109,6 +109,10 @@ class Settings(BaseSettings):
         """Where the verified files of a source at a commit lie."""
         return self.home / "cache" / "sources" / repo / revision
 
+    def parts_folder(self, repo: str, revision: str) -> Path:
+        """Where the byte ranges of a source lie that some plan needed: never a whole model, so apart from those."""
+        return self.home / "cache" / "parts" / repo / revision
+
     @property
     def evaluations(self) -> Path:
         """Evaluations already made, by model content, suite and settings."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from bot import measure, sources
 from bot.errors import Failed
 from bot.executors import child
 from bot.job import Evaluation, Merge, PublishedFile, Source
@@ -29,25 +30,28 @@ from bot.settings import Settings, crashpoint
 _EVALUATE = TypeAdapter(EvaluateOptions)
 _SOURCES = TypeAdapter(tuple[Source, ...])
 MANIFEST = "manifest.json"
-TEMPLATE = "chat_template.jinja"
 
 
 def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
-    """Download, verify, merge into `spec["out"]`. A finished folder of an earlier attempt is checked and kept."""
-    from bot.merge import engine
+    """Plan, fetch, verify, merge into `spec["out"]`. A finished folder of an earlier attempt is checked and kept."""
+    from bot.hub import Hub
+    from bot.merge import stages
 
     started, out = time.monotonic(), Path(spec["out"])
-    wanted = recipe.from_canonical(spec["recipe"])
-    folders, dropped = _download(wanted, settings, report)
+    hub = Hub(settings.hub)
+    seen = sources.opened(recipe.from_canonical(spec["recipe"]), lambda: hub, limits=checkpoint.STRANGER)
+    made = plan.make(seen.recipe, seen.sources, seed=spec["seed"])
+    measured = _measured(spec)
+    # What is evaluated later has to be here whole; of the others only what the plan reads.
+    whole = [ref for ref in seen.repos if (ref.path, ref.revision) in measured]
+    here = sources.fetched(made, seen, lambda: hub, settings, report, whole=whole)
     crashpoint("download.after_verify")
-    opened = {
-        ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(folder), limits=checkpoint.STRANGER, name=str(ref))
-        for ref, folder in folders.items()
-    }
-    made = plan.make(wanted, opened, seed=spec["seed"])
     if not (out / MANIFEST).exists():
-        shown = named(report, "Merging")
-        engine.merge(made, folders, out, device=settings.device, on_nonfinite="fail", progress=shown)
+        stages.merge(
+            made, {ref: each.folder for ref, each in here.items()}, out,
+            device=settings.device, on_nonfinite="fail", progress=named(report, "Merging"),
+            known=lambda: {ref: each.files for ref, each in here.items()},
+        )  # fmt: skip
     crashpoint("writer.after_rename")
     files = verified_files(out)
     fact = Merge(
@@ -56,30 +60,29 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
         bytes=sum(file.bytes for file in files.values()),
         seconds=time.monotonic() - started,
         parameters=made.parameters,
-        notices=(*dropped, *(dataclasses.asdict(notice) for notice in made.notices)),
+        notices=(*_dropped(seen), *(dataclasses.asdict(notice) for notice in made.notices)),
     )
     return _json(fact)
 
 
-def _download(
-    wanted: recipe.Recipe, settings: Settings, report: Show
-) -> tuple[dict[recipe.ModelRef, Path], list[dict[str, Any]]]:
-    """The verified files of every source at its commit, and notices of what was left out of them."""
-    from bot.hub import Hub
+def _measured(spec: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Repo and commit of the sources that will be evaluated beside their merge."""
+    asked = _EVALUATE.validate_python(spec["evaluate"])
+    if measure.measures_nothing(asked):
+        return set()
+    return {
+        (source.repo, source.revision) for source in _SOURCES.validate_python(spec["sources"]) if not source.adapter
+    }
 
-    hub = Hub(settings.hub)
-    folders: dict[recipe.ModelRef, Path] = {}
-    dropped: list[dict[str, Any]] = []
-    for ref in wanted.sources:
-        if ref.revision is None:
-            raise Failed("INTERNAL", f"{ref} reached the worker without a commit.", "Tell the operator.")
-        folder = settings.source_folder(ref.path, ref.revision)
-        hub.download(ref.path, ref.revision, folder, progress=named(report, f"Downloading {ref.path}"))
-        folders[ref] = folder
-        if TEMPLATE in hub.files(ref.path, ref.revision).sizes() and not (folder / TEMPLATE).exists():
-            text = f"The chat template of {ref.path} is not on the bot's list and was left out."
-            dropped.append({"code": "TEMPLATE_DROPPED", "text": text, "count": 1})
-    return folders, dropped
+
+def _dropped(seen: sources.Opened) -> list[dict[str, Any]]:
+    """Notices of files that a source has and the merge has not."""
+    return [
+        {"code": "TEMPLATE_DROPPED", "text": text, "count": 1}
+        for ref, names in seen.dropped.items()
+        for name in names
+        for text in [f"The chat template of {ref.path} is not on the bot's list and was left out."]
+    ]
 
 
 def verified_files(out: Path) -> dict[str, PublishedFile]:
@@ -104,8 +107,6 @@ def manifest_id(out: Path) -> str:
 
 def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
     """lm-eval on the merged model and on its sources (cached), then the Medusa speed test."""
-    from bot import measure
-
     started = time.monotonic()
     out, scratch = Path(spec["out"]), Path(spec["scratch"])
     verified_files(out)
@@ -114,8 +115,8 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
             "CORRUPT_DOWNLOAD", "The merged files are not those that were recorded.", "Ask for the merge again."
         )
     asked = _EVALUATE.validate_python(spec["evaluate"])
-    sources = _SOURCES.validate_python(spec["sources"])
-    merged, parents = measure.scores(out, spec["manifest"], sources, asked, settings, scratch, report)
+    parts = _SOURCES.validate_python(spec["sources"])
+    merged, parents = measure.scores(out, spec["manifest"], parts, asked, settings, scratch, report)
     crashpoint("eval.after_task")
     speed = measure.decode_speed(out, settings, scratch, report) if asked.speed == "medusa" else None
     fact = Evaluation(spec["manifest"], merged, parents, speed, time.monotonic() - started)

@@ -5,6 +5,16 @@ Import it after `bot.settings.activate`: the library reads its settings when it 
 
 from bot.hub.client import Hub, PinnedRepo, User, check_repo_id
 from bot.hub.files import FileFact, RepoFiles
-from bot.hub.ranges import Verified, is_partial
+from bot.hub.ranges import Verified, how_verified, is_partial
 
-__all__ = ["FileFact", "Hub", "PinnedRepo", "RepoFiles", "User", "Verified", "check_repo_id", "is_partial"]
+__all__ = [
+    "FileFact",
+    "Hub",
+    "PinnedRepo",
+    "RepoFiles",
+    "User",
+    "Verified",
+    "check_repo_id",
+    "how_verified",
+    "is_partial",
+]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,12 @@ class RepoFiles:
             return self._starts[name][start : start + length]
         return self._range(name, start, length)
 
+    def harmless(self) -> HarmlessFiles:
+        """Only what may be taken from a stranger's repo and published again (`ALLOWED`)."""
+        allowed = allowed_files(self)
+        stray = TEMPLATE in self.facts() and TEMPLATE not in allowed
+        return HarmlessFiles(self, allowed, (TEMPLATE,) if stray else ())
+
     def _range(self, name: str, start: int, length: int) -> bytes:
         if length == 0:
             return b""
@@ -123,6 +129,24 @@ class RepoFiles:
             return data
 
         return self._line.ask(about, deed)
+
+
+@dataclass(frozen=True, slots=True)
+class HarmlessFiles:
+    """A repo seen through the allow-list. `left_out` names what somebody may miss."""
+
+    whole: RepoFiles
+    facts: Mapping[str, FileFact]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return str(self.whole)
+
+    def sizes(self) -> dict[str, int]:
+        return {name: fact.size for name, fact in self.facts.items()}
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        return self.whole.read(name, start, length)
 
 
 def address(endpoint: str, repo: str, revision: str, path: str, repo_type: str) -> str:
@@ -226,8 +250,8 @@ def alone(lock: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str, FileFact]:
-    """The allowed files; of the weights only those that belong to the checkpoint (repos may hold them twice)."""
+def allowed_files(files: RepoFiles) -> dict[str, FileFact]:
+    """The files at the top of the repo that `ALLOWED` names, and a chat template that is known."""
     top = {
         name: fact
         for name, fact in sorted(files.facts().items())
@@ -238,6 +262,12 @@ def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str
         text = files.read(TEMPLATE, 0, template.size)
         if hashlib.sha256(text).hexdigest() in TRUSTED_TEMPLATES:
             top[TEMPLATE] = template
+    return top
+
+
+def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str, FileFact]:
+    """The allowed files; of the weights only those that belong to the checkpoint (repos may hold them twice)."""
+    top = allowed_files(files)
     if INDEX in top:
         if top[INDEX].size > INDEX_LIMIT_BYTES:
             raise Refused(

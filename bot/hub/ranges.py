@@ -86,6 +86,13 @@ def fetch(
         return verified
 
 
+def how_verified(fact: FileFact, spans: Sequence[Range]) -> Verified:
+    """How a file is checked when these ranges of it are asked for: it depends on nothing that happened before."""
+    if fact.sha256 is None:
+        return "git"
+    return "sha256" if sum(end - start for start, end in spans) >= WHOLE_FROM * fact.size else "ranges"
+
+
 def _wanted_facts(files: RepoFiles, ranges: Mapping[str, Sequence[Range]]) -> dict[str, FileFact]:
     """What the commit says of the files asked for; a plan that asks for other ones was made from something else."""
     known = files.facts()
@@ -120,9 +127,7 @@ class _Part:
     @classmethod
     def open(cls, into: Path, name: str, fact: FileFact, spans: Sequence[Range]) -> _Part:
         """Take over what an earlier fetch left, as far as its bytes are still those that arrived."""
-        wanted = tuple(spans)
-        if sum(end - start for start, end in wanted) >= WHOLE_FROM * fact.size:
-            wanted = ((0, fact.size),)
+        wanted = ((0, fact.size),) if how_verified(fact, spans) == "sha256" else tuple(spans)
         part = cls(name, fact, into / name, into / FOLDER / name, wanted, [])
         part._read_journal()
         return part

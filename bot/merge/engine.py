@@ -24,7 +24,7 @@ from bot.merge.gather import gather
 from bot.merge.lora_rows import PatchedView, stored_tensor
 from bot.merge.methods import apply
 from bot.merge.plan import WORKERS, Plan, Step
-from bot.merge.provenance import manifest, provenance
+from bot.merge.provenance import Known, manifest, provenance
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Notice
 from bot.merge.steps import Operand, Work
@@ -67,14 +67,15 @@ def merge(
     on_nonfinite: NonFinite = "notice",
     threads: int = WORKERS,
     sync_bytes: int = SYNC_BYTES,
+    known: Callable[[], Known] | None = None,
 ) -> Merged:
     """Carry out `plan` with the sources in `folders`; `out` appears only when it is whole.
 
     device: cpu, cuda or auto. A partial output of the same plan is continued. on_nonfinite: what NaN or Inf in a
     source means, a notice (operator) or the end (a stranger's request). `threads` tensors are worked on at a time;
     the bytes do not depend on it. Written tensors enter the journal after
-    `sync_bytes` bytes or 5 s. Raises `bot.errors`: OUTPUT_EXISTS,
-    DISK_LOW, TOO_LARGE, DISK_FULL, NOT_FINITE, SOURCE_CHANGED_OR_GONE, DEVICE_UNAVAILABLE.
+    `sync_bytes` bytes or 5 s. `known` is asked at the end what is known of the sources' files. Raises `bot.errors`:
+    OUTPUT_EXISTS, DISK_LOW, TOO_LARGE, DISK_FULL, NOT_FINITE, SOURCE_CHANGED_OR_GONE, DEVICE_UNAVAILABLE.
     """
     started = time.monotonic()
     chosen = choose_device(device)
@@ -84,7 +85,7 @@ def merge(
     with Writer(plan, Path(out), identity, sync_bytes=sync_bytes) as writer:
         _run_steps(plan, sources, writer, chosen, progress, on_nonfinite, threads)
         notices = (*plan.notices, *_nonfinite_notices(plan, writer.done))
-        files, manifest_id = _complete(plan, sources, writer, notices, chosen)
+        files, manifest_id = _complete(plan, sources, writer, notices, chosen, known)
         watched.require_unchanged()
         writer.finish()
     total = sum(fact.bytes for fact in files.values())
@@ -269,6 +270,7 @@ def _complete(
     writer: Writer,
     notices: tuple[Notice, ...],
     device: torch.device,
+    known: Callable[[], Known] | None,
 ) -> tuple[dict[str, FileFact], str]:
     """Everything that stands beside the weights; the manifest last."""
     files = writer.hash_shards()
@@ -286,7 +288,7 @@ def _complete(
         files["mergekit_config.original.yml"] = writer.add(
             "mergekit_config.original.yml", plan.recipe.original.encode()
         )
-    facts = provenance(plan, files, notices, device.type, torch.__version__)
+    facts = provenance(plan, files, notices, device.type, torch.__version__, known() if known else None)
     files["merge_provenance.json"] = writer.add("merge_provenance.json", facts)
     fact = writer.add("manifest.json", manifest(files))
     return {**files, "manifest.json": fact}, fact.sha256

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from bot import __version__
 from bot.merge.plan import NUMERICS_VERSION, Plan
@@ -21,10 +22,32 @@ class _Fact(Protocol):
     def sha256(self) -> str: ...
 
 
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """What is known of a file a merge reads from: its SHA-256 (or git's id of a small one), and how that was checked.
+
+    `sha256`, `git`: the whole file was hashed. `ranges`: parts of it came from the commit that names this hash.
+    """
+
+    bytes: int
+    sha256: str | None
+    git: str | None
+    verified: Literal["sha256", "git", "ranges"]
+
+
+Known = Mapping[ModelRef, Mapping[str, SourceFile]]  # by bare reference and file
+
+
 def provenance(
-    plan: Plan, outputs: Mapping[str, _Fact], notices: Sequence[Notice], device: str, torch_version: str
+    plan: Plan,
+    outputs: Mapping[str, _Fact],
+    notices: Sequence[Notice],
+    device: str,
+    torch_version: str,
+    known: Known | None = None,
 ) -> bytes:
-    """The text of merge_provenance.json. Its sources carry the size and header hash the plan was made from."""
+    """The text of merge_provenance.json. Its sources carry the size and header hash the plan was made from, and what
+    is `known` besides. Of a source that lies in a folder the name is kept as it was given."""
     actions = [step.work.action for step in plan.steps]
     document = {
         "schema": "mergebot.merge_provenance/1",
@@ -33,8 +56,8 @@ def provenance(
         "plan_digest": plan.digest,
         "seed": plan.seed,
         "shard_limit_bytes": plan.shard_limit_bytes,
-        "sources": _sources(plan),
-        **({"stages": [_stage(ref, made) for ref, made in plan.stages]} if plan.stages else {}),
+        "sources": _sources(plan, known or {}),
+        **({"stages": [_stage(ref, made, known or {}) for ref, made in plan.stages]} if plan.stages else {}),
         "tokenizer": _tokenizer(plan),
         "outputs": {name: {"bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(outputs.items())},
         "tensors": {"merged": actions.count("merge"), "copied": actions.count("copy") + actions.count("equal")},
@@ -44,23 +67,26 @@ def provenance(
     return _text(document)
 
 
-def _stage(ref: ModelRef, made: Plan) -> dict[str, object]:
+def _stage(ref: ModelRef, made: Plan, known: Known) -> dict[str, object]:
     """An intermediate that was merged first and is not kept; the shards of its result stand among the sources."""
-    return {"name": str(ref), "plan_digest": made.digest, "sources": _sources(made)}
+    return {"name": str(ref), "plan_digest": made.digest, "sources": _sources(made, known)}
 
 
-def _sources(plan: Plan) -> list[dict[str, object]]:
-    return [
-        {
-            "ref": str(source.model),
-            "commit": source.model.revision,
-            "roles": list(source.roles),
-            "files": {
-                file: {"bytes": size, "header_sha256": digest} for file, (size, digest) in source.headers.items()
-            },
-        }
-        for source in plan.sources
-    ]
+def _sources(plan: Plan, known: Known) -> list[dict[str, object]]:
+    out: list[dict[str, object]] = []
+    for source in plan.sources:
+        facts = known.get(source.model.bare, {})
+        files: dict[str, dict[str, object]] = {name: _known_file(fact) for name, fact in sorted(facts.items())}
+        for file, (size, digest) in source.headers.items():
+            files[file] = {"bytes": size, "header_sha256": digest, **files.get(file, {"verified": "header"})}
+        ref, roles = source.model, list(source.roles)
+        out.append({"ref": str(ref), "commit": ref.revision, "roles": roles, "files": files})
+    return out
+
+
+def _known_file(fact: SourceFile) -> dict[str, object]:
+    named = {"sha256": fact.sha256} if fact.sha256 is not None else {"git": fact.git}
+    return {"bytes": fact.bytes, **named, "verified": fact.verified}
 
 
 def _tokenizer(plan: Plan) -> dict[str, object]:

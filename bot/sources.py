@@ -1,0 +1,199 @@
+"""Where models come from: what the references of a recipe mean, seen through headers, then as folders of bytes.
+
+    opened    references -> pinned recipe, headers of every model and adapter       nothing else is read
+    fetched   plan -> a folder for each, with at least the bytes the plan reads     local, whole, or in parts
+
+A local folder stays where it is. Of a Hub repo only the needed byte ranges are fetched, unless the whole of it is here
+already or is wanted for something else too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bot.errors import Failed, Refused
+from bot.merge.checkpoint import OPERATOR, Checkpoint, Files, Limits, LocalFiles
+from bot.merge.lora import Adapter, open_source
+from bot.merge.needs import Range, needed
+from bot.merge.plan import Plan
+from bot.merge.provenance import Known, SourceFile
+from bot.merge.spec import ModelRef, Recipe
+from bot.merge.unchanged import IN_PARTS
+from bot.progress import Show, named
+from bot.settings import Settings
+
+if TYPE_CHECKING:
+    from bot.hub import Hub, PinnedRepo
+
+Source = Checkpoint | Adapter
+_BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A recipe with every reference pinned, and by (bare) reference what lies there.
+
+    `repos` are those that lie on the Hub; `dropped` the files of theirs that are left out, a chat template of
+    somebody's for example.
+    """
+
+    recipe: Recipe
+    sources: Mapping[ModelRef, Source]
+    repos: Mapping[ModelRef, PinnedRepo]
+    dropped: Mapping[ModelRef, tuple[str, ...]]
+
+
+def opened(
+    asked: Recipe,
+    hub: Callable[[], Hub],
+    *,
+    limits: Limits = OPERATOR,
+    accept: Callable[[PinnedRepo], None] = lambda repo: None,
+) -> Opened:
+    """Pin and open everything `asked` names. Strict limits (a stranger's) mean Hub repos only, and only files that are
+    safe to publish; `accept` may refuse a repo before any of its files is read.
+
+    Raises Refused as the Hub and the reader of checkpoints do; Transient while the Hub is away.
+    """
+    pins: dict[ModelRef, ModelRef] = {}
+    sources: dict[ModelRef, Source] = {}
+    repos: dict[ModelRef, PinnedRepo] = {}
+    dropped: dict[ModelRef, tuple[str, ...]] = {}
+    for ref in asked.repos:
+        folder = None if limits.strict else local_folder(ref)
+        pins[ref] = ref
+        if folder is None:
+            repo = hub().resolve(ref.path, ref.revision)
+            accept(repo)
+            pins[ref] = replace(ref, revision=repo.revision)
+            repos[pins[ref]] = repo
+        pin = pins[ref]
+        if pin in sources:
+            continue
+        files: Files
+        if folder is not None:
+            files = LocalFiles(folder)
+        elif limits.strict:
+            files = harmless = hub().files(repos[pin].repo, repos[pin].revision).harmless()
+            dropped[pin] = harmless.left_out
+        else:
+            files = hub().files(repos[pin].repo, repos[pin].revision)
+        sources[pin] = open_source(files, limits=limits, name=str(ref))
+    return Opened(asked.pinned(pins), sources, repos, dropped)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The folder of one source, and what is known of the files a plan reads there."""
+
+    folder: Path
+    files: Mapping[str, SourceFile]
+
+
+def fetched(
+    made: Plan, source_of: Opened, hub: Callable[[], Hub], settings: Settings, show: Show, *,
+    whole: Collection[ModelRef] = (),
+) -> dict[ModelRef, Fetched]:  # fmt: skip
+    """A folder for every reference of `made.recipe.repos`. Repos in `whole` are downloaded in full and checked by hash.
+
+    Raises Refused SOURCE_CHANGED_OR_GONE, DOWNLOAD_TOO_LARGE; Transient CORRUPT_DOWNLOAD, DISK_LOW, HUB_UNAVAILABLE.
+    """
+    wanted = {ref: dict(ranges) for ref, ranges in needed(made).items()}
+    for ref, source in source_of.sources.items():
+        if isinstance(source, Adapter):  # small, and all of it takes part
+            wanted[ref] = {name: ((0, source.sizes[name]),) for name in (*source.headers, "adapter_config.json")}
+    out: dict[ModelRef, Fetched] = {}
+    for ref, ranges in wanted.items():
+        if ref not in source_of.repos:
+            folder = local_folder(ref)
+            if folder is None:
+                raise Failed("SOURCE_CHANGED_OR_GONE", f"{ref} is gone.", "Plan again.", value=str(ref))
+            out[ref] = Fetched(folder, {})
+            continue
+        out[ref] = _from_hub(ref, ranges, hub(), settings, show, ref in whole)
+    return out
+
+
+def _from_hub(
+    ref: ModelRef, ranges: Mapping[str, tuple[Range, ...]], hub: Hub, settings: Settings, show: Show, whole: bool
+) -> Fetched:  # fmt: skip
+    from bot.hub import how_verified
+
+    assert ref.revision is not None
+    facts = hub.tree(ref.path, ref.revision)
+    told = named(show, f"Downloading {ref.path}")
+    folder = settings.source_folder(ref.path, ref.revision)
+    if whole:
+        hub.download(ref.path, ref.revision, folder, progress=told)
+    if not folder.is_dir() or not all((folder / name).is_file() for name in ranges):
+        folder = settings.parts_folder(ref.path, ref.revision)
+        hub.fetch(ref.path, ref.revision, folder, ranges, progress=told)
+    files = {}
+    for name, spans in ranges.items():
+        # What this merge relies on, whatever else is here by chance: the same request gives the same provenance.
+        spans = ((0, facts[name].size),) if whole else spans
+        how = how_verified(facts[name], spans)
+        files[name] = SourceFile(facts[name].size, facts[name].sha256, facts[name].blob_id, how)
+    return Fetched(folder, files)
+
+
+@contextmanager
+def hashing(here: Mapping[ModelRef, Fetched], made: Plan) -> Iterator[Callable[[], Known]]:
+    """While the body runs, hash the files of local folders that `made` reads from; the value waits for the end of it.
+
+    What lies on the Hub is known by its commit; of a folder only its bytes can tell later whether it is the same.
+    """
+    headers = {source.model.bare: source.headers for part in made.parts for source in part.sources}
+    local = {ref: each.folder for ref, each in here.items() if not each.files}
+    with ThreadPoolExecutor(1, "hash") as pool:
+        stop = threading.Event()
+        hashes = {
+            (ref, name): pool.submit(_sha256, folder / name, stop)
+            for ref, folder in local.items()
+            for name in headers.get(ref, {})
+        }
+
+        def known() -> Known:
+            found: dict[ModelRef, dict[str, SourceFile]] = {ref: dict(each.files) for ref, each in here.items()}
+            for (ref, name), future in hashes.items():
+                found[ref][name] = SourceFile(headers[ref][name][0], future.result(), None, "sha256")
+            return found
+
+        try:
+            yield known
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _sha256(file: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while not stop.is_set() and (block := stream.read(_BLOCK_BYTES)):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def local_folder(ref: ModelRef) -> Path | None:
+    """The folder a reference means, None when it means a Hub repo: a folder that exists wins, as in mergekit."""
+    folder = Path(ref.path)
+    if ref.revision is not None or not folder.is_dir():
+        return None
+    return whole_folder(folder)
+
+
+def whole_folder(folder: Path) -> Path:
+    """`folder`, refused when it holds only the parts of files that some plan needed."""
+    if (folder / IN_PARTS).exists():
+        raise Refused(
+            "SOURCE_NOT_FOUND", f"{folder} holds only parts of a model, those that an earlier merge needed.",
+            "Name the repo itself.", value=str(folder),
+        )  # fmt: skip
+    return folder
