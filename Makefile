@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast check format setup clean
+.PHONY: help demo test test-fast bench-merge check format setup clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,9 @@ test: check ## lint, types and every test
 
 test-fast: $(READY) ## the unit tests, under a minute
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+bench-merge: $(READY) ## the merge engine's speed into benchmarks/RESULTS.md; MERGEKIT=path/to/mergekit-yaml compares
+	@$(BIN)/python -m benchmarks.merge $(BENCH)
 
 check: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check .
