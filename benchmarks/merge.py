@@ -174,11 +174,13 @@ def _note(results: report.Results, key: tuple[str, str], program: str, cost: Cos
 
 def work_of(recipe: Path) -> tuple[list[tuple[str, int, int]], int]:
     """What a merge reads (file, start, stop) and how many bytes of weights it writes, from its plan."""
-    from bot import operator
+    from bot.merge import checkpoint, plan
+    from bot.merge import recipe as recipes
     from bot.merge.needs import needed
-    from bot.settings import Settings
 
-    made = operator.plan_from_headers(operator.read_recipe(recipe), Settings())
+    parsed = recipes.parse(recipe.read_text())
+    opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(Path(ref.path))) for ref in parsed.repos}
+    made = plan.make(parsed, opened)
     reads = [
         (str(Path(ref.path) / file), start, stop)
         for ref, files in needed(made, bridged_bytes=1).items()
