@@ -128,6 +128,7 @@ class Reader:
 
     def boolean(self, node: Node, path: str) -> bool:
         word = node.text.strip().lower() if isinstance(node, Text) else ""
+        word = {"1.0": "1", "0.0": "0"}.get(word, word)  # as mergekit itself writes flags
         if word not in _TRUE | _FALSE:
             self._wrong(node, path, "`true` or `false`")
         return word in _TRUE

@@ -74,7 +74,7 @@ def _top_keys(reader: Reader, top: Table) -> None:
             reader.notice("ANCHOR_KEY", f"`{key[:60]}` only defines a value used elsewhere.")
         elif key in HARMLESS:
             reader.notice("UNUSED_KEY", f"`{key}` has no effect here.")
-        elif key in KNOWN_PARAMETERS:
+        elif key in KNOWN_PARAMETERS and reader.unknown_keys == "refuse":
             reader.refuse(
                 "UNKNOWN_KEY", line, key, f"line {line}: `{key}` stands at the top level.",
                 f"Write it under `parameters:` (`parameters: {{{key}: ...}}`).",
@@ -169,7 +169,7 @@ def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, rang
     for i, node in enumerate(block.items):
         where = f"{path}[{i}]"
         table = reader.mapping(node, where)
-        if not ranged and "layer_range" in table.items:
+        if not ranged and "layer_range" in table.items and reader.unknown_keys == "refuse":
             reader.refuse(
                 "UNKNOWN_KEY", table.key_lines["layer_range"], f"{where}.layer_range",
                 f"`{where}.layer_range` stands under `models`, which always takes every layer.",

@@ -217,7 +217,7 @@ def _small_files(
         loaded = json.loads(generation)
         loaded.update(remapped_ids(loaded, alignment, donor, checkpoints[giver].config))
         texts["generation_config.json"] = json.dumps(loaded, indent=2) + "\n"
-    template = chat_template.chat_template(recipe, checkpoints, notes)
+    template = chat_template.chat_template(recipe, checkpoints, alignment, notes)
     if template is not None:
         texts[chat_template.FILE] = template
         own = texts.get("tokenizer_config.json") or checkpoints[giver].text("tokenizer_config.json")

@@ -46,6 +46,8 @@ def parse(
     `stranger` applies the limits of safety.md 4.1 and takes model names only as owner/name[@revision].
     `unknown_keys="ignore"` turns unknown keys into notices. Raises `bot.errors.Refused`.
     """
+    if trust == "operator":
+        text = text.removeprefix("\ufeff")  # as some editors begin a file
     roots = read_stream(text, trust=trust, file=file)
     recipe = documents.recipe(lambda made: Reader(file, trust, unknown_keys, made), roots)
     return replace(recipe, original=text if trust == "operator" else None)
