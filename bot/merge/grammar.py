@@ -175,6 +175,7 @@ def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, rang
                 f"`{where}.layer_range` stands under `models`, which always takes every layer.",
                 "Use `slices:` with `sources:` to choose layers.",
             )  # fmt: skip
+        _no_revision(reader, table, where)
         reader.unknown(table, where, {"model", "layer_range", "parameters"} if ranged else {"model", "parameters"})
         model_node = _present(table, "model")
         if model_node is None:
@@ -188,6 +189,17 @@ def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, rang
         layers = _layer_range(reader, table, where) if ranged else None
         out.append(Source(model, layers, _parameters(reader, table, where, method, per_source=True)))
     return tuple(out)
+
+
+def _no_revision(reader: Reader, table: Table, where: str) -> None:
+    """A revision beside the model would be lost without a word in mergekit; here it belongs to the reference."""
+    model, revision = table.items.get("model"), table.items.get("revision")
+    if isinstance(model, Text) and isinstance(revision, Text) and reader.unknown_keys == "refuse":
+        reader.refuse(
+            "UNKNOWN_KEY", table.key_lines["revision"], f"{where}.revision",
+            f"line {table.key_lines['revision']}: `{where}.revision` stands beside the model.",
+            f"Write {shown(f'model: {model.text}@{revision.text}')}.",
+        )  # fmt: skip
 
 
 def _layer_range(reader: Reader, table: Table, path: str) -> tuple[int, int]:
