@@ -90,7 +90,7 @@ parameters: {weight: 1}
 
 @pytest.mark.slow
 def test_thirty_thousand_tensors_of_an_unknown_family_are_planned_in_five_seconds(tmp_path: Path) -> None:
-    count = len([save(tmp_path / name, seed, 4800) for seed, name in enumerate(("base", "a"))][0])
+    count = min([len(save(tmp_path / name, seed, 4800)) for seed, name in enumerate(("base", "a"))])
     assert count > 30_000
     texts = {
         "linear": "merge_method: linear\nmodels: [{model: base}, {model: a}]\nparameters: {weight: 1}",
