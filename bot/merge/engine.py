@@ -1,40 +1,43 @@
-"""Execute a plan: read, compute and write one tensor after the other, the next one being read meanwhile.
+"""Execute a plan: several tensors at a time, each read, computed and written piece by piece.
 
-plan -> check sources unchanged -> read | compute | write ... -> index, config, provenance, manifest -> rename
+plan -> check sources unchanged -> steps (execution.py) -> index, config, provenance, manifest -> rename
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
-from bot.errors import Failed, Refused
+from bot.errors import Refused
 from bot.merge.checkpoint import LocalFiles
-from bot.merge.chunked import can_stream, merge_chunked
-from bot.merge.gather import gather
-from bot.merge.lora_rows import PatchedView, stored_tensor
-from bot.merge.methods import apply
+from bot.merge.device import choose_devices
+from bot.merge.execution import Lane, NonFinite, read_ahead
+from bot.merge.methods.reductions import CHUNK
 from bot.merge.plan import WORKERS, Plan, Step
 from bot.merge.provenance import Known, manifest, provenance
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Notice
-from bot.merge.steps import Operand, Work
 from bot.merge.unchanged import Watch
-from bot.merge.views import HeldView
-from bot.merge.writer import SYNC_BYTES, FileFact, Record, Writer
+from bot.merge.writer import SYNC_BYTES, FileFact, Record, Sink, Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
-NonFinite = Literal["notice", "fail"]
+Event = Callable[[str], None]  # told of moments at which a test may want to stop the process
 INDEX = "model.safetensors.index.json"
+LARGE = 1 / 32  # of all bytes; larger tensors come first, so that none of them is left over for one worker at the end
+CORNERS = {  # code -> what happened, with the first tensor and the count following
+    "ZERO_TENSOR": "a vector of zeros has no direction and counted as orthogonal",
+    "MEAN_VANISHES": "the weighted directions cancel; the weighted sum was taken",
+    "ANTIPODAL": "a model lies opposite the mean and was skipped in the iteration",
+    "EVEN_SHARES": "the energies of the deltas add up to less than 1e-6; sce weighted them equally",
+    "COSINE_DAMPED": "deltas are so small that model_stock counts their cosine as smaller than it is",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +51,6 @@ class Merged:
     manifest_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    """One output tensor as bytes, with the non-finite input elements found per source."""
-
-    step: Step
-    data: Tensor
-    nonfinite: Mapping[str, int]
-
-
 def merge(
     plan: Plan,
     folders: Mapping[ModelRef, Path],
@@ -68,38 +62,43 @@ def merge(
     threads: int = WORKERS,
     sync_bytes: int = SYNC_BYTES,
     known: Callable[[], Known] | None = None,
+    on_event: Event | None = None,
+    chunk: int = CHUNK,
 ) -> Merged:
     """Carry out `plan` with the sources in `folders`; `out` appears only when it is whole.
 
-    device: cpu, cuda or auto. A partial output of the same plan is continued. on_nonfinite: what NaN or Inf in a
-    source means, a notice (operator) or the end (a stranger's request). `threads` tensors are worked on at a time;
-    the bytes do not depend on it. Written tensors enter the journal after
-    `sync_bytes` bytes or 5 s. `known` is asked at the end what is known of the sources' files. Raises `bot.errors`:
-    OUTPUT_EXISTS, DISK_LOW, TOO_LARGE, DISK_FULL, NOT_FINITE, SOURCE_CHANGED_OR_GONE, DEVICE_UNAVAILABLE.
+    device: cpu, cuda (all there are), cuda:N or auto. A partial output of the same plan is continued. on_nonfinite:
+    what NaN or Inf in a source means, a notice (operator) or the end (a stranger's request). `threads` tensors are
+    worked on at a time; the bytes do not depend on it. Written tensors enter the journal after `sync_bytes` bytes or
+    5 s. `known` is asked at the end what is known of the sources' files. `on_event` hears merge.after_step,
+    writer.after_journal, writer.before_rename. `chunk`: elements per piece; another value than the default may change
+    the last bits. Raises `bot.errors`: OUTPUT_EXISTS, DISK_LOW, TOO_LARGE, DISK_FULL, NOT_FINITE,
+    SOURCE_CHANGED_OR_GONE, DEVICE_UNAVAILABLE.
     """
     started = time.monotonic()
-    chosen = choose_device(device)
+    devices = choose_devices(device)
     sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
     watched = _watched(plan, sources)
-    identity = f"{plan.digest} {chosen.type}"
-    with Writer(plan, Path(out), identity, sync_bytes=sync_bytes) as writer:
-        _run_steps(plan, sources, writer, chosen, progress, on_nonfinite, threads)
-        notices = (*plan.notices, *_nonfinite_notices(plan, writer.done))
-        files, manifest_id = _complete(plan, sources, writer, notices, chosen, known)
+    identity = f"{plan.digest} {devices[0].type}"
+    heard = on_event or (lambda event: None)
+    with Writer(plan, Path(out), identity, sync_bytes=sync_bytes, on_event=heard) as writer:
+        run_steps(
+            plan, sources, writer, devices=devices, progress=progress, on_nonfinite=on_nonfinite, threads=threads,
+            on_event=heard, chunk=chunk,
+        )  # fmt: skip
+        writer.sync()
+        notices = (*plan.notices, *found_notices(plan, writer.done))
+        files, manifest_id = _complete(plan, sources, writer, notices, devices[0], known)
         watched.require_unchanged()
+        heard("writer.before_rename")
         writer.finish()
     total = sum(fact.bytes for fact in files.values())
     return Merged(files, total, time.monotonic() - started, notices, manifest_id)
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device for cpu, cuda or auto."""
-    cuda = torch.cuda.is_available()
-    if name not in ("cpu", "cuda", "auto"):
-        raise Refused("DEVICE_UNAVAILABLE", f"{name[:40]!r} is not a device.", "Use cpu, cuda or auto.", value=name)
-    if name == "cuda" and not cuda:
-        raise Refused("DEVICE_UNAVAILABLE", "no CUDA device is to be seen here.", "Use `--device cpu`.", value=name)
-    return torch.device("cuda" if cuda and name != "cpu" else "cpu")
+    """The first torch device of those that `name` (cpu, cuda, cuda:N, auto) stands for."""
+    return choose_devices(name)[0]
 
 
 def _watched(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> Watch:
@@ -111,156 +110,97 @@ def _watched(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> Watch:
     return Watch(sources, headers)
 
 
-def _run_steps(
+def run_steps(
     plan: Plan,
     sources: Mapping[ModelRef, LocalFiles],
-    writer: Writer,
-    device: torch.device,
-    progress: Progress | None,
-    on_nonfinite: NonFinite,
-    threads: int,
+    sink: Sink,
+    *,
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
+    progress: Progress | None = None,
+    on_nonfinite: NonFinite = "notice",
+    threads: int = WORKERS,
+    on_event: Event = lambda event: None,
+    chunk: int = CHUNK,
 ) -> None:
-    """Read, compute and write the steps that are not done, `threads` at a time, reporting them in order."""
+    """Hand every step that `sink` lacks to a worker: `threads` of them, or one per GPU with the shards that are its.
 
-    def carry_out(step: Step) -> None:
-        computed = _compute(step, _read(step.work, sources), sources, device, on_nonfinite)
-        writer.write(step, computed.data.numpy().data, computed.nonfinite)
+    Progress is told in the order of the work. What a worker raises ends the run; steps under way stop at a piece's
+    end.
+    """
+    todo = in_working_order([step for step in plan.steps if step.index not in sink.done])
+    stopped = threading.Event()
 
-    todo = [step for step in plan.steps if step.index not in writer.done]
-    done_bytes = plan.bytes_out - sum(step.nbytes for step in todo)
+    def lane(at: torch.device) -> Lane:
+        torch.set_num_threads(1)  # how torch splits a tensor among threads would show in the last bits
+        return Lane(sources, sink, on_nonfinite, at, chunk, stopped)
+
     before = torch.get_num_threads()
-    # one torch thread per worker: how torch splits a tensor among threads would show in the last bits
-    pool = ThreadPoolExecutor(threads, "merge", initializer=torch.set_num_threads, initargs=(1,))
+    workers = [_Worker(lane, at, threads if at.type == "cpu" else 1) for at in devices]
     try:
-        waiting: deque[tuple[Step, Future[None]]] = deque()
-        for step in [*todo, *[None] * threads]:
-            if step is not None:
-                waiting.append((step, pool.submit(carry_out, step)))
-            if waiting and (step is None or len(waiting) > threads):
-                finished, future = waiting.popleft()
-                future.result()
-                done_bytes += finished.nbytes
-                if progress is not None:
-                    progress(done_bytes, plan.bytes_out, finished.name)
+        waiting = []
+        for place, step in enumerate(todo):
+            ahead = todo[place + threads : place + threads + 1]
+            waiting.append((step, workers[step.shard % len(workers)].submit(step, ahead)))
+        done_bytes = plan.bytes_out - sum(step.nbytes for step in todo)
+        for step, future in waiting:
+            future.result()
+            done_bytes += step.nbytes
+            if progress is not None:
+                progress(done_bytes, plan.bytes_out, step.name)
+            on_event("merge.after_step")
+    except BaseException:
+        stopped.set()
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in workers:
+            worker.pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
-    writer.sync()
 
 
-def _read(work: Work, sources: Mapping[ModelRef, LocalFiles]) -> list[Tensor]:
-    out = []
-    for operand in work.reads:
-        tensor = operand.tensor
-        raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        if sources[operand.model].read_into(tensor.file, tensor.start, raw.numpy().data) != tensor.nbytes:
-            raise Failed(
-                "SOURCE_CHANGED_OR_GONE", f"{tensor.file} of {operand.model} ends inside {tensor.name}.",
-                "The source was changed or cut while merging: fetch it again.", value=tensor.name,
-            )  # fmt: skip
-        out.append(raw)
-    return out
+class _Worker:
+    """Threads that share a device, each with a lane of its own."""
+
+    def __init__(self, lane: Callable[[torch.device], Lane], device: torch.device, threads: int) -> None:
+        self._own = threading.local()
+        self.pool = ThreadPoolExecutor(threads, "merge", initializer=self._begin, initargs=(lane, device))
+
+    def _begin(self, lane: Callable[[torch.device], Lane], device: torch.device) -> None:
+        self._own.lane = lane(device)
+
+    def submit(self, step: Step, ahead: Iterable[Step]) -> Future[None]:
+        return self.pool.submit(self._carry_out, step, ahead)
+
+    def _carry_out(self, step: Step, ahead: Iterable[Step]) -> None:
+        lane: Lane = self._own.lane
+        for coming in ahead:
+            read_ahead(coming, lane.sources)
+        lane.carry_out(step)
 
 
-def _compute(
-    step: Step,
-    raw: list[Tensor],
-    sources: Mapping[ModelRef, LocalFiles],
-    device: torch.device,
-    on_nonfinite: NonFinite,
-) -> _Computed:
-    work = step.work
-    if work.action == "equal":
-        if any(not torch.equal(raw[0], other) for other in raw[1:]):
-            raise Failed(
-                "SHAPE_MISMATCH", f"{step.name} is not floating point and differs between the sources.",
-                "Use models that agree on it.", value=step.name,
-            )  # fmt: skip
-        return _Computed(step, raw[0], {})
-    stored = [
-        data.view(getattr(torch, operand.tensor.dtype.name)).reshape(operand.tensor.shape)
-        for data, operand in zip(raw, work.reads, strict=True)
-    ]
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in stored) else torch.float32
-    stored = [_through(operand, data, sources, wide) for operand, data in zip(work.reads, stored, strict=True)]
-    nonfinite = _count_nonfinite(work, stored)
-    if nonfinite and on_nonfinite == "fail":
-        source, count = next(iter(nonfinite.items()))
-        raise Failed(
-            "NOT_FINITE", f"{step.name} has {count} NaN or infinite values in {source}.",
-            "Use another source: such weights spoil whatever they are merged into.", value=step.name,
-        )  # fmt: skip
-    if work.aligned is not None:
-        stored = gather(work.aligned.maps, [tensor.to(wide) for tensor in stored])
-    spoilt = _spoilt(stored) if nonfinite else None
-    target = getattr(torch, work.dtype.name)
-    if work.action == "copy":
-        result = stored[0].to(target)
-    elif spoilt is None and device.type == "cpu" and can_stream(work):
-        result = merge_chunked(work, stored, wide, target).reshape(work.shape)
-    else:
-        result = _merged(work, [tensor.to(device, wide) for tensor in stored], spoilt).to(target).to("cpu")
-    result = result.contiguous()
-    if not _finite(result) and not bool((torch.isfinite(result) | (spoilt if spoilt is not None else False)).all()):
-        raise Failed(
-            "NOT_FINITE", f"{step.name} overflows {work.dtype.name}, though its inputs are finite.",
-            "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.", value=step.name,
-        )  # fmt: skip
-    return _Computed(step, result.reshape(-1).view(torch.uint8), nonfinite)
+def in_working_order(steps: Sequence[Step]) -> list[Step]:
+    """Large tensors first, otherwise as planned."""
+    large = LARGE * sum(step.nbytes for step in steps)
+    return sorted(steps, key=lambda step: step.nbytes < large)
 
 
-def _through(operand: Operand, stored: Tensor, sources: Mapping[ModelRef, LocalFiles], wide: torch.dtype) -> Tensor:
-    """The tensor seen through its adapter."""
-    if operand.patch is None:
-        return stored
-    files = sources[operand.patch.adapter]
-    view = PatchedView(HeldView(stored, wide), operand.patch, lambda tensor: stored_tensor(files, tensor, wide))
-    return view.read(0, stored.numel()).reshape(stored.shape)
-
-
-def _spoilt(tensors: list[Tensor]) -> Tensor:
-    """Where any input is NaN or infinite."""
-    spoilt = torch.zeros_like(tensors[0], dtype=torch.bool)
-    for tensor in tensors:
-        spoilt |= ~torch.isfinite(tensor)
-    return spoilt
-
-
-def _merged(work: Work, tensors: list[Tensor], spoilt: Tensor | None) -> Tensor:
-    """Apply the method. A non-finite element stays in its place: it takes part in no norm, sum or ranking."""
-    if spoilt is None:
-        return apply(work.method, tensors, work.base, work.per_input, work.shared, work.keys)
-    spoilt = spoilt.to(tensors[0].device)
-    clean = [tensor.masked_fill(spoilt, 0.0) for tensor in tensors]
-    result = apply(work.method, clean, work.base, work.per_input, work.shared, work.keys).clone()
-    result[spoilt] = torch.stack([tensor[spoilt] for tensor in tensors]).sum(0)
-    return result
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether every element surely is finite: one cheap sum. False means that a closer look is due."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
-
-
-def _count_nonfinite(work: Work, stored: list[Tensor]) -> dict[str, int]:
-    out: dict[str, int] = {}
-    for operand, tensor in zip(work.reads, stored, strict=True):
-        if not _finite(tensor):
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                out[str(operand.source)] = bad
-    return out
-
-
-def _nonfinite_notices(plan: Plan, done: Mapping[int, Record]) -> tuple[Notice, ...]:
-    found: dict[str, tuple[str, int]] = {}
+def found_notices(plan: Plan, done: Mapping[int, Record]) -> tuple[Notice, ...]:
+    """What came to light during the steps, summed over them: non-finite values per source, then odd cases by code."""
+    sums: dict[tuple[str, str], list[int]] = {}
     for index in sorted(done):
-        for source, count in done[index].nonfinite.items():
-            first, sum_ = found.get(source, (plan.steps[index].name, 0))
-            found[source] = (first, sum_ + count)
+        record = done[index]
+        found = [*(("NOT_FINITE", source, count) for source, count in record.nonfinite.items())]
+        found += [(code, CORNERS.get(code, code), count) for code, count in record.corners.items()]
+        for code, text, count in found:
+            sums.setdefault((code, text), [index, 0])[1] += count
     return tuple(
-        Notice("NOT_FINITE", f"{source} has NaN or infinite values, the first in {name}", count)
-        for source, (name, count) in found.items()
+        Notice(
+            code,
+            f"{text} has NaN or infinite values, the first in {plan.steps[first].name}"
+            if code == "NOT_FINITE"
+            else f"{text}, the first time in {plan.steps[first].name}",
+            count,
+        )
+        for (code, text), (first, count) in sums.items()
     )
 
 

@@ -1,31 +1,79 @@
-"""Carry out row maps: the matrices of the sources in the order of the output's vocabulary. See `rows.py`."""
+"""Carry out row maps: a matrix in the order of the output's vocabulary, piece by piece. See `rows.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bot.merge.methods.reductions import CHUNK
 from bot.merge.rows import RowMap
+from bot.merge.tokenizer import Index
+from bot.merge.views import View
 
 
-def gather(maps: Sequence[RowMap], matrices: Sequence[Tensor]) -> list[Tensor]:
-    """One tensor per map. `matrices` (rows_i, ...) are floating point; map i belongs to matrix i."""
-    return [_one(row_map, matrices[i], matrices) for i, row_map in enumerate(maps)]
+class GatheredView:
+    """Matrix number `mine` of `matrices` (rows_i, ...), re-indexed; other matrices give rows that it lacks."""
+
+    def __init__(self, row_map: RowMap, mine: int, matrices: Sequence[View], wide: torch.dtype) -> None:
+        self._map, self._mine, self._matrices, self._wide = row_map, matrices[mine], matrices, wide
+        self.shape = (len(row_map.own), *self._mine.shape[1:])
+        self.unit = 1
+        for dimension in self.shape[1:]:
+            self.unit *= dimension
+        self._mean: Tensor | None = None
+        self._out = torch.empty(0, self.unit, dtype=wide)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        first, last = start // self.unit, stop // self.unit
+        if len(self._out) < last - first:
+            self._out = torch.empty(last - first, self.unit, dtype=self._wide)
+        out = self._out[: last - first].zero_()
+        own = self._map.own[first:last]
+        have = np.flatnonzero(own >= 0)
+        for at, row, count in _runs(have, own[have]):
+            out[at : at + count] = self._rows(self._mine, row, count)
+        padding = _within(self._map.padding, first, last)
+        if len(padding) and len(self._map.real):
+            out[torch.from_numpy(self._map.padding[padding] - first)] = self._mean_row()
+        self._fill(out, first, last)
+        return out.view(-1)
+
+    def _fill(self, out: Tensor, first: int, last: int) -> None:
+        for fill in self._map.fills:
+            for i in _within(fill.rows, first, last) if fill.matrices else ():
+                total = torch.zeros(self.unit, dtype=torch.float64)
+                for matrix, row in zip(fill.matrices, fill.taken[i], strict=True):
+                    total += self._rows(self._matrices[matrix], int(row), 1)[0]
+                out[int(fill.rows[i]) - first] = total / len(fill.matrices)
+
+    def _rows(self, matrix: View, row: int, count: int) -> Tensor:
+        return matrix.read(row * self.unit, (row + count) * self.unit).view(count, self.unit)
+
+    def _mean_row(self) -> Tensor:
+        """The mean of the matrix's real rows."""
+        if self._mean is None:
+            total = torch.zeros(self.unit, dtype=torch.float64)
+            step = max(1, CHUNK // max(1, self.unit))
+            for _, row, count in _runs(self._map.real, self._map.real):
+                for at in range(row, row + count, step):
+                    total += self._rows(self._mine, at, min(step, row + count - at)).sum(0, dtype=torch.float64)
+            self._mean = (total / len(self._map.real)).to(self._wide)
+        return self._mean
 
 
-def _one(row_map: RowMap, mine: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    out = mine.new_zeros((len(row_map.own), *mine.shape[1:]))
-    own = torch.from_numpy(row_map.own)
-    have = own >= 0
-    out[have] = mine[own[have]]
-    if len(row_map.padding) and len(row_map.real):
-        out[torch.from_numpy(row_map.padding)] = mine[torch.from_numpy(row_map.real)].double().mean(0).to(mine.dtype)
-    for fill in row_map.fills:
-        if not fill.matrices:
-            continue
-        taken = torch.from_numpy(fill.taken)
-        total = sum((matrices[m][taken[:, j]].double() for j, m in enumerate(fill.matrices)), start=torch.tensor(0.0))
-        out[torch.from_numpy(fill.rows)] = (total / len(fill.matrices)).to(mine.dtype)
-    return out
+def _within(rows: Index, first: int, last: int) -> Index:
+    """Places in `rows` whose value lies in [first, last)."""
+    return np.flatnonzero((rows >= first) & (rows < last))
+
+
+def _runs(places: Index, rows: Index) -> Iterator[tuple[int, int, int]]:
+    """(place, row, count) of the stretches in which both go up by one, to be read at a time."""
+    if not len(places):
+        return
+    breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(rows) != 1)) + 1
+    starts, ends = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(places)]])
+    for start, end in zip(starts, ends, strict=True):
+        yield int(places[start]), int(rows[start]), int(end - start)

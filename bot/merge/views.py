@@ -6,8 +6,10 @@ second time they come from the page cache. merging.md 5.3.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +17,20 @@ from torch import Tensor
 from bot.errors import Failed
 from bot.merge.checkpoint import LocalFiles
 from bot.merge.header import TensorInfo
+
+
+class Scratch:
+    """Tensors that are used again and again by one thread: fresh memory costs more than the arithmetic done in it."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """The tensor of that name, `count` elements long; contents undefined."""
+        held = self._tensors.get((name, dtype))
+        if held is None or held.numel() < count:
+            held = self._tensors[name, dtype] = torch.empty(count, dtype=dtype, device=device)
+        return held[:count]
 
 
 class View(Protocol):
@@ -43,31 +59,58 @@ class StoredView:
 
     unit = 1
 
-    def __init__(self, files: LocalFiles, tensor: TensorInfo, wide: torch.dtype) -> None:
+    def __init__(
+        self, files: LocalFiles, tensor: TensorInfo, wide: torch.dtype, scratch: Scratch | None = None, name: str = ""
+    ) -> None:
         self.shape = tensor.shape
         self._files, self._tensor, self._wide = files, tensor, wide
-        self._stored: torch.dtype = getattr(torch, tensor.dtype.name)
-        self._raw = torch.empty(0, dtype=self._stored)
-        self._out = torch.empty(0, dtype=wide)
+        self.stored: torch.dtype = getattr(torch, tensor.dtype.name)
+        self._scratch, self._name = scratch or Scratch(), name
+        self._handle: _Handle | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
-        count = stop - start
-        if self._out.numel() < count:
-            self._out = torch.empty(count, dtype=self._wide)
-            self._raw = self._out if self._stored == self._wide else torch.empty(count, dtype=self._stored)
-        self._fill(start, self._raw[:count])
-        if self._raw is not self._out:
-            self._out[:count].copy_(self._raw[:count])
-        return self._out[:count]
+        out = self._scratch.get(self._name + " wide", stop - start, self._wide)
+        if self.stored == self._wide:
+            return self.fill(start, out)
+        return out.copy_(self.fill(start, self._scratch.get("stored", stop - start, self.stored)))
 
-    def _fill(self, start: int, piece: Tensor) -> None:
-        tensor, size = self._tensor, piece.element_size()
+    def fill(self, start: int, piece: Tensor) -> Tensor:
+        """Read elements from `start` on into a contiguous CPU tensor of the stored type, which is returned."""
+        if self._handle is None:
+            self._handle = _Handle(self._files, self._tensor.file)
+        at = self._tensor.start + start * piece.element_size()
         buffer = piece.view(torch.uint8).numpy().data
-        if self._files.read_into(tensor.file, tensor.start + start * size, buffer) != len(buffer):
-            raise Failed(
-                "SOURCE_CHANGED_OR_GONE", f"{tensor.file} of {self._files} ends inside {tensor.name}.",
-                "The source was changed or cut while merging: fetch it again.", value=tensor.name,
-            )  # fmt: skip
+        filled = 0
+        while filled < len(buffer):
+            count = os.preadv(self._handle.number, [buffer[filled:][: 2**26]], at + filled)
+            if not count:
+                self._ended()
+            filled += count
+        return piece
+
+    def _ended(self) -> NoReturn:
+        raise Failed(
+            "SOURCE_CHANGED_OR_GONE", f"{self._tensor.file} of {self._files} ends inside {self._tensor.name}.",
+            "The source was changed or cut while merging: fetch it again.", value=self._tensor.name,
+        )  # fmt: skip
+
+    def will_need(self) -> None:
+        """Let the system read the whole tensor ahead."""
+        if self._handle is None:
+            self._handle = _Handle(self._files, self._tensor.file)
+        os.posix_fadvise(self._handle.number, self._tensor.start, self._tensor.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+class _Handle:
+    """An open file, closed when nobody uses it any more."""
+
+    def __init__(self, files: LocalFiles, name: str) -> None:
+        self.number = -1
+        self.number = os.open(files.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
 
 
 class HeldView:
@@ -85,4 +128,4 @@ class HeldView:
 
 def common_unit(views: Sequence[View]) -> int:
     """The smallest number of elements that is a multiple of every view's unit."""
-    return max((view.unit for view in views), default=1)
+    return math.lcm(*(view.unit for view in views))

@@ -17,15 +17,16 @@ import json
 import os
 import shutil
 import threading
-import time
 import zlib
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from bot.errors import Failed, Refused, Transient
+from bot.merge.hashing import Hashing
+from bot.merge.partial import held_bytes, hold, reclaim
 from bot.merge.plan import Plan, Step
 
 JOURNAL = "journal"
@@ -35,15 +36,17 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One finished tensor: its step, the CRC-32 of its bytes, non-finite elements found per source."""
+    """One finished tensor: its step, the CRC-32 of its bytes, what was found on the way."""
 
     step: int
     crc: int
     nonfinite: Mapping[str, int]
+    corners: Mapping[str, int] = field(default_factory=dict)
 
     def line(self) -> bytes:
         """The journal line, ending in the CRC-32 of what stands before it."""
-        text = json.dumps({"step": self.step, "crc": self.crc, "nonfinite": dict(self.nonfinite)}).encode()
+        entry = {"step": self.step, "crc": self.crc, "nonfinite": dict(self.nonfinite), "corners": dict(self.corners)}
+        text = json.dumps(entry).encode()
         return b"%s %08x\n" % (text, zlib.crc32(text))
 
     @classmethod
@@ -53,7 +56,7 @@ class Record:
         if crc != b"%08x" % zlib.crc32(text):
             return None
         entry = json.loads(text)
-        return cls(entry["step"], entry["crc"], entry["nonfinite"])
+        return cls(entry["step"], entry["crc"], entry["nonfinite"], entry["corners"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +99,30 @@ class Sink(Protocol):
 class Writer:
     """Writes one output folder. Use as a context manager: leaving it early keeps the partial folder for a resume."""
 
-    def __init__(self, plan: Plan, out: Path, identity: str, *, sync_bytes: int = SYNC_BYTES) -> None:
-        self.plan, self.out, self.sync_bytes = plan, out, sync_bytes
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        identity: str,
+        *,
+        sync_bytes: int = SYNC_BYTES,
+        on_event: Callable[[str], None] = lambda event: None,
+    ) -> None:
+        self.plan, self.out, self.sync_bytes, self._on_event = plan, out, sync_bytes, on_event
         self.partial = out.with_name(out.name + ".partial")
         self.identity = identity
         self.done: dict[int, Record] = {}
         self._shards: dict[int, int] = {}
-        self._journal = -1
-        self._lock = threading.Lock()
+        self._journal = self._folder = -1
+        self._wake = threading.Condition()  # guards what stands below
+        self._crcs: dict[int, int] = {}
         self._pending: list[Record] = []
-        self._dirty: set[int] = set()
         self._pending_bytes = 0
-        self._synced_at = time.monotonic()
+        self._closing = False
+        self._failure: Exception | None = None
+        self._one_sync = threading.Lock()
+        self._syncer: threading.Thread | None = None
+        self._hashing: Hashing | None = None
 
     def __enter__(self) -> Writer:
         if self.out.exists() or self.out.is_symlink():
@@ -125,6 +140,9 @@ class Writer:
         except BaseException:
             self.close()
             raise
+        self._hashing = Hashing(self.plan, self._shards, self.done)
+        self._syncer = threading.Thread(target=self._keep_syncing, name="sync", daemon=True)
+        self._syncer.start()
         return self
 
     def __exit__(
@@ -138,51 +156,86 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Close every file; the partial folder stays."""
-        for handle in (*self._shards.values(), self._journal):
+        """Stop the threads and close every file; the partial folder stays."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        if self._hashing is not None:
+            self._hashing.stop()
+        if self._syncer is not None:
+            self._syncer.join()
+        for handle in (*self._shards.values(), self._journal, self._folder):
             if handle >= 0:
                 os.close(handle)
-        self._shards, self._journal = {}, -1
+        self._shards, self._journal, self._folder = {}, -1, -1
 
-    def write(self, step: Step, data: memoryview, nonfinite: Mapping[str, int]) -> None:
-        """Write the bytes of one tensor at their final offset. Several threads may write at once."""
-        record = Record(step.index, zlib.crc32(data), nonfinite)
+    def write(self, step: Step, at: int, data: memoryview) -> None:
+        """Write bytes of one tensor at their final offset. See `Sink`."""
+        if self._failure is not None:
+            raise self._failure
+        self._crcs[step.index] = zlib.crc32(data, self._crcs[step.index] if at else 0)
         try:
-            at, view = step.offset, data
+            place, view = step.offset + at, data
             while view.nbytes:
-                count = os.pwrite(self._shards[step.shard], view[: 2**26], at)
-                at, view = at + count, view[count:]
+                count = os.pwrite(self._shards[step.shard], view[: 2**26], place)
+                place, view = place + count, view[count:]
         except OSError as error:
             raise self._explained(error) from error
-        with self._lock:
+
+    def finished(self, step: Step, found: Found) -> None:
+        """Remember that a tensor is whole; it enters the journal once it is durable, and nobody waits for that."""
+        record = Record(step.index, self._crcs.pop(step.index, 0), found.nonfinite, found.corners)
+        with self._wake:
             self._pending.append(record)
-            self._dirty.add(step.shard)
             self._pending_bytes += step.nbytes
-            due = self._pending_bytes >= self.sync_bytes or time.monotonic() - self._synced_at >= SYNC_S
-        if due:
-            self.sync()
+            if self._pending_bytes >= self.sync_bytes:
+                self._wake.notify_all()
+        if self._hashing is not None:
+            self._hashing.finished(step.index)
+
+    def _keep_syncing(self) -> None:
+        """Every `sync_bytes` bytes or SYNC_S seconds, until the end."""
+        while not self._closing:
+            with self._wake:
+                if self._pending_bytes < self.sync_bytes and not self._closing:
+                    self._wake.wait(SYNC_S)
+            if self._pending and not self._closing:
+                try:
+                    self.sync()
+                except Exception as error:
+                    self._failure = error
+                    return
 
     def sync(self) -> None:
         """Make the written tensors durable, then enter them into the journal and into `done`."""
-        with self._lock:
+        if self._failure is not None:
+            raise self._failure
+        with self._one_sync:
+            with self._wake:
+                records, self._pending, self._pending_bytes = self._pending, [], 0
+            if not records:
+                return
             try:
-                for shard in sorted(self._dirty):
+                for shard in sorted({self.plan.steps[record.step].shard for record in records}):
                     os.fdatasync(self._shards[shard])
-                if self._pending:
-                    _write_all(self._journal, b"".join(record.line() for record in self._pending))
-                    os.fdatasync(self._journal)
+                _write_all(self._journal, b"".join(record.line() for record in records))
+                os.fdatasync(self._journal)
             except OSError as error:
                 raise self._explained(error) from error
-            self.done.update({record.step: record for record in self._pending})
-            self._pending, self._dirty, self._pending_bytes = [], set(), 0
-            self._synced_at = time.monotonic()
+            self.done.update({record.step: record for record in records})
+        self._on_event("writer.after_journal")
 
     def hash_shards(self) -> dict[str, FileFact]:
-        """Read every shard back and hash it."""
+        """Size and SHA-256 of every shard; every tensor must be finished."""
+        if self._hashing is None:
+            return {}
         try:
-            return {shard.file: hash_file(self.partial / shard.file) for shard in self.plan.shards}
+            hashes = self._hashing.result()
         except OSError as error:
             raise self._explained(error) from error
+        return {
+            shard.file: FileFact(shard.nbytes, digest) for shard, digest in zip(self.plan.shards, hashes, strict=True)
+        }
 
     def add(self, name: str, content: bytes) -> FileFact:
         """Write a small file durably."""
@@ -219,6 +272,8 @@ class Writer:
         if fresh:
             self._refuse_without_space()
         self.partial.mkdir(exist_ok=True)
+        self._folder = hold(self.partial)
+        reclaim(self.partial, JOURNAL)
         self._journal = os.open(self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,7 +326,7 @@ class Writer:
                 f"the merge needs {gigabytes(need)} of disk; the whole disk has {gigabytes(usage.total)}.",
                 "Use a larger disk, or merge smaller models.",
             )
-        if need > usage.free:
+        if need - held_bytes(self.partial) > usage.free:
             raise Transient(
                 "DISK_LOW",
                 f"the merge needs {gigabytes(need)} of disk; {gigabytes(usage.free)} are free.",
@@ -296,17 +351,6 @@ class Writer:
 def gigabytes(count: int) -> str:
     """A number of bytes for a sentence."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
-def hash_file(path: Path) -> FileFact:
-    """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(2**22):
-            digest.update(block)
-            size += len(block)
-    return FileFact(size, digest.hexdigest())
 
 
 def _write_all(handle: int, content: bytes) -> None:

@@ -11,16 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from piecewise import merged, merged_and_inputs
 from torch import Tensor
 
-from bot.merge.chunked import can_stream, merge_chunked
 from bot.merge.contract import METHODS
 from bot.merge.draws import mask_key
 from bot.merge.dtypes import BY_NAME
 from bot.merge.header import TensorInfo
 from bot.merge.methods import FUNCTIONS, apply
 from bot.merge.methods.masks import by_chance, splitmix64, uniform
-from bot.merge.methods.reductions import first_largest, streamed_selection
+from bot.merge.methods.reductions import Selection, first_largest
+from bot.merge.passes import ranks
+from bot.merge.passes.random_masks import torch_draws
 from bot.merge.spec import ModelRef
 from bot.merge.steps import Operand, Work
 
@@ -175,13 +177,43 @@ def test_selection_without_a_sort_selects_what_a_sort_would(values: list[float],
     want = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
     sizes = torch.tensor(values)
     assert first_largest(sizes, k).nonzero().flatten().tolist() == sorted(want)
-    streamed = streamed_selection(lambda: sizes.split(3), len(values), k)
-    masks = streamed.again()
-    assert torch.cat([masks.mask(piece) for piece in sizes.split(3)]).nonzero().flatten().tolist() == sorted(want)
-    shrunk = streamed.again()
-    signed = -sizes
-    got = torch.cat([shrunk.shrink(piece) for piece in signed.split(3)])
-    assert torch.equal(got, torch.where(first_largest(sizes, k), signed, torch.zeros_like(signed)))
+
+
+def streamed(sizes: Tensor, k: int, chunk: int = 7) -> tuple[Selection, Tensor]:
+    """What the streaming search finds in `sizes`, and `-sizes` with the rest zeroed, piece by piece."""
+    work = work_for("ram", [sizes, torch.zeros_like(sizes)], True, {"epsilon": 0.0})
+    _, inputs = merged_and_inputs(work, [sizes, torch.zeros_like(sizes)], chunk=chunk)
+    ((found,),) = ranks.select(inputs, lambda piece: [piece.x[0]], [[k]])
+    shrink = ranks.Shrinker(found, torch.float32)
+    return found, torch.cat([shrink(piece) for piece in (-sizes).split(chunk)])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0]), min_size=1, max_size=40), st.integers(0, 45))
+def test_a_streaming_search_selects_what_a_sort_would(values: list[float], k: int) -> None:
+    sizes = torch.tensor(values)
+    want = torch.where(first_largest(sizes, k), -sizes, torch.zeros_like(sizes))
+    assert torch.equal(streamed(sizes, k)[1], want)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "few values", "mostly zero", "sample misled", "ascending"])
+def test_a_search_in_a_large_tensor_is_exact_whatever_its_sample_says(kind: str) -> None:
+    n = 600_000
+    draw = torch.Generator().manual_seed(1)
+    sizes = torch.randn(n, generator=draw).abs_()
+    if kind == "few values":
+        sizes = (sizes * 4).round() / 4
+    elif kind == "mostly zero":
+        sizes = sizes * (torch.rand(n, generator=draw) < 0.2)
+    elif kind == "sample misled":
+        sizes[torch.arange(n) % (n // 63) < 1100] += 50.0
+    elif kind == "ascending":
+        sizes = sizes.sort().values
+    for k in (1, 17, n // 3, n - 5, int(0.2 * n)):
+        want = torch.where(first_largest(sizes, k), -sizes, torch.zeros_like(sizes))
+        found, got = streamed(sizes, k, chunk=2**17)
+        assert int((sizes > found.threshold).sum()) + found.equal == k
+        assert torch.equal(got, want)
 
 
 def test_spherical_corners() -> None:
@@ -236,36 +268,81 @@ def work_for(method: str, x: Sequence[Tensor], base: bool, values: dict[str, Any
     return Work("w", shape, BY_NAME["bfloat16"], "merge", method, operands, position, per_input, shared, keys)
 
 
+SUMMED = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock", "della", "della_linear", "sce"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("method", "count", "values"), CASES)
-def test_the_chunked_path_gives_the_bits_of_the_whole_tensor_path(
+@pytest.mark.parametrize(("method", "count", "values"), [*CASES, ("arcee_fusion", 1, {})])
+def test_passes_over_pieces_give_the_bits_of_the_whole_tensor(
     method: str, count: int, values: dict[str, Any], dtype: torch.dtype
 ) -> None:
     for base in with_base(method):
         x, b = inputs(count, (331, 1021), 5)
         tensors = [e.to(dtype) for e in (*x, *([b] if base else []))]
         work = work_for(method, tensors, base, values)
-        if not can_stream(work):
-            assert method in ("arcee_fusion", "sce", "ramplus_tl", "nuslerp", "model_stock")
-            continue
         wide = [e.float() for e in tensors]
         whole = apply(method, wide, work.base, work.per_input, work.shared, work.keys)
-        chunked = merge_chunked(work, tensors, torch.float32, torch.float32).reshape(whole.shape)
-        if method.startswith("della"):  # its chunks are whole rows, so its L1 norms are summed in other portions
-            torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
+        pieces = merged(work, tensors)
+        if method in SUMMED:  # sums over the tensor are formed in other portions or another precision
+            torch.testing.assert_close(pieces, whole, rtol=0, atol=5e-7 * float(whole.abs().max()))
         else:
-            assert torch.equal(chunked, whole)
+            assert torch.equal(pieces, whole)
+        assert torch.equal(merged(work, tensors, ring=True), pieces)
 
 
-@pytest.mark.parametrize(("method", "count", "values"), CASES)
-def test_chunks_of_seven_elements_agree_within_rounding(method: str, count: int, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("method", "count", "values"), [*CASES, ("arcee_fusion", 1, {})])
+def test_pieces_of_seven_elements_agree_within_rounding(method: str, count: int, values: dict[str, Any]) -> None:
     for shape in SHAPES:
         for base in with_base(method):
             x, b = inputs(count, shape, 6)
             tensors = [*x, *([b] if base else [])]
             work = work_for(method, tensors, base, values)
-            if not can_stream(work):
-                continue
-            whole = apply(method, tensors, work.base, work.per_input, work.shared, work.keys)
-            chunked = merge_chunked(work, tensors, torch.float32, torch.float32, chunk=7).reshape(shape)
-            torch.testing.assert_close(chunked, whole, rtol=0, atol=3e-6 * float(whole.abs().max()))
+            for kind in (torch.float32, torch.float64):
+                wide = [e.to(kind) for e in tensors]
+                whole = apply(method, wide, work.base, work.per_input, work.shared, work.keys)
+                pieces = merged(work, tensors, chunk=7, wide=kind)
+                torch.testing.assert_close(pieces, whole, rtol=0, atol=3e-6 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize(("method", "count", "values"), [*CASES, ("arcee_fusion", 1, {})])
+def test_a_nan_stays_in_its_element_and_no_sum_sees_it(method: str, count: int, values: dict[str, Any]) -> None:
+    for base in with_base(method):
+        x, b = inputs(count, (6, 7), 6)
+        clean = [*x, *([b] if base else [])]
+        spoilt = [e.clone() for e in clean]
+        for e in clean:
+            e[3, 4] = 0.0
+        spoilt[0][3, 4] = torch.nan
+        work = work_for(method, clean, base, values)
+        want = merged(work, clean, chunk=14)
+        got, remembered = merged_and_inputs(work, spoilt, chunk=14)
+        assert torch.isnan(got[3, 4])
+        got[3, 4] = want[3, 4] = 0.0
+        assert torch.equal(got, want)
+        assert remembered.nonfinite == {"o/m0": 1}
+
+
+def test_draws_in_torch_are_those_of_numpy_bit_for_bit() -> None:
+    for key in (0, 1, 2**63, 2**64 - 1, mask_key(0, "o/m", "w")):
+        for start in (0, 2**18, 2**40):
+            want = splitmix64(key, start, 5000) >> np.uint64(40)
+            assert torch_draws(key, start, 5000, torch.device("cpu")).tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(
+    ("method", "tensors", "values", "code"),
+    [
+        ("slerp", [torch.zeros(4), torch.ones(4)], {"t": 0.5}, "ZERO_TENSOR"),
+        ("karcher", [torch.ones(4), -torch.ones(4)], {"max_iter": 5, "tol": 1e-5}, "ANTIPODAL"),
+        (
+            "multislerp", [torch.ones(4), -torch.ones(4)],
+            {"weight": [1.0, 1.0], "normalize_weights": True, "eps": 1e-8}, "MEAN_VANISHES",
+        ),
+        ("sce", [torch.ones(4), torch.ones(4) + 1e-4], {"select_topk": 1.0}, "EVEN_SHARES"),
+        ("model_stock", [torch.ones(4), torch.ones(4), torch.ones(4) + 1e-5], {"filter_wise": False}, "COSINE_DAMPED"),
+    ],
+)  # fmt: skip
+def test_odd_cases_are_remembered(method: str, tensors: list[Tensor], values: dict[str, Any], code: str) -> None:
+    base = method not in BASELESS and METHODS[method].base.value == "required"
+    _, remembered = merged_and_inputs(work_for(method, tensors, base, values), tensors)
+    assert remembered.corners == {code: 1}

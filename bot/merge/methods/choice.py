@@ -10,6 +10,7 @@ from torch import Tensor
 from bot.merge.methods.reductions import sorted_element
 
 SMOOTHING = 1e-8
+TINY_DISTANCE = 1e-6
 
 
 def nearswap(x: Sequence[Tensor], b: Tensor, *, t: float) -> Tensor:
@@ -17,7 +18,7 @@ def nearswap(x: Sequence[Tensor], b: Tensor, *, t: float) -> Tensor:
 
     Source: the model card of QuartetAnemoi-70B-t0.0001.
     """
-    w = (t / (b - x[0]).abs_().clamp_(min=1e-6)).clamp_(0, 1)
+    w = (t / (b - x[0]).abs_().clamp_(min=TINY_DISTANCE)).clamp_(0, 1)
     return w * x[0] + (1 - w) * b
 
 
@@ -29,10 +30,14 @@ def arcee_fusion(x: Sequence[Tensor], b: Tensor) -> Tensor:
     inputs are: the divergence cancels to second order, and its noise is part of the method.
     """
     tuned, base = x[0].float(), b.float()
-    p, q = torch.softmax(tuned, -1) + SMOOTHING, torch.softmax(base, -1) + SMOOTHING
-    divergence = (p * (p / q).log()).sum(-1, keepdim=True)
-    importance = (tuned - base).abs_() * divergence
+    importance = (tuned - base).abs_() * row_divergence(tuned, base)
     flat = importance.reshape(-1)
     last = flat.numel() - 1
     median, low, high = (sorted_element(flat, int(f * last)) for f in (0.5, 0.25, 0.75))
     return torch.where(importance >= median + 1.5 * (high - low), x[0], b)
+
+
+def row_divergence(tuned: Tensor, base: Tensor) -> Tensor:
+    """KL divergence of the rows' softmaxes, shape (..., 1)."""
+    p, q = torch.softmax(tuned, -1).add_(SMOOTHING), torch.softmax(base, -1).add_(SMOOTHING)
+    return torch.div(p, q, out=q).log_().mul_(p).sum(-1, keepdim=True)

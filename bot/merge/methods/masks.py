@@ -13,20 +13,20 @@ from torch import Tensor
 
 from bot.merge.methods.reductions import CHUNK, first_largest
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def splitmix64(key: int, start: int, count: int) -> NDArray[np.uint64]:
     """Elements start .. start+count-1 of the stream of `key`; element 0 of key 0 is 0xE220A8397B1DCDAF."""
     z = np.arange(start + 1, start + count + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        z *= _GOLDEN
+        z *= GOLDEN
         z += np.uint64(key)
         z ^= z >> np.uint64(30)
-        z *= _MIX_1
+        z *= MIX_1
         z ^= z >> np.uint64(27)
-        z *= _MIX_2
+        z *= MIX_2
         z ^= z >> np.uint64(31)
     return z
 

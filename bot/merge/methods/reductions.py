@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,18 +65,6 @@ class Selection:
             self.equal -= len(at)
         return keep
 
-    def again(self) -> Selection:
-        """The same selection from the start; call it before the first piece."""
-        return Selection(self.threshold, self.equal, self.excess)
-
-    def shrink(self, delta: Tensor) -> Tensor:
-        """The next piece of a delta, zero where its magnitude is not among the largest."""
-        if self.excess or not math.isfinite(self.threshold):
-            return delta * self.mask(delta.abs())
-        wide = numpy.float64 if delta.dtype == torch.float64 else numpy.float32
-        below = numpy.nextafter(wide(self.threshold), wide(-1))
-        return torch.nn.functional.hardshrink(delta, float(below))
-
 
 def selection(magnitudes: Tensor, k: int) -> Selection:
     """The selection of exactly the k largest of a flat tensor; among equals the lowest index wins."""
@@ -91,29 +78,7 @@ def selection(magnitudes: Tensor, k: int) -> Selection:
     return Selection(threshold, equal, int((magnitudes == threshold).sum()) - equal)
 
 
-def streamed_selection(pieces: Callable[[], Iterable[Tensor]], n: int, k: int) -> Selection:
-    """`selection` for float32 magnitudes that come piece by piece, twice; needs no room for the whole tensor.
-
-    Bit patterns of floats that are not negative order like integers: a histogram of the upper 16 bits finds the
-    bucket of the threshold, one of the lower 16 bits of that bucket the threshold itself.
-    """
-    if not 0 < k < n:
-        return Selection(math.inf if k <= 0 else -math.inf, 0)
-    upper = numpy.zeros(2**15, dtype=numpy.int64)
-    for piece in pieces():
-        upper += numpy.bincount(piece.view(torch.int32).numpy() >> 16, minlength=2**15)
-    bucket, above = _bucket(upper, k)
-    lower = numpy.zeros(2**16, dtype=numpy.int64)
-    for piece in pieces():
-        bits = piece.view(torch.int32).numpy()
-        lower += numpy.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=2**16)
-    low, more = _bucket(lower, k - above)
-    threshold = float(numpy.array((bucket << 16) | low, dtype=numpy.int32).view(numpy.float32))
-    equal = k - above - more
-    return Selection(threshold, equal, int(lower[low]) - equal)
-
-
-def _bucket(counts: numpy.ndarray[Any, numpy.dtype[numpy.int64]], k: int) -> tuple[int, int]:
+def bucket(counts: numpy.ndarray[Any, numpy.dtype[numpy.int64]], k: int) -> tuple[int, int]:
     """The bucket that holds the k-th largest, and how many lie in the buckets above it."""
     from_top = numpy.cumsum(counts[::-1])
     i = int(numpy.searchsorted(from_top, k))

@@ -37,7 +37,7 @@ def nuslerp(
         across = nuslerp_row_wise and first.dim() > 1
         if across:
             first, second = first.transpose(0, -1).contiguous(), second.transpose(0, -1).contiguous()
-        c_1, c_2 = _arc(row_dot(first, first), row_dot(second, second), row_dot(first, second), t)
+        c_1, c_2 = arc(row_dot(first, first), row_dot(second, second), row_dot(first, second), t)
         out = first * c_1.to(first.dtype) + second * c_2.to(second.dtype)
         out = out.transpose(0, -1).contiguous() if across else out
     return out if b is None else out + b
@@ -46,7 +46,7 @@ def nuslerp(
 def flat_arc(g: Vector, t: float) -> tuple[float, float]:
     """Factors of two vectors from their Gram matrix."""
     products = torch.from_numpy(g)
-    first, second = _arc(products[0, 0], products[1, 1], products[0, 1], t)
+    first, second = arc(products[0, 0], products[1, 1], products[0, 1], t)
     return float(first), float(second)
 
 
@@ -56,7 +56,7 @@ def interpolation(weight: Sequence[float]) -> float:
     return 0.5 if abs(total) < 1e-6 else weight[1] / total
 
 
-def _arc(square_1: Tensor, square_2: Tensor, product: Tensor, t: float) -> tuple[Tensor, Tensor]:
+def arc(square_1: Tensor, square_2: Tensor, product: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """Factors of both ends (float64, elementwise) from squared lengths and inner product."""
     cosine = product / square_1.sqrt().clamp(min=TINY_NORM) / square_2.sqrt().clamp(min=TINY_NORM)
     cosine = cosine.clamp(-1, 1)
@@ -102,6 +102,12 @@ def one_step(g: Vector, weight: Sequence[float], normalize_weights: bool, eps: f
     return result
 
 
+def vanishes(g: Vector, weight: Sequence[float], normalize_weights: bool, eps: float) -> bool:
+    """Whether the weighted mean direction is too short to be one."""
+    w = np.array(weight, dtype=np.float64)
+    return length(g, (w / w.sum() if normalize_weights else w) / (np.sqrt(np.diag(g)) + eps)) < VANISHES
+
+
 def karcher(x: Sequence[Tensor], b: None, *, max_iter: int, tol: float) -> Tensor:
     """Riemannian centre of mass of the directions, times the mean length. arXiv:2603.04972.
 
@@ -109,25 +115,27 @@ def karcher(x: Sequence[Tensor], b: None, *, max_iter: int, tol: float) -> Tenso
     """
     if len(x) == 1:
         return x[0]
-    return combination(x, centre(gram(x), max_iter, tol))
+    return combination(x, centre(gram(x), max_iter, tol)[0])
 
 
-def centre(g: Vector, max_iter: int, tol: float) -> Vector:
-    """Factors of the vectors of karcher from their Gram matrix."""
+def centre(g: Vector, max_iter: int, tol: float) -> tuple[Vector, bool]:
+    """Factors of the vectors of karcher from their Gram matrix, and whether a vector opposite the mean was skipped."""
     norms = np.sqrt(np.diag(g))
     part = norms > tol
     if not part.any():
-        return np.zeros(len(g))
+        return np.zeros(len(g)), False
     share = 1.0 / part.sum()
     unit = np.where(part, 1.0 / np.where(part, norms, 1.0), 0.0)
     mu = share * unit
     if length(g, mu) < tol:
         mu = np.where(np.arange(len(norms)) == int(part.argmax()), unit, 0.0)
     mu = mu / length(g, mu)
+    skipped = False
     for _ in range(max_iter):
         cosines = np.clip(unit * (g @ mu), -1.0, 1.0)
         angles = np.arccos(cosines)
         use = part & (angles >= tol) & (math.pi - angles >= ANTIPODAL)
+        skipped |= bool((part & (math.pi - angles < ANTIPODAL)).any())
         pull = np.where(use, share * angles / np.where(use, np.sin(angles), 1.0), 0.0)
         tangent = pull * unit - float(pull @ cosines) * mu
         size = length(g, tangent)
@@ -136,4 +144,4 @@ def centre(g: Vector, max_iter: int, tol: float) -> Vector:
         mu = math.cos(size) * mu + math.sin(size) * tangent / size
         mu = mu / length(g, mu)
     result: Vector = mu * norms.mean()
-    return result
+    return result, skipped

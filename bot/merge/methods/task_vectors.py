@@ -156,11 +156,9 @@ def decide(
 
 def elected_sign(votes: Sequence[Tensor]) -> Tensor:
     """Per element +1 or -1. A draw (sides equal up to rounding) elects plus."""
-    balance = sum_of(votes)
-    size = torch.zeros_like(balance)
-    for vote in votes:
-        size.add_(vote.abs())
-    return torch.copysign(torch.ones((), dtype=balance.dtype, device=balance.device), balance.add_(size, alpha=CANCELS))
+    up, down = sum_of([vote.clamp(min=0) for vote in votes]), sum_of([vote.clamp(max=0) for vote in votes])
+    plus = (up - down) * CANCELS + (up + down) >= 0
+    return plus.to(up.dtype).mul_(2).sub_(1)
 
 
 def _elected_sum(votes: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,136 @@
+"""Masks that draw (dare, della): SplitMix64 compared as integers, the outcome kept as bits for the second pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bot.merge.methods.masks import GOLDEN, MIX_1, MIX_2
+from bot.merge.passes.inputs import Inputs
+
+Array = NDArray[Any]
+Keep = Callable[[Tensor, int], Tensor]  # a flat piece of a delta, its start -> what to keep, uint8 or bool
+TILE = 2**15  # draws made at a time; 256 KiB, so that all rounds stay in the cache
+BITS_LIMIT_BYTES = 2**25  # bits kept per mask at most; beyond, the second pass draws again
+
+
+class Mask:
+    """Keeps everything."""
+
+    def rewind(self) -> None:
+        """The next piece will be the first one again."""
+
+    def apply(self, delta: Tensor, start: int) -> Tensor:
+        """Zero in place what is dropped. Pieces come in order; `start` is the number of the first element."""
+        return delta
+
+
+class Kept(Mask):
+    """Applies a mask, remembering its bits on the first of two passes."""
+
+    def __init__(self, keep: Keep, inputs: Inputs, again: bool) -> None:
+        self._keep = keep
+        self._bits: dict[int, Any] = {}
+        self._remember = again and inputs.count <= 8 * BITS_LIMIT_BYTES and inputs.feed.device.type == "cpu"
+
+    def apply(self, delta: Tensor, start: int) -> Tensor:
+        if start in self._bits:
+            count = delta.numel()
+            return delta.mul_(torch.from_numpy(np.unpackbits(self._bits.pop(start), count=count)))
+        kept = self._keep(delta, start)
+        if self._remember:
+            self._bits[start] = np.packbits(kept.numpy())
+        return delta.mul_(kept)
+
+
+def by_chance(density: float, key: int) -> Keep:
+    """Keep each element with probability `density`: draws below density * 2^24."""
+    limit = math.ceil(density * 2**24)
+
+    def keep(delta: Tensor, start: int) -> Tensor:
+        if delta.device.type != "cpu":
+            return torch_draws(key, start, delta.numel(), delta.device) < limit
+        out = np.empty(delta.numel(), dtype=np.bool_)
+        for at, part in _draws(key, start, delta.numel()):
+            np.less(part, np.uint64(limit), out=out[at : at + len(part)])
+        return torch.from_numpy(out.view(np.uint8))
+
+    return keep
+
+
+def by_rank(density: float, epsilon: float, key: int, width: int) -> Keep:
+    """Keep with a probability that grows with the rank in the row, from density - epsilon to density + epsilon.
+
+    A draw below or above those bounds decides alone. For one between, p(rank) > U says that the rank exceeds
+    q = (U - low) / (2 epsilon) * (width - 1), which is to say that element floor(q) of the sorted row is smaller.
+    """
+    if width == 1:
+        return by_chance(density, key)
+    low, high = math.ceil((density - epsilon) * 2**24), math.ceil((density + epsilon) * 2**24)
+
+    def keep(delta: Tensor, start: int) -> Tensor:
+        sizes = delta.abs()
+        if delta.device.type == "cpu":
+            ordered = torch.from_numpy(np.sort(sizes.numpy().reshape(-1, width), -1)).view(-1)
+            draws = torch.empty(delta.numel(), dtype=torch.int32)
+            for at, part in _draws(key, start, delta.numel()):
+                draws.numpy()[at : at + len(part)] = part
+        else:
+            ordered = sizes.view(-1, width).sort(-1).values.view(-1)
+            draws = torch_draws(key, start, delta.numel(), delta.device).int()
+        kept = (draws < low).to(torch.uint8)
+        between = ((draws >= low) & (draws < high)).nonzero().squeeze(1)
+        q = (draws[between].double() * 2.0**-24 - (density - epsilon)) / (2 * epsilon or 1.0) * (width - 1)
+        place = between - between % width + q.long().clamp_(0, width - 2)
+        kept[between] = (sizes[between] > ordered[place]).to(torch.uint8)
+        return kept
+
+    return keep
+
+
+@cache
+def _steps() -> Array:
+    """(i + 1) * GOLDEN for the places of one tile."""
+    return np.arange(1, TILE + 1, dtype=np.uint64) * GOLDEN
+
+
+def _draws(key: int, start: int, count: int) -> Any:
+    """(place, 24-bit draws) tile by tile; each is overwritten by the next."""
+    z, shifted = np.empty(TILE, dtype=np.uint64), np.empty(TILE, dtype=np.uint64)
+    for at in range(0, count, TILE):
+        n = min(TILE, count - at)
+        first = (key + (start + at) * int(GOLDEN)) % 2**64
+        part, room = z[:n], shifted[:n]
+        np.add(_steps()[:n], np.uint64(first), out=part)
+        for shift, factor in ((30, MIX_1), (27, MIX_2)):
+            np.bitwise_xor(part, np.right_shift(part, np.uint64(shift), out=room), out=part)
+            np.multiply(part, factor, out=part)
+        np.bitwise_xor(part, np.right_shift(part, np.uint64(31), out=room), out=part)
+        yield at, np.right_shift(part, np.uint64(40), out=part)
+
+
+def torch_draws(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """The same draws in torch, int64: wrapping products, and logical shifts made of arithmetic ones."""
+    z = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+    z.mul_(_signed(int(GOLDEN))).add_(_signed((key + start * int(GOLDEN)) % 2**64))
+    for shift, factor in ((30, MIX_1), (27, MIX_2)):
+        z.bitwise_xor_(_shifted(z, shift)).mul_(_signed(int(factor)))
+    z.bitwise_xor_(_shifted(z, 31))
+    return _shifted(z, 40)
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """z >> by as if z were unsigned."""
+    return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The number with the same 64 bits."""
+    return value - 2**64 if value >= 2**63 else value
