@@ -15,6 +15,9 @@ from bot.merge.spec import ModelRef, Recipe
 from bot.merge.steps import Work
 from bot.merge.tokenizer import Alignment, remapped_ids
 
+# lists of layer numbers, where others have one entry per layer
+_LAYER_NUMBERS = ("mlp_only_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs")
+
 
 def output_config(
     recipe: Recipe,
@@ -78,17 +81,24 @@ def _part(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 def _per_layer_lists(
     part: dict[str, Any], path: Sequence[str], stack: Stacked, checkpoints: Mapping[ModelRef, Checkpoint]
 ) -> None:
-    """Re-assemble every list with one entry per layer from the layers the output is stacked of."""
+    """Re-assemble every list that speaks of single layers from the layers the output is stacked of."""
     for key, value in part.items():
-        if isinstance(value, list) and len(value) == stack.donor_layers:
+        if isinstance(value, list) and key in _LAYER_NUMBERS:
+            listed = {model: _at(checkpoints[model].config, (*path, key)) or [] for model, _ in stack.layers}
+            part[key] = [number for number, (model, i) in enumerate(stack.layers) if i in listed[model]]
+        elif isinstance(value, list) and len(value) == stack.donor_layers:
             part[key] = [_entry(checkpoints[model].config, path, key, i, value) for model, i in stack.layers]
 
 
 def _entry(config: Mapping[str, Any], path: Sequence[str], key: str, layer: int, fallback: list[Any]) -> object:
-    part: Any = config
-    for step in path:
-        part = part.get(step) if isinstance(part, Mapping) else None
-    value = part.get(key) if isinstance(part, Mapping) else None
+    value = _at(config, (*path, key))
     if isinstance(value, list) and layer < len(value):
         return value[layer]
     return fallback[min(layer, len(fallback) - 1)]
+
+
+def _at(config: Mapping[str, Any], path: Sequence[str]) -> Any:
+    part: Any = config
+    for step in path:
+        part = part.get(step) if isinstance(part, Mapping) else None
+    return part

@@ -17,7 +17,7 @@ DECODER = {
     "eos_token_id": 2,
 }  # fmt: skip
 SHORT = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
-ROUTED = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+ROUTED: dict[str, Any] = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 SEEING = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -53,6 +53,10 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
     "gpt_neox": ("GPTNeoXForCausalLM", lambda: hf.GPTNeoXConfig(**SHORT)),
     "mixtral": ("MixtralForCausalLM", lambda: hf.MixtralConfig(**DECODER, num_local_experts=4)),
     "qwen2_moe": ("Qwen2MoeForCausalLM", lambda: hf.Qwen2MoeConfig(**DECODER, num_experts=4, **ROUTED)),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        lambda: hf.Qwen3MoeConfig(**DECODER, head_dim=8, num_experts=4, num_experts_per_tok=2, **ROUTED),
+    ),
     "bert": ("BertForMaskedLM", lambda: hf.BertConfig(**SHORT)),
     "t5": (
         "T5ForConditionalGeneration",
@@ -66,6 +70,15 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
+def loaded(kind: Any, folder: Path) -> Any:
+    """The model, with every tensor of the files used and none made up."""
+    model, about = kind.from_pretrained(folder, output_loading_info=True)
+    assert not about["missing_keys"]
+    assert not about["unexpected_keys"]
+    assert not about["mismatched_keys"]
+    return model
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_any_family_merges_loads_and_runs(family: str, tmp_path: Path) -> None:
@@ -76,7 +89,8 @@ def test_a_model_of_any_family_merges_loads_and_runs(family: str, tmp_path: Path
         kind(config()).save_pretrained(tmp_path / folder)
     text = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\ndtype: float32"
     merge(text, tmp_path, tmp_path / "out")
-    first, second, model = (kind.from_pretrained(tmp_path / part) for part in ("a", "b", "out"))
+    first, second = (kind.from_pretrained(tmp_path / part) for part in "ab")
+    model = loaded(kind, tmp_path / "out")
     merged = model.state_dict()
     for key, tensor in first.state_dict().items():
         if tensor.is_floating_point():
@@ -84,6 +98,95 @@ def test_a_model_of_any_family_merges_loads_and_runs(family: str, tmp_path: Path
     tokens = torch.tensor([[3, 5, 7, 11]])
     extra = {"decoder_input_ids": tokens} if family == "t5" else {}
     assert model(input_ids=tokens, **extra).logits.isfinite().all()
+
+
+ONE_STACK = [family for family in FAMILIES if family not in ("t5", "llava")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ONE_STACK)
+def test_layers_of_any_family_are_stacked_anew_and_the_result_runs(family: str, tmp_path: Path) -> None:
+    name, config = FAMILIES[family]
+    kind = getattr(hf, name)
+    for seed, folder in enumerate("ab"):
+        torch.manual_seed(seed)
+        kind(config()).save_pretrained(tmp_path / folder)
+    text = """
+merge_method: passthrough
+slices:
+- sources: [{model: a, layer_range: [0, 2]}]
+- sources: [{model: b, layer_range: [0, 1]}]
+- sources: [{model: b, layer_range: [0, 2]}]
+"""
+    merge(text, tmp_path, tmp_path / "out")
+    model = loaded(kind, tmp_path / "out")
+    assert model.config.num_hidden_layers == 5
+    assert model(input_ids=torch.tensor([[3, 5, 7, 11]])).logits.isfinite().all()
+
+
+def hybrid(kind: str) -> Any:
+    """Four layers of two kinds each, so that a stack in another order shows."""
+    four = {**DECODER, "num_hidden_layers": 4, "head_dim": 8}
+    sliding = {"sliding_window": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    if kind == "gemma3":
+        return hf.Gemma3TextConfig(**four, **sliding)
+    if kind == "gemma2":
+        return hf.Gemma2Config(**four, **sliding)
+    if kind == "qwen3":
+        return hf.Qwen3Config(**four, **sliding, use_sliding_window=True, max_window_layers=4)
+    types = ["linear_attention", "full_attention"] * 2
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, **ROUTED}
+    return hf.Qwen3NextConfig(**four, **linear, linear_num_value_heads=4, layer_types=types, **mixture)
+
+
+HYBRIDS = {
+    "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_a_hybrid_keeps_the_kind_of_every_layer_when_it_is_stacked_anew(kind: str, tmp_path: Path) -> None:
+    model = getattr(hf, HYBRIDS[kind])
+    for seed, folder in enumerate("ab"):
+        torch.manual_seed(seed)
+        model(hybrid(kind)).save_pretrained(tmp_path / folder)
+    types = hybrid(kind).layer_types
+    text = """
+merge_method: linear
+slices:
+- sources: [{model: a, layer_range: [1, 3]}, {model: b, layer_range: [1, 3]}]
+- sources: [{model: b, layer_range: [0, 4]}]
+parameters: {weight: 1}
+"""
+    merge(text, tmp_path, tmp_path / "out")
+    out = loaded(model, tmp_path / "out")
+    assert out.config.layer_types == [*types[1:3], *types]
+    assert out(input_ids=torch.tensor([[3, 5, 7, 11]])).logits.isfinite().all()
+
+
+@pytest.mark.slow
+def test_numbers_of_dense_layers_in_a_mixture_follow_the_stack(tmp_path: Path) -> None:
+    for seed, dense in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = hf.Qwen2MoeConfig(
+            **{**DECODER, "num_hidden_layers": 3},
+            num_experts=4,
+            num_experts_per_tok=2,
+            **ROUTED,
+            mlp_only_layers=[seed],
+        )
+        hf.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / dense)
+    text = """
+merge_method: passthrough
+slices: [{sources: [{model: a, layer_range: [0, 3]}]}, {sources: [{model: b, layer_range: [1, 3]}]}]
+"""
+    merge(text, tmp_path, tmp_path / "out")
+    model = loaded(hf.Qwen2MoeForCausalLM, tmp_path / "out")
+    assert model.config.mlp_only_layers == [0, 3]
+    assert model(input_ids=torch.tensor([[3, 5, 7, 11]])).logits.isfinite().all()
 
 
 @pytest.mark.slow
