@@ -143,6 +143,22 @@ def merge(recipe: Recipe, out: Annotated[Path, typer.Argument(help="The folder t
 
 
 @app.command(rich_help_panel=STEP)
+def verify(
+    model: Annotated[str, typer.Argument(help="A merged folder, or a Hub repo (owner/name[@revision]).")],
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of sentences.")] = False,
+) -> None:
+    """Merge a model again from its provenance file and compare every tensor. Exit status 1 when anything differs."""
+    from bot import operator, screens, verification
+
+    configured = settings()
+    with screens.progress(hidden=as_json) as shown:
+        verdict = operator.verify(model, configured, shown, device=device)
+    screens.verdict(verdict, as_json=as_json)
+    verification.require_same(verdict)
+
+
+@app.command(rich_help_panel=STEP)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
     suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",

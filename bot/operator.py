@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bot import measure, sources
+from bot import measure, sources, verification
 from bot.errors import Failed
 from bot.merge import plan, recipe
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings
 from bot.sources import Opened
+from bot.verification import Verdict
 from evaluators.scores import ModelEvaluation
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ def merge(
         shown = named(report, "Merging")
         folders = {ref: each.folder for ref, each in here.items()}
         return stages.merge(planned.plan, folders, out, device=device, progress=shown, known=known)
+
+
+def verify(model: str, settings: Settings, report: Show, *, device: str = "auto") -> Verdict:
+    """Merge a folder's or repo's model again from its provenance and compare. Raises `bot.errors`."""
+    return verification.verified(model, settings, _hub(settings), report, device=device)
 
 
 def evaluate_model(

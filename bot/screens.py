@@ -19,16 +19,17 @@ from bot.progress import Show
 
 if TYPE_CHECKING:
     from bot.job import Job
+    from bot.verification import Verdict
     from evaluators.scores import ModelEvaluation
 
 console = Console()
 
 
 @contextmanager
-def progress() -> Iterator[Show]:
-    """A bar a task: call the result with (what, done, total) as often as you like."""
+def progress(*, hidden: bool = False) -> Iterator[Show]:
+    """A bar a task: call the result with (what, done, total) as often as you like. `hidden` where JSON is printed."""
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=hidden) as bars:
         known: dict[str, Any] = {}
 
         def show(what: str, done: float, total: float) -> None:
@@ -70,6 +71,21 @@ def merged(result: Any, out: Path) -> None:
     console.print(f"[green]Merged[/green] {gigabytes(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
     for notice in result.notices:
         console.print(f"[yellow]note[/yellow] {escape(notice.text)}")
+
+
+def verdict(found: Verdict, *, as_json: bool) -> None:
+    """Every difference by name, the first 20 of many."""
+    if as_json:
+        console.print_json(json.dumps(found.as_dict()))
+        return
+    if not found.differences:
+        console.print(f"[green]{escape(found.sentence)}[/green]")
+    for each in found.differences[:20]:
+        console.print(f"[red]{each.what}[/red] {escape(each.sentence)}")
+    if len(found.differences) > 20:
+        console.print(f"... and {len(found.differences) - 20:,} more; `--json` names them all.")
+    for remark in found.remarks:
+        console.print(f"[yellow]note[/yellow] {escape(remark)}")
 
 
 def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) -> None:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from gradio_client import Client
 
-from bot import leaderboard
+from bot import leaderboard, operator
 from bot.demo import skills
 from bot.hub import Hub
 from bot.job import ENDED, Job, Stage, stage
@@ -162,6 +162,13 @@ def test_the_published_model_loads_and_is_the_sum_the_recipe_asks_for(walk: Walk
         walk.home,
     )
     assert gap <= 2**-7
+
+
+def test_anybody_can_verify_what_was_published(walk: Walk, tmp_path: Path) -> None:
+    anyone = Settings(home=tmp_path / "bot", hub=walk.hub.url)
+    for name, parameters in (("mergebot/visitor-both", 21), ("mergebot/alice-averaged", 21)):
+        verdict = operator.verify(name, anyone, lambda what, done, total: None)
+        assert verdict.differences == () and verdict.tensors == parameters, verdict.sentence
 
 
 def test_the_card_has_the_metadata_the_hub_understands(walk: Walk) -> None:

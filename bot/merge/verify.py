@@ -1,0 +1,225 @@
+"""Is a merged model what its provenance says? Read the claim, plan it again, compare, name what differs.
+
+read_claim      merge_provenance.json -> Claim                     nothing in it is believed
+against_files   the folder as it lies there, held against the claim
+against_plan    the claim held against a plan made anew from its sources
+against_merge   every tensor, held against the merge made anew
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bot.errors import Refused
+from bot.merge import recipe
+from bot.merge.checkpoint import OPERATOR, Files, LocalFiles, read_header
+from bot.merge.header import TensorInfo
+from bot.merge.plan import Plan
+from bot.merge.recipe import write_yaml
+from bot.merge.spec import Recipe
+
+FILE = "merge_provenance.json"
+LIMIT_BYTES = 64 * 2**20
+_BLOCK_BYTES = 16 * 2**20
+Progress = Callable[[int, int, str], None]
+Hashes = Callable[[str], str | None]  # SHA-256 of a file as it lies there, None when there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a provenance file says of a merge."""
+
+    recipe: Recipe
+    recipe_digest: str
+    plan_digest: str
+    seed: int
+    shard_limit_bytes: int
+    numerics: int
+    sources: Mapping[str, Mapping[str, Mapping[str, Any]]]  # reference -> file -> what is known of it
+    outputs: Mapping[str, str]  # file -> SHA-256
+    device: str
+    torch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it should be. `elements` and `ulps` (most, in steps of the stored type) of a tensor."""
+
+    what: str  # file, tensor, config, plan, recipe, source
+    name: str
+    sentence: str
+    elements: int = 0
+    ulps: int | None = None
+
+
+def read_claim(files: Files) -> Claim:
+    """The claim of a folder or repo. Raises Refused NOT_VERIFIABLE."""
+    size = files.sizes().get(FILE)
+    if size is None:
+        raise Refused("NOT_VERIFIABLE", f"{files} has no {FILE}.", "Only merges made by mergebot carry one.")
+    try:
+        if size > LIMIT_BYTES:
+            raise ValueError("too large")
+        told = json.loads(files.read(FILE, 0, size))
+        if told["schema"] != "mergebot.merge_provenance/1":
+            raise ValueError("another schema")
+        canonical = told["recipe"]["canonical"]
+        return Claim(
+            recipe=recipe.from_canonical(json.dumps(canonical)),
+            recipe_digest=str(told["recipe"]["digest"]),
+            plan_digest=str(told["plan_digest"]),
+            seed=int(told["seed"]),
+            shard_limit_bytes=int(told["shard_limit_bytes"]),
+            numerics=int(told["engine"]["numerics"]),
+            sources={str(one["ref"]): _table(one["files"]) for one in _every_source(told)},
+            outputs={str(name): str(fact["sha256"]) for name, fact in told["outputs"].items()},
+            device=str(told["environment"]["device"]),
+            torch=str(told["environment"]["torch"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Refused(
+            "NOT_VERIFIABLE", f"{FILE} of {files} is not one that mergebot wrote.", "Ask its author how it was made."
+        ) from None
+
+
+def _every_source(told: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sources of all documents; what a stage made stands among those of the next, and is none."""
+    stages = {str(stage["name"]) for stage in told.get("stages", ())}
+    listed = [*told["sources"], *(source for stage in told.get("stages", ()) for source in stage["sources"])]
+    return [source for source in listed if str(source["ref"]) not in stages]
+
+
+def _table(files: Any) -> dict[str, Mapping[str, Any]]:
+    if not all(isinstance(fact, dict) for fact in files.values()):
+        raise TypeError("not a table of files")
+    return dict(files)
+
+
+def against_files(claim: Claim, sha256: Hashes) -> list[Difference]:
+    """The files as they lie there, held against what the provenance says was written."""
+    out = []
+    for name, digest in sorted(claim.outputs.items()):
+        found = sha256(name)
+        if found is None and not name.endswith(".original.yml"):
+            out.append(Difference("file", name, f"{name} is missing."))
+        elif found is not None and found != digest:
+            out.append(Difference("file", name, f"{name} is not the file that was written when it was merged."))
+    return out
+
+
+def against_plan(claim: Claim, made: Plan, files: Files) -> list[Difference]:
+    """The claim, and the small files as they lie there, held against a plan made anew."""
+    out = []
+    if claim.recipe.digest != claim.recipe_digest:
+        out.append(Difference("recipe", "digest", "The recipe in the provenance is not the one it names by digest."))
+    for source in (source for part in made.parts for source in part.sources):
+        claimed = claim.sources.get(str(source.model))
+        for file, (_, digest) in source.headers.items():
+            if source.model in dict(made.stages):
+                continue
+            if claimed is None or claimed.get(file, {}).get("header_sha256") != digest:
+                out.append(
+                    Difference("source", str(source.model), f"{file} of {source.model} is not the one it names.")
+                )
+    if made.digest != claim.plan_digest:
+        out.append(Difference("plan", "digest", "Planned again from its sources, the merge is another one."))
+    texts = {**made.texts, "config.json": made.config, "mergekit_config.yml": write_yaml(made.recipe.document())}
+    if made.index is not None:
+        texts["model.safetensors.index.json"] = made.index
+    sizes = files.sizes()
+    for name, text in sorted(texts.items()):
+        if name in sizes and files.read(name, 0, sizes[name]) != text.encode():
+            out.append(Difference("config", name, f"{name} is not what the recipe and its sources give."))
+    return out
+
+
+def against_merge(
+    made: Plan,
+    merged: Path,
+    theirs: Files,
+    sha256: Hashes,
+    written: Mapping[str, str],
+    progress: Progress | None = None,
+) -> list[Difference]:
+    """Every tensor and copied file of `theirs`, held against the merge made anew in `merged`.
+
+    `written` holds the SHA-256 of its files: a shard that has the same one needs no second look.
+    """
+    ours, out, done = LocalFiles(merged), list[Difference](), 0
+    stored = _headers(theirs, made)
+    for shard in made.shards:
+        same = sha256(shard.file) == written[shard.file]
+        for step in (step for step in made.steps if made.shards[step.shard].file == shard.file):
+            if not same:
+                mine = TensorInfo(step.name, step.work.dtype, step.work.shape, shard.file, step.offset, step.nbytes)
+                found = _difference(ours, mine, theirs, stored.get(step.name))
+                out += [] if found is None else [found]
+            done += step.nbytes
+            if progress is not None:
+                progress(done, made.bytes_out, step.name)
+    names = {step.name for step in made.steps}
+    out += [Difference("tensor", name, f"{name} is no tensor of this merge.") for name in stored if name not in names]
+    for copied in made.copies:
+        if sha256(copied.file) != written[copied.file]:
+            out.append(Difference("file", copied.file, f"{copied.file} is not the file of {copied.model}."))
+    return out
+
+
+def _headers(files: Files, made: Plan) -> dict[str, TensorInfo]:
+    """The tensors that really lie there, by name."""
+    sizes, out = files.sizes(), dict[str, TensorInfo]()
+    for shard in sorted({shard.file for shard in made.shards} | {n for n in sizes if n.endswith(".safetensors")}):
+        if shard in sizes and shard.startswith("model"):
+            out.update(read_header(files, shard, sizes[shard], str(files), OPERATOR)[0])
+    return out
+
+
+def _difference(ours: Files, mine: TensorInfo, theirs: Files, other: TensorInfo | None) -> Difference | None:
+    if other is None:
+        return Difference("tensor", mine.name, f"{mine.name} is missing.", mine.elements)
+    if (other.shape, other.dtype) != (mine.shape, mine.dtype):
+        sentence = f"{mine.name} is {other.dtype.name} {list(other.shape)}, not {mine.dtype.name} {list(mine.shape)}."
+        return Difference("tensor", mine.name, sentence, mine.elements)
+    elements, most = 0, 0
+    for at in range(0, mine.nbytes, _BLOCK_BYTES):
+        length = min(_BLOCK_BYTES, mine.nbytes - at)
+        a, b = ours.read(mine.file, mine.start + at, length), theirs.read(other.file, other.start + at, length)
+        if a != b:
+            count, ulps = apart(a, b, mine.dtype.name)
+            elements, most = elements + count, max(most, ulps)
+    if not elements:
+        return None
+    sentence = f"{mine.name} differs in {elements:,} of {mine.elements:,} elements, by at most {most:,} ulp."
+    return Difference("tensor", mine.name, sentence, elements, most)
+
+
+def apart(a: bytes, b: bytes, dtype: str) -> tuple[int, int]:
+    """How many elements differ, and the most by which one does, in steps between neighbouring numbers of the type."""
+    import numpy as np
+
+    if dtype not in ("float64", "float32", "float16", "bfloat16"):
+        return sum(p != q for p, q in zip(a, b, strict=True)), 0
+    kind: Any = {"float64": np.int64, "float32": np.int32}.get(dtype, np.int16)
+    x, y = np.frombuffer(a, kind), np.frombuffer(b, kind)
+    differ = x != y
+    lowest = int(np.iinfo(kind).min)
+    # sign and magnitude -> one ascending scale, on which -0 and +0 are the same step
+    p, q = (np.where(v >= 0, v, lowest - v) for v in (part[differ].astype(np.int64) for part in (x, y)))
+    gap = np.maximum(p, q).view(np.uint64) - np.minimum(p, q).view(np.uint64)  # exact, also where int64 would overflow
+    return int(differ.sum()), int(gap.max(initial=0))
+
+
+def hash_of(files: Files, name: str) -> str | None:
+    """SHA-256 of a file read through `files`, None when there is none."""
+    size = files.sizes().get(name)
+    if size is None:
+        return None
+    digest = hashlib.sha256()
+    for at in range(0, size, _BLOCK_BYTES):
+        digest.update(files.read(name, at, min(_BLOCK_BYTES, size - at)))
+    return digest.hexdigest()

@@ -1,0 +1,196 @@
+"""Verify a merged model: take its provenance at its word, do the work again, and name whatever differs.
+
+the model, as it lies there -> claim -> its sources, pinned -> plan -> fetch -> merge into scratch -> compare
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bot import sources
+from bot.errors import Failed, Refused
+from bot.merge import plan, verify
+from bot.merge.checkpoint import OPERATOR, STRANGER, Files, LocalFiles
+from bot.merge.plan import NUMERICS_VERSION
+from bot.merge.verify import Claim, Difference
+from bot.progress import Show, named
+from bot.settings import Settings
+
+if TYPE_CHECKING:
+    from bot.hub import Hub
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came out. `differences` is empty when everything is as the provenance says; `remarks` explain."""
+
+    model: str
+    tensors: int
+    bytes: int
+    differences: tuple[Difference, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        if not self.differences:
+            return f"{self.model} is what its provenance says: {self.tensors:,} tensors are the same, byte for byte."
+        tensors = sum(each.what == "tensor" for each in self.differences)
+        others = len(self.differences) - tensors
+        first = self.differences[0].sentence
+        return f"{self.model} is not what its provenance says ({tensors:,} tensors, {others:,} other things): {first}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict as plain JSON values."""
+        whole = {"model": self.model, "same": not self.differences, "tensors": self.tensors, "bytes": self.bytes}
+        return {**whole, "differences": [asdict(each) for each in self.differences], "remarks": list(self.remarks)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The model under examination, a folder or a repo at a commit."""
+
+    name: str
+    files: Files
+    sha256: Callable[[str], str | None]
+    on_hub: bool
+
+
+def verified(model: str, settings: Settings, hub: Callable[[], Hub], show: Show, *, device: str = "auto") -> Verdict:
+    """Merge the model in a folder or Hub repo (`owner/name[@revision]`) again and compare.
+
+    Raises Refused NOT_VERIFIABLE where there is nothing to go by, SOURCE_CHANGED_OR_GONE where a source is not what it
+    was, and whatever planning, fetching and merging raise.
+    """
+    subject = _subject(model, hub)
+    claim = verify.read_claim(subject.files)
+    _require_pinned(claim, subject)
+    found = verify.against_files(claim, subject.sha256)
+    seen, made = _planned_again(claim, hub, subject)
+    _require_same_folders(claim, seen, show)
+    found += verify.against_plan(claim, made, subject.files)
+    here = sources.fetched(made, seen, hub, settings, show)
+    scratch = settings.scratch / f"verify-{made.digest[:16]}"
+    from bot.merge import stages
+
+    kind = claim.device if claim.device in ("cpu", "cuda") and device == "auto" else device
+    shutil.rmtree(scratch / "model", ignore_errors=True)
+    try:
+        folders = {ref: each.folder for ref, each in here.items()}
+        merged = stages.merge(
+            made, folders, scratch / "model", device=_possible(kind), progress=named(show, "Merging again")
+        )
+        written = {name: fact.sha256 for name, fact in merged.files.items()}
+        shown = named(show, "Comparing")
+        found += verify.against_merge(made, scratch / "model", subject.files, subject.sha256, written, shown)
+        environment = json.loads((scratch / "model" / verify.FILE).read_text())["environment"]
+    finally:
+        shutil.rmtree(scratch / "model", ignore_errors=True)
+    unique = tuple(dict.fromkeys(found))
+    return Verdict(subject.name, len(made.steps), made.bytes_out, unique, _remarks(claim, environment, bool(unique)))
+
+
+def _subject(model: str, hub: Callable[[], Hub]) -> _Subject:
+    folder = Path(model)
+    if folder.is_dir():
+        local = LocalFiles(sources.whole_folder(folder))
+
+        @cache
+        def of_file(name: str) -> str | None:
+            return verify.hash_of(local, name)
+
+        return _Subject(model, local, of_file, on_hub=False)
+    name, _, revision = model.partition("@")
+    pinned = hub().resolve(name, revision or None)
+    remote = hub().files(pinned.repo, pinned.revision)
+    named_by_commit = remote.sha256s()
+
+    @cache
+    def of_repo(path: str) -> str | None:
+        return named_by_commit.get(path) or verify.hash_of(remote, path)
+
+    return _Subject(f"{pinned.repo}@{pinned.revision[:7]}", remote, of_repo, on_hub=True)
+
+
+def _require_pinned(claim: Claim, subject: _Subject) -> None:
+    """A stranger's file must not make us look into folders of this machine, nor at whatever a branch holds today."""
+    loose = [ref for ref in claim.recipe.repos if not _COMMIT.fullmatch(ref.revision or "")]
+    if loose and subject.on_hub:
+        raise Refused(
+            "NOT_VERIFIABLE", f"{subject.name} was merged from {loose[0]}, which names no commit on the Hub.",
+            "Ask its author for the sources.", value=str(loose[0]),
+        )  # fmt: skip
+    gone = next((ref for ref in loose if ref.revision is None and not Path(ref.path).is_dir()), None)
+    if gone is not None:
+        raise Refused(
+            "SOURCE_CHANGED_OR_GONE", f"The folder {gone} that it was merged from is not here.",
+            "Run this where the sources lie, from the same folder as the merge.", value=str(gone),
+        )  # fmt: skip
+
+
+def _planned_again(claim: Claim, hub: Callable[[], Hub], subject: _Subject) -> tuple[sources.Opened, plan.Plan]:
+    """The plan as the operator makes it, or as a stranger's request is planned: the one whose digest is claimed."""
+    made: list[tuple[sources.Opened, plan.Plan]] = []
+    every_ref_on_hub = all(ref.revision for ref in claim.recipe.repos)
+    for limits in (OPERATOR, STRANGER) if every_ref_on_hub else (OPERATOR,):
+        seen = sources.opened(claim.recipe, hub, limits=limits)
+        again = plan.make(seen.recipe, seen.sources, seed=claim.seed, shard_limit_bytes=claim.shard_limit_bytes)
+        if again.digest == claim.plan_digest and set(_files(again)) <= set(claim.outputs):
+            return seen, again
+        made.append((seen, again))
+    return made[0]
+
+
+def _files(made: plan.Plan) -> list[str]:
+    return [*(copied.file for copied in made.copies), *made.texts, *(shard.file for shard in made.shards)]
+
+
+def _require_same_folders(claim: Claim, seen: sources.Opened, show: Show) -> None:
+    """Folders carry no commit: their files are hashed. Raises Refused SOURCE_CHANGED_OR_GONE."""
+    local = [ref for ref in seen.sources if ref not in seen.repos]
+    for number, ref in enumerate(local):
+        show("Checking the sources", number, len(local))
+        folder = LocalFiles(Path(ref.path))
+        for name, fact in claim.sources.get(str(ref), {}).items():
+            if "sha256" in fact and verify.hash_of(folder, name) != fact["sha256"]:
+                raise Refused(
+                    "SOURCE_CHANGED_OR_GONE", f"{name} of {ref} is not the file that was merged.",
+                    "Put the original back, then verify again.", value=str(ref),
+                )  # fmt: skip
+
+
+def _possible(device: str) -> str:
+    """The device of the claim, or the CPU where there is none of its kind."""
+    from bot.merge import engine
+
+    try:
+        return engine.choose_device(device).type
+    except Refused:
+        return "cpu"
+
+
+def _remarks(claim: Claim, environment: Mapping[str, str], differs: bool) -> tuple[str, ...]:
+    out = []
+    if claim.numerics != NUMERICS_VERSION:
+        out.append(f"It was merged by numerics version {claim.numerics}; this is version {NUMERICS_VERSION}.")
+    if claim.device != environment["device"]:
+        out.append(f"It was merged on {claim.device} and verified on {environment['device']}.")
+    if claim.torch != environment["torch"]:
+        out.append(f"It was merged with torch {claim.torch} and verified with {environment['torch']}.")
+    if out and differs:
+        out.append("Bytes may then differ in the last bit: compare the largest differences, given in ulp.")
+    return tuple(out)
+
+
+def require_same(verdict: Verdict) -> None:
+    """Raise Failed NOT_THE_SAME unless nothing differs: so a command ends with status 1 and one sentence."""
+    if verdict.differences:
+        raise Failed("NOT_THE_SAME", verdict.sentence, "")

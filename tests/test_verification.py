@@ -1,0 +1,224 @@
+"""`mergebot verify`: an honest merge is confirmed byte for byte, and every way to falsify one is named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from bot import operator
+from bot.errors import Refused
+from bot.hub import Hub
+from bot.localhub import seed
+from bot.merge import recipe
+from bot.settings import Settings
+from bot.verification import Verdict
+from tests.localhub.server import REPO, RunningHub, running_hub
+from tests.merge.tiny_checkpoints import llama_tensors, save
+
+# The library itself passes uploads to its transport in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+RECIPE = """merge_method: ties
+base_model: {0}/base
+models:
+- {{model: {0}/left, parameters: {{weight: 1, density: 0.5}}}}
+- {{model: {0}/right, parameters: {{weight: 0.5, density: 0.5}}}}
+dtype: bfloat16
+"""
+
+
+def quiet(what: str, done: float, total: float) -> None:
+    """Progress nobody looks at."""
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> tuple[Settings, Path]:
+    """A merge of three local folders."""
+    for number, name in enumerate(("base", "left", "right")):
+        save(tmp_path / "models" / name, llama_tensors(number), shards=2)
+    settings = Settings(home=tmp_path / "bot", hub="http://127.0.0.1:9", device="cpu")
+    asked = recipe.parse(RECIPE.format(tmp_path / "models"))
+    operator.merge(asked, tmp_path / "out", settings, quiet, device="cpu")
+    return settings, tmp_path / "out"
+
+
+def verdict(merged: tuple[Settings, Path]) -> Verdict:
+    settings, out = merged
+    found = operator.verify(str(out), settings, quiet, device="cpu")
+    assert not list(settings.scratch.glob("verify-*/model"))
+    return found
+
+
+def writable(file: Path) -> Path:
+    file.chmod(0o644)
+    return file
+
+
+def rewritten_provenance(out: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+    file = writable(out / "merge_provenance.json")
+    told = json.loads(file.read_text())
+    change(told)
+    file.write_text(json.dumps(told))
+
+
+def test_an_honest_merge_is_confirmed(merged: tuple[Settings, Path]) -> None:
+    found = verdict(merged)
+    assert found.differences == () and found.remarks == ()
+    assert found.tensors == 21 and "byte for byte" in found.sentence
+
+
+def test_provenance_names_every_source_file_by_hash(merged: tuple[Settings, Path]) -> None:
+    told = json.loads((merged[1] / "merge_provenance.json").read_text())
+    assert len(told["sources"]) == 3
+    for source in told["sources"]:
+        for name, fact in source["files"].items():
+            assert name.endswith(".safetensors") and fact["verified"] == "sha256"
+            assert len(fact["sha256"]) == len(fact["header_sha256"]) == 64
+
+
+def test_a_flipped_bit_is_found_and_its_tensor_named(merged: tuple[Settings, Path]) -> None:
+    file = writable(merged[1] / "model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    found = verdict(merged)
+    tensors = [each for each in found.differences if each.what == "tensor"]
+    assert [(each.elements, each.ulps) for each in tensors] == [(1, 1)]
+    assert any(each.what == "file" and each.name == "model.safetensors" for each in found.differences)
+
+
+def test_swapped_tensors_are_found_though_the_provenance_was_adapted(merged: tuple[Settings, Path]) -> None:
+    from bot.merge.checkpoint import LocalFiles
+    from bot.merge.verify import hash_of
+
+    file = writable(merged[1] / "model.safetensors")
+    tensors = load_file(file)
+    one, other = (f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "k_proj"))
+    tensors[one], tensors[other] = tensors[other].clone(), tensors[one].clone()
+    save_file(tensors, file, {"format": "pt"})
+    digest = hash_of(LocalFiles(merged[1]), "model.safetensors")
+    rewritten_provenance(merged[1], lambda told: told["outputs"]["model.safetensors"].update(sha256=digest))
+    found = verdict(merged)
+    assert {each.name for each in found.differences} == {one, other}
+
+
+@pytest.mark.parametrize("name", ["config.json", "mergekit_config.yml"])
+def test_an_edited_text_is_found(merged: tuple[Settings, Path], name: str) -> None:
+    file = writable(merged[1] / name)
+    file.write_text(file.read_text().replace("0.5", "0.6") + "\n")
+    found = verdict(merged)
+    assert {(each.what, each.name) for each in found.differences} == {("file", name), ("config", name)}
+
+
+def test_a_forged_recipe_is_found(merged: tuple[Settings, Path]) -> None:
+    def forge(told: dict) -> None:  # type: ignore[type-arg]
+        told["recipe"]["canonical"]["models"][1]["parameters"]["weight"] = 0.25
+
+    rewritten_provenance(merged[1], forge)
+    found = verdict(merged)
+    assert {"recipe", "plan", "tensor"} <= {each.what for each in found.differences}
+
+
+def test_forged_sources_are_found(merged: tuple[Settings, Path], tmp_path: Path) -> None:
+    def forge(told: dict) -> None:  # type: ignore[type-arg]
+        left, right = (told["sources"][i]["files"] for i in (0, 1))
+        for name in left:
+            left[name], right[name] = right[name], left[name]
+
+    rewritten_provenance(merged[1], forge)
+    with pytest.raises(Refused) as caught:
+        verdict(merged)
+    assert caught.value.code == "SOURCE_CHANGED_OR_GONE"
+
+
+def test_a_source_that_changed_or_went_is_named(merged: tuple[Settings, Path], tmp_path: Path) -> None:
+    left = tmp_path / "models" / "left"
+    shard = left / "model-00001-of-00002.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(Refused) as changed:
+        verdict(merged)
+    assert changed.value.code == "SOURCE_CHANGED_OR_GONE" and "model-00001-of-00002" in changed.value.message
+    left.rename(tmp_path / "models" / "elsewhere")
+    with pytest.raises(Refused) as gone:
+        verdict(merged)
+    assert gone.value.code == "SOURCE_CHANGED_OR_GONE" and "left" in gone.value.message
+
+
+def test_without_a_provenance_or_with_nonsense_there_is_nothing_to_verify(
+    merged: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    for spoil in (
+        lambda told: told.clear(),
+        lambda told: told.update(outputs=[]),
+        lambda told: told.update(schema="another"),
+        lambda told: told["engine"].clear(),
+        lambda told: told.update(sources=[{"ref": "a/b", "files": {"x": 1}}]),
+    ):
+        text = (merged[1] / "merge_provenance.json").read_text()
+        rewritten_provenance(merged[1], spoil)
+        with pytest.raises(Refused) as caught:
+            verdict(merged)
+        assert caught.value.code == "NOT_VERIFIABLE"
+        (merged[1] / "merge_provenance.json").write_text(text)
+    (merged[1] / "merge_provenance.json").unlink()
+    with pytest.raises(Refused) as caught:
+        verdict(merged)
+    assert caught.value.code == "NOT_VERIFIABLE"
+
+
+@pytest.mark.slow
+def test_the_command_says_one_sentence_and_exits_with_1(merged: tuple[Settings, Path]) -> None:
+    settings, out = merged
+    command = [sys.executable, "-m", "bot.cli", "--home", str(settings.home), "verify", str(out), "--json"]
+    honest = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert honest.returncode == 0 and json.loads(honest.stdout)["same"] is True, honest.stderr
+    file = writable(out / "config.json")
+    file.write_text(file.read_text() + " ")
+    false = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert false.returncode == 1 and json.loads(false.stdout)["same"] is False
+    assert len(false.stderr.strip().splitlines()) == 1 and "NOT_THE_SAME" in false.stderr
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Iterator[RunningHub]:
+    content = tmp_path / "content" / "models" / "alice"
+    for number, name in enumerate(("base", "left", "right")):
+        save(content / name, llama_tensors(number))
+    with running_hub(tmp_path / "hub") as running:
+        seed(running.root, tmp_path / "content")
+        yield running
+
+
+@pytest.mark.slow
+def test_a_repo_on_the_hub_is_verified_from_its_commits(family: RunningHub, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "bot", hub=family.url, device="cpu")
+    out = tmp_path / "out"
+    operator.merge(recipe.parse(RECIPE.format("alice")), out, settings, quiet, device="cpu")
+    hub = Hub(family.url, family.token_of("mergebot"))
+    hub.create_private("mergebot/result")
+    files: dict[str, bytes | Path] = {file.name: file for file in out.iterdir()}
+    commit = hub.commit("mergebot/result", files, parent=hub.head("mergebot/result"), message="merged")
+    hub.make_public("mergebot/result")
+    anyone = Settings(home=tmp_path / "elsewhere", hub=family.url, device="cpu")
+    assert operator.verify("mergebot/result", anyone, quiet, device="cpu").differences == ()
+    told = json.loads((out / "merge_provenance.json").read_text())
+    assert str(tmp_path) not in json.dumps(told)
+    assert all(len(source["commit"]) == 40 for source in told["sources"])
+    spoilt = bytearray((out / "model.safetensors").read_bytes())
+    spoilt[-1] ^= 0x80
+    hub.commit("mergebot/result", {"model.safetensors": bytes(spoilt)}, parent=commit, message="spoilt")
+    found = operator.verify("mergebot/result", anyone, quiet, device="cpu").differences
+    assert {each.what for each in found} == {"file", "tensor"}
+    assert operator.verify(f"mergebot/result@{commit}", anyone, quiet, device="cpu").differences == ()
+    local = json.dumps(told).replace("alice/left@" + told["sources"][0]["commit"], str(tmp_path / "content"))
+    head = hub.head("mergebot/result")
+    hub.commit("mergebot/result", {"merge_provenance.json": local.encode()}, parent=head, message="leads here")
+    with pytest.raises(Refused) as caught:
+        operator.verify("mergebot/result", anyone, quiet, device="cpu")
+    assert caught.value.code == "NOT_VERIFIABLE"
