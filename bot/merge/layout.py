@@ -234,7 +234,7 @@ class _Arrangement:
 
     def _layer(self, piece: _Piece, i: int, number: int) -> Iterator[Slot]:
         owned = [
-            self.architectures[source.model].main.layers[start + i]
+            _tensors(self.architectures[source.model].main, start + i, number)
             for source, start in zip(piece.sources, piece.starts, strict=True)
         ]
         suffixes = dict.fromkeys(_spelling(suffix, owned[0]) for layer in owned for suffix in layer)
@@ -321,6 +321,22 @@ class _Arrangement:
                 self.notices.append(
                     ("RENAMED", f"{ref} calls its layers {part.main.prefix}N, the output {self.model.main.prefix}N")
                 )
+
+
+def _tensors(stack: Stack, layer: int, number: int) -> Mapping[str, str]:
+    """Suffix -> name of the tensors that layer `layer` gives to layer `number` of the output.
+
+    T5 keeps the position biases of all layers in the first one: they belong to the place, not to the layer.
+    """
+    own = stack.layers[layer]
+    placed = {
+        suffix: name
+        for suffix, name in stack.layers[0].items()
+        if "relative_attention_bias" in suffix and not any(suffix in other for other in stack.layers[1:])
+    }
+    if not placed:
+        return own
+    return {**({} if number else placed), **{suffix: name for suffix, name in own.items() if suffix not in placed}}
 
 
 def _aliases(name: str) -> Iterator[str]:

@@ -45,7 +45,7 @@ CASES: dict[str, Case] = {
     "t5": (
         "T5ForConditionalGeneration",
         lambda: hf.T5Config(**TINY, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4),
-        {"encoder": ([(0, 3), (2, 3)], "num_layers"), "decoder": (None, "num_decoder_layers"), "shared": (None, None)},
+        {"encoder": ([(1, 3), (0, 3)], "num_layers"), "decoder": (None, "num_decoder_layers"), "shared": (None, None)},
     ),
     "bart": (
         "BartForConditionalGeneration", bart,
