@@ -159,6 +159,52 @@ def verify(
 
 
 @app.command(rich_help_panel=STEP)
+def classic(
+    out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+    merge: Annotated[list[str], typer.Option(help="A model to merge, MODEL or MODEL+ADAPTER; repeat it.")],
+    density: Annotated[Optional[list[float]], typer.Option(help="Share of each task vector kept by ties.")] = None,  # noqa: UP045
+    weight: Annotated[Optional[list[float]], typer.Option(help="Weight of each model; t of slerp.")] = None,  # noqa: UP045
+    method: Annotated[str, typer.Option(help="ties, linear or slerp.")] = "ties",
+    base_model: Annotated[Optional[str], typer.Option(help="The base; ties needs one.")] = None,  # noqa: UP045
+    layer_gradient: Annotated[Optional[str], typer.Option(help='Values over the layers, as in "[0, 0.5, 1]".')] = None,  # noqa: UP045
+    normalize: Annotated[bool, typer.Option(help="Divide by the weights.")] = True,
+    bf16: Annotated[bool, typer.Option(help="Write bfloat16; off: the stored type.")] = True,
+    naive_count: Annotated[bool, typer.Option(help="Elect signs by their number.")] = False,
+    copy_tokenizer: Annotated[bool, typer.Option(help="Copy the tokenizer of the base, else of the first.")] = True,
+    cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="Compute on a GPU.")] = False,
+    int8_mask: Annotated[bool, typer.Option("--int8-mask/--no-int8-mask", help="Accepted, without effect.")] = False,
+    cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect: see --home.")] = None,  # noqa: UP045
+    merged_cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect.")] = None,  # noqa: UP045
+) -> None:
+    """Merge as mergekit's `main.py` of 2023 did, with its flags."""
+    from bot import operator, screens
+    from bot.merge.classic import Arguments, recipe
+
+    asked = recipe(
+        Arguments(merge, density or (), weight or (), layer_gradient, method, base_model, normalize, bf16,
+                  naive_count, copy_tokenizer)
+    )  # fmt: skip
+    with screens.progress() as shown:
+        merged = operator.merge(asked, out, settings(), shown, device="cuda" if cuda else "cpu")
+    screens.merged(merged, out)
+
+
+@app.command(rich_help_panel=STEP)
+def bakllama(
+    config: Annotated[Path, typer.Argument(help="A config with layer_slices (YAML).", metavar="CONFIG")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+) -> None:
+    """Stack layers of models as mergekit's `bakllama.py` of 2023 did, with its config."""
+    from bot import operator, screens
+    from bot.merge.classic import bakllama as recipe
+
+    asked = recipe(operator.read_text(config), file=str(config))
+    with screens.progress() as shown:
+        merged = operator.merge(asked, out, settings(), shown, device="cpu")
+    screens.merged(merged, out)
+
+
+@app.command(rich_help_panel=STEP)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
     suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",

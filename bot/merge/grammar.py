@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from bot.merge.classic_grammar import classic
 from bot.merge.contract import HARMLESS, KNOWN_PARAMETERS, METHODS, Base, Kind, Method, Parameter
 from bot.merge.document import Node, Reader, Sequence, Table, Text, nearest, shown
 from bot.merge.dtypes import MERGEABLE
@@ -54,6 +55,7 @@ def recipe(reader: Reader, root: Node) -> Recipe:
         vocabulary=vocabulary(reader, top),
         chat_template=_optional_text(reader, top, "chat_template"),
         modular=modular,
+        classic=classic(reader, top),
     )
     _check_inputs(reader, top, built, method)
     _note_base(reader, built)
@@ -67,7 +69,7 @@ def _present(table: Table, key: str) -> Node | None:
 
 def _top_keys(reader: Reader, top: Table) -> None:
     for key in top.items:
-        if key in _TOP:
+        if key in _TOP or key == "classic":
             continue
         line = top.key_lines[key]
         if key in top.anchored:
@@ -136,8 +138,8 @@ def _module(reader: Reader, table: Table, name: str, path: str, method: Method, 
     where = f"{prefix}slices"
     pieces = reader.sequence(table.items["slices"], where)
     slices = tuple(_slice(reader, node, f"{where}[{i}]", method) for i, node in enumerate(pieces.items))
-    if not slices:
-        reader.refuse("RECIPE_INVALID", pieces, where, f"`{where}` is empty.", "Add a slice with `sources:`.")
+    if all(source.layers == (0, 0) for piece in slices for source in piece.sources):
+        reader.refuse("RECIPE_INVALID", pieces, where, f"`{where}` names no layer.", "Add a slice with `sources:`.")
     return Module(name, "slices", slices, parameters)
 
 
@@ -209,7 +211,7 @@ def _layer_range(reader: Reader, table: Table, path: str) -> tuple[int, int]:
         reader.refuse("MISSING_KEY", table, where, f"`{path}` has no `layer_range`.", "Add `layer_range: [0, 8]`.")
     block = reader.sequence(node, where)
     ends = [reader.integer(item, f"{where}[{i}]") for i, item in enumerate(block.items)]
-    if len(ends) != 2 or not 0 <= ends[0] < ends[1]:
+    if len(ends) != 2 or not (0 <= ends[0] < ends[1] or ends == [0, 0]):  # no layers: embeddings, or norm and head
         reader.refuse(
             "VALUE_OUT_OF_RANGE", node, where, f"line {node.line}: `{where}` is {ends}.",
             "Write [first, one past the last], for example [0, 8].",

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bot.errors import Refused
-from bot.merge import chat_template, lora, summary
-from bot.merge.architecture import infer
+from bot.merge import chat_template, classic_tensors, lora, summary
+from bot.merge.architecture import infer, is_head
 from bot.merge.checkpoint import INDEX, Checkpoint
 from bot.merge.layout import arrange
 from bot.merge.lora import Adapter, models_of
@@ -174,6 +174,11 @@ def _planned(asked: _Asked) -> Plan:
     notes, recipe, checkpoints = Notes(), asked.recipe, asked.checkpoints
     architectures = {ref: infer(checkpoints[ref]) for ref in recipe.sources}
     _same_family(recipe, checkpoints)
+    _same_width(recipe, checkpoints)
+    if recipe.classic is not None:
+        depths = {ref: len(part.main.layers) for ref, part in architectures.items()}
+        recipe = classic_tensors.spread(recipe, classic_tensors.first_depth(recipe, depths), notes)
+        asked = replace(asked, recipe=recipe)
     embeddings = {ref: part.embedding for ref, part in architectures.items()}
     rows = {ref: checkpoints[ref].tensors[name].shape[0] for ref, name in embeddings.items() if name is not None}
     alignment = align(recipe, checkpoints, rows, notes)
@@ -188,7 +193,10 @@ def _planned(asked: _Asked) -> Plan:
         for slot in layout.slots
         if (work := work_of(slot, recipe, checkpoints, asked.seed, notes, alignment)) is not None
     ]
+    layout = replace(layout, has_head=any(is_head(work.name) for work in works))
     config = output_config(recipe, checkpoints, architectures, layout, works, notes, alignment)
+    if recipe.classic is not None:
+        config = classic_tensors.with_true_rows(config, {work.name: work.shape for work in works})
     small = _small_files(recipe, checkpoints, alignment, config, notes)
     return _finish(asked, len(layout.layers), works, small, alignment, notes)
 
@@ -224,7 +232,8 @@ def _small_files(
         if own is not None:
             texts["tokenizer_config.json"] = chat_template.without_template(own)
     stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
-    names = [(giver, name) for name in _TOKENIZER_FILES if name not in stale] + [(donor, name) for name in _OTHER_FILES]
+    tokenizer = () if recipe.classic is not None and not recipe.classic.copy_tokenizer else _TOKENIZER_FILES
+    names = [(giver, name) for name in tokenizer if name not in stale] + [(donor, name) for name in _OTHER_FILES]
     copies = tuple(
         Copied(ref.bare, name, checkpoints[ref].sizes[name])
         for ref, name in names
@@ -335,6 +344,20 @@ def _same_family(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> 
             + ".",
             "Merge models of one architecture.",
         )
+
+
+def _same_width(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+    """Layers that stand on one another must be as wide as one another: the output's config can say one width only."""
+    if all(module.layout == "models" for module in recipe.modules):
+        return
+    for key in ("hidden_size", "intermediate_size"):
+        widths = {ref: checkpoints[ref].config.get(key) for ref in recipe.sources}
+        if len({width for width in widths.values() if isinstance(width, int)}) > 1:
+            raise Refused(
+                "SHAPE_MISMATCH",
+                f"the models differ in {key}: " + ", ".join(f"{ref} has {n}" for ref, n in widths.items()) + ".",
+                "Stack layers of models of one width.",
+            )
 
 
 def _roles(recipe: Recipe, ref: ModelRef) -> tuple[str, ...]:

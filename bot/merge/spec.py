@@ -140,6 +140,18 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
+class Classic:
+    """What sets a merge in the manner of the 2023 `main.py` apart: lenient shapes and names, float32 embeddings.
+
+    naive_count: ties elects by the number of signs; layer_gradient: values over embeddings, layers and final norm.
+    """
+
+    naive_count: bool = False
+    copy_tokenizer: bool = True
+    layer_gradient: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """An intermediate of a recipe of several documents: what `name` means as a model there."""
 
@@ -169,6 +181,7 @@ class Recipe:
     chat_template: str | None
     modular: bool = False  # written with the key `modules`
     stages: tuple[Stage, ...] = ()
+    classic: Classic | None = None
     notices: tuple[Notice, ...] = field(default=(), compare=False)
     original: str | None = field(default=None, compare=False)  # the operator's own text
 
@@ -254,6 +267,8 @@ class Recipe:
                 out[key] = getattr(self, key)
         if self.vocabulary is not None:
             out.update(_vocabulary_json(self.vocabulary))
+        if self.classic is not None:
+            out["classic"] = _classic_json(self.classic)
         return out
 
     def canonical(self) -> str:
@@ -290,6 +305,13 @@ def _pinned_vocabulary(vocabulary: Vocabulary, commits: Mapping[ModelRef, ModelR
     )
     pinned = source.pinned(commits) if isinstance(source, ModelRef) else source
     return replace(vocabulary, source=pinned, tokens=rules)
+
+
+def _classic_json(classic: Classic) -> dict[str, object]:
+    block: dict[str, object] = {"naive_count": classic.naive_count, "copy_tokenizer": classic.copy_tokenizer}
+    if classic.layer_gradient:
+        block["layer_gradient"] = [plain_number(value) for value in classic.layer_gradient]
+    return block
 
 
 def _scalar_json(value: Scalar) -> object:

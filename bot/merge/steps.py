@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bot.errors import Refused, Where
+from bot.merge import classic_tensors
 from bot.merge.architecture import is_head, is_optional
 from bot.merge.checkpoint import Checkpoint
 from bot.merge.contract import METHODS, Absent, Base, Kind, Method, Missing, Parameter
@@ -104,6 +105,11 @@ def work_of(
 ) -> Work | None:
     """The work for one slot, None if the tensor is left out. `models` are the sources as written. Raises `Refused`."""
     method = METHODS[recipe.method]
+    if recipe.classic is not None:
+        found = classic_tensors.fitted(slot, recipe, notes)
+        if found is None:
+            return None
+        slot = found
     present = tuple(i for i, one in enumerate(slot.inputs) if one.tensor is not None)
     action = _presence(slot, method, present, notes)
     if action == "leave out":
@@ -120,11 +126,16 @@ def work_of(
         return _unmixable(slot, shape, operands, tensors)
     wanted = recipe.out_dtype or recipe.dtype
     dtype = BY_NAME[wanted] if wanted else promote(tensor.dtype for tensor in tensors)
+    if recipe.classic is not None:
+        dtype = BY_NAME["float32"] if slot.name in classic_tensors.FLOAT32 else dtype
+        action = "copy" if classic_tensors.must_copy(slot, recipe) else action
     if action == "copy" or 0 in shape:
         return Work(slot.name, shape, dtype, "copy", recipe.method, operands[:1], aligned=aligned)
     base = present.index(slot.base) if slot.base in present else None
     per_input = _per_input(slot, method, inputs, base)
     shared = _shared(slot, method)
+    if recipe.classic is not None and recipe.classic.naive_count and method.name == "ties":
+        shared["naive_count"] = True
     _check_values(slot, method, inputs, per_input, shared, notes)
     _note_gradient(slot, method, notes)
     keys = tuple(mask_key(seed, str(operand.source), slot.name) for operand in operands) if method.draws else ()
