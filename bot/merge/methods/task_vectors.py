@@ -35,13 +35,19 @@ def ties(
     normalize: bool,
     rescale: bool,
     lambda_: float,
+    naive_count: bool = False,
 ) -> Tensor:
-    """Trim to the largest deltas, elect a sign per element, sum what agrees. TIES-merging, arXiv:2306.01708."""
+    """Trim to the largest deltas, elect a sign per element, sum what agrees. TIES-merging, arXiv:2306.01708.
+
+    naive_count: the sign that more inputs have is elected, whatever their sizes (the 2023 `main.py`).
+    """
 
     def trim(delta: Tensor, i: int) -> Tensor:
         return largest(delta, density[i])
 
-    return combine(x, b, weight, trim, elects=True, rescale=rescale, normalize=normalize, lambda_=lambda_)
+    return combine(
+        x, b, weight, trim, elects=True, rescale=rescale, normalize=normalize, lambda_=lambda_, by_count=naive_count
+    )
 
 
 def breadcrumbs(
@@ -130,6 +136,7 @@ def combine(
     rescale: bool,
     normalize: bool,
     lambda_: float,
+    by_count: bool = False,
 ) -> Tensor:
     """Steps (1) to (9) of the family. x_i, b: one shape; the result has it too."""
     votes = []
@@ -137,18 +144,25 @@ def combine(
         delta = x_i - b
         masked = sparsify(delta, i)
         votes.append(masked * (w_i * l1_match(l1(delta), l1(masked)) if rescale else w_i))
-    return decide(votes, b, weight, elects=elects, normalize=normalize, lambda_=lambda_)
+    return decide(votes, b, weight, elects=elects, normalize=normalize, lambda_=lambda_, by_count=by_count)
 
 
 def decide(
-    votes: Sequence[Tensor], b: Tensor, weight: Sequence[float], *, elects: bool, normalize: bool, lambda_: float
+    votes: Sequence[Tensor],
+    b: Tensor,
+    weight: Sequence[float],
+    *,
+    elects: bool,
+    normalize: bool,
+    lambda_: float,
+    by_count: bool = False,
 ) -> Tensor:
     """Steps (5) to (9), elementwise: elect, sum, normalise, scale, add to the base."""
     if not elects:
         weight_sum = sum(weight)
         divisor = weight_sum if normalize and abs(weight_sum) >= 1e-8 else 1.0
         return b + sum_of(votes).div_(divisor).mul_(lambda_)
-    total, count = _elected_sum(votes, weight)
+    total, count = _elected_sum(votes, weight, by_count)
     if normalize:
         total.div_(torch.where(count == 0, torch.ones_like(count), count))
     return total.mul_(lambda_).add_(b)
@@ -161,13 +175,13 @@ def elected_sign(votes: Sequence[Tensor]) -> Tensor:
     return plus.to(up.dtype).mul_(2).sub_(1)
 
 
-def _elected_sum(votes: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _elected_sum(votes: Sequence[Tensor], weight: Sequence[float], by_count: bool) -> tuple[Tensor, Tensor]:
     """Sum of the votes that agree with the elected sign, and the weights of those votes, per element.
 
     An exact zero never votes; a negative weight has flipped its vote already. Arithmetic on floats throughout: masks
     of booleans cost several times as much.
     """
-    sign = elected_sign(votes)
+    sign = elected_sign([vote.sign() for vote in votes] if by_count else votes)
     total, count = torch.zeros_like(votes[0]), torch.zeros_like(votes[0])
     for vote, w_i in zip(votes, weight, strict=True):
         agreeing = (vote * sign).clamp_(min=0)

@@ -22,18 +22,24 @@ class Election:
         self._inputs, self._votes, self._weight = inputs, votes, weight
         self._part = inputs.buffer("part", votes[0])
 
-    def mean_or_sum(self, normalize: bool) -> Tensor:
-        """The sum of the votes that agree with the elected sign, divided by the sum of their weights if asked."""
+    def mean_or_sum(self, normalize: bool, by_count: bool = False) -> Tensor:
+        """The sum of the votes that agree with the elected sign, divided by the sum of their weights if asked.
+
+        by_count: the sign of most votes is elected, whatever their sizes.
+        """
+        ballots = self._zeros("ballots") if by_count else None
         up, down = self._zeros("up"), self._zeros("down")
         weight_up, weight_down = self._zeros("weight up"), self._zeros("weight down")
         for vote, w_i in zip(self._votes, self._weight, strict=True):
+            if ballots is not None:
+                ballots.add_(torch.sign(vote, out=self._part))
             up.add_(torch.clamp_min(vote, 0, out=self._part))
             if normalize:
                 weight_up.add_(self._part.sign_(), alpha=w_i)
             down.add_(vote.clamp_(max=0))
             if normalize:
                 weight_down.sub_(vote.sign_(), alpha=w_i)
-        plus = self._plus(up, down)
+        plus = self._plus(up, down) if ballots is None else torch.ge(ballots, 0, out=self._votes[0])
         total = self._side(plus, up, down)
         if not normalize:
             return total

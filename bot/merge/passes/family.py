@@ -32,6 +32,7 @@ def family(inputs: Inputs) -> Emit:
     masks = _masks(inputs)
     factors = [w * f for w, f in zip(weight, _rescales(inputs, masks), strict=True)] if shared["rescale"] else weight
     elects, normalize = ELECTS[work.method], bool(shared["normalize"])
+    by_count = bool(shared.get("naive_count"))
     total = sum(weight)
     divisor = total if normalize and abs(total) >= 1e-8 else 1.0
     for mask in masks:
@@ -41,7 +42,7 @@ def family(inputs: Inputs) -> Emit:
         deltas = zip(piece.deltas(), masks, factors, strict=True)
         votes = [_times(mask.apply(delta, piece.start), factor) for delta, mask, factor in deltas]
         if elects:
-            return added(Election(inputs, votes, weight).mean_or_sum(normalize), 1.0, lambda_, piece.b)
+            return added(Election(inputs, votes, weight).mean_or_sum(normalize, by_count), 1.0, lambda_, piece.b)
         for vote in votes[1:]:
             votes[0].add_(vote)
         return added(votes[0], divisor, lambda_, piece.b)
