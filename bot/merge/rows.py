@@ -44,7 +44,7 @@ def row_maps(
     """Row maps of `inputs`; `matrices` gives every matrix at hand, in order, with its rows. None: nothing to move."""
     order = list(matrices)
     held = {ref: {token: i for token, i in alignment.sources[ref].items() if i < matrices[ref]} for ref in order}
-    maps = tuple(_row_map(alignment, ref, inputs, order, held) for ref in inputs)
+    maps = tuple(_row_map(alignment, ref, inputs, matrices, held) for ref in inputs)
     identity = np.arange(alignment.rows)
     for ref, one in zip(inputs, maps, strict=True):
         moved = one.fills or matrices[ref] != alignment.rows
@@ -57,13 +57,13 @@ def _row_map(
     alignment: Alignment,
     ref: ModelRef,
     inputs: Sequence[ModelRef],
-    order: Sequence[ModelRef],
+    matrices: Mapping[ModelRef, int],
     held: Mapping[ModelRef, Mapping[str, int]],
 ) -> RowMap:
     own = np.full(alignment.rows, -1, dtype=np.int64)
     padding = np.ones(alignment.rows, dtype=bool)
     groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-    mine = held[ref]
+    mine, order = held[ref], list(matrices)
     for token, k in alignment.ids.items():
         if k >= alignment.rows:
             continue
@@ -72,7 +72,7 @@ def _row_map(
         if token in mine and not (rule is not None and rule.force):
             own[k] = mine[token]
             continue
-        taken = _substitute(alignment, token, inputs, held)
+        taken = _substitute(alignment, token, inputs, matrices, held)
         where = tuple(order.index(source) for source, _ in taken)
         groups.setdefault(where, []).append((k, [row for _, row in taken]))
     fills = tuple(
@@ -88,7 +88,11 @@ def _row_map(
 
 
 def _substitute(
-    alignment: Alignment, token: str, inputs: Sequence[ModelRef], held: Mapping[ModelRef, Mapping[str, int]]
+    alignment: Alignment,
+    token: str,
+    inputs: Sequence[ModelRef],
+    matrices: Mapping[ModelRef, int],
+    held: Mapping[ModelRef, Mapping[str, int]],
 ) -> list[tuple[ModelRef, int]]:
     """Which rows make up the row of a token its source lacks."""
     rule = alignment.rules.get(token)
@@ -99,7 +103,7 @@ def _substitute(
         rows = held.get(given.model, {})
         wanted = token if given.kind == "model" else given.token
         row = given.token_id if wanted is None else rows.get(wanted)
-        if row is not None and row in rows.values():
+        if row is not None and row < matrices.get(given.model, 0):
             return [(given.model, row)]
     having = [ref for ref in inputs if token in held[ref]]
     if len(having) > 1 and alignment.base in having:

@@ -98,7 +98,7 @@ def align(
             notes.add("TOKENIZER_ASSUMED", f"{ref} has no {FILE}; it is taken to use the tokenizer of {giver}")
         sources[ref] = own.ids if tokens is None else tokens.ids
         if tokens is not None and ref != giver:
-            others.append(tokens)
+            others.append(_with_rows(tokens, rows_of.get(ref), str(ref), notes))
     entries = _added(own, others if wanted.source == "union" else [], wanted.tokens)
     ids = {**own.ids, **{str(entry["content"]): int(entry["id"]) for entry in entries}}
     used = max(ids.values()) + 1
@@ -106,7 +106,7 @@ def align(
     rows = -(-used // p) * p if p else max(used, rows_of.get(giver, 0))
     rules = {rule.token: rule for rule in wanted.tokens}
     for rule in wanted.tokens:
-        _check_rule(rule, sources)
+        _check_rule(rule, sources, rows_of)
     texts = _texts(checkpoints[giver], own, entries)
     added = tuple(str(entry["content"]) for entry in entries)
     return Alignment(giver, ids, rows, sources, rules, recipe.base, texts, added)
@@ -134,16 +134,31 @@ def _added(own: Tokens, others: Sequence[Tokens], rules: Sequence[TokenRule]) ->
     return out
 
 
-def _check_rule(rule: TokenRule, sources: Mapping[ModelRef, Mapping[str, int]]) -> None:
+def _with_rows(tokens: Tokens, rows: int | None, ref: str, notes: Notes) -> Tokens:
+    """Only the tokens that have a row in the source's matrix: the others do not exist."""
+    lacking = {token: i for token, i in tokens.ids.items() if rows is not None and i >= rows}
+    if not lacking:
+        return tokens
+    notes.add(
+        "TOKENS_WITHOUT_ROW", f"{ref} has no row for {len(lacking)} of its tokens, such as {next(iter(lacking))[:40]!r}"
+    )
+    ids = {token: i for token, i in tokens.ids.items() if token not in lacking}
+    return Tokens(ids, tuple(entry for entry in tokens.added if str(entry["content"]) in ids), tokens.document)
+
+
+def _check_rule(
+    rule: TokenRule, sources: Mapping[ModelRef, Mapping[str, int]], rows_of: Mapping[ModelRef, int]
+) -> None:
     given = rule.source
     if given is None or given.model is None:
         return
     token = rule.token if given.kind == "model" else given.token
-    known = sources[given.model]
-    lacks = token not in known if token is not None else given.token_id not in set(known.values())
-    if lacks:
+    row = sources[given.model].get(token, -1) if token is not None else given.token_id
+    rows = rows_of.get(given.model)
+    if row is None or row < 0 or (rows is not None and row >= rows):
         raise Refused(
-            "RECIPE_INVALID", f"{given.model} has no token {token if token is not None else given.token_id!r}.",
+            "RECIPE_INVALID",
+            f"{given.model} has no {f'token {token!r}' if token is not None else f'row {given.token_id}'}.",
             f"Name another source for `tokenizer.tokens.{rule.token[:40]}`.", value=rule.token,
         )  # fmt: skip
 
