@@ -1,4 +1,4 @@
-"""Methods that return a combination of their inputs: inner products first, then one fused sum. See methods/gram.py."""
+"""Methods that return a combination of their inputs: inner products first, then one sum. See methods/gram.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from bot.merge.methods.model_stock import TINY_PRODUCT, share
 from bot.merge.methods.slerp import TINY_NORM, coefficients
 from bot.merge.methods.spherical import TINY_NORM as TINY_ARC
 from bot.merge.methods.spherical import centre, flat_arc, interpolation, one_step, vanishes
-from bot.merge.passes.elementwise import weighted
 from bot.merge.passes.inputs import Emit, Inputs, Piece
 
 
@@ -26,7 +25,7 @@ def slerp(inputs: Inputs) -> Emit:
     g = _gram(inputs, ends, 2)
     inputs.corner("ZERO_TENSOR", int(bool((np.diag(g) <= TINY_NORM**2).any())))
     factors = coefficients(g, float(inputs.work.shared["t"]))
-    return lambda piece: weighted(ends(piece), factors)
+    return lambda piece: _combined(ends(piece), factors)
 
 
 def nuslerp(inputs: Inputs) -> Emit:
@@ -78,10 +77,21 @@ def model_stock(inputs: Inputs) -> Emit:
 
 def _of_deltas(inputs: Inputs, factors: Sequence[float] | Vector) -> Emit:
     def emit(piece: Piece) -> Tensor:
-        out = weighted(piece.deltas(), [float(c) for c in factors])
+        out = _combined(piece.deltas(), [float(c) for c in factors])
         return out if piece.base is None else out.add_(piece.b)
 
     return emit
+
+
+def _combined(v: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """sum(c_i v_i) in the place of the v_i.
+
+    Products are rounded one like the other, not fused into the sum: where c v and -c v meet, nothing is left over.
+    """
+    out = v[0].mul_(factors[0])
+    for v_i, c_i in zip(v[1:], factors[1:], strict=True):
+        out.add_(v_i.mul_(c_i))
+    return out
 
 
 def _gram(inputs: Inputs, vectors: object, count: int) -> Vector:
