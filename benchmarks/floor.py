@@ -1,17 +1,21 @@
 """The I/O floor: read every byte a merge reads and write as many as it writes, once, and compute nothing.
 
-usage: python -m benchmarks.floor WORK.json OUT      WORK: {"reads": [[file, start, stop], ...], "bytes_out": n}
+usage: python -m benchmarks.floor WORK.json OUT [--hash]   WORK: {"reads": [[file, start, stop], ...], "bytes_out": n}
 
 The same calls as the engine's: preallocated files, pwrite, fdatasync after every 256 MiB and at the end. Reading and
-writing alternate in one thread, in blocks of 8 MiB. Prints the bytes read and written as JSON.
+writing alternate in one thread, in blocks of 8 MiB. Prints the bytes read and written as JSON. With --hash also the
+SHA-256 of every file read from, meanwhile in a second thread, and of the output: what a record of a merge costs beyond
+the merge. OUT must not exist.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BLOCK = 8 * 2**20
@@ -22,7 +26,7 @@ def copy(reads: list[tuple[str, int, int]], bytes_out: int, out: Path) -> tuple[
     """Read the ranges, write `bytes_out` bytes to `out`; returns the bytes read and written."""
     block = memoryview(bytearray(BLOCK))
     bytes_in = sum(stop - start for _, start, stop in reads)
-    target = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+    target = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
     try:
         if bytes_out:
             os.posix_fallocate(target, 0, bytes_out)
@@ -56,7 +60,25 @@ def _blocks(reads: list[tuple[str, int, int]], block: memoryview) -> Iterator[in
             os.close(source)
 
 
+def sha256(file: Path) -> str:
+    """The hash of a whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def main(arguments: list[str]) -> None:
+    """Copy, and hash if that is asked for."""
+    work, out = json.loads(Path(arguments[0]).read_text()), Path(arguments[1])
+    reads = [(str(file), int(start), int(stop)) for file, start, stop in work["reads"]]
+    hashed: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        files = sorted({file for file, _, _ in reads}) if "--hash" in arguments else []
+        hashes = [pool.submit(sha256, Path(file)) for file in files]
+        read, written = copy(reads, work["bytes_out"], out)
+        if "--hash" in arguments:
+            hashed = [sha256(out), *(one.result() for one in hashes)]
+    print(json.dumps({"read": read, "written": written, "hashed": len(hashed)}))
+
+
 if __name__ == "__main__":
-    work = json.loads(Path(sys.argv[1]).read_text())
-    read, written = copy([tuple(one) for one in work["reads"]], work["bytes_out"], Path(sys.argv[2]))
-    print(json.dumps({"read": read, "written": written}))
+    main(sys.argv[1:])

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 REPO = HERE.parent
 MERGEBOT = (sys.executable, "-m", "bot.cli")  # of this checkout, whatever is installed
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-FLOOR, OURS, THEIRS = "floor", "mergebot", "mergekit"
+FLOOR, HASHED, OURS, THEIRS = "floor", "floor+hash", "mergebot", "mergekit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,7 @@ def _alternate(
             return
         if turn < bench.repeat:
             _note(results, key, FLOOR, _once(bench, floor, scratch), console)
+            _note(results, key, HASHED, _once(bench, floor, scratch, more=("--hash",)), console)
             _note(results, key, OURS, _once(bench, ours, scratch, more=("--device", bench.device)), console)
         if bench.mergekit and turn < bench.mergekit_repeat:
             for threads in results.threads_for(method):

@@ -79,8 +79,9 @@ Options: {options}.
 
 Every row is whole processes, started fresh, imports and hashing included, in alternation; medians (smallest to
 largest). The page cache is warm for all. **Floor**: one plain process reads every byte the merge reads and writes as
-many as it writes, with the same preallocation and `fdatasync`, and computes nothing. mergebot syncs its output,
-mergekit does not. mergekit: its defaults (`--no-write-model-card`, which would ask the Hub), the faster of
+many as it writes, with the same preallocation and `fdatasync`, and computes nothing. **Floor + hashes** also takes the
+SHA-256 of what it reads and writes, which mergebot records and mergekit does not. mergebot syncs its output, mergekit
+does not. mergekit: its defaults (`--no-write-model-card`, which would ask the Hub), the faster of
 `OMP_NUM_THREADS` 1 and 2; where it is slow, only the count that was faster on the 135 M model is run. Memory is the
 peak of 50 ms polls over all processes: *anonymous* is what the program holds, *resident* includes mapped files. CPU is
 user + system seconds."""
@@ -94,6 +95,7 @@ user + system seconds."""
 
     def _row(self, key: Key) -> list[str]:
         floor, ours = self.walls(key, "floor"), self.walls(key, "mergebot")
+        hashed = self.walls(key, "floor+hash")
         programs = self.costs[key]
         mine = programs.get("mergebot", [])
         theirs = {name: costs for name, costs in programs.items() if name.startswith("mergekit")}
@@ -108,8 +110,9 @@ user + system seconds."""
             shown, ratio = f"> {bound:.0f} (stopped)", f"> {bound / statistics.median(ours):.1f}" if ours else "-"
         read, written = self.sizes[key]
         return [
-            key[1], f"{read / 1e9:.2f} / {written / 1e9:.2f}", seconds(floor), seconds(ours) if ours else _failed(mine),
-            f"**{statistics.median(ours) / statistics.median(floor):.2f}**" if ours and floor else "-", shown, ratio,
+            key[1], f"{read / 1e9:.2f} / {written / 1e9:.2f}", seconds(floor), seconds(hashed),
+            seconds(ours) if ours else _failed(mine),
+            _ratio(ours, floor), _ratio(ours, hashed), shown, ratio,
             _median([c.cpu_s for c in mine], "{:.1f}"), _median([c.cpu_s for c in other], "{:.1f}"),
             _median([c.anonymous_bytes / 1e9 for c in mine], "{:.2f}"),
             _median([c.rss_bytes / 1e9 for c in mine], "{:.2f}"), _median([c.rss_bytes / 1e9 for c in other], "{:.2f}"),
@@ -134,7 +137,8 @@ user + system seconds."""
 
 
 COLUMNS = (
-    "method", "GB read / written", "floor s", "mergebot s", "× floor", "mergekit s", "mergekit ÷ mergebot",
+    "method", "GB read / written", "floor s", "floor + hashes s", "mergebot s", "× floor",
+    "× floor + hashes", "mergekit s", "mergekit ÷ mergebot",
     "CPU s mergebot", "CPU s mergekit", "anonymous GB mergebot", "resident GB mergebot", "resident GB mergekit",
 )  # fmt: skip
 
@@ -173,6 +177,10 @@ def mergekit_version(mergekit: str | None) -> str | None:
     code = "from importlib.metadata import version as v; print('mergekit', v('mergekit') + ', torch', v('torch'))"
     done = subprocess.run([Path(mergekit).parent / "python", "-c", code], capture_output=True, text=True)
     return done.stdout.strip() or "of unknown version"
+
+
+def _ratio(ours: Sequence[float], floor: Sequence[float]) -> str:
+    return f"**{statistics.median(ours) / statistics.median(floor):.2f}**" if ours and floor else "-"
 
 
 def _figures(cost: Cost) -> dict[str, Any]:
