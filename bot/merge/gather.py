@@ -53,14 +53,18 @@ class GatheredView:
         return matrix.read(row * self.unit, (row + count) * self.unit).view(count, self.unit)
 
     def _mean_row(self) -> Tensor:
-        """The mean of the matrix's real rows."""
+        """The mean of the matrix's real rows. A value that is not finite stays in its row and out of the mean."""
         if self._mean is None:
             total = torch.zeros(self.unit, dtype=torch.float64)
+            count = torch.zeros(self.unit, dtype=torch.int64)
             step = max(1, CHUNK // max(1, self.unit))
-            for _, row, count in _runs(self._map.real, self._map.real):
-                for at in range(row, row + count, step):
-                    total += self._rows(self._mine, at, min(step, row + count - at)).sum(0, dtype=torch.float64)
-            self._mean = (total / len(self._map.real)).to(self._wide)
+            for _, row, length in _runs(self._map.real, self._map.real):
+                for at in range(row, row + length, step):
+                    rows = self._rows(self._mine, at, min(step, row + length - at))
+                    finite = rows.isfinite()
+                    total += rows.where(finite, 0.0).sum(0, dtype=torch.float64)
+                    count += finite.sum(0)
+            self._mean = (total / count.clamp_(min=1)).to(self._wide)
         return self._mean
 
 

@@ -1,10 +1,10 @@
 """Run by test_tough_kills.py as its own process: merges that die at a chosen call to the system, and are run again.
 
-usage: killed_calls.py FOLDER RECIPE
+usage: killed_calls.py FOLDER RECIPE [CALL ...]
 A point is (before | after, call, number): the process sends itself SIGKILL when it makes, or has made, its number-th
-such call, in whatever thread. The calls of an undisturbed run are counted first; points are the first, the middle and
-the last of each kind, so they lie inside tensors, between data and journal, in the hashing, around the rename. The
-merges run as an ordinary user, to whom a read-only file is read-only. Prints one JSON object.
+such call, in whatever thread. The calls of an undisturbed run are counted first; points lie before the first, after
+the middle and before the last of each kind: inside tensors, between data and journal, in the hashing, around the
+rename. The merges run as an ordinary user, to whom a read-only file is read-only. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -107,11 +107,12 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, text = Path(sys.argv[1]), Path(sys.argv[2]).read_text()
     counts = count_calls(text, folder, folder / "whole")
+    counts = Counter({call: counts[call] for call in sys.argv[3:] or counts})
     report: dict[str, object] = {"whole": digests(folder / "whole"), "counts": counts}
     points = {}
     for call, total in counts.items():
-        for number in sorted({1, total // 2, total}):
-            for moment in ("before", "after") if number else ():
+        for number, moment in {(1, "before"), (total // 2, "after"), (total, "before"), (total, "after")}:
+            if number and (moment == "before" or number < total or call == "rename"):
                 out = folder / f"{moment}-{call}-{number}"
                 first = child(text, folder, out, killer(moment, call, number))
                 appeared = digests(out) if out.exists() else None

@@ -57,21 +57,25 @@ def models() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "text"), [("one document", TIES), ("three documents", STAGED)])
+@pytest.mark.parametrize(
+    ("text", "calls", "least"),
+    [(TIES, [], 18), (STAGED, ["pwrite", "fdatasync", "update", "unlink", "rename"], 10)],
+    ids=["one document", "three documents"],
+)
 def test_killed_at_any_call_to_the_system_a_merge_continues_to_the_same_bytes(
-    name: str, text: str, models: Path
+    text: str, calls: list[str], least: int, models: Path
 ) -> None:
     (models / "recipe.yml").write_text(text)
     runner = Path(__file__).parent / "killed_calls.py"
     done = subprocess.run(
-        [sys.executable, str(runner), str(models), str(models / "recipe.yml")],
+        [sys.executable, str(runner), str(models), str(models / "recipe.yml"), *calls],
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert {"pwrite", "fdatasync", "update", "rename"} <= set(report["counts"]), "the calls that matter are watched"
     died = [outcome for outcome in report["points"].values() if outcome["died_of"]]
-    assert len(died) >= 20, "how often data are synced depends on time, so that some last calls are never made"
+    assert len(died) >= least, "how often data are synced depends on time, so that some last calls are never made"
     for point, outcome in report["points"].items():
         told = f"{point}: {outcome} {done.stderr}"
         assert outcome["died_of"] == signal.SIGKILL or outcome["appeared"], told
