@@ -78,3 +78,16 @@ def test_a_golden_recipe_has_the_same_bytes_with_two_threads(name: str, shared: 
         merged_golden(name, golden, out, threads=threads)
         digests.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
     assert digests[0] == digests[1]
+
+
+EVERY_KIND_OF_PASS = [
+    "arcee_fusion", "breadcrumbs", "karcher", "linear_bf16", "model_stock", "multislerp", "nearswap", "nuslerp_rowwise",
+    "passthrough_scale", "ramplus_tl", "sce", "slerp", "ties", "tokenizer_union",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY_KIND_OF_PASS)
+def test_a_golden_recipe_agrees_in_pieces_of_seven_elements(name: str, shared: Path, tmp_path: Path) -> None:
+    merged_golden(name, shared / "golden" / "merge", tmp_path / "out", chunk=7)
+    assert differences(name, shared, tmp_path / "out") == []
