@@ -5,7 +5,6 @@ the model, as it lies there -> claim -> its sources, pinned -> plan -> fetch -> 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from bot.errors import Failed, Refused
 from bot.merge import plan, verify
 from bot.merge.checkpoint import OPERATOR, STRANGER, Files, LocalFiles
 from bot.merge.plan import NUMERICS_VERSION
+from bot.merge.spec import ModelRef
 from bot.merge.verify import Claim, Difference
 from bot.progress import Show, named
 from bot.settings import Settings
@@ -78,24 +78,47 @@ def verified(model: str, settings: Settings, hub: Callable[[], Hub], show: Show,
     _require_same_folders(claim, seen, show)
     found += verify.against_plan(claim, made, subject.files)
     here = sources.fetched(made, seen, hub, settings, show)
+    kind = _possible(claim.device if claim.device in ("cpu", "cuda") and device == "auto" else device)
+    folders = {ref: each.folder for ref, each in here.items()}
     scratch = settings.scratch / f"verify-{made.digest[:16]}"
+    try:
+        compare = _on_disk if subject.on_hub else _streaming
+        found += compare(made, folders, scratch, subject, kind, show)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    unique = tuple(dict.fromkeys(found))
+    return Verdict(subject.name, len(made.steps), made.bytes_out, unique, _remarks(claim, kind, bool(unique)))
+
+
+def _on_disk(
+    made: plan.Plan, folders: Mapping[ModelRef, Path], scratch: Path, subject: _Subject, device: str, show: Show
+) -> list[Difference]:
+    """Merge into scratch: of a repo only the shards whose hash differs are then read."""
     from bot.merge import stages
 
-    kind = claim.device if claim.device in ("cpu", "cuda") and device == "auto" else device
-    shutil.rmtree(scratch / "model", ignore_errors=True)
-    try:
-        folders = {ref: each.folder for ref, each in here.items()}
-        merged = stages.merge(
-            made, folders, scratch / "model", device=_possible(kind), progress=named(show, "Merging again")
-        )
-        written = {name: fact.sha256 for name, fact in merged.files.items()}
-        shown = named(show, "Comparing")
-        found += verify.against_merge(made, scratch / "model", subject.files, subject.sha256, written, shown)
-        environment = json.loads((scratch / "model" / verify.FILE).read_text())["environment"]
-    finally:
-        shutil.rmtree(scratch / "model", ignore_errors=True)
-    unique = tuple(dict.fromkeys(found))
-    return Verdict(subject.name, len(made.steps), made.bytes_out, unique, _remarks(claim, environment, bool(unique)))
+    merged = stages.merge(made, folders, scratch / "model", device=device, progress=named(show, "Merging again"))
+    written = {name: fact.sha256 for name, fact in merged.files.items()}
+    shown = named(show, "Comparing")
+    return verify.against_merge(made, scratch / "model", subject.files, subject.sha256, written, shown)
+
+
+def _streaming(
+    made: plan.Plan, folders: Mapping[ModelRef, Path], scratch: Path, subject: _Subject, device: str, show: Show
+) -> list[Difference]:
+    """Merge into nothing but the comparison; only stages need room."""
+    from bot.merge import engine
+    from bot.merge.device import choose_devices
+
+    here = dict(folders)
+    for ref, stage in made.stages:
+        place = scratch / stage.digest[:32]
+        engine.merge(stage, here, place, device=device, progress=named(show, f"Merging {ref} again"))
+        here[ref] = place
+    sink = verify.Comparing(made, subject.files)
+    files = {ref: LocalFiles(folder) for ref, folder in here.items()}
+    shown = named(show, "Merging again and comparing")
+    engine.run_steps(made, files, sink, devices=choose_devices(device), progress=shown)
+    return sink.differences() + verify.against_copies(made, files, subject.sha256)
 
 
 def _subject(model: str, hub: Callable[[], Hub]) -> _Subject:
@@ -177,14 +200,16 @@ def _possible(device: str) -> str:
         return "cpu"
 
 
-def _remarks(claim: Claim, environment: Mapping[str, str], differs: bool) -> tuple[str, ...]:
+def _remarks(claim: Claim, device: str, differs: bool) -> tuple[str, ...]:
+    import torch
+
     out = []
     if claim.numerics != NUMERICS_VERSION:
         out.append(f"It was merged by numerics version {claim.numerics}; this is version {NUMERICS_VERSION}.")
-    if claim.device != environment["device"]:
-        out.append(f"It was merged on {claim.device} and verified on {environment['device']}.")
-    if claim.torch != environment["torch"]:
-        out.append(f"It was merged with torch {claim.torch} and verified with {environment['torch']}.")
+    if claim.device != device:
+        out.append(f"It was merged on {claim.device} and verified on {device}.")
+    if claim.torch != torch.__version__:
+        out.append(f"It was merged with torch {claim.torch} and verified with {torch.__version__}.")
     if out and differs:
         out.append("Bytes may then differ in the last bit: compare the largest differences, given in ulp.")
     return tuple(out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from bot.errors import Refused
 from bot.merge import recipe
 from bot.merge.checkpoint import OPERATOR, Files, LocalFiles, read_header
 from bot.merge.header import TensorInfo
-from bot.merge.plan import Plan
+from bot.merge.plan import Copied, Plan, Step
 from bot.merge.recipe import write_yaml
-from bot.merge.spec import Recipe
+from bot.merge.spec import ModelRef, Recipe
+from bot.merge.writer import Found
 
 FILE = "merge_provenance.json"
 LIMIT_BYTES = 64 * 2**20
@@ -150,24 +152,66 @@ def against_merge(
 
     `written` holds the SHA-256 of its files: a shard that has the same one needs no second look.
     """
-    ours, out, done = LocalFiles(merged), list[Difference](), 0
-    stored = _headers(theirs, made)
+    ours, done = LocalFiles(merged), 0
+    sink = Comparing(made, theirs)
     for shard in made.shards:
         same = sha256(shard.file) == written[shard.file]
         for step in (step for step in made.steps if made.shards[step.shard].file == shard.file):
-            if not same:
-                mine = TensorInfo(step.name, step.work.dtype, step.work.shape, shard.file, step.offset, step.nbytes)
-                found = _difference(ours, mine, theirs, stored.get(step.name))
-                out += [] if found is None else [found]
+            for at in () if same else range(0, step.nbytes, _BLOCK_BYTES):
+                length = min(_BLOCK_BYTES, step.nbytes - at)
+                sink.write(step, at, memoryview(ours.read(shard.file, step.offset + at, length)))
             done += step.nbytes
             if progress is not None:
                 progress(done, made.bytes_out, step.name)
-    names = {step.name for step in made.steps}
-    out += [Difference("tensor", name, f"{name} is no tensor of this merge.") for name in stored if name not in names]
-    for copied in made.copies:
-        if sha256(copied.file) != written[copied.file]:
-            out.append(Difference("file", copied.file, f"{copied.file} is not the file of {copied.model}."))
-    return out
+    copies = (copied for copied in made.copies if sha256(copied.file) != written[copied.file])
+    return sink.differences() + [_other_copy(copied) for copied in copies]
+
+
+class Comparing:
+    """A sink (writer.py) that writes nothing: what is merged anew is held against `theirs` piece by piece."""
+
+    done: frozenset[int] = frozenset()
+
+    def __init__(self, made: Plan, theirs: Files) -> None:
+        self._made, self._theirs = made, theirs
+        self._stored = _headers(theirs, made)
+        self._lock = threading.Lock()
+        self._found: dict[int, tuple[int, int]] = {}  # step -> elements, ulps
+
+    def write(self, step: Step, at: int, data: memoryview) -> None:
+        other = self._stored.get(step.name)
+        if other is None or (other.shape, other.dtype) != (step.work.shape, step.work.dtype):
+            return  # said in `differences`
+        ours = bytes(data)
+        theirs = self._theirs.read(other.file, other.start + at, len(ours))
+        if ours != theirs:
+            elements, ulps = apart(ours, theirs, step.work.dtype.name)
+            with self._lock:
+                before = self._found.get(step.index, (0, 0))
+                self._found[step.index] = (before[0] + elements, max(before[1], ulps))
+
+    def finished(self, step: Step, found: Found) -> None:
+        """Nothing to be kept of it."""
+
+    def differences(self) -> list[Difference]:
+        """What was found, in the order of the plan, once every step has been written."""
+        out = []
+        for step in self._made.steps:
+            found = _misfit(step, self._stored.get(step.name))
+            if found is None and step.index in self._found:
+                found = _differing(step, *self._found[step.index])
+            out += [] if found is None else [found]
+        names = {step.name for step in self._made.steps}
+        return out + [_stray(name) for name in self._stored if name not in names]
+
+
+def against_copies(made: Plan, sources: Mapping[ModelRef, Files], sha256: Hashes) -> list[Difference]:
+    """The files taken over byte for byte, held against those of their sources."""
+    return [
+        _other_copy(copied)
+        for copied in made.copies
+        if sha256(copied.file) != hash_of(sources[copied.model], copied.file)
+    ]
 
 
 def _headers(files: Files, made: Plan) -> dict[str, TensorInfo]:
@@ -179,23 +223,26 @@ def _headers(files: Files, made: Plan) -> dict[str, TensorInfo]:
     return out
 
 
-def _difference(ours: Files, mine: TensorInfo, theirs: Files, other: TensorInfo | None) -> Difference | None:
+def _other_copy(copied: Copied) -> Difference:
+    return Difference("file", copied.file, f"{copied.file} is not the file of {copied.model}.")
+
+
+def _misfit(step: Step, other: TensorInfo | None) -> Difference | None:
     if other is None:
-        return Difference("tensor", mine.name, f"{mine.name} is missing.", mine.elements)
-    if (other.shape, other.dtype) != (mine.shape, mine.dtype):
-        sentence = f"{mine.name} is {other.dtype.name} {list(other.shape)}, not {mine.dtype.name} {list(mine.shape)}."
-        return Difference("tensor", mine.name, sentence, mine.elements)
-    elements, most = 0, 0
-    for at in range(0, mine.nbytes, _BLOCK_BYTES):
-        length = min(_BLOCK_BYTES, mine.nbytes - at)
-        a, b = ours.read(mine.file, mine.start + at, length), theirs.read(other.file, other.start + at, length)
-        if a != b:
-            count, ulps = apart(a, b, mine.dtype.name)
-            elements, most = elements + count, max(most, ulps)
-    if not elements:
+        return Difference("tensor", step.name, f"{step.name} is missing.", step.work.elements)
+    if (other.shape, other.dtype) == (step.work.shape, step.work.dtype):
         return None
-    sentence = f"{mine.name} differs in {elements:,} of {mine.elements:,} elements, by at most {most:,} ulp."
-    return Difference("tensor", mine.name, sentence, elements, most)
+    kinds = f"{other.dtype.name} {list(other.shape)}, not {step.work.dtype.name} {list(step.work.shape)}"
+    return Difference("tensor", step.name, f"{step.name} is {kinds}.", step.work.elements)
+
+
+def _differing(step: Step, elements: int, ulps: int) -> Difference:
+    count = f"{elements:,} of {step.work.elements:,} elements"
+    return Difference("tensor", step.name, f"{step.name} differs in {count}, by at most {ulps:,} ulp.", elements, ulps)
+
+
+def _stray(name: str) -> Difference:
+    return Difference("tensor", name, f"{name} is no tensor of this merge.")
 
 
 def apart(a: bytes, b: bytes, dtype: str) -> tuple[int, int]:
