@@ -21,6 +21,7 @@ from bot.hub import Hub, PinnedRepo
 from bot.job import ENDED, Job, Source, Stage, stage
 from bot.merge import checkpoint, document, plan, recipe
 from bot.merge.lora import Adapter
+from bot.merge.named_templates import TEMPLATES
 from bot.merge.plan import NUMERICS_VERSION
 from bot.queue import Queue
 from bot.request import (
@@ -55,11 +56,12 @@ class Checked:
 def check(text: str, hub: Hub, settings: Settings) -> Checked:
     """What can be known about `text` from headers alone. Raises Refused, or Transient while the Hub is away."""
     asked = recipe.parse(text, trust="stranger")
-    if asked.chat_template not in (None, "auto"):
+    parts = (*(made.recipe for made in asked.stages), asked)
+    if any(part.chat_template not in (None, "auto", *TEMPLATES) for part in parts):
         raise Refused(
             "NOT_SUPPORTED",
             "The recipe brings a chat template of its own, and the bot publishes only templates it knows.",
-            "Leave `chat_template` out, or write `chat_template: auto`.",
+            f"Leave `chat_template` out, or write `auto`, {', '.join(f'`{name}`' for name in TEMPLATES)}.",
         )
     seen = sources.opened(asked, lambda: hub, limits=checkpoint.STRANGER, accept=_require_open)
     crashpoint("resolve.after_pin")

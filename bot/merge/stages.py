@@ -73,10 +73,7 @@ def _shifted(progress: Progress, before: int, total: int, label: str) -> Callabl
 
 def _require_space(plan: Plan, places: Mapping[ModelRef, Path], scratch: Path) -> None:
     """Every part is checked when it begins; this looks whether they fit together, before the first begins."""
-    missing = [made for ref, made in plan.stages if not places[ref].exists()]
-    if len(missing) < len(plan.stages) or any(
-        path.with_name(path.name + ".partial").exists() for path in places.values()
-    ):
+    if any(path.exists() or _partial(path).exists() for path in places.values()):
         return  # some of it stands on the disk already
     scratch.mkdir(parents=True, exist_ok=True)
     need, free = sum(part.disk_bytes for part in plan.parts), shutil.disk_usage(scratch).free

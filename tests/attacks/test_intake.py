@@ -162,6 +162,21 @@ def test_a_suite_that_does_not_exist_is_refused_with_the_nearest_name(tmp_path: 
         intake.take(request, Hub(hub.url), open_queue(settings), settings)
 
 
+def test_a_chat_template_of_ones_own_is_refused_wherever_it_stands_and_a_named_one_is_taken(
+    tmp_path: Path, hub: RunningHub
+) -> None:
+    settings = Settings(home=tmp_path, hub=hub.url)
+    queue, text = open_queue(settings), RECIPE.format(other="alice/base")
+    own = "chat_template: '{% for m in messages %}{{ m }}{% endfor %}'\n"
+    stage = f"name: one\n{text}{own}---\n{RECIPE.format(other='one')}chat_template: auto\n"
+    for hostile in (text + own, stage):
+        refused = ask(hub, queue, settings, hostile)
+        assert refused.code == "NOT_SUPPORTED"
+        assert "`chatml`" in refused.next_step
+    request = from_form("bob", text + "chat_template: chatml\n", "named", EvaluateOptions(suite="none"))
+    assert intake.take(request, Hub(hub.url), queue, settings).recipe
+
+
 def test_a_person_with_enough_at_work_waits(tmp_path: Path, hub: RunningHub) -> None:
     settings = Settings(home=tmp_path, hub=hub.url, open_requests_per_person=1)
     queue = open_queue(settings)

