@@ -30,6 +30,8 @@ app.add_typer(medusa_app, name="medusa", rich_help_panel="Do one step yourself")
 WALK, STEP, RUN = "Run the whole walk", "Do one step yourself", "Ask a running bot"
 Recipe = Annotated[Path, typer.Argument(help="A mergekit recipe (YAML).", metavar="RECIPE")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+UnknownKeys = Annotated[str, typer.Option(help="refuse, or ignore: keys nobody knows become notices.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read *.bin and *.pt weights in local folders too.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -122,23 +124,27 @@ def plan(
     recipe: Recipe,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    unknown_keys: UnknownKeys = "refuse",
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """What a recipe would do, from headers alone: tensors, bytes, memory, resolved values. Reads no weights."""
     from bot import operator, screens
 
-    made = operator.plan_from_headers(operator.read_recipe(recipe), settings(), seed=seed)
+    asked = operator.read_recipe(recipe, unknown_keys=unknown_keys)
+    made = operator.plan_from_headers(asked, settings(), seed=seed, allow_pickle=allow_pickle)
     screens.plan(made.plan.summary(), as_json=as_json)
 
 
 @app.command(rich_help_panel=STEP)
 def merge(recipe: Recipe, out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
-          device: Device = "auto", seed: Seed = 0) -> None:  # fmt: skip
+          device: Device = "auto", seed: Seed = 0, unknown_keys: UnknownKeys = "refuse",
+          allow_pickle: AllowPickle = False) -> None:  # fmt: skip
     """Merge the models of a recipe into a new folder. Killed half-way, the same command continues."""
     from bot import operator, screens
 
-    asked, configured = operator.read_recipe(recipe), settings()
+    asked, configured = operator.read_recipe(recipe, unknown_keys=unknown_keys), settings()
     with screens.progress() as shown:
-        merged = operator.merge(asked, out, configured, shown, device=device, seed=seed)
+        merged = operator.merge(asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle)
     screens.merged(merged, out)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bot import measure, sources, verification
-from bot.errors import Failed
+from bot.errors import Failed, Refused
 from bot.merge import plan, recipe
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
@@ -23,9 +23,16 @@ if TYPE_CHECKING:
     from bot.merge.engine import Merged
 
 
-def read_recipe(file: Path) -> recipe.Recipe:
-    """The recipe in `file`. Raises Refused as the parser does, Failed FILE_NOT_FOUND."""
-    return recipe.parse(read_text(file), trust="operator", file=str(file))
+def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
+    """The recipe in `file`; `unknown_keys`: refuse or ignore. Raises Refused as the parser, Failed FILE_NOT_FOUND."""
+    if unknown_keys not in ("refuse", "ignore"):
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"--unknown-keys {unknown_keys[:40]!r} is not known.", "Write refuse or ignore."
+        )
+    ignored = unknown_keys == "ignore"
+    return recipe.parse(
+        read_text(file), trust="operator", unknown_keys="ignore" if ignored else "refuse", file=str(file)
+    )
 
 
 def read_text(file: Path) -> str:
@@ -47,19 +54,34 @@ class Planned:
 
 
 def plan_from_headers(
-    asked: recipe.Recipe, settings: Settings, *, seed: int = 0, shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES
+    asked: recipe.Recipe,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES,
+    allow_pickle: bool = False,
 ) -> Planned:
-    """The plan of a recipe, from headers alone: local folders are opened, Hub repos are read by range."""
-    seen = sources.opened(asked, _hub(settings))
+    """The plan of a recipe, from headers alone: local folders are opened, Hub repos are read by range.
+
+    allow_pickle: pickled weights in local folders are made into safetensors first, by a process of its own.
+    """
+    seen = sources.opened(asked, _hub(settings), convert=_converter(settings) if allow_pickle else _as_it_is)
     made = plan.make(seen.recipe, seen.sources, seed=seed, shard_limit_bytes=shard_limit_bytes)
     return Planned(made, seen)
 
 
 def merge(
-    asked: recipe.Recipe, out: Path, settings: Settings, report: Show, *, device: str = "auto", seed: int = 0
+    asked: recipe.Recipe,
+    out: Path,
+    settings: Settings,
+    report: Show,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    allow_pickle: bool = False,
 ) -> Merged:
     """Plan, fetch what the plan reads, merge into `out`. Raises `bot.errors`."""
-    planned = plan_from_headers(asked, settings, seed=seed)
+    planned = plan_from_headers(asked, settings, seed=seed, allow_pickle=allow_pickle)
     here = sources.fetched(planned.plan, planned.opened, _hub(settings), settings, report)
     from bot.merge import stages
 
@@ -67,6 +89,16 @@ def merge(
         shown = named(report, "Merging")
         folders = {ref: each.folder for ref, each in here.items()}
         return stages.merge(planned.plan, folders, out, device=device, progress=shown, known=known)
+
+
+def _as_it_is(folder: Path) -> Path:
+    return folder
+
+
+def _converter(settings: Settings) -> Callable[[Path], Path]:
+    from bot.executors import unpickling
+
+    return functools.partial(unpickling.as_safetensors, settings=settings)
 
 
 def verify(model: str, settings: Settings, report: Show, *, device: str = "auto") -> Verdict:

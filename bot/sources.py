@@ -48,6 +48,7 @@ class Opened:
     sources: Mapping[ModelRef, Source]
     repos: Mapping[ModelRef, PinnedRepo]
     dropped: Mapping[ModelRef, tuple[str, ...]]
+    folders: Mapping[ModelRef, Path]  # of those that lie here
 
 
 def opened(
@@ -56,9 +57,11 @@ def opened(
     *,
     limits: Limits = OPERATOR,
     accept: Callable[[PinnedRepo], None] = lambda repo: None,
+    convert: Callable[[Path], Path] = lambda folder: folder,
 ) -> Opened:
     """Pin and open everything `asked` names. Strict limits (a stranger's) mean Hub repos only, and only files that are
-    safe to publish; `accept` may refuse a repo before any of its files is read.
+    safe to publish; `accept` may refuse a repo before any of its files is read. `convert` may put another folder in the
+    place of a local one: that of pickled weights made into safetensors.
 
     Raises Refused as the Hub and the reader of checkpoints do; Transient while the Hub is away.
     """
@@ -66,6 +69,7 @@ def opened(
     sources: dict[ModelRef, Source] = {}
     repos: dict[ModelRef, PinnedRepo] = {}
     dropped: dict[ModelRef, tuple[str, ...]] = {}
+    folders: dict[ModelRef, Path] = {}
     for ref in asked.repos:
         folder = None if limits.strict else local_folder(ref)
         pins[ref] = ref
@@ -79,14 +83,15 @@ def opened(
             continue
         files: Files
         if folder is not None:
-            files = LocalFiles(folder)
+            folders[pin] = convert(folder)
+            files = LocalFiles(folders[pin])
         elif limits.strict:
             files = harmless = hub().files(repos[pin].repo, repos[pin].revision).harmless()
             dropped[pin] = harmless.left_out
         else:
             files = hub().files(repos[pin].repo, repos[pin].revision)
         sources[pin] = open_source(files, limits=limits, name=str(ref))
-    return Opened(asked.pinned(pins), sources, repos, dropped)
+    return Opened(asked.pinned(pins), sources, repos, dropped, folders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +117,8 @@ def fetched(
     out: dict[ModelRef, Fetched] = {}
     for ref, ranges in wanted.items():
         if ref not in source_of.repos:
-            folder = local_folder(ref)
-            if folder is None:
+            folder = source_of.folders.get(ref)
+            if folder is None or not folder.is_dir():
                 raise Failed("SOURCE_CHANGED_OR_GONE", f"{ref} is gone.", "Plan again.", value=str(ref))
             out[ref] = Fetched(folder, {})
             continue

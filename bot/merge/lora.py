@@ -30,6 +30,7 @@ from bot.merge.header import TensorInfo, refuse
 from bot.merge.patterns import BadPattern
 from bot.merge.spec import ModelRef, Recipe
 
+_HEAD = "lm_head"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -172,8 +173,11 @@ class _Fitting:
 
     def fitted(self) -> Checkpoint:
         modules, saved = self._sorted()
+        for module in modules:
+            if module.endswith(_HEAD) and f"{module}.weight" not in self.tensors:
+                self._give_head(f"{module}.weight")
         wanted = [*(f"{module}.weight" for module in modules), *saved]
-        names = _located(wanted, self.model.tensors)
+        names = _located(wanted, self.tensors)
         self._note_names(names)
         for name, tensor in saved.items():
             self._replace(names.get(name), name, tensor)
@@ -259,7 +263,7 @@ class _Fitting:
 
     def _replace(self, own: str | None, name: str, tensor: TensorInfo) -> None:
         """Put a tensor that the adapter saved whole in the place of the model's."""
-        if own is None and name.endswith("lm_head.weight") and self._untie(name, tensor):
+        if own is None and name.endswith(f"{_HEAD}.weight") and self._untie(name, tensor):
             own = name
         elif own is None:
             self._stray(tensor.name)
@@ -273,9 +277,19 @@ class _Fitting:
         rows = {tensor.shape for key, tensor in self.model.tensors.items() if _VOCABULARY.search(key)}
         if head.shape not in rows:
             return False
-        self.config = {**self.config, "tie_word_embeddings": False}
-        self.notices.append(f"{self.ref}: the adapter brings {name} of its own, so the head is no longer tied")
+        self._note_untied(name)
         return True
+
+    def _give_head(self, name: str) -> None:
+        """An adapted head of a model that ties its own: the embedding, adapted as a head only."""
+        embeddings = [tensor for key, tensor in self.model.tensors.items() if _VOCABULARY.search(key)]
+        if len(embeddings) == 1:
+            self.tensors[name] = replace(embeddings[0], name=name)
+            self._note_untied(name)
+
+    def _note_untied(self, name: str) -> None:
+        self.config = {**self.config, "tie_word_embeddings": False}
+        self.notices.append(f"{self.ref}: the adapter changes {name} by itself, so the head is no longer tied")
 
     def _note_base(self) -> None:
         told, here = self.adapter.config.trained_on, self.ref.bare.path

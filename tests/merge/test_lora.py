@@ -185,6 +185,17 @@ def test_a_saved_head_unties_a_model_that_shares_its_embedding(models: Path) -> 
     assert bool((through(models)["lm_head.weight"] == 1).all())
 
 
+def test_an_adapted_head_of_a_tied_model_changes_the_head_only(models: Path) -> None:
+    base = llama_tensors(0, tied=True)
+    save(models / "base", base)
+    tensors = factors("lm_head", VOCABULARY, HIDDEN)
+    adapter(models / "adapter", tensors)
+    result = through(models)
+    product = tensors["lm_head.lora_B.weight"].double() @ tensors["lm_head.lora_A.weight"].double()
+    agree(result["lm_head.weight"], base["model.embed_tokens.weight"].double() + 1.5 * product)
+    only_differs(result, base, set())
+
+
 def test_a_base_and_the_same_base_with_its_adapter_are_two_models(models: Path) -> None:
     tensors = factors(Q, HIDDEN, HIDDEN)
     adapter(models / "adapter", tensors)
