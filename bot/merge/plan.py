@@ -16,18 +16,17 @@ from bot.merge.architecture import infer, is_head
 from bot.merge.checkpoint import INDEX, Checkpoint
 from bot.merge.layout import arrange
 from bot.merge.lora import Adapter, models_of
+from bot.merge.memory import memory_of
 from bot.merge.notices import Notes
 from bot.merge.output_config import output_config
 from bot.merge.spec import ModelRef, Notice, Recipe
 from bot.merge.steps import Work, work_of
 from bot.merge.tokenizer import Alignment, align, remapped_ids
 
-NUMERICS_VERSION = 1  # raised whenever the same plan would give other bytes
+NUMERICS_VERSION = 2  # raised whenever the same plan would give other bytes
 BASE_MEMORY_BYTES = 300 * 2**20  # an interpreter with torch imported and warm: measured, without any tensor
 WORKERS = 2  # tensors worked on at a time
 SHARD_LIMIT_BYTES = 5_000_000_000
-CHUNK_ELEMENTS = 2**18
-WHOLE_TENSOR = frozenset({"nuslerp", "model_stock", "arcee_fusion", "sce", "ramplus_tl"})  # in some or all settings
 METADATA = {"format": "pt"}
 
 # Files that belong to the model as much as its weights do: those of its tokenizer, and others.
@@ -250,7 +249,7 @@ def _finish(
     read = dict.fromkeys(part for ref in recipe.sources for part in (ref.bare, ref.lora) if part is not None)
     sources = tuple(_planned_source(ref, _roles(recipe, ref), asked.opened[ref]) for ref in read)
     small_bytes = len(small.config) + sum(map(len, small.texts.values())) + sum(c.nbytes for c in small.copies)
-    memory = sorted((_memory(step.work) for step in steps), reverse=True)
+    memory = sorted((memory_of(step.work) for step in steps), reverse=True)
     return Plan(
         recipe=recipe,
         seed=asked.seed,
@@ -374,17 +373,3 @@ def _roles(recipe: Recipe, ref: ModelRef) -> tuple[str, ...]:
     if ref == recipe.donor.bare:
         roles.append("config and tokenizer")
     return tuple(roles)
-
-
-def _memory(work: Work) -> int:
-    """Bytes one tensor needs while it is merged: stored inputs, the output, and the work space of its method."""
-    stored = sum(operand.nbytes for operand in work.reads)
-    out = work.elements * work.dtype.itemsize
-    widened = 4 * work.elements * len(work.operands) + 4 * stored if work.aligned is not None else 0
-    if work.action != "merge":
-        return stored + out + widened
-    count = len(work.operands)
-    if work.method in WHOLE_TENSOR:
-        return stored + out + widened + 4 * work.elements * (3 * count + 5)
-    chunks = 8 * min(work.elements, CHUNK_ELEMENTS) * (2 * count + 10)
-    return stored + out + widened + chunks

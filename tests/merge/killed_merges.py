@@ -1,8 +1,9 @@
 """Run by test_writing.py as its own process: merges that are killed with SIGKILL and run again.
 
 usage: killed_merges.py FOLDER RECIPE POINT...
-A point is a number K: the process dies when K tensors are done, other workers being anywhere in theirs. Prints one
-JSON line: digests of the undisturbed output, and per point what happened and the digests of the resumed output.
+A point is EVENT:K, the K-th time that the engine tells of that event; the process dies there, other threads being
+anywhere in their work. Prints one JSON line: digests of the undisturbed output, and per point what happened and the
+digests of the resumed output.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -25,21 +27,20 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
-def child(text: str, folder: Path, out: Path, kill_after: int | None) -> int:
-    """Fork a real process that merges, and dies by SIGKILL after `kill_after` tensors; returns its wait status."""
+def child(text: str, folder: Path, out: Path, point: str | None) -> int:
+    """Fork a real process that merges, and dies by SIGKILL at `point`; returns its wait status."""
     pid = os.fork()
     if pid == 0:
-        seen = 0
+        seen: Counter[str] = Counter()
 
-        def progress(done: int, total: int, name: str) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == kill_after:
+        def on_event(event: str) -> None:
+            seen[event] += 1
+            if f"{event}:{seen[event]}" == point:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         code = 1
         try:
-            merge(text, folder, out, progress=progress, sync_bytes=600, shard_limit_bytes=3000)
+            merge(text, folder, out, on_event=on_event, sync_bytes=600, shard_limit_bytes=3000)
             code = 0
         finally:
             os._exit(code)
@@ -52,10 +53,11 @@ def main() -> None:
     assert child(text, folder, folder / "whole", None) == 0
     report = {"whole": digests(folder / "whole"), "points": {}}
     for point in sys.argv[3:]:
-        out = folder / f"killed-{point}"
-        first = child(text, folder, out, int(point))
+        name = "killed-" + point.replace(":", "-")
+        out = folder / name
+        first = child(text, folder, out, point)
         appeared = out.exists()
-        journal = (folder / f"killed-{point}.partial" / "journal").read_bytes().count(b"\n")
+        journal = (folder / f"{name}.partial" / "journal").read_bytes().count(b"\n")
         second = child(text, folder, out, None)
         report["points"][point] = {
             "signal": os.WTERMSIG(first), "appeared": appeared, "journal_lines": journal, "second": second,

@@ -51,7 +51,8 @@ def test_a_merged_model_loads_in_transformers_and_is_the_average(models: Path) -
 @pytest.mark.slow
 def test_killed_anywhere_it_continues_and_ends_with_the_same_bytes(models: Path) -> None:
     (models / "recipe.yml").write_text(TIES)
-    points = ["1", "2", "5", "9", "13", "18", "22", "26", "29", "30"]
+    points = [f"merge.after_step:{k}" for k in (1, 2, 9, 18, 26, 30)]
+    points += ["writer.after_journal:1", "writer.after_journal:2", "writer.before_rename:1"]
     runner = Path(__file__).parent / "killed_merges.py"
     done = subprocess.run(
         [sys.executable, str(runner), str(models), str(models / "recipe.yml"), *points],

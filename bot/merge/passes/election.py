@@ -70,7 +70,7 @@ class Election:
 
     def _plus(self, up: Tensor, down: Tensor) -> Tensor:
         """1 where plus is elected, else 0. A draw (sides equal up to rounding) elects plus."""
-        balance = torch.sub(up, down, out=self._part).mul_(CANCELS).add_(torch.add(up, down, out=self._votes[0]))
+        balance = torch.sub(up, down, out=self._part).mul_(CANCELS).add_(self._votes[0].copy_(up).add_(down))
         return torch.ge(balance, 0, out=self._votes[0])
 
     def _side(self, plus: Tensor, up: Tensor, down: Tensor) -> Tensor:

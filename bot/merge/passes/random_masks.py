@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bot.merge.memory import BITS_LIMIT_BYTES
 from bot.merge.methods.masks import GOLDEN, MIX_1, MIX_2
 from bot.merge.passes.inputs import Inputs
 
 Array = NDArray[Any]
 Keep = Callable[[Tensor, int], Tensor]  # a flat piece of a delta, its start -> what to keep, uint8 or bool
 TILE = 2**15  # draws made at a time; 256 KiB, so that all rounds stay in the cache
-BITS_LIMIT_BYTES = 2**25  # bits kept per mask at most; beyond, the second pass draws again
 
 
 class Mask:
@@ -73,24 +73,31 @@ def by_rank(density: float, epsilon: float, key: int, width: int) -> Keep:
     """
     if width == 1:
         return by_chance(density, key)
-    low, high = math.ceil((density - epsilon) * 2**24), math.ceil((density + epsilon) * 2**24)
+    low, high = (math.ceil(p * 2**24) for p in (density - epsilon, density + epsilon))
+
+    def rank(draws: Any) -> Any:
+        """Which element of the sorted row must be smaller."""
+        q = (draws * 2.0**-24 - (density - epsilon)) * ((width - 1) / (2 * epsilon or 1.0))
+        return q.clip(0, width - 2)
 
     def keep(delta: Tensor, start: int) -> Tensor:
         sizes = delta.abs()
         if delta.device.type == "cpu":
-            ordered = torch.from_numpy(np.sort(sizes.numpy().reshape(-1, width), -1)).view(-1)
-            draws = torch.empty(delta.numel(), dtype=torch.int32)
+            magnitudes, draws = sizes.numpy(), np.empty(delta.numel(), dtype=np.uint32)
             for at, part in _draws(key, start, delta.numel()):
-                draws.numpy()[at : at + len(part)] = part
-        else:
-            ordered = sizes.view(-1, width).sort(-1).values.view(-1)
-            draws = torch_draws(key, start, delta.numel(), delta.device).int()
-        kept = (draws < low).to(torch.uint8)
-        between = ((draws >= low) & (draws < high)).nonzero().squeeze(1)
-        q = (draws[between].double() * 2.0**-24 - (density - epsilon)) / (2 * epsilon or 1.0) * (width - 1)
-        place = between - between % width + q.long().clamp_(0, width - 2)
-        kept[between] = (sizes[between] > ordered[place]).to(torch.uint8)
-        return kept
+                draws[at : at + len(part)] = part
+            kept = draws < low
+            between = np.flatnonzero(draws - np.uint32(low) < np.uint32(high - low))  # wraps below low
+            place = between - between % width + rank(draws[between].astype(np.float64)).astype(np.int64)
+            ordered = np.sort(magnitudes.reshape(-1, width), -1).reshape(-1)
+            kept[between] = magnitudes[between] > ordered[place]
+            return torch.from_numpy(kept.view(np.uint8))
+        drawn = torch_draws(key, start, delta.numel(), delta.device)
+        chosen = drawn < low
+        inside = ((drawn >= low) & (drawn < high)).nonzero().squeeze(1)
+        rows = sizes.view(-1, width).sort(-1).values.view(-1)
+        chosen[inside] = sizes[inside] > rows[inside - inside % width + rank(drawn[inside].double()).long()]
+        return chosen
 
     return keep
 

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bot.merge.memory import GATHERED
 from bot.merge.methods.reductions import Selection, bucket
 from bot.merge.passes.elementwise import shrunk
 from bot.merge.passes.inputs import Inputs, Piece
 
 Magnitudes = Callable[[Piece], Sequence[Tensor]]  # one flat tensor per column, none of them negative
 Array = NDArray[Any]
-GATHERED = 2**23  # elements gathered per threshold at most
 SMALL = 2**18  # tensors up to this size are gathered whole
 
 
@@ -62,7 +62,7 @@ def _around(sample: Array, share: float) -> tuple[float, float]:
     size = len(sample)
     slack = 5 * math.sqrt(share * (1 - share) / size) + 0.004
     low, high = int(size * (1 - share - slack)), int(size * (1 - share + slack))
-    ordered = np.partition(sample, [min(max(low, 0), size - 1), min(max(high, 0), size - 1)])
+    ordered = np.sort(sample)
     return (float(ordered[low]) if low >= 0 else -1.0), (float(ordered[high]) if high < size else math.inf)
 
 
@@ -105,7 +105,7 @@ class _Bracket:
             rest -= self._gathered
             return Selection(self.low, rest, self._at_low - rest) if rest <= self._at_low else None
         between = np.concatenate(self._between)
-        between.partition(len(between) - rest)
+        between.sort()  # faster than a partition where many are equal
         threshold = between[len(between) - rest]
         equal = rest - int(np.count_nonzero(between > threshold))
         return Selection(float(threshold), equal, int(np.count_nonzero(between == threshold)) - equal)

@@ -1,0 +1,52 @@
+"""A merge takes the memory its plan promises, and no whole tensor ever stands in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import llama_tensors, save
+
+ROWS, WIDTH = 12_000, 2048  # one tensor of 98 MB in float32
+PARENTS = "models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.3}}]"
+BASE = "base_model: base\n"
+RECIPES = {
+    "linear": PARENTS,
+    "nuslerp": f"{PARENTS}\nparameters: {{nuslerp_flatten: false, nuslerp_row_wise: true}}",
+    "karcher": PARENTS,
+    "model_stock": f"{BASE}{PARENTS}\nparameters: {{filter_wise: true}}",
+    "breadcrumbs_ties": f"{BASE}{PARENTS}\nparameters: {{density: 0.4, gamma: 0.1, rescale: true}}",
+    "della": f"{BASE}{PARENTS}\nparameters: {{density: 0.5}}",
+    "sce": f"{BASE}{PARENTS}\nparameters: {{select_topk: 0.5}}",
+    "arcee_fusion": f"{BASE}models: [{{model: a}}]",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    for seed, name in enumerate(("base", "a", "b")):
+        draw = torch.Generator().manual_seed(seed)
+        tensors = llama_tensors(seed, layers=1)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.randn(ROWS, WIDTH, generator=draw)
+        save(folder / name, tensors)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_merge_takes_no_more_memory_than_its_plan_says(method: str, models: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: {method}\n{RECIPES[method]}\n")
+    runner = Path(__file__).parent / "measured_merge.py"
+    done = subprocess.run(
+        [sys.executable, str(runner), str(models), str(recipe), str(tmp_path / "out")],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured["peak"] <= measured["planned"]
+    assert measured["planned"] < 600e6, "three inputs alone have 295 MB and the output 98 MB"
