@@ -93,7 +93,6 @@ def test_thirty_thousand_tensors_of_an_unknown_family_are_planned_in_five_second
     count = min([len(save(tmp_path / name, seed, 4800)) for seed, name in enumerate(("base", "a"))])
     assert count > 30_000
     texts = {
-        "linear": "merge_method: linear\nmodels: [{model: base}, {model: a}]\nparameters: {weight: 1}",
         "ties": "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\nparameters: {weight: 1, density: 0.5}",
         "passthrough": "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 4800]}]}]",
     }
