@@ -123,6 +123,7 @@ def hub(
 def plan(
     recipe: Recipe,
     seed: Seed = 0,
+    tensor: Annotated[Optional[str], typer.Option(help="Show what the recipe comes to for this tensor.")] = None,  # noqa: UP045
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     unknown_keys: UnknownKeys = "refuse",
     allow_pickle: AllowPickle = False,
@@ -132,7 +133,10 @@ def plan(
 
     asked = operator.read_recipe(recipe, unknown_keys=unknown_keys)
     made = operator.plan_from_headers(asked, settings(), seed=seed, allow_pickle=allow_pickle)
-    screens.plan(made.plan.summary(), as_json=as_json)
+    if tensor is None:
+        screens.plan(made.plan.summary(), as_json=as_json)
+    else:
+        screens.tensor(made.plan.values_of(tensor), as_json=as_json)
 
 
 @app.command(rich_help_panel=STEP)

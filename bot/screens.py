@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from bot.policy import gigabytes
 from bot.progress import Show
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from evaluators.scores import ModelEvaluation
 
 console = Console()
+_INPUT = ("model", "tensor", "dtype", "base")  # what `Plan.values_of` says of an input beside its parameters
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
         ("memory at most", gigabytes(summary["peak_memory_bytes"])),
         ("dtypes", ", ".join(f"{dtype} {gigabytes(size)}" for dtype, size in summary["dtypes"].items())),
         ("values", "\n".join(f"{name}: {value}" for name, value in summary["values"].items())),
-        ("recipe digest", str(summary["recipe_digest"])),
+        ("recipe digest", str(summary["recipe_digest"])[:16]),
     )
     for name, value in rows:
         if value:
@@ -65,6 +66,21 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
     console.print(table)
     for notice in summary["notices"]:
         console.print(f"[yellow]note[/yellow] {escape(notice['text'])}")
+
+
+def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
+    """What a recipe comes to for one tensor: a row an input, with its parameters."""
+    if as_json:
+        console.print_json(json.dumps(values))
+        return
+    shared = ", ".join(f"{name} {value}" for name, value in values["parameters"].items())
+    title = f"{values['tensor']}  {values['shape']} {values['dtype']}: {values['does']}" + (f" ({shared})" * bool(shared))
+    names = list(dict.fromkeys(name for each in values["inputs"] for name in each if name not in _INPUT))
+    table = Table("input", "dtype", *names, Column("its tensor", overflow="fold"), title=escape(title))
+    for each in values["inputs"]:
+        given = (f"{each[name]:g}" if name in each else "" for name in names)
+        table.add_row(escape(each["model"] + " (base)" * each["base"]), each["dtype"], *given, escape(each["tensor"]))
+    console.print(table)
 
 
 def merged(result: Any, out: Path) -> None:
