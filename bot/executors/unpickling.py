@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from bot.errors import Failed, Refused
-from bot.merge.checkpoint import INDEX, LocalFiles, shard_like
+from bot.merge.checkpoint import INDEX, LocalFiles, read_json, shard_like
 from bot.merge.header import OPERATOR
 from bot.merge.pickled import REFUSED, converted_name, pickles
 from bot.settings import Settings, child_environment
@@ -83,11 +83,9 @@ def _run(sources: list[Path], into: Path, folder: Path, settings: Settings) -> N
 
 def _write_index(files: LocalFiles, sizes: dict[str, int], into: Path) -> None:
     """The index of several shards, with the names their files have now."""
-    from bot.merge.checkpoint import read_json
-
     if _PICKLED_INDEX not in sizes:
         return
-    index, _ = read_json(files, sizes, _PICKLED_INDEX, str(files), OPERATOR.index_bytes)
+    index, _ = read_json(files, sizes, _PICKLED_INDEX, str(files), OPERATOR)
     mapped = index.get("weight_map")
     if not isinstance(mapped, dict) or not all(isinstance(shard, str) for shard in mapped.values()):
         raise Refused("BAD_CHECKPOINT", f"{files}: {_PICKLED_INDEX} has no weight_map.", "Use safetensors.")

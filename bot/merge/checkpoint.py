@@ -144,6 +144,8 @@ def open_checkpoint(files: Files, *, limits: Limits = OPERATOR, name: str | None
     config = _config(files, sizes, label, limits)
     mapped, total = _index(files, sizes, label, limits)
     shards = sorted(set(mapped.values())) if mapped else _shards_without_index(sizes, label)
+    if len(shards) > limits.shards:
+        refuse(label, f"is split over {len(shards):,} shards; the limit is {limits.shards:,}.")
     tensors: dict[str, TensorInfo] = {}
     headers: dict[str, tuple[int, str]] = {}
     for shard in shards:
@@ -190,7 +192,7 @@ def _text(files: Files, sizes: Mapping[str, int], name: str, limit_bytes: int) -
         refuse(f"{files}: {name}", "is not UTF-8 text.")
 
 
-def _json_object(text: str, where: str) -> dict[str, Any]:
+def _json_object(text: str, where: str, depth: int) -> dict[str, Any]:
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(items)
         if len(out) != len(items):
@@ -203,7 +205,24 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
         refuse(where, "is not JSON.")
     if not isinstance(loaded, dict):
         refuse(where, "is not a JSON object.")
+    if _deeper(loaded, depth):
+        refuse(where, f"nests deeper than {depth} levels.")
+    try:  # \\ud800 is a character in JSON, but in no file
+        json.dumps(loaded, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        refuse(where, "holds text that is not valid Unicode.")
     return loaded
+
+
+def _deeper(value: object, depth: int) -> bool:
+    """Whether lists and objects nest deeper than `depth`; what comes later walks them by recursion."""
+    level: list[object] = [value]
+    for _ in range(depth):
+        parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [inner for part in parts for inner in part]
+        if not level:
+            return False
+    return True
 
 
 def shard_like(name: str) -> bool:
@@ -212,13 +231,13 @@ def shard_like(name: str) -> bool:
 
 
 def read_json(
-    files: Files, sizes: Mapping[str, int], name: str, label: str, limit_bytes: int
+    files: Files, sizes: Mapping[str, int], name: str, label: str, limits: Limits
 ) -> tuple[dict[str, Any], str]:
     """A JSON object of a source and its text. Refuses a key given twice, and what is too large or no object."""
-    text = _text(files, sizes, name, limit_bytes)
+    text = _text(files, sizes, name, limits.index_bytes if name.endswith(".index.json") else limits.config_bytes)
     if text is None:
         refuse(label, f"has no {name}.")
-    return _json_object(text, f"{label}: {name}"), text
+    return _json_object(text, f"{label}: {name}", limits.depth), text
 
 
 def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> dict[str, Any]:
@@ -232,12 +251,15 @@ def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) 
         )
     if text is None:
         refuse(label, "has no config.json.")
-    config = _json_object(text, f"{label}: config.json")
+    config = _json_object(text, f"{label}: config.json", limits.depth)
     if limits.strict and "auto_map" in config:
         raise Refused(
             "NEEDS_REMOTE_CODE", f"{label} ships its own modelling code; the bot never runs it.",
             "Use a model of an architecture that transformers itself has.", value=label,
         )  # fmt: skip
+    kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        refuse(f"{label}: config.json", "has a model_type that is not text.")
     return config
 
 
@@ -246,7 +268,7 @@ def _index(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -
     text = _text(files, sizes, INDEX, limits.index_bytes)
     if text is None:
         return {}, None
-    index = _json_object(text, where)
+    index = _json_object(text, where, limits.depth)
     mapped = index.get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         refuse(where, "has no weight_map.")

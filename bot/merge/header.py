@@ -29,10 +29,12 @@ class Limits:
     metadata_bytes: int = 64 * 2**10
     rank: int = 8
     dimension: int = 2**31
+    shards: int = 1_000
+    depth: int = 64  # of nested JSON
 
 
 STRANGER = Limits(header_bytes=8 * 2**20, tensors=50_000, strict=True)
-OPERATOR = Limits(header_bytes=100_000_000, tensors=1_000_000, strict=False, index_bytes=100_000_000)
+OPERATOR = Limits(header_bytes=100_000_000, tensors=1_000_000, strict=False, index_bytes=100_000_000, shards=100_000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -31,6 +31,7 @@ from bot.merge.patterns import BadPattern
 from bot.merge.spec import ModelRef, Recipe
 
 _HEAD = "lm_head"
+_PREFIXES_LIMIT = 10_000
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -100,7 +101,7 @@ def open_adapter(files: Files, *, limits: Limits = OPERATOR, name: str | None = 
     SOURCE_NOT_SAFETENSORS."""
     label = name or str(files)
     sizes = files.sizes()
-    loaded, text = read_json(files, sizes, CONFIG, label, limits.config_bytes)
+    loaded, text = read_json(files, sizes, CONFIG, label, limits)
     meaning = lora_config(loaded, label)
     if WEIGHTS not in sizes:
         only = next((file for file in sorted(sizes) if file.startswith("adapter_model")), None)
@@ -207,12 +208,20 @@ class _Fitting:
             name = full.removeprefix(PREFIX)
             match = _FACTOR.fullmatch(name)
             if match is not None and match["leaf"] != ".bias":
-                modules.setdefault(match["module"], _Module()).parts[match["part"]] = tensor
+                parts = modules.setdefault(match["module"], _Module()).parts
+                self._once(match["part"] in parts, full)
+                parts[match["part"]] = tensor
             elif "lora_" in name or "token_adapter" in name:
                 self._stray(full)
             else:
-                saved[_SAVED.sub("", name)] = tensor
+                own = _SAVED.sub("", name)
+                self._once(own in saved, full)
+                saved[own] = tensor
         return modules, saved
+
+    def _once(self, twice: bool, name: str) -> None:
+        if twice:
+            refuse(f"{self.adapter.name}: {WEIGHTS}", f"gives `{name[:120]}` twice, under two spellings.")
 
     def _patch(self, module: str, found: _Module, weight: TensorInfo, turned: bool) -> LowRank:
         embedding = "lora_embedding_A" in found.parts
@@ -343,14 +352,29 @@ def _located(wanted: Iterable[str], stored: Mapping[str, TensorInfo]) -> dict[st
     stacks = {name[: match.start()] for name in stored if (match := _LAYER.search(name)) is not None}
     for prefix, names in missing.items():
         if not prefix:
-            ends = {name: [own for own in stored if _one_ends_the_other(own, name)] for name in names}
-            found.update({name: own[0] for name, own in ends.items() if len(own) == 1})
+            found.update(_by_their_ends(names, stored))
             continue
+        if len(missing) * len(stacks) > _PREFIXES_LIMIT:
+            continue  # no model has so many stacks
         fitting = [s for s in sorted(stacks) if all(s + name.removeprefix(prefix) in stored for name in names)]
         if len(fitting) == 1:
             found.update({name: fitting[0] + name.removeprefix(prefix) for name in names})
     return found
 
 
-def _one_ends_the_other(one: str, other: str) -> bool:
-    return one.endswith("." + other) or other.endswith("." + one)
+def _by_their_ends(names: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
+    """For each name the stored one that ends with it, or that it ends with, if there is exactly one."""
+    whole = set(stored)
+    longer: dict[str, list[str]] = {}
+    for own in whole:
+        for end in _ends(own):
+            longer.setdefault(end, []).append(own)
+    found = {name: [*longer.get(name, ()), *(end for end in _ends(name) if end in whole)] for name in names}
+    return {name: own[0] for name, own in found.items() if len(own) == 1}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What follows each dot of a name, up to eight parts of it."""
+    parts = name.split(".")
+    for i in range(max(1, len(parts) - 8), len(parts) - 1):
+        yield ".".join(parts[i:])

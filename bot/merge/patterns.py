@@ -18,8 +18,9 @@ _CLASSES: dict[str, Callable[[str], bool]] = {
     "w": lambda c: c.isalnum() or c == "_",
     "s": str.isspace,
 }
+EXPRESSIONS_LIMIT = 256  # patterns that are more than a name
 PATTERN_LIMIT = 200  # characters of one pattern
-WORK_LIMIT = 50_000_000  # states times characters, over all patterns and names
+WORK_LIMIT = 20_000_000  # states times characters, over all patterns and names: a few seconds at worst
 
 
 class BadPattern(Exception):
@@ -227,17 +228,25 @@ class Patterns:
         self._plain: dict[str, tuple[int, float]] = {}
         self._machines: list[tuple[int, _Machine, float]] = []
         self._work = 0
+        self._known: dict[str, float | None] = {}
         for order, (pattern, value) in enumerate(values.items()):
             if len(pattern) > PATTERN_LIMIT:
                 raise BadPattern(f"is longer than {PATTERN_LIMIT} characters")
             if _PLAIN.fullmatch(pattern):
                 self._plain[pattern] = (order, value)
+            elif len(self._machines) == EXPRESSIONS_LIMIT:
+                raise BadPattern(f"is one more than the {EXPRESSIONS_LIMIT} expressions that are read")
             else:
                 self._machines.append((order, _Machine(pattern), value))
         self._states = sum(len(machine.states) for _, machine, _ in self._machines)
 
     def value(self, module: str) -> float | None:
         """The value for a module by its full name, None if no pattern matches."""
+        if module not in self._known:
+            self._known[module] = self._match(module)
+        return self._known[module]
+
+    def _match(self, module: str) -> float | None:
         parts = module.split(".")
         ends = ["^" + module, *(".".join(parts[i:]) for i in range(len(parts)))]
         found = [self._plain[end] for end in ends if end in self._plain]

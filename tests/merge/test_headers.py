@@ -17,8 +17,9 @@ from safetensors import SafetensorError, deserialize
 from tiny_checkpoints import llama_tensors, save
 
 from bot.errors import MergebotError, Refused
+from bot.merge.architecture import infer
 from bot.merge.checkpoint import OPERATOR, STRANGER, LocalFiles, open_checkpoint
-from bot.merge.header import header_length, parse
+from bot.merge.header import Limits, header_length, parse
 
 INDEX = "model.safetensors.index.json"
 
@@ -256,6 +257,75 @@ def test_shards_without_index_and_repeated_tensors_are_refused(tmp_path: Path) -
 def test_quantised_weights_and_remote_code_are_refused(config: dict[str, Any], code: str, tmp_path: Path) -> None:
     save(tmp_path / "m", llama_tensors(0), **config)
     assert refusal(tmp_path / "m", limits=STRANGER).code == code
+
+
+SENTENCES = {
+    "seven bytes": "too short", "header longer than the file": "is truncated", "length of 2^63": "the limit is",
+    "truncated": "is truncated", "trailing bytes": "bytes after its last tensor", "overlap": "overlap before `b`",
+    "hole": "hole before `b`", "duplicate key": "describes `a` twice", "huge dimension with none": "shape out of range",
+    "shape overflow": "shape out of range", "no tensors": "holds no tensors", "not JSON": "not JSON",
+    "negative offset": "number out of range", "a fraction": "not whole", "true as size": "shape out of range",
+    "unknown type": "`F7`", "wrong size": "where its shape needs 16", "extra key": "dtype, shape and data_offsets",
+    "metadata of numbers": "metadata that is not text", "much metadata": "bytes of metadata",
+    "a name with a newline": "the name `a\\nb`",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+@pytest.mark.parametrize("limits", [STRANGER, OPERATOR], ids=["stranger", "operator"])
+def test_every_hostile_header_gets_its_own_sentence(name: str, limits: Limits, tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", llama_tensors(0))
+    (folder / "model.safetensors").write_bytes(HOSTILE[name])
+    error = refusal(folder, limits=limits)
+    assert error.code == "BAD_CHECKPOINT"
+    assert "model.safetensors" in error.message
+    assert SENTENCES[name] in error.message
+    assert error.next_step
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", "not a JSON object"),
+        ("{", "not JSON"),
+        ("\x00", "not JSON"),
+        ('{"a": 1, "a": 2}', "a key twice"),
+        ('{"a": {"b": 1, "b": 2}}', "a key twice"),
+        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "deeper than 64"),
+        ('{"a": ' + "[" * 100_000, "not JSON"),
+        ('{"a": "\\ud800"}', "not valid Unicode"),
+        ('{"model_type": ["llama"]}', "model_type"),
+        ('{"a": "' + "x" * (4 * 2**20) + '"}', "the limit is 4,194,304"),
+        ('{"a": 1' + "0" * 5000 + "}", "not JSON"),
+    ],
+)
+def test_a_hostile_config_is_refused_by_name(text: str, said: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", llama_tensors(0))
+    (folder / "config.json").write_text(text)
+    for limits in (STRANGER, OPERATOR):
+        error = refusal(folder, limits=limits)
+        assert error.code == "BAD_CHECKPOINT"
+        assert "config.json" in error.message
+        assert said in error.message
+
+
+@pytest.mark.parametrize("layers", [0, -1, 3, 10**9, "2", None, 2.0, [2], True])
+def test_a_config_that_lies_about_its_layers_is_refused_or_outvoted(layers: object, tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", llama_tensors(0), num_hidden_layers=layers)
+    opened = open_checkpoint(LocalFiles(folder), limits=STRANGER)
+    if isinstance(layers, int):
+        with pytest.raises(Refused) as caught:
+            infer(opened)
+        assert caught.value.code == "TENSOR_MISSING"
+    else:
+        assert len(infer(opened).main.layers) == 2
+
+
+def test_more_shards_than_any_model_has_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", llama_tensors(0), shards=2)
+    weight_map = {f"t{i}": f"model-{i}.safetensors" for i in range(1001)}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "1,001 shards" in refusal(folder, limits=STRANGER).message
 
 
 def test_an_adapter_is_not_taken_for_a_model(tmp_path: Path) -> None:

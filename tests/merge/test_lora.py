@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_checkpoints import HIDDEN, INNER, VOCABULARY, llama_tensors, load, merge, plan_of, save
 
-from bot.errors import Refused
+from bot.errors import Failed, Refused
 from bot.merge import checkpoint, lora
 from bot.merge.lora import Adapter
 from bot.merge.lora_rows import PatchedView, stored_tensor
@@ -333,6 +334,85 @@ def test_a_pattern_made_to_run_for_ever_is_read_in_no_time(models: Path) -> None
     planned, _ = plan_of(ALONE.format("base+adapter"), models)
     patched = [operand.patch for step in planned.steps for operand in step.work.operands if operand.patch is not None]
     assert [patch.scale for patch in patched] == [1.5]
+
+
+def test_a_tensor_given_twice_under_two_spellings_is_refused(models: Path) -> None:
+    tensors = {"model.norm.weight": torch.ones(8), "model.norm.modules_to_save.weight": torch.zeros(8)}
+    adapter(models / "adapter", tensors)
+    assert "twice" in refused(models).message
+    tensors = factors(Q, HIDDEN, HIDDEN)
+    tensors[f"{Q}.lora_A.default.weight"] = torch.ones(2, HIDDEN)
+    adapter(models / "adapter", tensors)
+    assert "twice" in refused(models).message
+
+
+def test_thousands_of_stray_names_are_refused_as_quickly_as_one(models: Path) -> None:
+    adapter(models / "adapter", {f"stray{i}.x.weight": torch.ones(1) for i in range(20_000)})
+    started = time.process_time()
+    assert refused(models).code == "TENSOR_MISSING"
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("count", [200, 4000])
+def test_patterns_that_would_cost_too_much_together_are_refused(count: int, models: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for i in range(40):
+        tensors |= factors(layer(i, "self_attn.q_proj"), 8, 8)
+    save(models / "base", llama_tensors(0, layers=40))
+    adapter(models / "adapter", tensors, rank_pattern={"(.*)" * 49 + str(i): 2 for i in range(count)})
+    started = time.process_time()
+    error = refused(models)
+    assert time.process_time() - started < 15
+    assert error.code == "BAD_CHECKPOINT"
+    assert "rank_pattern" in error.message
+
+
+def test_a_nan_in_an_adapter_counts_as_one_of_the_source_as_written(models: Path) -> None:
+    tensors = factors(Q, HIDDEN, HIDDEN)
+    tensors[f"{Q}.lora_B.weight"][3, 0] = math.nan
+    adapter(models / "adapter", tensors)
+    merged = merge(ALONE.format("base+adapter"), models, models / "out")
+    assert next(n.text for n in merged.notices if n.code == "NOT_FINITE").startswith("base+adapter")
+    with pytest.raises(Failed) as caught:
+        merge(ALONE.format("base+adapter"), models, models / "again", on_nonfinite="fail")
+    assert caught.value.code == "NOT_FINITE"
+    assert f"{Q}.weight" in caught.value.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rslora", "patterns", "dora", "embedding", "saved", "bias", "gpt2"])
+def test_the_peft_library_merges_the_same(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    size = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, attention_bias=True, **size)
+    gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)
+    options: dict[str, dict[str, Any]] = {
+        "rslora": {"target_modules": "all-linear", "use_rslora": True},
+        "patterns": {
+            "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2, r"layers\.[01]\.mlp\.up_proj": 6},
+            "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 1},
+        },
+        "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+        "embedding": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+        "bias": {"target_modules": ["q_proj"], "bias": "all"},
+        "gpt2": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    build = transformers.GPT2LMHeadModel if kind == "gpt2" else transformers.LlamaForCausalLM
+    model = build(gpt2 if kind == "gpt2" else llama)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=10, **options[kind]))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape) * 0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    theirs = adapted.merge_and_unload().state_dict()
+    ours, before = through(tmp_path), load(tmp_path / "base")
+    assert any(not torch.equal(ours[name], before[name]) for name in ours)
+    for name, tensor in ours.items():
+        agree(tensor, theirs[name if name in theirs else f"transformer.{name}"])
 
 
 def test_pickled_adapters_and_names_of_no_adapter_are_refused(models: Path) -> None:
