@@ -65,12 +65,12 @@ def main() -> int:
     results = report.Results.begin(bench.mergekit, vars(asked))
     if "start" in asked.rows:
         starting(bench, results, console)
+    if "memory" in asked.rows:
+        memory(bench, results, shape, console)
     if "real" in asked.rows:
         merging(bench, results, given, "135M", asked.methods, console)
     if "merge" in asked.rows:
         merging(bench, results, made, report.millions(shape.parameters), asked.methods, console)
-    if "memory" in asked.rows:
-        memory(bench, results, made, shape, console)
     results.write(bench.results)
     console.print(f"{bench.results}")
     return 0
