@@ -209,7 +209,7 @@ def starting(bench: Bench, results: report.Results, console: Console) -> None:
     results.write(bench.results)
 
 
-def memory(bench: Bench, results: report.Results, made: Sequence[Path], shape: models.Shape, console: Console) -> None:
+def memory(bench: Bench, results: report.Results, shape: models.Shape, console: Console) -> None:
     """mergebot alone, once each: ties and karcher of a base and three parents, and ties with one tensor of 4 GB."""
     several = models.synthetic(bench.cache, shape, 3, console.print)
     wide = models.synthetic(bench.cache, models.WIDE, 1, console.print)
