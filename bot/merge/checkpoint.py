@@ -132,6 +132,11 @@ class Checkpoint:
         """A small file as text; None if there is none. Refused when larger than `limit_bytes`."""
         return _text(self.files, self.sizes, name, limit_bytes)
 
+    def document(self, name: str) -> dict[str, Any] | None:
+        """A small JSON file; None if there is none. Refused when it is no JSON object that can be written again."""
+        text = self.text(name)
+        return None if text is None else _json_object(text, f"{self.name}: {name}", OPERATOR.depth)
+
 
 def open_checkpoint(files: Files, *, limits: Limits = OPERATOR, name: str | None = None) -> Checkpoint:
     """Read config, index and the header of every shard; refuse what cannot be merged safely.
@@ -205,7 +210,7 @@ def _json_object(text: str, where: str, depth: int) -> dict[str, Any]:
         refuse(where, "is not JSON.")
     if not isinstance(loaded, dict):
         refuse(where, "is not a JSON object.")
-    if _deeper(loaded, depth):
+    if nests_deeper(loaded, depth):
         refuse(where, f"nests deeper than {depth} levels.")
     try:  # \\ud800 is a character in JSON, but in no file
         json.dumps(loaded, ensure_ascii=False).encode()
@@ -214,7 +219,7 @@ def _json_object(text: str, where: str, depth: int) -> dict[str, Any]:
     return loaded
 
 
-def _deeper(value: object, depth: int) -> bool:
+def nests_deeper(value: object, depth: int) -> bool:
     """Whether lists and objects nest deeper than `depth`; what comes later walks them by recursion."""
     level: list[object] = [value]
     for _ in range(depth):

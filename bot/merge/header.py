@@ -30,7 +30,6 @@ class Limits:
     rank: int = 8
     dimension: int = 2**31
     shards: int = 1_000
-    depth: int = 64  # of nested JSON
 
 
 STRANGER = Limits(header_bytes=8 * 2**20, tensors=50_000, strict=True)
