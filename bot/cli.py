@@ -31,6 +31,7 @@ WALK, STEP, RUN = "Run the whole walk", "Do one step yourself", "Ask a running b
 Recipe = Annotated[Path, typer.Argument(help="A mergekit recipe (YAML).", metavar="RECIPE")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 UnknownKeys = Annotated[str, typer.Option(help="refuse, or ignore: keys nobody knows become notices.")]
+HashSources = Annotated[bool, typer.Option("--hash-sources", help="Hash local sources into the provenance.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read *.bin and *.pt weights in local folders too.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -142,13 +143,14 @@ def plan(
 @app.command(rich_help_panel=STEP)
 def merge(recipe: Recipe, out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
           device: Device = "auto", seed: Seed = 0, unknown_keys: UnknownKeys = "refuse",
-          allow_pickle: AllowPickle = False) -> None:  # fmt: skip
+          allow_pickle: AllowPickle = False, hash_sources: HashSources = False) -> None:  # fmt: skip
     """Merge the models of a recipe into a new folder. Killed half-way, the same command continues."""
     from bot import operator, screens
 
     asked, configured = operator.read_recipe(recipe, unknown_keys=unknown_keys), settings()
     with screens.progress() as shown:
-        merged = operator.merge(asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle)
+        merged = operator.merge(asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle,
+                                hash_sources=hash_sources)  # fmt: skip
     screens.merged(merged, out)
 
 

@@ -79,13 +79,18 @@ def merge(
     device: str = "auto",
     seed: int = 0,
     allow_pickle: bool = False,
+    hash_sources: bool = False,
 ) -> Merged:
-    """Plan, fetch what the plan reads, merge into `out`. Raises `bot.errors`."""
+    """Plan, fetch what the plan reads, merge into `out`. Raises `bot.errors`.
+
+    hash_sources: put the SHA-256 of local weight files into the provenance. `verify` can then tell a changed source
+    from a changed output; it costs a core for the time of reading them, so it is not done unasked.
+    """
     planned = plan_from_headers(asked, settings, seed=seed, allow_pickle=allow_pickle)
     here = sources.fetched(planned.plan, planned.opened, _hub(settings), settings, report)
     from bot.merge import stages
 
-    with sources.hashing(here, planned.plan) as known:
+    with sources.hashing(here, planned.plan if hash_sources else None) as known:
         shown = named(report, "Merging")
         folders = {ref: each.folder for ref, each in here.items()}
         return stages.merge(planned.plan, folders, out, device=device, progress=shown, known=known)

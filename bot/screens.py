@@ -74,7 +74,9 @@ def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
         console.print_json(json.dumps(values))
         return
     shared = ", ".join(f"{name} {value}" for name, value in values["parameters"].items())
-    title = f"{values['tensor']}  {values['shape']} {values['dtype']}: {values['does']}" + (f" ({shared})" * bool(shared))
+    title = f"{values['tensor']}  {values['shape']} {values['dtype']}: {values['does']}" + (
+        f" ({shared})" * bool(shared)
+    )
     names = list(dict.fromkeys(name for each in values["inputs"] for name in each if name not in _INPUT))
     table = Table("input", "dtype", *names, Column("its tensor", overflow="fold"), title=escape(title))
     for each in values["inputs"]:

@@ -150,12 +150,14 @@ def _from_hub(
 
 
 @contextmanager
-def hashing(here: Mapping[ModelRef, Fetched], made: Plan) -> Iterator[Callable[[], Known]]:
+def hashing(here: Mapping[ModelRef, Fetched], made: Plan | None) -> Iterator[Callable[[], Known]]:
     """While the body runs, hash the files of local folders that `made` reads from; the value waits for the end of it.
 
     What lies on the Hub is known by its commit; of a folder only its bytes can tell later whether it is the same.
+    Without a plan nothing is hashed, and only what is known already is told.
     """
-    headers = {source.model.bare: source.headers for part in made.parts for source in part.sources}
+    parts = () if made is None else made.parts
+    headers = {source.model.bare: source.headers for part in parts for source in part.sources}
     local = {ref: each.folder for ref, each in here.items() if not each.files}
     with ThreadPoolExecutor(1, "hash") as pool:
         stop = threading.Event()

@@ -43,7 +43,7 @@ def merged(tmp_path: Path) -> tuple[Settings, Path]:
         save(tmp_path / "models" / name, llama_tensors(number), shards=2)
     settings = Settings(home=tmp_path / "bot", hub="http://127.0.0.1:9", device="cpu")
     asked = recipe.parse(RECIPE.format(tmp_path / "models"))
-    operator.merge(asked, tmp_path / "out", settings, quiet, device="cpu")
+    operator.merge(asked, tmp_path / "out", settings, quiet, device="cpu", hash_sources=True)
     return settings, tmp_path / "out"
 
 
@@ -199,7 +199,7 @@ def family(tmp_path: Path) -> Iterator[RunningHub]:
 def test_a_repo_on_the_hub_is_verified_from_its_commits(family: RunningHub, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "bot", hub=family.url, device="cpu")
     out = tmp_path / "out"
-    operator.merge(recipe.parse(RECIPE.format("alice")), out, settings, quiet, device="cpu")
+    operator.merge(recipe.parse(RECIPE.format("alice")), out, settings, quiet, device="cpu", hash_sources=True)
     hub = Hub(family.url, family.token_of("mergebot"))
     hub.create_private("mergebot/result")
     files: dict[str, bytes | Path] = {file.name: file for file in out.iterdir()}
