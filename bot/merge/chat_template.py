@@ -42,11 +42,10 @@ def chat_template(
     return max(found, key=lambda text: (found.count(text), -found.index(text)))
 
 
-def without_template(config_text: str) -> str:
+def without_template(tokenizer_config: Mapping[str, Any]) -> str:
     """tokenizer_config.json without a template of its own, which would hide the file's."""
-    loaded: dict[str, Any] = json.loads(config_text)
-    loaded.pop("chat_template", None)
-    return json.dumps(loaded, ensure_ascii=False, indent=2) + "\n"
+    rest = {key: value for key, value in tokenizer_config.items() if key != "chat_template"}
+    return json.dumps(rest, ensure_ascii=False, indent=2) + "\n"
 
 
 def _note_markers(
@@ -80,5 +79,5 @@ def _given(checkpoint: Checkpoint, file: str) -> Any:
     text = checkpoint.text(file, 16 * 2**20)
     try:
         return json.loads(text).get("chat_template") if text else None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DEPTH = 64  # levels of nesting in a JSON file; what comes later walks them by recursion
 _SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
 _NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
@@ -135,7 +136,7 @@ class Checkpoint:
     def document(self, name: str) -> dict[str, Any] | None:
         """A small JSON file; None if there is none. Refused when it is no JSON object that can be written again."""
         text = self.text(name)
-        return None if text is None else _json_object(text, f"{self.name}: {name}", OPERATOR.depth)
+        return None if text is None else _json_object(text, f"{self.name}: {name}")
 
 
 def open_checkpoint(files: Files, *, limits: Limits = OPERATOR, name: str | None = None) -> Checkpoint:
@@ -197,7 +198,7 @@ def _text(files: Files, sizes: Mapping[str, int], name: str, limit_bytes: int) -
         refuse(f"{files}: {name}", "is not UTF-8 text.")
 
 
-def _json_object(text: str, where: str, depth: int) -> dict[str, Any]:
+def _json_object(text: str, where: str) -> dict[str, Any]:
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(items)
         if len(out) != len(items):
@@ -210,17 +211,17 @@ def _json_object(text: str, where: str, depth: int) -> dict[str, Any]:
         refuse(where, "is not JSON.")
     if not isinstance(loaded, dict):
         refuse(where, "is not a JSON object.")
-    if nests_deeper(loaded, depth):
-        refuse(where, f"nests deeper than {depth} levels.")
+    if nests_deeper(loaded):
+        refuse(where, f"is nested more than {DEPTH} levels deep.")
     try:  # \\ud800 is a character in JSON, but in no file
         json.dumps(loaded, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        refuse(where, "holds text that is not valid Unicode.")
+        refuse(where, "holds half a character (a lone surrogate).")
     return loaded
 
 
-def nests_deeper(value: object, depth: int) -> bool:
-    """Whether lists and objects nest deeper than `depth`; what comes later walks them by recursion."""
+def nests_deeper(value: object, depth: int = DEPTH) -> bool:
+    """Whether lists and objects nest deeper than `depth` levels."""
     level: list[object] = [value]
     for _ in range(depth):
         parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
@@ -242,7 +243,7 @@ def read_json(
     text = _text(files, sizes, name, limits.index_bytes if name.endswith(".index.json") else limits.config_bytes)
     if text is None:
         refuse(label, f"has no {name}.")
-    return _json_object(text, f"{label}: {name}", limits.depth), text
+    return _json_object(text, f"{label}: {name}"), text
 
 
 def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) 
         )
     if text is None:
         refuse(label, "has no config.json.")
-    config = _json_object(text, f"{label}: config.json", limits.depth)
+    config = _json_object(text, f"{label}: config.json")
     if limits.strict and "auto_map" in config:
         raise Refused(
             "NEEDS_REMOTE_CODE", f"{label} ships its own modelling code; the bot never runs it.",
@@ -273,7 +274,7 @@ def _index(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -
     text = _text(files, sizes, INDEX, limits.index_bytes)
     if text is None:
         return {}, None
-    index = _json_object(text, where, limits.depth)
+    index = _json_object(text, where)
     mapped = index.get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         refuse(where, "has no weight_map.")

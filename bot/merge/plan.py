@@ -219,15 +219,15 @@ def _small_files(
     donor = recipe.donor
     giver = donor if alignment is None else alignment.giver
     texts = {} if alignment is None else dict(alignment.texts)
-    generation = checkpoints[donor].text("generation_config.json")
-    if alignment is not None and giver != donor and generation is not None:
-        loaded = json.loads(generation)
+    loaded = checkpoints[donor].document("generation_config.json")
+    if alignment is not None and giver != donor and loaded is not None:
         loaded.update(remapped_ids(loaded, alignment, donor, checkpoints[giver].config))
         texts["generation_config.json"] = json.dumps(loaded, indent=2) + "\n"
     template = chat_template.chat_template(recipe, checkpoints, alignment, notes)
     if template is not None:
         texts[chat_template.FILE] = template
-        own = texts.get("tokenizer_config.json") or checkpoints[giver].text("tokenizer_config.json")
+        made = texts.get("tokenizer_config.json")
+        own = json.loads(made) if made else checkpoints[giver].document("tokenizer_config.json")
         if own is not None:
             texts["tokenizer_config.json"] = chat_template.without_template(own)
     stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bot.errors import Refused
-from bot.merge.checkpoint import Checkpoint
+from bot.merge.checkpoint import Checkpoint, nests_deeper
 from bot.merge.notices import Notes
 from bot.merge.spec import ModelRef, Recipe, TokenRule
 
@@ -65,12 +65,19 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
             ids = {str(token): int(i) for token, i in vocabulary.items()}
         added = tuple(document.get("added_tokens") or ())
         ids.update({str(entry["content"]): int(entry["id"]) for entry in added})
+        "".join(ids).encode()  # raises ValueError for half a character
+        if nests_deeper(document):
+            raise ValueError
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        raise Refused(
-            "BAD_CHECKPOINT", f"{checkpoint.name}: {FILE} is not a tokenizer we can read.",
-            "Use a source with a fast tokenizer.", value=FILE,
-        ) from None  # fmt: skip
+        raise _unreadable(checkpoint) from None
     return Tokens(ids, added, document)
+
+
+def _unreadable(checkpoint: Checkpoint) -> Refused:
+    return Refused(
+        "BAD_CHECKPOINT", f"{checkpoint.name}: {FILE} is not a tokenizer we can read.",
+        "Use a source with a fast tokenizer.", value=FILE,
+    )  # fmt: skip
 
 
 def align(
@@ -168,9 +175,12 @@ def _texts(giver: Checkpoint, own: Tokens, entries: Sequence[Mapping[str, Any]])
         return {}
     document = copy.deepcopy(dict(own.document))
     document["added_tokens"] = [*own.added, *entries]
-    out = {FILE: json.dumps(document, ensure_ascii=False, indent=2) + "\n"}
-    config = giver.text(CONFIG_FILE)
-    loaded = json.loads(config) if config else {}
+    try:
+        out = {FILE: json.dumps(document, ensure_ascii=False, indent=2) + "\n"}
+        out[FILE].encode()
+    except UnicodeEncodeError:
+        raise _unreadable(giver) from None
+    loaded = giver.document(CONFIG_FILE) or {}
     if isinstance(loaded.get("added_tokens_decoder"), dict):
         for entry in entries:
             flags = {key: value for key, value in entry.items() if key != "id"}
