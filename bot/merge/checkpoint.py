@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from bot.errors import Refused
+from bot.errors import Failed, Refused
 from bot.merge.header import OPERATOR, STRANGER, Limits, TensorInfo, header_length, parse, refuse
 
 if TYPE_CHECKING:
@@ -92,7 +92,13 @@ class LocalFiles:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> int:
         """Fill a writable buffer of bytes from `start`; returns how many there were."""
-        handle = os.open(self.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            handle = os.open(self.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise Failed(
+                "SOURCE_CHANGED_OR_GONE", f"{name} of {self.path} cannot be read: {os.strerror(error.errno or 0)}.",
+                "Check that the file is there and that you may read it.", value=name,
+            ) from None  # fmt: skip
         try:
             filled = 0
             while filled < len(buffer) and (count := os.preadv(handle, [buffer[filled:][: 2**26]], start + filled)):

@@ -1,9 +1,8 @@
-"""config.json, tokenizer files and names are as hostile as headers: planning takes them or refuses them in a sentence."""
+"""config.json, tokenizer files and names are as hostile as headers: each is taken, or refused in a sentence."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -110,27 +109,25 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     assert "model-0000" in caught.value.message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="everything is readable to root")
-def test_a_source_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", llama_tensors(0))
-    (folder / "model.safetensors").chmod(0)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(MergebotError) as caught:
-        open_checkpoint(LocalFiles(folder))
-    assert "model.safetensors" in caught.value.message
+        LocalFiles(folder).read("model.safetensors", 0, 8)
+    assert caught.value.message.startswith(f"model.safetensors of {folder} cannot be read")
 
 
 NAMES = [
-    "%2e%2e/x", "o/%2e%2e", "..%2fx/y", "C:\\x", "C:/x", "\\\\server\\share", "o\\a", "o/" + "a" * 300, "a" * 97 + "/b",
-    "o/\u202emodel", "o/mo\u200bdel", "o/\u0430", "~/x", "./o/a", "o//a", "/o/a", "o/a/", "file:///etc/passwd", "git@h:o/a",
-    "o/a.git", "o/a?x=1", "o/a#x", "$HOME/x", "o/-", "o/a\\n", "o/a@../x", "o/a@", "@x", "o/a@b@c", "o/a@-x y", "o/a@%00",
+    "%2e%2e/x", "o/%2e%2e", "..%2fx/y", "C:\\x", "C:/x", "\\\\server\\share", "o\\a", "o/" + "a" * 300, "~/x",
+    "a" * 97 + "/b", "o/\u202emodel", "o/mo\u200bdel", "o/\u0430", "./o/a", "o//a", "/o/a", "o/a/", "o/a?x=1", "o/a#x",
+    "file:///etc/passwd", "git@h:o/a", "o/a.git", "$HOME/x", "o/a\\n", "o/a@../x", "o/a@", "@x", "o/a@b@c", "o/a@-x y",
+    "o/a@%00",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_name_that_is_no_repo_reaches_no_disk(name: str) -> None:
     text = json.dumps({"merge_method": "linear", "models": [{"model": name, "parameters": {"weight": 1}}]})
-    if name == "o/-":
-        return
     with pytest.raises(Refused) as caught:
         recipe.parse(text, trust="stranger")
     assert caught.value.code in ("NOT_A_REPO_ID", "RECIPE_INVALID")
