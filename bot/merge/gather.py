@@ -28,6 +28,16 @@ class GatheredView:
 
     def read(self, start: int, stop: int) -> Tensor:
         first, last = start // self.unit, stop // self.unit
+        out = self._tokens(first, last)
+        padding = _within(self._map.padding, first, last)
+        if len(padding):
+            mean = self._mean_row()
+            out = self._tokens(first, last)  # the mean was taken in the same buffer
+            out[torch.from_numpy(self._map.padding[padding] - first)] = mean
+        return out.view(-1)
+
+    def _tokens(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the output's vocabulary, zeros where no token stands."""
         if len(self._out) < last - first:
             self._out = torch.empty(last - first, self.unit, dtype=self._wide)
         out = self._out[: last - first].zero_()
@@ -35,11 +45,8 @@ class GatheredView:
         have = np.flatnonzero(own >= 0)
         for at, row, count in _runs(have, own[have]):
             out[at : at + count] = self._rows(self._mine, row, count)
-        padding = _within(self._map.padding, first, last)
-        if len(padding) and len(self._map.real):
-            out[torch.from_numpy(self._map.padding[padding] - first)] = self._mean_row()
         self._fill(out, first, last)
-        return out.view(-1)
+        return out
 
     def _fill(self, out: Tensor, first: int, last: int) -> None:
         for fill in self._map.fills:
@@ -53,17 +60,19 @@ class GatheredView:
         return matrix.read(row * self.unit, (row + count) * self.unit).view(count, self.unit)
 
     def _mean_row(self) -> Tensor:
-        """The mean of the matrix's real rows. A value that is not finite stays in its row and out of the mean."""
+        """The mean of the rows of tokens. A value that is not finite stays in its row and out of the mean."""
         if self._mean is None:
             total = torch.zeros(self.unit, dtype=torch.float64)
             count = torch.zeros(self.unit, dtype=torch.int64)
             step = max(1, CHUNK // max(1, self.unit))
-            for _, row, length in _runs(self._map.real, self._map.real):
-                for at in range(row, row + length, step):
-                    rows = self._rows(self._mine, at, min(step, row + length - at))
-                    finite = rows.isfinite()
-                    total += rows.where(finite, 0.0).sum(0, dtype=torch.float64)
-                    count += finite.sum(0)
+            token = torch.ones(len(self._map.own), dtype=torch.bool)
+            token[torch.from_numpy(self._map.padding)] = False
+            for first in range(0, len(token), step):
+                last = min(first + step, len(token))
+                rows = self._tokens(first, last)[token[first:last]]
+                finite = rows.isfinite()
+                total += rows.where(finite, 0.0).sum(0, dtype=torch.float64)
+                count += finite.sum(0)
             self._mean = (total / count.clamp_(min=1)).to(self._wide)
         return self._mean
 

@@ -2,7 +2,7 @@
 
 The row of an output token in source i is i's own row of that token. Where i has none (or the recipe forces one):
 the rule for the token, else the only source that has it, else the base's row, else the mean of those that have it,
-else zeros. Rows that stand for no token get the mean of the source's real rows.
+else zeros. Rows that stand for no token get the mean of the rows so found, as in mergekit.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ class Fill:
 class RowMap:
     """How one operand is re-indexed: `own[k]` is its row for output row k, -1 where a fill or the mean comes in.
 
-    `padding` are output rows without a token; `real` the operand's rows that stand for tokens.
+    `padding` are output rows without a token.
     """
 
     own: Index
     fills: tuple[Fill, ...]
     padding: Index
-    real: Index
 
 
 def row_maps(
@@ -83,8 +82,7 @@ def _row_map(
         )
         for where, found in groups.items()
     )
-    real = np.array(sorted(set(mine.values())), dtype=np.int64)
-    return RowMap(own, fills, np.flatnonzero(padding), real)
+    return RowMap(own, fills, np.flatnonzero(padding))
 
 
 def _substitute(
