@@ -201,8 +201,12 @@ def starting(bench: Bench, results: report.Results, console: Console) -> None:
         recipe = Path(scratch) / "recipe.yml"
         recipe.write_text(yaml.safe_dump(methods.recipe("ties", folders, models.SEVENTY.layers), sort_keys=False))
         for _ in range(max(5, bench.repeat)):
-            for what, arguments in (("mergebot --help", ["--help"]), ("mergebot plan, 70 B", ["plan", str(recipe)])):
-                results.add(("start", what), OURS, run([*MERGEBOT, *arguments], cwd=REPO))
+            for what, command in (
+                ("mergebot --help", [*MERGEBOT, "--help"]),
+                ("mergebot plan, 70 B", [*MERGEBOT, "plan", str(recipe)]),
+                ("python -c 'import torch'", [sys.executable, "-c", "import torch"]),
+            ):
+                results.add(("start", what), OURS, run(command, cwd=REPO))
     for size, what in list(results.costs):
         if size == "start":
             console.print(f"{what}: {report.seconds(results.walls((size, what), OURS))}", markup=False)

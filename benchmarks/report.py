@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -79,9 +80,11 @@ Options: {options}.
 
 Every row is whole processes, started fresh, imports and hashing included, in alternation; medians (smallest to
 largest). The page cache is warm for all. **Floor**: one plain process reads every byte the merge reads and writes as
-many as it writes, with the same preallocation and `fdatasync`, and computes nothing. **Floor + hashes** also takes the
-SHA-256 of what it reads and writes, which mergebot records and mergekit does not. mergebot syncs its output, mergekit
-does not. mergekit: its defaults (`--no-write-model-card`, which would ask the Hub), the faster of
+many as it writes, with the same preallocation and `fdatasync`, and computes nothing. **Floor + hash** also takes the
+SHA-256 of what it writes, which mergebot records and mergekit does not. **Engine** is the merge itself as mergebot
+prints it: the process without the start of Python, the plan and the import of torch, which cost the same whatever the
+size. mergebot syncs its output, mergekit does not. mergekit: its defaults (`--no-write-model-card`, which would ask
+the Hub), the faster of
 `OMP_NUM_THREADS` 1 and 2; where it is slow, only the count that was faster on the 135 M model is run. Memory is the
 peak of 50 ms polls over all processes: *anonymous* is what the program holds, *resident* includes mapped files. CPU is
 user + system seconds."""
@@ -98,6 +101,7 @@ user + system seconds."""
         hashed = self.walls(key, "floor+hash")
         programs = self.costs[key]
         mine = programs.get("mergebot", [])
+        engine = [found for cost in mine if (found := _engine_s(cost)) is not None]
         theirs = {name: costs for name, costs in programs.items() if name.startswith("mergekit")}
         ended = {name: self.walls(key, name) for name in theirs if self.walls(key, name)}
         best = min(ended, key=lambda name: statistics.median(ended[name])) if ended else None
@@ -111,8 +115,8 @@ user + system seconds."""
         read, written = self.sizes[key]
         return [
             key[1], f"{read / 1e9:.2f} / {written / 1e9:.2f}", seconds(floor), seconds(hashed),
-            seconds(ours) if ours else _failed(mine),
-            _ratio(ours, floor), _ratio(ours, hashed), shown, ratio,
+            seconds(ours) if ours else _failed(mine), seconds(engine),
+            _ratio(ours, floor), _ratio(ours, hashed), _ratio(engine, floor), shown, ratio,
             _median([c.cpu_s for c in mine], "{:.1f}"), _median([c.cpu_s for c in other], "{:.1f}"),
             _median([c.anonymous_bytes / 1e9 for c in mine], "{:.2f}"),
             _median([c.rss_bytes / 1e9 for c in mine], "{:.2f}"), _median([c.rss_bytes / 1e9 for c in other], "{:.2f}"),
@@ -137,10 +141,16 @@ user + system seconds."""
 
 
 COLUMNS = (
-    "method", "GB read / written", "floor s", "floor + hashes s", "mergebot s", "× floor",
-    "× floor + hashes", "mergekit s", "mergekit ÷ mergebot",
+    "method", "GB read / written", "floor s", "floor + hash s", "mergebot s", "engine s", "× floor",
+    "× floor + hash", "engine × floor", "mergekit s", "mergekit ÷ mergebot",
     "CPU s mergebot", "CPU s mergekit", "anonymous GB mergebot", "resident GB mergebot", "resident GB mergekit",
 )  # fmt: skip
+
+
+def _engine_s(cost: Cost) -> float | None:
+    """The seconds of the merge itself, from the sentence the command ends with."""
+    found = re.search(r"\sin\s+([\d.]+)\s+s\.", cost.said)
+    return float(found.group(1)) if found and not cost.status else None
 
 
 def seconds(values: Sequence[float]) -> str:
