@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoint import OPERATOR, Checkpoint, Files, Limits, LocalFiles
+from bot.merge.document import is_repo_id
 from bot.merge.lora import Adapter, open_source
 from bot.merge.needs import Range, needed
 from bot.merge.plan import Plan
@@ -74,6 +75,11 @@ def opened(
         folder = None if limits.strict else local_folder(ref)
         pins[ref] = ref
         if folder is None:
+            if not limits.strict and not is_repo_id(ref.path):
+                raise Refused(
+                    "SOURCE_NOT_FOUND", f"there is no model folder {ref.path}.",
+                    "Check the path, or write owner/name for a repo on the Hub.", value=ref.path,
+                )  # fmt: skip
             repo = hub().resolve(ref.path, ref.revision)
             accept(repo)
             pins[ref] = replace(ref, revision=repo.revision)

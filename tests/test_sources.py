@@ -197,3 +197,13 @@ def test_parts_of_a_model_are_never_taken_for_the_model(hub: RunningHub, tmp_pat
         with pytest.raises(Refused) as caught:
             deed()
         assert caught.value.code == "SOURCE_NOT_FOUND" and "parts" in caught.value.message
+
+
+def test_a_folder_that_is_not_there_is_named_and_no_hub_is_asked(tmp_path: Path) -> None:
+    asked = recipe.parse(f"merge_method: linear\nmodels: [{{model: {tmp_path}/gone, parameters: {{weight: 1}}}}]")
+
+    def unreachable() -> Hub:
+        raise AssertionError("asked the Hub for a folder")
+
+    with pytest.raises(Refused, match=f"no model folder {tmp_path}/gone"):
+        sources.opened(asked, unreachable)
