@@ -212,7 +212,17 @@ def _remarks(claim: Claim, device: str, differs: bool) -> tuple[str, ...]:
         out.append(f"It was merged with torch {claim.torch} and verified with {torch.__version__}.")
     if out and differs:
         out.append("Bytes may then differ in the last bit: compare the largest differences, given in ulp.")
+    unhashed = next((ref for ref, files in claim.sources.items() if _only_headers(files)), None)
+    if unhashed is not None and differs:
+        out.append(
+            f"The bytes of {unhashed} were not recorded, so a changed source looks like a changed result: "
+            "merge with --hash-sources to tell them apart."
+        )
     return tuple(out)
+
+
+def _only_headers(files: Mapping[str, Mapping[str, object]]) -> bool:
+    return any(fact.get("verified") == "header" for fact in files.values())
 
 
 def require_same(verdict: Verdict) -> None:

@@ -72,7 +72,22 @@ def test_an_honest_merge_is_confirmed(merged: tuple[Settings, Path]) -> None:
     assert found.tensors == 21 and "byte for byte" in found.sentence
 
 
-def test_provenance_names_every_source_file_by_hash(merged: tuple[Settings, Path]) -> None:
+def test_without_hashes_a_changed_source_is_told_as_possible(
+    merged: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    settings, _ = merged
+    asked = recipe.parse(RECIPE.format(tmp_path / "models"))
+    operator.merge(asked, tmp_path / "plain", settings, quiet, device="cpu")
+    assert verdict((settings, tmp_path / "plain")).remarks == ()
+    shard = tmp_path / "models" / "left" / "model-00001-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 0x40
+    shard.write_bytes(content)
+    found = verdict((settings, tmp_path / "plain"))
+    assert found.differences and "models/left were not recorded" in found.remarks[-1]
+
+
+def test_provenance_names_every_source_file_by_hash_when_asked(merged: tuple[Settings, Path]) -> None:
     told = json.loads((merged[1] / "merge_provenance.json").read_text())
     assert len(told["sources"]) == 3
     for source in told["sources"]:
