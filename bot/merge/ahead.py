@@ -6,12 +6,15 @@ So a recipe of several documents is planned to the end before a weight moves. me
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from bot.errors import Failed
 from bot.merge.checkpoint import INDEX, OPERATOR, Checkpoint, open_checkpoint
 from bot.merge.lora import Adapter
-from bot.merge.plan import Plan
 from bot.merge.spec import ModelRef
+
+if TYPE_CHECKING:
+    from bot.merge.plan import Plan
 
 
 def checkpoint(plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> Checkpoint:

@@ -5,7 +5,6 @@ plan -> check sources unchanged -> steps (execution.py) -> index, config, proven
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bot.errors import Refused
-from bot.merge.checkpoint import LocalFiles
+from bot.merge.checkpoint import INDEX, LocalFiles
 from bot.merge.device import choose_devices
 from bot.merge.execution import Lane, NonFinite, read_ahead
 from bot.merge.methods.reductions import CHUNK
@@ -29,7 +28,6 @@ from bot.merge.writer import SYNC_BYTES, FileFact, Record, Sink, Writer
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
 Event = Callable[[str], None]  # told of moments at which a test may want to stop the process
-INDEX = "model.safetensors.index.json"
 LARGE = 1 / 32  # of all bytes; larger tensors come first, so that none of them is left over for one worker at the end
 CORNERS = {  # code -> what happened, with the first tensor and the count following
     "ZERO_TENSOR": "a vector of zeros has no direction and counted as orthogonal",
@@ -214,10 +212,8 @@ def _complete(
 ) -> tuple[dict[str, FileFact], str]:
     """Everything that stands beside the weights; the manifest last."""
     files = writer.hash_shards()
-    if len(plan.shards) > 1:
-        weight_map = {step.name: plan.shards[step.shard].file for step in plan.steps}
-        index = {"metadata": {"total_size": plan.bytes_out}, "weight_map": dict(sorted(weight_map.items()))}
-        files[INDEX] = writer.add(INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    if plan.index is not None:
+        files[INDEX] = writer.add(INDEX, plan.index.encode())
     for copied in plan.copies:
         files[copied.file] = writer.add(copied.file, sources[copied.model].read(copied.file, 0, copied.nbytes))
     for name, text in plan.texts.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bot.errors import Refused
-from bot.merge import chat_template, classic_tensors, lora, summary
+from bot.merge import ahead, chat_template, classic_tensors, lora, summary
 from bot.merge.architecture import infer, is_head
 from bot.merge.checkpoint import INDEX, Checkpoint
 from bot.merge.layout import arrange
@@ -145,8 +145,6 @@ def make(
 
     Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED.
     """
-    from bot.merge import ahead
-
     opened = dict(opened)
     stages: list[tuple[ModelRef, Plan]] = []
     for stage in recipe.stages:
