@@ -23,13 +23,13 @@ from bot.errors import Failed
 from bot.executors import child
 from bot.job import Evaluation, Merge, PublishedFile, Source
 from bot.merge import checkpoint, plan, recipe
+from bot.merge.output_names import MANIFEST
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, crashpoint
 
 _EVALUATE = TypeAdapter(EvaluateOptions)
 _SOURCES = TypeAdapter(tuple[Source, ...])
-MANIFEST = "manifest.json"
 
 
 def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from bot.merge.checkpoint import INDEX, LocalFiles
 from bot.merge.device import choose_devices
 from bot.merge.execution import Lane, NonFinite, read_ahead
 from bot.merge.methods.reductions import CHUNK
+from bot.merge.output_names import MANIFEST, PROVENANCE
 from bot.merge.plan import WORKERS, Plan, Step
 from bot.merge.provenance import Known, manifest, provenance
 from bot.merge.recipe import write_yaml
@@ -225,6 +226,6 @@ def _complete(
             "mergekit_config.original.yml", plan.recipe.original.encode()
         )
     facts = provenance(plan, files, notices, device.type, torch.__version__, known() if known else None)
-    files["merge_provenance.json"] = writer.add("merge_provenance.json", facts)
-    fact = writer.add("manifest.json", manifest(files))
-    return {**files, "manifest.json": fact}, fact.sha256
+    files[PROVENANCE] = writer.add(PROVENANCE, facts)
+    fact = writer.add(MANIFEST, manifest(files))
+    return {**files, MANIFEST: fact}, fact.sha256

@@ -11,8 +11,7 @@ import os
 from pathlib import Path
 
 from bot.errors import Refused
-
-_MANIFEST = "manifest.json"
+from bot.merge.output_names import MANIFEST
 
 
 def hold(partial: Path) -> int:
@@ -44,7 +43,7 @@ def reclaim(partial: Path, journal: str) -> None:
             path.chmod(0o644)
         return
     try:
-        listed = {entry["path"] for entry in json.loads(files[_MANIFEST].read_bytes())["files"]} | {_MANIFEST}
+        listed = {entry["path"] for entry in json.loads(files[MANIFEST].read_bytes())["files"]} | {MANIFEST}
     except (KeyError, TypeError, ValueError):
         listed = set()
     if strange := sorted(set(files) - listed):
@@ -52,7 +51,7 @@ def reclaim(partial: Path, journal: str) -> None:
             "OUTPUT_EXISTS", f"{partial} holds files that no merge left there, such as {strange[0][:60]}.",
             "Remove that folder, or name another output.", value=str(partial),
         )  # fmt: skip
-    for name in sorted(files, key=lambda name: name == _MANIFEST):  # the manifest last, it accounts for the others
+    for name in sorted(files, key=lambda name: name == MANIFEST):  # the manifest last, it accounts for the others
         files[name].unlink()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from bot import __version__
+from bot.merge.output_names import MANIFEST_SCHEMA, SCHEMA
 from bot.merge.plan import NUMERICS_VERSION, Plan
 from bot.merge.spec import ModelRef, Notice
 
@@ -50,7 +51,7 @@ def provenance(
     is `known` besides. Of a source that lies in a folder the name is kept as it was given."""
     actions = [step.work.action for step in plan.steps]
     document = {
-        "schema": "mergebot.merge_provenance/1",
+        "schema": SCHEMA,
         "engine": {"name": "mergebot", "version": __version__, "numerics": NUMERICS_VERSION},
         "recipe": {"digest": plan.recipe.digest, "canonical": plan.recipe.document()},
         "plan_digest": plan.digest,
@@ -100,7 +101,7 @@ def _tokenizer(plan: Plan) -> dict[str, object]:
 def manifest(files: Mapping[str, _Fact]) -> bytes:
     """The text of manifest.json: path, size and SHA-256 of every file; its own SHA-256 is the manifest's id."""
     entries = [{"path": name, "bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(files.items())]
-    return _text({"schema": "mergebot.manifest/1", "files": entries})
+    return _text({"schema": MANIFEST_SCHEMA, "files": entries})
 
 
 def _text(document: object) -> bytes:

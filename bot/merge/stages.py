@@ -19,11 +19,10 @@ from typing import Any
 from bot.errors import Refused, Transient
 from bot.merge import engine
 from bot.merge.engine import Merged, Progress
+from bot.merge.output_names import MANIFEST, PROVENANCE
 from bot.merge.plan import Plan
 from bot.merge.spec import ModelRef, Notice
 from bot.merge.writer import gigabytes
-
-_MANIFEST, _PROVENANCE = "manifest.json", "merge_provenance.json"
 
 
 def merge(
@@ -56,7 +55,7 @@ def merge(
     total = sum(part.bytes_out for part in plan.parts)
     for ref, made in plan.stages:
         shown = None if progress is None else _shifted(progress, done_before, total, f"{ref}: ")
-        if not (places[ref] / _MANIFEST).exists():
+        if not (places[ref] / MANIFEST).exists():
             engine.merge(made, here, places[ref], device=device, progress=shown, **options)
         notices += _notices(places[ref])
         done_before += made.bytes_out
@@ -87,7 +86,7 @@ def _require_space(plan: Plan, places: Mapping[ModelRef, Path], scratch: Path) -
 
 
 def _notices(place: Path) -> list[Notice]:
-    found = json.loads((place / _PROVENANCE).read_text())["notices"]
+    found = json.loads((place / PROVENANCE).read_text())["notices"]
     return [Notice(entry["code"], entry["example"], entry["count"]) for entry in found]
 
 
@@ -97,7 +96,7 @@ def _partial(place: Path) -> Path:
 
 def _finished(out: Path, plan: Plan) -> bool:
     try:
-        return bool(json.loads((out / _PROVENANCE).read_text())["plan_digest"] == plan.digest)
+        return bool(json.loads((out / PROVENANCE).read_text())["plan_digest"] == plan.digest)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -20,12 +20,12 @@ from bot.errors import Refused
 from bot.merge import recipe
 from bot.merge.checkpoint import OPERATOR, Files, LocalFiles, read_header
 from bot.merge.header import TensorInfo
+from bot.merge.output_names import PROVENANCE, SCHEMA
 from bot.merge.plan import Copied, Plan, Step
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Recipe
 from bot.merge.writer import Found
 
-FILE = "merge_provenance.json"
 LIMIT_BYTES = 64 * 2**20
 _BLOCK_BYTES = 16 * 2**20
 Progress = Callable[[int, int, str], None]
@@ -61,14 +61,14 @@ class Difference:
 
 def read_claim(files: Files) -> Claim:
     """The claim of a folder or repo. Raises Refused NOT_VERIFIABLE."""
-    size = files.sizes().get(FILE)
+    size = files.sizes().get(PROVENANCE)
     if size is None:
-        raise Refused("NOT_VERIFIABLE", f"{files} has no {FILE}.", "Only merges made by mergebot carry one.")
+        raise Refused("NOT_VERIFIABLE", f"{files} has no {PROVENANCE}.", "Only merges made by mergebot carry one.")
     try:
         if size > LIMIT_BYTES:
             raise ValueError("too large")
-        told = json.loads(files.read(FILE, 0, size))
-        if told["schema"] != "mergebot.merge_provenance/1":
+        told = json.loads(files.read(PROVENANCE, 0, size))
+        if told["schema"] != SCHEMA:
             raise ValueError("another schema")
         canonical = told["recipe"]["canonical"]
         return Claim(
@@ -85,7 +85,9 @@ def read_claim(files: Files) -> Claim:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Refused(
-            "NOT_VERIFIABLE", f"{FILE} of {files} is not one that mergebot wrote.", "Ask its author how it was made."
+            "NOT_VERIFIABLE",
+            f"{PROVENANCE} of {files} is not one that mergebot wrote.",
+            "Ask its author how it was made.",
         ) from None
 
 
