@@ -18,7 +18,7 @@ from bot.errors import Refused
 from bot.merge.checkpoint import INDEX, LocalFiles
 from bot.merge.device import choose_devices
 from bot.merge.execution import Lane, NonFinite, read_ahead
-from bot.merge.methods.reductions import CHUNK
+from bot.merge.memory import CHUNK
 from bot.merge.output_names import MANIFEST, PROVENANCE
 from bot.merge.plan import WORKERS, Plan, Step
 from bot.merge.provenance import Known, manifest, provenance

@@ -17,8 +17,8 @@ from bot.merge.checkpoint import LocalFiles
 from bot.merge.device import TILE, DeviceFeed
 from bot.merge.gather import GatheredView
 from bot.merge.lora_rows import PatchedView, stored_tensor
-from bot.merge.methods.reductions import CHUNK
-from bot.merge.passes import prepare, row_length
+from bot.merge.memory import CHUNK, row_length
+from bot.merge.passes import prepare
 from bot.merge.passes.inputs import CpuFeed, Inputs, Piece, surely_finite
 from bot.merge.plan import Step
 from bot.merge.spec import ModelRef

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bot.merge.methods.reductions import CHUNK
+from bot.merge.memory import CHUNK
 from bot.merge.rows import RowMap
 from bot.merge.tokenizer import Index
 from bot.merge.views import View

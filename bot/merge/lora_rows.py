@@ -16,7 +16,7 @@ from torch import Tensor
 from bot.merge.checkpoint import LocalFiles
 from bot.merge.header import TensorInfo
 from bot.merge.lora import LowRank
-from bot.merge.methods.reductions import CHUNK
+from bot.merge.memory import CHUNK
 from bot.merge.views import StoredView, View
 
 

@@ -6,10 +6,12 @@ whole tensor: the elements gathered around a threshold, the bits of random masks
 
 from __future__ import annotations
 
+import math
+
 from bot.merge.steps import Work
 
-PIECE = 2**18
-ROWS = ("della", "della_linear", "arcee_fusion", "nuslerp", "model_stock")  # pieces of whole rows, in some settings
+CHUNK = 2**18  # elements of a piece, and of a sum in one type; fixed by the numerics version
+ROWS = ("della", "della_linear", "arcee_fusion")  # look at rows whatever their settings
 BUFFERS = 16  # pieces in the working type beside the inputs: sums, counts, products of a pass
 PASSING_BYTES = 64  # per element of a piece: comparisons, draws, a sorted copy
 GATHERED = 2**22  # elements gathered around one threshold at most
@@ -19,21 +21,32 @@ BITS_LIMIT_BYTES = 2**25  # bits of one mask; a longer mask is drawn again inste
 def memory_of(work: Work) -> int:
     """Bytes one worker needs for one tensor, beside the interpreter."""
     wide = 8 if any(operand.tensor.dtype.name == "float64" for operand in work.reads) else 4
-    piece = min(work.elements, max(PIECE, _unit(work)))
     views = len(work.reads) + (len(work.operands) if work.aligned is not None else 0)
     views += 2 * sum(operand.patch is not None for operand in work.reads)
     factors = sum(tensor.elements for operand in work.reads for _, tensor in operand.reads[1:])
-    pieces = piece * (wide * (2 * views + BUFFERS) + PASSING_BYTES)
+    pieces = piece_of(work) * (wide * (2 * views + BUFFERS) + PASSING_BYTES)
     return pieces + 3 * wide * factors + _state(work, wide)
 
 
-def _unit(work: Work) -> int:
-    """The longest stretch that pieces may have to hold whole."""
-    rest = work.elements // work.shape[0] if work.shape and work.shape[0] else 1
-    looked_at = work.aligned is not None or any(operand.patch is not None for operand in work.reads)
-    if len(work.shape) > 1:
-        return rest if looked_at or work.method in ROWS else 1
-    return work.elements if work.method in ROWS else 1
+def piece_of(work: Work) -> int:
+    """Elements of the longest piece on the CPU: re-indexed and adapted matrices are read by rows, too."""
+    viewed = work.aligned is not None or any(operand.patch is not None for operand in work.reads)
+    unit = max(1, math.prod(work.shape[1:])) if viewed else 1
+    return min(work.elements, max(CHUNK, unit, row_length(work)))
+
+
+def by_row(work: Work) -> bool:
+    """Whether the method takes rows, or vectors along dimension 0, one by one."""
+    return not work.shared.get("nuslerp_flatten", True) or bool(work.shared.get("filter_wise", False))
+
+
+def row_length(work: Work) -> int:
+    """Pieces must hold whole rows of this many elements: 1 for methods that do not look at rows."""
+    if not work.shape or not (by_row(work) or work.method in ROWS):
+        return 1
+    if work.shared.get("nuslerp_row_wise") and len(work.shape) > 1:
+        return max(1, math.prod(work.shape[1:]))
+    return max(1, work.shape[-1])
 
 
 def _state(work: Work, wide: int) -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bot.merge.device import DeviceFeed
-from bot.merge.methods.reductions import CHUNK
-from bot.merge.passes import prepare, row_length
+from bot.merge.memory import CHUNK, row_length
+from bot.merge.passes import prepare
 from bot.merge.passes.inputs import CpuFeed, Inputs
 from bot.merge.steps import Work
 from bot.merge.views import HeldView

@@ -6,10 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_methods import CASES, work_for
 from tiny_checkpoints import llama_tensors, save
+
+from bot.merge.memory import CHUNK, piece_of, row_length
+from bot.merge.passes.inputs import CpuFeed, Inputs
 
 ROWS, WIDTH = 12_000, 2048  # one tensor of 98 MB in float32
 PARENTS = "models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.3}}]"
@@ -35,6 +40,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors["model.layers.0.mlp.up_proj.weight"] = torch.randn(ROWS, WIDTH, generator=draw)
         save(folder / name, tensors)
     return folder
+
+
+@pytest.mark.parametrize(("method", "count", "values"), [*CASES, ("arcee_fusion", 1, {})])
+def test_no_piece_is_longer_than_the_plan_counts_on_and_none_cuts_a_row(
+    method: str, count: int, values: dict[str, Any]
+) -> None:
+    for shape in ((3 * CHUNK // 2,), (3, 2 * CHUNK + 1), (1000, 700), (2, 3, CHUNK), (5,), ()):
+        tensors = [torch.empty(shape, device="meta")] * (count + 1)
+        work = work_for(method, tensors, True, values)
+        spans = list(Inputs(work, CpuFeed([]), torch.float32, row_length(work)).spans())
+        assert max(stop - start for start, stop in spans) <= piece_of(work)
+        assert {start % row_length(work) for start, _ in spans} == {0}
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bot.merge.methods.reductions import CHUNK, first_largest
+from bot.merge.memory import CHUNK
+from bot.merge.methods.reductions import first_largest
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-CHUNK = 2**18  # elements; fixed by the numerics version
+from bot.merge.memory import CHUNK
 
 
 def dot(x: Tensor, y: Tensor) -> float:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bot.merge.memory import by_row
 from bot.merge.passes import combination, rowwise
 from bot.merge.passes.elementwise import linear, nearswap, passthrough, ram, task_arithmetic
 from bot.merge.passes.family import ELECTS, family
 from bot.merge.passes.fusion import arcee_fusion
 from bot.merge.passes.inputs import Emit, Inputs
 from bot.merge.passes.shares import ramplus_tl, sce
-from bot.merge.steps import Work
 
 _WHOLE: dict[str, Callable[[Inputs], Emit]] = {
     **dict.fromkeys(ELECTS, family),
@@ -31,17 +31,3 @@ def prepare(inputs: Inputs) -> Emit:
     """Make the passes the method needs; the result computes the pieces of the output, in order."""
     table = _BY_ROW if by_row(inputs.work) else _WHOLE
     return table[inputs.work.method](inputs)
-
-
-def by_row(work: Work) -> bool:
-    """Whether the method takes rows, or vectors along dimension 0, one by one."""
-    return not work.shared.get("nuslerp_flatten", True) or bool(work.shared.get("filter_wise", False))
-
-
-def row_length(work: Work) -> int:
-    """Pieces must hold whole rows of this many elements: 1 for methods that do not look at rows."""
-    if not work.shape or not (by_row(work) or work.method in ("della", "della_linear", "arcee_fusion")):
-        return 1
-    if work.shared.get("nuslerp_row_wise") and len(work.shape) > 1:
-        return max(1, work.elements // max(1, work.shape[0]))
-    return max(1, work.shape[-1])

@@ -7,14 +7,14 @@ same pieces; the tensors of a piece are the pass's own, to be overwritten.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bot.merge.methods.reductions import CHUNK
+from bot.merge.memory import CHUNK
 from bot.merge.steps import Work
 from bot.merge.views import Scratch, View
 
@@ -80,6 +80,7 @@ class Inputs:
         *,
         chunk: int = CHUNK,
         scratch: Scratch | None = None,
+        judge: Callable[[Mapping[str, int]], None] | None = None,
     ) -> None:
         self.work, self.feed, self.wide = work, feed, wide
         self.count = work.elements
@@ -90,7 +91,9 @@ class Inputs:
         self.scratch = scratch or Scratch()
         self.nonfinite: dict[str, int] = {}
         self.corners: dict[str, int] = {}
-        self._spoilt: dict[int, tuple[Tensor, Tensor]] = {}
+        self._judge = judge or (lambda nonfinite: None)
+        self._spoilt: set[int] = set()  # where pieces start that are not finite throughout
+        self._taken_out: tuple[Tensor, Tensor] | None = None  # which elements of the present piece, and their sums
         self._examined = 0
 
     def values(self, name: str) -> list[float]:
@@ -116,9 +119,7 @@ class Inputs:
             if stop > self._examined:
                 self._examine(start, tensors)
                 self._examined = stop
-            elif start in self._spoilt:
-                for tensor in tensors:
-                    tensor[self._spoilt[start][0]] = 0.0
+            self._taken_out = _take_out(tensors) if start in self._spoilt else None
             yield Piece(start, stop, tensors, self.work.base)
 
     def sample(self) -> Iterator[Piece]:
