@@ -76,7 +76,6 @@ class Adapter:
     sizes: Mapping[str, int]
     files: Files
     digest: str
-    notices: tuple[str, ...] = ()
 
     @property
     def header_ends(self) -> dict[str, int]:
@@ -197,7 +196,7 @@ class _Fitting:
             tensors=self.tensors,
             patches=patches,
             elsewhere=self.elsewhere,
-            notices=(*self.model.notices, *self.adapter.notices, *self.notices),
+            notices=(*self.model.notices, *self.notices),
         )
 
     def _sorted(self) -> tuple[dict[str, _Module], dict[str, TensorInfo]]:
@@ -238,6 +237,10 @@ class _Fitting:
                 f"{self.adapter.name}: {WEIGHTS}",
                 f"has factors {list(a.shape)} and {list(b.shape)} for `{module[:80]}`, its config says rank {rank}.",
             )
+        if max(b.shape[2:], default=1) > 1 or (len(a.shape) > 2 and a.shape[1:] != weight.shape[1:]):
+            self._misfit(
+                weight, f"factors {list(a.shape)} and {list(b.shape)}"
+            )  # PEFT's B of a convolution: (out, r, 1, 1)
         sides = (b.shape[0], a.elements // rank)
         straight, other = _as_matrix(weight.shape), _as_matrix(weight.shape)[::-1]
         if len(weight.shape) < 2 or sides not in (straight, other) or rank > max(sides):
@@ -251,7 +254,7 @@ class _Fitting:
         magnitude = found.parts.get("lora_magnitude_vector")
         if magnitude is None and self.adapter.config.dora:
             refuse(f"{self.adapter.name}: {WEIGHTS}", f"lacks the magnitudes of `{module[:80]}`; its config says DoRA.")
-        if magnitude is not None and magnitude.elements != outputs:
+        if magnitude is not None and (magnitude.elements != outputs or max(magnitude.shape, default=1) != outputs):
             self._misfit(weight, f"magnitudes {list(magnitude.shape)}")
         return magnitude
 

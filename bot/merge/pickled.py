@@ -24,7 +24,6 @@ from bot.merge.dtypes import BY_NAME
 if TYPE_CHECKING:
     import torch
 
-ENDINGS = (".bin", ".pt", ".pth")
 REFUSED = 3  # exit status: the last line of the output is a JSON object with code, message and next step
 _WEIGHTS = re.compile(r"(pytorch_model|adapter_model|model|consolidated)[\w.\-]*\.(bin|pt|pth)", re.ASCII)
 _WRAPPERS = ("state_dict", "model", "module")

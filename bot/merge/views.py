@@ -113,19 +113,6 @@ class _Handle:
             os.close(self.number)
 
 
-class HeldView:
-    """A tensor that lies in memory, in any floating type."""
-
-    unit = 1
-
-    def __init__(self, tensor: Tensor, wide: torch.dtype) -> None:
-        self.shape = tuple(tensor.shape)
-        self._flat, self._wide = tensor.reshape(-1), wide
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return self._flat[start:stop].to(self._wide, copy=True)
-
-
 def common_unit(views: Sequence[View]) -> int:
     """The smallest number of elements that is a multiple of every view's unit."""
     return math.lcm(*(view.unit for view in views))

@@ -12,7 +12,19 @@ from bot.merge.memory import CHUNK, row_length
 from bot.merge.passes import prepare
 from bot.merge.passes.inputs import CpuFeed, Inputs
 from bot.merge.steps import Work
-from bot.merge.views import HeldView
+
+
+class HeldView:
+    """A tensor that lies in memory, in any floating type."""
+
+    unit = 1
+
+    def __init__(self, tensor: Tensor, wide: torch.dtype) -> None:
+        self.shape = tuple(tensor.shape)
+        self._flat, self._wide = tensor.reshape(-1), wide
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._flat[start:stop].to(self._wide, copy=True)
 
 
 def merged(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from piecewise import HeldView
 from test_methods import CASES, inputs, keys_for, with_base, work_for
 from tiny_checkpoints import llama_tensors, load, merge, save
 
@@ -16,7 +17,6 @@ from bot.merge.methods import apply
 from bot.merge.passes import prepare
 from bot.merge.passes.inputs import Inputs
 from bot.merge.passes.random_masks import torch_draws
-from bot.merge.views import HeldView
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,5 +1,8 @@
 """Merge methods as pure functions of whole tensors: the reference every faster path is held against.
 
+The functions in FUNCTIONS run in tests only. What merges is `bot.merge.passes`, which takes from these modules their
+constants and the functions that give coefficients, shares and masks, so that a rule stands in one place.
+
 Each takes the inputs x (without the base), the base b (None where the method has none) and its parameters by name,
 one per input or shared, and returns a tensor of the inputs' shape. Tensors come in float32, or float64 when an input
 is float64; rounding to the output type is the engine's, once.

@@ -22,11 +22,6 @@ def dot(x: Tensor, y: Tensor) -> float:
     return total
 
 
-def norm(x: Tensor) -> float:
-    """Euclidean norm of the flattened tensor."""
-    return math.sqrt(dot(x, x))
-
-
 def l1(x: Tensor) -> float:
     """sum |x| over all elements."""
     total = 0.0
