@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NoReturn
 
 import torch
@@ -76,22 +77,21 @@ class Lane:
         on_cpu = self.device.type == "cpu"
         feed = CpuFeed(views) if on_cpu else DeviceFeed(views, wide, self.device)
         chunk = self.chunk if on_cpu else TILE
-        inputs = Inputs(work, feed, wide, unit, chunk=chunk, scratch=self.scratch)
+        inputs = Inputs(work, feed, wide, unit, chunk=chunk, scratch=self.scratch, judge=partial(self._judge, step))
         if not work.elements:
             return Found()
         emit = prepare(inputs)
         for piece in inputs.pieces():
             self._write(step, inputs, piece, emit(piece))
-        self._judge(step, inputs.nonfinite)
         return Found(inputs.nonfinite, inputs.corners)
 
     def _write(self, step: Step, inputs: Inputs, piece: Piece, result: Tensor) -> None:
         """Round one piece of the result and hand it on."""
-        self._judge(step, inputs.nonfinite)
         if self.stopped.is_set():
             raise CancelledError
         count = piece.stop - piece.start
-        out = self.scratch.get("out", count, getattr(torch, step.work.dtype.name)).copy_(result)
+        out = self.scratch.get("out", count, getattr(torch, step.work.dtype.name))
+        out.copy_(rounded_to_odd(result) if result.dtype == torch.float64 and out.element_size() == 2 else result)
         finite = surely_finite(out) or bool(torch.isfinite(out).all())
         if not finite:
             raise Failed(
@@ -139,6 +139,19 @@ class Lane:
 
     def _stored(self, operand: Operand) -> StoredView:
         return StoredView(self.sources[operand.model], operand.tensor, torch.float32, self.scratch)
+
+
+def rounded_to_odd(wide: Tensor) -> Tensor:
+    """float64 as float32 with the last bit set where something was cut off.
+
+    What is rounded to bfloat16 or float16 from there comes out as if from float64; torch goes through the nearest
+    float32, and rounds a value near the middle of two twice. Cf. S. Boldo and G. Melquiond, Emulation of FMA and
+    correctly rounded sums, IEEE Transactions on Computers 2008.
+    """
+    out = wide.to(torch.float32)
+    bits = out.view(torch.int32)
+    bits -= (out.abs() > wide.abs()).int()
+    return torch.where(out == wide, out, (bits | 1).view(torch.float32), out=out)
 
 
 def as_stored(work: Work) -> bool:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from bot.errors import Refused
 from bot.merge import ahead, chat_template, classic_tensors, lora, summary
+from bot.merge.allowance import Allowance
 from bot.merge.architecture import infer, is_head
-from bot.merge.checkpoint import INDEX, Checkpoint
+from bot.merge.checkpoint import INDEX, OPERATOR, Checkpoint, Limits
 from bot.merge.layout import arrange
 from bot.merge.lora import Adapter, models_of
 from bot.merge.memory import memory_of
@@ -23,7 +24,7 @@ from bot.merge.spec import ModelRef, Notice, Recipe
 from bot.merge.steps import Work, work_of
 from bot.merge.tokenizer import Alignment, align, remapped_ids
 
-NUMERICS_VERSION = 2  # raised whenever the same plan would give other bytes
+NUMERICS_VERSION = 3  # raised whenever the same plan would give other bytes
 BASE_MEMORY_BYTES = 300 * 2**20  # an interpreter with torch imported and warm: measured, without any tensor
 WORKERS = 2  # tensors worked on at a time
 SHARD_LIMIT_BYTES = 5_000_000_000
@@ -140,18 +141,23 @@ def make(
     *,
     seed: int = 0,
     shard_limit_bytes: int = SHARD_LIMIT_BYTES,
+    limits: Limits = OPERATOR,
 ) -> Plan:
-    """Plan a merge and the stages before it. `opened` holds `recipe.repos`; seed keys the random methods.
+    """Plan a merge and the stages before it. `opened` holds `recipe.repos`; seed keys the random methods; `limits` say
+    how many layers and tensors the recipe may ask for.
 
-    Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED.
+    Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED,
+    TOO_LARGE.
     """
+    allowance = Allowance(limits)
     opened = dict(opened)
     stages: list[tuple[ModelRef, Plan]] = []
     for stage in recipe.stages:
-        made = _planned(_Asked(stage.recipe, opened, models_of(stage.recipe, opened), seed, shard_limit_bytes))
+        made = _planned(_asked(stage.recipe, opened, seed, shard_limit_bytes, allowance), allowance)
         opened[stage.ref] = ahead.checkpoint(made, stage.name, opened)
         stages.append((stage.ref, made))
-    return _planned(_Asked(recipe, opened, models_of(recipe, opened), seed, shard_limit_bytes, tuple(stages)))
+    asked = _asked(recipe, opened, seed, shard_limit_bytes, allowance)
+    return _planned(replace(asked, stages=tuple(stages)), allowance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +172,18 @@ class _Asked:
     stages: tuple[tuple[ModelRef, Plan], ...] = ()
 
 
-def _planned(asked: _Asked) -> Plan:
+def _asked(
+    recipe: Recipe,
+    opened: Mapping[ModelRef, Checkpoint | Adapter],
+    seed: int,
+    shard_limit_bytes: int,
+    allowance: Allowance,
+) -> _Asked:
+    allowance.sources(len(opened[ref.bare].tensors) for ref in recipe.sources)
+    return _Asked(recipe, opened, models_of(recipe, opened), seed, shard_limit_bytes)
+
+
+def _planned(asked: _Asked, allowance: Allowance) -> Plan:
     """The plan of one document."""
     notes, recipe, checkpoints = Notes(), asked.recipe, asked.checkpoints
     architectures = {ref: infer(checkpoints[ref]) for ref in recipe.sources}
@@ -179,7 +196,7 @@ def _planned(asked: _Asked) -> Plan:
     embeddings = {ref: part.embedding for ref, part in architectures.items()}
     rows = {ref: checkpoints[ref].tensors[name].shape[0] for ref, name in embeddings.items() if name is not None}
     alignment = align(recipe, checkpoints, rows, notes)
-    layout = arrange(recipe, checkpoints, architectures)
+    layout = arrange(recipe, checkpoints, architectures, allowance)
     for code, text in layout.notices:
         notes.add(code, text, text)
     for ref in recipe.sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,10 +59,17 @@ def ramplus_tl(x: Sequence[Tensor], b: Tensor, *, r: float, alpha: float, epsilo
     votes = []
     for delta, on in zip(deltas, active, strict=True):
         shared, own = int((on & ~alone).sum()), int((on & alone).sum())
-        rho = shared / max(own, epsilon) if shared else 0.0
-        boost = 1 + r * max(0.0, min(alpha, rho))
+        boost = 1 + r * max(0.0, min(alpha, overlap(shared, own, epsilon)))
         votes.append(torch.where(alone, delta * boost, delta) * on)
     return sum_of(votes).div_(count.clamp(min=1)).add_(b)
+
+
+def overlap(shared: int, own: int, epsilon: float) -> float:
+    """Elements changed with other models over those changed alone; with none alone and no epsilon, infinite."""
+    divisor = max(own, epsilon)
+    if not shared:
+        return 0.0
+    return shared / divisor if divisor else math.inf
 
 
 def _active(x: Sequence[Tensor], b: Tensor, epsilon: float) -> tuple[list[Tensor], list[Tensor], Tensor]:

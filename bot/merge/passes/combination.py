@@ -15,6 +15,9 @@ from bot.merge.methods.spherical import TINY_NORM as TINY_ARC
 from bot.merge.methods.spherical import centre, flat_arc, interpolation, one_step, vanishes
 from bot.merge.passes.inputs import Emit, Inputs, Piece
 
+FEW = 2**12  # elements: rounding errors do not average out over so few
+NEARLY_DEPENDENT = 1e-4  # smallest eigenvalue of the cosines of vectors that may cancel
+
 
 def slerp(inputs: Inputs) -> Emit:
     """The arc from the base to the other model."""
@@ -40,7 +43,7 @@ def multislerp(inputs: Inputs) -> Emit:
     if inputs.n == 1:
         return lambda piece: piece.x[0]
     shared, weight = inputs.work.shared, inputs.values("weight")
-    g = _gram(inputs, Piece.deltas, inputs.n)
+    g = _gram(inputs, Piece.deltas, inputs.n, weight)
     normalize, eps = bool(shared["normalize_weights"]), float(shared["eps"])
     inputs.corner("MEAN_VANISHES", int(vanishes(g, weight, normalize, eps)))
     return _of_deltas(inputs, one_step(g, weight, normalize, eps))
@@ -94,12 +97,22 @@ def _combined(v: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     return out
 
 
-def _gram(inputs: Inputs, vectors: object, count: int) -> Vector:
-    """Inner products of `count` vectors; products in float32 first, in float64 if they leave its range."""
+def _gram(inputs: Inputs, vectors: object, count: int, weight: Sequence[float] = ()) -> Vector:
+    """Inner products of `count` vectors, to be weighted with these signs.
+
+    Products are formed in float32 where their rounding errors average out, and in float64 if they leave its range or
+    the vectors, so signed, nearly cancel: what is left of them decides between the rules for odd cases.
+    """
+    if inputs.wide == torch.float64 or inputs.count <= FEW:
+        return _one_gram(inputs, vectors, count, torch.float64)
     g = _one_gram(inputs, vectors, count, inputs.wide)
     squares = np.diag(g)
-    if inputs.wide == torch.float64 or (np.isfinite(squares).all() and (squares > 1e-25 * inputs.count).all()):
-        return g
+    if np.isfinite(squares).all() and (squares > 1e-25 * inputs.count).all():
+        cosines = g / np.sqrt(np.outer(squares, squares))
+        signs = np.sign(np.array(weight or [1.0] * count))
+        opposite = bool((cosines * np.outer(signs, signs) < 0).any())
+        if not (opposite and np.linalg.eigvalsh(cosines)[0] < NEARLY_DEPENDENT):
+            return g
     return _one_gram(inputs, vectors, count, torch.float64)
 
 

@@ -136,28 +136,37 @@ class Inputs:
             yield Piece(start, stop, tensors, self.work.base)
 
     def _examine(self, start: int, tensors: list[Tensor]) -> None:
-        """Count non-finite elements; whatever any input has spoilt is zero in all of them from here on."""
+        """Count non-finite elements, once per piece."""
         if all(surely_finite(tensor) for tensor in tensors):
             return
-        spoilt = torch.zeros_like(tensors[0], dtype=torch.bool)
         for operand, tensor in zip(self.work.operands, tensors, strict=True):
-            bad = ~torch.isfinite(tensor)
-            if count := int(bad.sum()):
+            if count := tensor.numel() - int(torch.isfinite(tensor).sum()):
                 self.nonfinite[str(operand.source)] = self.nonfinite.get(str(operand.source), 0) + count
-                spoilt |= bad
-        where = spoilt.nonzero().squeeze(1)
-        if len(where):
-            self._spoilt[start] = (where, torch.stack([tensor[where] for tensor in tensors]).sum(0))
-            for tensor in tensors:
-                tensor[where] = 0.0
+                self._spoilt.add(start)
+        if start in self._spoilt:
+            self._judge(self.nonfinite)
 
-    def restore(self, piece: Piece, result: Tensor) -> int:
-        """Put what was spoilt back into its place, as the sum of the inputs; how many elements that were."""
-        if piece.start not in self._spoilt:
-            return 0
-        where, values = self._spoilt[piece.start]
-        result[where] = values.to(result.dtype)
-        return len(where)
+    def restore(self, piece: Piece, result: Tensor) -> None:
+        """Put what was taken out of `piece`, which must be the present one, back into its place: the inputs' sum."""
+        if self._taken_out is not None:
+            where, values = self._taken_out
+            result[where] = values.to(result.dtype)
+
+
+def _take_out(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Zero in all tensors what is not finite in any; which elements those were, and the sums of the tensors there.
+
+    Found again in every pass: remembered for all pieces, a tensor full of NaN would take more memory than its inputs.
+    """
+    spoilt = ~torch.isfinite(tensors[0])
+    for tensor in tensors[1:]:
+        spoilt |= ~torch.isfinite(tensor)
+    values = tensors[0][spoilt]
+    for tensor in tensors[1:]:
+        values += tensor[spoilt]
+    for tensor in tensors:
+        tensor.masked_fill_(spoilt, 0.0)
+    return spoilt, values
 
 
 Emit = Callable[[Piece], Tensor]  # the wide result of a piece, in a tensor of the piece or a buffer

@@ -2,7 +2,7 @@
 
 A sample says between which two values the k-th largest lies, almost surely. One pass counts what lies above, and
 gathers the few elements between; their order gives the exact answer. Where the sample was wrong, histograms over the
-bits find it: floats that are not negative order like the integers of the same bits.
+bits find it: with the sign taken out, floats order like the integers of the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bot.merge.methods.reductions import Selection, bucket
 from bot.merge.passes.elementwise import shrunk
 from bot.merge.passes.inputs import Inputs, Piece
 
-Magnitudes = Callable[[Piece], Sequence[Tensor]]  # one flat tensor per column, none of them negative
+Magnitudes = Callable[[Piece], Sequence[Tensor]]  # one flat tensor per column
 Array = NDArray[Any]
 SMALL = 2**18  # tensors up to this size are gathered whole
 
@@ -46,7 +46,7 @@ def select(inputs: Inputs, magnitudes: Magnitudes, ks: Sequence[Sequence[int]]) 
 
 def _brackets(inputs: Inputs, magnitudes: Magnitudes, wanted: Sequence[tuple[int, int]]) -> list[_Bracket]:
     if inputs.count <= SMALL:
-        return [_Bracket(column, k, -1.0, math.inf) for column, k in wanted]
+        return [_Bracket(column, k, -math.inf, math.inf) for column, k in wanted]
     columns = sorted({column for column, _ in wanted})
     parts: dict[int, list[Tensor]] = {column: [] for column in columns}
     for piece in inputs.sample():
@@ -63,15 +63,15 @@ def _around(sample: Array, share: float) -> tuple[float, float]:
     slack = 5 * math.sqrt(share * (1 - share) / size) + 0.004
     low, high = int(size * (1 - share - slack)), int(size * (1 - share + slack))
     ordered = np.sort(sample)
-    return (float(ordered[low]) if low >= 0 else -1.0), (float(ordered[high]) if high < size else math.inf)
+    return (float(ordered[low]) if low >= 0 else -math.inf), (float(ordered[high]) if high < size else math.inf)
 
 
 class _Bracket:
-    """Counts around one threshold: elements above `high`, at it, between, and at `low`."""
+    """Counts around one threshold: elements above `high`, at it, between, above `low` and at it."""
 
     def __init__(self, column: int, k: int, low: float, high: float) -> None:
         self.column, self.k, self.low, self.high = column, k, low, high
-        self._above = self._at_high = self._at_low = self._gathered = 0
+        self._above = self._at_high = self._over = self._at_low = self._gathered = 0
         self._between: list[Array] = []
 
     def see(self, magnitudes: Tensor) -> None:
@@ -79,53 +79,73 @@ class _Bracket:
             array = magnitudes.numpy()
             above, over = array > self.high, array > self.low
             equal = array == self.high
-            counts = [int(np.count_nonzero(one)) for one in (above, equal, array == self.low)]
+            counts = [int(np.count_nonzero(one)) for one in (above, equal, over, array == self.low)]
             above |= equal
             inside = array[over & ~above]
         else:
             above_, equal_ = magnitudes > self.high, magnitudes == self.high
-            counts = [int(one.sum()) for one in (above_, equal_, magnitudes == self.low)]
+            counts = [int(one.sum()) for one in (above_, equal_, magnitudes > self.low, magnitudes == self.low)]
             inside = magnitudes[(magnitudes > self.low) & (magnitudes < self.high)].cpu().numpy()
         self._above += counts[0]
         self._at_high += counts[1]
-        self._at_low += counts[2]
+        self._over += counts[2]
+        self._at_low += counts[3]
         self._gathered += len(inside)
         if self._gathered <= GATHERED:
             self._between.append(inside)
 
     def answer(self) -> Selection | None:
-        """None if the threshold lies outside, or too much lay between."""
-        rest = self.k - self._above
-        if rest <= 0 or self._gathered > GATHERED:
+        """None if the threshold lies outside, too much lay between, or the counts do not give exactly k."""
+        if self._gathered > GATHERED:
             return None
-        if rest <= self._at_high:
-            return Selection(self.high, rest, self._at_high - rest)
-        rest -= self._at_high
+        beyond = self._above + self._at_high
+        if self.k <= beyond:
+            return self._exactly(self.high, self._above, self._at_high)
+        rest = self.k - beyond
         if rest > self._gathered:
-            rest -= self._gathered
-            return Selection(self.low, rest, self._at_low - rest) if rest <= self._at_low else None
+            return self._exactly(self.low, self._over, self._at_low)
         between = np.concatenate(self._between)
         between.sort()  # faster than a partition where many are equal
         threshold = between[len(between) - rest]
-        equal = rest - int(np.count_nonzero(between > threshold))
-        return Selection(float(threshold), equal, int(np.count_nonzero(between == threshold)) - equal)
+        beyond += int(np.count_nonzero(between > threshold))
+        return self._exactly(float(threshold), beyond, int(np.count_nonzero(between == threshold)))
+
+    def _exactly(self, threshold: float, beyond: int, at: int) -> Selection | None:
+        """The selection of k, if `beyond` elements above the threshold and some of those `at` it make k."""
+        equal = self.k - beyond
+        return Selection(threshold, equal, at - equal) if 0 < equal <= at else None
 
 
 def _by_histogram(inputs: Inputs, magnitudes: Magnitudes, column: int, k: int) -> Selection:
     """16 bits of the threshold per pass, from the top."""
-    bits = 64 if inputs.wide == torch.float64 else 32
-    integers: Any = np.int64 if bits == 64 else np.int32
+    bits = shift = 8 * magnitudes(next(inputs.sample()))[column].element_size()
     prefix, rest, equal = 0, k, 0
-    for shift in range(bits - 16, -1, -16):
+    while shift:
+        shift -= 16
         counts = np.zeros(2**16, dtype=np.int64)
         for piece in inputs.pieces():
-            array = magnitudes(piece)[column].cpu().numpy().view(integers)
-            mine = array if shift == bits - 16 else array[array >> (shift + 16) == prefix]
-            counts += np.bincount((mine >> shift) & 0xFFFF, minlength=2**16)
+            ordered = _ordered_bits(magnitudes(piece)[column].cpu().numpy())
+            mine = ordered if shift == bits - 16 else ordered[ordered >> (shift + 16) == prefix]
+            counts += np.bincount(((mine >> shift) & 0xFFFF).astype(np.int64), minlength=2**16)
         digit, above = bucket(counts, rest)
         prefix, rest, equal = (prefix << 16) | digit, rest - above, int(counts[digit])
-    value = np.array(prefix, dtype=integers).view(np.float64 if bits == 64 else np.float32)
-    return Selection(float(value), rest, equal - rest)
+    return Selection(_of_ordered_bits(prefix, bits), rest, equal - rest)
+
+
+def _ordered_bits(array: Array) -> Array:
+    """Unsigned integers that order as the floats do; both zeros are one."""
+    kind: Any = np.uint64 if array.dtype == np.float64 else np.uint32
+    raw, top = (array + array.dtype.type(0)).view(kind), kind(1 << (8 * array.itemsize - 1))
+    out: Array = np.where(raw & top, ~raw, raw | top)
+    return out
+
+
+def _of_ordered_bits(number: int, bits: int) -> float:
+    """The float that `_ordered_bits` turns into `number`."""
+    top = 1 << (bits - 1)
+    raw = number ^ top if number & top else number ^ (2 * top - 1)
+    kinds: tuple[Any, Any] = (np.uint64, np.float64) if bits == 64 else (np.uint32, np.float32)
+    return float(np.array(raw, dtype=kinds[0]).view(kinds[1]))
 
 
 class Shrinker:
@@ -137,8 +157,7 @@ class Shrinker:
         self._below = float(np.nextafter(kind(selection.threshold), kind(-1)))
         self._left = selection.equal  # how many of those exactly at the threshold are still to be kept
 
-    def __call__(self, delta: Tensor, magnitudes: Tensor | None = None) -> Tensor:
-        """`magnitudes`: |delta| if it is at hand."""
+    def __call__(self, delta: Tensor) -> Tensor:
         chosen = self._selection
         if not math.isfinite(chosen.threshold):
             return delta.zero_() if chosen.threshold > 0 else delta
@@ -146,7 +165,7 @@ class Shrinker:
             return self._with_equals(delta)
         if not self._left:
             return shrunk(delta, chosen.threshold)
-        at = (delta.abs() if magnitudes is None else magnitudes) == chosen.threshold
+        at = delta.abs() == chosen.threshold
         count = int(at.sum())
         if count > self._left:
             surplus = at.nonzero().squeeze(1)[self._left :]

@@ -29,7 +29,7 @@ def nuslerp(inputs: Inputs) -> Emit:
 
     def emit(piece: Piece) -> Tensor:
         first, second = (delta.view(-1, width) for delta in piece.deltas())
-        room = inputs.buffer("product", piece.tensors[0]).view(-1, width)
+        room = _double(inputs, piece, width)
         products = (_row_sums(u, v, room) for u, v in ((first, first), (second, second), (first, second)))
         return _mixed(inputs, piece, first, second, arc(*_noted(inputs, *products), t))
 
@@ -41,9 +41,9 @@ def _across(inputs: Inputs, t: float) -> Emit:
     sums = torch.zeros(3, 1, width, dtype=torch.float64, device=inputs.feed.device)
     for piece in inputs.pieces():
         first, second = (delta.view(-1, width) for delta in piece.deltas())
-        room = inputs.buffer("product", piece.tensors[0]).view(-1, width)
+        room = _double(inputs, piece, width)
         for i, (u, v) in enumerate(((first, first), (second, second), (first, second))):
-            sums[i] += torch.mul(u, v, out=room).sum(0, keepdim=True, dtype=inputs.wide)
+            sums[i] += room.copy_(u).mul_(v).sum(0, keepdim=True)
     factors = arc(*_noted(inputs, *sums), t)
 
     def emit(piece: Piece) -> Tensor:
@@ -66,8 +66,17 @@ def _noted(inputs: Inputs, square_1: Tensor, square_2: Tensor, product: Tensor) 
 
 
 def _row_sums(u: Tensor, v: Tensor, room: Tensor) -> Tensor:
-    """Inner products of the rows, shape (rows, 1), float64."""
-    return torch.mul(u, v, out=room).sum(-1, keepdim=True).double()
+    """Inner products of the rows, shape (rows, 1); products and sums in float64, the type of `room`.
+
+    Rounded to float32, the product of two exactly opposite vectors leaves 1 - q^2 at 1e-7: no longer a straight line.
+    """
+    return room.copy_(u).mul_(v).sum(-1, keepdim=True)
+
+
+def _double(inputs: Inputs, piece: Piece, width: int) -> Tensor:
+    """A buffer for products, as rows."""
+    count, device = piece.stop - piece.start, inputs.feed.device
+    return inputs.scratch.get("product", count, torch.float64, device).view(-1, width)
 
 
 def model_stock(inputs: Inputs) -> Emit:
@@ -77,7 +86,7 @@ def model_stock(inputs: Inputs) -> Emit:
     def emit(piece: Piece) -> Tensor:
         x, b = piece.x, piece.b
         # the deltas are needed for the angles only: x_i = d_i + b would round again
-        room = inputs.buffer("product", b).view(-1, width)
+        room = _double(inputs, piece, width)
         deltas = [torch.sub(x_i, b, out=inputs.buffer(f"delta {i}", b)).view(-1, width) for i, x_i in enumerate(x)]
         products = torch.zeros(n, n, len(room), 1, dtype=torch.float64, device=b.device)
         for i in range(n):

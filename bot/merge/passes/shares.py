@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bot.merge.methods.gram import pair_dot
-from bot.merge.methods.shares import FLOOR
+from bot.merge.methods.shares import FLOOR, overlap
 from bot.merge.passes.election import Election
 from bot.merge.passes.elementwise import shrunk
 from bot.merge.passes.inputs import Emit, Inputs, Piece
@@ -68,8 +68,7 @@ def ramplus_tl(inputs: Inputs) -> Emit:
             own[i] += int(changed.mul_(alone).sum())
     boosts = []
     for mine, all_ in zip(own, active, strict=True):
-        rho = (all_ - mine) / max(mine, epsilon) if all_ > mine else 0.0
-        boosts.append(1 + r * max(0.0, min(alpha, rho)))
+        boosts.append(1 + r * max(0.0, min(alpha, overlap(all_ - mine, mine, epsilon))))
 
     def emit(piece: Piece) -> Tensor:
         deltas = [shrunk(delta, epsilon) for delta in piece.deltas()]
