@@ -189,7 +189,7 @@ def bakllama(text: str, *, file: str = "recipe") -> Recipe:
     reader = Reader(file, "operator", "refuse")
     top = reader.mapping(read_yaml(text, trust="operator", file=file), "")
     reader.unknown(top, "", {"layer_slices", "embedding_source", "lm_head_source"})
-    node = _given(top, "layer_slices")
+    node = top.given("layer_slices")
     if node is None:
         reader.refuse(
             "MISSING_KEY", top, "layer_slices", "the config has no `layer_slices`.", "List the slices to stack."
@@ -220,7 +220,7 @@ def _piece(reader: Reader, node: Node, index: int) -> Slice:
     path = f"layer_slices[{index}]"
     table = reader.mapping(node, path)
     reader.unknown(table, path, {"model", "start", "end", "scale"})
-    lacking = next((key for key in ("model", "start", "end") if _given(table, key) is None), None)
+    lacking = next((key for key in ("model", "start", "end") if table.given(key) is None), None)
     if lacking is not None:
         reader.refuse("MISSING_KEY", table, f"{path}.{lacking}", f"`{path}` has no `{lacking}`.", "Add it.")
     start, end = (reader.integer(table.items[key], f"{path}.{key}") for key in ("start", "end"))
@@ -230,7 +230,7 @@ def _piece(reader: Reader, node: Node, index: int) -> Slice:
             "`end` is one past the last layer, and greater than `start`.",
         )  # fmt: skip
     parameters: Parameters = {}
-    scale = _given(table, "scale")
+    scale = table.given("scale")
     if scale is not None:
         value = reader.number(scale, f"{path}.scale")
         parameters = {"scale": Conditions((Condition("down_proj", value),))}
@@ -238,13 +238,8 @@ def _piece(reader: Reader, node: Node, index: int) -> Slice:
 
 
 def _donor(reader: Reader, top: Table, key: str) -> ModelRef | None:
-    node = _given(top, key)
+    node = top.given(key)
     return None if node is None else reader.model(node, key)
-
-
-def _given(table: Table, key: str) -> Node | None:
-    node = table.items.get(key)
-    return None if isinstance(node, Text) and node.is_null else node
 
 
 def _refuse(code: str, message: str, next_step: str) -> NoReturn:

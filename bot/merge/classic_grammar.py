@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bot.merge.document import Reader, Table, Text
+from bot.merge.document import Reader, Table
 from bot.merge.spec import Classic
 
 KEY = "classic"
@@ -10,8 +10,8 @@ KEY = "classic"
 
 def classic(reader: Reader, top: Table) -> Classic | None:
     """The block as `Recipe.document` writes it, None without one. To strangers the key is unknown."""
-    node = top.items.get(KEY)
-    if node is None or (isinstance(node, Text) and node.is_null):
+    node = top.given(KEY)
+    if node is None:
         return None
     if reader.trust == "stranger":
         reader.unknown_key(KEY, top.key_lines[KEY], "", {"merge_method", "models", "slices", "parameters"})

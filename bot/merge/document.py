@@ -57,6 +57,11 @@ class Table:
     line: int
     anchored: frozenset[str] = frozenset()
 
+    def given(self, key: str) -> Node | None:
+        """The value of a key, None if the key is absent or null: the two mean the same."""
+        node = self.items.get(key)
+        return None if isinstance(node, Text) and node.is_null else node
+
 
 Node = Text | Sequence | Table
 
@@ -148,8 +153,8 @@ class Reader:
         self.unknown(node, path, {"model", "lora", "path", "revision", "override_architecture"})
         if "model" in node.items:
             base = self.model(node.items["model"], f"{path}.model")
-            lora = node.items.get("lora")
-            if lora is None or (isinstance(lora, Text) and lora.is_null):
+            lora = node.given("lora")
+            if lora is None:
                 return base
             adapter = self.model(lora, f"{path}.lora")
             if base.lora is not None or adapter.lora is not None:
@@ -158,9 +163,8 @@ class Reader:
         if "path" not in node.items:
             self.refuse("MISSING_KEY", node, path, f"`{path}` names no model.", "Add `path: owner/name`.")
         name = self.text(node.items["path"], f"{path}.path")
-        revision = node.items.get("revision")
-        given = isinstance(revision, Text) and not revision.is_null
-        return self._one_model(f"{name}@{revision.text}" if given and isinstance(revision, Text) else name, node, path)
+        revision = node.given("revision")
+        return self._one_model(f"{name}@{revision.text}" if isinstance(revision, Text) else name, node, path)
 
     def _one_model(self, text: str, node: Node, path: str) -> ModelRef:
         name, at, revision = text.strip().partition("@")

@@ -70,8 +70,8 @@ def _names(reader: Reader, roots: Sequence[Node]) -> list[str | None]:
 
 
 def _name(reader: Reader, root: Node) -> str | None:
-    node = root.items.get("name") if isinstance(root, Table) else None
-    if node is None or (isinstance(node, Text) and node.is_null):
+    node = root.given("name") if isinstance(root, Table) else None
+    if node is None:
         return None
     name = reader.text(node, "name").strip()
     if not _NAME.fullmatch(name):

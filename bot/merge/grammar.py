@@ -62,11 +62,6 @@ def recipe(reader: Reader, root: Node) -> Recipe:
     return replace(built, notices=tuple(reader.notices))
 
 
-def _present(table: Table, key: str) -> Node | None:
-    node = table.items.get(key)
-    return None if node is None or (isinstance(node, Text) and node.is_null) else node
-
-
 def _top_keys(reader: Reader, top: Table) -> None:
     for key in top.items:
         if key in _TOP or key == "classic":
@@ -86,7 +81,7 @@ def _top_keys(reader: Reader, top: Table) -> None:
 
 
 def _method(reader: Reader, top: Table) -> Method:
-    node = _present(top, "merge_method")
+    node = top.given("merge_method")
     if node is None:
         reader.refuse(
             "MISSING_KEY", top, "merge_method", "the recipe has no `merge_method`.", "Add e.g. `merge_method: linear`."
@@ -101,7 +96,7 @@ def _method(reader: Reader, top: Table) -> Method:
 
 
 def _modules(reader: Reader, top: Table, method: Method) -> tuple[tuple[Module, ...], bool]:
-    given = [key for key in _LAYOUTS if _present(top, key) is not None]
+    given = [key for key in _LAYOUTS if top.given(key) is not None]
     if len(given) != 1:
         reader.refuse(
             "MISSING_KEY" if not given else "RECIPE_INVALID", top.key_lines[given[1]] if given else top, "",
@@ -125,7 +120,7 @@ def _modules(reader: Reader, top: Table, method: Method) -> tuple[tuple[Module, 
 
 def _module(reader: Reader, table: Table, name: str, path: str, method: Method, *, own_parameters: bool) -> Module:
     prefix = f"{path}." if path else ""
-    given = [key for key in ("models", "slices") if _present(table, key) is not None]
+    given = [key for key in ("models", "slices") if table.given(key) is not None]
     if len(given) != 1:
         reader.refuse(
             "RECIPE_INVALID", table, path, f"`{path}` needs exactly one of `models` and `slices`.", "Keep one."
@@ -146,7 +141,7 @@ def _module(reader: Reader, table: Table, name: str, path: str, method: Method, 
 def _slice(reader: Reader, node: Node, path: str, method: Method) -> Slice:
     table = reader.mapping(node, path)
     reader.unknown(table, path, {"sources", "base_model", "parameters"})
-    if _present(table, "sources") is None:
+    if table.given("sources") is None:
         reader.refuse("MISSING_KEY", table, path, f"`{path}` has no `sources`.", "Add `sources:` with model and range.")
     where = f"{path}.sources"
     sources = _sources(reader, reader.sequence(table.items["sources"], where), where, method, ranged=True)
@@ -179,7 +174,7 @@ def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, rang
             )  # fmt: skip
         _no_revision(reader, table, where)
         reader.unknown(table, where, {"model", "layer_range", "parameters"} if ranged else {"model", "parameters"})
-        model_node = _present(table, "model")
+        model_node = table.given("model")
         if model_node is None:
             reader.refuse("MISSING_KEY", table, where, f"`{where}` names no model.", "Add `model: owner/name`.")
         model = reader.model(model_node, f"{where}.model")
@@ -205,7 +200,7 @@ def _no_revision(reader: Reader, table: Table, where: str) -> None:
 
 
 def _layer_range(reader: Reader, table: Table, path: str) -> tuple[int, int]:
-    node = _present(table, "layer_range")
+    node = table.given("layer_range")
     where = f"{path}.layer_range"
     if node is None:
         reader.refuse("MISSING_KEY", table, where, f"`{path}` has no `layer_range`.", "Add `layer_range: [0, 8]`.")
@@ -220,17 +215,17 @@ def _layer_range(reader: Reader, table: Table, path: str) -> tuple[int, int]:
 
 
 def _optional_model(reader: Reader, table: Table, key: str, path: str) -> ModelRef | None:
-    node = _present(table, key)
+    node = table.given(key)
     return None if node is None else reader.model(node, f"{path}.{key}" if path else key)
 
 
 def _optional_text(reader: Reader, table: Table, key: str) -> str | None:
-    node = _present(table, key)
+    node = table.given(key)
     return None if node is None else reader.text(node, key)
 
 
 def _dtype(reader: Reader, top: Table, key: str) -> str | None:
-    node = _present(top, key)
+    node = top.given(key)
     if node is None:
         return None
     name = reader.text(node, key).removeprefix("torch.")
@@ -242,7 +237,7 @@ def _dtype(reader: Reader, top: Table, key: str) -> str | None:
 
 
 def _parameters(reader: Reader, table: Table, path: str, method: Method, *, per_source: bool) -> dict[str, Setting]:
-    node = _present(table, "parameters")
+    node = table.given("parameters")
     if node is None:
         return {}
     where = f"{path}.parameters" if path else "parameters"
@@ -284,7 +279,7 @@ def _setting(reader: Reader, node: Node, path: str, kind: Kind | None) -> Settin
 
 def _condition(reader: Reader, table: Table, path: str, kind: Kind | None) -> Condition:
     reader.unknown(table, path, {"filter", "value"})
-    value, pattern = _present(table, "value"), _present(table, "filter")
+    value, pattern = table.given("value"), table.given("filter")
     if value is None:
         reader.refuse("MISSING_KEY", table, path, f"`{path}` has no `value`.", "Add `value:` beside `filter:`.")
     text = None if pattern is None else reader.text(pattern, f"{path}.filter")

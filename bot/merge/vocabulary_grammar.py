@@ -10,9 +10,7 @@ from bot.merge.spec import ModelRef, TokenRule, TokenSource, Vocabulary
 
 def vocabulary(reader: Reader, top: Table) -> Vocabulary | None:
     """The vocabulary of the recipe; None when it has no tokenizer keys."""
-    legacy, block = top.items.get("tokenizer_source"), top.items.get("tokenizer")
-    legacy = None if isinstance(legacy, Text) and legacy.is_null else legacy
-    block = None if isinstance(block, Text) and block.is_null else block
+    legacy, block = top.given("tokenizer_source"), top.given("tokenizer")
     if legacy is not None and block is not None:
         reader.refuse(
             "RECIPE_INVALID", legacy, "tokenizer_source", "`tokenizer_source` and `tokenizer` are both given.",
@@ -44,8 +42,8 @@ def _source(reader: Reader, node: Node, path: str) -> Literal["union", "base"] |
 
 
 def _padding(reader: Reader, table: Table) -> int | None:
-    node = table.items.get("pad_to_multiple_of")
-    if node is None or (isinstance(node, Text) and node.is_null):
+    node = table.given("pad_to_multiple_of")
+    if node is None:
         return None
     path = "tokenizer.pad_to_multiple_of"
     value = reader.integer(node, path)
@@ -59,8 +57,8 @@ def _rule(reader: Reader, token: str, node: Node) -> TokenRule:
     table = reader.mapping(node, path)
     reader.unknown(table, path, {"source", "force"})
     force = "force" in table.items and reader.boolean(table.items["force"], f"{path}.force")
-    source = table.items.get("source")
-    if source is None or (isinstance(source, Text) and source.is_null):
+    source = table.given("source")
+    if source is None:
         return TokenRule(token, None, force)
     return TokenRule(token, _token_source(reader, source, f"{path}.source"), force)
 
