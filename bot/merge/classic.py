@@ -14,7 +14,7 @@ from typing import Literal, NoReturn
 
 from bot.errors import Refused
 from bot.merge.contract import METHODS
-from bot.merge.document import Node, Reader, Table, Text
+from bot.merge.document import Node, Reader, Table
 from bot.merge.recipe import read_yaml
 from bot.merge.spec import (
     Classic,
