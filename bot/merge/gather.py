@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,9 +21,7 @@ class GatheredView:
     def __init__(self, row_map: RowMap, mine: int, matrices: Sequence[View], wide: torch.dtype) -> None:
         self._map, self._mine, self._matrices, self._wide = row_map, matrices[mine], matrices, wide
         self.shape = (len(row_map.own), *self._mine.shape[1:])
-        self.unit = 1
-        for dimension in self.shape[1:]:
-            self.unit *= dimension
+        self.unit = math.prod(self.shape[1:])
         self._mean: Tensor | None = None
         self._out = torch.empty(0, self.unit, dtype=wide)
 

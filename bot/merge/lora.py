@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -242,7 +243,7 @@ class _Fitting:
                 weight, f"factors {list(a.shape)} and {list(b.shape)}"
             )  # PEFT's B of a convolution: (out, r, 1, 1)
         sides = (b.shape[0], a.elements // rank)
-        straight, other = _as_matrix(weight.shape), _as_matrix(weight.shape)[::-1]
+        straight, other = as_matrix(weight.shape), as_matrix(weight.shape)[::-1]
         if len(weight.shape) < 2 or sides not in (straight, other) or rank > max(sides):
             self._misfit(weight, f"factors {list(a.shape)} and {list(b.shape)}")
         transposed = embedding or sides != straight or (straight == other and turned and bool(_LAYER.search(module)))
@@ -332,11 +333,9 @@ class _Fitting:
         return f"Use it on the model it was trained on{f', {told[:80]}' if told else ''}."
 
 
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    columns = 1
-    for dimension in shape[1:]:
-        columns *= dimension
-    return (shape[0] if shape else 1, columns)
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a weight taken as a matrix: its first dimension, and all others together."""
+    return (shape[0] if shape else 1, math.prod(shape[1:]))
 
 
 def _located(wanted: Iterable[str], stored: Mapping[str, TensorInfo]) -> dict[str, str]:

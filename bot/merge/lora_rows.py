@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bot.merge.checkpoint import LocalFiles
 from bot.merge.header import TensorInfo
-from bot.merge.lora import LowRank
+from bot.merge.lora import LowRank, as_matrix
 from bot.merge.memory import CHUNK
 from bot.merge.views import StoredView, View
 
@@ -27,7 +27,7 @@ class PatchedView:
         """`tensors` gives the adapter's tensors, flat and in the working type."""
         self.shape = weight.shape
         self._weight, self._patch, self._tensors = weight, patch, tensors
-        self.unit = max(1, _columns(weight.shape))
+        self.unit = max(1, as_matrix(weight.shape)[1])
         self._factors: tuple[Tensor, Tensor] | None = None
         self._lengths: Tensor | None = None  # DoRA's factors by column, where outputs are columns
 
@@ -82,10 +82,3 @@ def stored_tensor(files: LocalFiles, tensor: TensorInfo, wide: torch.dtype) -> T
 def _ratio(magnitude: Tensor, lengths: Tensor) -> Tensor:
     """magnitude / length; a vector of zeros has no direction and stays zero."""
     return torch.where(lengths > 0, magnitude / lengths, torch.zeros_like(lengths)).to(magnitude.dtype)
-
-
-def _columns(shape: tuple[int, ...]) -> int:
-    columns = 1
-    for dimension in shape[1:]:
-        columns *= dimension
-    return columns

@@ -89,10 +89,7 @@ class Work:
 
     @property
     def elements(self) -> int:
-        count = 1
-        for dimension in self.shape:
-            count *= dimension
-        return count
+        return math.prod(self.shape)
 
 
 def work_of(
