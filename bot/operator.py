@@ -90,7 +90,7 @@ def merge(
     here = sources.fetched(planned.plan, planned.opened, _hub(settings), settings, report)
     from bot.merge import stages
 
-    with sources.hashing(here, planned.plan if hash_sources else None) as known:
+    with sources.hashing_sources(here, planned.plan if hash_sources else None) as known:
         shown = named(report, "Merging")
         folders = {ref: each.folder for ref, each in here.items()}
         return stages.merge(planned.plan, folders, out, device=device, progress=shown, known=known)

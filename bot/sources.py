@@ -156,7 +156,7 @@ def _from_hub(
 
 
 @contextmanager
-def hashing(here: Mapping[ModelRef, Fetched], made: Plan | None) -> Iterator[Callable[[], Known]]:
+def hashing_sources(here: Mapping[ModelRef, Fetched], made: Plan | None) -> Iterator[Callable[[], Known]]:
     """While the body runs, hash the files of local folders that `made` reads from; the value waits for the end of it.
 
     What lies on the Hub is known by its commit; of a folder only its bytes can tell later whether it is the same.

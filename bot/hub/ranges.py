@@ -36,7 +36,6 @@ from bot.hub.transport import Away, Line, check_deadline
 from bot.merge.unchanged import IN_PARTS
 from bot.settings import crashpoint
 
-FOLDER = IN_PARTS
 PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it
 AT_ONCE = 6
 WHOLE_FROM = 0.8  # from this share on the rest is fetched too, for a hash that proves the whole
@@ -48,7 +47,7 @@ Verified = Literal["sha256", "git", "ranges"]
 
 def is_partial(folder: Path) -> bool:
     """Whether a folder holds parts of files only."""
-    return (folder / FOLDER).exists()
+    return (folder / IN_PARTS).exists()
 
 
 def fetch(
@@ -68,7 +67,7 @@ def fetch(
     facts = _wanted_facts(files, ranges)
     into.parent.mkdir(parents=True, exist_ok=True)
     with alone(into.with_name(f".{into.name}.lock")):
-        (into / FOLDER).mkdir(parents=True, exist_ok=True)
+        (into / IN_PARTS).mkdir(parents=True, exist_ok=True)
         parts = [_Part.open(into, name, fact, ranges[name]) for name, fact in facts.items() if fact.sha256]
         small = {name: fact for name, fact in facts.items() if not fact.sha256}
         missing = sum(part.missing_bytes for part in parts)
@@ -128,7 +127,7 @@ class _Part:
     def open(cls, into: Path, name: str, fact: FileFact, spans: Sequence[Range]) -> _Part:
         """Take over what an earlier fetch left, as far as its bytes are still those that arrived."""
         wanted = ((0, fact.size),) if how_verified(fact, spans) == "sha256" else tuple(spans)
-        part = cls(name, fact, into / name, into / FOLDER / name, wanted, [])
+        part = cls(name, fact, into / name, into / IN_PARTS / name, wanted, [])
         part._read_journal()
         return part
 

@@ -20,7 +20,6 @@ from typing import Literal
 from bot.merge.contract import METHODS, Base
 
 Scalar = float | bool | str
-Layout = Literal["models", "slices"]
 Document = dict[str, object] | list[dict[str, object]]
 
 
@@ -96,7 +95,7 @@ class Module:
     """One stack of layers. A model with a single stack has one module, named `default`."""
 
     name: str
-    layout: Layout
+    layout: Literal["models", "slices"]
     slices: tuple[Slice, ...]  # exactly one when layout is "models"
     parameters: Parameters = field(default_factory=dict)
 

@@ -50,7 +50,10 @@ def values_of(plan: Plan, tensor: str) -> dict[str, object]:
     step = next((step for step in plan.steps if step.name == tensor), None)
     if step is None:
         raise Refused(
-            "TENSOR_MISSING", f"the output has no tensor {tensor[:120]!r}.", nearest(tensor, plan.steps), value=tensor
+            "TENSOR_MISSING",
+            f"the output has no tensor {tensor[:120]!r}.",
+            names_like(tensor, plan.steps),
+            value=tensor,
         )
     work = step.work
     return {
@@ -73,7 +76,7 @@ def values_of(plan: Plan, tensor: str) -> dict[str, object]:
     }
 
 
-def nearest(tensor: str, steps: Iterable[Step]) -> str:
+def names_like(tensor: str, steps: Iterable[Step]) -> str:
     """A next step for a name no tensor has: the names that contain it or share its last parts."""
     names = [step.name for step in steps]
     for count in range(tensor.count(".") + 1):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bot.merge.methods.gram import Vector, combination, gram
 
-COLINEAR = 0.9995  # above this cosine the arc is a straight line for all purposes; mergekit's constant
+STRAIGHT_COSINE = 0.9995  # above this cosine the arc is a straight line for all purposes; mergekit's constant
 TINY_NORM = 1e-8
 
 
@@ -27,7 +27,7 @@ def coefficients(g: Vector, t: float) -> tuple[float, float]:
     safe_a = norm_a if norm_a > TINY_NORM else 1.0
     safe_c = norm_c if norm_c > TINY_NORM else 1.0
     cosine = max(-1.0, min(1.0, product / safe_a / safe_c))
-    if abs(cosine) > COLINEAR:
+    if abs(cosine) > STRAIGHT_COSINE:
         return 1 - t, t
     theta = math.acos(cosine)
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bot.merge.methods.gram import Vector, combination, gram, length, row_dot
 
-COLINEAR = 6e-8  # 1 - cos^2 of a pair that float32 cannot tell from a straight line
+STRAIGHT_SINE2 = 6e-8  # 1 - cos^2 of a pair that float32 cannot tell from a straight line
 TINY_NORM = 1e-7
 ANTIPODAL = 1e-4
 VANISHES = 1e-6
@@ -60,7 +60,7 @@ def arc(square_1: Tensor, square_2: Tensor, product: Tensor, t: float) -> tuple[
     """Factors of both ends (float64, elementwise) from squared lengths and inner product."""
     cosine = product / square_1.sqrt().clamp(min=TINY_NORM) / square_2.sqrt().clamp(min=TINY_NORM)
     cosine = cosine.clamp(-1, 1)
-    straight = 1 - cosine**2 <= COLINEAR
+    straight = 1 - cosine**2 <= STRAIGHT_SINE2
     theta = torch.acos(cosine)
     sine = torch.where(straight, torch.ones_like(theta), torch.sin(theta))
     first = torch.where(straight, torch.full_like(theta, 1 - t), torch.sin((1 - t) * theta) / sine)
