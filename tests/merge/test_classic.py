@@ -102,7 +102,7 @@ def place(name: str, values: Sequence[float]) -> float:
     return values[-1] if name == "model.norm.weight" else values[1 + int(name.split(".")[2])]
 
 
-def test_ties_with_every_default(models: Path) -> None:
+def test_ties_keeps_every_default_of_the_first_program(models: Path) -> None:
     result, _ = run("--merge", "a", "--merge", "b", "--base-model", "base")
     base, a, b = inputs("base", "a", "b")
     agree(result, {name: ties(base[name], [a[name], b[name]], [1, 1], [0.33, 0.33]) for name in base})

@@ -211,7 +211,7 @@ def planned_bias(method: str, inputs: list[str], base: str | None, folder: Path)
 
 
 @pytest.mark.parametrize("method", TABLE)
-def test_a_tensor_that_only_the_base_has(method: str, tmp_path: Path) -> None:
+def test_a_tensor_that_only_the_base_has_is_kept(method: str, tmp_path: Path) -> None:
     with_bias(tmp_path, "base")
     kind, _, most, *_, policy = TABLE[method]
     if kind is R:
@@ -224,7 +224,9 @@ def test_a_tensor_that_only_the_base_has(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", TABLE)
-def test_a_tensor_that_only_one_input_has(method: str, tmp_path: Path) -> None:
+def test_a_tensor_that_only_one_input_has_is_kept_left_out_or_refused_as_the_table_says(
+    method: str, tmp_path: Path
+) -> None:
     with_bias(tmp_path, "a")
     kind, _, most, *_, policy = TABLE[method]
     base, inputs = "base" if kind is R else None, ["a", "b", "c"][: most or 3]
@@ -242,7 +244,7 @@ def test_a_tensor_that_only_one_input_has(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [m for m, row in TABLE.items() if row[0] is R and row[2] is None])
-def test_a_tensor_that_the_base_and_some_inputs_have(method: str, tmp_path: Path) -> None:
+def test_a_tensor_that_the_base_and_some_inputs_have_is_merged_from_those(method: str, tmp_path: Path) -> None:
     with_bias(tmp_path, "base", "a")
     want = None if method == "model_stock" else ("merge", ["a", "base"])
     assert planned_bias(method, ["a", "b", "c"], "base", tmp_path) == want

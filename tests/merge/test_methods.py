@@ -216,7 +216,7 @@ def test_a_search_in_a_large_tensor_is_exact_whatever_its_sample_says(kind: str)
         assert torch.equal(got, want)
 
 
-def test_spherical_corners() -> None:
+def test_the_spherical_methods_are_defined_for_zero_and_for_opposite_vectors() -> None:
     zero, one = torch.zeros(4), torch.ones(4)
     assert torch.allclose(apply("karcher", [zero, one], None, {}, {"max_iter": 10, "tol": 1e-5}), one / 2)
     assert torch.equal(apply("karcher", [zero, zero], None, {}, {"max_iter": 10, "tol": 1e-5}), zero)
