@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,14 +74,17 @@ def verified(model: str, settings: Settings, hub: Callable[[], Hub], show: Show,
     subject = _subject(model, hub)
     claim = verify.read_claim(subject.files)
     _require_pinned(claim, subject)
-    found = verify.against_files(claim, subject.sha256)
-    seen, made = _planned_again(claim, hub, subject)
+    seen, made = _planned_again(claim, hub)
     _require_same_folders(claim, seen, show)
+    subject = replace(subject, sha256=verify.bounded(made, subject.files, subject.sha256))
+    found = verify.against_listing(made, _listing(subject.files))
+    found += verify.against_files(claim, subject.sha256)
     found += verify.against_plan(claim, made, subject.files)
     here = sources.fetched(made, seen, hub, settings, show)
     kind = _possible(claim.device if claim.device in ("cpu", "cuda") and device == "auto" else device)
     folders = {ref: each.folder for ref, each in here.items()}
-    scratch = settings.scratch / f"verify-{made.digest[:16]}"
+    settings.scratch.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"verify-{made.digest[:16]}-", dir=settings.scratch))
     try:
         compare = _on_disk if subject.on_hub else _streaming
         found += compare(made, folders, scratch, subject, kind, show)
@@ -143,6 +147,13 @@ def _subject(model: str, hub: Callable[[], Hub]) -> _Subject:
     return _Subject(f"{pinned.repo}@{pinned.revision[:7]}", remote, of_repo, on_hub=True)
 
 
+def _listing(files: Files) -> list[str]:
+    """The names of all files; of a folder those at its top, and its folders with a slash."""
+    if not isinstance(files, LocalFiles):
+        return list(files.sizes())
+    return [*files.sizes(), *(f"{each.name}/" for each in files.path.iterdir() if each.is_dir())]
+
+
 def _require_pinned(claim: Claim, subject: _Subject) -> None:
     """A stranger's file must not make us look into folders of this machine, nor at whatever a branch holds today."""
     loose = [ref for ref in claim.recipe.repos if not _COMMIT.fullmatch(ref.revision or "")]
@@ -159,7 +170,7 @@ def _require_pinned(claim: Claim, subject: _Subject) -> None:
         )  # fmt: skip
 
 
-def _planned_again(claim: Claim, hub: Callable[[], Hub], subject: _Subject) -> tuple[sources.Opened, plan.Plan]:
+def _planned_again(claim: Claim, hub: Callable[[], Hub]) -> tuple[sources.Opened, plan.Plan]:
     """The plan as the operator makes it, or as a stranger's request is planned: the one whose digest is claimed."""
     made: list[tuple[sources.Opened, plan.Plan]] = []
     every_ref_on_hub = all(ref.revision for ref in claim.recipe.repos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def merged(tmp_path: Path) -> tuple[Settings, Path]:
 def verdict(merged: tuple[Settings, Path]) -> Verdict:
     settings, out = merged
     found = operator.verify(str(out), settings, quiet, device="cpu")
-    assert not list(settings.scratch.glob("verify-*/model"))
+    assert not list(settings.scratch.glob("verify-*"))
     return found
 
 
@@ -118,7 +119,8 @@ def test_swapped_tensors_are_found_though_the_provenance_was_adapted(merged: tup
     digest = hash_of(LocalFiles(merged[1]), "model.safetensors")
     rewritten_provenance(merged[1], lambda told: told["outputs"]["model.safetensors"].update(sha256=digest))
     found = verdict(merged)
-    assert {each.name for each in found.differences} == {one, other}
+    assert {each.name for each in found.differences if each.what == "tensor"} == {one, other}
+    assert {each.name for each in found.differences if each.what != "tensor"} <= {"model.safetensors"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "mergekit_config.yml"])
@@ -127,6 +129,87 @@ def test_an_edited_text_is_found(merged: tuple[Settings, Path], name: str) -> No
     file.write_text(file.read_text().replace("0.5", "0.6") + "\n")
     found = verdict(merged)
     assert {(each.what, each.name) for each in found.differences} == {("file", name), ("config", name)}
+
+
+def test_honest_bytes_under_another_name_do_not_hide_a_tampered_shard(merged: tuple[Settings, Path]) -> None:
+    file = writable(merged[1] / "model.safetensors")
+    content = bytearray(file.read_bytes())
+    (merged[1] / "model_zzz.safetensors").write_bytes(content)
+    content[-1] ^= 1
+    file.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    rewritten_provenance(merged[1], lambda told: told["outputs"]["model.safetensors"].update(sha256=digest))
+    found = verdict(merged)
+    assert [each.what for each in found.differences].count("tensor") == 1
+    assert "model_zzz.safetensors" in {each.name for each in found.differences}
+
+
+def test_a_shard_with_another_header_is_found(merged: tuple[Settings, Path]) -> None:
+    file = writable(merged[1] / "model.safetensors")
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    changed = content[8 : 8 + length].replace(b'"pt"', b'"tf"')
+    assert changed != content[8 : 8 + length]
+    content = content[:8] + changed + content[8 + length :]
+    file.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    rewritten_provenance(merged[1], lambda told: told["outputs"]["model.safetensors"].update(sha256=digest))
+    assert [each.name for each in verdict(merged).differences] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["extra.safetensors", "pytorch_model.bin", "weights.pt", "modeling_x.py", "adapter_config.json",
+     "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json",
+     "additional_chat_templates/tool.jinja"],
+)  # fmt: skip
+def test_a_file_that_the_merge_does_not_write_is_found(merged: tuple[Settings, Path], name: str) -> None:
+    (merged[1] / name).parent.mkdir(exist_ok=True)
+    (merged[1] / name).write_text("{}")
+    assert [each.name.rstrip("/") for each in verdict(merged).differences] == [name.partition("/")[0]]
+
+
+def test_what_the_publisher_and_people_put_beside_a_merge_is_no_difference(merged: tuple[Settings, Path]) -> None:
+    for name in ("README.md", "LICENSE", "LICENSE.txt", ".gitattributes", ".mergebot.json", "results/lm_eval.json",
+                 "results/decode_speed.json", "medusa/heads.safetensors", ".git/config"):  # fmt: skip
+        (merged[1] / name).parent.mkdir(exist_ok=True)
+        (merged[1] / name).write_text("{}")
+    assert verdict(merged).differences == ()
+
+
+@pytest.mark.parametrize("name", ["config.json", "mergekit_config.yml", "manifest.json", "model.safetensors"])
+def test_a_missing_file_is_found_though_the_provenance_was_adapted(merged: tuple[Settings, Path], name: str) -> None:
+    (merged[1] / name).unlink()
+    rewritten_provenance(merged[1], lambda told: told["outputs"].pop(name, None))
+    assert f"{name} is missing." in {each.sentence for each in verdict(merged).differences}
+
+
+@pytest.mark.parametrize("name", ["config.json", "mergekit_config.yml", "model.safetensors"])
+def test_a_file_of_a_terabyte_is_named_and_not_read(merged: tuple[Settings, Path], name: str) -> None:
+    with writable(merged[1] / name).open("r+b") as stream:
+        stream.truncate(2**40)
+    assert name in {each.name for each in verdict(merged).differences}
+
+
+def test_two_verifications_at_once_leave_each_other_alone(merged: tuple[Settings, Path], tmp_path: Path) -> None:
+    """The second runs from beginning to end while the first is at work."""
+    settings, out = merged
+    inner: list[Verdict] = []
+    scratches: list[set[Path]] = []
+
+    def second(what: str, done: float, total: float) -> None:
+        if not inner and what.startswith("Merging") and list(settings.scratch.glob("verify-*")):
+            before = set(settings.scratch.glob("verify-*"))
+            inner.append(verdict_beside(settings, out))
+            scratches.append(before & set(settings.scratch.glob("verify-*")))
+
+    assert operator.verify(str(out), settings, second, device="cpu").differences == ()
+    assert inner[0].differences == () and len(scratches[0]) == 1
+    assert not list(settings.scratch.glob("verify-*"))
+
+
+def verdict_beside(settings: Settings, out: Path) -> Verdict:
+    return operator.verify(str(out), settings, quiet, device="cpu")
 
 
 def test_a_forged_recipe_is_found(merged: tuple[Settings, Path]) -> None:
@@ -171,6 +254,8 @@ def test_without_a_provenance_or_with_nonsense_there_is_nothing_to_verify(
         lambda told: told.clear(),
         lambda told: told.update(outputs=[]),
         lambda told: told.update(schema="another"),
+        lambda told: told.update(seed=float("inf")),
+        lambda told: told["outputs"]["config.json"].update(sha256="of another length"),
         lambda told: told["engine"].clear(),
         lambda told: told.update(sources=[{"ref": "a/b", "files": {"x": 1}}]),
     ):

@@ -1,6 +1,7 @@
 """Is a merged model what its provenance says? Read the claim, plan it again, compare, name what differs.
 
 read_claim      merge_provenance.json -> Claim                     nothing in it is believed
+against_listing the names that lie there, held against those that the merge writes
 against_files   the folder as it lies there, held against the claim
 against_plan    the claim held against a plan made anew from its sources
 against_merge   every tensor, held against the merge made anew
@@ -10,17 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bot.errors import Refused
 from bot.merge import recipe
-from bot.merge.checkpoint import OPERATOR, Files, LocalFiles, read_header
+from bot.merge.checkpoint import INDEX, OPERATOR, Files, LocalFiles, read_header
 from bot.merge.header import TensorInfo
-from bot.merge.output_names import PROVENANCE, SCHEMA
+from bot.merge.output_names import MANIFEST, PROVENANCE, SCHEMA
 from bot.merge.plan import Copied, Plan, Step
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Recipe
@@ -30,6 +32,13 @@ LIMIT_BYTES = 64 * 2**20
 _BLOCK_BYTES = 16 * 2**20
 Progress = Callable[[int, int, str], None]
 Hashes = Callable[[str], str | None]  # SHA-256 of a file as it lies there, None when there is none
+# What may lie beside a merge: what the publisher adds, texts for people, what git and the Hub's client keep.
+_HARMLESS = re.compile(
+    r"README\.md|\.gitattributes|\.gitignore|\.mergebot\.json|mergekit_config\.original\.yml|decode_speed\.json"
+    r"|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*|[\w-]+\.(md|png|jpg|svg|log)|(results|medusa|\.git|\.cache)/.*",
+    re.IGNORECASE | re.DOTALL,
+)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +88,11 @@ def read_claim(files: Files) -> Claim:
             shard_limit_bytes=int(told["shard_limit_bytes"]),
             numerics=int(told["engine"]["numerics"]),
             sources={str(one["ref"]): _table(one["files"]) for one in _every_source(told)},
-            outputs={str(name): str(fact["sha256"]) for name, fact in told["outputs"].items()},
+            outputs={str(name): _digest(fact["sha256"]) for name, fact in told["outputs"].items()},
             device=str(told["environment"]["device"]),
             torch=str(told["environment"]["torch"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise Refused(
             "NOT_VERIFIABLE",
             f"{PROVENANCE} of {files} is not one that mergebot wrote.",
@@ -104,13 +113,57 @@ def _table(files: Any) -> dict[str, Mapping[str, Any]]:
     return dict(files)
 
 
+def _digest(text: object) -> str:
+    if not isinstance(text, str) or not _DIGEST.fullmatch(text):
+        raise ValueError("not a SHA-256")
+    return text
+
+
+def expected_sizes(made: Plan) -> dict[str, int]:
+    """Every file the merge writes whose bytes the plan knows -> its length."""
+    shards = {shard.file: shard.nbytes for shard in made.shards}
+    copies = {copied.file: copied.nbytes for copied in made.copies}
+    return {**shards, **copies, **{name: len(text.encode()) for name, text in _texts(made).items()}}
+
+
+def bounded(made: Plan, files: Files, sha256: Hashes) -> Hashes:
+    """`sha256`, which reads no file that already its length tells from the right one: it may be a sparse terabyte."""
+    expected, sizes = expected_sizes(made), files.sizes()
+
+    def looked_at(name: str) -> str | None:
+        size = sizes.get(name)
+        if size is None:
+            return None
+        return sha256(name) if size == expected.get(name, min(size, LIMIT_BYTES)) else "of another length"
+
+    return looked_at
+
+
+def against_listing(made: Plan, names: Iterable[str]) -> list[Difference]:
+    """The names that lie there, folders ending in a slash, held against those that the merge writes."""
+    written = {*expected_sizes(made), PROVENANCE, MANIFEST}
+    found = set(names)
+    out = [_missing(name) for name in sorted(written - found)]
+    strange = (name for name in sorted(found - written) if not _HARMLESS.fullmatch(name))
+    return out + [Difference("file", name, f"{name} is no file of this merge.") for name in strange]
+
+
+def _missing(name: str) -> Difference:
+    return Difference("file", name, f"{name} is missing.")
+
+
+def _texts(made: Plan) -> dict[str, str]:
+    texts = {**made.texts, "config.json": made.config, "mergekit_config.yml": write_yaml(made.recipe.document())}
+    return texts if made.index is None else {**texts, INDEX: made.index}
+
+
 def against_files(claim: Claim, sha256: Hashes) -> list[Difference]:
     """The files as they lie there, held against what the provenance says was written."""
     out = []
     for name, digest in sorted(claim.outputs.items()):
         found = sha256(name)
         if found is None and not name.endswith(".original.yml"):
-            out.append(Difference("file", name, f"{name} is missing."))
+            out.append(_missing(name))
         elif found is not None and found != digest:
             out.append(Difference("file", name, f"{name} is not the file that was written when it was merged."))
     return out
@@ -132,12 +185,10 @@ def against_plan(claim: Claim, made: Plan, files: Files) -> list[Difference]:
                 )
     if made.digest != claim.plan_digest:
         out.append(Difference("plan", "digest", "Planned again from its sources, the merge is another one."))
-    texts = {**made.texts, "config.json": made.config, "mergekit_config.yml": write_yaml(made.recipe.document())}
-    if made.index is not None:
-        texts["model.safetensors.index.json"] = made.index
     sizes = files.sizes()
-    for name, text in sorted(texts.items()):
-        if name in sizes and files.read(name, 0, sizes[name]) != text.encode():
+    for name, text in sorted(_texts(made).items()):
+        expected = text.encode()
+        if name in sizes and (sizes[name] != len(expected) or files.read(name, 0, len(expected)) != expected):
             out.append(Difference("config", name, f"{name} is not what the recipe and its sources give."))
     return out
 
@@ -176,7 +227,7 @@ class Comparing:
 
     def __init__(self, made: Plan, theirs: Files) -> None:
         self._made, self._theirs = made, theirs
-        self._stored = _headers(theirs, made)
+        self._stored, self._layout = _headers(theirs, made)
         self._lock = threading.Lock()
         self._found: dict[int, tuple[int, int]] = {}  # step -> elements, ulps
 
@@ -197,7 +248,7 @@ class Comparing:
 
     def differences(self) -> list[Difference]:
         """What was found, in the order of the plan, once every step has been written."""
-        out = []
+        out = list(self._layout)
         for step in self._made.steps:
             found = _misfit(step, self._stored.get(step.name))
             if found is None and step.index in self._found:
@@ -216,13 +267,21 @@ def against_copies(made: Plan, sources: Mapping[ModelRef, Files], sha256: Hashes
     ]
 
 
-def _headers(files: Files, made: Plan) -> dict[str, TensorInfo]:
-    """The tensors that really lie there, by name."""
-    sizes, out = files.sizes(), dict[str, TensorInfo]()
-    for shard in sorted({shard.file for shard in made.shards} | {n for n in sizes if n.endswith(".safetensors")}):
-        if shard in sizes and shard.startswith("model"):
-            out.update(read_header(files, shard, sizes[shard], str(files), OPERATOR)[0])
-    return out
+def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Difference]]:
+    """The tensors that lie in the planned shards, by name, and the shards that do not begin as planned."""
+    sizes, out, found = files.sizes(), dict[str, TensorInfo](), list[Difference]()
+    for shard in made.shards:
+        if shard.file not in sizes:
+            found.append(_missing(shard.file))
+            continue
+        start = files.read(shard.file, 0, len(shard.header))
+        if sizes[shard.file] != shard.nbytes or start != shard.header:
+            found.append(Difference("file", shard.file, f"{shard.file} is not laid out as the merge lays it out."))
+        try:
+            out.update(read_header(files, shard.file, sizes[shard.file], str(files), OPERATOR)[0])
+        except Refused as error:
+            found.append(Difference("file", shard.file, error.message))
+    return out, found
 
 
 def _other_copy(copied: Copied) -> Difference:
