@@ -65,7 +65,7 @@ def check(text: str, hub: Hub, settings: Settings) -> Checked:
         )
     seen = sources.opened(asked, lambda: hub, limits=checkpoint.STRANGER, accept=_require_open)
     crashpoint("resolve.after_pin")
-    made = plan.make(seen.recipe, seen.sources).summary()
+    made = plan.make(seen.recipe, seen.sources, limits=checkpoint.STRANGER).summary()
     policy.check_size(made, disk_limit_bytes=settings.disk_limit_bytes, memory_limit_bytes=settings.memory_limit_bytes)
     found = tuple(_source(seen.repos[ref], source) for ref, source in seen.sources.items())
     return Checked(seen.recipe, found, made, policy.result_licence(found))

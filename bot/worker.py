@@ -40,7 +40,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     started, out = time.monotonic(), Path(spec["out"])
     hub = Hub(settings.hub)
     seen = sources.opened(recipe.from_canonical(spec["recipe"]), lambda: hub, limits=checkpoint.STRANGER)
-    made = plan.make(seen.recipe, seen.sources, seed=spec["seed"])
+    made = plan.make(seen.recipe, seen.sources, seed=spec["seed"], limits=checkpoint.STRANGER)
     measured = _measured(spec)
     # What is evaluated later has to be here whole; of the others only what the plan reads.
     whole = [ref for ref in seen.repos if (ref.path, ref.revision) in measured]

@@ -75,7 +75,7 @@ def shown(text: str) -> str:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`did you mean ...?` for a mistyped name, else the list of what is valid."""
     names = sorted(set(valid))
-    close = difflib.get_close_matches(name.replace("-", "_").lower(), names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:80].replace("-", "_").lower(), names, n=1, cutoff=0.6)
     return f"Did you mean `{close[0]}`?" if close else "Valid here: " + ", ".join(f"`{n}`" for n in names) + "."
 
 

@@ -14,6 +14,8 @@ from bot.merge.rows import RowMap
 from bot.merge.tokenizer import Index
 from bot.merge.views import View
 
+BRIDGED = 2**14  # elements: to read so many for nothing costs about as much as another read
+
 
 class GatheredView:
     """Matrix number `mine` of `matrices` (rows_i, ...), re-indexed; other matrices give rows that it lacks."""
@@ -42,18 +44,37 @@ class GatheredView:
         out = self._out[: last - first].zero_()
         own = self._map.own[first:last]
         have = np.flatnonzero(own >= 0)
-        for at, row, count in _runs(have, own[have]):
-            out[at : at + count] = self._rows(self._mine, row, count)
+        self._gather(self._mine, have, own[have], out)
         self._fill(out, first, last)
         return out
 
     def _fill(self, out: Tensor, first: int, last: int) -> None:
         for fill in self._map.fills:
-            for i in _within(fill.rows, first, last) if fill.matrices else ():
-                total = torch.zeros(self.unit, dtype=torch.float64)
-                for matrix, row in zip(fill.matrices, fill.taken[i], strict=True):
-                    total += self._rows(self._matrices[matrix], int(row), 1)[0]
-                out[int(fill.rows[i]) - first] = total / len(fill.matrices)
+            some = _within(fill.rows, first, last)
+            if not fill.matrices or not len(some):
+                continue
+            total = torch.zeros(len(some), self.unit, dtype=torch.float64)
+            rows = torch.empty(len(some), self.unit, dtype=self._wide)
+            for matrix, taken in zip(fill.matrices, fill.taken[some].T, strict=True):
+                self._gather(self._matrices[matrix], np.arange(len(some)), taken, rows)
+                total += rows
+            out[torch.from_numpy(fill.rows[some] - first)] = rows.copy_(total.div_(len(fill.matrices)))
+
+    def _gather(self, matrix: View, places: Index, rows: Index, out: Tensor) -> None:
+        """Put rows of a matrix into places of `out`. Rows near one another in the file are read at a time."""
+        if matrix.unit > 1:  # rows through an adapter: products of other rows cost more than a read
+            for at, row, count in _runs(places, rows):
+                out[at : at + count] = self._rows(matrix, row, count)
+            return
+        order = np.argsort(rows, kind="stable")
+        places, rows = places[order], rows[order]
+        for start, stop in _stretches(rows, BRIDGED // self.unit, max(1, len(out))):
+            first, count = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
+            read = self._rows(matrix, first, count)
+            if count == 1 or (count == stop - start and (np.diff(places[start:stop]) == 1).all()):
+                out[int(places[start]) : int(places[start]) + count] = read
+            else:
+                out[torch.from_numpy(places[start:stop])] = read[torch.from_numpy(rows[start:stop] - first)]
 
     def _rows(self, matrix: View, row: int, count: int) -> Tensor:
         return matrix.read(row * self.unit, (row + count) * self.unit).view(count, self.unit)
@@ -79,6 +100,17 @@ class GatheredView:
 def _within(rows: Index, first: int, last: int) -> Index:
     """Places in `rows` whose value lies in [first, last)."""
     return np.flatnonzero((rows >= first) & (rows < last))
+
+
+def _stretches(rows: Index, bridge: int, most: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the rows, which go up, to be read at a time: `most` rows at most with those between them, of
+    which no `bridge` are left out in a row."""
+    breaks = np.flatnonzero(np.diff(rows) > bridge + 1) + 1
+    for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
+        while start < end:
+            stop = min(end, int(np.searchsorted(rows, rows[start] + most)))
+            yield start, stop
+            start = stop
 
 
 def _runs(places: Index, rows: Index) -> Iterator[tuple[int, int, int]]:

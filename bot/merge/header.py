@@ -30,10 +30,15 @@ class Limits:
     rank: int = 8
     dimension: int = 2**31
     shards: int = 1_000
+    layers: int = 1_000  # of one output
+    looks: int = 1_000_000  # tensors of sources that planning looks at, for all documents of a recipe together
 
 
 STRANGER = Limits(header_bytes=8 * 2**20, tensors=50_000, strict=True)
-OPERATOR = Limits(header_bytes=100_000_000, tensors=1_000_000, strict=False, index_bytes=100_000_000, shards=100_000)
+OPERATOR = Limits(
+    header_bytes=100_000_000, tensors=1_000_000, strict=False, index_bytes=100_000_000, shards=100_000, layers=100_000,
+    looks=20_000_000,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

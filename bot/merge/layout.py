@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bot.errors import Refused, Where
+from bot.merge.allowance import Allowance
 from bot.merge.architecture import Architecture, Stack, is_head
 from bot.merge.checkpoint import Checkpoint
 from bot.merge.header import TensorInfo
@@ -78,14 +79,16 @@ class _Piece:
     path: str
 
 
-def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures) -> Layout:
-    """Lay out the output. Raises `Refused` for modules, ranges and depths that do not fit."""
+def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures, allowance: Allowance) -> Layout:
+    """Lay out the output. Raises `Refused` for modules, ranges and depths that do not fit, and beyond `allowance`."""
     modules = {module.name: module for module in recipe.modules}
     whole = modules.get("default")
     if not recipe.modular or (whole is not None and whole.layout == "models" and len(modules) == 1):
-        return _Arrangement(recipe, recipe.modules[0], checkpoints, architectures).layout()
+        only = _Arrangement(recipe, recipe.modules[0], checkpoints, architectures)
+        allowance.output(only.depth, only.counts())
+        return only.layout()
     found = {ref: parts(checkpoints[ref], architectures[ref]) for ref in recipe.sources}
-    layouts: list[Layout] = []
+    arrangements: list[_Arrangement] = []
     for module, part in _asked(recipe, found[recipe.donor]):
         views = {}
         for ref, theirs in found.items():
@@ -98,8 +101,9 @@ def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectur
                     "TENSOR_MISSING", f"{source.model} has no module `{part.name}`.",
                     f"Name models that have one under `modules.{module.name}`.", value=module.name,
                 )  # fmt: skip
-        layouts.append(_Arrangement(recipe, module, checkpoints, views, part.depths).layout())
-    return _joined(layouts)
+        arrangements.append(_Arrangement(recipe, module, checkpoints, views, part.depths))
+    allowance.output(sum(one.depth for one in arrangements), (count for one in arrangements for count in one.counts()))
+    return _joined([one.layout() for one in arrangements])
 
 
 def _asked(recipe: Recipe, found: Sequence[Part]) -> list[tuple[Module, Part]]:
@@ -169,8 +173,33 @@ class _Arrangement:
         self.alone = depths is None
         own = () if self.model.depth_key is None else (self.model.depth_key,)
         self.depths = own if depths is None else depths
+        self._known = {*self.model.before, *self.model.after}
+        self._stored: dict[int, set[str]] = {}
+        self._positions = {
+            name: position(i, len(stack.layers))
+            for stack in reversed(self.model.others)
+            for i, layer in reversed([*enumerate(stack.layers)])
+            for name in layer.values()
+        }
         self.notices: list[tuple[str, str]] = []
         self.pieces = [self._piece(piece, i) for i, piece in enumerate(self.module.slices)]
+
+    @property
+    def depth(self) -> int:
+        """Layers of the output."""
+        return sum(piece.length for piece in self.pieces)
+
+    def counts(self) -> Iterator[tuple[int, int]]:
+        """(tensors, inputs of each) of what stands outside the layers, then of each layer: what `layout` will build."""
+        for piece, side in ((self.pieces[0], "before"), (self.pieces[-1], "after")):
+            found = [self.architectures[source.model] for source in piece.sources]
+            names = {name for part in found for name in (part.before if side == "before" else part.after)}
+            yield len(names), len(found)
+        for piece in self.pieces:
+            stacks = [self.architectures[source.model].main.layers for source in piece.sources]
+            for i in range(piece.length):
+                owned = (layers[start + i] for layers, start in zip(stacks, piece.starts, strict=True))
+                yield len({suffix for layer in owned for suffix in layer}), len(stacks)
 
     def layout(self) -> Layout:
         first, last = self.pieces[0], self.pieces[-1]
@@ -265,11 +294,7 @@ class _Arrangement:
 
     def _other_position(self, name: str) -> float:
         """Layers of a second stack have their own positions; everything else loose stands at 0."""
-        for stack in self.model.others:
-            for i, layer in enumerate(stack.layers):
-                if name in layer.values():
-                    return position(i, len(stack.layers))
-        return 0.0
+        return self._positions.get(name, 0.0)
 
     def _slot(self, piece: _Piece, name: str, names: list[str | None], u: float, *, loose: bool) -> Slot:
         inputs = tuple(
@@ -295,11 +320,12 @@ class _Arrangement:
 
     def _in_output(self, name: str, part: Architecture) -> str:
         """The output's name for a loose tensor of a source whose names may differ by one constant prefix."""
-        known = (*self.model.before, *self.model.after)
-        return next((alias for alias in self._renamed(name, part.main, self.model.main) if alias in known), name)
+        return next((alias for alias in self._renamed(name, part.main, self.model.main) if alias in self._known), name)
 
     def _in_source(self, name: str, part: Architecture) -> str | None:
-        stored = set(part.before) | set(part.after)
+        stored = self._stored.get(id(part))
+        if stored is None:
+            stored = self._stored[id(part)] = {*part.before, *part.after}
         return next((alias for alias in self._renamed(name, self.model.main, part.main) if alias in stored), None)
 
     def _renamed(self, name: str, mine: Stack, theirs: Stack) -> Iterator[str]:

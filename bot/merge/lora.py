@@ -239,9 +239,7 @@ class _Fitting:
                 f"has factors {list(a.shape)} and {list(b.shape)} for `{module[:80]}`, its config says rank {rank}.",
             )
         if max(b.shape[2:], default=1) > 1 or (len(a.shape) > 2 and a.shape[1:] != weight.shape[1:]):
-            self._misfit(
-                weight, f"factors {list(a.shape)} and {list(b.shape)}"
-            )  # PEFT's B of a convolution: (out, r, 1, 1)
+            self._misfit(weight, f"factors {list(a.shape)} and {list(b.shape)}")  # of a convolution B is (out, r, 1, 1)
         sides = (b.shape[0], a.elements // rank)
         straight, other = as_matrix(weight.shape), as_matrix(weight.shape)[::-1]
         if len(weight.shape) < 2 or sides not in (straight, other) or rank > max(sides):

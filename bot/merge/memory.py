@@ -2,6 +2,10 @@
 
 A worker holds a few pieces of 2^18 elements (or one row, where that is longer) and what a pass must remember of the
 whole tensor: the elements gathered around a threshold, the bits of random masks, sums per column.
+
+A plan adds up `plan.WORKERS` of its largest tensors and the interpreter, which is what a merge on the CPU takes with as
+many threads. Every thread more takes at most the largest tensor's need again. On CUDA the same holds for the host;
+memory of the device, and what its libraries map into the host, are not covered.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ else zeros. Rows that stand for no token get the mean of the rows so found, as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,15 @@ def row_maps(
     """Row maps of `inputs`; `matrices` gives every matrix at hand, in order, with its rows. None: nothing to move."""
     order = list(matrices)
     held = {ref: {token: i for token, i in alignment.sources[ref].items() if i < matrices[ref]} for ref in order}
-    maps = tuple(_row_map(alignment, ref, inputs, matrices, held) for ref in inputs)
+    # what stands in for a token is the same for every input that lacks it; looking it up asks all of them
+    found: dict[str, list[tuple[ModelRef, int]]] = {}
+
+    def substitute(token: str) -> list[tuple[ModelRef, int]]:
+        if token not in found:
+            found[token] = _substitute(alignment, token, inputs, matrices, held)
+        return found[token]
+
+    maps = tuple(_row_map(alignment, held[ref], order, substitute) for ref in inputs)
     identity = np.arange(alignment.rows)
     for ref, one in zip(inputs, maps, strict=True):
         moved = one.fills or matrices[ref] != alignment.rows
@@ -54,15 +62,14 @@ def row_maps(
 
 def _row_map(
     alignment: Alignment,
-    ref: ModelRef,
-    inputs: Sequence[ModelRef],
-    matrices: Mapping[ModelRef, int],
-    held: Mapping[ModelRef, Mapping[str, int]],
+    mine: Mapping[str, int],
+    order: Sequence[ModelRef],
+    substitute: Callable[[str], list[tuple[ModelRef, int]]],
 ) -> RowMap:
     own = np.full(alignment.rows, -1, dtype=np.int64)
     padding = np.ones(alignment.rows, dtype=bool)
     groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-    mine, order = held[ref], list(matrices)
+    number = {ref: i for i, ref in enumerate(order)}
     for token, k in alignment.ids.items():
         if k >= alignment.rows:
             continue
@@ -71,8 +78,8 @@ def _row_map(
         if token in mine and not (rule is not None and rule.force):
             own[k] = mine[token]
             continue
-        taken = _substitute(alignment, token, inputs, matrices, held)
-        where = tuple(order.index(source) for source, _ in taken)
+        taken = substitute(token)
+        where = tuple(number[source] for source, _ in taken)
         groups.setdefault(where, []).append((k, [row for _, row in taken]))
     fills = tuple(
         Fill(

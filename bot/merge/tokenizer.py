@@ -22,6 +22,9 @@ from bot.merge.spec import ModelRef, Recipe, TokenRule
 
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 LIMIT_BYTES = 64 * 2**20
+IDS = 2**24  # ids are below this; the largest vocabularies in use have about 2**20 tokens
+SPARE_IDS = 65_536  # by which ids may exceed twice the rows of the matrix they belong to
+ROWS_LIMIT = 2**25  # rows of the output times models: the length of all index arrays of one matrix
 Index = NDArray[np.int64]
 
 
@@ -52,7 +55,11 @@ class Alignment:
 
 
 def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
-    """The tokenizer of a source, None if it has no tokenizer.json we can read."""
+    """The tokenizer of a source, None if it has no tokenizer.json.
+
+    Raises `Refused(BAD_CHECKPOINT)` for one that cannot be read, names no token, or has ids that are not whole numbers
+    from 0 to 2^24: memory for rows is taken by the largest.
+    """
     text = checkpoint.text(FILE, LIMIT_BYTES)
     if text is None:
         return None
@@ -62,14 +69,19 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
         if isinstance(vocabulary, list):  # Unigram: [token, score] by id
             ids = {str(entry[0]): i for i, entry in enumerate(vocabulary)}
         else:
-            ids = {str(token): int(i) for token, i in vocabulary.items()}
+            ids = dict(vocabulary.items())
         added = tuple(document.get("added_tokens") or ())
-        ids.update({str(entry["content"]): int(entry["id"]) for entry in added})
+        ids.update({str(entry["content"]): entry["id"] for entry in added})
         "".join(ids).encode()  # raises ValueError for half a character
         if nests_deeper(document):
             raise ValueError
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise _unreadable(checkpoint) from None
+    if not ids:
+        raise _bad_ids(checkpoint.name, "names no token")
+    for token, i in ids.items():
+        if type(i) is not int or not 0 <= i < IDS:  # JSON's true is an int to Python
+            raise _bad_ids(checkpoint.name, f"gives {token[:40]!r} the id {str(i)[:40]}, no whole number below {IDS:,}")
     return Tokens(ids, added, document)
 
 
@@ -80,13 +92,20 @@ def _unreadable(checkpoint: Checkpoint) -> Refused:
     )  # fmt: skip
 
 
+def _bad_ids(name: str, what: str) -> Refused:
+    return Refused("BAD_CHECKPOINT", f"{name}: {FILE} {what}.", "Use a source with a sound tokenizer.", value=FILE)
+
+
 def align(
     recipe: Recipe,
     checkpoints: Mapping[ModelRef, Checkpoint],
     rows_of: Mapping[ModelRef, int],
     notes: Notes,
 ) -> Alignment | None:
-    """The vocabulary a recipe asks for; None when it has no tokenizer keys. `rows_of`: rows of input embeddings."""
+    """The vocabulary a recipe asks for; None when it has no tokenizer keys. `rows_of`: rows of input embeddings.
+
+    Raises `Refused`: NOT_SUPPORTED, BAD_CHECKPOINT, RECIPE_INVALID; TOO_LARGE where rows times models are too many.
+    """
     wanted = recipe.vocabulary
     if wanted is None:
         return None
@@ -97,6 +116,7 @@ def align(
             "NOT_SUPPORTED", f"{giver} has no {FILE}, so its vocabulary cannot be used.",
             "Name a model with a fast tokenizer as `tokenizer: {source: owner/name}`.", value=str(giver),
         )  # fmt: skip
+    _close_to_rows(own, rows_of.get(giver), str(giver))
     sources: dict[ModelRef, Mapping[str, int]] = {}
     others: list[Tokens] = []
     for ref in recipe.sources:
@@ -111,6 +131,11 @@ def align(
     used = max(ids.values()) + 1
     p = wanted.pad_to_multiple_of
     rows = -(-used // p) * p if p else max(used, rows_of.get(giver, 0))
+    if rows * len(recipe.sources) > ROWS_LIMIT:
+        raise Refused(
+            "TOO_LARGE", f"aligning {rows:,} tokens of {len(recipe.sources)} models is more than the merge can hold.",
+            "Use fewer models, or leave the tokenizer keys out.",
+        )  # fmt: skip
     rules = {rule.token: rule for rule in wanted.tokens}
     for rule in wanted.tokens:
         _check_rule(rule, sources, rows_of)
@@ -139,6 +164,13 @@ def _added(own: Tokens, others: Sequence[Tokens], rules: Sequence[TokenRule]) ->
     for rule in rules:
         add(rule.token, plain)
     return out
+
+
+def _close_to_rows(tokens: Tokens, rows: int | None, ref: str) -> None:
+    """Refuse ids far beyond the matrix they are rows of: the output would be padded up to them."""
+    token, top = max(tokens.ids.items(), key=lambda entry: entry[1])
+    if rows is not None and top > 2 * rows + SPARE_IDS:
+        raise _bad_ids(ref, f"gives {token[:40]!r} the id {top:,}, while the embedding has {rows:,} rows")
 
 
 def _with_rows(tokens: Tokens, rows: int | None, ref: str, notes: Notes) -> Tokens:

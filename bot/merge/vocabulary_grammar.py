@@ -81,4 +81,10 @@ def _token_source(reader: Reader, node: Node, path: str) -> TokenSource:
         return TokenSource("model_token", model, token=reader.text(node.items["token"], f"{path}.token"))
     if "token_id" not in node.items:
         reader.refuse("MISSING_KEY", node, path, f"`{path}` names no token.", "Add `token` or `token_id`.")
-    return TokenSource("model_token", model, token_id=reader.integer(node.items["token_id"], f"{path}.token_id"))
+    row = reader.integer(node.items["token_id"], f"{path}.token_id")
+    if not 0 <= row < 2**24:
+        reader.refuse(
+            "VALUE_OUT_OF_RANGE", node.items["token_id"], f"{path}.token_id", f"`{path}.token_id` is {row:.6g}.",
+            "Write the number of a row, from 0 on.",
+        )  # fmt: skip
+    return TokenSource("model_token", model, token_id=row)
