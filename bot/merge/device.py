@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.cuda import Event
 
 from bot.errors import Refused
 from bot.merge.passes.inputs import Spans
@@ -37,12 +37,14 @@ class DeviceFeed:
 
     def __init__(self, views: Sequence[View], wide: torch.dtype, device: torch.device) -> None:
         self._views, self._wide, self.device = views, wide, device
-        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned: dict[tuple[int, int], Tensor] = {}
-        self._free: list[Any] = [None, None]  # when the pinned buffers of a set may be filled again
+        self._free: list[Event | None] = [None, None]  # when the pinned buffers of a set may be filled again
 
     def pieces(self, spans: Spans) -> Iterator[list[Tensor]]:
-        coming: list[tuple[list[Tensor], Any]] = []
+        coming: list[tuple[list[Tensor], Event | None]] = []
         for number, span in enumerate(spans):
             coming.append(self._bring(number % 2, *span))
             if len(coming) == 2:
@@ -50,10 +52,10 @@ class DeviceFeed:
         if coming:
             yield self._arrived(*coming.pop(0))
 
-    def _bring(self, turn: int, start: int, stop: int) -> tuple[list[Tensor], Any]:
+    def _bring(self, turn: int, start: int, stop: int) -> tuple[list[Tensor], Event | None]:
         """Start bringing the stored numbers of one piece; the event says when they have arrived."""
-        if self._free[turn] is not None:
-            self._free[turn].synchronize()
+        if (free := self._free[turn]) is not None:
+            free.synchronize()
         brought = []
         with torch.cuda.stream(self._copies) if self._copies is not None else contextlib.nullcontext():
             for i, view in enumerate(self._views):
@@ -67,7 +69,7 @@ class DeviceFeed:
             self._free[turn] = self._copies.record_event()
         return brought, self._free[turn]
 
-    def _arrived(self, brought: list[Tensor], event: Any) -> list[Tensor]:
+    def _arrived(self, brought: list[Tensor], event: Event | None) -> list[Tensor]:
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(event)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -25,9 +26,8 @@ from bot.merge.provenance import Known, manifest, provenance
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Notice
 from bot.merge.unchanged import Watch
-from bot.merge.writer import SYNC_BYTES, FileFact, Record, Sink, Writer
+from bot.merge.writer import SYNC_BYTES, FileFact, Progress, Record, Sink, Writer
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
 Event = Callable[[str], None]  # told of moments at which a test may want to stop the process
 LARGE = 1 / 32  # of all bytes; larger tensors come first, so that none of them is left over for one worker at the end
 CORNERS = {  # code -> what happened, with the first tensor and the count following
@@ -37,6 +37,17 @@ CORNERS = {  # code -> what happened, with the first tensor and the count follow
     "EVEN_SHARES": "the energies of the deltas add up to less than 1e-6; sce weighted them equally",
     "COSINE_DAMPED": "deltas are so small that model_stock counts their cosine as smaller than it is",
 }
+
+
+class Options(TypedDict, total=False):
+    """What `merge` may be told beside device and progress."""
+
+    on_nonfinite: NonFinite
+    threads: int
+    sync_bytes: int
+    known: Callable[[], Known] | None
+    on_event: Event | None
+    chunk: int
 
 
 @dataclass(frozen=True, slots=True)

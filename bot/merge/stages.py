@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from bot.errors import Refused, Transient
 from bot.merge import engine
-from bot.merge.engine import Merged, Progress
+from bot.merge.engine import Merged, Options
 from bot.merge.output_names import MANIFEST, PROVENANCE
 from bot.merge.plan import Plan
 from bot.merge.spec import ModelRef, Notice
-from bot.merge.writer import gigabytes
+from bot.merge.writer import Progress, gigabytes
 
 
 def merge(
@@ -33,7 +33,7 @@ def merge(
     scratch: Path | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Merged:
     """Carry out `plan` and the stages before it; `folders` holds what `plan.recipe.repos` names.
 

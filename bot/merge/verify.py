@@ -26,11 +26,10 @@ from bot.merge.output_names import MANIFEST, PROVENANCE, SCHEMA
 from bot.merge.plan import Copied, Plan, Step
 from bot.merge.recipe import write_yaml
 from bot.merge.spec import ModelRef, Recipe
-from bot.merge.writer import Found
+from bot.merge.writer import Found, Progress
 
 LIMIT_BYTES = 64 * 2**20
 _BLOCK_BYTES = 16 * 2**20
-Progress = Callable[[int, int, str], None]
 Hashes = Callable[[str], str | None]  # SHA-256 of a file as it lies there, None when there is none
 # What may lie beside a merge: what the publisher adds, texts for people, what git and the Hub's client keep.
 _HARMLESS = re.compile(

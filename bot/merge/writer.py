@@ -29,6 +29,7 @@ from bot.merge.hashing import Hashing
 from bot.merge.partial import held_bytes, hold, reclaim
 from bot.merge.plan import Plan, Step
 
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
 JOURNAL = "journal"
 SYNC_BYTES, SYNC_S = 256 * 2**20, 5.0
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from bot.merge.passes.inputs import Emit, Inputs, Piece
 
 FEW = 2**12  # elements: rounding errors do not average out over so few
 NEARLY_DEPENDENT = 1e-4  # smallest eigenvalue of the cosines of vectors that may cancel
+
+Vectors = Callable[[Piece], Sequence[Tensor]]  # those whose inner products are taken, of one piece
 
 
 def slerp(inputs: Inputs) -> Emit:
@@ -97,7 +99,7 @@ def _combined(v: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     return out
 
 
-def _gram(inputs: Inputs, vectors: object, count: int, weight: Sequence[float] = ()) -> Vector:
+def _gram(inputs: Inputs, vectors: Vectors, count: int, weight: Sequence[float] = ()) -> Vector:
     """Inner products of `count` vectors, to be weighted with these signs.
 
     Products are formed in float32 where their rounding errors average out, and in float64 if they leave its range or
@@ -116,11 +118,10 @@ def _gram(inputs: Inputs, vectors: object, count: int, weight: Sequence[float] =
     return _one_gram(inputs, vectors, count, torch.float64)
 
 
-def _one_gram(inputs: Inputs, vectors: object, count: int, kind: torch.dtype) -> Vector:
+def _one_gram(inputs: Inputs, vectors: Vectors, count: int, kind: torch.dtype) -> Vector:
     out = np.zeros((count, count))
-    assert callable(vectors)
     for piece in inputs.pieces():
-        parts: list[Tensor] = vectors(piece)
+        parts = vectors(piece)
         room = inputs.scratch.get("product", parts[0].numel(), kind, inputs.feed.device)
         for i in range(count):
             for j in range(i, count):

@@ -37,7 +37,7 @@ class Kept(Mask):
 
     def __init__(self, keep: Keep, inputs: Inputs, again: bool) -> None:
         self._keep = keep
-        self._bits: dict[int, Any] = {}
+        self._bits: dict[int, NDArray[np.uint8]] = {}
         self._remember = again and inputs.count <= 8 * BITS_LIMIT_BYTES and inputs.feed.device.type == "cpu"
 
     def apply(self, delta: Tensor, start: int) -> Tensor:
