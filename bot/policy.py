@@ -11,6 +11,7 @@ from typing import Any
 
 from bot.errors import Refused
 from bot.job import Source
+from bot.merge.sizes import in_units
 
 # From the freest to the strictest: a mix of these carries the strictest one.
 PERMISSIVE = (
@@ -62,7 +63,7 @@ def check_size(plan: Mapping[str, Any], *, disk_limit_bytes: int, memory_limit_b
         if need > limit:
             raise Refused(
                 "TOO_LARGE",
-                f"This merge needs {gigabytes(need)} of {what}; the limit is {gigabytes(limit)}.",
+                f"This merge needs {in_units(need)} of {what}; the limit is {in_units(limit)}.",
                 "Merge smaller models, or ask the operator for a larger limit.",
             )
 
@@ -81,10 +82,3 @@ def check_quota(*, open_jobs: int, requests_today: int, open_limit: int, day_lim
             f"You have asked {requests_today} times in 24 hours, and {day_limit} is the limit.",
             "Try again tomorrow.",
         )
-
-
-def gigabytes(size: int) -> str:
-    """A size for people: `282 GB`, `1.3 GB`, `270 MB`."""
-    if size >= 10_000_000_000:
-        return f"{size / 1e9:,.0f} GB"
-    return f"{size / 1e9:.1f} GB" if size >= 1_000_000_000 else f"{size / 1e6:,.0f} MB"

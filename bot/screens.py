@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from bot.policy import gigabytes
+from bot.merge.sizes import in_units
 from bot.progress import Show
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
         ("layers", f"{summary['layers']}"),
         ("tensors", f"{summary['tensors']:,}"),
         ("parameters", f"{summary['parameters']:,}"),
-        ("reads", gigabytes(summary["bytes_in"])),
-        ("writes", f"{gigabytes(summary['bytes_out'])} in {len(summary['shards'])} file(s)"),
-        ("memory at most", gigabytes(summary["peak_memory_bytes"])),
-        ("dtypes", ", ".join(f"{dtype} {gigabytes(size)}" for dtype, size in summary["dtypes"].items())),
+        ("reads", in_units(summary["bytes_in"])),
+        ("writes", f"{in_units(summary['bytes_out'])} in {len(summary['shards'])} file(s)"),
+        ("memory at most", in_units(summary["peak_memory_bytes"])),
+        ("dtypes", ", ".join(f"{dtype} {in_units(size)}" for dtype, size in summary["dtypes"].items())),
         ("values", "\n".join(f"{name}: {value}" for name, value in summary["values"].items())),
         ("recipe digest", str(summary["recipe_digest"])[:16]),
     )
@@ -86,7 +86,7 @@ def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def merged(result: Any, out: Path) -> None:
-    console.print(f"[green]Merged[/green] {gigabytes(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
+    console.print(f"[green]Merged[/green] {in_units(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
     for notice in result.notices:
         console.print(f"[yellow]note[/yellow] {escape(notice.text)}")
 

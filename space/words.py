@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from bot import policy
+from bot.merge.sizes import in_units as size
 
 __all__ = ["age", "count", "duration", "interval", "percent", "plural", "size", "times"]
 MISSING = "–"
@@ -38,13 +38,6 @@ def count(number: int | float | None) -> str:
             shown = number / limit
             return f"{shown:.1f} {unit}" if shown >= 100 else f"{shown:.3g} {unit}"
     return f"{number:,.0f}"
-
-
-def size(size_bytes: float) -> str:
-    """`1.3 GB`, `270 MB`, `6 kB`."""
-    if size_bytes >= 1_000_000:
-        return policy.gigabytes(int(size_bytes))
-    return f"{size_bytes / 1e3:,.0f} kB" if size_bytes >= 1000 else f"{size_bytes:.0f} bytes"
 
 
 def duration(seconds: float) -> str:

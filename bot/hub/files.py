@@ -26,6 +26,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from bot.errors import Refused, Transient
 from bot.hub.transport import Away, Line, check_deadline
+from bot.merge.sizes import in_units
 
 # safety.md 5, row 1: what of a source is ever written to our disk. Only files at the top of the repo.
 ALLOWED = (
@@ -297,13 +298,13 @@ def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, alr
     if total > limit_bytes:
         raise Refused(
             "DOWNLOAD_TOO_LARGE",
-            f"{files} has {total / 1e9:.1f} GB to download; the limit is {limit_bytes / 1e9:.1f} GB.",
+            f"{files} has {in_units(total)} to download; the limit is {in_units(limit_bytes)}.",
             "Choose smaller models.",
         )  # fmt: skip
     free = shutil.disk_usage(folder).free
     if total - already_bytes > free:
         raise Transient(
-            "DISK_LOW", f"{files} needs {total / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free.",
+            "DISK_LOW", f"{files} needs {in_units(total)} of disk and {in_units(free)} are free.",
             "It waits for disk; nothing is lost.", retry_after_s=300,
         )  # fmt: skip
 

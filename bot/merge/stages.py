@@ -21,8 +21,9 @@ from bot.merge import engine
 from bot.merge.engine import Merged, Options
 from bot.merge.output_names import MANIFEST, PROVENANCE
 from bot.merge.plan import Plan
+from bot.merge.sizes import in_units
 from bot.merge.spec import ModelRef, Notice
-from bot.merge.writer import Progress, gigabytes
+from bot.merge.writer import Progress
 
 
 def merge(
@@ -79,7 +80,7 @@ def _require_space(plan: Plan, places: Mapping[ModelRef, Path], scratch: Path) -
     if need > free:
         raise Transient(
             "DISK_LOW",
-            f"the merge and its {len(plan.stages)} stages need {gigabytes(need)} of disk; {gigabytes(free)} are free.",
+            f"the merge and its {len(plan.stages)} stages need {in_units(need)} of disk; {in_units(free)} are free.",
             "Free some space, or name a folder on another disk.",
             retry_after_s=600.0,
         )

@@ -28,6 +28,7 @@ from bot.errors import Failed, Refused, Transient
 from bot.merge.hashing import Hashing
 from bot.merge.partial import held_bytes, hold, reclaim
 from bot.merge.plan import Plan, Step
+from bot.merge.sizes import in_units
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
 JOURNAL = "journal"
@@ -324,13 +325,13 @@ class Writer:
         if need > usage.total:
             raise Refused(
                 "TOO_LARGE",
-                f"the merge needs {gigabytes(need)} of disk; the whole disk has {gigabytes(usage.total)}.",
+                f"the merge needs {in_units(need)} of disk; the whole disk has {in_units(usage.total)}.",
                 "Use a larger disk, or merge smaller models.",
             )
         if need - held_bytes(self.partial) > usage.free:
             raise Transient(
                 "DISK_LOW",
-                f"the merge needs {gigabytes(need)} of disk; {gigabytes(usage.free)} are free.",
+                f"the merge needs {in_units(need)} of disk; {in_units(usage.free)} are free.",
                 "Free some space, or name a folder on another disk.",
                 retry_after_s=600.0,
             )
@@ -347,11 +348,6 @@ class Writer:
             f"{self.partial} cannot be written: {os.strerror(error.errno or 0)}.",
             "Check the folder's permissions, or name another one.",
         )
-
-
-def gigabytes(count: int) -> str:
-    """A number of bytes for a sentence."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 def _write_all(handle: int, content: bytes) -> None:
