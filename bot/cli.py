@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from bot import __version__
-from bot.errors import MergebotError
+from bot.errors import Failed, MergebotError
 
 if TYPE_CHECKING:
     from bot.settings import Settings
@@ -110,11 +112,22 @@ def serve(
 def hub(
     directory: Annotated[Path, typer.Option("--dir", help="Folder that holds the repos.")] = Path("hub"),
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8765,
+    user: Annotated[Optional[str], typer.Option(help="Make this user, and show a token that may write.")] = None,  # noqa: UP045
 ) -> None:
     """Serve a Hub of your own from a folder, for tests and trials; the real clients speak to it through HF_ENDPOINT."""
+    import secrets
+
     from bot import localhub
 
-    localhub.serve(directory, port=port, on_ready=lambda url: typer.echo(f"The local Hub listens at {url}"))
+    token = f"hf_{secrets.token_hex(17)}" if user else ""
+    if user:
+        localhub.add_user(directory, user, token)
+
+    def ready(url: str) -> None:
+        typer.echo(f"The local Hub listens at {url}. For its clients:")
+        typer.echo(f"export HF_ENDPOINT={url} HF_HUB_DISABLE_XET=1" + (f" HF_TOKEN={token}" if token else ""))
+
+    localhub.serve(directory, port=port, on_ready=ready)
 
 
 # -- one step ----------------------------------------------------------------------------------------------------
@@ -148,7 +161,7 @@ def merge(recipe: Recipe, out: Annotated[Path, typer.Argument(help="The folder t
     from bot import operator, screens
 
     asked, configured = operator.read_recipe(recipe, unknown_keys=unknown_keys), settings()
-    with screens.progress() as shown:
+    with resumable(), screens.progress() as shown:
         merged = operator.merge(asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle,
                                 hash_sources=hash_sources)  # fmt: skip
     screens.merged(merged, out)
@@ -196,7 +209,7 @@ def classic(
         Arguments(merge, density or (), weight or (), layer_gradient, method, base_model, normalize, bf16,
                   naive_count, copy_tokenizer)
     )  # fmt: skip
-    with screens.progress() as shown:
+    with resumable(), screens.progress() as shown:
         merged = operator.merge(asked, out, settings(), shown, device="cuda" if cuda else "cpu")
     screens.merged(merged, out)
 
@@ -211,7 +224,7 @@ def bakllama(
     from bot.merge.classic import bakllama as recipe
 
     asked = recipe(operator.read_text(config), file=str(config))
-    with screens.progress() as shown:
+    with resumable(), screens.progress() as shown:
         merged = operator.merge(asked, out, settings(), shown, device="cpu")
     screens.merged(merged, out)
 
@@ -295,6 +308,17 @@ def status(
         screens.job(queue.job(job_id))
 
 
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say what Ctrl-C leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Failed(
+            "CANCELLED", "Stopped; what is finished lies beside the output.", "Run the same command again to go on."
+        ) from None
+
+
 def main() -> None:
     """Run the command; an error is one sentence on stderr and exit status 1, with `--debug` a traceback."""
     try:
@@ -311,8 +335,9 @@ def _sentence(error: Exception) -> str:
 
     if isinstance(error, MergebotError):
         where = error.where
-        at = f"{where.file}:{where.line}: " if where and where.line else ""
-        return f"{at}{error} [{error.code}]"
+        if where is None or not where.line:
+            return f"{error} [{error.code}]"
+        return f"{where.file}:{where.line}: {str(error).removeprefix(f'line {where.line}: ')} [{error.code}]"
     if isinstance(error, EvaluationError):
         return f"{error} [{error.code}]"
     if isinstance(error, OSError) and error.strerror:

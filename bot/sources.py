@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bot.errors import Failed, Refused
+from bot.errors import Failed, Refused, Transient
 from bot.merge.checkpoint import OPERATOR, Checkpoint, Files, Limits, LocalFiles
 from bot.merge.document import is_repo_id
 from bot.merge.lora import Adapter, open_source
@@ -75,12 +75,7 @@ def opened(
         folder = None if limits.strict else local_folder(ref)
         pins[ref] = ref
         if folder is None:
-            if not limits.strict and not is_repo_id(ref.path):
-                raise Refused(
-                    "SOURCE_NOT_FOUND", f"there is no model folder {ref.path}.",
-                    "Check the path, or write owner/name for a repo on the Hub.", value=ref.path,
-                )  # fmt: skip
-            repo = hub().resolve(ref.path, ref.revision)
+            repo = hub().resolve(ref.path, ref.revision) if limits.strict else _operators_repo(ref, hub)
             accept(repo)
             pins[ref] = replace(ref, revision=repo.revision)
             repos[pins[ref]] = repo
@@ -98,6 +93,22 @@ def opened(
             files = hub().files(repos[pin].repo, repos[pin].revision)
         sources[pin] = open_source(files, limits=limits, name=str(ref))
     return Opened(asked.pinned(pins), sources, repos, dropped, folders)
+
+
+def _operators_repo(ref: ModelRef, hub: Callable[[], Hub]) -> PinnedRepo:
+    """A name that is no folder here: a repo, unless it cannot be one. Nothing asks again later by itself."""
+    if not is_repo_id(ref.path):
+        raise Refused(
+            "SOURCE_NOT_FOUND", f"there is no model folder {ref.path}.",
+            "Check the path, or write owner/name for a repo on the Hub.", value=ref.path,
+        )  # fmt: skip
+    try:
+        return hub().resolve(ref.path, ref.revision)
+    except Transient as error:
+        raise Failed(
+            error.code, f"there is no folder {ref.path} here, and the Hub cannot be asked for a repo of that name.",
+            "Check the path and the folder you are in, or the connection to the Hub.", value=ref.path,
+        ) from error  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

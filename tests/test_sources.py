@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from bot import intake, operator, sources, worker
-from bot.errors import Refused
+from bot.errors import Failed, Refused
 from bot.hub import Hub
 from bot.job import Source
 from bot.localhub import seed
@@ -207,3 +207,10 @@ def test_a_folder_that_is_not_there_is_named_and_no_hub_is_asked(tmp_path: Path)
 
     with pytest.raises(Refused, match=f"no model folder {tmp_path}/gone"):
         sources.opened(asked, unreachable)
+
+
+def test_a_folder_that_may_be_a_repo_is_told_as_both_when_the_hub_is_away(tmp_path: Path) -> None:
+    asked = recipe.parse("merge_method: linear\nmodels: [{model: parents/gone, parameters: {weight: 1}}]")
+    with pytest.raises(Failed, match="no folder parents/gone here") as told:
+        sources.opened(asked, lambda: Hub("http://127.0.0.1:9"))
+    assert told.value.code == "HUB_UNAVAILABLE"

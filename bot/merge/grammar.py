@@ -71,6 +71,11 @@ def _top_keys(reader: Reader, top: Table) -> None:
             reader.notice("ANCHOR_KEY", f"`{key[:60]}` only defines a value used elsewhere.")
         elif key in HARMLESS:
             reader.notice("UNUSED_KEY", f"`{key}` has no effect here.")
+        elif key == "layer_slices":
+            reader.refuse(
+                "UNKNOWN_KEY", line, key, f"line {line}: `layer_slices` belongs to a config of bakllama.",
+                "Merge this file with `mergebot bakllama CONFIG OUT`.",
+            )  # fmt: skip
         elif key in KNOWN_PARAMETERS and reader.unknown_keys == "refuse":
             reader.refuse(
                 "UNKNOWN_KEY", line, key, f"line {line}: `{key}` stands at the top level.",
