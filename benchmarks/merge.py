@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -23,12 +23,12 @@ from rich.console import Console
 
 from benchmarks import methods, models, report
 from benchmarks.measure import Cost, run
+from benchmarks.report import FLOOR, HASHED, OURS, THEIRS
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent
 MERGEBOT = (sys.executable, "-m", "bot.cli")  # of this checkout, whatever is installed
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-FLOOR, HASHED, OURS, THEIRS = "floor", "floor+hash", "mergebot", "mergekit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,6 @@ def _options() -> argparse.Namespace:
 
 
 def _started(bench: Bench, budget_s: float) -> Bench:
-    from dataclasses import replace
-
     return replace(bench, ends=time.monotonic() + budget_s)
 
 
@@ -135,26 +133,26 @@ def _alternate(
     results.sizes[key] = (bytes_in, bytes_out)
     floor = [sys.executable, "-m", "benchmarks.floor", str(plan)]
     ours = [*MERGEBOT, "merge", str(recipe)]
-    _once(bench, floor, scratch)  # warms the page cache; not counted
+    timed(floor, scratch)  # warms the page cache; not counted
     for turn in range(max(bench.repeat, bench.mergekit_repeat)):
         if turn and bench.left_s() <= 0:
             return
         if turn < bench.repeat:
-            _note(results, key, FLOOR, _once(bench, floor, scratch), console)
-            _note(results, key, HASHED, _once(bench, floor, scratch, more=("--hash",)), console)
-            _note(results, key, OURS, _once(bench, ours, scratch, more=("--device", bench.device)), console)
+            _note(results, key, FLOOR, timed(floor, scratch), console)
+            _note(results, key, HASHED, timed(floor, scratch, more=("--hash",)), console)
+            _note(results, key, OURS, timed(ours, scratch, more=("--device", bench.device)), console)
         if bench.mergekit and turn < bench.mergekit_repeat:
             for threads in results.threads_for(method):
-                cost = _once(
-                    bench, [bench.mergekit, str(recipe)], scratch, more=("--no-write-model-card", "--quiet"),
+                cost = timed(
+                    [bench.mergekit, str(recipe)], scratch, more=("--no-write-model-card", "--quiet"),
                     environment={**OFFLINE, "OMP_NUM_THREADS": str(threads)},
                     timeout_s=min(bench.mergekit_timeout_s, max(30.0, bench.left_s())),
                 )  # fmt: skip
                 _note(results, key, f"{THEIRS} {threads}", cost, console)
 
 
-def _once(
-    bench: Bench, command: Sequence[str], scratch: Path, *, more: Sequence[str] = (),
+def timed(
+    command: Sequence[str], scratch: Path, *, more: Sequence[str] = (),
     environment: dict[str, str] | None = None, timeout_s: float = 3600,
 ) -> Cost:  # fmt: skip
     """Run a command whose last argument is the output, a fresh one on the disk of the models."""
@@ -229,7 +227,7 @@ def memory(bench: Bench, results: report.Results, shape: models.Shape, console: 
         with tempfile.TemporaryDirectory(dir=bench.cache) as scratch:
             recipe = Path(scratch) / "recipe.yml"
             recipe.write_text(yaml.safe_dump(methods.recipe(method, folders, shape.layers), sort_keys=False))
-            cost = _once(bench, [*MERGEBOT, "merge", str(recipe)], Path(scratch), more=("--device", bench.device))
+            cost = timed([*MERGEBOT, "merge", str(recipe)], Path(scratch), more=("--device", bench.device))
             _note(results, ("memory", what), OURS, cost, console)
         results.write(bench.results)
 

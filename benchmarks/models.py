@@ -82,7 +82,7 @@ def tensors_of(shape: Shape) -> dict[str, tuple[int, ...]]:
 def synthetic(cache: Path, shape: Shape, parents: int, progress: Progress) -> list[Path]:
     """Folders of the base and its parents under `cache`, made where they are missing."""
     name = f"llama-{shape.parameters}"
-    base = _once(cache / name / "base", lambda folder: _random(folder, shape), progress)
+    base = made_once(cache / name / "base", lambda folder: _random(folder, shape), progress)
     return [base, *_parents(base, cache / name, parents, progress)]
 
 
@@ -105,10 +105,10 @@ def headers_only(cache: Path, shape: Shape, count: int) -> list[Path]:
         _write_texts(folder, shape)
 
     name = f"headers-{shape.parameters}"
-    return [_once(cache / name / f"model_{i}", make, lambda _: None) for i in range(count)]
+    return [made_once(cache / name / f"model_{i}", make, lambda _: None) for i in range(count)]
 
 
-def _once(target: Path, make: Callable[[Path], None], progress: Progress) -> Path:
+def made_once(target: Path, make: Callable[[Path], None], progress: Progress) -> Path:
     """Make a folder beside its place and rename it: whole or absent."""
     if target.is_dir():
         return target
@@ -127,7 +127,7 @@ def _parents(base: Path, into: Path, count: int, progress: Progress) -> list[Pat
     def make(seed: int) -> Callable[[Path], None]:
         return lambda folder: _perturbed(base, folder, seed)
 
-    return [_once(into / f"parent_{i}", make(i), progress) for i in range(1, count + 1)]
+    return [made_once(into / f"parent_{i}", make(i), progress) for i in range(1, count + 1)]
 
 
 def _shards(folder: Path, entries: Entries, limit: int = SHARD_BYTES) -> Iterator[tuple[Path, bytes, int]]:

@@ -20,6 +20,7 @@ from benchmarks.measure import Cost
 Key = tuple[str, str]  # (size or kind, method or what)
 ANALYSIS = "ANALYSIS.md"  # written by hand, stands at the end of the results
 BOTH_THREADS = (1, 2)
+FLOOR, HASHED, OURS, THEIRS = "floor", "floor+hash", "mergebot", "mergekit"  # the programs that are timed
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Results:
 
     def threads_for(self, method: str) -> tuple[int, ...]:
         """mergekit's thread counts to try: both, or the one that was faster on the real model, if it was slow there."""
-        walls = {n: self.walls(("135M", method), f"mergekit {n}") for n in BOTH_THREADS}
+        walls = {n: self.walls(("135M", method), f"{THEIRS} {n}") for n in BOTH_THREADS}
         if not all(walls.values()) or min(map(min, walls.values())) < 12:
             return BOTH_THREADS
         return (min(walls, key=lambda n: statistics.median(walls[n])),)
@@ -97,12 +98,12 @@ user + system seconds."""
         return out
 
     def _row(self, key: Key) -> list[str]:
-        floor, ours = self.walls(key, "floor"), self.walls(key, "mergebot")
-        hashed = self.walls(key, "floor+hash")
+        floor, ours = self.walls(key, FLOOR), self.walls(key, OURS)
+        hashed = self.walls(key, HASHED)
         programs = self.costs[key]
-        mine = programs.get("mergebot", [])
+        mine = programs.get(OURS, [])
         engine = [found for cost in mine if (found := _engine_s(cost)) is not None]
-        theirs = {name: costs for name, costs in programs.items() if name.startswith("mergekit")}
+        theirs = {name: costs for name, costs in programs.items() if name.startswith(THEIRS)}
         ended = {name: self.walls(key, name) for name in theirs if self.walls(key, name)}
         best = min(ended, key=lambda name: statistics.median(ended[name])) if ended else None
         shown, ratio, other = "-", "-", (theirs[best] if best else [])
@@ -124,7 +125,7 @@ user + system seconds."""
 
     def _starts(self) -> str:
         rows = [
-            [what, seconds(self.walls((size, what), "mergebot")), str(len(programs["mergebot"]))]
+            [what, seconds(self.walls((size, what), OURS)), str(len(programs[OURS]))]
             for (size, what), programs in self.costs.items()
             if size == "start"
         ]
@@ -134,7 +135,7 @@ user + system seconds."""
         rows = []
         for (size, what), programs in self.costs.items():
             if size == "memory":
-                cost = programs["mergebot"][0]
+                cost = programs[OURS][0]
                 state = _failed([cost]) if cost.status else f"{cost.wall_s:.1f}"
                 rows.append([what, state, f"{cost.anonymous_bytes / 1e9:.2f}", f"{cost.rss_bytes / 1e9:.2f}"])
         return "## Memory\n\n" + _table(("merge", "wall s", "anonymous GB", "resident GB"), rows) if rows else ""
