@@ -35,6 +35,13 @@ HOMES = {
     "lm_eval": ("evaluators/",),
 }
 MERGE_MAY_IMPORT = ("bot.merge", "bot.errors", "bot.__version__")
+# functions of more than 40 lines, by name: those there are, and no more
+LONG_FUNCTIONS = frozenset(
+    {
+        "align", "build", "claim", "combinations_", "create", "evaluate", "fit", "merge", "opened", "passages", "publish",
+        "resuming", "run_steps", "submit", "task_vectors", "theme", "vocabularies", "work_of",
+    }
+)  # fmt: skip
 # processes that serve strangers or hold the token start without these
 HEAVY = ("torch", "transformers", "lm_eval")
 LIGHT_MODULES = (
@@ -49,8 +56,8 @@ LIGHT_MODULES = (
 )
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
-    for package in PACKAGES:
+def sources(packages: tuple[str, ...] = PACKAGES) -> Iterator[tuple[str, ast.Module]]:
+    for package in packages:
         for path in sorted((REPO / package).rglob("*.py")):
             yield path.relative_to(REPO).as_posix(), ast.parse(path.read_text())
 
@@ -107,9 +114,21 @@ def test_only_settings_touch_the_environment() -> None:
 
 def test_no_catch_all_names_and_no_file_without_end() -> None:
     names = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py", "manager.py"}
-    files = [REPO / path for path, _ in sources()]
+    files = [REPO / path for path, _ in sources((*PACKAGES, "benchmarks"))]
     assert [file for file in files if file.name in names] == []
     assert [file for file in files if len(file.read_text().splitlines()) > 400] == []
+
+
+def test_no_function_joins_those_that_are_too_long() -> None:
+    long = {
+        f"{path}: {node.name}"
+        for path, tree in sources((*PACKAGES, "benchmarks"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= 40
+        and node.name not in LONG_FUNCTIONS
+    }
+    assert long == set()
 
 
 @pytest.mark.parametrize("module", LIGHT_MODULES)
