@@ -38,8 +38,8 @@ MERGE_MAY_IMPORT = ("bot.merge", "bot.errors", "bot.__version__")
 # functions of more than 40 lines, by name: those there are, and no more
 LONG_FUNCTIONS = frozenset(
     {
-        "align", "build", "claim", "combinations_", "create", "evaluate", "fit", "merge", "opened", "passages", "publish",
-        "resuming", "run_steps", "submit", "task_vectors", "theme", "vocabularies", "work_of",
+        "align", "build", "claim", "combinations_", "create", "evaluate", "fit", "merge", "opened", "passages",
+        "publish", "resuming", "run_steps", "submit", "task_vectors", "theme", "vocabularies", "work_of",
     }
 )  # fmt: skip
 # processes that serve strangers or hold the token start without these
