@@ -88,10 +88,10 @@ def merge(
     started = time.monotonic()
     devices = choose_devices(device)
     sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
-    watched = _watched(plan, sources)
-    identity = f"{plan.digest} {devices[0].type}"
+    watch = watched(plan, sources)
+    identity = f"{plan.digest} {devices[0].type} torch-{torch.__version__}"  # another torch may round otherwise
     heard = on_event or (lambda event: None)
-    with Writer(plan, Path(out), identity, sync_bytes=sync_bytes, on_event=heard) as writer:
+    with Writer(plan, Path(out), identity, watch.facts(), sync_bytes=sync_bytes, on_event=heard) as writer:
         run_steps(
             plan, sources, writer, devices=devices, progress=progress, on_nonfinite=on_nonfinite, threads=threads,
             on_event=heard, chunk=chunk,
@@ -99,7 +99,7 @@ def merge(
         writer.sync()
         notices = (*plan.notices, *found_notices(plan, writer.done))
         files, manifest_id = _complete(plan, sources, writer, notices, devices[0], known)
-        watched.require_unchanged()
+        watch.require_unchanged()
         heard("writer.before_rename")
         writer.finish()
     total = sum(fact.bytes for fact in files.values())
@@ -111,13 +111,13 @@ def choose_device(name: str) -> torch.device:
     return choose_devices(name)[0]
 
 
-def _watched(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> Watch:
+def watched(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> Watch:
     """The plan was made from headers; hold the folders against them, now and at the end."""
     headers = {source.model.bare: source.headers for source in plan.sources}
     for ref in headers:
         if ref not in sources:
             raise Refused("SOURCE_NOT_FOUND", f"no folder was given for {ref}.", "Fetch it first.", value=str(ref))
-    return Watch(sources, headers)
+    return Watch(sources, headers, plan.copies)
 
 
 def run_steps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from bot.merge.gather import GatheredView
 from bot.merge.lora_rows import PatchedView, stored_tensor
 from bot.merge.memory import CHUNK, row_length
 from bot.merge.passes import prepare
-from bot.merge.passes.inputs import CpuFeed, Inputs, Piece, surely_finite
+from bot.merge.passes.inputs import CpuFeed, Feed, Inputs, Piece, Spans, surely_finite
 from bot.merge.plan import Step
 from bot.merge.spec import ModelRef
 from bot.merge.steps import Operand, Work
@@ -28,6 +28,19 @@ from bot.merge.views import Scratch, StoredView, View, common_unit
 from bot.merge.writer import Found, Sink
 
 NonFinite = Literal["notice", "fail"]
+
+
+class Stoppable:
+    """A feed that brings no further piece once the merge has been stopped, in the first passes and in the last."""
+
+    def __init__(self, feed: Feed, stopped: threading.Event) -> None:
+        self.device, self._feed, self._stopped = feed.device, feed, stopped
+
+    def pieces(self, spans: Spans) -> Iterator[list[Tensor]]:
+        for piece in self._feed.pieces(spans):
+            if self._stopped.is_set():
+                raise CancelledError
+            yield piece
 
 
 @dataclass(slots=True)
@@ -75,7 +88,7 @@ class Lane:
         views = self._views(work, wide)
         unit = common_unit(views) if row_length(work) == 1 else max(common_unit(views), row_length(work))
         on_cpu = self.device.type == "cpu"
-        feed = CpuFeed(views) if on_cpu else DeviceFeed(views, wide, self.device)
+        feed = Stoppable(CpuFeed(views) if on_cpu else DeviceFeed(views, wide, self.device), self.stopped)
         chunk = self.chunk if on_cpu else TILE
         inputs = Inputs(work, feed, wide, unit, chunk=chunk, scratch=self.scratch, judge=partial(self._judge, step))
         if not work.elements:
@@ -87,8 +100,6 @@ class Lane:
 
     def _write(self, step: Step, inputs: Inputs, piece: Piece, result: Tensor) -> None:
         """Round one piece of the result and hand it on."""
-        if self.stopped.is_set():
-            raise CancelledError
         count = piece.stop - piece.start
         out = self.scratch.get("out", count, getattr(torch, step.work.dtype.name))
         out.copy_(rounded_to_odd(result) if result.dtype == torch.float64 and out.element_size() == 2 else result)
@@ -115,6 +126,7 @@ class Lane:
         view = self._stored(operand)
         nonfinite: dict[str, int] = {}
         for start in range(0, step.work.elements, self.chunk):
+            self._go_on()
             count = min(self.chunk, step.work.elements - start)
             piece = view.fill(start, self.scratch.get("stored", count, view.stored))
             if not surely_finite(piece) and (bad := count - int(torch.isfinite(piece).sum())):
@@ -127,6 +139,7 @@ class Lane:
         """Tensors that are not floating point: copied if they are the same in every source."""
         views = [self._stored(operand) for operand in step.work.operands]
         for start in range(0, step.work.elements, self.chunk):
+            self._go_on()
             count = min(self.chunk, step.work.elements - start)
             first, *others = (
                 view.fill(start, self.scratch.get(f"equal {i}", count, view.stored)) for i, view in enumerate(views)
@@ -136,6 +149,10 @@ class Lane:
                 _differs(step)
             self.sink.write(step, start * first.element_size(), data.numpy().data)
         return Found()
+
+    def _go_on(self) -> None:
+        if self.stopped.is_set():
+            raise CancelledError
 
     def _stored(self, operand: Operand) -> StoredView:
         return StoredView(self.sources[operand.model], operand.tensor, torch.float32, self.scratch)

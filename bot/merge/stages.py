@@ -1,7 +1,8 @@
 """A merge with its stages: each intermediate is merged into scratch, then the result; then scratch goes.
 
-    SCRATCH/<plan digest>-<device>/           a finished intermediate, a whole output folder of the engine
-    SCRATCH/<plan digest>-<device>.partial/   one that was interrupted; it continues from its journal
+    SCRATCH/<plan digest>-<device>-<torch>/           a finished intermediate, a whole output folder of the engine
+    SCRATCH/<plan digest>-<device>-<torch>.sources    the size, inode and time of the files it is made from
+    SCRATCH/<plan digest>-<device>-<torch>.partial/   one that was interrupted; it continues from its journal
 
 Whatever moment the process dies at, the same call continues there and the output has the same bytes.
 """
@@ -9,20 +10,27 @@ Whatever moment the process dies at, the same call continues there and the outpu
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
+import torch
+
 from bot.errors import Refused, Transient
 from bot.merge import engine
+from bot.merge.checkpoint import LocalFiles
 from bot.merge.engine import Merged, Options
 from bot.merge.output_names import MANIFEST, PROVENANCE
+from bot.merge.partial import hold
 from bot.merge.plan import Plan
 from bot.merge.sizes import in_units
 from bot.merge.spec import ModelRef, Notice
+from bot.merge.unchanged import require_same
 from bot.merge.writer import Progress
 
 
@@ -45,17 +53,26 @@ def merge(
         return engine.merge(plan, folders, out, device=device, progress=progress, **options)
     started, out = time.monotonic(), Path(out)
     scratch = Path(scratch) if scratch is not None else out.with_name(out.name + ".stages")
-    kind = engine.choose_device(device).type
+    kind = f"{engine.choose_device(device).type}-torch-{torch.__version__}"  # another torch may round otherwise
     places = {ref: scratch / f"{made.digest[:32]}-{kind}" for ref, made in plan.stages}
     if out.exists() or out.is_symlink():
         if _finished(out, plan):
             _remove(places.values(), scratch)  # killed between the end and the tidying up
         raise Refused("OUTPUT_EXISTS", f"{out} exists already.", "Name another folder, or remove it.", value=str(out))
+    with _alone_in(scratch):
+        return _carried_out(plan, folders, out, scratch, places, device, progress, options, started)
+
+
+def _carried_out(
+    plan: Plan, folders: Mapping[ModelRef, Path], out: Path, scratch: Path, places: Mapping[ModelRef, Path],
+    device: str, progress: Progress | None, options: Options, started: float,
+) -> Merged:  # fmt: skip
     _require_space(plan, places, scratch)
     here, done_before, notices = dict(folders), 0, list[Notice]()
     total = sum(part.bytes_out for part in plan.parts)
     for ref, made in plan.stages:
         shown = None if progress is None else _shifted(progress, done_before, total, f"{ref}: ")
+        _require_same_sources(made, here, places)
         if not (places[ref] / MANIFEST).exists():
             engine.merge(made, here, places[ref], device=device, progress=shown, **options)
         notices += _notices(places[ref])
@@ -65,6 +82,44 @@ def merge(
     merged = engine.merge(plan, here, out, device=device, progress=shown, **options)
     _remove(places.values(), scratch)
     return replace(merged, seconds=time.monotonic() - started, notices=(*notices, *merged.notices))
+
+
+@contextmanager
+def _alone_in(scratch: Path) -> Iterator[None]:
+    """No other process works there meanwhile. Raises `Refused(OUTPUT_EXISTS)`."""
+    handle = -1
+    while True:
+        scratch.mkdir(parents=True, exist_ok=True)
+        handle = hold(scratch)
+        try:
+            if os.path.samestat(os.fstat(handle), scratch.stat()):
+                break
+        except FileNotFoundError:
+            pass  # the process before removed the folder between our opening and locking it
+        os.close(handle)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _require_same_sources(made: Plan, folders: Mapping[ModelRef, Path], places: Mapping[ModelRef, Path]) -> None:
+    """Note beside an intermediate what it is made from; refuse to build on one that was made from something else."""
+    place = places[next(ref for ref in places if places[ref].name.startswith(made.digest[:32]))]
+    sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
+    facts = engine.watched(made, sources).facts()
+    stages = {f"{ref}/" for ref in places}
+    facts = {file: fact for file, fact in facts.items() if not file.startswith(tuple(stages))}
+    note = _note(place)
+    if place.exists() or _partial(place).exists():
+        require_same(json.loads(note.read_text()) if note.exists() else {}, facts, place.parent)
+    partial = note.with_name(note.name + ".partial")
+    partial.write_text(json.dumps(facts))
+    partial.rename(note)
+
+
+def _note(place: Path) -> Path:
+    return place.with_name(place.name + ".sources")
 
 
 def _shifted(progress: Progress, before: int, total: int, label: str) -> Callable[[int, int, str], None]:
@@ -106,5 +161,6 @@ def _remove(places: Iterable[Path], scratch: Path) -> None:
     for place in places:
         shutil.rmtree(place, ignore_errors=True)
         shutil.rmtree(_partial(place), ignore_errors=True)
+        _note(place).unlink(missing_ok=True)
     if scratch.is_dir() and not any(scratch.iterdir()):
         scratch.rmdir()

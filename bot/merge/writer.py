@@ -1,6 +1,6 @@
 """The output on disk: it grows in `OUT.partial`, and `OUT` appears whole or not at all. merging.md 5.4.
 
-    OUT.partial/journal             plan digest, then a line per finished tensor
+    OUT.partial/journal             plan digest, device, torch, source files, then a line per finished tensor
     OUT.partial/model*.safetensors  full size from the start, header first, tensors at their final offsets
     ... hashes, index, config, tokenizer, provenance, manifest; fsync; rename to OUT
 
@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Protocol
 
 from bot.errors import Failed, Refused, Transient
@@ -29,6 +29,7 @@ from bot.merge.hashing import Hashing
 from bot.merge.partial import held_bytes, hold, reclaim
 from bot.merge.plan import Plan, Step
 from bot.merge.sizes import in_units
+from bot.merge.unchanged import Fact, require_same
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
 JOURNAL = "journal"
@@ -106,13 +107,14 @@ class Writer:
         plan: Plan,
         out: Path,
         identity: str,
+        sources: Mapping[str, Fact] = MappingProxyType({}),
         *,
         sync_bytes: int = SYNC_BYTES,
         on_event: Callable[[str], None] = lambda event: None,
     ) -> None:
         self.plan, self.out, self.sync_bytes, self._on_event = plan, out, sync_bytes, on_event
         self.partial = out.with_name(out.name + ".partial")
-        self.identity = identity
+        self.identity, self._sources = identity, sources
         self.done: dict[int, Record] = {}
         self._shards: dict[int, int] = {}
         self._journal = self._folder = -1
@@ -284,35 +286,58 @@ class Writer:
                 "OUTPUT_EXISTS", f"another process is merging into {self.out}.", "Wait for it, or name another folder."
             ) from None
         self._read_journal()
+        self._open_shards()
+        self._forget_what_is_not_there()
+        _sync_folder(self.partial)
+
+    def _open_shards(self) -> None:
         for number, shard in enumerate(self.plan.shards):
             handle = os.open(self.partial / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self._shards[number] = handle
             os.posix_fallocate(handle, 0, shard.nbytes)
             os.ftruncate(handle, shard.nbytes)
             os.pwrite(handle, shard.header, 0)
-        _sync_folder(self.partial)
+
+    def _forget_what_is_not_there(self) -> None:
+        """Read what the journal calls finished; what is not as it was written is computed again.
+
+        A later line about the same tensor counts, so the journal itself can stay as it is.
+        """
+        for index, record in list(self.done.items()):
+            step, crc, at = self.plan.steps[index], 0, 0
+            while at < step.nbytes:
+                part = os.pread(self._shards[step.shard], min(2**22, step.nbytes - at), step.offset + at)
+                crc, at = zlib.crc32(part, crc), at + len(part)
+            if crc != record.crc:
+                del self.done[index]
 
     def _read_journal(self) -> None:
         """Take over what an interrupted run of the same plan finished; drop a torn tail."""
         content = b""
         while part := os.pread(self._journal, 2**20, len(content)):
             content += part
-        head = b"mergebot-journal/1 " + self.identity.encode() + b"\n"
-        if content and not head.startswith(content) and not content.startswith(head):
+        same = b"mergebot-journal/2 " + self.identity.encode() + b" "
+        head = same + json.dumps(self._sources).encode() + b"\n"
+        begun, whole, _ = content.partition(b"\n")
+        if not whole and (begun.startswith(same) or same.startswith(begun)):
+            content = b""  # died while it wrote the first line
+        elif begun.startswith(same):
+            require_same(json.loads(begun[len(same) :]), self._sources, self.partial)
+        else:
             raise Refused(
                 "OUTPUT_EXISTS",
                 f"{self.partial} holds the beginning of another merge.",
                 "Remove that folder, or name another output.",
                 value=str(self.partial),
             )
-        good = len(head)
-        for line in content[len(head) :].splitlines(keepends=True):
+        good = len(begun) + 1 if content else len(head)
+        for line in content[good:].splitlines(keepends=True):
             record = Record.read(line[:-1]) if line.endswith(b"\n") else None
             if record is None:
                 break
             self.done[record.step] = record
             good += len(line)
-        if len(content) < len(head):
+        if not content:
             os.ftruncate(self._journal, 0)
             _write_all(self._journal, head)
             os.fdatasync(self._journal)

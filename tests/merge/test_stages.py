@@ -104,6 +104,39 @@ def test_an_existing_output_is_refused_before_a_stage_runs(models: Path) -> None
     assert not (models / "scratch").exists()
 
 
+def test_an_intermediate_made_from_replaced_weights_is_not_built_on(models: Path) -> None:
+    made, folders = planned(STAGED, models)
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(done: int, total: int, name: str) -> None:
+        if name.startswith("two"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        stages.merge(made, folders, models / "out", progress=stop)
+    save(models / "b", llama_tensors(7, layers=2), shards=2)
+    with pytest.raises(Refused) as caught:
+        stages.merge(made, folders, models / "out")
+    assert caught.value.code == "SOURCE_CHANGED_OR_GONE" and "out.stages" in caught.value.next_step
+
+
+def test_two_merges_cannot_share_the_folder_of_their_stages(models: Path) -> None:
+    made, folders = planned(STAGED, models)
+    codes: list[str] = []
+
+    def second(done: int, total: int, name: str) -> None:
+        if not codes:
+            with pytest.raises(Refused) as caught:
+                stages.merge(made, folders, models / "other", scratch=models / "scratch")
+            codes.append(caught.value.code)
+
+    stages.merge(made, folders, models / "out", scratch=models / "scratch", progress=second)
+    assert codes == ["OUTPUT_EXISTS"]
+    assert not (models / "scratch").exists()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

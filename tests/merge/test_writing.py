@@ -87,6 +87,73 @@ def test_a_torn_journal_line_is_dropped(models: Path) -> None:
     assert again.files == whole.files
 
 
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(models: Path, name: str = "out") -> Path:
+    """The partial folder of a merge that ended half-way, half of its tensors in the journal."""
+
+    def stop(done: int, total: int, tensor: str) -> None:
+        if done * 2 > total:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        merge(TIES, models, models / name, progress=stop, sync_bytes=1)
+    return models / f"{name}.partial"
+
+
+def test_a_source_replaced_by_one_with_the_same_header_is_not_mixed_into_a_resumed_merge(models: Path) -> None:
+    partial = interrupted(models)
+    save(models / "b", llama_tensors(9, layers=3), shards=1)
+    with pytest.raises(Refused) as caught:
+        merge(TIES, models, models / "out")
+    assert caught.value.code == "SOURCE_CHANGED_OR_GONE"
+    assert "b/model" in caught.value.message and f"Remove {partial}" in caught.value.next_step
+    assert not (models / "out").exists()
+
+
+def test_a_merge_begun_with_another_torch_is_not_continued(models: Path) -> None:
+    journal = interrupted(models) / "journal"
+    journal.write_bytes(journal.read_bytes().replace(f"torch-{torch.__version__}".encode(), b"torch-1.0"))
+    with pytest.raises(Refused) as caught:
+        merge(TIES, models, models / "out")
+    assert caught.value.code == "OUTPUT_EXISTS"
+
+
+def test_finished_tensors_that_were_lost_or_spoilt_are_computed_again(models: Path) -> None:
+    whole = merge(TIES, models, models / "whole")
+    partial = interrupted(models, "lost")
+    (partial / "model.safetensors").unlink()
+    assert merge(TIES, models, models / "lost").files == whole.files
+    partial = interrupted(models, "spoilt")
+    planned, _ = plan_of(TIES, models)
+    first = json.loads((partial / "journal").read_bytes().splitlines()[1].rpartition(b" ")[0])["step"]
+    content = bytearray((partial / "model.safetensors").read_bytes())
+    content[planned.steps[first].offset] ^= 1
+    (partial / "model.safetensors").write_bytes(content)
+    assert merge(TIES, models, models / "spoilt").files == whole.files
+
+
+def test_a_copied_file_that_grew_is_not_cut_to_its_planned_length(models: Path) -> None:
+    (models / "base" / "tokenizer_config.json").write_text('{"x": 1}')
+    planned, folders = plan_of(TIES, models)
+    assert [copied.file for copied in planned.copies] == ["tokenizer_config.json"]
+    (models / "base" / "tokenizer_config.json").write_text('{"x": 1, "longer": true}')
+    with pytest.raises(Failed) as caught:
+        engine.merge(planned, folders, models / "out")
+    assert caught.value.code == "SOURCE_CHANGED_OR_GONE" and "tokenizer_config.json" in caught.value.message
+    planned, folders = plan_of(TIES, models)
+
+    def rewrite(done: int, total: int, tensor: str) -> None:
+        (models / "base" / "tokenizer_config.json").write_text('{"x": 2, "longer": true}')
+
+    with pytest.raises(Failed) as caught:
+        engine.merge(planned, folders, models / "out", progress=rewrite)
+    assert caught.value.code == "SOURCE_CHANGED_OR_GONE" and "tokenizer_config.json" in caught.value.message
+    assert not (models / "out").exists()
+
+
 def test_a_partial_folder_of_another_merge_is_left_alone(models: Path) -> None:
     def stop(done: int, total: int, name: str) -> None:
         raise KeyboardInterrupt
