@@ -176,7 +176,9 @@ def _planned_again(claim: Claim, hub: Callable[[], Hub]) -> tuple[sources.Opened
     every_ref_on_hub = all(ref.revision for ref in claim.recipe.repos)
     for limits in (OPERATOR, STRANGER) if every_ref_on_hub else (OPERATOR,):
         seen = sources.opened(claim.recipe, hub, limits=limits)
-        again = plan.make(seen.recipe, seen.sources, seed=claim.seed, shard_limit_bytes=claim.shard_limit_bytes)
+        again = plan.make(
+            seen.recipe, seen.sources, seed=claim.seed, shard_limit_bytes=claim.shard_limit_bytes, limits=limits
+        )
         if again.digest == claim.plan_digest and set(_files(again)) <= set(claim.outputs):
             return seen, again
         made.append((seen, again))

@@ -73,6 +73,16 @@ def test_an_honest_merge_is_confirmed(merged: tuple[Settings, Path]) -> None:
     assert found.tensors == 21 and "byte for byte" in found.sentence
 
 
+def test_a_merge_of_another_version_is_compared_all_the_same(merged: tuple[Settings, Path]) -> None:
+    path = merged[1] / "merge_provenance.json"
+    told = json.loads(path.read_text())
+    told["engine"]["numerics"], told["plan_digest"] = 1, "0" * 64
+    path.chmod(0o644)
+    path.write_text(json.dumps(told))
+    found = verdict(merged)
+    assert found.differences == () and "numerics version 1" in found.remarks[0]
+
+
 def test_without_hashes_a_changed_source_is_told_as_possible(merged: tuple[Settings, Path], tmp_path: Path) -> None:
     settings, _ = merged
     asked = recipe.parse(RECIPE.format(tmp_path / "models"))
