@@ -41,6 +41,13 @@ def as_safetensors(folder: Path, settings: Settings) -> Path:
     place = settings.home / "cache" / "unpickled" / _digest(files, [*small, *wanted])
     if place.is_dir():
         return place
+    names = [converted_name(name) for name in wanted]
+    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None:
+        raise Refused(
+            "BAD_CHECKPOINT", f"{folder}: two of its pickled files would both become {twice}.",
+            "Leave one of them in the folder.", value=twice,
+        )  # fmt: skip
     partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -50,11 +57,24 @@ def as_safetensors(folder: Path, settings: Settings) -> Path:
                 shutil.copyfile(files.locate(name), partial / name)
         _run([files.locate(name) for name in wanted], partial, folder, settings)
         _write_index(files, sizes, partial)
-        if not place.is_dir():
+        _make_durable(partial)
+        try:
             partial.rename(place)
+        except OSError:
+            if not place.is_dir():  # else another process made the same from the same files meanwhile
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return place
+
+
+def _make_durable(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _run(sources: list[Path], into: Path, folder: Path, settings: Settings) -> None:
