@@ -187,7 +187,7 @@ def test_what_the_publisher_and_people_put_beside_a_merge_is_no_difference(merge
     assert verdict(merged).differences == ()
 
 
-@pytest.mark.parametrize("name", ["config.json", "mergekit_config.yml", "manifest.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "mergekit_config.yml", "model.safetensors"])
 def test_a_missing_file_is_found_though_the_provenance_was_adapted(merged: tuple[Settings, Path], name: str) -> None:
     (merged[1] / name).unlink()
     rewritten_provenance(merged[1], lambda told: told["outputs"].pop(name, None))

@@ -24,6 +24,11 @@ JSON_LIMIT_BYTES = 16 << 20
 Handler = Callable[["Call"], Response | Awaitable[Response]]
 
 
+def _no_json(word: str) -> None:
+    """Python reads NaN and Infinity, which no answer could repeat."""
+    raise ValueError(f"{word} is not JSON")
+
+
 @dataclass(slots=True)
 class Call:
     """One request, with all a handler needs to answer it. `endpoint` is the address the client used for us."""
@@ -40,7 +45,7 @@ class Call:
 
     def json(self) -> dict[str, Any]:
         try:
-            value = json.loads(self.body or b"{}")
+            value = json.loads(self.body or b"{}", parse_constant=_no_json)
         except (ValueError, RecursionError):
             raise bad_request("the body is not JSON") from None
         if not isinstance(value, dict):
