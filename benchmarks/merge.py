@@ -173,9 +173,10 @@ def _note(results: report.Results, key: tuple[str, str], program: str, cost: Cos
 
 def work_of(recipe: Path) -> tuple[list[tuple[str, int, int]], int]:
     """What a merge reads (file, start, stop) and how many bytes of weights it writes, from its plan."""
-    from bot.merge import checkpoint, plan
-    from bot.merge import recipe as recipes
-    from bot.merge.needs import needed
+    from bot.merge.checkpoints import checkpoint
+    from bot.merge.planning import plan
+    from bot.merge.planning.needs import needed
+    from bot.merge.recipe import reading as recipes
 
     parsed = recipes.parse(recipe.read_text())
     opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(Path(ref.path))) for ref in parsed.repos}

@@ -16,7 +16,7 @@ import yaml
 
 from bot import leaderboard, messages, policy
 from bot.job import Job, Source
-from bot.merge import recipe
+from bot.merge.recipe import reading as recipe
 from bot.request import MergeRequest
 from bot.settings import Settings
 from evaluators.scores import ModelEvaluation, Score

@@ -203,7 +203,7 @@ def classic(
 ) -> None:
     """Merge as mergekit's `main.py` of 2023 did, with its flags."""
     from bot import operator, screens
-    from bot.merge.classic import Arguments, recipe
+    from bot.merge.recipe.classic import Arguments, recipe
 
     asked = recipe(
         Arguments(merge, density or (), weight or (), layer_gradient, method, base_model, normalize, bf16,
@@ -221,7 +221,7 @@ def bakllama(
 ) -> None:
     """Stack layers of models as mergekit's `bakllama.py` of 2023 did, with its config."""
     from bot import operator, screens
-    from bot.merge.classic import bakllama as recipe
+    from bot.merge.recipe.classic import bakllama as recipe
 
     asked = recipe(operator.read_text(config), file=str(config))
     with resumable(), screens.progress() as shown:

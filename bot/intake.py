@@ -19,10 +19,13 @@ from bot import measure, policy, sources
 from bot.errors import Failed, Refused, Transient
 from bot.hub import Hub, PinnedRepo
 from bot.job import ENDED, Job, Source, Stage, stage
-from bot.merge import checkpoint, document, plan, recipe
-from bot.merge.lora import Adapter
-from bot.merge.named_templates import TEMPLATES
-from bot.merge.plan import NUMERICS_VERSION
+from bot.merge.checkpoints import checkpoint
+from bot.merge.checkpoints.lora import Adapter
+from bot.merge.planning import plan
+from bot.merge.planning.plan import NUMERICS_VERSION
+from bot.merge.recipe import document
+from bot.merge.recipe import reading as recipe
+from bot.merge.tokens.named_templates import TEMPLATES
 from bot.queue import Queue
 from bot.request import (
     CARD_LIMIT_BYTES,

@@ -113,7 +113,7 @@ def bench(
     new_tokens: int = 48,
 ) -> dict[str, Any]:
     """Train heads on the model in `folder` and time decoding with them. Raises Failed."""
-    from bot.merge.engine import choose_device
+    from bot.merge.execution.engine import choose_device
     from evaluators import medusa
     from evaluators.medusa.report import sentence as report_sentence
 

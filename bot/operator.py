@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from bot import measure, sources, verification
 from bot.errors import Failed, Refused
-from bot.merge import plan, recipe
+from bot.merge.planning import plan
+from bot.merge.recipe import reading as recipe
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings
@@ -20,7 +21,7 @@ from evaluators.scores import ModelEvaluation
 
 if TYPE_CHECKING:
     from bot.hub import Hub
-    from bot.merge.engine import Merged
+    from bot.merge.execution.engine import Merged
 
 
 def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
@@ -88,7 +89,7 @@ def merge(
     """
     planned = plan_from_headers(asked, settings, seed=seed, allow_pickle=allow_pickle)
     here = sources.fetched(planned.plan, planned.opened, _hub(settings), settings, report)
-    from bot.merge import stages
+    from bot.merge.execution import stages
 
     with sources.hashing_sources(here, planned.plan if hash_sources else None) as known:
         shown = named(report, "Merging")

@@ -11,7 +11,7 @@ from typing import Any
 
 from bot.errors import Refused
 from bot.job import Source
-from bot.merge.sizes import in_units
+from bot.merge.execution.sizes import in_units
 
 # From the freest to the strictest: a mix of these carries the strictest one.
 PERMISSIVE = (

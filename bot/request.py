@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import Literal, cast
 
 from bot.errors import Refused
-from bot.merge.document import Node, Reader, Sequence, Table, nearest, shown
-from bot.merge.recipe import read_yaml, write_yaml
+from bot.merge.recipe.document import Node, Reader, Sequence, Table, nearest, shown
+from bot.merge.recipe.reading import read_yaml, write_yaml
 
 RECIPE_LIMIT_BYTES = 64 * 1024
 CARD_LIMIT_BYTES = 1024 * 1024

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from bot.merge.sizes import in_units
+from bot.merge.execution.sizes import in_units
 from bot.progress import Show
 
 if TYPE_CHECKING:

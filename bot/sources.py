@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bot.errors import Failed, Refused, Transient
-from bot.merge.checkpoint import OPERATOR, Checkpoint, Files, Limits, LocalFiles
-from bot.merge.document import is_repo_id
-from bot.merge.lora import Adapter, open_source
-from bot.merge.needs import Range, needed
-from bot.merge.plan import Plan
-from bot.merge.provenance import Known, SourceFile
-from bot.merge.spec import ModelRef, Recipe
-from bot.merge.unchanged import IN_PARTS
+from bot.merge.checkpoints.checkpoint import OPERATOR, Checkpoint, Files, Limits, LocalFiles
+from bot.merge.checkpoints.lora import Adapter, open_source
+from bot.merge.execution.provenance import Known, SourceFile
+from bot.merge.execution.unchanged import IN_PARTS
+from bot.merge.planning.needs import Range, needed
+from bot.merge.planning.plan import Plan
+from bot.merge.recipe.document import is_repo_id
+from bot.merge.recipe.spec import ModelRef, Recipe
 from bot.progress import Show, named
 from bot.settings import Settings
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from bot import sources
 from bot.errors import Failed, Refused
-from bot.merge import plan, verify
-from bot.merge.checkpoint import OPERATOR, STRANGER, Files, LocalFiles
-from bot.merge.plan import NUMERICS_VERSION
-from bot.merge.spec import ModelRef
+from bot.merge import verify
+from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, Files, LocalFiles
+from bot.merge.planning import plan
+from bot.merge.planning.plan import NUMERICS_VERSION
+from bot.merge.recipe.spec import ModelRef
 from bot.merge.verify import Claim, Difference
 from bot.progress import Show, named
 from bot.settings import Settings
@@ -98,7 +99,7 @@ def _on_disk(
     made: plan.Plan, folders: Mapping[ModelRef, Path], scratch: Path, subject: _Subject, device: str, show: Show
 ) -> list[Difference]:
     """Merge into scratch: of a repo only the shards whose hash differs are then read."""
-    from bot.merge import stages
+    from bot.merge.execution import stages
 
     merged = stages.merge(made, folders, scratch / "model", device=device, progress=named(show, "Merging again"))
     written = {name: fact.sha256 for name, fact in merged.files.items()}
@@ -110,8 +111,8 @@ def _streaming(
     made: plan.Plan, folders: Mapping[ModelRef, Path], scratch: Path, subject: _Subject, device: str, show: Show
 ) -> list[Difference]:
     """Merge into nothing but the comparison; only stages need room."""
-    from bot.merge import engine
-    from bot.merge.device import choose_devices
+    from bot.merge.execution import engine
+    from bot.merge.execution.device import choose_devices
 
     here = dict(folders)
     for ref, stage in made.stages:
@@ -205,7 +206,7 @@ def _require_same_folders(claim: Claim, seen: sources.Opened, show: Show) -> Non
 
 def _possible(device: str) -> str:
     """The device of the claim, or the CPU where there is none of its kind."""
-    from bot.merge import engine
+    from bot.merge.execution import engine
 
     try:
         return engine.choose_device(device).type

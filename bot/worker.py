@@ -22,8 +22,10 @@ from bot import measure, sources
 from bot.errors import Failed
 from bot.executors import child
 from bot.job import Evaluation, Merge, PublishedFile, Source
-from bot.merge import checkpoint, plan, recipe
-from bot.merge.output_names import MANIFEST
+from bot.merge.checkpoints import checkpoint
+from bot.merge.planning import plan
+from bot.merge.planning.output_names import MANIFEST
+from bot.merge.recipe import reading as recipe
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, crashpoint
@@ -35,7 +37,7 @@ _SOURCES = TypeAdapter(tuple[Source, ...])
 def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
     """Plan, fetch, verify, merge into `spec["out"]`. A finished folder of an earlier attempt is checked and kept."""
     from bot.hub import Hub
-    from bot.merge import stages
+    from bot.merge.execution import stages
 
     started, out = time.monotonic(), Path(spec["out"])
     hub = Hub(settings.hub)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from bot.merge.sizes import in_units as size
+from bot.merge.execution.sizes import in_units as size
 
 __all__ = ["age", "count", "duration", "interval", "percent", "plural", "size", "times"]
 MISSING = "–"

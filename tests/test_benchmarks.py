@@ -17,7 +17,7 @@ from benchmarks.agreement.corners import corners
 from benchmarks.agreement.drawn import at_random
 from benchmarks.measure import run
 from benchmarks.merge import work_of
-from bot.merge import recipe
+from bot.merge.recipe import reading as recipe
 
 SMALL = models.Shape(layers=4, hidden=32, inner=48, heads=4, kv_heads=2, vocabulary=64)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bot import card, leaderboard
 from bot.job import Evaluation, Failure, Job, Merge, Publication, PublishedFile, Source, Stage
-from bot.merge import recipe
+from bot.merge.recipe import reading as recipe
 from bot.request import EvaluateOptions, MergeRequest, Origin, from_form, front_matter
 from bot.settings import Settings
 from evaluators.scores import Environment, ModelEvaluation, Score

@@ -27,7 +27,7 @@ HOMES = {
     "subprocess": ("bot/executors/", "bot/worker.py", "evaluators/harness.py"),
     "yaml": (
         "bot/request.py",
-        "bot/merge/recipe.py",
+        "bot/merge/recipe/reading.py",
         "bot/card.py",
         "bot/localhub/metadata.py",
     ),
@@ -42,6 +42,18 @@ LONG_FUNCTIONS = frozenset(
         "publish", "resuming", "run_steps", "submit", "task_vectors", "theme", "vocabularies", "work_of",
     }
 )  # fmt: skip
+# the parts of bot/merge, each after those it may import
+MERGE_PARTS = (
+    "recipe",
+    "checkpoints",
+    "tokens",
+    "planning",
+    "methods",
+    "operands",
+    "passes",
+    "execution",
+    "verify",
+)
 # processes that serve strangers or hold the token start without these
 HEAVY = ("torch", "transformers", "lm_eval")
 LIGHT_MODULES = (
@@ -62,15 +74,15 @@ def sources(packages: tuple[str, ...] = PACKAGES) -> Iterator[tuple[str, ast.Mod
             yield path.relative_to(REPO).as_posix(), ast.parse(path.read_text())
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+def imports(tree: ast.AST, types: bool = True) -> Iterator[str]:
+    """What `tree` imports, by full name: `from bot import hub` is bot.hub. Without `types`, what it runs."""
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            if node.module in PACKAGES:  # `from bot import hub` means the module bot.hub
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif types or not (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")):
+            yield from imports(node, types)
 
 
 def test_imports_go_one_way() -> None:
@@ -90,6 +102,21 @@ def test_the_merge_engine_knows_nothing_of_the_bot_but_its_errors() -> None:
         if path.startswith("bot/merge/")
         for name in imports(tree)
         if name.startswith("bot.") and not name.startswith(MERGE_MAY_IMPORT)
+    ]
+    assert wrong == []
+
+
+def test_each_part_of_the_merge_engine_imports_only_those_before_it() -> None:
+    def rank(part: str) -> int:
+        assert part in MERGE_PARTS, f"bot/merge: {part} is none of the parts"
+        return MERGE_PARTS.index(part)
+
+    wrong = [
+        f"{path} imports {name}"
+        for path, tree in sources()
+        if path.startswith("bot/merge/") and path != "bot/merge/__init__.py"
+        for name in imports(tree, types=False)
+        if name.startswith("bot.merge.") and rank(name.split(".")[2]) > rank(path.split("/")[2].removesuffix(".py"))
     ]
     assert wrong == []
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bot.errors import MergebotError, Refused
-from bot.merge import recipe
+from bot.merge.recipe import reading as recipe
 from bot.request import EvaluateOptions, from_card, from_form, read_block
 
 RECIPE = """merge_method: linear

@@ -18,8 +18,8 @@ from bot.errors import Failed, Refused
 from bot.hub import Hub
 from bot.job import Source
 from bot.localhub import seed
-from bot.merge import recipe
-from bot.merge.spec import ModelRef
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.spec import ModelRef
 from bot.request import EvaluateOptions
 from bot.settings import Settings
 from tests.localhub.server import RunningHub, running_hub

@@ -16,7 +16,7 @@ from bot import operator
 from bot.errors import Refused
 from bot.hub import Hub
 from bot.localhub import seed
-from bot.merge import recipe
+from bot.merge.recipe import reading as recipe
 from bot.settings import Settings
 from bot.verification import Verdict
 from tests.localhub.server import REPO, RunningHub, running_hub
@@ -118,7 +118,7 @@ def test_a_flipped_bit_is_found_and_its_tensor_named(merged: tuple[Settings, Pat
 
 
 def test_swapped_tensors_are_found_though_the_provenance_was_adapted(merged: tuple[Settings, Path]) -> None:
-    from bot.merge.checkpoint import LocalFiles
+    from bot.merge.checkpoints.checkpoint import LocalFiles
     from bot.merge.verify import hash_of
 
     file = writable(merged[1] / "model.safetensors")

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from bot.errors import Failed, Refused
-from bot.merge.checkpoint import INDEX, LocalFiles, read_json, shard_like
-from bot.merge.header import OPERATOR
-from bot.merge.pickled import REFUSED, converted_name, pickles
+from bot.merge.checkpoints.checkpoint import INDEX, LocalFiles, read_json, shard_like
+from bot.merge.checkpoints.header import OPERATOR
+from bot.merge.checkpoints.pickled import REFUSED, converted_name, pickles
 from bot.settings import Settings, child_environment
 
 TIME_LIMIT_S = 3600.0
@@ -79,7 +79,7 @@ def _make_durable(folder: Path) -> None:
 
 def _run(sources: list[Path], into: Path, folder: Path, settings: Settings) -> None:
     memory = MEMORY_BYTES + 2 * max(source.stat().st_size for source in sources)
-    command = [sys.executable, "-P", "-m", "bot.merge.pickled", str(into), str(memory), *map(str, sources)]
+    command = [sys.executable, "-P", "-m", "bot.merge.checkpoints.pickled", str(into), str(memory), *map(str, sources)]
     try:
         done = subprocess.run(
             command, env=child_environment(settings, "worker"), stdin=subprocess.DEVNULL, capture_output=True,

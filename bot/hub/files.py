@@ -26,7 +26,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from bot.errors import Refused, Transient
 from bot.hub.transport import Away, Line, check_deadline
-from bot.merge.sizes import in_units
+from bot.merge.execution.sizes import in_units
 
 # safety.md 5, row 1: what of a source is ever written to our disk. Only files at the top of the repo.
 ALLOWED = (
@@ -76,7 +76,7 @@ def read_tree(api: HfApi, line: Line, repo: str, revision: str, repo_type: str) 
 class RepoFiles:
     """The files of one repo at one commit, read by HTTP range; one home for headers before any download.
 
-    Satisfies `bot.merge.checkpoint.Files`. Not for several threads at once.
+    Satisfies `bot.merge.checkpoints.checkpoint.Files`. Not for several threads at once.
     """
 
     def __init__(self, api: HfApi, line: Line, repo: str, revision: str, repo_type: str = "model") -> None:

@@ -33,7 +33,7 @@ from huggingface_hub import HfApi
 from bot.errors import Refused, Transient
 from bot.hub.files import FileFact, Progress, RepoFiles, alone, answer, check_room, fetch_whole, sync_folder
 from bot.hub.transport import Away, Line, check_deadline
-from bot.merge.unchanged import IN_PARTS
+from bot.merge.execution.unchanged import IN_PARTS
 from bot.settings import crashpoint
 
 PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it

@@ -1,9 +1,14 @@
-"""The merge engine. Usable alone; of the bot it knows only `bot.errors`.
+"""The merge engine. Usable alone; of the bot it knows only `bot.errors` and the version.
 
-    text --recipe--> Recipe            recipe.py (YAML, guard) document.py grammar.py spec.py contract.py
-    folder | Hub --> Checkpoint        checkpoint.py header.py (headers only)
-    Recipe + Checkpoints --> Plan      plan.py: architecture.py layout.py parameters.py steps.py tokenizer.py rows.py
-    Plan + folders --> OUT             engine.py: execution.py views.py gather.py passes/ writer.py provenance.py
+    recipe/        text -> Recipe: the guard, the language, what each method asks for
+    checkpoints/   folder | Hub -> Checkpoint, Adapter: headers and configs only
+    tokens/        vocabularies -> which row of which matrix each token takes; chat templates
+    planning/      Recipe + Checkpoints -> Plan
+    methods/       the methods on whole tensors: what everything faster is held against
+    operands/      what a step reads: stored tensors, LoRA patches, gathered rows, piece by piece
+    passes/        the methods on operands, piece by piece
+    execution/     Plan + folders -> OUT: the engine, a step's lane, the writer, provenance, stages
+    verify.py      is OUT what its provenance says?
 
-Nothing above the last line imports torch.
+Each imports only those above it (tests/test_house.py). No module before methods/ imports torch when it is loaded.
 """

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import Refused
-from bot.merge import recipe
-from bot.merge.checkpoint import INDEX, OPERATOR, Files, LocalFiles, read_header
-from bot.merge.header import TensorInfo
-from bot.merge.output_names import MANIFEST, PROVENANCE, SCHEMA
-from bot.merge.plan import NUMERICS_VERSION, Copied, Plan, Step
-from bot.merge.recipe import write_yaml
-from bot.merge.spec import ModelRef, Recipe
-from bot.merge.writer import Found, Progress
+from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Files, LocalFiles, read_header
+from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.execution.writer import Found, Progress
+from bot.merge.planning.output_names import MANIFEST, PROVENANCE, SCHEMA
+from bot.merge.planning.plan import NUMERICS_VERSION, Copied, Plan, Step
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.reading import write_yaml
+from bot.merge.recipe.spec import ModelRef, Recipe
 
 LIMIT_BYTES = 64 * 2**20
 _BLOCK_BYTES = 16 * 2**20
@@ -221,7 +221,7 @@ def against_merge(
 
 
 class Comparing:
-    """A sink (writer.py) that writes nothing: what is merged anew is held against `theirs` piece by piece."""
+    """A sink (execution/writer.py) that writes nothing: what is merged anew is held against `theirs` piece by piece."""
 
     done: frozenset[int] = frozenset()
 

@@ -20,8 +20,11 @@ from bot.errors import Refused, Transient
 from bot.hub import Hub, is_partial
 from bot.hub.ranges import pieces, without
 from bot.localhub import seed
-from bot.merge import checkpoint, engine, needs, plan, recipe
-from bot.merge.spec import ModelRef
+from bot.merge.checkpoints import checkpoint
+from bot.merge.execution import engine
+from bot.merge.planning import needs, plan
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.spec import ModelRef
 from tests.hub.test_hub_client import hub_of, published, refusal
 from tests.localhub.server import ORG, REPO, RunningHub, running_hub
 from tests.merge.tiny_checkpoints import llama_tensors, save

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_checkpoints import plan_of
 
 from bot.errors import Refused
-from bot.merge import stages
+from bot.merge.execution import stages
 
 CALLS = ("pwrite", "fdatasync", "fsync", "write", "update", "chmod", "unlink", "rename", "posix_fallocate", "mkdir")
 NOBODY = 65534

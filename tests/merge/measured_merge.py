@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_checkpoints import plan_of
 
-from bot.merge import engine
+from bot.merge.execution import engine
 
 
 def anonymous_bytes() -> int:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bot.merge.device import DeviceFeed
-from bot.merge.memory import CHUNK, row_length
+from bot.merge.execution.device import DeviceFeed
 from bot.merge.passes import prepare
 from bot.merge.passes.inputs import CpuFeed, Inputs
-from bot.merge.steps import Work
+from bot.merge.planning.memory import CHUNK, row_length
+from bot.merge.planning.work import Work
 
 
 class HeldView:

@@ -14,9 +14,13 @@ from typer.testing import CliRunner
 
 from bot.cli import app
 from bot.errors import MergebotError, Refused
-from bot.merge import checkpoint, classic, engine, lora, plan, recipe
-from bot.merge.classic import Arguments
-from bot.merge.classic_tensors import plateaus
+from bot.merge.checkpoints import checkpoint, lora
+from bot.merge.execution import engine
+from bot.merge.planning import plan
+from bot.merge.planning.classic_tensors import plateaus
+from bot.merge.recipe import classic
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.classic import Arguments
 
 FLOAT32 = ("model.embed_tokens.weight", "lm_head.weight")
 Tensors = dict[str, torch.Tensor]

@@ -12,8 +12,8 @@ from tiny_checkpoints import llama_tensors, load, merge, plan_of, save
 from torch import Tensor
 
 from bot.errors import Failed, Refused
-from bot.merge.engine import Merged
-from bot.merge.spec import Notice
+from bot.merge.execution.engine import Merged
+from bot.merge.recipe.spec import Notice
 
 NAME = "model.layers.0.mlp.up_proj.weight"  # 12 x 8
 SHAPE = (12, 8)

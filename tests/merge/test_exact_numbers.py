@@ -14,11 +14,11 @@ from tiny_checkpoints import llama_tensors, load, merge, save
 from torch import Tensor
 
 from bot.errors import Failed
-from bot.merge.execution import rounded_to_odd
-from bot.merge.memory import memory_of
+from bot.merge.execution.lane import rounded_to_odd
 from bot.merge.methods import apply
 from bot.merge.passes import prepare, ranks
 from bot.merge.passes.inputs import CpuFeed, Inputs
+from bot.merge.planning.memory import memory_of
 
 TIES = {"weight": [1.0], "density": [0.2], "normalize": True, "lambda": 1.0, "rescale": False}
 BY_ROW = {"weight": [0.5, 0.5], "nuslerp_flatten": False, "nuslerp_row_wise": False}

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from bot.merge import checkpoint, engine, plan, recipe
-from bot.merge.plan import Plan
+from bot.merge.checkpoints import checkpoint
+from bot.merge.execution import engine
+from bot.merge.planning import plan
+from bot.merge.planning.plan import Plan
+from bot.merge.recipe import reading as recipe
 
 NAMES = [
     "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "karcher", "linear", "linear_bf16", "linear_sharded_filter",

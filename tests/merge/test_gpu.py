@@ -11,12 +11,12 @@ from piecewise import HeldView
 from test_methods import CASES, inputs, keys_for, with_base, work_for
 from tiny_checkpoints import llama_tensors, load, merge, save
 
-from bot.merge.device import DeviceFeed
-from bot.merge.memory import row_length
+from bot.merge.execution.device import DeviceFeed
 from bot.merge.methods import apply
 from bot.merge.passes import prepare
 from bot.merge.passes.inputs import Inputs
 from bot.merge.passes.random_masks import torch_draws
+from bot.merge.planning.memory import row_length
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, deserialize
 from tiny_checkpoints import llama_tensors, save
 
 from bot.errors import MergebotError, Refused
-from bot.merge.architecture import infer
-from bot.merge.checkpoint import OPERATOR, STRANGER, LocalFiles, open_checkpoint
-from bot.merge.header import Limits, header_length, parse
+from bot.merge.checkpoints.architecture import infer
+from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, LocalFiles, open_checkpoint
+from bot.merge.checkpoints.header import Limits, header_length, parse
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,8 +13,8 @@ from test_vocabulary import LINEAR, SHARED, model
 from tiny_checkpoints import llama_tensors, plan_of, save
 
 from bot.errors import MergebotError, Refused
-from bot.merge import recipe
-from bot.merge.checkpoint import STRANGER, LocalFiles, open_checkpoint
+from bot.merge.checkpoints.checkpoint import STRANGER, LocalFiles, open_checkpoint
+from bot.merge.recipe import reading as recipe
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from tiny_checkpoints import HIDDEN, INNER, VOCABULARY, llama_tensors, load, merge, plan_of, save
 
 from bot.errors import Failed, Refused
-from bot.merge import checkpoint, lora
-from bot.merge.lora import Adapter
-from bot.merge.lora_rows import PatchedView, stored_tensor
-from bot.merge.needs import needed
-from bot.merge.spec import ModelRef
-from bot.merge.views import StoredView
+from bot.merge.checkpoints import checkpoint, lora
+from bot.merge.checkpoints.lora import Adapter
+from bot.merge.operands.lora_rows import PatchedView, stored_tensor
+from bot.merge.operands.views import StoredView
+from bot.merge.planning.needs import needed
+from bot.merge.recipe.spec import ModelRef
 
 PREFIX = "base_model.model."
 ALONE = "merge_method: passthrough\nmodels: [{{model: {}}}]\n"

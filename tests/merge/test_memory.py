@@ -13,8 +13,8 @@ import torch
 from test_methods import CASES, work_for
 from tiny_checkpoints import llama_tensors, save
 
-from bot.merge.memory import CHUNK, piece_of, row_length
 from bot.merge.passes.inputs import CpuFeed, Inputs
+from bot.merge.planning.memory import CHUNK, piece_of, row_length
 
 ROWS, WIDTH = 12_000, 2048  # one tensor of 98 MB in float32
 PARENTS = "models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.3}}]"

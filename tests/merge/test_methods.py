@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from piecewise import merged, merged_and_inputs
 from torch import Tensor
 
-from bot.merge.contract import METHODS
-from bot.merge.draws import mask_key
-from bot.merge.dtypes import BY_NAME
-from bot.merge.header import TensorInfo
+from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.methods import FUNCTIONS, apply
 from bot.merge.methods.masks import by_chance, splitmix64, uniform
 from bot.merge.methods.reductions import Selection, first_largest
 from bot.merge.passes import ranks
 from bot.merge.passes.random_masks import torch_draws
-from bot.merge.spec import ModelRef
-from bot.merge.steps import Operand, Work
+from bot.merge.planning.draws import mask_key
+from bot.merge.planning.work import Operand, Work
+from bot.merge.recipe.contract import METHODS
+from bot.merge.recipe.dtypes import BY_NAME
+from bot.merge.recipe.spec import ModelRef
 
 FAMILY = dict(weight=[0.5, -0.3, 0.8], normalize=True, **{"lambda": 1.2})
 SPARSE = dict(FAMILY, density=[0.4, 1.0, 0.7], rescale=True)

@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoints import llama_tensors, merge, plan_of, save
 
 from bot.errors import Refused
-from bot.merge.partial import held_bytes
+from bot.merge.execution.partial import held_bytes
 
 LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: %s}}]\n"
 

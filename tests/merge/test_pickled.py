@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from bot.cli import app
 from bot.errors import MergebotError, Refused
-from bot.merge import checkpoint, lora
-from bot.merge.pickled import pickles
+from bot.merge.checkpoints import checkpoint, lora
+from bot.merge.checkpoints.pickled import pickles
 
 RECIPE = "merge_method: passthrough\nmodels: [{model: a}]\n"
 

@@ -14,8 +14,10 @@ from claimed_checkpoint import Claimed
 from tiny_checkpoints import llama_tensors, plan_of, save
 
 from bot.errors import Refused
-from bot.merge import checkpoint, plan, recipe
-from bot.merge.spec import ModelRef
+from bot.merge.checkpoints import checkpoint
+from bot.merge.planning import plan
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.spec import ModelRef
 
 
 @pytest.fixture
@@ -247,7 +249,9 @@ def test_thirty_thousand_tensors_are_planned_in_seconds_without_torch() -> None:
     script = """
 import sys, time
 from claimed_checkpoint import Claimed
-from bot.merge import checkpoint, plan, recipe
+from bot.merge.checkpoints import checkpoint
+from bot.merge.planning import plan
+from bot.merge.recipe import reading as recipe
 
 parsed = recipe.parse("{merge_method: ties, base_model: o/b, models: [{model: o/a, parameters: {weight: 1}}]}")
 opened = checkpoint.open_checkpoint(Claimed(layers=4300, width=8), name="o/a")

@@ -18,11 +18,13 @@ from test_vocabulary import SHARED, model, tokenizer
 from tiny_checkpoints import llama_tensors, plan_of, save
 
 from bot.errors import Refused
-from bot.merge import checkpoint, plan, recipe
-from bot.merge.checkpoint import OPERATOR, STRANGER, Limits
-from bot.merge.document import nearest
-from bot.merge.gather import GatheredView
-from bot.merge.rows import Fill, RowMap
+from bot.merge.checkpoints import checkpoint
+from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, Limits
+from bot.merge.operands.gather import GatheredView
+from bot.merge.planning import plan
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.document import nearest
+from bot.merge.tokens.rows import Fill, RowMap
 
 UNION = "tokenizer: {source: union}\nbase_model: a\nmerge_method: linear\nmodels:\n- {model: a}\n- {model: b}\n"
 UNION += "parameters: {weight: 1}\n"

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bot.errors import Refused
-from bot.merge import recipe
-from bot.merge.spec import ModelRef, Recipe
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.spec import ModelRef, Recipe
 
 
 def document(*models: str, name: str | None = None, base: str | None = None) -> str:

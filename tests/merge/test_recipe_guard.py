@@ -7,7 +7,7 @@ import time
 import pytest
 
 from bot.errors import Refused
-from bot.merge import recipe
+from bot.merge.recipe import reading as recipe
 
 
 def _nested_aliases(levels: int) -> str:

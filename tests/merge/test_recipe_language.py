@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bot.errors import Refused
-from bot.merge import recipe
-from bot.merge.contract import METHODS, Absent, Parameter
-from bot.merge.parameters import at, position, resolve
-from bot.merge.spec import Condition, Conditions, Gradient, ModelRef, Scalar
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.contract import METHODS, Absent, Parameter
+from bot.merge.recipe.parameters import at, position, resolve
+from bot.merge.recipe.spec import Condition, Conditions, Gradient, ModelRef, Scalar
 
 LINEAR = (
     "merge_method: linear\nmodels:\n- model: o/a\n  parameters: {weight: 1}\n- model: o/b\n  parameters: {weight: 2}\n"

@@ -13,7 +13,9 @@ from test_vocabulary import SHARED, model
 from tiny_checkpoints import llama_tensors, save
 
 from bot.errors import Refused
-from bot.merge import checkpoint, plan, recipe
+from bot.merge.checkpoints import checkpoint
+from bot.merge.planning import plan
+from bot.merge.recipe import reading as recipe
 
 LAYERS = 8
 

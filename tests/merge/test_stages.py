@@ -15,8 +15,11 @@ import torch
 from tiny_checkpoints import llama_tensors, load, merge, save
 
 from bot.errors import Refused
-from bot.merge import checkpoint, plan, recipe, stages
-from bot.merge.spec import ModelRef
+from bot.merge.checkpoints import checkpoint
+from bot.merge.execution import stages
+from bot.merge.planning import plan
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.spec import ModelRef
 
 STAGED = """
 name: one
@@ -142,7 +145,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from test_stages import STAGED, planned
-from bot.merge import stages
+from bot.merge.execution import stages
 torch.set_num_threads(1)
 folder, out, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 made, folders = planned(STAGED, folder)

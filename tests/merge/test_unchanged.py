@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bot.errors import Failed
-from bot.merge import engine
+from bot.merge.execution import engine
 from tests.merge.tiny_checkpoints import llama_tensors, plan_of, save
 
 RECIPE = """merge_method: linear

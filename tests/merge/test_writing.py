@@ -18,7 +18,7 @@ from tiny_checkpoints import llama_tensors, load, merge, plan_of, save
 from transformers import AutoModelForCausalLM
 
 from bot.errors import Failed, MergebotError, Refused
-from bot.merge import engine
+from bot.merge.execution import engine
 
 TIES = """
 merge_method: ties

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bot.merge import checkpoint, engine, lora, plan, recipe
-from bot.merge.spec import ModelRef
+from bot.merge.checkpoints import checkpoint, lora
+from bot.merge.execution import engine
+from bot.merge.planning import plan
+from bot.merge.recipe import reading as recipe
+from bot.merge.recipe.spec import ModelRef
 
 HIDDEN, INNER, VOCABULARY = 8, 12, 16
 

@@ -202,7 +202,7 @@ def test_the_operators_examples_replace_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_our_examples_are_recipes_that_strangers_may_send(title: str) -> None:
-    from bot.merge import recipe
+    from bot.merge.recipe import reading as recipe
 
     assert len(recipe.parse(EXAMPLES[title], trust="stranger").sources) == 2
 

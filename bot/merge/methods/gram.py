@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bot.merge.memory import CHUNK
+from bot.merge.planning.memory import CHUNK
 
 Vector = NDArray[np.float64]
 

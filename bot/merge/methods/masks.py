@@ -1,6 +1,6 @@
 """Which elements of a delta survive: largest (ties), a middle band (breadcrumbs), chance (dare, della).
 
-Random masks come from SplitMix64 keyed by seed, source and tensor (`bot.merge.draws`), so element i of a tensor has
+Random masks come from SplitMix64 keyed by seed, source and tensor (`planning/draws.py`), so element i of a tensor has
 the same draw whatever the order, the chunking, the device or the number of threads. merging.md 1.7 and 2.2.
 """
 
@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bot.merge.memory import CHUNK
 from bot.merge.methods.reductions import first_largest
+from bot.merge.planning.memory import CHUNK
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

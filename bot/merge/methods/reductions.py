@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from bot.merge.memory import CHUNK
+from bot.merge.planning.memory import CHUNK
 
 
 def dot(x: Tensor, y: Tensor) -> float:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bot.merge.memory import by_row
 from bot.merge.passes import combination, rowwise
 from bot.merge.passes.elementwise import linear, nearswap, passthrough, ram, task_arithmetic
 from bot.merge.passes.family import ELECTS, family
 from bot.merge.passes.fusion import arcee_fusion
 from bot.merge.passes.inputs import Emit, Inputs
 from bot.merge.passes.shares import ramplus_tl, sce
+from bot.merge.planning.memory import by_row
 
 _WHOLE: dict[str, Callable[[Inputs], Emit]] = {
     **dict.fromkeys(ELECTS, family),

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bot.merge.memory import CHUNK
-from bot.merge.steps import Work
-from bot.merge.views import Scratch, View
+from bot.merge.operands.views import Scratch, View
+from bot.merge.planning.memory import CHUNK
+from bot.merge.planning.work import Work
 
 SAMPLE, BLOCKS = 2**16, 64  # elements looked at before a search for thresholds, and in how many places
 Spans = Iterable[tuple[int, int]]

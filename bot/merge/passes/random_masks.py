@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bot.merge.memory import BITS_LIMIT_BYTES
 from bot.merge.methods.masks import GOLDEN, MIX_1, MIX_2
 from bot.merge.passes.inputs import Inputs
+from bot.merge.planning.memory import BITS_LIMIT_BYTES
 
 Array = NDArray[Any]
 Keep = Callable[[Tensor, int], Tensor]  # a flat piece of a delta, its start -> what to keep, uint8 or bool

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bot.merge.memory import GATHERED
 from bot.merge.methods.reductions import Selection, bucket
 from bot.merge.passes.elementwise import shrunk
 from bot.merge.passes.inputs import Inputs, Piece
+from bot.merge.planning.memory import GATHERED
 
 Magnitudes = Callable[[Piece], Sequence[Tensor]]  # one flat tensor per column
 Array = NDArray[Any]

@@ -1,0 +1,161 @@
+"""Which tensors, layers and ties a model has, inferred from its config and headers. merging.md 5.2.
+
+A layer's tensors are the suffixes that really stand in that layer, never a template, so hybrids, leading dense
+layers and pruned shapes need no description.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bot.errors import Refused
+from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.header import TensorInfo
+
+_LAYER = re.compile(r"(?:^|(?<=\.))(\d+)\.")
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+_BEFORE = re.compile(r"embed(?!_out)|wte|wpe|position|token_type|patch|conv1", re.IGNORECASE)
+_AFTER = re.compile(r"norm|ln_f|head|score|classifier|pooler|embed_out|output", re.IGNORECASE)
+_INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|shared|tok_embeddings)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^output\.weight$")
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
+_MASK = re.compile(r"(^|\.)(attn|attention|self_attention)\.bias$")
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Consecutive layers under one name prefix: `layers[i]` maps a suffix to the tensor's full name."""
+
+    prefix: str
+    layers: tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model taken apart. Loose tensors are those of no main layer; `others` are further stacks among them."""
+
+    main: Stack
+    others: tuple[Stack, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    embedding: str | None
+    head: str | None  # the stored head
+    tied: bool  # the config says so, or says nothing and no head is stored
+    depth_key: tuple[str, ...] | None  # path of the layer count in the config
+    dropped: tuple[str, ...]  # rotary and mask buffers, never written
+    unsure: tuple[str, ...]  # loose tensors placed before the stack for want of a hint
+
+
+def infer(checkpoint: Checkpoint) -> Architecture:
+    """Take a checkpoint apart. Raises `Refused(TENSOR_MISSING)` if the main stack lacks a layer."""
+    dropped = tuple(name for name, tensor in checkpoint.tensors.items() if _is_buffer(tensor))
+    names = [name for name in checkpoint.tensors if name not in set(dropped)]
+    depth_key, depth = layer_count(checkpoint.config)
+    stacks = _stacks(names)
+    main = _main_stack(checkpoint, stacks, depth)
+    owned = {name for layer in main.layers for name in layer.values()}
+    loose = [name for name in names if name not in owned]
+    before, after, unsure = _split(loose)
+    stacked = {name for stack in stacks for layer in stack.layers for name in layer.values()}
+    head = next((name for name in loose if _HEAD.search(name)), None)
+    return Architecture(
+        main=main,
+        others=tuple(stack for stack in stacks if stack is not main),
+        before=before,
+        after=after,
+        embedding=next((name for name in loose if _INPUT_EMBEDDING.search(name)), None),
+        head=head,
+        tied=bool(text_config(checkpoint.config).get("tie_word_embeddings", head is None)),
+        depth_key=depth_key,
+        dropped=dropped,
+        unsure=tuple(name for name in unsure if name not in stacked),
+    )
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that speaks of the language model; the config itself where it has no parts.
+
+    `tie_word_embeddings` of the whole config wins over its text part, as transformers ties the outer model.
+    """
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return config
+    return {**inner, **{k: config[k] for k in ("tie_word_embeddings",) if k in config}}
+
+
+def layer_count(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, int | None]:
+    """Path and value of the number of layers in a config."""
+    inner = config.get("text_config")
+    parts: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
+    if isinstance(inner, dict):
+        parts.append((("text_config",), inner))
+    for path, part in parts:
+        for key in _DEPTH_KEYS:
+            if isinstance(part.get(key), int):
+                return (*path, key), part[key]
+    return None, None
+
+
+def is_optional(name: str) -> bool:
+    """Whether a model may lack this tensor: a bias. (A tied head is decided by the planner.)"""
+    return name.endswith((".bias", "_bias", ".b"))
+
+
+def is_head(name: str) -> bool:
+    """Whether the tensor is an output projection onto the vocabulary."""
+    return bool(_HEAD.search(name))
+
+
+def _is_buffer(tensor: TensorInfo) -> bool:
+    if _BUFFER.search(tensor.name):
+        return True
+    # GPT-2 and GPT-NeoX store their causal mask under the name of a bias
+    return bool(_MASK.search(tensor.name)) and len(tensor.shape) == 4
+
+
+def _stacks(names: Iterable[str]) -> list[Stack]:
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for name in names:
+        match = _LAYER.search(name)
+        if match is not None:
+            layers = found.setdefault(name[: match.start()], {})
+            layers.setdefault(int(match.group(1)), {})[name[match.end() :]] = name
+    return [
+        Stack(prefix, tuple(layers[i] for i in sorted(layers)))
+        for prefix, layers in found.items()
+        if sorted(layers) == list(range(len(layers)))
+    ]
+
+
+def _main_stack(checkpoint: Checkpoint, stacks: list[Stack], depth: int | None) -> Stack:
+    def weight(stack: Stack) -> int:
+        return sum(checkpoint.tensors[name].nbytes for layer in stack.layers for name in layer.values())
+
+    fitting = [stack for stack in stacks if depth is None or len(stack.layers) == depth]
+    if fitting:
+        return max(fitting, key=weight)
+    longest = max((len(stack.layers) for stack in stacks), default=0)
+    raise Refused(
+        "TENSOR_MISSING",
+        f"{checkpoint.name} has {longest} complete layers in its shards; its config says {depth or 'nothing'}.",
+        "Download it again: layers are missing, or its config.json belongs to another model.",
+        value=checkpoint.name,
+    )
+
+
+def _split(loose: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    before: list[str] = []
+    after: list[str] = []
+    unsure: list[str] = []
+    for name in loose:
+        if _BEFORE.search(name) and not _HEAD.search(name):
+            before.append(name)
+        elif _AFTER.search(name):
+            after.append(name)
+        else:
+            before.append(name)
+            unsure.append(name)
+    return tuple(before), tuple(after), tuple(unsure)

@@ -1,0 +1,349 @@
+"""A checkpoint seen through its headers: config, tensors, shards. No weight is read here and no torch imported.
+
+`Files` is the only way to its bytes, so a folder and a Hub repo at a commit (`bot.hub`) look the same. Rules:
+safety.md 4.2 and 4.3; what is refused: pickled weights, truncated or hostile headers, shard names that leave the
+folder, quantised weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from bot.errors import Failed, Refused
+from bot.merge.checkpoints.header import OPERATOR, STRANGER, Limits, TensorInfo, header_length, parse, refuse
+
+if TYPE_CHECKING:
+    from bot.merge.checkpoints.lora import LowRank
+    from bot.merge.recipe.spec import ModelRef
+
+__all__ = [
+    "INDEX",
+    "OPERATOR",
+    "STRANGER",
+    "Checkpoint",
+    "Files",
+    "Limits",
+    "LocalFiles",
+    "TensorInfo",
+    "open_checkpoint",
+]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DEPTH = 64  # levels of nesting in a JSON file; what comes later walks them by recursion
+_SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
+_NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+_QUANTISED = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".weight_scale_inv", ".SCB", ".weight_packed")
+
+
+class Files(Protocol):
+    """The files of one model at one commit. `str(files)` names the model in a sentence."""
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> size in bytes of every file, names relative with `/`."""
+        ...
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from `start`, fewer only at the end of the file."""
+        ...
+
+
+class LocalFiles:
+    """A folder on this machine. Links are followed only inside the folder or its own cache entry."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise Refused(
+                "SOURCE_NOT_FOUND", f"there is no model folder {self.path}.",
+                "Check the name: a local folder, or owner/name on the Hub.", value=str(self.path),
+            )  # fmt: skip
+        real = self.path.resolve()
+        # a snapshot of the Hub's cache links to ../../blobs of the same repo
+        in_cache = real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir()
+        self._root = real.parent.parent if in_cache else real
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def sizes(self) -> dict[str, int]:
+        return {entry.name: entry.stat().st_size for entry in self.path.iterdir() if entry.is_file()}
+
+    def locate(self, name: str) -> Path:
+        """The real path of a file, or a refusal when it lies outside the folder."""
+        real = (self.path / name).resolve()
+        if "/" in name or "\\" in name or not real.is_relative_to(self._root):
+            raise Refused(
+                "BAD_SHARD_NAME", f"{name[:80]!r} leads out of the folder {self.path}.",
+                "Put the file itself into the folder.", value=name,
+            )  # fmt: skip
+        return real
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        return bytes(buffer[: self.read_into(name, start, memoryview(buffer))])
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+        """Fill a writable buffer of bytes from `start`; returns how many there were."""
+        try:
+            handle = os.open(self.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise Failed(
+                "SOURCE_CHANGED_OR_GONE", f"{name} of {self.path} cannot be read: {os.strerror(error.errno or 0)}.",
+                "Check that the file is there and that you may read it.", value=name,
+            ) from None  # fmt: skip
+        try:
+            filled = 0
+            while filled < len(buffer) and (count := os.preadv(handle, [buffer[filled:][: 2**26]], start + filled)):
+                filled += count
+            return filled
+        finally:
+            os.close(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One source, as far as headers tell. `headers` is shard -> (file bytes, SHA-256 of length and header).
+
+    Seen through an adapter, a model has `patches` on some tensors, and the bytes of others lie `elsewhere`.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    headers: Mapping[str, tuple[int, str]]
+    sizes: Mapping[str, int]
+    files: Files
+    notices: tuple[str, ...] = ()
+    patches: Mapping[str, LowRank] = field(default_factory=dict)
+    elsewhere: Mapping[str, ModelRef] = field(default_factory=dict)
+
+    @property
+    def header_ends(self) -> dict[str, int]:
+        """Shard -> bytes before its first tensor: the length and the header."""
+        ends: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            if tensor.file not in self.headers:
+                continue  # an adapter's, which lies in another folder
+            ends[tensor.file] = min(tensor.start, ends.get(tensor.file, tensor.start))
+        return ends
+
+    def text(self, name: str, limit_bytes: int = 64 * 2**20) -> str | None:
+        """A small file as text; None if there is none. Refused when larger than `limit_bytes`."""
+        return _text(self.files, self.sizes, name, limit_bytes)
+
+    def document(self, name: str) -> dict[str, Any] | None:
+        """A small JSON file; None if there is none. Refused when it is no JSON object that can be written again."""
+        text = self.text(name)
+        return None if text is None else _json_object(text, f"{self.name}: {name}")
+
+
+def open_checkpoint(files: Files, *, limits: Limits = OPERATOR, name: str | None = None) -> Checkpoint:
+    """Read config, index and the header of every shard; refuse what cannot be merged safely.
+
+    `name` stands in the sentences (default `str(files)`). Raises `bot.errors.Refused` with BAD_CHECKPOINT,
+    BAD_SHARD_NAME, SOURCE_NOT_SAFETENSORS, NEEDS_REMOTE_CODE, NOT_SUPPORTED or SOURCE_NOT_FOUND.
+    """
+    label = name or str(files)
+    sizes = files.sizes()
+    config = _config(files, sizes, label, limits)
+    mapped, total = _index(files, sizes, label, limits)
+    shards = sorted(set(mapped.values())) if mapped else _shards_without_index(sizes, label)
+    if len(shards) > limits.shards:
+        refuse(label, f"is split over {len(shards):,} shards; the limit is {limits.shards:,}.")
+    tensors: dict[str, TensorInfo] = {}
+    headers: dict[str, tuple[int, str]] = {}
+    for shard in shards:
+        found, digest = read_header(files, shard, sizes.get(shard), label, limits)
+        headers[shard] = (sizes[shard], digest)
+        for tensor in found.values():
+            if tensor.name in tensors:
+                refuse(f"{label}: {shard}", f"repeats `{tensor.name}`, which {tensors[tensor.name].file} has too.")
+            tensors[tensor.name] = tensor
+        if len(tensors) > limits.tensors:
+            refuse(label, f"has more than {limits.tensors:,} tensors.")
+    notices = _against_index(label, mapped, total, tensors, limits)
+    _refuse_quantised(label, config, tensors)
+    return Checkpoint(label, config, tensors, headers, sizes, files, notices)
+
+
+def read_header(
+    files: Files, shard: str, size: int | None, label: str, limits: Limits
+) -> tuple[dict[str, TensorInfo], str]:
+    """Tensors of one shard and the SHA-256 of its length and header bytes."""
+    where = f"{label}: {shard}"
+    if size is None:
+        refuse(where, "is named by the index but is not there.")
+    first = files.read(shard, 0, 8)
+    length = header_length(where, first, size, limits)
+    raw = files.read(shard, 8, length)
+    if len(raw) != length:
+        refuse(where, f"is truncated: its header ends after {len(raw):,} of {length:,} bytes.")
+    try:
+        tensors = parse(shard, raw, size, limits)
+    except Refused as error:
+        raise Refused(error.code, f"{label}: {error.message}", error.next_step, value=error.value) from None
+    return tensors, hashlib.sha256(first + raw).hexdigest()
+
+
+def _text(files: Files, sizes: Mapping[str, int], name: str, limit_bytes: int) -> str | None:
+    if name not in sizes:
+        return None
+    if sizes[name] > limit_bytes:
+        refuse(f"{files}: {name}", f"has {sizes[name]:,} bytes; the limit is {limit_bytes:,}.")
+    try:
+        return files.read(name, 0, sizes[name]).decode("utf-8")
+    except UnicodeDecodeError:
+        refuse(f"{files}: {name}", "is not UTF-8 text.")
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(items)
+        if len(out) != len(items):
+            refuse(where, "gives a key twice.")
+        return out
+
+    try:
+        loaded = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        refuse(where, "is not JSON.")
+    if not isinstance(loaded, dict):
+        refuse(where, "is not a JSON object.")
+    if nests_deeper(loaded):
+        refuse(where, f"is nested more than {DEPTH} levels deep.")
+    try:  # \\ud800 is a character in JSON, but in no file
+        json.dumps(loaded, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        refuse(where, "holds half a character (a lone surrogate).")
+    return loaded
+
+
+def nests_deeper(value: object, depth: int = DEPTH) -> bool:
+    """Whether lists and objects nest deeper than `depth` levels."""
+    level: list[object] = [value]
+    for _ in range(depth):
+        parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [inner for part in parts for inner in part]
+        if not level:
+            return False
+    return True
+
+
+def shard_like(name: str) -> bool:
+    """Whether a file may hold weights of the model itself."""
+    return bool(_SHARD_NAME.fullmatch(name)) and not name.startswith(("adapter_", "consolidated"))
+
+
+def read_json(
+    files: Files, sizes: Mapping[str, int], name: str, label: str, limits: Limits
+) -> tuple[dict[str, Any], str]:
+    """A JSON object of a source and its text. Refuses a key given twice, and what is too large or no object."""
+    text = _text(files, sizes, name, limits.index_bytes if name.endswith(".index.json") else limits.config_bytes)
+    if text is None:
+        refuse(label, f"has no {name}.")
+    return _json_object(text, f"{label}: {name}"), text
+
+
+def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> dict[str, Any]:
+    text = _text(files, sizes, "config.json", limits.config_bytes)
+    if text is None and "adapter_config.json" in sizes:
+        raise Refused(
+            "NOT_SUPPORTED",
+            f"{label} is a LoRA adapter, not a model.",
+            "Write MODEL+ADAPTER in the recipe.",
+            value=label,
+        )
+    if text is None:
+        refuse(label, "has no config.json.")
+    config = _json_object(text, f"{label}: config.json")
+    if limits.strict and "auto_map" in config:
+        raise Refused(
+            "NEEDS_REMOTE_CODE", f"{label} ships its own modelling code; the bot never runs it.",
+            "Use a model of an architecture that transformers itself has.", value=label,
+        )  # fmt: skip
+    kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        refuse(f"{label}: config.json", "has a model_type that is not text.")
+    return config
+
+
+def _index(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> tuple[dict[str, str], int | None]:
+    where = f"{label}: {INDEX}"
+    text = _text(files, sizes, INDEX, limits.index_bytes)
+    if text is None:
+        return {}, None
+    index = _json_object(text, where)
+    mapped = index.get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        refuse(where, "has no weight_map.")
+    for name, shard in mapped.items():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard) or ".." in shard:
+            raise Refused(
+                "BAD_SHARD_NAME", f"{where} puts `{name[:80]}` into {str(shard)[:80]!r}, not a plain file name.",
+                "A shard must be a .safetensors file in the same folder.", value=str(shard),
+            )  # fmt: skip
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return mapped, total if isinstance(total, int) else None
+
+
+def _shards_without_index(sizes: Mapping[str, int], label: str) -> list[str]:
+    if SINGLE in sizes:
+        return [SINGLE]
+    shards = [name for name in sorted(sizes) if shard_like(name)]
+    if len(shards) == 1 and not _NUMBERED.fullmatch(shards[0]):
+        return shards
+    if shards:
+        refuse(label, f"has {len(shards)} shards but no {INDEX}.")
+    _refuse_pickled(sizes, label)
+
+
+def _refuse_pickled(sizes: Mapping[str, int], label: str) -> NoReturn:
+    pickled = [name for name in sorted(sizes) if name.endswith(_PICKLED)]
+    if not pickled:
+        raise Refused(
+            "SOURCE_NOT_SAFETENSORS", f"{label} has no weights.", "Name a model with *.safetensors files.", value=label
+        )
+    raise Refused(
+        "SOURCE_NOT_SAFETENSORS", f"{label} has only {pickled[0]}.", "Ask its author for safetensors.", value=label
+    )
+
+
+def _against_index(
+    label: str, mapped: Mapping[str, str], total: int | None, tensors: Mapping[str, TensorInfo], limits: Limits
+) -> tuple[str, ...]:
+    if not mapped:
+        return ()
+    for name, shard in mapped.items():
+        if name not in tensors or tensors[name].file != shard:
+            refuse(f"{label}: {shard}", f"lacks `{name[:80]}`, which the index puts there.")
+    extra = next((name for name in tensors if name not in mapped), None)
+    if extra is not None:
+        refuse(f"{label}: {tensors[extra].file}", f"has `{extra[:80]}`, which the index does not name.")
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    if total is None or total == stored:
+        return ()
+    sentence = f"says {total:,} bytes in all, its shards hold {stored:,}."
+    if limits.strict:
+        refuse(f"{label}: {INDEX}", sentence)
+    return (f"{label}: {INDEX} {sentence}",)
+
+
+def _refuse_quantised(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    scheme = config.get("quantization_config")
+    odd = next((t.name for t in tensors.values() if t.dtype.quantised or t.name.endswith(_QUANTISED)), None)
+    if not scheme and odd is None:
+        return
+    how = scheme.get("quant_method") if isinstance(scheme, dict) else None
+    raise Refused(
+        "NOT_SUPPORTED", f"{label} is quantised ({how or odd or 'see its config'}); rounded weights cannot be merged.",
+        "Use the unquantised model it was made from.", value=label,
+    )  # fmt: skip

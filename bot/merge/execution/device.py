@@ -1,0 +1,85 @@
+"""Pieces on a GPU: pinned buffers, copies on a stream of their own, the next piece on its way during the present one.
+
+The passes run unchanged on whatever device their tensors lie on. On the CPU the same code runs without streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.cuda import Event
+
+from bot.errors import Refused
+from bot.merge.operands.views import StoredView, View
+from bot.merge.passes.inputs import Spans
+
+TILE = 2**24  # elements per piece: a launch costs as much as thousands of elements
+
+
+def choose_devices(name: str) -> list[torch.device]:
+    """The torch devices for cpu, cuda (all of them), cuda:N or auto."""
+    cuda = torch.cuda.is_available()
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "auto") or (number and (kind != "cuda" or not number.isdecimal())):
+        raise Refused("DEVICE_UNAVAILABLE", f"{name[:40]!r} is not a device.", "Use cpu, cuda or auto.", value=name)
+    if kind == "cuda" and (not cuda or int(number or 0) >= torch.cuda.device_count()):
+        raise Refused("DEVICE_UNAVAILABLE", "no CUDA device is to be seen here.", "Use `--device cpu`.", value=name)
+    if not cuda or kind == "cpu":
+        return [torch.device("cpu")]
+    return [torch.device("cuda", i) for i in ([int(number)] if number else range(torch.cuda.device_count()))]
+
+
+class DeviceFeed:
+    """Two sets of buffers: while one is worked on, the other is read, copied in its stored type and widened."""
+
+    def __init__(self, views: Sequence[View], wide: torch.dtype, device: torch.device) -> None:
+        self._views, self._wide, self.device = views, wide, device
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pinned: dict[tuple[int, int], Tensor] = {}
+        self._free: list[Event | None] = [None, None]  # when the pinned buffers of a set may be filled again
+
+    def pieces(self, spans: Spans) -> Iterator[list[Tensor]]:
+        coming: list[tuple[list[Tensor], Event | None]] = []
+        for number, span in enumerate(spans):
+            coming.append(self._bring(number % 2, *span))
+            if len(coming) == 2:
+                yield self._arrived(*coming.pop(0))
+        if coming:
+            yield self._arrived(*coming.pop(0))
+
+    def _bring(self, turn: int, start: int, stop: int) -> tuple[list[Tensor], Event | None]:
+        """Start bringing the stored numbers of one piece; the event says when they have arrived."""
+        if (free := self._free[turn]) is not None:
+            free.synchronize()
+        brought = []
+        with torch.cuda.stream(self._copies) if self._copies is not None else contextlib.nullcontext():
+            for i, view in enumerate(self._views):
+                if isinstance(view, StoredView):
+                    here = view.fill(start, self._room(turn, i, stop - start, view.stored))
+                else:
+                    here = self._room(turn, i, stop - start, self._wide).copy_(view.read(start, stop))
+                brought.append(here.to(self.device, non_blocking=True, copy=True))
+            if self._copies is None:
+                return brought, None
+            self._free[turn] = self._copies.record_event()
+        return brought, self._free[turn]
+
+    def _arrived(self, brought: list[Tensor], event: Event | None) -> list[Tensor]:
+        if event is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(event)
+            for tensor in brought:
+                tensor.record_stream(stream)
+        return [tensor.to(self._wide) for tensor in brought]
+
+    def _room(self, turn: int, i: int, count: int, dtype: torch.dtype) -> Tensor:
+        room = self._pinned.get((turn, i))
+        if room is None or room.numel() < count or room.dtype != dtype:
+            room = torch.empty(count, dtype=dtype, pin_memory=self._copies is not None)
+            self._pinned[turn, i] = room
+        return room[:count]

@@ -1,0 +1,63 @@
+"""The folder an output grows in, taken over from whoever left it. merging.md 5.4.
+
+Its owner holds a lock on the folder itself, which outlives the journal: the journal is dropped just before the rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from bot.errors import Refused
+from bot.merge.planning.output_names import MANIFEST
+
+
+def hold(partial: Path) -> int:
+    """Lock the folder; the lock lasts until the returned handle is closed. Raises `Refused(OUTPUT_EXISTS)`."""
+    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise Refused(
+            "OUTPUT_EXISTS",
+            f"another process is merging into {partial.name.removesuffix('.partial')}.",
+            "Wait for it, or name another folder.",
+        ) from None
+    except OSError:
+        pass  # some network file systems lock no folders; the lock on the journal remains
+    return handle
+
+
+def reclaim(partial: Path, journal: str) -> None:
+    """Make an interrupted output writable again; without a journal, clear away what a finished merge had listed.
+
+    A merge that dies between dropping its journal and the rename leaves a whole output, read-only, with its manifest.
+    Raises `Refused(OUTPUT_EXISTS)` where files lie in the folder that no merge accounts for.
+    """
+    files = {path.name: path for path in partial.iterdir()}
+    if journal in files or not files:
+        for path in files.values():
+            path.chmod(0o644)
+        return
+    try:
+        listed = {entry["path"] for entry in json.loads(files[MANIFEST].read_bytes())["files"]} | {MANIFEST}
+    except (KeyError, TypeError, ValueError):
+        listed = set()
+    if strange := sorted(set(files) - listed):
+        raise Refused(
+            "OUTPUT_EXISTS", f"{partial} holds files that no merge left there, such as {strange[0][:60]}.",
+            "Remove that folder, or name another output.", value=str(partial),
+        )  # fmt: skip
+    for name in sorted(files, key=lambda name: name == MANIFEST):  # the manifest last, it accounts for the others
+        files[name].unlink()
+
+
+def held_bytes(partial: Path) -> int:
+    """Disk space the folder already has."""
+    try:
+        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(partial))
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,166 @@
+"""A merge with its stages: each intermediate is merged into scratch, then the result; then scratch goes.
+
+    SCRATCH/<plan digest>-<device>-<torch>/           a finished intermediate, a whole output folder of the engine
+    SCRATCH/<plan digest>-<device>-<torch>.sources    the size, inode and time of the files it is made from
+    SCRATCH/<plan digest>-<device>-<torch>.partial/   one that was interrupted; it continues from its journal
+
+Whatever moment the process dies at, the same call continues there and the output has the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Unpack
+
+import torch
+
+from bot.errors import Refused, Transient
+from bot.merge.checkpoints.checkpoint import LocalFiles
+from bot.merge.execution import engine
+from bot.merge.execution.engine import Merged, Options
+from bot.merge.execution.partial import hold
+from bot.merge.execution.sizes import in_units
+from bot.merge.execution.unchanged import require_same
+from bot.merge.execution.writer import Progress
+from bot.merge.planning.output_names import MANIFEST, PROVENANCE
+from bot.merge.planning.plan import Plan
+from bot.merge.recipe.spec import ModelRef, Notice
+
+
+def merge(
+    plan: Plan,
+    folders: Mapping[ModelRef, Path],
+    out: Path,
+    *,
+    scratch: Path | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> Merged:
+    """Carry out `plan` and the stages before it; `folders` holds what `plan.recipe.repos` names.
+
+    scratch: where intermediates lie meanwhile, `OUT.stages` by default; nothing of them is left when `out` stands.
+    `options` are those of `engine.merge`, which says what is raised. Progress counts the bytes of all stages.
+    """
+    if not plan.stages:
+        return engine.merge(plan, folders, out, device=device, progress=progress, **options)
+    started, out = time.monotonic(), Path(out)
+    scratch = Path(scratch) if scratch is not None else out.with_name(out.name + ".stages")
+    kind = f"{engine.choose_device(device).type}-torch-{torch.__version__}"  # another torch may round otherwise
+    places = {ref: scratch / f"{made.digest[:32]}-{kind}" for ref, made in plan.stages}
+    if out.exists() or out.is_symlink():
+        if _finished(out, plan):
+            _remove(places.values(), scratch)  # killed between the end and the tidying up
+        raise Refused("OUTPUT_EXISTS", f"{out} exists already.", "Name another folder, or remove it.", value=str(out))
+    with _alone_in(scratch):
+        return _carried_out(plan, folders, out, scratch, places, device, progress, options, started)
+
+
+def _carried_out(
+    plan: Plan, folders: Mapping[ModelRef, Path], out: Path, scratch: Path, places: Mapping[ModelRef, Path],
+    device: str, progress: Progress | None, options: Options, started: float,
+) -> Merged:  # fmt: skip
+    _require_space(plan, places, scratch)
+    here, done_before, notices = dict(folders), 0, list[Notice]()
+    total = sum(part.bytes_out for part in plan.parts)
+    for ref, made in plan.stages:
+        shown = None if progress is None else _shifted(progress, done_before, total, f"{ref}: ")
+        _require_same_sources(made, here, places)
+        if not (places[ref] / MANIFEST).exists():
+            engine.merge(made, here, places[ref], device=device, progress=shown, **options)
+        notices += _notices(places[ref])
+        done_before += made.bytes_out
+        here[ref] = places[ref]
+    shown = None if progress is None else _shifted(progress, done_before, total, "")
+    merged = engine.merge(plan, here, out, device=device, progress=shown, **options)
+    _remove(places.values(), scratch)
+    return replace(merged, seconds=time.monotonic() - started, notices=(*notices, *merged.notices))
+
+
+@contextmanager
+def _alone_in(scratch: Path) -> Iterator[None]:
+    """No other process works there meanwhile. Raises `Refused(OUTPUT_EXISTS)`."""
+    handle = -1
+    while True:
+        scratch.mkdir(parents=True, exist_ok=True)
+        handle = hold(scratch)
+        try:
+            if os.path.samestat(os.fstat(handle), scratch.stat()):
+                break
+        except FileNotFoundError:
+            pass  # the process before removed the folder between our opening and locking it
+        os.close(handle)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _require_same_sources(made: Plan, folders: Mapping[ModelRef, Path], places: Mapping[ModelRef, Path]) -> None:
+    """Note beside an intermediate what it is made from; refuse to build on one that was made from something else."""
+    place = places[next(ref for ref in places if places[ref].name.startswith(made.digest[:32]))]
+    sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
+    facts = engine.watched(made, sources).facts()
+    stages = {f"{ref}/" for ref in places}
+    facts = {file: fact for file, fact in facts.items() if not file.startswith(tuple(stages))}
+    note = _note(place)
+    if place.exists() or _partial(place).exists():
+        require_same(json.loads(note.read_text()) if note.exists() else {}, facts, place.parent)
+    partial = note.with_name(note.name + ".partial")
+    partial.write_text(json.dumps(facts))
+    partial.rename(note)
+
+
+def _note(place: Path) -> Path:
+    return place.with_name(place.name + ".sources")
+
+
+def _shifted(progress: Progress, before: int, total: int, label: str) -> Callable[[int, int, str], None]:
+    return lambda done, _, tensor: progress(before + done, total, label + tensor)
+
+
+def _require_space(plan: Plan, places: Mapping[ModelRef, Path], scratch: Path) -> None:
+    """Every part is checked when it begins; this looks whether they fit together, before the first begins."""
+    if any(path.exists() or _partial(path).exists() for path in places.values()):
+        return  # some of it stands on the disk already
+    scratch.mkdir(parents=True, exist_ok=True)
+    need, free = sum(part.disk_bytes for part in plan.parts), shutil.disk_usage(scratch).free
+    if need > free:
+        raise Transient(
+            "DISK_LOW",
+            f"the merge and its {len(plan.stages)} stages need {in_units(need)} of disk; {in_units(free)} are free.",
+            "Free some space, or name a folder on another disk.",
+            retry_after_s=600.0,
+        )
+
+
+def _notices(place: Path) -> list[Notice]:
+    found = json.loads((place / PROVENANCE).read_text())["notices"]
+    return [Notice(entry["code"], entry["example"], entry["count"]) for entry in found]
+
+
+def _partial(place: Path) -> Path:
+    return place.with_name(place.name + ".partial")
+
+
+def _finished(out: Path, plan: Plan) -> bool:
+    try:
+        return bool(json.loads((out / PROVENANCE).read_text())["plan_digest"] == plan.digest)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _remove(places: Iterable[Path], scratch: Path) -> None:
+    for place in places:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(_partial(place), ignore_errors=True)
+        _note(place).unlink(missing_ok=True)
+    if scratch.is_dir() and not any(scratch.iterdir()):
+        scratch.rmdir()

@@ -1,0 +1,106 @@
+"""Whether a source stayed as it was while it was merged: sizes, times of change and headers, before and after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from bot.errors import Failed, Refused
+from bot.merge.checkpoints.checkpoint import OPERATOR, LocalFiles, read_header
+from bot.merge.planning.plan import Copied
+from bot.merge.recipe.spec import ModelRef
+
+# A folder with this inside holds parts of files only; what it lacks may be added at any time, so times say nothing.
+IN_PARTS = ".ranges"
+Fact = tuple[int, int, int]  # bytes, inode, time of change in ns
+Headers = Mapping[str, tuple[int, str]]  # shard -> (file bytes, SHA-256 of length and header)
+_Seen = tuple[int, int, int, int]
+
+
+class Watch:
+    """Remembers what a plan's files look like; ask `require_unchanged` before the result gets its name.
+
+    The headers are held against the plan's at both ends. Raises Failed SOURCE_CHANGED_OR_GONE.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[ModelRef, LocalFiles],
+        headers: Mapping[ModelRef, Headers],
+        copies: Iterable[Copied] = (),
+    ) -> None:
+        """`copies`: files that are taken over whole; their length is held against the plan's, too."""
+        self._sources, self._headers, self._copies = sources, headers, tuple(copies)
+        self._before = {ref: self._look(ref) for ref in {**headers, **dict.fromkeys(c.model for c in self._copies)}}
+
+    def require_unchanged(self) -> None:
+        for ref, before in self._before.items():
+            after = self._look(ref)
+            changed = next((file for file in before if before[file] != after[file]), None)
+            if changed is not None:
+                raise _changed(ref, changed, "was changed while it was merged")
+
+    def facts(self) -> dict[str, Fact]:
+        """What tells the weights of folders from others that took their place, for whoever goes on another day.
+
+        A commit on the Hub pins the bytes however often they are fetched, so its files are left out. Nor does the time
+        of the inode's change count: a link or a permission changes it.
+        """
+        return {
+            f"{ref}/{file}": seen[:3]
+            for ref, files in self._before.items()
+            for file, seen in files.items()
+            if file in self._headers.get(ref, {}) and not ref.revision and seen[2]
+        }
+
+    def _look(self, ref: ModelRef) -> dict[str, _Seen]:
+        files = self._sources[ref]
+        in_parts = (files.path / IN_PARTS).exists()
+        found = {}
+        for file, (size, digest) in self._headers.get(ref, {}).items():
+            try:
+                facts = files.locate(file).stat()
+            except OSError:
+                raise _changed(ref, file, "is gone") from None
+            if facts.st_size != size or read_header(files, file, size, str(files), OPERATOR)[1] != digest:
+                raise _changed(ref, file, "has changed since the plan was made")
+            found[file] = _seen(facts, in_parts)
+        for copied in self._copies:
+            if copied.model == ref:
+                found[copied.file] = self._look_at_copy(copied, in_parts)
+        return found
+
+    def _look_at_copy(self, copied: Copied, in_parts: bool) -> _Seen:
+        try:
+            facts = self._sources[copied.model].locate(copied.file).stat()
+        except OSError:
+            raise _changed(copied.model, copied.file, "is gone") from None
+        if facts.st_size != copied.nbytes:
+            raise _changed(copied.model, copied.file, "has changed since the plan was made")
+        return _seen(facts, in_parts)
+
+
+def _seen(facts: os.stat_result, in_parts: bool) -> _Seen:
+    times = (0, 0) if in_parts else (facts.st_mtime_ns, facts.st_ctime_ns)
+    return (facts.st_size, facts.st_ino, *times)
+
+
+def require_same(before: Mapping[str, Sequence[int]], now: Mapping[str, Fact], remove: Path) -> None:
+    """Hold what was noted when a merge began against what is there today.
+
+    Raises Refused SOURCE_CHANGED_OR_GONE: what is finished was made from other bytes than the rest would be.
+    """
+    differing = (file for file in sorted({*before, *now}) if tuple(before.get(file, ())) != now.get(file, ()))
+    if (changed := next(differing, None)) is not None:
+        raise Refused(
+            "SOURCE_CHANGED_OR_GONE",
+            f"{changed} is not the file that the interrupted merge in {remove} began with.",
+            f"Remove {remove} and merge again, or put the file back as it was.", value=changed,
+        )  # fmt: skip
+
+
+def _changed(ref: ModelRef, file: str, how: str) -> Failed:
+    return Failed(
+        "SOURCE_CHANGED_OR_GONE", f"{file} of {ref} {how}.", "Leave it in peace and merge again.", value=str(ref)
+    )

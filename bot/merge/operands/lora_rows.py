@@ -1,0 +1,84 @@
+"""A stored weight plus what a LoRA adapter adds to it, piece by piece; neither sum nor product ever stands whole.
+
+    W + s B A              LoRA, arXiv:2106.09685; s = alpha/r, or alpha/sqrt(r): rsLoRA, arXiv:2312.03732
+    m_o (W + s B A)_o / |(W + s B A)_o|     for every output o: DoRA, arXiv:2402.09353
+
+Everything in the working type (float32, float64 for float64), rounded once by the writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bot.merge.checkpoints.checkpoint import LocalFiles
+from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.checkpoints.lora import LowRank, as_matrix
+from bot.merge.operands.views import StoredView, View
+from bot.merge.planning.memory import CHUNK
+
+
+class PatchedView:
+    """A `View` of a weight through an adapter. Its unit is a row of the stored matrix."""
+
+    def __init__(self, weight: View, patch: LowRank, tensors: Callable[[TensorInfo], Tensor]) -> None:
+        """`tensors` gives the adapter's tensors, flat and in the working type."""
+        self.shape = weight.shape
+        self._weight, self._patch, self._tensors = weight, patch, tensors
+        self.unit = max(1, as_matrix(weight.shape)[1])
+        self._factors: tuple[Tensor, Tensor] | None = None
+        self._lengths: Tensor | None = None  # DoRA's factors by column, where outputs are columns
+
+    def read(self, start: int, stop: int) -> Tensor:
+        width = self.unit
+        first, last = start // width, -(-stop // width)
+        rows = self._rows(first, last)
+        if self._patch.magnitude is not None:
+            rows = self._scaled(rows, first, last)
+        return rows.reshape(-1)[start - first * width : stop - first * width]
+
+    def _rows(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the weight plus the product, before any scaling."""
+        left, right = self._both()
+        stored = self._weight.read(first * self.unit, last * self.unit).reshape(last - first, self.unit)
+        return torch.addmm(stored, left[first:last], right, alpha=self._patch.scale)
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        """The factors as (rows, r) and (r, columns) of the stored matrix."""
+        if self._factors is None:
+            patch = self._patch
+            rank = patch.a.shape[0]
+            a, b = self._tensors(patch.a).reshape(rank, -1), self._tensors(patch.b).reshape(-1, rank)
+            self._factors = (a.T.contiguous(), b.T.contiguous()) if patch.transposed else (b, a)
+        return self._factors
+
+    def _scaled(self, rows: Tensor, first: int, last: int) -> Tensor:
+        assert self._patch.magnitude is not None
+        magnitude = self._tensors(self._patch.magnitude).reshape(-1)
+        if not self._patch.transposed:
+            lengths = rows.double().square().sum(1).sqrt()
+            return rows * _ratio(magnitude[first:last], lengths)[:, None]
+        if self._lengths is None:
+            self._lengths = _ratio(magnitude, self._column_lengths())
+        return rows * self._lengths
+
+    def _column_lengths(self) -> Tensor:
+        """Euclidean length of every column of the whole sum, float64: one pass over the tensor."""
+        height = self.shape[0]
+        step = max(1, CHUNK // self.unit)
+        squares = torch.zeros(self.unit, dtype=torch.float64)
+        for first in range(0, height, step):
+            squares += self._rows(first, min(height, first + step)).double().square().sum(0)
+        return squares.sqrt()
+
+
+def stored_tensor(files: LocalFiles, tensor: TensorInfo, wide: torch.dtype) -> Tensor:
+    """A small tensor read whole, flat, in the working type."""
+    return StoredView(files, tensor, wide).read(0, tensor.elements).clone()
+
+
+def _ratio(magnitude: Tensor, lengths: Tensor) -> Tensor:
+    """magnitude / length; a vector of zeros has no direction and stays zero."""
+    return torch.where(lengths > 0, magnitude / lengths, torch.zeros_like(lengths)).to(magnitude.dtype)

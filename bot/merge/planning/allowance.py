@@ -1,0 +1,42 @@
+"""How much planning one recipe may take: a line of text repeats a whole model, and a later document repeats the result.
+
+Counted before anything is built, so that a refusal costs no more than counting to the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bot.errors import Refused
+from bot.merge.checkpoints.header import Limits
+
+
+class Allowance:
+    """What the documents of one recipe may still look at, under `limits`. Raises `Refused(TOO_LARGE)` beyond them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._looks = 0
+
+    def sources(self, counts: Iterable[int]) -> None:
+        """A document is to be planned from sources with `counts` tensors."""
+        self._look(sum(counts))
+
+    def output(self, layers: int, counts: Iterable[tuple[int, int]]) -> None:
+        """Its output is to have `layers` layers, and by part (a layer, say) so many tensors, each of so many inputs."""
+        if layers > self._limits.layers:
+            self._refuse(f"an output of {layers:,} layers; the limit is {self._limits.layers:,}")
+        tensors = 0
+        for count, inputs in counts:
+            tensors += count
+            if tensors > self._limits.tensors:
+                self._refuse(f"an output of more than {self._limits.tensors:,} tensors")
+            self._look(count * inputs)
+
+    def _look(self, count: int) -> None:
+        self._looks += count
+        if self._looks > self._limits.looks:
+            self._refuse(f"more than {self._limits.looks:,} tensors to be looked at")
+
+    def _refuse(self, what: str) -> None:
+        raise Refused("TOO_LARGE", f"the recipe asks for {what}.", "Use fewer slices, sources or documents.")

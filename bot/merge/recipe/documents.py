@@ -1,0 +1,128 @@
+"""Several documents in one recipe: their names, who uses whom, which of them is the result. merging.md 3.1.
+
+A model whose path is the name of a document means that document's result. The final document is the unnamed one;
+where all have names, the last of those that no other uses. The others run before it, each after those it uses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from bot.merge.recipe import grammar
+from bot.merge.recipe.document import Node, Reader, Table, Text, shown
+from bot.merge.recipe.spec import ModelRef, Notice, Recipe, Stage
+
+MOST = 8  # documents in one recipe
+_NAME = re.compile(r"[^\x00-\x1f\x7f+@]{1,96}")
+MakeReader = Callable[[frozenset[str]], Reader]  # given the names of the documents
+
+
+def recipe(make_reader: MakeReader, roots: Sequence[Node]) -> Recipe:
+    """Build the recipe of one or several documents, or raise `Refused` with line, path and next step."""
+    reader = make_reader(frozenset())
+    written = [root for root in roots if not (isinstance(root, Text) and root.is_null)] or roots[:1]
+    if len(written) == 1:
+        built = grammar.recipe(reader, written[0])
+        if _name(reader, written[0]) is None:
+            return built
+        return replace(
+            built, notices=(*built.notices, Notice("UNUSED_KEY", "`name` has no effect in a recipe of one document."))
+        )
+    if len(written) > MOST:
+        reader.refuse(
+            "RECIPE_TOO_LARGE", written[MOST], "", f"the recipe has {len(written)} documents; the limit is {MOST}.",
+            "Merge in several runs.",
+        )  # fmt: skip
+    names = _names(reader, written)
+    made = frozenset(name for name in names if name is not None)
+    recipes = [grammar.recipe(make_reader(made), root) for root in written]
+    uses = [_uses(reader, root, built, names) for root, built in zip(written, recipes, strict=True)]
+    order = _order(reader, written, names, uses)
+    stages = tuple(Stage(names[i] or "", recipes[i]) for i in order[:-1])
+    final = recipes[order[-1]]
+    unused = tuple(
+        Notice("UNUSED_DOCUMENT", f"the document {shown(names[i] or '')} is used by no other and is left out.")
+        for i in range(len(written))
+        if i not in order
+    )
+    return replace(final, stages=stages, notices=(*final.notices, *unused))
+
+
+def _names(reader: Reader, roots: Sequence[Node]) -> list[str | None]:
+    names = [_name(reader, root) for root in roots]
+    for i, (root, name) in enumerate(zip(roots, names, strict=True)):
+        first = names.index(name)
+        if first == i:
+            continue
+        if name is None:
+            reader.refuse(
+                "MISSING_KEY", root, "name",
+                f"the documents on lines {roots[first].line} and {root.line} have no name.",
+                "Give every document but the last a `name:`, and use that name as a model.",
+            )  # fmt: skip
+        reader.refuse(
+            "DUPLICATE_KEY", root, "name", f"the documents on lines {roots[first].line} and {root.line} are both "
+            f"called {shown(name)}.", "Give each its own name.",
+        )  # fmt: skip
+    return names
+
+
+def _name(reader: Reader, root: Node) -> str | None:
+    node = root.given("name") if isinstance(root, Table) else None
+    if node is None:
+        return None
+    name = reader.text(node, "name").strip()
+    if not _NAME.fullmatch(name):
+        reader.refuse(
+            "RECIPE_INVALID", node, "name", f"line {node.line}: {shown(name)} cannot be a document's name.",
+            "Write up to 96 characters without `@` and `+`.",
+        )  # fmt: skip
+    return name
+
+
+def _uses(reader: Reader, root: Node, built: Recipe, names: Sequence[str | None]) -> list[int]:
+    """The documents whose results a document names, in the order in which it does: no shuffle of the text matters."""
+    places: Mapping[ModelRef, int] = {ModelRef(name): i for i, name in enumerate(names) if name is not None}
+    for ref in built.sources:
+        if ref.lora in places:
+            reader.refuse(
+                "RECIPE_INVALID", root, "",
+                f"{ref} uses {shown(str(ref.lora))}, the result of a document, as an adapter.",
+                "A merge gives a model; name an adapter's own repo after `+`.",
+            )  # fmt: skip
+    return list(dict.fromkeys(places[ref.bare] for ref in built.sources if ref.bare in places))
+
+
+def _order(
+    reader: Reader, roots: Sequence[Node], names: Sequence[str | None], uses: Sequence[Sequence[int]]
+) -> list[int]:
+    """The final document last, before it those it needs, each after those it needs itself."""
+    used = {i for some in uses for i in some}
+    ends = [i for i in range(len(roots)) if i not in used]
+    order: list[int] = []
+    entered: list[int] = []
+
+    def visit(i: int) -> None:
+        if i in order:
+            return
+        if i in entered:
+            circle = " -> ".join(shown(names[j] or "") for j in (*entered[entered.index(i) :], i))
+            reader.refuse(
+                "RECIPE_INVALID", roots[i], "", f"the documents need each other in a circle: {circle}.",
+                "Let every document use only results that are made before it.",
+            )  # fmt: skip
+        entered.append(i)
+        for needed in uses[i]:
+            visit(needed)
+        entered.pop()
+        order.append(i)
+
+    # whoever stands in a circle is used by another, so a walk from every document finds it
+    for i in range(len(roots)):
+        visit(i)
+    final = names.index(None) if None in names else ends[-1]
+    order.clear()
+    visit(final)
+    return order

@@ -1,0 +1,373 @@
+"""The recipe language: a document tree -> Recipe. merging.md 1.2, 1.3, 1.6 and 3.1.
+
+Keys fall into three classes: known to this method (used, range checked), known to another method or harmless
+(accepted, noted), unknown (refused with the nearest name). Everything that can be judged without seeing a model is
+judged here, where the line is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from bot.merge.recipe.classic_grammar import classic
+from bot.merge.recipe.contract import HARMLESS, KNOWN_PARAMETERS, METHODS, Base, Kind, Method, Parameter
+from bot.merge.recipe.document import Node, Reader, Sequence, Table, Text, nearest, shown
+from bot.merge.recipe.dtypes import MERGEABLE
+from bot.merge.recipe.spec import (
+    Condition,
+    Conditions,
+    Gradient,
+    ModelRef,
+    Module,
+    Recipe,
+    Scalar,
+    Setting,
+    Slice,
+    Source,
+)  # fmt: skip
+from bot.merge.recipe.vocabulary_grammar import vocabulary
+
+_TOP = frozenset(
+    {
+        "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
+        "tokenizer_source", "tokenizer", "chat_template", "name",
+    }
+)  # fmt: skip
+_LAYOUTS = ("models", "slices", "modules")
+_MISPLACED = _TOP - {"parameters", "models", "slices", "modules", "name"}
+
+
+def recipe(reader: Reader, root: Node) -> Recipe:
+    """Build the recipe or raise `Refused` with line, path and next step."""
+    top = reader.mapping(root, "")
+    _top_keys(reader, top)
+    method = _method(reader, top)
+    base = _optional_model(reader, top, "base_model", "")
+    modules, modular = _modules(reader, top, method)
+    built = Recipe(
+        method=method.name,
+        modules=modules,
+        base=base,
+        parameters=_parameters(reader, top, "", method, per_source=False),
+        dtype=_dtype(reader, top, "dtype"),
+        out_dtype=_dtype(reader, top, "out_dtype"),
+        vocabulary=vocabulary(reader, top),
+        chat_template=_optional_text(reader, top, "chat_template"),
+        modular=modular,
+        classic=classic(reader, top),
+    )
+    _check_inputs(reader, top, built, method)
+    _note_base(reader, built)
+    return replace(built, notices=tuple(reader.notices))
+
+
+def _top_keys(reader: Reader, top: Table) -> None:
+    for key in top.items:
+        if key in _TOP or key == "classic":
+            continue
+        line = top.key_lines[key]
+        if key in top.anchored:
+            reader.notice("ANCHOR_KEY", f"`{key[:60]}` only defines a value used elsewhere.")
+        elif key in HARMLESS:
+            reader.notice("UNUSED_KEY", f"`{key}` has no effect here.")
+        elif key == "layer_slices":
+            reader.refuse(
+                "UNKNOWN_KEY", line, key, f"line {line}: `layer_slices` belongs to a config of bakllama.",
+                "Merge this file with `mergebot bakllama CONFIG OUT`.",
+            )  # fmt: skip
+        elif key in KNOWN_PARAMETERS and reader.unknown_keys == "refuse":
+            reader.refuse(
+                "UNKNOWN_KEY", line, key, f"line {line}: `{key}` stands at the top level.",
+                f"Write it under `parameters:` (`parameters: {{{key}: ...}}`).",
+            )  # fmt: skip
+        else:
+            reader.unknown_key(key, line, "", _TOP)
+
+
+def _method(reader: Reader, top: Table) -> Method:
+    node = top.given("merge_method")
+    if node is None:
+        reader.refuse(
+            "MISSING_KEY", top, "merge_method", "the recipe has no `merge_method`.", "Add e.g. `merge_method: linear`."
+        )
+    name = reader.text(node, "merge_method").strip()
+    if name not in METHODS:
+        reader.refuse(
+            "UNKNOWN_METHOD", node, "merge_method", f"line {node.line}: the merge method {shown(name)} is not known.",
+            nearest(name, METHODS),
+        )  # fmt: skip
+    return METHODS[name]
+
+
+def _modules(reader: Reader, top: Table, method: Method) -> tuple[tuple[Module, ...], bool]:
+    given = [key for key in _LAYOUTS if top.given(key) is not None]
+    if len(given) != 1:
+        reader.refuse(
+            "MISSING_KEY" if not given else "RECIPE_INVALID", top.key_lines[given[1]] if given else top, "",
+            "the recipe needs exactly one of `models`, `slices` and `modules`"
+            + (f"; it has {' and '.join(given)}." if given else "."),
+            "Add `models:` with the models to merge." if not given else f"Keep one, for example `{given[0]}`.",
+        )  # fmt: skip
+    if given[0] != "modules":
+        return (_module(reader, top, "default", "", method, own_parameters=False),), False
+    block = reader.mapping(top.items["modules"], "modules")
+    modules = []
+    for name, node in block.items.items():
+        path = f"modules.{name}"
+        table = reader.mapping(node, path)
+        reader.unknown(table, path, {"models", "slices", "parameters"})
+        modules.append(_module(reader, table, name, path, method, own_parameters=True))
+    if not modules:
+        reader.refuse("RECIPE_INVALID", block, "modules", "`modules` is empty.", "Add `default:` with `slices:`.")
+    return tuple(modules), True
+
+
+def _module(reader: Reader, table: Table, name: str, path: str, method: Method, *, own_parameters: bool) -> Module:
+    prefix = f"{path}." if path else ""
+    given = [key for key in ("models", "slices") if table.given(key) is not None]
+    if len(given) != 1:
+        reader.refuse(
+            "RECIPE_INVALID", table, path, f"`{path}` needs exactly one of `models` and `slices`.", "Keep one."
+        )
+    parameters = _parameters(reader, table, path, method, per_source=False) if own_parameters else {}
+    if given[0] == "models":
+        where = f"{prefix}models"
+        sources = _sources(reader, reader.sequence(table.items["models"], where), where, method, ranged=False)
+        return Module(name, "models", (Slice(sources),), parameters)
+    where = f"{prefix}slices"
+    pieces = reader.sequence(table.items["slices"], where)
+    slices = tuple(_slice(reader, node, f"{where}[{i}]", method) for i, node in enumerate(pieces.items))
+    if all(source.layers == (0, 0) for piece in slices for source in piece.sources):
+        reader.refuse("RECIPE_INVALID", pieces, where, f"`{where}` names no layer.", "Add a slice with `sources:`.")
+    return Module(name, "slices", slices, parameters)
+
+
+def _slice(reader: Reader, node: Node, path: str, method: Method) -> Slice:
+    table = reader.mapping(node, path)
+    reader.unknown(table, path, {"sources", "base_model", "parameters"})
+    if table.given("sources") is None:
+        reader.refuse("MISSING_KEY", table, path, f"`{path}` has no `sources`.", "Add `sources:` with model and range.")
+    where = f"{path}.sources"
+    sources = _sources(reader, reader.sequence(table.items["sources"], where), where, method, ranged=True)
+    lengths = {source.layers[1] - source.layers[0] for source in sources if source.layers is not None}
+    if len(lengths) > 1:
+        ranges = ", ".join(f"{source.model} {list(source.layers or ())}" for source in sources)
+        reader.refuse(
+            "RECIPE_INVALID", table, where, f"`{where}` stacks ranges of different lengths: {ranges}.",
+            "Give every source of a slice the same number of layers.",
+        )  # fmt: skip
+    return Slice(
+        sources,
+        _optional_model(reader, table, "base_model", path),
+        _parameters(reader, table, path, method, per_source=False),
+    )
+
+
+def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, ranged: bool) -> tuple[Source, ...]:
+    if not block.items:
+        reader.refuse("RECIPE_INVALID", block, path, f"`{path}` is empty.", "Add `- model: owner/name`.")
+    out: list[Source] = []
+    for i, node in enumerate(block.items):
+        where = f"{path}[{i}]"
+        table = reader.mapping(node, where)
+        if not ranged and "layer_range" in table.items and reader.unknown_keys == "refuse":
+            reader.refuse(
+                "UNKNOWN_KEY", table.key_lines["layer_range"], f"{where}.layer_range",
+                f"`{where}.layer_range` stands under `models`, which always takes every layer.",
+                "Use `slices:` with `sources:` to choose layers.",
+            )  # fmt: skip
+        _no_revision(reader, table, where)
+        reader.unknown(table, where, {"model", "layer_range", "parameters"} if ranged else {"model", "parameters"})
+        model_node = table.given("model")
+        if model_node is None:
+            reader.refuse("MISSING_KEY", table, where, f"`{where}` names no model.", "Add `model: owner/name`.")
+        model = reader.model(model_node, f"{where}.model")
+        if any(source.model == model for source in out):
+            reader.refuse(
+                "RECIPE_INVALID", table, f"{where}.model", f"line {table.line}: {shown(str(model))} is listed twice.",
+                "Name every source of a slice once and add the weights up.",
+            )  # fmt: skip
+        layers = _layer_range(reader, table, where) if ranged else None
+        out.append(Source(model, layers, _parameters(reader, table, where, method, per_source=True)))
+    return tuple(out)
+
+
+def _no_revision(reader: Reader, table: Table, where: str) -> None:
+    """A revision beside the model would be lost without a word in mergekit; here it belongs to the reference."""
+    model, revision = table.items.get("model"), table.items.get("revision")
+    if isinstance(model, Text) and isinstance(revision, Text) and reader.unknown_keys == "refuse":
+        reader.refuse(
+            "UNKNOWN_KEY", table.key_lines["revision"], f"{where}.revision",
+            f"line {table.key_lines['revision']}: `{where}.revision` stands beside the model.",
+            f"Write {shown(f'model: {model.text}@{revision.text}')}.",
+        )  # fmt: skip
+
+
+def _layer_range(reader: Reader, table: Table, path: str) -> tuple[int, int]:
+    node = table.given("layer_range")
+    where = f"{path}.layer_range"
+    if node is None:
+        reader.refuse("MISSING_KEY", table, where, f"`{path}` has no `layer_range`.", "Add `layer_range: [0, 8]`.")
+    block = reader.sequence(node, where)
+    ends = [reader.integer(item, f"{where}[{i}]") for i, item in enumerate(block.items)]
+    if len(ends) != 2 or not (0 <= ends[0] < ends[1] or ends == [0, 0]):  # no layers: embeddings, or norm and head
+        reader.refuse(
+            "VALUE_OUT_OF_RANGE", node, where, f"line {node.line}: `{where}` is {ends}.",
+            "Write [first, one past the last], for example [0, 8].",
+        )  # fmt: skip
+    return ends[0], ends[1]
+
+
+def _optional_model(reader: Reader, table: Table, key: str, path: str) -> ModelRef | None:
+    node = table.given(key)
+    return None if node is None else reader.model(node, f"{path}.{key}" if path else key)
+
+
+def _optional_text(reader: Reader, table: Table, key: str) -> str | None:
+    node = table.given(key)
+    return None if node is None else reader.text(node, key)
+
+
+def _dtype(reader: Reader, top: Table, key: str) -> str | None:
+    node = top.given(key)
+    if node is None:
+        return None
+    name = reader.text(node, key).removeprefix("torch.")
+    if name not in MERGEABLE:
+        reader.refuse(
+            "VALUE_OUT_OF_RANGE", node, key, f"line {node.line}: `{key}` is {shown(name)}.", nearest(name, MERGEABLE)
+        )
+    return name
+
+
+def _parameters(reader: Reader, table: Table, path: str, method: Method, *, per_source: bool) -> dict[str, Setting]:
+    node = table.given("parameters")
+    if node is None:
+        return {}
+    where = f"{path}.parameters" if path else "parameters"
+    block = reader.mapping(node, where)
+    out: dict[str, Setting] = {}
+    for name, value in block.items.items():
+        line, at = block.key_lines[name], f"{where}.{name}"
+        known = method.parameter(name)
+        if known is None and name in _MISPLACED:
+            reader.notice("MISPLACED_KEY", f"`{at}` has no effect; `{name}` belongs to the top level of the recipe.")
+            continue
+        if known is None and name not in KNOWN_PARAMETERS and name not in HARMLESS:
+            reader.unknown_key(name, line, where, [p.name for p in (*method.per_input, *method.shared)])
+            continue
+        if known is None or not known.used:
+            reader.notice("UNUSED_PARAMETER", f"`{at}` has no effect with {method.name}.")
+        elif per_source and known in method.shared:
+            reader.notice(
+                "UNUSED_PARAMETER", f"`{at}` has no effect on a single source; write it under the top `parameters`."
+            )
+        if isinstance(value, Text) and value.is_null:
+            continue
+        kind = known.kind if known is not None else KNOWN_PARAMETERS.get(name)
+        setting = _setting(reader, value, at, kind)
+        if known is not None and known.used:
+            _check_range(reader, value, at, known, setting)
+        out[name] = setting
+    return out
+
+
+def _setting(reader: Reader, node: Node, path: str, kind: Kind | None) -> Setting:
+    if isinstance(node, Table):
+        return Conditions((_condition(reader, node, path, kind),))
+    if isinstance(node, Sequence) and all(isinstance(item, Table) for item in node.items):
+        items = (reader.mapping(item, f"{path}[{i}]") for i, item in enumerate(node.items))
+        return Conditions(tuple(_condition(reader, item, f"{path}[{i}]", kind) for i, item in enumerate(items)))
+    return _value(reader, node, path, kind)
+
+
+def _condition(reader: Reader, table: Table, path: str, kind: Kind | None) -> Condition:
+    reader.unknown(table, path, {"filter", "value"})
+    value, pattern = table.given("value"), table.given("filter")
+    if value is None:
+        reader.refuse("MISSING_KEY", table, path, f"`{path}` has no `value`.", "Add `value:` beside `filter:`.")
+    text = None if pattern is None else reader.text(pattern, f"{path}.filter")
+    return Condition(None if text == "*" else text, _value(reader, value, f"{path}.value", kind))
+
+
+def _value(reader: Reader, node: Node, path: str, kind: Kind | None) -> Scalar | Gradient:
+    if not isinstance(node, Sequence):
+        return _scalar(reader, node, path, kind)
+    if not node.items:
+        reader.refuse("RECIPE_INVALID", node, path, f"`{path}` is an empty list.", "Write at least one value.")
+    return Gradient(tuple(_scalar(reader, item, f"{path}[{i}]", kind) for i, item in enumerate(node.items)))
+
+
+def _scalar(reader: Reader, node: Node, path: str, kind: Kind | None) -> Scalar:
+    match kind:
+        case Kind.NUMBER:
+            return reader.number(node, path)
+        case Kind.INTEGER:
+            return float(reader.integer(node, path))
+        case Kind.BOOLEAN:
+            return reader.boolean(node, path)
+    text = reader.text(node, path)
+    return text == "true" if text in ("true", "false") else text
+
+
+def literals(setting: Setting) -> Iterator[Scalar]:
+    """Every value written in a setting."""
+    values = [item.value for item in setting.items] if isinstance(setting, Conditions) else [setting]
+    for value in values:
+        yield from value.values if isinstance(value, Gradient) else (value,)
+
+
+def _check_range(reader: Reader, node: Node, path: str, parameter: Parameter, setting: Setting) -> None:
+    if parameter.kind is Kind.BOOLEAN:
+        return
+    for value in literals(setting):
+        if isinstance(value, float) and not parameter.admits(value):
+            reader.refuse(
+                "VALUE_OUT_OF_RANGE", node, path, f"line {node.line}: `{path}` is {value:g}.",
+                f"`{parameter.name}` must lie in {parameter.range_text}.",
+            )  # fmt: skip
+
+
+def _check_inputs(reader: Reader, top: Table, built: Recipe, method: Method) -> None:
+    """Base and number of inputs of every slice, merging.md 1.2."""
+    for module in built.modules:
+        for i, piece in enumerate(module.slices):
+            prefix = f"modules.{module.name}." if built.modular else ""
+            at = f"{prefix}models" if module.layout == "models" else f"{prefix}slices[{i}].sources"
+            line = top.key_lines.get("modules" if built.modular else module.layout, 1)
+            base = piece.base or built.base
+            if method.base is Base.REQUIRED and base is None:
+                reader.refuse(
+                    "MISSING_KEY", line, "base_model", f"{method.name} needs a `base_model`.",
+                    "Add `base_model:` with the model the others were tuned from.",
+                )  # fmt: skip
+            listed = {source.model for source in piece.sources}
+            if module.layout == "slices" and method.base is not Base.IGNORED and base and base not in listed:
+                reader.refuse(
+                    "RECIPE_INVALID", line, at, f"`{at}` does not list {base}, the base that {method.name} needs.",
+                    "Add the base with its own layer_range to the sources of every slice.",
+                )  # fmt: skip
+            sources, base_index = built.taking_part(module, piece)
+            count = len(sources) - (base_index is not None)
+            if count < method.least or (method.most is not None and count > method.most):
+                _refuse_count(reader, line, at, method, count, appended=len(sources) > len(piece.sources))
+
+
+def _refuse_count(reader: Reader, line: int, at: str, method: Method, count: int, *, appended: bool) -> None:
+    most = method.most
+    wanted = f"{method.least}" if most == method.least else f"at least {method.least}"
+    besides = "" if method.base is Base.IGNORED else " besides the base"
+    extra = " (the unlisted base_model counts as one)" if appended and method.base is Base.IGNORED else ""
+    reader.refuse(
+        "RECIPE_INVALID", line, at,
+        f"{method.name} takes {wanted} model{'s' if wanted != '1' else ''}{besides}; `{at}` gives {count}{extra}.",
+        "Remove `base_model`." if extra else "Change the list of models, or choose another merge method.",
+    )  # fmt: skip
+
+
+def _note_base(reader: Reader, built: Recipe) -> None:
+    if METHODS[built.method].base is Base.IGNORED and built.base is not None:
+        listed = {source.model for module in built.modules for piece in module.slices for source in piece.sources}
+        if built.base not in listed and any(module.layout == "models" for module in built.modules):
+            reader.notice("BASE_IS_INPUT", f"{built.method} has no base: {built.base} takes part as an ordinary input.")

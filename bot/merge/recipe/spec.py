@@ -1,0 +1,390 @@
+"""The values a recipe is made of. Frozen; built by `reading.parse` and by nobody else from text.
+
+Recipe
+  |-- slices | models      what is stacked, and from which sources
+  |     `-- Source         a model, its layers, its own parameters
+  |-- parameters           name -> Setting
+  `-- tokenizer, dtype ...
+
+Setting := scalar | Gradient | Conditions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from bot.merge.recipe.contract import METHODS, Base
+
+Scalar = float | bool | str
+Document = dict[str, object] | list[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelRef:
+    """A model by Hub id or local folder, optionally at a revision, optionally with a LoRA adapter on top."""
+
+    path: str
+    revision: str | None = None
+    lora: ModelRef | None = None
+
+    @property
+    def bare(self) -> ModelRef:
+        """The model without its adapter."""
+        return ModelRef(self.path, self.revision)
+
+    def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> ModelRef:
+        """The reference with model and adapter each replaced as `commits` says of bare references."""
+        bare = commits.get(self.bare, self.bare)
+        return bare if self.lora is None else replace(bare, lora=self.lora.pinned(commits))
+
+    def __str__(self) -> str:
+        own = self.path if self.revision is None else f"{self.path}@{self.revision}"
+        return own if self.lora is None else f"{own}+{self.lora}"
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Values spread evenly over the layers of a slice, `merging.md` 1.3."""
+
+    values: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`value` for the tensors whose name contains `filter`; None matches every tensor."""
+
+    filter: str | None
+    value: Scalar | Gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Conditions in order: the first that matches decides."""
+
+    items: tuple[Condition, ...]
+
+
+Setting = Scalar | Gradient | Conditions
+Parameters = Mapping[str, Setting]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input of a slice: a model, the half-open range of its layers (None: all), its own parameters."""
+
+    model: ModelRef
+    layers: tuple[int, int] | None = None
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Layers of the output that are merged from the same sources."""
+
+    sources: tuple[Source, ...]
+    base: ModelRef | None = None
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One stack of layers. A model with a single stack has one module, named `default`."""
+
+    name: str
+    layout: Literal["models", "slices"]
+    slices: tuple[Slice, ...]  # exactly one when layout is "models"
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSource:
+    """Where the row of one token comes from: a model's row of a token, or zeros."""
+
+    kind: Literal["model", "model_token", "zero"]
+    model: ModelRef | None = None
+    token: str | None = None
+    token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRule:
+    """The entry of `tokenizer.tokens` for one token; `force` also replaces rows that sources have."""
+
+    token: str
+    source: TokenSource | None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The vocabulary asked for: `union`, `base` or a model's; rules for single tokens; padding of the rows."""
+
+    source: Literal["union", "base"] | ModelRef
+    tokens: tuple[TokenRule, ...] = ()
+    pad_to_multiple_of: int | None = None
+    legacy: bool = False  # written as `tokenizer_source`
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something a person should know that does not stop the work. `code` is stable, `count` sums equal notices."""
+
+    code: str
+    text: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Classic:
+    """What sets a merge in the manner of the 2023 `main.py` apart: lenient shapes and names, float32 embeddings.
+
+    naive_count: ties elects by the number of signs; layer_gradient: values over embeddings, layers and final norm.
+    """
+
+    naive_count: bool = False
+    copy_tokenizer: bool = True
+    layer_gradient: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """An intermediate of a recipe of several documents: what `name` means as a model there."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def ref(self) -> ModelRef:
+        """The reference by which later documents name the result."""
+        return ModelRef(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One merge, as asked for. `digest` is the identity of the work once the references are pinned.
+
+    A recipe of several documents is its final document; `stages` are the others, each after those it uses.
+    """
+
+    method: str
+    modules: tuple[Module, ...]
+    base: ModelRef | None
+    parameters: Parameters
+    dtype: str | None
+    out_dtype: str | None
+    vocabulary: Vocabulary | None
+    chat_template: str | None
+    modular: bool = False  # written with the key `modules`
+    stages: tuple[Stage, ...] = ()
+    classic: Classic | None = None
+    notices: tuple[Notice, ...] = field(default=(), compare=False)
+    original: str | None = field(default=None, compare=False)  # the operator's own text
+
+    @property
+    def sources(self) -> tuple[ModelRef, ...]:
+        """Every model this document names, as written, each once; the base keeps its place or comes last."""
+        found: dict[ModelRef, None] = {}
+        for piece in (piece for module in self.modules for piece in module.slices):
+            found.update(dict.fromkeys(source.model for source in piece.sources))
+            if piece.base is not None:
+                found.setdefault(piece.base)
+        if self.base is not None:
+            found.setdefault(self.base)
+        if self.vocabulary is not None:
+            if isinstance(self.vocabulary.source, ModelRef):
+                found.setdefault(self.vocabulary.source)
+            for rule in self.vocabulary.tokens:
+                if rule.source is not None and rule.source.model is not None:
+                    found.setdefault(rule.source.model)
+        return tuple(found)
+
+    @property
+    def repos(self) -> tuple[ModelRef, ...]:
+        """Every model and adapter to be read from outside, each once and bare, the stages' first."""
+        made = {stage.ref for stage in self.stages}
+        found: dict[ModelRef, None] = {}
+        for ref in (ref for part in (*(stage.recipe for stage in self.stages), self) for ref in part.sources):
+            found.update(dict.fromkeys(part for part in (ref.bare, ref.lora) if part is not None and part not in made))
+        return tuple(found)
+
+    @property
+    def donor(self) -> ModelRef:
+        """The model that gives config and tokenizer: the base, else the first source."""
+        return self.base or self.sources[0]
+
+    def taking_part(self, module: Module, piece: Slice) -> tuple[tuple[Source, ...], int | None]:
+        """The inputs of a slice in order, and which of them is the base (None: no input plays that part).
+
+        Under `models` an unlisted base is appended last; under `slices` it never is (merging.md 1.2).
+        """
+        sources, base = piece.sources, piece.base or self.base
+        if base is not None and module.layout == "models" and all(source.model != base for source in sources):
+            sources = (*sources, Source(base))
+        if METHODS[self.method].base is Base.IGNORED:
+            return sources, None
+        return sources, next((i for i, source in enumerate(sources) if source.model == base), None)
+
+    def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> Recipe:
+        """The same recipe, stages and adapters included, with every bare reference replaced that is in `commits`."""
+        return replace(
+            self,
+            stages=tuple(replace(stage, recipe=stage.recipe.pinned(commits)) for stage in self.stages),
+            modules=tuple(
+                replace(module, slices=tuple(_pinned_slice(piece, commits) for piece in module.slices))
+                for module in self.modules
+            ),
+            base=None if self.base is None else self.base.pinned(commits),
+            vocabulary=None if self.vocabulary is None else _pinned_vocabulary(self.vocabulary, commits),
+        )
+
+    def document(self) -> Document:
+        """The recipe as plain JSON values in mergekit's language; parsing them gives this recipe back.
+
+        With stages it is a list of documents, each stage with its name, the final document last.
+        """
+        if not self.stages:
+            return self._own_document()
+        stages = [{"name": stage.name, **stage.recipe._own_document()} for stage in self.stages]
+        return [*stages, self._own_document()]
+
+    def _own_document(self) -> dict[str, object]:
+        out: dict[str, object] = {"merge_method": self.method}
+        if self.base is not None:
+            out["base_model"] = str(self.base)
+        if self.modular:
+            out["modules"] = {module.name: _module_json(module) for module in self.modules}
+        else:
+            out.update(_module_json(self.modules[0]))
+        if self.parameters:
+            out["parameters"] = _parameters_json(self.parameters)
+        for key in ("dtype", "out_dtype", "chat_template"):
+            if getattr(self, key) is not None:
+                out[key] = getattr(self, key)
+        if self.vocabulary is not None:
+            out.update(_vocabulary_json(self.vocabulary))
+        if self.classic is not None:
+            out["classic"] = _classic_json(self.classic)
+        return out
+
+    def canonical(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, whole numbers without a fraction (as RFC 8785)."""
+        return json.dumps(self.document(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, 64 hex digits, of `recipe/1` and the canonical JSON."""
+        return hashlib.sha256(b"recipe/1\n" + self.canonical().encode()).hexdigest()
+
+
+def plain_number(value: float) -> float | int:
+    """A whole number without its fraction, so that 1 and 1.0 are the same text."""
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value)
+
+
+def _pinned_source(source: Source, commits: Mapping[ModelRef, ModelRef]) -> Source:
+    return replace(source, model=source.model.pinned(commits))
+
+
+def _pinned_slice(piece: Slice, commits: Mapping[ModelRef, ModelRef]) -> Slice:
+    base = None if piece.base is None else piece.base.pinned(commits)
+    return replace(piece, base=base, sources=tuple(_pinned_source(source, commits) for source in piece.sources))
+
+
+def _pinned_vocabulary(vocabulary: Vocabulary, commits: Mapping[ModelRef, ModelRef]) -> Vocabulary:
+    source = vocabulary.source
+    rules = tuple(
+        rule
+        if rule.source is None or rule.source.model is None
+        else replace(rule, source=replace(rule.source, model=rule.source.model.pinned(commits)))
+        for rule in vocabulary.tokens
+    )
+    pinned = source.pinned(commits) if isinstance(source, ModelRef) else source
+    return replace(vocabulary, source=pinned, tokens=rules)
+
+
+def _classic_json(classic: Classic) -> dict[str, object]:
+    block: dict[str, object] = {"naive_count": classic.naive_count, "copy_tokenizer": classic.copy_tokenizer}
+    if classic.layer_gradient:
+        block["layer_gradient"] = [plain_number(value) for value in classic.layer_gradient]
+    return block
+
+
+def _scalar_json(value: Scalar) -> object:
+    return value if isinstance(value, bool | str) else plain_number(value)
+
+
+def _value_json(value: Scalar | Gradient) -> object:
+    return [_scalar_json(v) for v in value.values] if isinstance(value, Gradient) else _scalar_json(value)
+
+
+def _setting_json(setting: Setting) -> object:
+    if not isinstance(setting, Conditions):
+        return _value_json(setting)
+    return [
+        {"value": _value_json(item.value)}
+        if item.filter is None
+        else {"filter": item.filter, "value": _value_json(item.value)}
+        for item in setting.items
+    ]
+
+
+def _parameters_json(parameters: Parameters) -> dict[str, object]:
+    return {name: _setting_json(setting) for name, setting in parameters.items()}
+
+
+def _source_json(source: Source) -> dict[str, object]:
+    out: dict[str, object] = {"model": str(source.model)}
+    if source.layers is not None:
+        out["layer_range"] = list(source.layers)
+    if source.parameters:
+        out["parameters"] = _parameters_json(source.parameters)
+    return out
+
+
+def _slice_json(piece: Slice) -> dict[str, object]:
+    out: dict[str, object] = {"sources": [_source_json(source) for source in piece.sources]}
+    if piece.base is not None:
+        out["base_model"] = str(piece.base)
+    if piece.parameters:
+        out["parameters"] = _parameters_json(piece.parameters)
+    return out
+
+
+def _module_json(module: Module) -> dict[str, object]:
+    if module.layout == "models":
+        out: dict[str, object] = {"models": [_source_json(source) for source in module.slices[0].sources]}
+    else:
+        out = {"slices": [_slice_json(piece) for piece in module.slices]}
+    if module.parameters:
+        out["parameters"] = _parameters_json(module.parameters)
+    return out
+
+
+def _token_json(rule: TokenRule) -> dict[str, object]:
+    out: dict[str, object] = {}
+    given = rule.source
+    if given is not None and given.kind == "model":
+        out["source"] = str(given.model)
+    elif given is not None and given.kind == "zero":
+        out["source"] = {"kind": "zero"}
+    elif given is not None:
+        token = {"token": given.token} if given.token is not None else {"token_id": given.token_id}
+        out["source"] = {"kind": "model_token", "model": str(given.model), **token}
+    if rule.force:
+        out["force"] = True
+    return out
+
+
+def _vocabulary_json(vocabulary: Vocabulary) -> dict[str, object]:
+    if vocabulary.legacy:
+        return {"tokenizer_source": str(vocabulary.source)}
+    block: dict[str, object] = {"source": str(vocabulary.source)}
+    if vocabulary.tokens:
+        block["tokens"] = {rule.token: _token_json(rule) for rule in vocabulary.tokens}
+    if vocabulary.pad_to_multiple_of is not None:
+        block["pad_to_multiple_of"] = vocabulary.pad_to_multiple_of
+    return {"tokenizer": block}

@@ -1,0 +1,1 @@
+"""What the output's vocabulary and chat template are, and which rows of which matrices its tokens take."""
