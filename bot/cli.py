@@ -36,6 +36,8 @@ UnknownKeys = Annotated[str, typer.Option(help="refuse, or ignore: keys nobody k
 HashSources = Annotated[bool, typer.Option("--hash-sources", help="Hash local sources into the provenance.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read *.bin and *.pt weights in local folders too.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUT once this one is whole.")]
+Out = Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")]
 
 
 class _State:
@@ -154,16 +156,16 @@ def plan(
 
 
 @app.command(rich_help_panel=STEP)
-def merge(recipe: Recipe, out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
-          device: Device = "auto", seed: Seed = 0, unknown_keys: UnknownKeys = "refuse",
-          allow_pickle: AllowPickle = False, hash_sources: HashSources = False) -> None:  # fmt: skip
+def merge(recipe: Recipe, out: Out, device: Device = "auto", seed: Seed = 0, unknown_keys: UnknownKeys = "refuse",
+          allow_pickle: AllowPickle = False, hash_sources: HashSources = False,
+          overwrite: Overwrite = False) -> None:  # fmt: skip
     """Merge the models of a recipe into a new folder. Killed half-way, the same command continues."""
     from bot import operator, screens
 
     asked, configured = operator.read_recipe(recipe, unknown_keys=unknown_keys), settings()
     with resumable(), screens.progress() as shown:
         merged = operator.merge(asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle,
-                                hash_sources=hash_sources)  # fmt: skip
+                                hash_sources=hash_sources, overwrite=overwrite)  # fmt: skip
     screens.merged(merged, out)
 
 
@@ -185,7 +187,7 @@ def verify(
 
 @app.command(rich_help_panel=STEP)
 def classic(
-    out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+    out: Out,
     merge: Annotated[list[str], typer.Option(help="A model to merge, MODEL or MODEL+ADAPTER; repeat it.")],
     density: Annotated[Optional[list[float]], typer.Option(help="Share of each task vector kept by ties.")] = None,  # noqa: UP045
     weight: Annotated[Optional[list[float]], typer.Option(help="Weight of each model; t of slerp.")] = None,  # noqa: UP045
@@ -200,6 +202,7 @@ def classic(
     int8_mask: Annotated[bool, typer.Option("--int8-mask/--no-int8-mask", help="Accepted, without effect.")] = False,
     cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect: see --home.")] = None,  # noqa: UP045
     merged_cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect.")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge as mergekit's `main.py` of 2023 did, with its flags."""
     from bot import operator, screens
@@ -210,14 +213,16 @@ def classic(
                   naive_count, copy_tokenizer)
     )  # fmt: skip
     with resumable(), screens.progress() as shown:
-        merged = operator.merge(asked, out, settings(), shown, device="cuda" if cuda else "cpu")
+        device = "cuda" if cuda else "cpu"
+        merged = operator.merge(asked, out, settings(), shown, device=device, overwrite=overwrite)
     screens.merged(merged, out)
 
 
 @app.command(rich_help_panel=STEP)
 def bakllama(
     config: Annotated[Path, typer.Argument(help="A config with layer_slices (YAML).", metavar="CONFIG")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+    out: Out,
+    overwrite: Overwrite = False,
 ) -> None:
     """Stack layers of models as mergekit's `bakllama.py` of 2023 did, with its config."""
     from bot import operator, screens
@@ -225,7 +230,7 @@ def bakllama(
 
     asked = recipe(operator.read_text(config), file=str(config))
     with resumable(), screens.progress() as shown:
-        merged = operator.merge(asked, out, settings(), shown, device="cpu")
+        merged = operator.merge(asked, out, settings(), shown, device="cpu", overwrite=overwrite)
     screens.merged(merged, out)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bot import measure, sources, verification
+from bot import measure, outputs, sources, verification
 from bot.errors import Failed, Refused
 from bot.merge.planning import plan
 from bot.merge.recipe import reading as recipe
@@ -81,20 +82,45 @@ def merge(
     seed: int = 0,
     allow_pickle: bool = False,
     hash_sources: bool = False,
-) -> Merged:
-    """Plan, fetch what the plan reads, merge into `out`. Raises `bot.errors`.
+    overwrite: bool = False,
+    shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES,
+    threads: int = plan.WORKERS,
+) -> Merged | None:
+    """Plan, fetch what the plan reads, merge into `out`; None when `out` holds this merge already.
 
-    hash_sources: put the SHA-256 of local weight files into the provenance. `verify` can then tell a changed source
-    from a changed output; it costs a core for the time of reading them, so it is not done unasked.
+    overwrite: an output of ours there gives way once the new one is whole. hash_sources: put the SHA-256 of local
+    weight files into the provenance. `verify` can then tell a changed source from a changed output; it costs a core
+    for the time of reading them, so it is not done unasked. threads: tensors worked on at a time. Raises `bot.errors`.
     """
-    planned = plan_from_headers(asked, settings, seed=seed, allow_pickle=allow_pickle)
-    here = sources.fetched(planned.plan, planned.opened, _hub(settings), settings, report)
+    planned = plan_from_headers(
+        asked, settings, seed=seed, allow_pickle=allow_pickle, shard_limit_bytes=shard_limit_bytes
+    )
+    made, out = planned.plan, outputs.folder_meant(out)
+    outputs.settle(out)
+    if not overwrite and outputs.holds(out, made):
+        outputs.require_up_to_date(out, made, planned.opened)
+        _remove_stages(made, out, device)
+        return None
+    place = outputs.place_for(out, made, planned.opened, overwrite=overwrite)
+    here = sources.fetched(made, planned.opened, _hub(settings), settings, report)
     from bot.merge.execution import stages
 
-    with sources.hashing_sources(here, planned.plan if hash_sources else None) as known:
+    with sources.hashing_sources(here, made if hash_sources else None) as known:
         shown = named(report, "Merging")
         folders = {ref: each.folder for ref, each in here.items()}
-        return stages.merge(planned.plan, folders, out, device=device, progress=shown, known=known)
+        outputs.remove_empty(place)
+        merged = stages.merge(made, folders, place, device=device, progress=shown, known=known, threads=threads)
+    outputs.put_in_place(place, out)
+    return merged
+
+
+def _remove_stages(made: plan.Plan, out: Path, device: str) -> None:
+    """What a process left that died between the end and the tidying up: the engine removes it, and then refuses."""
+    if made.stages and out.with_name(out.name + ".stages").is_dir():
+        from bot.merge.execution import stages
+
+        with suppress(Refused):
+            stages.merge(made, {}, out, device=device)
 
 
 def _as_it_is(folder: Path) -> Path:

@@ -30,17 +30,23 @@ _INPUT = ("model", "tensor", "dtype", "base")  # what `Plan.values_of` says of a
 def progress(*, hidden: bool = False) -> Iterator[Show]:
     """A bar a task: call the result with (what, done, total) as often as you like. `hidden` where JSON is printed."""
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=hidden) as bars:
-        known: dict[str, Any] = {}
+    bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=hidden)
+    known: dict[str, Any] = {}
 
-        def show(what: str, done: float, total: float) -> None:
-            if what not in known:
-                for earlier in known.values():
-                    bars.update(earlier, completed=bars.tasks[earlier].total)
-                known[what] = bars.add_task(escape(what[:44]), total=total)
-            bars.update(known[what], completed=done, total=total)
+    def show(what: str, done: float, total: float) -> None:
+        if not known:
+            bars.start()
+        if what not in known:
+            for earlier in known.values():
+                bars.update(earlier, completed=bars.tasks[earlier].total)
+            known[what] = bars.add_task(escape(what[:44]), total=total)
+        bars.update(known[what], completed=done, total=total)
 
+    try:
         yield show
+    finally:
+        if known:  # one that was never started would print an empty line
+            bars.stop()
 
 
 def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
@@ -86,6 +92,10 @@ def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def merged(result: Any, out: Path) -> None:
+    """`result` is None where `out` holds the merge already."""
+    if result is None:
+        console.print(f"[green]Already done[/green]: {escape(str(out))} holds this merge; nothing was changed.")
+        return
     console.print(f"[green]Merged[/green] {in_units(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
     for notice in result.notices:
         console.print(f"[yellow]note[/yellow] {escape(notice.text)}")

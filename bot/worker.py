@@ -54,6 +54,8 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
             device=settings.device, on_nonfinite="fail", progress=named(report, "Merging"),
             known=lambda: {ref: each.files for ref, each in here.items()},
         )  # fmt: skip
+    for file in out.iterdir():
+        file.chmod(0o444)  # what is measured and what is published are the same bytes
     crashpoint("writer.after_rename")
     files = verified_files(out)
     fact = Merge(

@@ -140,6 +140,7 @@ def test_a_strangers_recipe_of_several_documents_is_merged_and_verified(hub: Run
     assert torch.allclose(got[f"model.layers.0.{name}"], half, atol=1e-6)
     assert torch.equal(got[f"model.layers.2.{name}"], base[f"model.layers.1.{name}"])
     assert [path.name for path in tmp_path.glob("*.stages")] == []
+    assert all(path.stat().st_mode & 0o222 == 0 for path in out.iterdir()), "what is measured is what is published"
     verdict = operator.verify(str(out), settings_of(hub, tmp_path / "again"), quiet)
     assert verdict.differences == (), verdict.sentence
 

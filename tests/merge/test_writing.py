@@ -261,7 +261,6 @@ def test_the_manifest_lists_every_file_and_the_provenance_tells_no_time(models: 
     assert not {"pytorch_model.bin", "evil.py"} & set(listed)
     again = merge(LINEAR, models, models / "again")
     assert again.manifest_id == done.manifest_id
-    assert all(path.stat().st_mode & 0o222 == 0 for path in (models / "out").iterdir())
 
 
 def test_the_written_recipe_makes_the_same_model_again(models: Path) -> None:

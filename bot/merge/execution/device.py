@@ -26,7 +26,10 @@ def choose_devices(name: str) -> list[torch.device]:
     if kind not in ("cpu", "cuda", "auto") or (number and (kind != "cuda" or not number.isdecimal())):
         raise Refused("DEVICE_UNAVAILABLE", f"{name[:40]!r} is not a device.", "Use cpu, cuda or auto.", value=name)
     if kind == "cuda" and (not cuda or int(number or 0) >= torch.cuda.device_count()):
-        raise Refused("DEVICE_UNAVAILABLE", "no CUDA device is to be seen here.", "Use `--device cpu`.", value=name)
+        raise Refused(
+            "DEVICE_UNAVAILABLE", "no CUDA device is to be seen here.",
+            "Compute on the CPU: `--device cpu`, or leave out --cuda.", value=name,
+        )  # fmt: skip
     if not cuda or kind == "cpu":
         return [torch.device("cpu")]
     return [torch.device("cuda", i) for i in ([int(number)] if number else range(torch.cuda.device_count()))]

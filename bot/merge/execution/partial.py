@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from pathlib import Path
 
 from bot.errors import Refused
@@ -34,13 +35,13 @@ def hold(partial: Path) -> int:
 def reclaim(partial: Path, journal: str) -> None:
     """Make an interrupted output writable again; without a journal, clear away what a finished merge had listed.
 
-    A merge that dies between dropping its journal and the rename leaves a whole output, read-only, with its manifest.
+    A merge that dies between dropping its journal and the rename leaves a whole output, with its manifest.
     Raises `Refused(OUTPUT_EXISTS)` where files lie in the folder that no merge accounts for.
     """
     files = {path.name: path for path in partial.iterdir()}
     if journal in files or not files:
         for path in files.values():
-            path.chmod(0o644)
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
         return
     try:
         listed = {entry["path"] for entry in json.loads(files[MANIFEST].read_bytes())["files"]} | {MANIFEST}

@@ -244,7 +244,7 @@ class Writer:
     def add(self, name: str, content: bytes) -> FileFact:
         """Write a small file durably."""
         try:
-            handle = os.open(self.partial / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            handle = os.open(self.partial / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
                 _write_all(handle, content)
                 os.fsync(handle)
@@ -255,12 +255,10 @@ class Writer:
         return FileFact(len(content), hashlib.sha256(content).hexdigest())
 
     def finish(self) -> None:
-        """Everything is written: make it durable and read-only, drop the journal, rename to the final name."""
+        """Everything is written: make it durable, drop the journal, rename to the final name."""
         try:
             for handle in self._shards.values():
                 os.fsync(handle)
-            for path in self.partial.iterdir():
-                path.chmod(0o444)
             if self.out.exists():
                 raise Refused("OUTPUT_EXISTS", f"{self.out} has appeared meanwhile.", "Remove it and run again.")
             (self.partial / JOURNAL).unlink()
@@ -292,7 +290,7 @@ class Writer:
 
     def _open_shards(self) -> None:
         for number, shard in enumerate(self.plan.shards):
-            handle = os.open(self.partial / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(self.partial / shard.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._shards[number] = handle
             os.posix_fallocate(handle, 0, shard.nbytes)
             os.ftruncate(handle, shard.nbytes)
