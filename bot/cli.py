@@ -174,13 +174,14 @@ def verify(
     model: Annotated[str, typer.Argument(help="A merged folder, or a Hub repo (owner/name[@revision]).")],
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of sentences.")] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Merge a model again from its provenance file and compare every tensor. Exit status 1 when anything differs."""
     from bot import operator, screens, verification
 
     configured = settings()
     with screens.progress(hidden=as_json) as shown:
-        verdict = operator.verify(model, configured, shown, device=device)
+        verdict = operator.verify(model, configured, shown, device=device, allow_pickle=allow_pickle)
     screens.verdict(verdict, as_json=as_json)
     verification.require_same(verdict)
 

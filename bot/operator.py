@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from bot import measure, outputs, sources, verification
 from bot.errors import Failed, Refused
+from bot.merge.checkpoints.checkpoint import LocalFiles
+from bot.merge.checkpoints.pickled import pickles
 from bot.merge.planning import plan
 from bot.merge.recipe import reading as recipe
 from bot.progress import Show, named
@@ -67,7 +69,7 @@ def plan_from_headers(
 
     allow_pickle: pickled weights in local folders are made into safetensors first, by a process of its own.
     """
-    seen = sources.opened(asked, _hub(settings), convert=_converter(settings) if allow_pickle else _as_it_is)
+    seen = sources.opened(asked, _hub(settings), convert=_converter(settings, allow_pickle))
     made = plan.make(seen.recipe, seen.sources, seed=seed, shard_limit_bytes=shard_limit_bytes)
     return Planned(made, seen)
 
@@ -123,19 +125,30 @@ def _remove_stages(made: plan.Plan, out: Path, device: str) -> None:
             stages.merge(made, {}, out, device=device)
 
 
-def _as_it_is(folder: Path) -> Path:
+def _converter(settings: Settings, allow_pickle: bool) -> Callable[[Path], Path]:
+    """What to put in the place of a local folder: where its pickled weights lie as safetensors, if they may be read."""
+    from bot.executors import unpickling
+
+    return functools.partial(unpickling.as_safetensors, settings=settings) if allow_pickle else _without_pickles
+
+
+def _without_pickles(folder: Path) -> Path:
+    files = LocalFiles(folder).sizes()
+    found = pickles(files)
+    if found and not any(name.endswith(".safetensors") for name in files):
+        raise Refused(
+            "SOURCE_NOT_SAFETENSORS", f"{folder} has only pickled weights, such as {found[0]}.",
+            "Add --allow-pickle to read them in a process that runs nothing they ask for.", value=str(folder),
+        )  # fmt: skip
     return folder
 
 
-def _converter(settings: Settings) -> Callable[[Path], Path]:
-    from bot.executors import unpickling
-
-    return functools.partial(unpickling.as_safetensors, settings=settings)
-
-
-def verify(model: str, settings: Settings, report: Show, *, device: str = "auto") -> Verdict:
+def verify(
+    model: str, settings: Settings, report: Show, *, device: str = "auto", allow_pickle: bool = False
+) -> Verdict:
     """Merge a folder's or repo's model again from its provenance and compare. Raises `bot.errors`."""
-    return verification.verified(model, settings, _hub(settings), report, device=device)
+    convert = _converter(settings, allow_pickle)
+    return verification.verified(model, settings, _hub(settings), report, device=device, convert=convert)
 
 
 def evaluate_model(

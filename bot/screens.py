@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from evaluators.scores import ModelEvaluation
 
 console = Console()
-_INPUT = ("model", "tensor", "dtype", "base")  # what `Plan.values_of` says of an input beside its parameters
+_INPUT = ("model", "tensor", "dtype", "base", "adapter")  # what `Plan.values_of` says of an input beside its parameters
 
 
 @contextmanager
@@ -63,7 +63,8 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
         ("writes", f"{in_units(summary['bytes_out'])} in {len(summary['shards'])} file(s)"),
         ("memory at most", in_units(summary["peak_memory_bytes"])),
         ("dtypes", ", ".join(f"{dtype} {in_units(size)}" for dtype, size in summary["dtypes"].items())),
-        ("values", "\n".join(f"{name}: {value}" for name, value in summary["values"].items())),
+        ("values", _values(summary["values"])),
+        ("before that", "\n".join(_stage(each) for each in summary.get("stages", ()))),
         ("recipe digest", str(summary["recipe_digest"])[:16]),
     )
     for name, value in rows:
@@ -74,21 +75,58 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
         console.print(f"[yellow]note[/yellow] {escape(notice['text'])}")
 
 
+def _stage(told: Mapping[str, Any]) -> str:
+    values = _values(told["values"]).replace("\n", "; ")
+    return f"{told['name']}: {told['method']}, {in_units(told['bytes_out'])}" + (f" ({values})" if values else "")
+
+
+def _values(told: Mapping[str, Any]) -> str:
+    """A line a parameter; one a condition, as `t for self_attn: 0.3`, where it has them."""
+    lines = []
+    for name, value in told.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            for each in value:
+                when = f"for {each['filter']}" if "filter" in each else "otherwise"
+                lines.append(f"{name} {when}: {_value(each['value'])}")
+        else:
+            lines.append(f"{name}: {_value(value)}")
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    """`true`, `0.5`, `0 → 0.5 → 1 over the layers`, `0.2 to 0.7`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return f"{_value(value['lowest'])} to {_value(value['highest'])}"
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else f"{value:g}"
+    return " → ".join(map(_value, value)) + " over the layers"
+
+
 def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
-    """What a recipe comes to for one tensor: a row an input, with its parameters."""
+    """What a recipe comes to for one tensor: a row an input, with its parameters; a table for every stage before."""
     if as_json:
         console.print_json(json.dumps(values))
         return
-    shared = ", ".join(f"{name} {value}" for name, value in values["parameters"].items())
-    title = f"{values['tensor']}  {values['shape']} {values['dtype']}: {values['does']}" + (
-        f" ({shared})" * bool(shared)
-    )
+    for each in (*values.get("stages", ()), values):
+        stage = f"{each['stage']}: " if "stage" in each else ""
+        shared = ", ".join(f"{name} {_value(value)}" for name, value in each["parameters"].items())
+        title = f"{stage}{each['tensor']}  {each['shape']} {each['dtype']}: {each['does']}"
+        console.print(escape(title + f" ({shared})" * bool(shared)))
+        console.print(_inputs(each))
+
+
+def _inputs(values: Mapping[str, Any]) -> Table:
     names = list(dict.fromkeys(name for each in values["inputs"] for name in each if name not in _INPUT))
-    table = Table("input", "dtype", *names, Column("its tensor", overflow="fold"), title=escape(title))
+    table = Table("input", "dtype", *names, Column("its tensor", overflow="fold"))
     for each in values["inputs"]:
-        given = (f"{each[name]:g}" if name in each else "" for name in names)
+        given = (_value(each[name]) if name in each else "" for name in names)
         table.add_row(escape(each["model"] + " (base)" * each["base"]), each["dtype"], *given, escape(each["tensor"]))
-    console.print(table)
+        for factor in each["adapter"]["tensors"] if "adapter" in each else ():
+            label = f"+ {each['adapter']['model']} (scale {each['adapter']['scale']:g})"
+            table.add_row(escape(label), factor["dtype"], *("" for _ in names), escape(factor["tensor"]))
+    return table
 
 
 def merged(result: Any, out: Path) -> None:

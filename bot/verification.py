@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -66,16 +66,25 @@ class _Subject:
     on_hub: bool
 
 
-def verified(model: str, settings: Settings, hub: Callable[[], Hub], show: Show, *, device: str = "auto") -> Verdict:
+def verified(
+    model: str,
+    settings: Settings,
+    hub: Callable[[], Hub],
+    show: Show,
+    *,
+    device: str = "auto",
+    convert: Callable[[Path], Path] = lambda folder: folder,
+) -> Verdict:
     """Merge the model in a folder or Hub repo (`owner/name[@revision]`) again and compare.
 
-    Raises Refused NOT_VERIFIABLE where there is nothing to go by, SOURCE_CHANGED_OR_GONE where a source is not what it
-    was, and whatever planning, fetching and merging raise.
+    `convert` may put another folder in the place of a local source: that of its pickled weights as safetensors.
+    Raises Refused NOT_VERIFIABLE where there is nothing to go by, SOURCE_CHANGED_OR_GONE where a source is not what
+    it was, and whatever planning, fetching and merging raise.
     """
     subject = _subject(model, hub)
     claim = verify.read_claim(subject.files)
     _require_pinned(claim, subject)
-    seen, made = _planned_again(claim, hub)
+    seen, made = _planned_again(claim, hub, convert)
     _require_same_folders(claim, seen, show)
     subject = replace(subject, sha256=verify.bounded(made, subject.files, subject.sha256))
     found = verify.against_listing(made, _listing(subject.files))
@@ -171,12 +180,14 @@ def _require_pinned(claim: Claim, subject: _Subject) -> None:
         )  # fmt: skip
 
 
-def _planned_again(claim: Claim, hub: Callable[[], Hub]) -> tuple[sources.Opened, plan.Plan]:
+def _planned_again(
+    claim: Claim, hub: Callable[[], Hub], convert: Callable[[Path], Path]
+) -> tuple[sources.Opened, plan.Plan]:
     """The plan as the operator makes it, or as a stranger's request is planned: the one whose digest is claimed."""
     made: list[tuple[sources.Opened, plan.Plan]] = []
     every_ref_on_hub = all(ref.revision for ref in claim.recipe.repos)
     for limits in (OPERATOR, STRANGER) if every_ref_on_hub else (OPERATOR,):
-        seen = sources.opened(claim.recipe, hub, limits=limits)
+        seen = sources.opened(claim.recipe, hub, limits=limits, convert=convert)
         again = plan.make(
             seen.recipe, seen.sources, seed=claim.seed, shard_limit_bytes=claim.shard_limit_bytes, limits=limits
         )
@@ -195,7 +206,7 @@ def _require_same_folders(claim: Claim, seen: sources.Opened, show: Show) -> Non
     local = [ref for ref in seen.sources if ref not in seen.repos]
     for number, ref in enumerate(local):
         show("Checking the sources", number, len(local))
-        folder = LocalFiles(Path(ref.path))
+        folder = LocalFiles(seen.folders[ref])
         for name, fact in claim.sources.get(str(ref), {}).items():
             if "sha256" in fact and verify.hash_of(folder, name) != fact["sha256"]:
                 raise Refused(
@@ -226,13 +237,19 @@ def _remarks(claim: Claim, device: str, differs: bool) -> tuple[str, ...]:
         out.append(f"It was merged with torch {claim.torch} and verified with {torch.__version__}.")
     if out and differs:
         out.append("Bytes may then differ in the last bit: compare the largest differences, given in ulp.")
-    unhashed = next((ref for ref, files in claim.sources.items() if _only_headers(files)), None)
-    if unhashed is not None and differs:
+    unhashed = [ref for ref, files in claim.sources.items() if _only_headers(files)]
+    if unhashed and differs:
         out.append(
-            f"The bytes of {unhashed} were not recorded, so a changed source looks like a changed result: "
+            f"The bytes of {_some(unhashed)} were not recorded, so a changed source looks like a changed result: "
             "merge with --hash-sources to tell them apart."
         )
     return tuple(out)
+
+
+def _some(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`, `a, b, c and 2 more`."""
+    shown = [*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if shown[:-1] else shown)
 
 
 def _only_headers(files: Mapping[str, Mapping[str, object]]) -> bool:

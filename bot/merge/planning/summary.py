@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from bot.errors import Refused
+from bot.merge.recipe.spec import Condition, Conditions, Gradient, Parameters, Recipe, Scalar
 
 if TYPE_CHECKING:
+    from bot.merge.checkpoints.lora import LowRank
     from bot.merge.planning.plan import Plan, Step
-    from bot.merge.planning.work import Operand, Value
+    from bot.merge.planning.work import Operand, Value, Work
+
+_CONDITIONS_SHOWN = 8  # the layer gradients of 2023 become one for every tensor
 
 
 def summary(plan: Plan) -> dict[str, object]:
@@ -29,32 +33,49 @@ def summary(plan: Plan) -> dict[str, object]:
         "bytes_out": plan.bytes_out,
         "peak_memory_bytes": max(part.peak_memory_bytes for part in plan.parts),
         "disk_bytes": sum(part.disk_bytes for part in plan.parts),
-        "values": _value_ranges(plan.steps),
+        "values": _values_told(plan),
         "notices": [
             {"code": n.code, "text": n.text, "count": n.count} for part in plan.parts for n in part.notices
         ],
     }  # fmt: skip
     if plan.stages:
         out["stages"] = [
-            {"name": str(ref), "method": made.recipe.method, "plan_digest": made.digest, "bytes_out": made.bytes_out}
+            {
+                "name": str(ref),
+                "method": made.recipe.method,
+                "plan_digest": made.digest,
+                "bytes_out": made.bytes_out,
+                "values": _values_told(made),
+            }
             for ref, made in plan.stages
         ]
     return out
 
 
 def values_of(plan: Plan, tensor: str) -> dict[str, object]:
-    """What the recipe comes to for one output tensor: inputs, the value of every parameter, shape and type.
+    """What the recipe comes to for one tensor: inputs, the value of every parameter, shape and type.
 
-    Raises `bot.errors.Refused(TENSOR_MISSING)` with the nearest names when the output has no such tensor.
+    Stages are looked into as well: `stages` holds the same of every stage that has the tensor, by its name, unless
+    only one has it, which then stands alone with its name as `stage`.
+    Raises `bot.errors.Refused(TENSOR_MISSING)` with the nearest names when there is no such tensor.
     """
-    step = next((step for step in plan.steps if step.name == tensor), None)
-    if step is None:
+    found = [
+        {**_values_of(step), **named}
+        for part, named in (*((made, {"stage": str(ref)}) for ref, made in plan.stages), (plan, {}))
+        for step in part.steps
+        if step.name == tensor
+    ]
+    if not found:
         raise Refused(
             "TENSOR_MISSING",
             f"the output has no tensor {tensor[:120]!r}.",
             names_like(tensor, plan.steps),
             value=tensor,
         )
+    return {**found[-1], "stages": found[:-1]} if found[:-1] else found[-1]
+
+
+def _values_of(step: Step) -> dict[str, object]:
     work = step.work
     return {
         "tensor": work.name,
@@ -68,12 +89,19 @@ def values_of(plan: Plan, tensor: str) -> dict[str, object]:
                 "dtype": operand.tensor.dtype.name,
                 "base": i == work.base,
                 **{name: values[i] for name, values in work.per_input.items() if values[i] is not None},
+                **({} if operand.patch is None else {"adapter": _adapter(operand.patch)}),
             }
             for i, operand in enumerate(work.operands)
         ],
         "parameters": dict(work.shared),
         "rows_aligned": work.aligned is not None,
     }
+
+
+def _adapter(patch: LowRank) -> dict[str, object]:
+    """What is read of a LoRA adapter for one tensor: `scale` times the product of two factors is added."""
+    factors = [{"tensor": t.name, "dtype": t.dtype.name, "shape": list(t.shape)} for t in patch.reads]
+    return {"model": str(patch.adapter), "scale": patch.scale, "tensors": factors}
 
 
 def names_like(tensor: str, steps: Iterable[Step]) -> str:
@@ -110,22 +138,62 @@ def _dtype_bytes(steps: Iterable[Step]) -> dict[str, int]:
     return out
 
 
-def _value_ranges(steps: Iterable[Step]) -> dict[str, object]:
-    """Lowest and highest resolved value of every parameter, per model where it is given per model."""
-    spans: dict[str, list[float]] = {}
-    for step in steps:
-        for name, value in _values(step.work.operands, step.work.per_input, step.work.shared):
-            low, high = spans.get(name, [value, value])
-            spans[name] = [min(low, value), max(high, value)]
-    return {name: span[0] if span[0] == span[1] else span for name, span in spans.items()}
+def _values_told(plan: Plan) -> dict[str, object]:
+    """Every parameter, per model where it is given per model: its value; a gradient or conditions as written; where
+    several settings apply, the lowest and the highest value."""
+    spans: dict[tuple[str, str], tuple[Value, Value]] = {}
+    for step in plan.steps:
+        for key, value in _values(step.work):
+            low, high = spans.get(key, (value, value))
+            spans[key] = (min(low, value), max(high, value))
+    out: dict[str, object] = {}
+    for (name, model), (low, high) in spans.items():
+        shown: object = low
+        if low != high:
+            shown = _as_written(plan.recipe, name, model) or {"lowest": low, "highest": high}
+        out[f"{name} of {model}" if model else name] = shown
+    return out
 
 
-def _values(
-    operands: Iterable[Operand], per_input: Mapping[str, tuple[Value | None, ...]], shared: Mapping[str, Value]
-) -> Iterable[tuple[str, float]]:
-    labels = [_label(operand) for operand in operands]
-    yield from ((name, float(value)) for name, value in shared.items())
-    for name, values in per_input.items():
-        for label, value in zip(labels, values, strict=True):
+def _values(work: Work) -> Iterable[tuple[tuple[str, str], Value]]:
+    """(parameter, model or nothing) and value, of one tensor."""
+    yield from (((name, ""), value) for name, value in work.shared.items())
+    for name, values in work.per_input.items():
+        for operand, value in zip(work.operands, values, strict=True):
             if value is not None:
-                yield f"{name} of {label}", float(value)
+                yield (name, _label(operand)), value
+
+
+def _as_written(recipe: Recipe, name: str, model: str) -> object | None:
+    """The gradient or the conditions that give a parameter its values, None where slices differ in them."""
+    found: set[tuple[Condition, ...]] = set()
+    for module in recipe.modules:
+        for piece in module.slices:
+            above = (piece.parameters, module.parameters, recipe.parameters)
+            inputs = [one.parameters for one in recipe.taking_part(module, piece)[0] if str(one.model) == model]
+            found |= {_conditions(name, (own, *above)) for own in (inputs if model else [{}])}
+    if len(found) != 1:
+        return None
+    [items] = found
+    told = [_anchors(item.value) for item in items]
+    if len(items) == 1 and items[0].filter is None:
+        return told[0]
+    named = zip(items, told, strict=True)
+    few = 0 < len(items) <= _CONDITIONS_SHOWN
+    return [({"filter": item.filter} if item.filter else {}) | {"value": each} for item, each in named] if few else None
+
+
+def _conditions(name: str, levels: Iterable[Parameters]) -> tuple[Condition, ...]:
+    """What the levels say of a parameter, in the order in which they are asked, up to what matches every tensor."""
+    out: list[Condition] = []
+    for level in levels:
+        setting = level.get(name)
+        if setting is not None:
+            out += setting.items if isinstance(setting, Conditions) else [Condition(None, setting)]
+        if any(item.filter is None for item in out):
+            break
+    return tuple(out)
+
+
+def _anchors(value: Scalar | Gradient) -> object:
+    return list(value.values) if isinstance(value, Gradient) else value
