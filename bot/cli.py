@@ -12,17 +12,20 @@ import typer
 
 from bot import __version__
 from bot.errors import Failed, MergebotError
+from bot.flags import Verb, Verbs, bytes_of
 
 if TYPE_CHECKING:
     from bot.settings import Settings
 
 app = typer.Typer(
     name="mergebot",
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Merge models, measure what came out, publish exactly what was measured.",
+    help="Merge models, measure what came out, publish exactly what was measured. "
+    "`--home`, `--hub` and `--debug` may stand behind the command, too.",
 )
 medusa_app = typer.Typer(
     no_args_is_help=True, help="Medusa heads: train them on a model and measure how fast it decodes."
@@ -37,6 +40,8 @@ HashSources = Annotated[bool, typer.Option("--hash-sources", help="Hash local so
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read *.bin and *.pt weights in local folders too.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUT once this one is whole.")]
+ShardSize = Annotated[str, typer.Option(help="Size of an output file at most, as 5GB or 500MB.", metavar="SIZE")]
+Threads = Annotated[int, typer.Option(help="Tensors worked on at a time; memory grows with them.", min=1, max=256)]
 Out = Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")]
 
 
@@ -72,7 +77,7 @@ def settings(**overrides: object) -> Settings:
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     home: Annotated[Optional[Path], typer.Option(help="Folder for the database, caches and scratch files.")] = None,  # noqa: UP045
-    hub: Annotated[Optional[str], typer.Option(help="Address of the Hub.")] = None,  # noqa: UP045
+    hub: Annotated[Optional[str], typer.Option(help="Address of the Hub, HF_ENDPOINT unless given.")] = None,  # noqa: UP045
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
@@ -135,7 +140,7 @@ def hub(
 # -- one step ----------------------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel=STEP)
+@app.command(rich_help_panel=STEP, cls=Verb)
 def plan(
     recipe: Recipe,
     seed: Seed = 0,
@@ -143,33 +148,47 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     unknown_keys: UnknownKeys = "refuse",
     allow_pickle: AllowPickle = False,
+    shard_size: ShardSize = "5GB",
 ) -> None:
     """What a recipe would do, from headers alone: tensors, bytes, memory, resolved values. Reads no weights."""
     from bot import operator, screens
 
     asked = operator.read_recipe(recipe, unknown_keys=unknown_keys)
-    made = operator.plan_from_headers(asked, settings(), seed=seed, allow_pickle=allow_pickle)
+    limit = bytes_of(shard_size)
+    made = operator.plan_from_headers(asked, settings(), seed=seed, allow_pickle=allow_pickle, shard_limit_bytes=limit)
     if tensor is None:
         screens.plan(made.plan.summary(), as_json=as_json)
     else:
         screens.tensor(made.plan.values_of(tensor), as_json=as_json)
 
 
-@app.command(rich_help_panel=STEP)
-def merge(recipe: Recipe, out: Out, device: Device = "auto", seed: Seed = 0, unknown_keys: UnknownKeys = "refuse",
-          allow_pickle: AllowPickle = False, hash_sources: HashSources = False,
-          overwrite: Overwrite = False) -> None:  # fmt: skip
+@app.command(rich_help_panel=STEP, cls=Verb)
+def merge(
+    recipe: Recipe,
+    out: Out,
+    device: Device = "auto",
+    seed: Seed = 0,
+    threads: Threads = 2,
+    shard_size: ShardSize = "5GB",
+    unknown_keys: UnknownKeys = "refuse",
+    allow_pickle: AllowPickle = False,
+    hash_sources: HashSources = False,
+    overwrite: Overwrite = False,
+) -> None:
     """Merge the models of a recipe into a new folder. Killed half-way, the same command continues."""
     from bot import operator, screens
 
-    asked, configured = operator.read_recipe(recipe, unknown_keys=unknown_keys), settings()
+    asked, limit = operator.read_recipe(recipe, unknown_keys=unknown_keys), bytes_of(shard_size)
+    configured = settings()
     with resumable(), screens.progress() as shown:
-        merged = operator.merge(asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle,
-                                hash_sources=hash_sources, overwrite=overwrite)  # fmt: skip
+        merged = operator.merge(
+            asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle,
+            hash_sources=hash_sources, overwrite=overwrite, shard_limit_bytes=limit, threads=threads,
+        )  # fmt: skip
     screens.merged(merged, out)
 
 
-@app.command(rich_help_panel=STEP)
+@app.command(rich_help_panel=STEP, cls=Verb)
 def verify(
     model: Annotated[str, typer.Argument(help="A merged folder, or a Hub repo (owner/name[@revision]).")],
     device: Device = "auto",
@@ -186,7 +205,7 @@ def verify(
     verification.require_same(verdict)
 
 
-@app.command(rich_help_panel=STEP)
+@app.command(rich_help_panel=STEP, cls=Verb)
 def classic(
     out: Out,
     merge: Annotated[list[str], typer.Option(help="A model to merge, MODEL or MODEL+ADAPTER; repeat it.")],
@@ -203,6 +222,7 @@ def classic(
     int8_mask: Annotated[bool, typer.Option("--int8-mask/--no-int8-mask", help="Accepted, without effect.")] = False,
     cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect: see --home.")] = None,  # noqa: UP045
     merged_cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect.")] = None,  # noqa: UP045
+    allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge as mergekit's `main.py` of 2023 did, with its flags."""
@@ -215,14 +235,17 @@ def classic(
     )  # fmt: skip
     with resumable(), screens.progress() as shown:
         device = "cuda" if cuda else "cpu"
-        merged = operator.merge(asked, out, settings(), shown, device=device, overwrite=overwrite)
+        merged = operator.merge(
+            asked, out, settings(), shown, device=device, allow_pickle=allow_pickle, overwrite=overwrite
+        )
     screens.merged(merged, out)
 
 
-@app.command(rich_help_panel=STEP)
+@app.command(rich_help_panel=STEP, cls=Verb)
 def bakllama(
     config: Annotated[Path, typer.Argument(help="A config with layer_slices (YAML).", metavar="CONFIG")],
     out: Out,
+    allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Stack layers of models as mergekit's `bakllama.py` of 2023 did, with its config."""
@@ -231,7 +254,9 @@ def bakllama(
 
     asked = recipe(operator.read_text(config), file=str(config))
     with resumable(), screens.progress() as shown:
-        merged = operator.merge(asked, out, settings(), shown, device="cpu", overwrite=overwrite)
+        merged = operator.merge(
+            asked, out, settings(), shown, device="cpu", allow_pickle=allow_pickle, overwrite=overwrite
+        )
     screens.merged(merged, out)
 
 

@@ -49,7 +49,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MERGEBOT_", frozen=True, extra="ignore")
 
     home: Path = Field(default=Path("mergebot-data"), description="database, caches and scratch folders")
-    hub: str = Field(default=LIVE_HUB, description="address of the Hub, without a final slash")
+    hub: str = Field(
+        default_factory=lambda: os.environ.get("HF_ENDPOINT") or LIVE_HUB,
+        description="address of the Hub, without a final slash; HF_ENDPOINT unless it is given",
+    )
     namespace: str = Field(default="mergebot", description="organisation that owns what the bot publishes")
     publish_token_file: Path | None = Field(
         default=None, description="file with the write token; only the publisher opens it"

@@ -262,7 +262,11 @@ def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) 
             value=label,
         )
     if text is None:
-        refuse(label, "has no config.json.")
+        raise Refused(
+            "BAD_CHECKPOINT" if sizes else "SOURCE_NOT_FOUND",
+            f"{label} {'has no config.json' if sizes else 'holds no files'}.",
+            "Name the folder or repo that holds config.json and the weights.", value=label,
+        )  # fmt: skip
     config = _json_object(text, f"{label}: config.json")
     if limits.strict and "auto_map" in config:
         raise Refused(
