@@ -69,15 +69,18 @@ def fit(
     seed: int = 0,
     recipe: Recipe = QUICK,
     held_out: Features | None = None,
+    initial: Heads | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Heads, Training]:
     """Train `spec` on `features`. The same seed gives the same heads as long as the budget does not cut the plan.
 
-    The number of steps is fixed after a few have been timed (`planned_steps` if the budget allows all), so the
+    The heads start untrained, or where `initial`, which has that spec, has got to. The number of steps is fixed after a few have been timed (`planned_steps` if the budget allows all), so the
     schedule never depends on the clock again. `progress` gets (steps done, steps).
     """
     started = time.monotonic()
     heads = Heads(spec, base)
+    if initial is not None:
+        heads.load_state_dict(initial.state_dict())
     targets = _draft_targets(features.labels(spec.heads), heads.keep, base.vocab)
     usable = (targets != IGNORED).any(0).nonzero().squeeze(-1)
     if not len(usable) or recipe.epochs < 1:

@@ -1,0 +1,284 @@
+"""Do Medusa heads survive a merge? The demo's family, several recipes, every way of getting heads for the merge.
+
+usage: python -m benchmarks.heads_and_merges [--cache DIR] [--prompts FILE] [--only RECIPE ...]
+
+Trains heads on both parents, merges parents and heads by each recipe, trains heads on the merge with the same budget,
+and compares them all on the merge's own text: accuracy, tokens per step, and the speed they come to with the cost of a
+forward pass measured here. Writes benchmarks/heads_and_merges.json after every recipe; tables go to standard output.
+About twenty minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bot import merged_heads
+from bot.demo import base as base_model
+from bot.demo import parents, skills
+from bot.merge.recipe import reading
+from bot.merge.recipe.spec import ModelRef, Recipe
+from evaluators.medusa import adapters, calibrate, data, formats, suite, train, transfer
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.tree import ROOT_ONLY, Tree
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE / "heads_and_merges.json"
+CRESTS, SMITHS = "mergebot/smollm2-135m-crests", "mergebot/smollm2-135m-smiths"
+TRAINED_ON, CALIBRATED_ON, TESTED_ON = 48, 12, 20
+TRAIN_TOKENS, TEST_TOKENS = 56, 48
+LONGEST_PROMPT = 160
+HEADS, KEPT = 3, 8192
+FULL = train.QUICK
+SHORT = replace(train.QUICK, learning_rate=1e-3, epochs=1)
+WIDTHS = (1, 2, 4, 8, 16)
+
+_TWO = f"models: [{{model: {CRESTS}, parameters: {{weight: %s}}}}, {{model: {SMITHS}, parameters: {{weight: %s}}}}]"
+_BASE = f"base_model: {base_model.REPO}"
+RECIPES = {
+    "task_arithmetic": f"{{merge_method: task_arithmetic, {_BASE}, {_TWO % (1.0, 1.0)}, dtype: bfloat16}}",
+    "slerp": f"{{merge_method: slerp, base_model: {CRESTS}, models: [{{model: {SMITHS}}}], parameters: {{t: 0.5}}, "
+    "dtype: bfloat16}",
+    "ties": f"{{merge_method: ties, {_BASE}, parameters: {{density: 0.5, normalize: false}}, {_TWO % (1.0, 1.0)}, "
+    "dtype: bfloat16}",
+    "depth up-scaling": "{merge_method: passthrough, dtype: bfloat16, slices: ["
+    f"{{sources: [{{model: {CRESTS}, layer_range: [0, 20]}}]}}, "
+    f"{{sources: [{{model: {SMITHS}, layer_range: [10, 30]}}]}}]}}",
+    "dare_linear": f"{{merge_method: dare_linear, {_BASE}, parameters: {{density: 0.5}}, {_TWO % (1.0, 1.0)}, "
+    "dtype: bfloat16}",
+    "linear gradient": "{merge_method: linear, " + _TWO % ("[1.0, 0.5, 0.0]", "[0.0, 0.5, 1.0]") + ", dtype: bfloat16}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """A model's own greedy answers, by what they are for."""
+
+    train: list[data.Dialogue]
+    calibration: list[data.Dialogue]
+    test: list[data.Dialogue]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    train: list[suite.Prompt]
+    calibration: list[suite.Prompt]
+    test: list[suite.Prompt]
+
+
+def main() -> int:
+    asked = _options()
+    console = Console(highlight=False, width=120)
+    cache: Path = asked.cache.resolve()
+    models = _family(cache / "family", console)
+    prompts = _prompts(asked.prompts)
+    out: dict[str, Any] = {"settings": _settings(asked.prompts, prompts), "parents": {}, "merges": {}}
+    heads = {}
+    for name in (CRESTS, SMITHS):
+        folder = cache / "heads" / name.partition("/")[2]
+        out["parents"][name] = _at_home(models[name], folder, prompts, console)
+        heads[ModelRef(name)] = folder
+    for name in asked.only or RECIPES:
+        console.print(f"{name}: merging")
+        recipe = reading.parse(RECIPES[name])
+        merged = _merge(recipe, models, cache / "merges" / name.replace(" ", "-"))
+        out["merges"][name] = _compare(name, recipe, merged, heads, models, prompts, cache, console)
+        OUT.write_text(json.dumps(out, indent=1) + "\n")
+        console.print(_table(name, out["merges"][name]), soft_wrap=True)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare ways of getting Medusa heads for a merge.")
+    parser.add_argument("--cache", type=Path, default=Path("heads-and-merges"), help="folder for models and heads")
+    parser.add_argument("--prompts", type=Path, help="test questions, JSON lines as in MT-bench; default: built in")
+    parser.add_argument("--only", nargs="*", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
+    return parser.parse_args()
+
+
+def _family(folder: Path, console: Console) -> dict[str, Path]:
+    """The demo's base and parents by repo name, made where they are missing."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console.print("the family: base and two parents")
+    found = {base_model.REPO: base_model.build(folder)}
+    for skill in skills.ALL:
+        name = f"mergebot/smollm2-135m-{skill.name}"
+        found[name] = parents.train(found[base_model.REPO], skill, folder / name.partition("/")[2])
+    return found
+
+
+def _prompts(given: Path | None) -> Prompts:
+    test = suite.builtin("test") if given is None else suite.read(given)
+    learnt, _ = suite.without_leaks(suite.builtin("train"), test)
+    held_out, _ = suite.without_leaks(suite.builtin("calibration"), test)
+    return Prompts(learnt[:TRAINED_ON], held_out[:CALIBRATED_ON], suite.in_turns(test, len(test)))
+
+
+def _settings(given: Path | None, prompts: Prompts) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "test": "built-in" if given is None else given.name,
+        "prompts": {"train": len(prompts.train), "calibration": len(prompts.calibration), "test": TESTED_ON},
+        "tokens": {"train": TRAIN_TOKENS, "test": TEST_TOKENS},
+        "heads": {"kind": "shared, conditioned", "count": HEADS, "kept_vocab": KEPT},
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "load": round(os.getloadavg()[0], 2), "seed": 0,
+    }  # fmt: skip
+
+
+# -- one model ---------------------------------------------------------------------------------------------------------
+
+
+def _answers(base: Base, prompts: Prompts) -> Texts:
+    """Greedy answers for training, and for calibration and test, the latter without prompts that pad their batch."""
+    learnt = [suite.encode(base, prompt.turns[0]) for prompt in prompts.train]
+    held_out = [suite.encode(base, prompt.turns[0]) for prompt in prompts.calibration]
+    asked = [ids for prompt in prompts.test if len(ids := suite.encode(base, prompt.turns[0])) <= LONGEST_PROMPT]
+    first = data.self_distil(base, learnt, max_new_tokens=TRAIN_TOKENS)
+    second = data.self_distil(base, held_out + asked[:TESTED_ON], max_new_tokens=TEST_TOKENS)
+    data.check(base, first)
+    return Texts(first, second[:CALIBRATED_ON], second[CALIBRATED_ON:])
+
+
+def _fit(base: Base, texts: Texts, recipe: train.Recipe, initial: Heads | None = None) -> tuple[Heads, train.Training]:
+    learnt, held_out = data.gather(base, texts.train), data.gather(base, texts.calibration)
+    keep = vocabulary_cut(learnt.tokens.tolist(), KEPT, base)
+    spec = HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep) if initial is None else initial.spec
+    return train.fit(spec, base, learnt, budget_s=3600, recipe=recipe, held_out=held_out, initial=initial)
+
+
+def _at_home(model: Path, folder: Path, prompts: Prompts, console: Console) -> dict[str, Any]:
+    """Train heads on a parent and see what they are worth on that parent's own text."""
+    console.print(f"heads for {model.name}")
+    began = time.monotonic()
+    base = adapters.load(model)
+    texts = _answers(base, prompts)
+    heads, training = _fit(base, texts, FULL)
+    formats.save(heads, folder, base_model=model.name)
+    formats.write_json(folder / transfer.TRAINING_FILE, {"positions": training.positions, "steps": training.steps})
+    calibration, test = data.gather(base, texts.calibration), data.gather(base, texts.test)
+    common = transfer.common_tree(heads, calibration)
+    return _row(heads, calibration, test, common, None) | {
+        "positions": training.positions, "steps": training.steps, "fit_s": round(training.seconds, 1),
+        "all_s": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+
+
+# -- one merge ---------------------------------------------------------------------------------------------------------
+
+
+def _merge(recipe: Recipe, models: Mapping[str, Path], out: Path) -> Path:
+    from bot.merge.checkpoints.checkpoint import LocalFiles
+    from bot.merge.checkpoints.lora import open_source
+    from bot.merge.execution import stages
+    from bot.merge.planning import plan
+
+    if not out.is_dir():
+        folders = {ref: models[ref.path] for ref in recipe.repos}
+        made = plan.make(recipe, {ref: open_source(LocalFiles(folder)) for ref, folder in folders.items()})
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stages.merge(made, folders, out)
+    return out
+
+
+def _compare(
+    name: str,
+    recipe: Recipe,
+    merged: Path,
+    parents_heads: Mapping[ModelRef, Path],
+    models: Mapping[str, Path],
+    prompts: Prompts,
+    cache: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Every set of heads on the merged model's own text."""
+    began = time.monotonic()
+    folder = cache / "heads" / f"merged-{name.replace(' ', '-')}"
+    if not folder.is_dir():
+        merged_heads.merge(recipe, parents_heads, folder, models={ModelRef(repo): at for repo, at in models.items()})
+    base = adapters.load(merged)
+    console.print(f"{name}: answers and fresh heads")
+    texts = _answers(base, prompts)
+    fresh, training = _fit(base, texts, FULL)
+    short, short_training = _fit(base, texts, SHORT)
+    transferred = formats.load(folder, base)[0]
+    tuned, tuning = _fit(base, texts, SHORT, transferred)
+    sets = {"identity": identity_heads(fresh.spec, base)}
+    sets |= {f"parent:{ref.path}": formats.load(at, base)[0] for ref, at in parents_heads.items()}
+    sets |= {"merged": transferred, "merged, tuned": tuned, "fresh, as short": short, "fresh": fresh}
+    calibration, test = data.gather(base, texts.calibration), data.gather(base, texts.test)
+    cost = calibrate.cost_curve(adapters.EagerRunner(base), fresh, 100, widths=WIDTHS)
+    common = transfer.common_tree(fresh, calibration)
+    rows = {key: _row(heads, calibration, test, common, cost) for key, heads in sets.items()}
+    for row in rows.values():
+        row["retention"] = transfer.retention(row["top1"], rows["identity"]["top1"], rows["fresh"]["top1"])
+    for ref in parents_heads:
+        rows[f"parent:{ref.path}"]["hidden_cosine"] = transfer.hidden_cosine(models[ref.path], base, texts.test)
+    return {
+        "rows": rows,
+        "cost": {"clock": cost.clock, "draft_ms": cost.draft_ms, "points": cost.points},
+        "training": {
+            "positions": training.positions, "fresh_steps": training.steps, "fresh_s": training.seconds,
+            "tuned_steps": tuning.steps, "tuned_s": tuning.seconds, "short_steps": short_training.steps,
+        },
+        "distinct_4grams": [round(data.distinct_4grams(text.output), 2) for text in texts.test],
+        "test_tokens": len(test.tokens),
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+
+
+def _row(
+    heads: Heads, calibration: data.Features, test: data.Features, common: Tree, cost: calibrate.CostCurve | None
+) -> dict[str, Any]:
+    found = transfer.figures(heads, calibration, test, common)
+    row: dict[str, Any] = {
+        "top1": [round(share, 4) for share in found.top1],
+        "top5": [round(sum(shares[:5]), 4) for shares in found.accuracy.shares],
+        "common_8": found.common,
+        "own_8": found.own,
+        "hidden_cosine": None,
+    }
+    if cost is not None:
+        choice = calibrate.choose_tree(heads, calibration, cost)
+        tree = choice.tree if choice.speculate else ROOT_ONLY
+        row["best_nodes"] = tree.nodes
+        row["best_rate"] = calibrate.simulate(heads, test, choice.tree)
+        row["predicted_speed"] = row["best_rate"] / choice.overhead
+        row["tried_nodes"] = choice.tree.nodes
+    return row
+
+
+def _table(name: str, merge: Mapping[str, Any]) -> str:
+    lines = [
+        f"\n**{name}**\n",
+        "| heads | top-1, heads 1-3 | retention | tokens/step, common tree | own tree of 8 | cosine | predicted speed |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for key, row in merge["rows"].items():
+        lines.append(
+            f"| {key} | {_list(row['top1'])} | {_list(row['retention'])} | {row['common_8']:.3f} | {row['own_8']:.3f} "
+            f"| {'' if row['hidden_cosine'] is None else format(row['hidden_cosine'], '.3f')} "
+            f"| {row['predicted_speed']:.2f} ({row['tried_nodes']} nodes) |"
+        )
+    return "\n".join(lines)
+
+
+def _list(values: Sequence[float | None]) -> str:
+    return " ".join("–" if value is None else f"{value:.2f}" for value in values)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
