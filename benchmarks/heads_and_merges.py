@@ -264,7 +264,7 @@ def _row(
 def _table(name: str, merge: Mapping[str, Any]) -> str:
     lines = [
         f"\n**{name}**\n",
-        "| heads | top-1, heads 1-3 | retention | tokens/step, common tree | own tree of 8 | cosine | predicted speed |",
+        "| heads | top-1, heads 1-3 | retention | tokens/step, common tree | own tree of 8 | cosine | predicted |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for key, row in merge["rows"].items():

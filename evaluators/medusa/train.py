@@ -74,8 +74,9 @@ def fit(
 ) -> tuple[Heads, Training]:
     """Train `spec` on `features`. The same seed gives the same heads as long as the budget does not cut the plan.
 
-    The heads start untrained, or where `initial`, which has that spec, has got to. The number of steps is fixed after a few have been timed (`planned_steps` if the budget allows all), so the
-    schedule never depends on the clock again. `progress` gets (steps done, steps).
+    The heads start untrained, or where `initial`, which has that spec, has got to. The number of steps is fixed after
+    a few have been timed (`planned_steps` if the budget allows all), so the schedule never depends on the clock again.
+    `progress` gets (steps done, steps).
     """
     started = time.monotonic()
     heads = Heads(spec, base)
