@@ -366,6 +366,8 @@ def _sentence(error: Exception) -> str:
 
     if isinstance(error, MergebotError):
         where = error.where
+        if error.next_step.startswith("It is tried again"):  # by a running bot, not by a command
+            return f"{error.message} Run the same command again later. [{error.code}]"
         if where is None or not where.line:
             return f"{error} [{error.code}]"
         return f"{where.file}:{where.line}: {str(error).removeprefix(f'line {where.line}: ')} [{error.code}]"

@@ -104,9 +104,10 @@ def merge(
         _remove_stages(made, out, device)
         return None
     place = outputs.place_for(out, made, planned.opened, overwrite=overwrite)
-    here = sources.fetched(made, planned.opened, _hub(settings), settings, report)
-    from bot.merge.execution import stages
+    from bot.merge.execution import engine, stages
 
+    engine.choose_device(device)  # before anything is downloaded
+    here = sources.fetched(made, planned.opened, _hub(settings), settings, report)
     with sources.hashing_sources(here, made if hash_sources else None) as known:
         shown = named(report, "Merging")
         folders = {ref: each.folder for ref, each in here.items()}
@@ -164,8 +165,8 @@ def model_folder(model: str, settings: Settings, report: Show) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return sources.whole_folder(folder).resolve()
+    pinned = sources.operators_repo(model, None, _hub(settings))
     hub = _hub(settings)()
-    pinned = hub.resolve(model)
     into = settings.source_folder(pinned.repo, pinned.revision)
     hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))
     return into

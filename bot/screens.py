@@ -60,7 +60,10 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
         ("tensors", f"{summary['tensors']:,}"),
         ("parameters", f"{summary['parameters']:,}"),
         ("reads", in_units(summary["bytes_in"])),
-        ("writes", f"{in_units(summary['bytes_out'])} in {len(summary['shards'])} file(s)"),
+        (
+            "writes",
+            f"{in_units(summary['bytes_out'])} in {len(summary['shards'])} file{'s' * (len(summary['shards']) > 1)}",
+        ),
         ("memory at most", in_units(summary["peak_memory_bytes"])),
         ("dtypes", ", ".join(f"{dtype} {in_units(size)}" for dtype, size in summary["dtypes"].items())),
         ("values", _values(summary["values"])),

@@ -75,7 +75,8 @@ def opened(
         folder = None if limits.strict else local_folder(ref)
         pins[ref] = ref
         if folder is None:
-            repo = hub().resolve(ref.path, ref.revision) if limits.strict else _operators_repo(ref, hub)
+            name = (ref.path, ref.revision)
+            repo = hub().resolve(*name) if limits.strict else operators_repo(*name, hub)
             accept(repo)
             pins[ref] = replace(ref, revision=repo.revision)
             repos[pins[ref]] = repo
@@ -95,19 +96,23 @@ def opened(
     return Opened(asked.pinned(pins), sources, repos, dropped, folders)
 
 
-def _operators_repo(ref: ModelRef, hub: Callable[[], Hub]) -> PinnedRepo:
+def operators_repo(path: str, revision: str | None, hub: Callable[[], Hub]) -> PinnedRepo:
     """A name that is no folder here: a repo, unless it cannot be one. Nothing asks again later by itself."""
-    if not is_repo_id(ref.path):
+    if Path(path).is_file():
         raise Refused(
-            "SOURCE_NOT_FOUND", f"there is no model folder {ref.path}.",
-            "Check the path, or write owner/name for a repo on the Hub.", value=ref.path,
+            "SOURCE_NOT_FOUND", f"{path} is a file.", "Name the folder of the model.", value=path
+        )  # fmt: skip
+    if not is_repo_id(path):
+        raise Refused(
+            "SOURCE_NOT_FOUND", f"there is no model folder {path}.",
+            "Check the path, or write owner/name for a repo on the Hub.", value=path,
         )  # fmt: skip
     try:
-        return hub().resolve(ref.path, ref.revision)
+        return hub().resolve(path, revision)
     except Transient as error:
         raise Failed(
-            error.code, f"there is no folder {ref.path} here, and the Hub cannot be asked for a repo of that name.",
-            "Check the path and the folder you are in, or the connection to the Hub.", value=ref.path,
+            error.code, f"there is no folder {path} here, and the Hub cannot be asked for a repo of that name.",
+            "Check the path and the folder you are in, or the connection to the Hub.", value=path,
         ) from error  # fmt: skip
 
 

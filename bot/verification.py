@@ -146,7 +146,7 @@ def _subject(model: str, hub: Callable[[], Hub]) -> _Subject:
 
         return _Subject(model, local, of_file, on_hub=False)
     name, _, revision = model.partition("@")
-    pinned = hub().resolve(name, revision or None)
+    pinned = sources.operators_repo(name, revision or None, hub)
     remote = hub().files(pinned.repo, pinned.revision)
     named_by_commit = remote.sha256s()
 

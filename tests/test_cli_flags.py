@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bot import flags
+from bot import cli, flags
 from bot.cli import app
-from bot.errors import MergebotError, Refused
+from bot.errors import MergebotError, Refused, Transient
 from bot.flags import bytes_of
 from bot.settings import LIVE_HUB, Settings
 from tests.merge.tiny_checkpoints import llama_tensors, load, save
@@ -141,6 +141,13 @@ def test_without_a_gpu_the_advice_fits_the_verb(folder: Path) -> None:
     with pytest.raises(Refused) as caught:
         run("classic", "out", "--merge", "a", "--merge", "b", "--method", "slerp", "--weight", "0.5", "--cuda")
     assert caught.value.code == "DEVICE_UNAVAILABLE" and "leave out --cuda" in caught.value.next_step
+
+
+def test_nobody_is_told_that_a_command_repeats_itself() -> None:
+    away = Transient("HUB_UNAVAILABLE", "The Hub answered 502 about a/b.", "It is tried again later by itself.")
+    assert cli._sentence(away) == (
+        "The Hub answered 502 about a/b. Run the same command again later. [HUB_UNAVAILABLE]"
+    )
 
 
 def test_an_error_is_one_line_and_nothing_else(folder: Path) -> None:

@@ -200,6 +200,28 @@ def test_parts_of_a_model_are_never_taken_for_the_model(hub: RunningHub, tmp_pat
         assert caught.value.code == "SOURCE_NOT_FOUND" and "parts" in caught.value.message
 
 
+def test_a_device_that_is_none_is_told_before_anything_is_downloaded(hub: RunningHub, tmp_path: Path) -> None:
+    settings = settings_of(hub, tmp_path)
+    with pytest.raises(Refused) as caught:
+        operator.merge(recipe.parse(THROUGH_ADAPTER), tmp_path / "out", settings, quiet, device="gpu")
+    assert caught.value.code == "DEVICE_UNAVAILABLE"
+    assert not (settings.home / "cache" / "parts").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "a/file.txt", "https://huggingface.co/a/b"])
+def test_what_is_neither_folder_nor_repo_is_named_by_every_verb_that_takes_a_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file.txt").write_text("")
+    settings = Settings(home=tmp_path / "home", hub="http://127.0.0.1:9")
+    for deed in (operator.verify, operator.model_folder):
+        with pytest.raises(Refused) as caught:
+            deed(name, settings, quiet)
+        assert caught.value.code == "SOURCE_NOT_FOUND" and name in caught.value.message
+
+
 def test_a_folder_that_is_not_there_is_named_and_no_hub_is_asked(tmp_path: Path) -> None:
     asked = recipe.parse(f"merge_method: linear\nmodels: [{{model: {tmp_path}/gone, parameters: {{weight: 1}}}}]")
 

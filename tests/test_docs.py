@@ -1,0 +1,62 @@
+"""The documents tell the truth: every command in docs/merging.md runs as it stands, every path in them is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bot.cli import app
+from tests.merge.tiny_checkpoints import llama_tensors, save
+
+REPO = Path(__file__).resolve().parent.parent
+MERGING = (REPO / "docs" / "merging.md").read_text()
+README = (REPO / "README.md").read_text()
+RECIPE = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+CONFIG = "layer_slices:\n- {model: a, start: 0, end: 2}\n- {model: b, start: 1, end: 2}\n"
+
+
+def commands(text: str) -> list[str]:
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("mergebot ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What the examples name, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    for seed, name in enumerate(("base", "a", "b")):
+        save(tmp_path / name, llama_tensors(seed, layers=3))
+    (tmp_path / "RECIPE").write_text(RECIPE)
+    (tmp_path / "CONFIG").write_text(CONFIG)
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_every_command_of_the_merging_page_runs(folder: Path) -> None:
+    found = commands(MERGING)
+    assert len(found) > 6
+    for number, line in enumerate(found):
+        words = shlex.split(line, comments=True)[1:]
+        out = folder / "OUT"
+        if out.exists() and "--overwrite" not in words and "verify" not in words:
+            out.rename(folder / f"OUT{number}")
+        done = CliRunner().invoke(app, ["--home", "home", *words], catch_exceptions=False)
+        assert done.exit_code == 0, f"{line}: {done.output}"
+
+
+def test_every_verb_and_path_the_documents_name_is_there() -> None:
+    for line in commands(README):
+        for part in line.partition("#")[0].split(";"):
+            verb = part.split()[1]
+            assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0, line
+    paths = re.findall(r"(?:bot|tests|docs|space|evaluators|benchmarks)/[\w./-]*[\w/]", README + MERGING)
+    assert len(paths) > 10
+    assert [path for path in paths if not any(REPO.glob(f"{path.rstrip('/')}*"))] == []
