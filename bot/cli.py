@@ -41,7 +41,9 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read *.bin an
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUT once this one is whole.")]
 ShardSize = Annotated[str, typer.Option(help="Size of an output file at most, as 5GB or 500MB.", metavar="SIZE")]
-Threads = Annotated[int, typer.Option(help="Tensors worked on at a time; memory grows with them.", min=1, max=256)]
+Threads = Annotated[
+    int, typer.Option(help="Tensors worked on at a time; memory grows with them.", min=1, max=256, metavar="N")
+]
 Out = Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")]
 
 

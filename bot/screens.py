@@ -26,6 +26,11 @@ console = Console()
 _INPUT = ("model", "tensor", "dtype", "base", "adapter")  # what `Plan.values_of` says of an input beside its parameters
 
 
+def _say(sentence: str) -> None:
+    """A line a sentence, however long: a terminal wraps it itself, and a log should not."""
+    console.print(sentence, soft_wrap=True)
+
+
 @contextmanager
 def progress(*, hidden: bool = False) -> Iterator[Show]:
     """A bar a task: call the result with (what, done, total) as often as you like. `hidden` where JSON is printed."""
@@ -67,7 +72,7 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
         ("memory at most", in_units(summary["peak_memory_bytes"])),
         ("dtypes", ", ".join(f"{dtype} {in_units(size)}" for dtype, size in summary["dtypes"].items())),
         ("values", _values(summary["values"])),
-        ("before that", "\n".join(_stage(each) for each in summary.get("stages", ()))),
+        ("stages", "\n".join(_stage(each) for each in summary.get("stages", ()))),
         ("recipe digest", str(summary["recipe_digest"])[:16]),
     )
     for name, value in rows:
@@ -75,7 +80,7 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
             table.add_row(name, escape(value))
     console.print(table)
     for notice in summary["notices"]:
-        console.print(f"[yellow]note[/yellow] {escape(notice['text'])}")
+        _say(f"[yellow]note[/yellow] {escape(notice['text'])}")
 
 
 def _stage(told: Mapping[str, Any]) -> str:
@@ -116,7 +121,7 @@ def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
         stage = f"{each['stage']}: " if "stage" in each else ""
         shared = ", ".join(f"{name} {_value(value)}" for name, value in each["parameters"].items())
         title = f"{stage}{each['tensor']}  {each['shape']} {each['dtype']}: {each['does']}"
-        console.print(escape(title + f" ({shared})" * bool(shared)))
+        _say(escape(title + f" ({shared})" * bool(shared)))
         console.print(_inputs(each))
 
 
@@ -135,11 +140,11 @@ def _inputs(values: Mapping[str, Any]) -> Table:
 def merged(result: Any, out: Path) -> None:
     """`result` is None where `out` holds the merge already."""
     if result is None:
-        console.print(f"[green]Already done[/green]: {escape(str(out))} holds this merge; nothing was changed.")
+        _say(f"[green]Already done[/green]: {escape(str(out))} holds this merge; nothing was changed.")
         return
-    console.print(f"[green]Merged[/green] {in_units(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
+    _say(f"[green]Merged[/green] {in_units(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
     for notice in result.notices:
-        console.print(f"[yellow]note[/yellow] {escape(notice.text)}")
+        _say(f"[yellow]note[/yellow] {escape(notice.text)}")
 
 
 def verdict(found: Verdict, *, as_json: bool) -> None:
@@ -148,13 +153,13 @@ def verdict(found: Verdict, *, as_json: bool) -> None:
         console.print_json(json.dumps(found.as_dict()))
         return
     if not found.differences:
-        console.print(f"[green]{escape(found.sentence)}[/green]")
+        _say(f"[green]{escape(found.sentence)}[/green]")
     for each in found.differences[:20]:
-        console.print(f"[red]{each.what}[/red] {escape(each.sentence)}")
+        _say(f"[red]{each.what}[/red] {escape(each.sentence)}")
     if len(found.differences) > 20:
-        console.print(f"... and {len(found.differences) - 20:,} more; `--json` names them all.")
+        _say(f"... and {len(found.differences) - 20:,} more; `--json` names them all.")
     for remark in found.remarks:
-        console.print(f"[yellow]note[/yellow] {escape(remark)}")
+        _say(f"[yellow]note[/yellow] {escape(remark)}")
 
 
 def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) -> None:
@@ -179,8 +184,8 @@ def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) 
 
 
 def speed(report: Mapping[str, Any], out: Path) -> None:
-    console.print(escape(str(report["sentence"])))
-    console.print(f"The whole report is in {escape(str(out / 'decode_speed.json'))}.")
+    _say(escape(str(report["sentence"])))
+    _say(f"The whole report is in {escape(str(out / 'decode_speed.json'))}.")
 
 
 def jobs(found: Iterable[Job]) -> None:
@@ -200,7 +205,7 @@ def jobs(found: Iterable[Job]) -> None:
         row = (each.id, each.request.name, each.request.requester, stage(each, now).value, done, result)
         table.add_row(*(escape(cell) for cell in row))
     if not table.row_count:
-        console.print("No jobs yet. Ask for a merge with `mergebot submit RECIPE --name NAME`.")
+        _say("No jobs yet. Ask for a merge with `mergebot submit RECIPE --name NAME`.")
         return
     console.print(table)
 
@@ -208,7 +213,7 @@ def jobs(found: Iterable[Job]) -> None:
 def job(found: Job) -> None:
     jobs([found])
     for failure in found.failures:
-        console.print(
+        _say(
             f"[red]{failure.stage.value} failed[/red] {escape(failure.sentence)} "
             f"{escape(failure.next_step)} ({failure.code})"
         )

@@ -120,6 +120,15 @@ def test_the_factors_of_an_adapter_stand_among_the_inputs(folder: Path) -> None:
     assert "+ lora (scale 2)" in shown and "lora_A" in shown and "lora_B" in shown
 
 
+def test_a_sentence_is_one_line_however_long_the_path(folder: Path) -> None:
+    deep = "/".join(["a-folder-with-a-rather-long-name"] * 4)
+    text = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1, int8_mask: true}\n"
+    Path("recipe.yml").write_text(text)
+    lines = run("merge", "recipe.yml", deep, "--device", "cpu").output.splitlines()
+    assert any(line.startswith("Merged") and f"into {deep} in" in line for line in lines)
+    assert run("merge", "recipe.yml", deep).output == f"Already done: {deep} holds this merge; nothing was changed.\n"
+
+
 def merged(text: str, *flags: str) -> None:
     Path("recipe.yml").write_text(text)
     assert run("merge", "recipe.yml", "out", "--device", "cpu", *flags).exit_code == 0

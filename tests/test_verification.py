@@ -134,6 +134,18 @@ def test_swapped_tensors_are_found_though_the_provenance_was_adapted(merged: tup
     assert {each.name for each in found.differences if each.what != "tensor"} <= {"model.safetensors"}
 
 
+def test_a_shard_that_cannot_be_read_is_named_once_and_not_by_each_of_its_tensors(
+    merged: tuple[Settings, Path],
+) -> None:
+    with writable(merged[1] / "model.safetensors").open("ab") as shard:
+        shard.write(b"x")
+    found = verdict(merged)
+    assert {(each.what, each.name) for each in found.differences} == {("file", "model.safetensors")}
+    (merged[1] / "model.safetensors").unlink()
+    found = verdict(merged)
+    assert [each.sentence for each in found.differences] == ["model.safetensors is missing."]
+
+
 @pytest.mark.parametrize("name", ["config.json", "mergekit_config.yml"])
 def test_an_edited_text_is_found(merged: tuple[Settings, Path], name: str) -> None:
     file = writable(merged[1] / name)

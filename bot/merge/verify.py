@@ -227,7 +227,7 @@ class Comparing:
 
     def __init__(self, made: Plan, theirs: Files) -> None:
         self._made, self._theirs = made, theirs
-        self._stored, self._layout = _headers(theirs, made)
+        self._stored, self._layout, self._unread = _headers(theirs, made)
         self._lock = threading.Lock()
         self._found: dict[int, tuple[int, int]] = {}  # step -> elements, ulps
 
@@ -250,6 +250,8 @@ class Comparing:
         """What was found, in the order of the plan, once every step has been written."""
         out = list(self._layout)
         for step in self._made.steps:
+            if step.name not in self._stored and self._made.shards[step.shard].file in self._unread:
+                continue  # the file is named already
             found = _misfit(step, self._stored.get(step.name))
             if found is None and step.index in self._found:
                 found = _differing(step, *self._found[step.index])
@@ -267,12 +269,13 @@ def against_copies(made: Plan, sources: Mapping[ModelRef, Files], sha256: Hashes
     ]
 
 
-def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Difference]]:
-    """The tensors that lie in the planned shards, by name, and the shards that do not begin as planned."""
-    sizes, out, found = files.sizes(), dict[str, TensorInfo](), list[Difference]()
+def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Difference], set[str]]:
+    """The tensors that lie in the planned shards, by name; what is wrong with shards; those that cannot be read."""
+    sizes, out, found, unread = files.sizes(), dict[str, TensorInfo](), list[Difference](), set[str]()
     for shard in made.shards:
         if shard.file not in sizes:
             found.append(_missing(shard.file))
+            unread.add(shard.file)
             continue
         start = files.read(shard.file, 0, len(shard.header))
         if sizes[shard.file] != shard.nbytes or start != shard.header:
@@ -281,7 +284,8 @@ def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Diff
             out.update(read_header(files, shard.file, sizes[shard.file], str(files), OPERATOR)[0])
         except Refused as error:
             found.append(Difference("file", shard.file, error.message))
-    return out, found
+            unread.add(shard.file)
+    return out, found, unread
 
 
 def _other_copy(copied: Copied) -> Difference:
