@@ -55,7 +55,7 @@ def test_a_whole_output_without_its_last_rename_is_made_anew_and_nothing_of_anot
     (models / "a" / "generation_config.json").write_text("{}")
     merge(LINEAR % 1, models, models / "first", shard_limit_bytes=3000)
     (models / "a" / "generation_config.json").unlink()
-    (models / "first").rename(models / "out.partial")  # as it lies after the journal is dropped, read-only
+    (models / "first").rename(models / "out.partial")  # as it lies after the journal is dropped
     merge(LINEAR % 2, models, models / "out")
     merge(LINEAR % 2, models, models / "whole")
     assert hashes(models / "out") == hashes(models / "whole")
