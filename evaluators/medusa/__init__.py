@@ -5,5 +5,7 @@ arXiv 2401.10774. Knows directories, never jobs; no network, no subprocess, no e
 """
 
 from evaluators.medusa.evaluation import measure
+from evaluators.medusa.report import sentence
+from evaluators.medusa.transfer import Given
 
-__all__ = ["measure"]
+__all__ = ["Given", "measure", "sentence"]

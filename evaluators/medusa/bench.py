@@ -2,7 +2,7 @@
 
 Each question is run plain, candidates, candidates backwards, plain (ABBA; every other question starts with the
 candidates), so that drift cancels. Both loops share code, cache, dtype and kernels. Only decoding is compared; the
-prefill is timed apart.
+prefill is timed apart. A second turn continues the plain answer to the first one, whoever is asked.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig
 
 from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.data import Dialogue
 from evaluators.medusa.decode import Clock, Drafter, Limits, Trace, medusa, plain
 from evaluators.medusa.report import sentence as sentence
 from evaluators.medusa.suite import Prompt
@@ -29,14 +29,18 @@ IDENTITY_LIMIT = 0.02
 IDENTITY_FLOOR_S = 0.1
 AA_WIDTH = 0.10
 AA_SLACK = 0.02
+NOISE_TOKENS = 8
 ClockName = Literal["wall", "cpu"]
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """One turn of a prompt, as token ids. `answers` are the plain answers to the turns before."""
+
     prompt: Prompt
     ids: tuple[int, ...]
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """All runs of one question: plain twice, each candidate twice."""
+    """All runs of one question: plain twice, each candidate twice, as often as it is repeated."""
 
     question: Question
-    plain: tuple[Trace, Trace]
-    runs: dict[str, tuple[Trace, Trace]]
+    plain: tuple[Trace, ...]
+    runs: dict[str, tuple[Trace, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,49 +85,75 @@ def run_blocks(
     questions: Sequence[Question],
     limits: Limits,
     *,
+    runner: EagerRunner | None = None,
+    repeats: int = 1,
+    next_turn: Callable[[Question, Sequence[int]], Question | None] = lambda question, answer: None,
     deadline: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Block]:
     """Run the questions in order until all are done or the next would not fit before `deadline` (time.monotonic).
 
-    At least one block is always run. The first question is run once beforehand to warm up every width.
+    At least one block is always run. The first question is run once beforehand to warm up every width. `next_turn`
+    makes the question that follows an answer, if there is one; each is run `repeats` times.
     """
-    runner = EagerRunner(base)
+    runner = runner or EagerRunner(base)
     if questions:
-        _block(runner, candidates, questions[0], Limits(min(6, limits.max_new_tokens), limits.stop_ids), False)
+        _round(runner, candidates, questions[0], Limits(min(6, limits.max_new_tokens), limits.stop_ids), False)
     blocks: list[Block] = []
     longest_s = 0.0
     for number, question in enumerate(questions):
-        if deadline is not None and blocks and time.monotonic() + longest_s > deadline:
-            break
-        started = time.monotonic()
-        blocks.append(_block(runner, candidates, question, limits, number % 2 == 1))
-        longest_s = max(longest_s, time.monotonic() - started)
+        asked: Question | None = question
+        while asked is not None:
+            if deadline is not None and blocks and time.monotonic() + longest_s > deadline:
+                return blocks
+            started = time.monotonic()
+            rounds = [_round(runner, candidates, asked, limits, (number + n) % 2 == 1) for n in range(repeats)]
+            blocks.append(_joined(asked, rounds))
+            longest_s = max(longest_s, time.monotonic() - started)
+            asked = next_turn(asked, blocks[-1].plain[0].tokens)
         if progress is not None:
             progress(number + 1, len(questions))
     return blocks
 
 
-def _block(
+_Round = tuple[tuple[Trace, Trace], dict[str, tuple[Trace, Trace]]]
+
+
+def _round(
     runner: EagerRunner, candidates: Sequence[Candidate], question: Question, limits: Limits, inside_out: bool
-) -> Block:
+) -> _Round:
     ids = question.ids
 
-    def plainly() -> Trace:
-        return plain(runner, ids, limits)
+    def plainly(keep_hidden: bool = False) -> Trace:
+        return plain(runner, ids, limits, keep_hidden=keep_hidden)
 
     def all_candidates(order: Sequence[Candidate]) -> dict[str, Trace]:
         return {c.id: medusa(runner, c.drafter, c.tree, ids, limits) for c in order}
 
     if inside_out:
         first = all_candidates(candidates)
-        both = (plainly(), plainly())
+        both = (plainly(True), plainly())
         second = all_candidates(candidates[::-1])
     else:
-        before = plainly()
+        before = plainly(True)
         first, second = all_candidates(candidates), all_candidates(candidates[::-1])
         both = (before, plainly())
-    return Block(question, both, {c.id: (first[c.id], second[c.id]) for c in candidates})
+    return both, {c.id: (first[c.id], second[c.id]) for c in candidates}
+
+
+def _joined(question: Question, rounds: Sequence[_Round]) -> Block:
+    names = rounds[0][1]
+    runs = {name: tuple(trace for _, each in rounds for trace in each[name]) for name in names}
+    return Block(question, tuple(trace for both, _ in rounds for trace in both), runs)
+
+
+def spoken(base: Base, blocks: Sequence[Block]) -> list[Dialogue]:
+    """The plain answers with the states that predicted them: text on which any heads can be judged without the base."""
+    return [
+        Dialogue(block.question.ids, tuple(block.plain[0].tokens), torch.stack(block.plain[0].hidden).to(base.device))
+        for block in blocks
+        if block.plain[0].hidden
+    ]
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -140,12 +170,14 @@ def decoded(traces: Sequence[Trace]) -> int:
 
 def speedup(blocks: Sequence[Block], candidate: str, clock: ClockName, seed: int = 0) -> Ratio | None:
     """Ratio of summed decode tokens/s, candidate to plain; None if nothing was decoded."""
-    return _ratio([block.runs[candidate] for block in blocks], [block.plain for block in blocks], clock, seed)
+    names = [block.question.prompt.id for block in blocks]
+    return _ratio(names, [b.runs[candidate] for b in blocks], [block.plain for block in blocks], clock, seed)
 
 
 def a_a(blocks: Sequence[Block], clock: ClockName, seed: int = 0) -> Ratio | None:
     """The first plain run of each block against the second: what the machine does to equal work."""
-    return _ratio([block.plain[:1] for block in blocks], [block.plain[1:] for block in blocks], clock, seed)
+    names = [block.question.prompt.id for block in blocks]
+    return _ratio(names, [block.plain[::2] for block in blocks], [block.plain[1::2] for block in blocks], clock, seed)
 
 
 def a_a_ok(ratio: Ratio | None) -> bool:
@@ -157,13 +189,18 @@ def a_a_ok(ratio: Ratio | None) -> bool:
 
 
 def _ratio(
-    above: Sequence[Sequence[Trace]], below: Sequence[Sequence[Trace]], clock: ClockName, seed: int
+    names: Sequence[str],
+    above: Sequence[Sequence[Trace]],
+    below: Sequence[Sequence[Trace]],
+    clock: ClockName,
+    seed: int,
 ) -> Ratio | None:
+    """The turns of a prompt belong together: the interval is over prompts, by `names`."""
     rows = [
         (decoded(a), sum(seconds(t.decode, clock) for t in a), decoded(b), sum(seconds(t.decode, clock) for t in b))
         for a, b in zip(above, below, strict=True)
     ]
-    table = np.array([row for row in rows if min(row) > 0], dtype=np.float64)
+    table = _by_name([(name, row) for name, row in zip(names, rows, strict=True) if min(row) > 0])
     if not len(table):
         return None
     total = table.sum(axis=0)
@@ -176,8 +213,8 @@ def _ratio(
 
 def rate(blocks: Sequence[Block], candidate: str, seed: int = 0) -> Ratio | None:
     """Tokens per step with its interval over questions."""
-    traces = [block.runs[candidate][0] for block in blocks]
-    table = np.array([(decoded([t]), t.steps) for t in traces if t.steps], dtype=np.float64)
+    runs = [(block.question.prompt.id, block.runs[candidate][0]) for block in blocks]
+    table = _by_name([(name, (decoded([trace]), trace.steps)) for name, trace in runs if trace.steps])
     if not len(table):
         return None
     value = float(table[:, 0].sum() / table[:, 1].sum())
@@ -185,6 +222,14 @@ def rate(blocks: Sequence[Block], candidate: str, seed: int = 0) -> Ratio | None
         return Ratio(value, None)
     sums = _resampled(table, seed)
     return Ratio(value, _interval(sums[:, 0] / sums[:, 1]))
+
+
+def _by_name(rows: Sequence[tuple[str, tuple[float, ...]]]) -> NDArray[np.float64]:
+    """Rows of one name summed, in order of first appearance."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, row in rows:
+        found[name] = found.get(name, np.zeros(len(row))) + np.array(row, dtype=np.float64)
+    return np.array(list(found.values()), dtype=np.float64)
 
 
 def _resampled(table: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
@@ -205,6 +250,11 @@ def verdict(ratio: Ratio | None, machine_ok: bool) -> str:
         return "inconclusive"
     low, high = ratio.interval
     return "faster" if low > 1 else "slower" if high < 1 else "same"
+
+
+def end_to_end_s(trace: Trace, clock: ClockName = "wall") -> float:
+    """Seconds of a whole generation, reading the prompt included."""
+    return seconds(trace.prefill, clock) + seconds(trace.decode, clock)
 
 
 def step_s(traces: Sequence[Trace]) -> float | None:
@@ -237,7 +287,7 @@ def clocks_disagree(blocks: Sequence[Block], candidate: str) -> bool:
     return error is not None and error >= IDENTITY_LIMIT and outside_s > IDENTITY_FLOOR_S
 
 
-def divergences(base: Base, blocks: Sequence[Block], candidate: str, tie_gap: float = TIE_GAP) -> list[Divergence]:
+def divergences(base: Base, blocks: Sequence[Block], candidate: str, tie_gap: float | None = None) -> list[Divergence]:
     """First differences between candidate and plain, each judged by how near plain's choice was to a tie."""
     found = []
     for block in blocks:
@@ -247,9 +297,25 @@ def divergences(base: Base, blocks: Sequence[Block], candidate: str, tie_gap: fl
                 index = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
                 at = min(len(got), len(want)) if index is None else index
                 gap = _gap(base, [*block.question.ids, *want[:at]])
-                found.append(Divergence(block.question.prompt.id, at, gap, gap < tie_gap))
+                limit = near_tie(base, block.question.ids) if tie_gap is None else tie_gap
+                found.append(Divergence(block.question.prompt.id, at, gap, gap < limit))
                 break
     return found
+
+
+@torch.no_grad()
+def near_tie(base: Base, ids: Sequence[int]) -> float:
+    """The gap between the two best logits below which a difference is rounding.
+
+    In float32 a constant; in 16 bit what it makes here to read some tokens together instead of one by one.
+    """
+    if base.dtype == torch.float32:
+        return TIE_GAP
+    some = torch.tensor([list(ids[-NOISE_TOKENS:])], device=base.device)
+    together = base.run(some, use_cache=False)[1][0].float()
+    cache = base.new_cache()
+    singly = [base.run(some[:, [at]], past_key_values=cache, use_cache=True)[1][0, -1] for at in range(some.shape[1])]
+    return max(TIE_GAP, float((together - torch.stack(singly).float()).abs().max()))
 
 
 @torch.no_grad()
@@ -257,22 +323,3 @@ def _gap(base: Base, ids: Sequence[int]) -> float:
     _, logits = base.run(torch.tensor([list(ids)], device=base.device), last_only=True, use_cache=False)
     best = logits[0, -1].float().topk(2).values
     return float(best[0] - best[1])
-
-
-@torch.no_grad()
-def native(base: Base, question: Question, limits: Limits) -> tuple[list[int], float]:
-    """transformers' own greedy `generate`: (tokens, wall seconds end to end). Catches a plain loop made slow."""
-    ids = torch.tensor([list(question.ids)], device=base.device)
-    stops = sorted(base.stop_ids & limits.stop_ids)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=limits.max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=stops[0] if stops else 0,
-    )
-    started = time.perf_counter()
-    out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    if base.device.type == "cuda":
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - started
-    return out[0, len(question.ids) :].tolist(), elapsed

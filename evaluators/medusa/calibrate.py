@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -166,10 +166,7 @@ def cost_curve(
         tree = ROOT_ONLY if width == 1 else _of_width(width)
         tokens = torch.zeros(tree.nodes, dtype=torch.long, device=base.device)
         timings.append((width, _least(partial(_undone, runner, tokens, tree), repeats, base.device)))
-    draft = Clock()
-    if heads is not None:
-        drafter, tree = HeadDrafter(heads), chain(heads.spec.heads)
-        draft = _least(partial(drafter.propose, h, 0, (), tree), repeats, base.device)
+    draft = Clock() if heads is None else _draft(heads, h, repeats)
     wall, cpu = (sum(getattr(clock, name) for _, clock in timings) for name in ("wall_s", "cpu_s"))
     shared = base.device.type == "cpu" and cpu < 0.85 * wall * torch.get_num_threads()
     clock: ClockName = "cpu" if shared else "wall"
@@ -177,6 +174,18 @@ def cost_curve(
     points = sorted((width, 1000 * (spent.cpu_s if shared else spent.wall_s)) for width, spent in timings)
     draft_ms = 1000 * (draft.cpu_s if shared else draft.wall_s)
     return CostCurve(context, clock, tuple(points), draft_ms, plain_wall_s)
+
+
+@torch.inference_mode()
+def with_draft_of(cost: CostCurve, heads: Heads, repeats: int = 3) -> CostCurve:
+    """The same curve for other heads on the same model: only drafting costs something else."""
+    spent = _draft(heads, torch.zeros(heads.base.hidden, device=heads.base.device, dtype=heads.base.dtype), repeats)
+    return replace(cost, draft_ms=1000 * (spent.cpu_s if cost.clock == "cpu" else spent.wall_s))
+
+
+def _draft(heads: Heads, h: Tensor, repeats: int) -> Clock:
+    drafter, tree = HeadDrafter(heads), chain(heads.spec.heads)
+    return _least(partial(drafter.propose, h, 0, (), tree), repeats, heads.base.device)
 
 
 def _of_width(nodes: int) -> Tree:

@@ -1,7 +1,8 @@
 """The whole speed check of one checkpoint, inside one time budget: distil, train, calibrate, time, write.
 
 out/decode_speed.json            the report
-out/heads/                       the trained heads (formats.py)
+out/heads/                       the heads made for the model (formats)
+out/merged_tuned/                given merged heads after a short fine-tune, where there are any
 """
 
 from __future__ import annotations
@@ -10,68 +11,56 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evaluators.medusa import adapters, bench, calibrate, data, decode, formats, report, rows, suite, train
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.drafters import HeadDrafter, PromptLookup
-from evaluators.medusa.heads import Heads, HeadSpec, vocabulary_cut
-from evaluators.medusa.tree import chain
-
-Progress = Callable[[str, int, int], None]
+from evaluators.medusa import (
+    adapters,
+    bench,
+    calibrate,
+    data,
+    decode,
+    formats,
+    head_rows,
+    report,
+    rows,
+    suite,
+    timing,
+    train,
+    transfer,
+)
+from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.measurement import Asked, Progress, Run
+from evaluators.medusa.rows import Scored
+from evaluators.medusa.transfer import Given, HeadSet
 
 # Shares of the budget left after loading at which a stage must have ended; the timing gets what is left.
 GENERATED_BY = 0.44
 FITTED_BY = 0.55
 CALIBRATED_BY = 0.6
-FINISHED_BY = 0.97
+REFUSED_BY = 0.5
 HEADS = 3
 LONG_BUDGET_S = 180
 DRAFT_VOCABULARY = {"quick": 4096, "long": 8192}
+TUNING_SHARE = 0.3
 ANSWER_TOKENS = 96
 BATCH = 48
 HELD_OUT = 8
-TEST_SLACK_TOKENS = 24
-LEAST_TIMED_TOKENS = 12
-LEAST_QUESTIONS = 4
 LEAST_POSITIONS = 64
-LOOKUP_TOKENS = 4
-
-
-@dataclass(slots=True)
-class _Run:
-    """One measurement on its way."""
-
-    folder: Path
-    budget_s: float
-    seed: int
-    progress: Progress
-    started: float = field(default_factory=time.monotonic)
-    report: dict[str, Any] = field(default_factory=lambda: report.blank("quick"))
-
-    def until(self, share: float) -> float:
-        """The monotonic time at which `share` of what loading left of the budget is gone."""
-        loaded = self.started + self.report["seconds"].get("load", 0.0)
-        return float(loaded + share * (self.started + self.budget_s - loaded))
-
-    def stage(self, name: str, began: float) -> float:
-        """Note the seconds since `began` as those of stage `name`; returns now."""
-        now = time.monotonic()
-        self.report["seconds"][name] = round(now - began, 2)
-        return now
+COMPARED_TEXTS = 4
+TUNING = train.Recipe(1e-3, 128, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """The model's own answers by split; test answers only serve to simulate."""
+    """The model's own answers by split."""
 
     train: list[data.Dialogue]
     calibration: list[data.Dialogue]
-    test: list[data.Dialogue]
 
 
 def measure(
@@ -82,24 +71,30 @@ def measure(
     budget_s: float = 60,
     questions: int = 8,
     max_new_tokens: int = 48,
+    turns: int = 1,
+    repeats: int = 1,
     seed: int = 0,
     device: str = "cpu",
+    given: Sequence[Given] = (),
+    runner: Callable[[Base], EagerRunner] = EagerRunner,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train heads for the checkpoint in `model`, time decoding with them, write the report and heads under `out`.
+    """Get heads for the checkpoint in `model`, time decoding with them, write the report and heads under `out`.
 
-    `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are
-    dropped. `budget_s` bounds everything from loading to writing; fewer questions or tokens are timed if it is short,
-    never less than one question. `progress` gets (stage, done, total). Returns the report. Raises EvaluationError
-    for a checkpoint that cannot be loaded or whose logits are not finite; a model that cannot take trees gives a
-    report with `refusal`.
+    `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are dropped.
+    `given` heads are compared with those trained here; with some of origin "fresh" among them none are trained.
+    `budget_s` bounds everything from loading to writing; fewer questions or tokens are timed if it is short, never less
+    than one question. `progress` gets (stage, done, total). Returns the report. Raises EvaluationError for a checkpoint
+    that cannot be loaded or whose logits are not finite, and for fresh heads that do not fit; a model that cannot take
+    trees gives a report with `refusal`.
     """
-    run = _Run(model, budget_s, seed, progress or (lambda stage, done, total: None))
+    asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, runner)
+    run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
+    run.report["mode"] = "full" if turns > 1 else "quick"
     run.progress("load", 0, 1)
-    asked = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), max(1, questions))
+    test = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), asked.questions)
     with _steadiest_threads(device):
-        base = adapters.load(model, device)
-        _examine(run, base, asked, prompts, max_new_tokens, out)
+        _examine(run, adapters.load(model, device), test, prompts)
     run.report["environment"]["load_after"] = report.load()
     run.report["seconds"]["total"] = round(time.monotonic() - run.started, 2)
     out.mkdir(parents=True, exist_ok=True)
@@ -107,73 +102,85 @@ def measure(
     return run.report
 
 
-def _examine(
-    run: _Run, base: Base, asked: Sequence[suite.Prompt], given: Path | None, max_new_tokens: int, out: Path
-) -> None:
+def _examine(run: Run, base: Base, asked: Sequence[suite.Prompt], prompts: Path | None) -> None:
     able = adapters.capability(base)
     run.report["model"] = report.describe_model(base, run.folder)
     run.report["environment"] = report.describe_environment(base, able.kernel, run.seed)
     test = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in asked]
-    _describe_suite(run, base, test, given)
+    _describe_suite(run, base, test, prompts)
     now = run.stage("load", run.started)
     run.progress("load", 1, 1)
     if able.reason is None:
-        _speculate(run, base, test, max_new_tokens, out, now)
-        return
-    run.report["refusal"] = able.reason
-    run.report["candidates"] = [report.blank_row("none", "none"), report.blank_row("fresh", "fresh", able.reason)]
+        _speculate(run, base, test, now)
+    else:
+        _only_plain(run, base, test, able.reason)
 
 
-def _speculate(
-    run: _Run, base: Base, test: Sequence[bench.Question], max_new_tokens: int, out: Path, now: float
-) -> None:
-    texts = _generate(run, base, test)
-    after_generate = run.stage("generate", now)
-    data.check(base, texts.train or texts.test)
-    features = {name: data.gather(base, getattr(texts, name)) for name in ("train", "calibration", "test")}
-    now = run.stage("features", after_generate)
-    heads, training = _fit(run, base, features)
+def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
+    """A model that cannot take trees: its plain speed, transformers' own loop, and why there is nothing else."""
+    limits = decode.Limits(run.asked.max_new_tokens, base.stop_ids)
+    runner = run.asked.runner(base)
+    blocks = bench.run_blocks(base, [], test, limits, runner=runner, deadline=run.until(REFUSED_BY))
+    versus = timing.native(run, base, blocks, limits, runner)
+    machine = rows.machine_of(run.report, base, blocks, run.seed)
+    rows.describe(run.report, blocks, limits.max_new_tokens)
+    run.report["candidates"] = [
+        rows.none_row(blocks, run.seed, machine),
+        rows.native_row(run.report, versus, machine),
+        report.blank_row("prompt_lookup", "prompt_lookup", reason),
+    ]
+    run.report["refusal"] = reason
+
+
+def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float) -> None:
+    given, warnings = transfer.load(run.asked.given, base)
+    run.report["warnings"] += warnings
+    texts = _generate(run, base, test, learning=all(each.origin != "fresh" for each in given))
+    now = run.stage("generate", now)
+    data.check(base, texts.train or texts.calibration)
+    features = {"train": data.gather(base, texts.train), "calibration": data.gather(base, texts.calibration)}
+    now = run.stage("features", now)
+    sets = _sets(run, base, features, given, len(texts.train))
     now = run.stage("fit", now)
-    formats.save(heads, out / "heads", base_model=run.folder.name)
     run.progress("calibrate", 0, 1)
-    context = sum(len(q.ids) for q in test) // len(test) + max_new_tokens // 2
-    cost = calibrate.cost_curve(adapters.EagerRunner(base), heads, context, deadline=run.until(CALIBRATED_BY))
-    choice = calibrate.choose_tree(heads, features["calibration"], cost)
+    reference = next(each for each in sets if each.origin == "fresh")
+    assert reference.heads is not None  # given ones that do not fit were refused, others were made here
+    context = sum(len(q.ids) for q in test) // len(test) + run.asked.max_new_tokens // 2
+    runner = run.asked.runner(base)
+    cost = calibrate.cost_curve(runner, reference.heads, context, deadline=run.until(CALIBRATED_BY))
+    scored = [_scored(each, reference, features["calibration"], cost) for each in sets]
     now = run.stage("calibrate", now)
     run.progress("calibrate", 1, 1)
-    limits = _limits(run, base, test, max_new_tokens, cost, choice)
-    candidates = [bench.Candidate("fresh", HeadDrafter(heads), choice.tree)]
-    # Six runs a question instead of four, each token priced as a wide step: only if all of it surely fits.
-    if run.until(FINISHED_BY) - time.monotonic() > len(test) * 6 * cost.plain_wall_s * (3 + 2 * limits.max_new_tokens):
-        candidates.append(bench.Candidate("prompt_lookup", PromptLookup(base.device), chain(LOOKUP_TOKENS)))
-    blocks = bench.run_blocks(
-        base, candidates, test, limits, deadline=run.until(FINISHED_BY), progress=_named(run, "bench")
-    )
-    native = _native(run, base, blocks[0], limits)
+    limits, blocks = timing.timed(run, base, test, scored, cost, runner)
+    versus = timing.native(run, base, blocks, limits, runner)
     run.stage("bench", now)
-    spent = run.report["seconds"]
-    rows.write(
-        run.report,
-        rows.Measured(
-            base, heads, training, features, cost, choice, blocks, limits.max_new_tokens, len(texts.train),
-            spent["generate"], spent["features"], run.seed, native,
-        ),
-    )  # fmt: skip
+    said = bench.spoken(base, blocks)
+    measured = rows.Measured(
+        base=base,
+        scored=[_with_cosine(each, base, said) for each in scored],
+        reference=next(each for each in scored if each.set is reference),
+        floor=identity_heads(reference.heads.spec, base),
+        common=transfer.common_tree(reference.heads, features["calibration"]),
+        features=features | {"timed": data.gather(base, said)},
+        cost=cost,
+        blocks=blocks,
+        versus=versus,
+        max_new_tokens=limits.max_new_tokens,
+        seed=run.seed,
+    )
+    head_rows.write(run.report, measured)
 
 
-def _generate(run: _Run, base: Base, test: Sequence[bench.Question]) -> _Texts:
-    """Answers for all three splits in the same batches, so that a short budget thins all of them alike."""
+def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning: bool) -> _Texts:
+    """Answers for both splits in the same batches, so that a short budget thins them alike."""
     asked = [question.prompt for question in test]
     sources, dropped = suite.without_leaks(suite.builtin("train", run.seed), asked)
     if dropped:
         run.report["warnings"].append(f"{len(dropped)} training prompts were too close to a test prompt: {dropped}")
     held_out = suite.without_leaks(suite.builtin("calibration", run.seed), asked)[0][:HELD_OUT]
-    learnt = [("train", suite.encode(base, prompt.turns[0])) for prompt in sources]
-    queues = [iter(learnt)] * 3
+    learnt = [("train", suite.encode(base, prompt.turns[0])) for prompt in sources] if learning else []
+    queues = [iter(learnt)] * 4
     queues.append(iter([("calibration", suite.encode(base, prompt.turns[0])) for prompt in held_out]))
-    # A long test question would pad its whole batch; it is timed later, but not simulated.
-    longest = max(len(ids) for _, ids in learnt) + TEST_SLACK_TOKENS
-    queues.append(iter([("test", list(question.ids)) for question in test if len(question.ids) <= longest]))
     mixed = _taking_turns(queues)
     dialogues = data.self_distil(
         base,
@@ -181,9 +188,9 @@ def _generate(run: _Run, base: Base, test: Sequence[bench.Question]) -> _Texts:
         max_new_tokens=ANSWER_TOKENS,
         batch=BATCH,
         deadline=run.until(GENERATED_BY),
-        progress=_named(run, "generate"),
+        progress=run.named("generate"),
     )
-    texts = _Texts([], [], [])
+    texts = _Texts([], [])
     for (split, _), dialogue in zip(mixed, dialogues, strict=False):
         getattr(texts, split).append(dialogue)
     return texts
@@ -224,66 +231,94 @@ def _products_s(products: int = 40, repeats: int = 5) -> float:
     return sorted(spent)[repeats // 2]
 
 
-def _fit(run: _Run, base: Base, features: dict[str, data.Features]) -> tuple[Heads, train.Training]:
+def _sets(
+    run: Run, base: Base, features: dict[str, data.Features], given: Sequence[HeadSet], prompts: int
+) -> list[HeadSet]:
+    """The given sets, merged ones also after a short fine-tune, and fresh ones unless such are given."""
+    if any(each.origin == "fresh" for each in given):
+        return list(given)
+    spent = run.report["seconds"]
+    known = {"prompts": prompts, "tokens": len(features["train"].tokens), "generate_s": spent["generate"],
+             "features_s": spent["features"]}  # fmt: skip
+    merged = next((each.heads for each in given if each.id == "merged" and each.heads is not None), None)
+    left_s = max(1.0, run.until(FITTED_BY) - time.monotonic())
+    sets = list(given)
+    if merged is not None:
+        tuned, tuning = _tune(run, base, merged, features, TUNING_SHARE * left_s)
+        facts = _made(run, "merged_tuned", tuned, tuning, known)
+        sets.append(HeadSet("merged_tuned", "merged", tuned, "the merged heads, trained a little further", None, facts))
+    heads, training = _fit(run, base, features, left_s * (1.0 if merged is None else 1.0 - TUNING_SHARE))
+    return [*sets, HeadSet("fresh", "fresh", heads, training=_made(run, "heads", heads, training, known))]
+
+
+def _made(run: Run, name: str, heads: Heads, training: train.Training, known: dict[str, Any]) -> dict[str, Any]:
+    """Write heads and how they were made under `out`; returns the latter."""
+    facts = known | {"positions": training.positions, "fit_s": round(training.seconds, 2),
+                     "steps": training.steps, "seed": training.seed}  # fmt: skip
+    formats.save(heads, run.out / name, base_model=run.folder.name)
+    formats.write_json(run.out / name / transfer.TRAINING_FILE, facts)
+    return facts
+
+
+def _fit(run: Run, base: Base, features: dict[str, data.Features], budget_s: float) -> tuple[Heads, train.Training]:
     counted: list[int] = features["train"].tokens.tolist()
     pace = "quick" if run.budget_s < LONG_BUDGET_S else "long"
     size = DRAFT_VOCABULARY[pace]
     keep = None if base.vocab <= size else vocabulary_cut(counted, size, base)
-    spec = HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep)
     usable = features["train"]
     if len(usable.tokens) < LEAST_POSITIONS:
         run.report["warnings"].append(
             f"the model wrote only {len(usable.tokens)} tokens to learn from, so its heads are hardly trained"
         )
     return train.fit(
-        spec,
+        HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep),
         base,
         usable,
-        budget_s=max(1.0, run.until(FITTED_BY) - time.monotonic()),
+        budget_s=budget_s,
         seed=run.seed,
         recipe=train.QUICK if pace == "quick" else train.LONG,
         held_out=features["calibration"],
-        progress=_named(run, "fit"),
+        progress=run.named("fit"),
     )
 
 
-def _limits(
-    run: _Run,
-    base: Base,
-    test: Sequence[bench.Question],
-    max_new_tokens: int,
-    cost: calibrate.CostCurve,
-    choice: calibrate.Choice,
-) -> decode.Limits:
-    """As many tokens a question as let a handful of questions fit into what is left of the budget."""
-    plain_s = cost.plain_wall_s
-    per_token_s = 2 * plain_s + 2 * plain_s * choice.overhead / max(choice.expected, 1.0)
-    prefill_s = 4 * 3 * plain_s
-    left_s = run.until(FINISHED_BY) - time.monotonic()
-    affordable = int((left_s / min(LEAST_QUESTIONS, len(test)) - prefill_s) / per_token_s)
-    tokens = max(min(LEAST_TIMED_TOKENS, max_new_tokens), min(max_new_tokens, affordable))
-    return decode.Limits(tokens, base.stop_ids)
+def _tune(
+    run: Run, base: Base, merged: Heads, features: dict[str, data.Features], budget_s: float
+) -> tuple[Heads, train.Training]:
+    """One pass of the merged heads over the merged model's own text."""
+    return train.fit(
+        merged.spec,
+        base,
+        features["train"],
+        budget_s=budget_s,
+        seed=run.seed,
+        recipe=TUNING,
+        held_out=features["calibration"],
+        initial=merged,
+        progress=run.named("fit"),
+    )
 
 
-def _native(run: _Run, base: Base, block: bench.Block, limits: decode.Limits) -> rows.Native | None:
-    """transformers' own loop on the first question, if that still fits into the budget."""
-    likely_s = max(trace.prefill.wall_s + trace.decode.wall_s for trace in block.plain)
-    if time.monotonic() + 1.5 * likely_s > run.started + run.budget_s:
-        return None
-    return rows.Native(*bench.native(base, block.question, limits))
+def _scored(each: HeadSet, reference: HeadSet, held_out: data.Features, cost: calibrate.CostCurve) -> Scored:
+    if each.heads is None:
+        return Scored(each, None)
+    own = cost if each is reference else calibrate.with_draft_of(cost, each.heads)
+    return Scored(each, calibrate.choose_tree(each.heads, held_out, own))
 
 
-def _describe_suite(run: _Run, base: Base, test: Sequence[bench.Question], given: Path | None) -> None:
+def _with_cosine(each: Scored, base: Base, said: Sequence[data.Dialogue]) -> Scored:
+    if each.set.model is None:
+        return each
+    return replace(each, cosine=transfer.hidden_cosine(each.set.model, base, said[:COMPARED_TEXTS]))
+
+
+def _describe_suite(run: Run, base: Base, test: Sequence[bench.Question], given: Path | None) -> None:
     text = "\n".join("\x1f".join(question.prompt.turns) for question in test)
     run.report["suite"] |= {
         "name": "built-in" if given is None else given.stem,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "chat_template": bool(getattr(base.tokenizer, "chat_template", None)),
-        "turns": 1,
-        "repeats": 2,
+        "turns": run.asked.turns,
+        "repeats": 2 * run.asked.repeats,
         "order": "ABBA",
     }
-
-
-def _named(run: _Run, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: run.progress(stage, done, total)

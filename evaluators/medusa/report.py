@@ -23,6 +23,7 @@ VERDICTS = {
     "same": "the difference to plain decoding is within the noise",
     "inconclusive": "the machine was too unsteady, or the questions too few, for a verdict",
 }
+TRAINING = ("prompts", "tokens", "positions", "generate_s", "features_s", "fit_s", "steps", "seed")
 Row = dict[str, Any]
 
 
@@ -35,6 +36,7 @@ def blank(mode: str) -> Row:
         "recommendation": None,
         "verdict": None,
         "refusal": None,
+        "transfer": None,
         "warnings": [],
         "seconds": {},
         "model": _nulls("weights_sha256 architecture parameters layers hidden_size vocab_size dtype"),
@@ -68,10 +70,12 @@ def blank_row(row_id: str, origin: str, absent_because: str | None = None) -> Ro
         "tree": _nulls("nodes depth paths") | {"chosen": "none"},
         "step_ms": _nulls("draft forward accept"),
         "tokens_per_step": _nulls("expected simulated measured ci95 common_tree without_loops"),
+        "macro": _nulls("tokens_per_step speedup"),
+        "end_to_end": _nulls("tokens_per_s speedup"),
         "speedup": _nulls("wall wall_ci95 cpu cpu_ci95 clock_used predicted_here predicted_at_1_2 verdict"),
         "exact": {"prompts": None, "equal": None, "divergences": []},
         "categories": [],
-        "training": _nulls("prompts tokens positions generate_s features_s fit_s steps seed break_even_tokens"),
+        "training": dict.fromkeys((*TRAINING, "break_even_tokens")),
     }
 
 
@@ -130,7 +134,7 @@ def sentence(report: Mapping[str, Any]) -> str:
     """One paragraph for a model card. A speedup below 1 is said first, not hidden."""
     if report["refusal"]:
         return f"Decode speed with Medusa heads was not measured: {report['refusal']}"
-    row = next((row for row in report["candidates"] if row["id"] == "fresh"), None)
+    row = next((row for row in report["candidates"] if row["origin"] == "fresh"), None)
     if row is None or row["tokens_per_step"]["measured"] is None:
         reason = (row or {}).get("absent_because") or "the model stopped at once on every prompt."
         return f"Decode speed with Medusa heads was not measured: {reason}"
@@ -147,11 +151,13 @@ def sentence(report: Mapping[str, Any]) -> str:
         f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
         f"on {_where(machine)} decoding with them runs at {ratio:.2f} {unit} ({span}): {VERDICTS[speed['verdict']]}."
         f"{flattered}{advice} Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} "
-        "questions."
+        f"questions.{' ' + report['transfer'] if report['transfer'] else ''}"
     )
 
 
 def _trained(training: Mapping[str, Any]) -> str:
+    if training["steps"] is None:
+        return "The Medusa heads that were given"
     if not training["steps"]:
         return "Untrained Medusa heads (there was no time, or no text, to train them)"
     seconds = sum(training[key] or 0.0 for key in ("generate_s", "features_s", "fit_s"))

@@ -175,16 +175,21 @@ def _alike(left: frozenset[tuple[str, ...]], right: frozenset[tuple[str, ...]]) 
     return bool(left and right) and len(left & right) / len(left | right) > NEAR_DUPLICATE
 
 
-def encode(base: Base, text: str) -> list[int]:
-    """The token ids the model sees for one user turn: its chat template if it has one that works, else plain text."""
+def encode(base: Base, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    """The token ids the model sees for one user turn: its chat template if it has one that works, else plain text.
+
+    `history` holds the turns before it, each with its answer.
+    """
     tokenizer = base.tokenizer
     rendered = None
     if getattr(tokenizer, "chat_template", None):
         try:
-            message = [{"role": "user", "content": text}]
-            rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            said = [(role, part) for turn in history for role, part in zip(("user", "assistant"), turn, strict=True)]
+            messages = [{"role": role, "content": part} for role, part in (*said, ("user", text))]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception:  # a stranger's template may raise anything; plain text is the documented fallback
             rendered = None
+    text = "\n".join([part for turn in history for part in turn] + [text])
     ids: list[int] = tokenizer(rendered or text, add_special_tokens=rendered is None)["input_ids"]
     ids = ids or ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [0])
     if max(ids) >= base.vocab:

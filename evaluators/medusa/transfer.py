@@ -75,7 +75,10 @@ class Figures:
 
 
 def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
-    """The sets that are given, in order, and warnings; a set that does not fit this model is kept with the reason."""
+    """The sets that are given, in order, and warnings.
+
+    Parents' and merged heads that do not fit this model are kept with the reason. Raises EvaluationError for others.
+    """
     sets: list[HeadSet] = []
     warnings: list[str] = []
     for each in given:
@@ -85,6 +88,8 @@ def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
                 heads, found = formats.load(each.folder, base)
                 warnings += [f"{each.id}: {text}" for text in found]
             except EvaluationError as error:
+                if each.origin == "fresh":
+                    raise
                 reason = error.message
         training = None if each.folder is None else _training(each.folder / TRAINING_FILE)
         sets.append(HeadSet(each.id, each.origin, heads, each.source, reason, training, each.model))

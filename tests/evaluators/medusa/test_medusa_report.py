@@ -12,7 +12,7 @@ import torch
 
 from evaluators import medusa
 from evaluators.errors import EvaluationError
-from evaluators.medusa import bench, report
+from evaluators.medusa import baselines, bench, report
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.decode import Clock, Limits, Trace
 from evaluators.medusa.suite import Prompt
@@ -94,9 +94,9 @@ def test_transformers_own_greedy_loop_gives_the_same_text() -> None:
     base = tiny.base("gqa")
     question = bench.Question(Prompt("1", "x", ("?",)), (4, 5, 9))
     limits = Limits(25, base.stop_ids)
-    tokens, seconds = bench.native(base, question, limits)
+    tokens, clock = baselines.native(base, question, limits)
     assert tokens == bench.run_blocks(base, [], [question], limits)[0].plain[0].tokens
-    assert seconds > 0
+    assert clock.wall_s > 0 and clock.cpu_s > 0
 
 
 def test_a_report_says_in_words_what_its_figures_say() -> None:
@@ -120,8 +120,8 @@ def test_a_report_says_in_words_what_its_figures_say() -> None:
 
 
 SHAPE = {
-    "schema mode chosen recommendation verdict refusal warnings seconds model environment suite cost_curve aa plain "
-    "candidates": None,
+    "schema mode chosen recommendation verdict refusal transfer warnings seconds model environment suite cost_curve aa "
+    "plain candidates": None,
     "weights_sha256 architecture parameters layers hidden_size vocab_size dtype": "model",
     "device cores threads torch transformers attention execution load_before load_after seed": "environment",
     "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order looping": "suite",
@@ -131,11 +131,13 @@ SHAPE = {
 }  # fmt: skip
 ROW = {
     "id origin source absent_because overhead identity_error tokens_per_s heads hidden_cosine retention accuracy tree "
-    "step_ms tokens_per_step speedup exact categories training": None,
+    "step_ms tokens_per_step macro end_to_end speedup exact categories training": None,
     "kind count layers conditioned kept_vocab vocab_coverage parameters bytes": "heads",
     "nodes depth paths chosen": "tree",
     "draft forward accept": "step_ms",
     "expected simulated measured ci95 common_tree without_loops": "tokens_per_step",
+    "tokens_per_step speedup": "macro",
+    "tokens_per_s speedup": "end_to_end",
     "wall wall_ci95 cpu cpu_ci95 clock_used predicted_here predicted_at_1_2 verdict": "speedup",
     "prompts equal divergences": "exact",
     "prompts tokens positions generate_s features_s fit_s steps seed break_even_tokens": "training",
@@ -164,6 +166,7 @@ def test_a_measurement_is_whole_exact_and_on_disk(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out" / "heads").iterdir()} == {
         "medusa_lm_head.safetensors",
         "config.json",
+        "training.json",
     }
     rows = {row["id"]: row for row in measured["candidates"]}
     assert list(rows) == ["none", "native", "prompt_lookup", "identity", "fresh"]
@@ -173,6 +176,10 @@ def test_a_measurement_is_whole_exact_and_on_disk(tmp_path: Path) -> None:
     timed = measured["suite"]["questions"]
     assert fresh["exact"]["equal"] == fresh["exact"]["prompts"] == timed and 1 <= timed <= 4
     assert fresh["training"]["steps"] > 0 and fresh["tokens_per_step"]["measured"] >= 1
+    # The arithmetic on the timed text says exactly what decoding did.
+    assert fresh["tokens_per_step"]["simulated"] == pytest.approx(fresh["tokens_per_step"]["measured"], abs=1e-4)
+    assert fresh["retention"] == [None if kept is None else 1.0 for kept in fresh["retention"]]
+    assert rows["none"]["speedup"]["wall"] == pytest.approx(1.0, abs=0.5) and rows["native"]["exact"]["equal"] >= 1
     assert measured["chosen"] == ("none" if measured["recommendation"] == "do not speculate" else "fresh")
     assert list(dict.fromkeys(stage for stage, _, _ in heard)) == [
         "load", "generate", "fit", "calibrate", "bench",
@@ -227,6 +234,8 @@ def test_a_model_that_cannot_take_trees_gives_a_report_with_a_refusal(tmp_path: 
     measured = medusa.measure(folder, tmp_path / "out", budget_s=4, questions=2)
     assert_whole(measured)
     assert "sliding attention window" in measured["refusal"]
+    assert [row["id"] for row in measured["candidates"]] == ["none", "native", "prompt_lookup"]
+    assert measured["candidates"][1]["exact"]["equal"] >= 1 and measured["plain"]["tokens_per_s"] > 0
     assert measured["refusal"] in report.sentence(measured)
     assert json.loads((tmp_path / "out" / "decode_speed.json").read_text()) == measured
 

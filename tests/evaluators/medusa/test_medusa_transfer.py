@@ -1,0 +1,200 @@
+"""Heads on a merged model, and a benchmark that cannot flatter itself: what moves, what is caught, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_causal_lms as tiny
+import torch
+from test_medusa_report import assert_whole, block, trace
+
+from evaluators import medusa
+from evaluators.errors import EvaluationError
+from evaluators.medusa import adapters, baselines, bench, calibrate, data, formats, suite, train, transfer
+from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.decode import Limits
+from evaluators.medusa.drafters import HeadDrafter
+from evaluators.medusa.heads import HeadSpec, identity_heads
+from evaluators.medusa.suite import Prompt
+from evaluators.medusa.transfer import Given
+from evaluators.medusa.tree import ROOT_ONLY, Tree, chain
+
+SPEC = HeadSpec("shared", 3, conditioned=True)
+
+
+def asked(count: int) -> list[bench.Question]:
+    return [bench.Question(Prompt(str(n), "x", ("?",)), (n, 5, 9, 40 + n)) for n in range(count)]
+
+
+class Slowed(EagerRunner):
+    """Plain steps that do other things as well; tree steps that do not."""
+
+    def forward(self, tokens: torch.Tensor, tree: Tree) -> tuple[torch.Tensor, torch.Tensor]:
+        if tree.nodes == 1:
+            for _ in range(12):
+                torch.ones(300, 300) @ torch.ones(300, 300)
+        return super().forward(tokens, tree)
+
+
+def test_a_plain_loop_that_was_slowed_is_caught_by_transformers_own_generate() -> None:
+    base = tiny.base("gqa")
+    limits = Limits(24, base.stop_ids)
+    for runner, slow in ((EagerRunner(base), False), (Slowed(base), True)):
+        baselines.against_native(base, asked(1), limits, runner=runner)  # warm
+        versus = baselines.against_native(base, asked(2), limits, runner=runner)
+        assert [each.tokens == each.plain_tokens for each in versus] == [True, True]
+        assert baselines.plain_is_slow(versus, "cpu") is slow
+    assert not baselines.plain_is_slow([], "cpu")
+
+
+def test_where_no_tree_can_win_nothing_is_speculated_and_nothing_is_lost() -> None:
+    base = tiny.base("gqa")
+    text = data.gather(base, data.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=30))
+    dear = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 40.0), (4, 41.0), (8, 42.0)), 1.0, 0.01)
+    choice = calibrate.choose_tree(identity_heads(SPEC, base), text, dear)
+    assert not choice.speculate and choice.gain < 1
+    nothing = bench.Candidate("nothing", HeadDrafter(identity_heads(SPEC, base)), ROOT_ONLY)
+    ratios = []
+    while len(ratios) < 6 and not any(abs(ratio - 1) <= 0.02 for ratio in ratios):  # others use this machine too
+        blocks = bench.run_blocks(base, [nothing], asked(4), Limits(60))
+        assert all(trace.steps == len(trace.tokens) - 1 for each in blocks for trace in each.runs["nothing"])
+        found = bench.speedup(blocks, "nothing", "cpu")
+        assert found is not None
+        ratios.append(found.value)
+    assert abs(ratios[-1] - 1) <= 0.02, ratios
+
+
+def test_retention_is_one_for_the_reference_itself_and_nothing_where_nothing_was_gained() -> None:
+    fresh, floor = [0.4, 0.2, 0.03], [0.1, 0.05, 0.02]
+    assert transfer.retention(fresh, floor, fresh) == [1.0, 1.0, None]
+    assert transfer.retention(floor, floor, fresh) == [0.0, 0.0, None]
+    assert transfer.retention([0.25], floor, fresh) == [pytest.approx(0.5)]
+
+
+def test_hidden_cosine_is_one_to_the_model_itself_and_missing_where_models_cannot_be_compared(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("gqa"))
+    other = tiny.write(tmp_path / "other", tiny.model("gqa", seed=3))
+    narrow = tiny.write(tmp_path / "narrow", tiny.model("gqa", hidden_size=16))
+    base = adapters.load(folder)
+    texts = data.self_distil(base, [[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=12)
+    assert transfer.hidden_cosine(folder, base, texts) == pytest.approx(1.0, abs=1e-5)
+    away = transfer.hidden_cosine(other, base, texts)
+    assert away is not None and abs(away) < 0.9
+    assert transfer.hidden_cosine(narrow, base, texts) is None
+    assert transfer.hidden_cosine(tmp_path, base, texts) is None
+
+
+def test_training_goes_on_from_where_heads_were() -> None:
+    base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
+    text = data.gather(base, data.self_distil(base, [[n, 2 * n, 7] for n in range(1, 14)], max_new_tokens=30))
+    start, _ = train.fit(SPEC, base, text, budget_s=60, recipe=train.Recipe(1e-3, 64, 2))
+    kept = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    still, _ = train.fit(SPEC, base, text, budget_s=60, recipe=train.Recipe(0.0, 64, 1), initial=start)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in still.state_dict().items())
+    further, training = train.fit(SPEC, base, text, budget_s=60, recipe=train.Recipe(1e-3, 64, 2), initial=start)
+    first, _ = train.fit(SPEC, base, text, budget_s=60, recipe=train.Recipe(1e-3, 64, 1))
+    assert not torch.equal(further.first, start.first)
+    assert training.first_loss is not None and training.first_loss < 12
+    assert calibrate.accuracy(further, text).shares[0][0] >= calibrate.accuracy(first, text).shares[0][0]
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in start.state_dict().items())
+
+
+def test_the_second_turn_continues_the_plain_answer_and_counts_with_its_first() -> None:
+    base = tiny.base("gqa")
+    prompt = Prompt("p", "x", ("Say something.", "Say more."))
+    first = bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0])))
+
+    def following(question: bench.Question, answer: Any) -> bench.Question | None:
+        if question.answers:
+            return None
+        said = base.tokenizer.decode(list(answer))
+        return bench.Question(prompt, tuple(suite.encode(base, prompt.turns[1], [(prompt.turns[0], said)])), (said,))
+
+    candidates = [bench.Candidate("c", tiny.Always(3), chain(2))]
+    blocks = bench.run_blocks(base, candidates, [first], Limits(8), repeats=2, next_turn=following)
+    assert len(blocks) == 2 and [len(b.plain) for b in blocks] == [4, 4] and len(blocks[1].runs["c"]) == 4
+    text = base.tokenizer.decode(list(blocks[1].question.ids))
+    assert text.endswith("[user] Say more.\n[assistant] ")
+    assert f"[assistant] {base.tokenizer.decode(blocks[0].plain[0].tokens)}\n" in text
+    both = [block("a", (2.0, 2.0), 1.0), block("a", (2.0, 2.0), 3.0)]
+    ratio = bench.speedup(both, "fresh", "wall")
+    assert ratio is not None and ratio.interval is None, "two turns of one prompt are one question"
+
+
+def test_a_tie_in_sixteen_bits_is_what_this_machine_rounds_by(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("llama"))
+    assert bench.near_tie(adapters.load(folder), (1, 2, 3)) == bench.TIE_GAP
+    noise = bench.near_tie(adapters.load(folder, dtype=torch.bfloat16), tuple(range(1, 12)))
+    assert bench.TIE_GAP < noise < 1
+
+
+def test_what_is_spoken_while_timing_is_text_to_judge_any_heads_on() -> None:
+    base = tiny.base("gqa")
+    heads = tiny.random_heads(base, HeadSpec("shared", 2))
+    tree = Tree(((0,), (1,), (0, 0)))
+    blocks = bench.run_blocks(base, [bench.Candidate("h", HeadDrafter(heads), tree)], asked(3), Limits(30))
+    said = data.gather(base, bench.spoken(base, blocks))
+    assert said.lengths == tuple(len(b.plain[0].tokens) for b in blocks)
+    measured = bench.rate(blocks, "h")
+    assert measured is not None and calibrate.simulate(heads, said, tree) == pytest.approx(measured.value)
+    assert trace(5, 5, 1.0).hidden == []
+
+
+@pytest.mark.slow
+def test_parents_heads_merged_heads_and_fresh_ones_stand_in_one_report(tmp_path: Path) -> None:
+    model = tiny.model("gqa", initializer_range=0.15, max_position_embeddings=512)
+    folder = tiny.write(tmp_path / "model", model)
+    base = adapters.load(folder)
+    for name, spec in (("left", SPEC), ("right", HeadSpec("shared", 2)), ("merged", SPEC)):
+        formats.save(tiny.random_heads(base, spec), tmp_path / name)
+    wide = Base(tiny.model("gqa", hidden_size=48), tiny.tokenizer())
+    formats.save(identity_heads(SPEC, wide), tmp_path / "wide")
+    given = [
+        Given("parent:left", "parent", tmp_path / "left", model=folder),
+        Given("parent:right", "parent", tmp_path / "right", source="org/right"),
+        Given("parent:wide", "parent", tmp_path / "wide"),
+        Given("parent:none", "parent", None, "it brings no heads."),
+        Given("merged", "merged", tmp_path / "merged"),
+    ]
+    measured = medusa.measure(folder, tmp_path / "out", budget_s=20, questions=3, max_new_tokens=24, given=given)
+    assert_whole(measured)
+    rows = {row["id"]: row for row in measured["candidates"]}
+    assert list(rows) == [
+        "none", "native", "prompt_lookup", "identity", "parent:left", "parent:right", "parent:wide", "parent:none",
+        "merged", "merged_tuned", "fresh",
+    ]  # fmt: skip
+    assert rows["parent:left"]["hidden_cosine"] == pytest.approx(1.0, abs=1e-3)
+    assert "48" in rows["parent:wide"]["absent_because"] and rows["parent:wide"]["accuracy"] == []
+    assert (
+        rows["parent:none"]["absent_because"] == "it brings no heads." and rows["parent:right"]["source"] == "org/right"
+    )
+    for name in ("parent:left", "parent:right", "merged", "merged_tuned", "fresh"):
+        row = rows[name]
+        assert len(row["accuracy"]) == len(row["retention"]) == (2 if name == "parent:right" else 3)
+        assert row["tokens_per_step"]["common_tree"] >= 1 and row["speedup"]["predicted_here"] > 0
+    timed = [name for name, row in rows.items() if row["tokens_per_step"]["measured"] is not None]
+    assert "fresh" in timed and len({"parent:left", "parent:right", "merged", "merged_tuned"} & set(timed)) == 1
+    assert rows["merged_tuned"]["training"]["steps"] > 0 and rows["merged"]["training"]["steps"] is None
+    assert any("nothing says how long the heads of parent:left" in warning for warning in measured["warnings"])
+    assert "heads made for this model" in measured["transfer"] and measured["transfer"] in medusa.sentence(measured)
+    assert (tmp_path / "out" / "merged_tuned" / "training.json").is_file()
+
+
+@pytest.mark.slow
+def test_given_heads_are_timed_untrained_upon_and_such_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("llama", max_position_embeddings=512))
+    formats.save(tiny.random_heads(adapters.load(folder), SPEC), tmp_path / "own")
+    given = [Given("heads:own", "fresh", tmp_path / "own")]
+    measured = medusa.measure(
+        folder, tmp_path / "out", budget_s=12, questions=2, max_new_tokens=16, given=given, runner=Slowed
+    )
+    assert_whole(measured)
+    rows = {row["id"]: row for row in measured["candidates"]}
+    assert list(rows) == ["none", "native", "prompt_lookup", "identity", "heads:own"]
+    assert rows["heads:own"]["training"]["steps"] is None and not (tmp_path / "out" / "heads").exists()
+    assert "transformers' own `generate`" in measured["refusal"], "the plain loop was slowed"
+    narrow = tiny.write(tmp_path / "narrow", tiny.model("llama", hidden_size=16))
+    with pytest.raises(EvaluationError, match="shape"):
+        medusa.measure(narrow, tmp_path / "again", budget_s=12, given=given)
