@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,13 +35,14 @@ from evaluators.medusa.tree import ROOT_ONLY, Tree
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "heads_and_merges.json"
 CRESTS, SMITHS = "mergebot/smollm2-135m-crests", "mergebot/smollm2-135m-smiths"
-TRAINED_ON, CALIBRATED_ON, TESTED_ON = 48, 12, 20
+TRAINED_ON, CALIBRATED_ON, TESTED_ON = 72, 16, 30
 TRAIN_TOKENS, TEST_TOKENS = 56, 48
 LONGEST_PROMPT = 160
 HEADS, KEPT = 3, 8192
 FULL = train.QUICK
 SHORT = replace(train.QUICK, learning_rate=1e-3, epochs=1)
 WIDTHS = (1, 2, 4, 8, 16)
+TIMED = 15
 
 _TWO = f"models: [{{model: {CRESTS}, parameters: {{weight: %s}}}}, {{model: {SMITHS}, parameters: {{weight: %s}}}}]"
 _BASE = f"base_model: {base_model.REPO}"
@@ -87,11 +89,12 @@ def main() -> int:
         folder = cache / "heads" / name.partition("/")[2]
         out["parents"][name] = _at_home(models[name], folder, prompts, console)
         heads[ModelRef(name)] = folder
+    family = Family(models, heads, prompts)
     for name in asked.only or RECIPES:
-        console.print(f"{name}: merging")
-        recipe = reading.parse(RECIPES[name])
-        merged = _merge(recipe, models, cache / "merges" / name.replace(" ", "-"))
-        out["merges"][name] = _compare(name, recipe, merged, heads, models, prompts, cache, console)
+        console.print(f"{name}: merging, answers, fresh heads")
+        recipe, plain_name = reading.parse(RECIPES[name]), name.replace(" ", "-")
+        merged = _merge(recipe, models, cache / "merges" / plain_name)
+        out["merges"][name] = _compare(recipe, merged, cache / "heads" / f"merged-{plain_name}", family)
         OUT.write_text(json.dumps(out, indent=1) + "\n")
         console.print(_table(name, out["merges"][name]), soft_wrap=True)
     return 0
@@ -194,59 +197,65 @@ def _merge(recipe: Recipe, models: Mapping[str, Path], out: Path) -> Path:
     return out
 
 
-def _compare(
-    name: str,
-    recipe: Recipe,
-    merged: Path,
-    parents_heads: Mapping[ModelRef, Path],
-    models: Mapping[str, Path],
-    prompts: Prompts,
-    cache: Path,
-    console: Console,
-) -> dict[str, Any]:
-    """Every set of heads on the merged model's own text."""
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What stays the same from merge to merge: models by repo, the parents' heads, the prompts."""
+
+    models: Mapping[str, Path]
+    heads: Mapping[ModelRef, Path]
+    prompts: Prompts
+
+
+def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[str, Any]:
+    """Every set of heads on the merged model's own text; the parents' merged heads are put into `heads`."""
     began = time.monotonic()
-    folder = cache / "heads" / f"merged-{name.replace(' ', '-')}"
-    if not folder.is_dir():
-        merged_heads.merge(recipe, parents_heads, folder, models={ModelRef(repo): at for repo, at in models.items()})
+    shutil.rmtree(heads, ignore_errors=True)  # of other parents' heads, trained with other settings
+    merged_heads.merge(recipe, family.heads, heads)
     base = adapters.load(merged)
-    console.print(f"{name}: answers and fresh heads")
-    texts = _answers(base, prompts)
-    fresh, training = _fit(base, texts, FULL)
-    short, short_training = _fit(base, texts, SHORT)
-    transferred = formats.load(folder, base)[0]
-    tuned, tuning = _fit(base, texts, SHORT, transferred)
-    sets = {"identity": identity_heads(fresh.spec, base)}
-    sets |= {f"parent:{ref.path}": formats.load(at, base)[0] for ref, at in parents_heads.items()}
-    sets |= {"merged": transferred, "merged, tuned": tuned, "fresh, as short": short, "fresh": fresh}
+    texts = _answers(base, family.prompts)
+    sets, training = _sets(base, texts, heads, family)
+    fresh = sets["fresh"]
     calibration, test = data.gather(base, texts.calibration), data.gather(base, texts.test)
-    cost = calibrate.cost_curve(adapters.EagerRunner(base), fresh, 100, widths=WIDTHS)
+    cost = calibrate.cost_curve(adapters.EagerRunner(base), fresh, 100, widths=WIDTHS, repeats=TIMED)
     common = transfer.common_tree(fresh, calibration)
-    rows = {key: _row(heads, calibration, test, common, cost) for key, heads in sets.items()}
+    rows = {key: _row(each, calibration, test, common, cost) for key, each in sets.items()}
     for row in rows.values():
         row["retention"] = transfer.retention(row["top1"], rows["identity"]["top1"], rows["fresh"]["top1"])
-    for ref in parents_heads:
-        rows[f"parent:{ref.path}"]["hidden_cosine"] = transfer.hidden_cosine(models[ref.path], base, texts.test)
+    for ref in family.heads:
+        rows[f"parent:{ref.path}"]["hidden_cosine"] = transfer.hidden_cosine(family.models[ref.path], base, texts.test)
     return {
         "rows": rows,
         "cost": {"clock": cost.clock, "draft_ms": cost.draft_ms, "points": cost.points},
-        "training": {
-            "positions": training.positions, "fresh_steps": training.steps, "fresh_s": training.seconds,
-            "tuned_steps": tuning.steps, "tuned_s": tuning.seconds, "short_steps": short_training.steps,
-        },
+        "training": training,
         "distinct_4grams": [round(data.distinct_4grams(text.output), 2) for text in texts.test],
         "test_tokens": len(test.tokens),
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
 
 
+def _sets(base: Base, texts: Texts, heads: Path, family: Family) -> tuple[dict[str, Heads], dict[str, Any]]:
+    """Every way of getting heads for this model, and what those that learn here cost."""
+    fresh, training = _fit(base, texts, FULL)
+    short, short_training = _fit(base, texts, SHORT)
+    transferred = formats.load(heads, base)[0]
+    tuned, tuning = _fit(base, texts, SHORT, transferred)
+    sets = {"identity": identity_heads(fresh.spec, base)}
+    sets |= {f"parent:{ref.path}": formats.load(at, base)[0] for ref, at in family.heads.items()}
+    sets |= {"merged": transferred, "merged, tuned": tuned, "fresh, as short": short, "fresh": fresh}
+    return sets, {
+        "positions": training.positions, "fresh_steps": training.steps, "fresh_s": training.seconds,
+        "tuned_steps": tuning.steps, "tuned_s": tuning.seconds, "short_steps": short_training.steps,
+    }  # fmt: skip
+
+
 def _row(
     heads: Heads, calibration: data.Features, test: data.Features, common: Tree, cost: calibrate.CostCurve | None
 ) -> dict[str, Any]:
-    found = transfer.figures(heads, calibration, test, common)
+    found, right = transfer.figures(heads, calibration, test, common), calibrate.accuracy(heads, test)
     row: dict[str, Any] = {
-        "top1": [round(share, 4) for share in found.top1],
-        "top5": [round(sum(shares[:5]), 4) for shares in found.accuracy.shares],
+        "top1": [round(shares[0], 4) for shares in right.shares],
+        "top5": [round(sum(shares[:5]), 4) for shares in right.shares],
+        "positions": right.positions,
         "common_8": found.common,
         "own_8": found.own,
         "hidden_cosine": None,
