@@ -58,8 +58,9 @@ def by_chance(density: float, key: int) -> Keep:
         if delta.device.type != "cpu":
             return torch_draws(key, start, delta.numel(), delta.device) < limit
         out = np.empty(delta.numel(), dtype=np.bool_)
-        for at, part in _draws(key, start, delta.numel()):
-            np.less(part, np.uint64(limit), out=out[at : at + len(part)])
+        last = np.uint64((limit << 40) - 1)  # the largest number whose upper 24 bits are below the limit
+        for at, part in _stream(key, start, delta.numel()):
+            np.less_equal(part, last, out=out[at : at + len(part)])
         return torch.from_numpy(out.view(np.uint8))
 
     return keep
@@ -84,11 +85,11 @@ def by_rank(density: float, epsilon: float, key: int, width: int) -> Keep:
         sizes = delta.abs()
         if delta.device.type == "cpu":
             magnitudes, draws = sizes.numpy(), np.empty(delta.numel(), dtype=np.uint32)
-            for at, part in _draws(key, start, delta.numel()):
-                draws[at : at + len(part)] = part
+            for at, part in _stream(key, start, delta.numel()):
+                draws[at : at + len(part)] = np.right_shift(part, np.uint64(40), out=part)
             kept = draws < low
             between = np.flatnonzero(draws - np.uint32(low) < np.uint32(high - low))  # wraps below low
-            place = between - between % width + rank(draws[between].astype(np.float64)).astype(np.int64)
+            place = between // width * width + rank(draws[between].astype(np.float64)).astype(np.int64)
             ordered = np.sort(magnitudes.reshape(-1, width), -1).reshape(-1)
             kept[between] = magnitudes[between] > ordered[place]
             return torch.from_numpy(kept.view(np.uint8))
@@ -108,8 +109,11 @@ def _steps() -> Array:
     return np.arange(1, TILE + 1, dtype=np.uint64) * GOLDEN
 
 
-def _draws(key: int, start: int, count: int) -> Any:
-    """(place, 24-bit draws) tile by tile; each is overwritten by the next."""
+def _stream(key: int, start: int, count: int) -> Any:
+    """(place, numbers whose upper 24 bits are the draws) tile by tile; each is overwritten by the next.
+
+    The stream's last step, z ^ z >> 31, leaves those bits alone and is left out.
+    """
     z, shifted = np.empty(TILE, dtype=np.uint64), np.empty(TILE, dtype=np.uint64)
     for at in range(0, count, TILE):
         n = min(TILE, count - at)
@@ -119,8 +123,7 @@ def _draws(key: int, start: int, count: int) -> Any:
         for shift, factor in ((30, MIX_1), (27, MIX_2)):
             np.bitwise_xor(part, np.right_shift(part, np.uint64(shift), out=room), out=part)
             np.multiply(part, factor, out=part)
-        np.bitwise_xor(part, np.right_shift(part, np.uint64(31), out=room), out=part)
-        yield at, np.right_shift(part, np.uint64(40), out=part)
+        yield at, part
 
 
 def torch_draws(key: int, start: int, count: int, device: torch.device) -> Tensor:

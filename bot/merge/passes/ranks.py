@@ -44,17 +44,37 @@ def select(inputs: Inputs, magnitudes: Magnitudes, ks: Sequence[Sequence[int]]) 
     return [[found.get((column, k)) or trivial[k <= 0] for k in row] for column, row in enumerate(ks)]
 
 
+def select_share(inputs: Inputs, magnitudes: Callable[[Piece], Tensor], share: float) -> Selection:
+    """Which elements are the int(share * m) largest, m of all being above zero; 0 < share < 1."""
+    column: Magnitudes = lambda piece: [magnitudes(piece)]  # noqa: E731
+    sample = _sampled(inputs, column, [0])[0]
+    guess = share * float(np.count_nonzero(sample)) / max(1, len(sample))
+    bracket = _Bracket(0, 0, *(_around(sample, guess) if inputs.count > SMALL else (-math.inf, math.inf)))
+    positive = 0
+    for piece in inputs.pieces():
+        sizes = magnitudes(piece)
+        positive += int(np.count_nonzero(sizes.numpy() > 0) if sizes.device.type == "cpu" else (sizes > 0).sum())
+        bracket.see(sizes)
+    bracket.k = int(positive * share)
+    if bracket.k == 0:
+        return Selection(math.inf, 0)
+    return bracket.answer() or _by_histogram(inputs, column, 0, bracket.k)
+
+
 def _brackets(inputs: Inputs, magnitudes: Magnitudes, wanted: Sequence[tuple[int, int]]) -> list[_Bracket]:
     if inputs.count <= SMALL:
         return [_Bracket(column, k, -math.inf, math.inf) for column, k in wanted]
-    columns = sorted({column for column, _ in wanted})
+    samples = _sampled(inputs, magnitudes, sorted({column for column, _ in wanted}))
+    return [_Bracket(column, k, *_around(samples[column], k / inputs.count)) for column, k in wanted]
+
+
+def _sampled(inputs: Inputs, magnitudes: Magnitudes, columns: Sequence[int]) -> dict[int, Array]:
     parts: dict[int, list[Tensor]] = {column: [] for column in columns}
     for piece in inputs.sample():
         arrays = magnitudes(piece)
         for column in columns:
             parts[column].append(arrays[column].clone())
-    samples = {column: torch.cat(parts[column]).cpu().numpy() for column in columns}
-    return [_Bracket(column, k, *_around(samples[column], k / inputs.count)) for column, k in wanted]
+    return {column: torch.cat(parts[column]).cpu().numpy() for column in columns}
 
 
 def _around(sample: Array, share: float) -> tuple[float, float]:
@@ -81,7 +101,7 @@ class _Bracket:
             equal = array == self.high
             counts = [int(np.count_nonzero(one)) for one in (above, equal, over, array == self.low)]
             above |= equal
-            inside = array[over & ~above]
+            inside = np.compress(over > above, array)
         else:
             above_, equal_ = magnitudes > self.high, magnitudes == self.high
             counts = [int(one.sum()) for one in (above_, equal_, magnitudes > self.low, magnitudes == self.low)]

@@ -10,7 +10,7 @@ from bot.merge.methods.shares import FLOOR, overlap
 from bot.merge.passes.election import Election
 from bot.merge.passes.elementwise import shrunk
 from bot.merge.passes.inputs import Emit, Inputs, Piece
-from bot.merge.passes.ranks import Shrinker, select
+from bot.merge.passes.ranks import Shrinker, select_share
 
 
 def sce(inputs: Inputs) -> Emit:
@@ -18,9 +18,7 @@ def sce(inputs: Inputs) -> Emit:
     topk = float(inputs.work.shared["select_topk"])
     chosen = None
     if topk < 1:
-        nonzero = sum(int(torch.count_nonzero(_variance(inputs, piece.deltas()))) for piece in inputs.pieces())
-        k = int(nonzero * topk)
-        chosen = select(inputs, lambda piece: [_variance(inputs, piece.deltas())], [[k]])[0][0]
+        chosen = select_share(inputs, lambda piece: _variance(inputs, piece.deltas()), topk)
 
     def deltas(piece: Piece, shrink: Shrinker | None) -> list[Tensor]:
         found = piece.deltas()
