@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bot import measure, outputs, sources, verification
+from bot import outputs, sources, verification
 from bot.errors import Failed, Refused
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.pickled import pickles
 from bot.merge.planning import plan
 from bot.merge.recipe import reading as recipe
 from bot.progress import Show, named
-from bot.request import EvaluateOptions
 from bot.settings import Settings
 from bot.sources import Opened
 from bot.verification import Verdict
-from evaluators.scores import ModelEvaluation
 
 if TYPE_CHECKING:
     from bot.hub import Hub
     from bot.merge.execution.engine import Merged
+    from evaluators.scores import ModelEvaluation
 
 
 def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
@@ -106,7 +105,7 @@ def merge(
     place = outputs.place_for(out, made, planned.opened, overwrite=overwrite)
     from bot.merge.execution import engine, stages
 
-    engine.choose_device(device)  # before anything is downloaded
+    engine.require_device(device, made)  # before anything is downloaded
     here = sources.fetched(made, planned.opened, _hub(settings), settings, report)
     with sources.hashing_sources(here, made if hash_sources else None) as known:
         shown = named(report, "Merging")
@@ -156,6 +155,9 @@ def evaluate_model(
     folder: Path, suite: str, limit: int | None, seed: int, settings: Settings, report: Show
 ) -> ModelEvaluation:
     """The operator's own evaluation of one folder. Raises Failed."""
+    from bot import measure
+    from bot.request import EvaluateOptions
+
     asked = EvaluateOptions(suite=suite, limit=limit)
     return measure.evaluate(folder, folder.name, asked, settings, settings.scratch / "evaluate", report, None, seed)
 

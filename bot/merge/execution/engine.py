@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypedDict
-
-import torch
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import INDEX, LocalFiles
-from bot.merge.execution.device import choose_devices
-from bot.merge.execution.lane import Lane, NonFinite, read_ahead
-from bot.merge.execution.provenance import Known, manifest, provenance
+from bot.merge.execution.copying import Copier, NonFinite, only_copies, read_ahead
+from bot.merge.execution.provenance import Known, manifest, provenance, torch_version
 from bot.merge.execution.unchanged import Watch
 from bot.merge.execution.writer import SYNC_BYTES, FileFact, Progress, Record, Sink, Writer
 from bot.merge.planning.memory import CHUNK
@@ -27,6 +26,9 @@ from bot.merge.planning.output_names import MANIFEST, PROVENANCE
 from bot.merge.planning.plan import WORKERS, Plan, Step
 from bot.merge.recipe.reading import write_yaml
 from bot.merge.recipe.spec import ModelRef, Notice
+
+if TYPE_CHECKING:
+    import torch
 
 Event = Callable[[str], None]  # told of moments at which a test may want to stop the process
 LARGE = 1 / 32  # of all bytes; larger tensors come first, so that none of them is left over for one worker at the end
@@ -85,11 +87,11 @@ def merge(
     the last bits. Raises `bot.errors`: OUTPUT_EXISTS, DISK_LOW, TOO_LARGE, DISK_FULL, NOT_FINITE,
     SOURCE_CHANGED_OR_GONE, DEVICE_UNAVAILABLE.
     """
-    started = time.monotonic()
-    devices = choose_devices(device)
     sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
+    devices = _load(plan, sources, device, threads)
+    kind, started = devices[0].type if devices else "cpu", time.monotonic()
     watch = watched(plan, sources)
-    identity = f"{plan.digest} {devices[0].type} torch-{torch.__version__}"  # another torch may round otherwise
+    identity = f"{plan.digest} {kind} torch-{torch_version()}"  # another torch may round otherwise
     heard = on_event or (lambda event: None)
     with Writer(plan, Path(out), identity, watch.facts(), sync_bytes=sync_bytes, on_event=heard) as writer:
         run_steps(
@@ -98,7 +100,7 @@ def merge(
         )  # fmt: skip
         writer.sync()
         notices = (*plan.notices, *found_notices(plan, writer.done))
-        files, manifest_id = _complete(plan, sources, writer, notices, devices[0], known)
+        files, manifest_id = _complete(plan, sources, writer, notices, kind, known)
         watch.require_unchanged()
         heard("writer.before_rename")
         writer.finish()
@@ -108,7 +110,26 @@ def merge(
 
 def choose_device(name: str) -> torch.device:
     """The first torch device of those that `name` (cpu, cuda, cuda:N, auto) stands for."""
+    from bot.merge.execution.device import choose_devices
+
     return choose_devices(name)[0]
+
+
+def require_device(name: str, plan: Plan) -> None:
+    """Raises DEVICE_UNAVAILABLE if `plan` cannot be carried out on `name`. Imports torch only if it must."""
+    if name != "cpu" and not (name == "auto" and all(map(only_copies, plan.parts))):
+        choose_device(name)
+
+
+def _load(plan: Plan, sources: Mapping[ModelRef, LocalFiles], device: str, threads: int) -> list[torch.device]:
+    """The devices, none where nothing is computed. The system reads the first tensors while torch is imported."""
+    if device in ("cpu", "auto") and only_copies(plan):
+        return []
+    for step in in_working_order(plan.steps)[:threads]:
+        read_ahead(step, sources)
+    from bot.merge.execution.device import choose_devices
+
+    return choose_devices(device)
 
 
 def watched(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> Watch:
@@ -125,7 +146,7 @@ def run_steps(
     sources: Mapping[ModelRef, LocalFiles],
     sink: Sink,
     *,
-    devices: Sequence[torch.device] = (torch.device("cpu"),),
+    devices: Sequence[torch.device] = (),
     progress: Progress | None = None,
     on_nonfinite: NonFinite = "notice",
     threads: int = WORKERS,
@@ -134,57 +155,85 @@ def run_steps(
 ) -> None:
     """Hand every step that `sink` lacks to a worker: `threads` of them, or one per GPU with the shards that are its.
 
-    Progress is told in the order of the work. What a worker raises ends the run; steps under way stop at a piece's
-    end.
+    `devices` are those of `choose_devices`, by default the CPU. Progress is told in the order of the work. What a
+    worker raises ends the run; steps under way stop at a piece's end.
     """
     todo = in_working_order([step for step in plan.steps if step.index not in sink.done])
     stopped = threading.Event()
+    with _workers(plan, sources, sink, devices, on_nonfinite, threads, chunk, stopped) as workers:
+        try:
+            waiting = []
+            for place, step in enumerate(todo):
+                ahead = todo[place + threads : place + threads + 1]
+                waiting.append((step, workers[step.shard % len(workers)].submit(step, ahead)))
+            done_bytes = plan.bytes_out - sum(step.nbytes for step in todo)
+            for step, future in waiting:
+                future.result()
+                done_bytes += step.nbytes
+                if progress is not None:
+                    progress(done_bytes, plan.bytes_out, step.name)
+                on_event("merge.after_step")
+        except BaseException:
+            stopped.set()
+            raise
 
-    def lane(at: torch.device) -> Lane:
-        torch.set_num_threads(1)  # how torch splits a tensor among threads would show in the last bits
-        return Lane(sources, sink, on_nonfinite, at, chunk, stopped)
 
-    before = torch.get_num_threads()
-    workers = [_Worker(lane, at, threads if at.type == "cpu" else 1) for at in devices]
-    try:
-        waiting = []
-        for place, step in enumerate(todo):
-            ahead = todo[place + threads : place + threads + 1]
-            waiting.append((step, workers[step.shard % len(workers)].submit(step, ahead)))
-        done_bytes = plan.bytes_out - sum(step.nbytes for step in todo)
-        for step, future in waiting:
-            future.result()
-            done_bytes += step.nbytes
-            if progress is not None:
-                progress(done_bytes, plan.bytes_out, step.name)
-            on_event("merge.after_step")
-    except BaseException:
-        stopped.set()
-        raise
-    finally:
-        for worker in workers:
-            worker.pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
+class _Lane(Protocol):
+    """Carries out steps, one after the other."""
+
+    sources: Mapping[ModelRef, LocalFiles]
+
+    def carry_out(self, step: Step) -> None: ...
 
 
 class _Worker:
     """Threads that share a device, each with a lane of its own."""
 
-    def __init__(self, lane: Callable[[torch.device], Lane], device: torch.device, threads: int) -> None:
+    def __init__(self, lane: Callable[[], _Lane], threads: int) -> None:
         self._own = threading.local()
-        self.pool = ThreadPoolExecutor(threads, "merge", initializer=self._begin, initargs=(lane, device))
+        self.pool = ThreadPoolExecutor(threads, "merge", initializer=self._begin, initargs=(lane,))
 
-    def _begin(self, lane: Callable[[torch.device], Lane], device: torch.device) -> None:
-        self._own.lane = lane(device)
+    def _begin(self, lane: Callable[[], _Lane]) -> None:
+        self._own.lane = lane()
 
     def submit(self, step: Step, ahead: Iterable[Step]) -> Future[None]:
         return self.pool.submit(self._carry_out, step, ahead)
 
     def _carry_out(self, step: Step, ahead: Iterable[Step]) -> None:
-        lane: Lane = self._own.lane
+        lane: _Lane = self._own.lane
         for coming in ahead:
             read_ahead(coming, lane.sources)
         lane.carry_out(step)
+
+
+@contextmanager
+def _workers(
+    plan: Plan, sources: Mapping[ModelRef, LocalFiles], sink: Sink, devices: Sequence[torch.device],
+    on_nonfinite: NonFinite, threads: int, chunk: int, stopped: threading.Event,
+) -> Iterator[list[_Worker]]:  # fmt: skip
+    """One per device; they have ended when the context ends. torch is imported only for a plan that computes."""
+    restore: Callable[[], None] = lambda: None  # noqa: E731
+    if only_copies(plan):
+        made = [_Worker(partial(Copier, sources, sink, on_nonfinite, chunk, stopped), threads)]
+    else:
+        import torch
+
+        from bot.merge.execution.lane import lane_of_one_thread
+
+        restore = partial(torch.set_num_threads, torch.get_num_threads())
+        made = [
+            _Worker(
+                partial(lane_of_one_thread, sources, sink, on_nonfinite, at, chunk, stopped),
+                threads if at.type == "cpu" else 1,
+            )
+            for at in devices or (torch.device("cpu"),)
+        ]
+    try:
+        yield made
+    finally:
+        for worker in made:
+            worker.pool.shutdown(wait=True, cancel_futures=True)
+        restore()
 
 
 def in_working_order(steps: Sequence[Step]) -> list[Step]:
@@ -219,7 +268,7 @@ def _complete(
     sources: Mapping[ModelRef, LocalFiles],
     writer: Writer,
     notices: tuple[Notice, ...],
-    device: torch.device,
+    device: str,
     known: Callable[[], Known] | None,
 ) -> tuple[dict[str, FileFact], str]:
     """Everything that stands beside the weights; the manifest last."""
@@ -236,7 +285,7 @@ def _complete(
         files["mergekit_config.original.yml"] = writer.add(
             "mergekit_config.original.yml", plan.recipe.original.encode()
         )
-    facts = provenance(plan, files, notices, device.type, torch.__version__, known() if known else None)
+    facts = provenance(plan, files, notices, device, torch_version(), known() if known else None)
     files[PROVENANCE] = writer.add(PROVENANCE, facts)
     fact = writer.add(MANIFEST, manifest(files))
     return {**files, MANIFEST: fact}, fact.sha256

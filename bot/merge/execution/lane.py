@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
+from bot.merge.execution.copying import Copier, NonFinite, copies, judge
 from bot.merge.execution.device import TILE, DeviceFeed
 from bot.merge.execution.writer import Found, Sink
 from bot.merge.operands.gather import GatheredView
@@ -26,8 +26,6 @@ from bot.merge.planning.memory import CHUNK, row_length
 from bot.merge.planning.plan import Step
 from bot.merge.planning.work import Operand, Work
 from bot.merge.recipe.spec import ModelRef
-
-NonFinite = Literal["notice", "fail"]
 
 
 class Stoppable:
@@ -54,17 +52,17 @@ class Lane:
     chunk: int = CHUNK
     stopped: threading.Event = field(default_factory=threading.Event)
     scratch: Scratch = field(default_factory=Scratch)
+    copier: Copier = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.copier = Copier(self.sources, self.sink, self.on_nonfinite, self.chunk, self.stopped)
 
     def carry_out(self, step: Step) -> None:
         """Compute one tensor and hand it to the sink. Raises `bot.errors.Failed`."""
-        work = step.work
-        if work.action == "equal":
-            found = self._equal(step)
-        elif as_stored(work):
-            found = self._copied(step)
+        if copies(step.work):
+            self.copier.carry_out(step)
         else:
-            found = self._merged(step)
-        self.sink.finished(step, found)
+            self.sink.finished(step, self._merged(step))
 
     def view(self, operand: Operand, wide: torch.dtype, name: str) -> View:
         """One operand before its rows are re-indexed."""
@@ -90,7 +88,8 @@ class Lane:
         on_cpu = self.device.type == "cpu"
         feed = Stoppable(CpuFeed(views) if on_cpu else DeviceFeed(views, wide, self.device), self.stopped)
         chunk = self.chunk if on_cpu else TILE
-        inputs = Inputs(work, feed, wide, unit, chunk=chunk, scratch=self.scratch, judge=partial(self._judge, step))
+        judged = partial(judge, step, on_nonfinite=self.on_nonfinite)
+        inputs = Inputs(work, feed, wide, unit, chunk=chunk, scratch=self.scratch, judge=judged)
         if not work.elements:
             return Found()
         emit = prepare(inputs)
@@ -112,51 +111,6 @@ class Lane:
         inputs.restore(piece, out)
         self.sink.write(step, piece.start * out.element_size(), out.view(torch.uint8).numpy().data)
 
-    def _judge(self, step: Step, nonfinite: Mapping[str, int]) -> None:
-        if nonfinite and self.on_nonfinite == "fail":
-            source, count = next(iter(nonfinite.items()))
-            raise Failed(
-                "NOT_FINITE", f"{step.name} has {count} NaN or infinite values in {source}.",
-                "Use another source: such weights spoil whatever they are merged into.", value=step.name,
-            )  # fmt: skip
-
-    def _copied(self, step: Step) -> Found:
-        """The bytes as they are, looked at on the way."""
-        (operand,) = step.work.operands
-        view = self._stored(operand)
-        nonfinite: dict[str, int] = {}
-        for start in range(0, step.work.elements, self.chunk):
-            self._go_on()
-            count = min(self.chunk, step.work.elements - start)
-            piece = view.fill(start, self.scratch.get("stored", count, view.stored))
-            if not surely_finite(piece) and (bad := count - int(torch.isfinite(piece).sum())):
-                nonfinite[str(operand.source)] = nonfinite.get(str(operand.source), 0) + bad
-                self._judge(step, nonfinite)
-            self.sink.write(step, start * piece.element_size(), piece.view(torch.uint8).numpy().data)
-        return Found(nonfinite)
-
-    def _equal(self, step: Step) -> Found:
-        """Tensors that are not floating point: copied if they are the same in every source."""
-        views = [self._stored(operand) for operand in step.work.operands]
-        for start in range(0, step.work.elements, self.chunk):
-            self._go_on()
-            count = min(self.chunk, step.work.elements - start)
-            first, *others = (
-                view.fill(start, self.scratch.get(f"equal {i}", count, view.stored)) for i, view in enumerate(views)
-            )
-            data = first.view(torch.uint8)
-            if any(not torch.equal(data, other.view(torch.uint8)) for other in others):
-                _differs(step)
-            self.sink.write(step, start * first.element_size(), data.numpy().data)
-        return Found()
-
-    def _go_on(self) -> None:
-        if self.stopped.is_set():
-            raise CancelledError
-
-    def _stored(self, operand: Operand) -> StoredView:
-        return StoredView(self.sources[operand.model], operand.tensor, torch.float32, self.scratch)
-
 
 def rounded_to_odd(wide: Tensor) -> Tensor:
     """float64 as float32 with the last bit set where something was cut off.
@@ -171,22 +125,10 @@ def rounded_to_odd(wide: Tensor) -> Tensor:
     return torch.where(out == wide, out, (bits | 1).view(torch.float32), out=out)
 
 
-def as_stored(work: Work) -> bool:
-    """Whether the output's bytes are those of the only operand."""
-    first = work.operands[0]
-    plain = work.aligned is None and first.tensor.dtype == work.dtype and first.patch is None
-    unscaled = work.method == "passthrough" and work.per_input.get("scale", (None,)) == (None,)
-    return plain and (work.action == "copy" or (work.action == "merge" and unscaled))
-
-
-def read_ahead(step: Step, sources: Mapping[ModelRef, LocalFiles]) -> None:
-    """Let the system read what `step` will want."""
-    for operand in step.work.reads:
-        StoredView(sources[operand.model], operand.tensor, torch.float32).will_need()
-
-
-def _differs(step: Step) -> NoReturn:
-    raise Failed(
-        "SHAPE_MISMATCH", f"{step.name} is not floating point and differs between the sources.",
-        "Use models that agree on it.", value=step.name,
-    )  # fmt: skip
+def lane_of_one_thread(
+    sources: Mapping[ModelRef, LocalFiles], sink: Sink, on_nonfinite: NonFinite, device: torch.device, chunk: int,
+    stopped: threading.Event,
+) -> Lane:  # fmt: skip
+    """A lane for the calling thread; how torch splits a tensor among threads would show in the last bits."""
+    torch.set_num_threads(1)
+    return Lane(sources, sink, on_nonfinite, device, chunk, stopped)

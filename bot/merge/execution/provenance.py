@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Literal, Protocol
 
 from bot import __version__
@@ -37,6 +38,11 @@ class SourceFile:
 
 
 Known = Mapping[ModelRef, Mapping[str, SourceFile]]  # by bare reference and file
+
+
+def torch_version() -> str:
+    """The version of torch, without importing it."""
+    return version("torch")
 
 
 def provenance(

@@ -19,13 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-import torch
-
 from bot.errors import Refused, Transient
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.execution import engine
 from bot.merge.execution.engine import Merged, Options
 from bot.merge.execution.partial import hold
+from bot.merge.execution.provenance import torch_version
 from bot.merge.execution.sizes import in_units
 from bot.merge.execution.unchanged import require_same
 from bot.merge.execution.writer import Progress
@@ -53,7 +52,7 @@ def merge(
         return engine.merge(plan, folders, out, device=device, progress=progress, **options)
     started, out = time.monotonic(), Path(out)
     scratch = Path(scratch) if scratch is not None else out.with_name(out.name + ".stages")
-    kind = f"{engine.choose_device(device).type}-torch-{torch.__version__}"  # another torch may round otherwise
+    kind = f"{engine.choose_device(device).type}-torch-{torch_version()}"  # another torch may round otherwise
     places = {ref: scratch / f"{made.digest[:32]}-{kind}" for ref, made in plan.stages}
     if out.exists() or out.is_symlink():
         if _finished(out, plan):

@@ -7,16 +7,15 @@ second time they come from the page cache. merging.md 5.3.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.operands.stored import StoredBytes
 
 
 class Scratch:
@@ -63,10 +62,9 @@ class StoredView:
         self, files: LocalFiles, tensor: TensorInfo, wide: torch.dtype, scratch: Scratch | None = None, name: str = ""
     ) -> None:
         self.shape = tensor.shape
-        self._files, self._tensor, self._wide = files, tensor, wide
+        self._bytes, self._wide = StoredBytes(files, tensor), wide
         self.stored: torch.dtype = getattr(torch, tensor.dtype.name)
         self._scratch, self._name = scratch or Scratch(), name
-        self._handle: _Handle | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
         out = self._scratch.get(self._name + " wide", stop - start, self._wide)
@@ -76,41 +74,8 @@ class StoredView:
 
     def fill(self, start: int, piece: Tensor) -> Tensor:
         """Read elements from `start` on into a contiguous CPU tensor of the stored type, which is returned."""
-        if self._handle is None:
-            self._handle = _Handle(self._files, self._tensor.file)
-        at = self._tensor.start + start * piece.element_size()
-        buffer = piece.view(torch.uint8).numpy().data
-        filled = 0
-        while filled < len(buffer):
-            count = os.preadv(self._handle.number, [buffer[filled:][: 2**26]], at + filled)
-            if not count:
-                self._ended()
-            filled += count
+        self._bytes.fill(start * piece.element_size(), piece.view(torch.uint8).numpy().data)
         return piece
-
-    def _ended(self) -> NoReturn:
-        raise Failed(
-            "SOURCE_CHANGED_OR_GONE", f"{self._tensor.file} of {self._files} ends inside {self._tensor.name}.",
-            "The source was changed or cut while merging: fetch it again.", value=self._tensor.name,
-        )  # fmt: skip
-
-    def will_need(self) -> None:
-        """Let the system read the whole tensor ahead."""
-        if self._handle is None:
-            self._handle = _Handle(self._files, self._tensor.file)
-        os.posix_fadvise(self._handle.number, self._tensor.start, self._tensor.nbytes, os.POSIX_FADV_WILLNEED)
-
-
-class _Handle:
-    """An open file, closed when nobody uses it any more."""
-
-    def __init__(self, files: LocalFiles, name: str) -> None:
-        self.number = -1
-        self.number = os.open(files.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
 
 
 def common_unit(views: Sequence[View]) -> int:

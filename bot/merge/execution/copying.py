@@ -1,0 +1,134 @@
+"""Steps whose output is stored bytes as they are. No arithmetic, and so no torch, which takes a second to import."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bot.errors import Failed
+from bot.merge.checkpoints.checkpoint import LocalFiles
+from bot.merge.execution.writer import Found, Sink
+from bot.merge.operands.stored import StoredBytes
+from bot.merge.planning.memory import CHUNK
+from bot.merge.planning.plan import Plan, Step
+from bot.merge.planning.work import Operand, Work
+from bot.merge.recipe.spec import ModelRef
+
+NonFinite = Literal["notice", "fail"]
+Bytes = NDArray[np.uint8]
+_EXPONENTS: dict[str, Any] = {  # the bits of the exponent: all of them are set in NaN and infinite numbers alone
+    "float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80),
+    "float32": np.uint32(0x7F800000), "float64": np.uint64(0x7FF0000000000000),
+}  # fmt: skip
+
+
+class Copier:
+    """What one worker has to itself: buffers that serve for every tensor."""
+
+    def __init__(
+        self,
+        sources: Mapping[ModelRef, LocalFiles],
+        sink: Sink,
+        on_nonfinite: NonFinite = "notice",
+        chunk: int = CHUNK,
+        stopped: threading.Event | None = None,
+    ) -> None:
+        self.sources, self._sink, self._on_nonfinite, self._chunk = sources, sink, on_nonfinite, chunk
+        self._stopped = stopped or threading.Event()
+        self._buffers: dict[int, Bytes] = {}
+
+    def carry_out(self, step: Step) -> None:
+        """Copy one tensor to the sink. Raises `bot.errors.Failed`."""
+        self._sink.finished(step, self._equal(step) if step.work.action == "equal" else self._copied(step))
+
+    def _copied(self, step: Step) -> Found:
+        """One operand, looked at on the way."""
+        (operand,) = step.work.operands
+        stored, nonfinite = self._stored(operand), dict[str, int]()
+        for start, count in self._parts(step.work):
+            data = self._read(stored, 0, start, count)
+            if bad := count_nonfinite(data, step.work.dtype.name):
+                nonfinite[str(operand.source)] = nonfinite.get(str(operand.source), 0) + bad
+                judge(step, nonfinite, self._on_nonfinite)
+            self._sink.write(step, start, data.data)
+        return Found(nonfinite)
+
+    def _equal(self, step: Step) -> Found:
+        """Tensors that are not floating point: copied if they are the same in every source."""
+        every = [self._stored(operand) for operand in step.work.operands]
+        for start, count in self._parts(step.work):
+            first, *others = (self._read(stored, i, start, count) for i, stored in enumerate(every))
+            if any(not np.array_equal(first, other) for other in others):
+                _differs(step)
+            self._sink.write(step, start, first.data)
+        return Found()
+
+    def _parts(self, work: Work) -> Iterator[tuple[int, int]]:
+        """(first byte, bytes) of each piece."""
+        piece, end = self._chunk * work.dtype.itemsize, work.elements * work.dtype.itemsize
+        for start in range(0, end, piece):
+            if self._stopped.is_set():
+                raise CancelledError
+            yield start, min(piece, end - start)
+
+    def _read(self, stored: StoredBytes, number: int, start: int, count: int) -> Bytes:
+        if number not in self._buffers or len(self._buffers[number]) < count:
+            self._buffers[number] = np.empty(count, dtype=np.uint8)
+        data = self._buffers[number][:count]
+        stored.fill(start, data.data)
+        return data
+
+    def _stored(self, operand: Operand) -> StoredBytes:
+        return StoredBytes(self.sources[operand.model], operand.tensor)
+
+
+def only_copies(plan: Plan) -> bool:
+    """Whether no step of `plan` computes anything."""
+    return all(copies(step.work) for step in plan.steps)
+
+
+def copies(work: Work) -> bool:
+    """Whether the output's bytes are those of an operand."""
+    if work.action == "equal":
+        return True
+    first = work.operands[0]
+    plain = work.aligned is None and first.tensor.dtype == work.dtype and first.patch is None
+    unscaled = work.method == "passthrough" and work.per_input.get("scale", (None,)) == (None,)
+    return plain and (work.action == "copy" or (work.action == "merge" and unscaled))
+
+
+def count_nonfinite(data: Bytes, dtype: str) -> int:
+    """How many numbers of this type are NaN or infinite. Other types than floating-point ones have none."""
+    if dtype not in _EXPONENTS or not len(data):
+        return 0
+    exponent = _EXPONENTS[dtype]
+    found = np.bitwise_and(data.view(exponent.dtype), exponent)
+    return int(np.count_nonzero(found == exponent)) if found.max() == exponent else 0
+
+
+def judge(step: Step, nonfinite: Mapping[str, int], on_nonfinite: NonFinite) -> None:
+    """End the merge if NaN or infinite values mean that. Raises Failed NOT_FINITE."""
+    if nonfinite and on_nonfinite == "fail":
+        source, count = next(iter(nonfinite.items()))
+        raise Failed(
+            "NOT_FINITE", f"{step.name} has {count} NaN or infinite values in {source}.",
+            "Use another source: such weights spoil whatever they are merged into.", value=step.name,
+        )  # fmt: skip
+
+
+def read_ahead(step: Step, sources: Mapping[ModelRef, LocalFiles]) -> None:
+    """Let the system read what `step` will want."""
+    for operand in step.work.reads:
+        StoredBytes(sources[operand.model], operand.tensor).will_need()
+
+
+def _differs(step: Step) -> NoReturn:
+    raise Failed(
+        "SHAPE_MISMATCH", f"{step.name} is not floating point and differs between the sources.",
+        "Use models that agree on it.", value=step.name,
+    )  # fmt: skip
