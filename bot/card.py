@@ -200,7 +200,27 @@ def _speed(job: Job) -> str:
         f"| plain greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
         f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
     ]
-    return plain(speed["sentence"]) + "\n\n" + "\n".join(lines)
+    tables = [plain(speed["sentence"]), "\n".join(lines), _transfer_table(speed)]
+    return "\n\n".join(table for table in tables if table)
+
+
+def _transfer_table(speed: Mapping[str, Any]) -> str:
+    """Every set of heads on the merged model at the same tree; nothing where the parents brought none."""
+    if not speed.get("transfer"):
+        return ""
+    lines = ["| heads | right at the first guess, by head | tokens per step, same tree |", "|---|---|---:|"]
+    for row in speed["candidates"]:
+        if row["origin"] not in ("identity", "parent", "merged", "fresh"):
+            continue
+        if row["absent_because"] is not None:
+            lines.append(f"| {code(row['id'])} | {plain(row['absent_because'])} | – |")
+            continue
+        shares, rate = (
+            " ".join(f"{head['top1']:.2f}" for head in row["accuracy"]),
+            row["tokens_per_step"]["common_tree"],
+        )
+        lines.append(f"| {code(row['id'])} | {shares} | {'–' if rate is None else format(rate, '.2f')} |")
+    return "\n".join(lines)
 
 
 def _source_table(sources: tuple[Source, ...]) -> str:

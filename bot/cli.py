@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 
-from bot import __version__
+from bot import __version__, medusa_verbs
 from bot.errors import Failed, MergebotError
 from bot.flags import Verb, Verbs, bytes_of
 
@@ -28,10 +28,7 @@ app = typer.Typer(
     help="Merge models, measure what came out, publish exactly what was measured. "
     "`--home`, `--hub` and `--debug` may stand behind the command, too.",
 )
-medusa_app = typer.Typer(
-    no_args_is_help=True, help="Medusa heads: train them on a model and measure how fast it decodes."
-)
-app.add_typer(medusa_app, name="medusa", rich_help_panel="Do one step yourself")
+app.add_typer(medusa_verbs.app, name="medusa", rich_help_panel="Do one step yourself")
 
 WALK, STEP, RUN = "Run the whole walk", "Do one step yourself", "Ask a running bot"
 Recipe = Annotated[Path, typer.Argument(help="A mergekit recipe (YAML).", metavar="RECIPE")]
@@ -79,6 +76,7 @@ def settings(**overrides: object) -> Settings:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     home: Annotated[Optional[Path], typer.Option(help="Folder for the database, caches and scratch files.")] = None,  # noqa: UP045
     hub: Annotated[Optional[str], typer.Option(help="Address of the Hub, HF_ENDPOINT unless given.")] = None,  # noqa: UP045
@@ -88,6 +86,7 @@ def options(
         typer.echo(f"mergebot {__version__}")
         raise typer.Exit
     _State.debug, _State.home, _State.hub = debug, home, hub
+    context.obj = settings
 
 
 # -- the whole walk ----------------------------------------------------------------------------------------------
@@ -283,25 +282,6 @@ def evaluate(
             operator.model_folder(model, configured, shown), suite, limit, seed, configured, shown
         )
     screens.scores({model: scores}, out)
-
-
-@medusa_app.command("bench")
-def medusa_bench(
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
-    out: Annotated[Path, typer.Option(help="Folder for the heads and decode_speed.json.")] = Path("medusa"),
-    prompts: Annotated[Optional[Path], typer.Option(help="Questions, JSON lines as in MT-bench.")] = None,  # noqa: UP045
-    budget_s: Annotated[float, typer.Option(help="Seconds for training, calibration and the test.", min=10)] = 600.0,
-    device: Device = "auto",
-    seed: Seed = 0,
-) -> None:
-    """Train heads on a model and compare decoding with them to plain greedy decoding, honestly."""
-    from bot import measure, operator, screens
-
-    configured = settings(device=device)
-    with screens.progress() as shown:
-        folder = operator.model_folder(model, configured, shown)
-        report = measure.bench(folder, out, prompts, budget_s, seed, configured, shown)
-    screens.speed(report, out)
 
 
 # -- ask a running bot -------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ A source is evaluated once for all merges that share it: the harness keeps its r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bot.errors import Failed, Refused
 from bot.job import Source
@@ -16,6 +17,9 @@ from bot.settings import Settings, child_environment
 from evaluators import harness, suites
 from evaluators.errors import EvaluationError
 from evaluators.scores import ModelEvaluation
+
+if TYPE_CHECKING:
+    from evaluators.medusa import Given
 
 NO_SUITE = "none"
 
@@ -85,50 +89,50 @@ def evaluate(
         raise Failed(error.code, error.message, error.next_step) from error
 
 
-def decode_speed(out: Path, settings: Settings, scratch: Path, report: Show) -> dict[str, Any]:
-    """The Medusa report of the merged model, with its sentence for people."""
-    return bench(
-        out,
-        scratch / "medusa",
-        None,
-        settings.speed_budget_s,
-        0,
-        settings,
-        report,
-        questions=settings.speed_questions,
-        new_tokens=settings.speed_new_tokens,
-    )
-
-
-def bench(
-    folder: Path,
-    out: Path,
-    prompts: Path | None,
-    budget_s: float,
-    seed: int,
-    settings: Settings,
-    report: Show,
-    *,
-    questions: int = 16,
-    new_tokens: int = 48,
+def decode_speed(
+    out: Path, sources: tuple[Source, ...], settings: Settings, scratch: Path, report: Show, seed: int = 0
 ) -> dict[str, Any]:
-    """Train heads on the model in `folder` and time decoding with them. Raises Failed."""
+    """The Medusa report of the merged model, with its sentence for people; its sources' heads are tried where there
+    are any."""
+    from bot import heads
+    from bot.hub import Hub
+
+    given = heads.of_job(out, sources, scratch / "medusa", settings, Hub(settings.hub), seed)
+    asked = Speed(None, settings.speed_budget_s, settings.speed_questions, settings.speed_new_tokens, given=given)
+    return bench(out, scratch / "medusa", asked, settings, report, seed=seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What to time: questions (built in without a file), how many, of how many turns, and which heads there are."""
+
+    prompts: Path | None = None
+    budget_s: float = 600.0
+    questions: int = 16
+    new_tokens: int = 48
+    turns: int = 1
+    given: tuple[Given, ...] = ()
+
+
+def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Show, *, seed: int = 0) -> dict[str, Any]:
+    """Train heads on the model in `folder`, unless some are given, and time decoding with them. Raises Failed."""
     from bot.merge.execution.engine import choose_device
     from evaluators import medusa
-    from evaluators.medusa.report import sentence as report_sentence
 
     try:
         measured = medusa.measure(
             folder,
             out,
-            prompts=prompts,
-            budget_s=budget_s,
-            questions=questions,
-            max_new_tokens=new_tokens,
+            prompts=asked.prompts,
+            budget_s=asked.budget_s,
+            questions=asked.questions,
+            max_new_tokens=asked.new_tokens,
+            turns=asked.turns,
             seed=seed,
             device=choose_device(settings.device).type,
+            given=asked.given,
             progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
         )
     except EvaluationError as error:
         raise Failed(error.code, error.message, error.next_step) from error
-    return {**measured, "sentence": report_sentence(measured)}
+    return {**measured, "sentence": medusa.sentence(measured)}

@@ -183,9 +183,37 @@ def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) 
         out.write_bytes(TypeAdapter(dict[str, Evaluation]).dump_json(dict(evaluations), indent=1))
 
 
-def speed(report: Mapping[str, Any], out: Path) -> None:
+def speed(report: Mapping[str, Any], file: Path) -> None:
     _say(escape(str(report["sentence"])))
-    _say(f"The whole report is in {escape(str(out / 'decode_speed.json'))}.")
+    table = Table(title="Heads on this model", title_justify="left")
+    for column, justify in (("heads", "left"), ("top-1 by head", "left"), ("tokens/step", "right"), ("speed", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in report["candidates"]:
+        if row["absent_because"] is not None:
+            table.add_row(escape(row["id"]), escape(row["absent_because"]), "", "")
+        else:
+            table.add_row(escape(row["id"]), _shares(row["accuracy"]), _steps(row["tokens_per_step"]), _ratio(row))
+    console.print(table)
+    for warning in report["warnings"]:
+        _say(escape(f"Note: {warning}."))
+    _say(f"The whole report is in {escape(str(file))}.")
+
+
+def _shares(accuracy: Iterable[Mapping[str, Any]]) -> str:
+    return " ".join(f"{head['top1']:.2f}" for head in accuracy)
+
+
+def _steps(rate: Mapping[str, Any]) -> str:
+    found = rate["simulated"] if rate["measured"] is None else rate["measured"]
+    return "" if found is None else f"{found:.2f}"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    """The measured ratio to plain decoding on the clock that counts; a prediction is marked as one."""
+    found = row["speedup"]
+    if found["clock_used"] is None:
+        return "" if found["predicted_here"] is None else f"{found['predicted_here']:.2f} predicted"
+    return "" if found[found["clock_used"]] is None else f"{found[found['clock_used']]:.2f}"
 
 
 def jobs(found: Iterable[Job]) -> None:

@@ -122,7 +122,7 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
     parts = _SOURCES.validate_python(spec["sources"])
     merged, parents = measure.scores(out, spec["manifest"], parts, asked, settings, scratch, report)
     crashpoint("eval.after_task")
-    speed = measure.decode_speed(out, settings, scratch, report) if asked.speed == "medusa" else None
+    speed = measure.decode_speed(out, parts, settings, scratch, report) if asked.speed == "medusa" else None
     fact = Evaluation(spec["manifest"], merged, parents, speed, time.monotonic() - started)
     return _json(fact)
 

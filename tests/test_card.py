@@ -106,6 +106,33 @@ def test_the_recipe_in_the_card_runs_again() -> None:
     assert recipe.parse(block, trust="stranger").digest == recipe.parse(TEXT, trust="stranger").digest
 
 
+def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_loss_is_said_first() -> None:
+    def row(name: str, origin: str, rate: float | None, absent: str | None = None) -> dict[str, Any]:
+        made = {"id": name, "origin": origin, "absent_because": absent, "accuracy": [{"top1": 0.31}, {"top1": 0.2}]}
+        steps = {"measured": rate if origin == "fresh" else None, "common_tree": rate}
+        speeds = {"wall": 0.8, "wall_ci95": [0.7, 0.9], "cpu": 0.8, "cpu_ci95": None, "clock_used": "wall"}
+        return {**made, "tokens_per_step": steps, "speedup": speeds, "tokens_per_s": 9.5}
+
+    speed = {
+        "sentence": "Medusa heads run at 0.80 x plain speed: slower here.",
+        "transfer": "Its parents' heads bring 1.31.",
+        "plain": {"tokens_per_s": 12.0},
+        "candidates": [
+            row("none", "none", 1.0),
+            row("parent:org/a", "parent", 1.31),
+            row("parent:org/b", "parent", None, "it has 5 tokens <b> too many."),
+            row("fresh", "fresh", 1.4),
+        ],
+    }
+    evaluation = job().evaluation
+    assert evaluation is not None
+    text = card.model_card(job(evaluation=replace(evaluation, decode_speed=speed)), "mergebot/alice-both")
+    section = text[text.index("## Decode speed") : text.index("## Use")]
+    assert section.splitlines()[2].startswith("Medusa heads run at 0.80 x plain speed: slower here")
+    assert "| `parent:org/a` | 0.31 0.20 | 1.31 |" in section and "| `fresh` | 0.31 0.20 | 1.40 |" in section
+    assert "| `parent:org/b` | it has 5 tokens \\<b\\> too many. | – |" in section and "`none`" not in section
+
+
 @pytest.mark.parametrize("hostile", INJECTIONS)
 def test_text_of_strangers_does_nothing_in_a_card(hostile: str) -> None:
     notice = {"code": "X", "text": hostile, "count": 1}
