@@ -1,11 +1,11 @@
 """Do Medusa heads survive a merge? The demo's family, several recipes, every way of getting heads for the merge.
 
-usage: python -m benchmarks.heads_and_merges [--cache DIR] [--prompts FILE] [--only RECIPE ...]
+usage: python -m benchmarks.heads_and_merges [--cache DIR] [--prompts FILE] [--only RECIPE ...] [--timed-s SECONDS]
 
 Trains heads on both parents, merges parents and heads by each recipe, trains heads on the merge with the same budget,
 and compares them all on the merge's own text: accuracy, tokens per step, and the speed they come to with the cost of a
-forward pass measured here. Writes benchmarks/heads_and_merges.json after every recipe; tables go to standard output.
-About twenty minutes of one core.
+forward pass measured here. Then it runs the whole speed test on the demo's merge (task arithmetic). Writes
+benchmarks/heads_and_merges.json after every recipe; tables go to standard output. About half an hour of one core.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bot.demo import base as base_model
 from bot.demo import parents, skills
 from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef, Recipe
+from evaluators import medusa
 from evaluators.medusa import adapters, calibrate, data, formats, suite, train, transfer
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
@@ -43,6 +44,7 @@ FULL = train.QUICK
 SHORT = replace(train.QUICK, learning_rate=1e-3, epochs=1)
 WIDTHS = (1, 2, 4, 8, 16)
 TIMED = 15
+TIMED_MERGE, TIMED_QUESTIONS, TIMED_TOKENS = "task_arithmetic", 8, 32
 
 _TWO = f"models: [{{model: {CRESTS}, parameters: {{weight: %s}}}}, {{model: {SMITHS}, parameters: {{weight: %s}}}}]"
 _BASE = f"base_model: {base_model.REPO}"
@@ -97,6 +99,11 @@ def main() -> int:
         out["merges"][name] = _compare(recipe, merged, cache / "heads" / f"merged-{plain_name}", family)
         OUT.write_text(json.dumps(out, indent=1) + "\n")
         console.print(_table(name, out["merges"][name]), soft_wrap=True)
+    if asked.timed_s:
+        console.print(f"{TIMED_MERGE}: the speed test")
+        out["timed"] = _time(family, cache, asked.prompts, asked.timed_s)
+        OUT.write_text(json.dumps(out, indent=1) + "\n")
+        console.print(medusa.sentence(out["timed"]), soft_wrap=True)
     return 0
 
 
@@ -105,6 +112,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("heads-and-merges"), help="folder for models and heads")
     parser.add_argument("--prompts", type=Path, help="test questions, JSON lines as in MT-bench; default: built in")
     parser.add_argument("--only", nargs="*", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
+    parser.add_argument("--timed-s", type=float, default=420.0, help="seconds for the speed test; 0 leaves it out")
     return parser.parse_args()
 
 
@@ -246,6 +254,22 @@ def _sets(base: Base, texts: Texts, heads: Path, family: Family) -> tuple[dict[s
         "positions": training.positions, "fresh_steps": training.steps, "fresh_s": training.seconds,
         "tuned_steps": tuning.steps, "tuned_s": tuning.seconds, "short_steps": short_training.steps,
     }  # fmt: skip
+
+
+def _time(family: Family, cache: Path, prompts: Path | None, budget_s: float) -> dict[str, Any]:
+    """The speed test of the demo's merge with all the heads there are."""
+    merged = _merge(reading.parse(RECIPES[TIMED_MERGE]), family.models, cache / "merges" / TIMED_MERGE)
+    folder = cache / "heads" / f"merged-{TIMED_MERGE}"
+    if not folder.is_dir():
+        merged_heads.merge(reading.parse(RECIPES[TIMED_MERGE]), family.heads, folder)
+    given = [
+        medusa.Given(f"parent:{ref.path}", "parent", heads, model=family.models[ref.path])
+        for ref, heads in family.heads.items()
+    ]
+    return medusa.measure(
+        merged, cache / "timed", prompts=prompts, budget_s=budget_s, questions=TIMED_QUESTIONS,
+        max_new_tokens=TIMED_TOKENS, given=[*given, medusa.Given("merged", "merged", folder)],
+    )  # fmt: skip
 
 
 def _row(
