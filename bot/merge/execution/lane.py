@@ -14,14 +14,14 @@ from torch import Tensor
 
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
-from bot.merge.execution.copying import Copier, NonFinite, copies, judge
+from bot.merge.execution.copying import Copier, NonFinite, copies, count_nonfinite, judge
 from bot.merge.execution.device import TILE, DeviceFeed
 from bot.merge.execution.writer import Found, Sink
 from bot.merge.operands.gather import GatheredView
 from bot.merge.operands.lora_rows import PatchedView, stored_tensor
 from bot.merge.operands.views import Scratch, StoredView, View, common_unit
 from bot.merge.passes import prepare
-from bot.merge.passes.inputs import CpuFeed, Feed, Inputs, Piece, Spans, surely_finite
+from bot.merge.passes.inputs import CpuFeed, Feed, Inputs, Piece, Spans
 from bot.merge.planning.memory import CHUNK, row_length
 from bot.merge.planning.plan import Step
 from bot.merge.planning.work import Operand, Work
@@ -102,14 +102,14 @@ class Lane:
         count = piece.stop - piece.start
         out = self.scratch.get("out", count, getattr(torch, step.work.dtype.name))
         out.copy_(rounded_to_odd(result) if result.dtype == torch.float64 and out.element_size() == 2 else result)
-        finite = surely_finite(out) or bool(torch.isfinite(out).all())
-        if not finite:
+        data = out.view(torch.uint8).numpy()
+        if count_nonfinite(data, step.work.dtype.name):
             raise Failed(
                 "NOT_FINITE", f"{step.name} overflows {step.work.dtype.name}, though its inputs are finite.",
                 "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.", value=step.name,
             )  # fmt: skip
         inputs.restore(piece, out)
-        self.sink.write(step, piece.start * out.element_size(), out.view(torch.uint8).numpy().data)
+        self.sink.write(step, piece.start * out.element_size(), data.data)
 
 
 def rounded_to_odd(wide: Tensor) -> Tensor:

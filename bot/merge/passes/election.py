@@ -5,7 +5,7 @@ Masks of booleans and choices by `where` cost ten times as much as arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,18 +27,22 @@ class Election:
 
         by_count: the sign of most votes is elected, whatever their sizes.
         """
-        ballots = self._zeros("ballots") if by_count else None
-        up, down = self._zeros("up"), self._zeros("down")
-        weight_up, weight_down = self._zeros("weight up"), self._zeros("weight down")
-        for vote, w_i in zip(self._votes, self._weight, strict=True):
+        ballots = self._sides("ballots")[0].zero_() if by_count else None
+        up, down, weight_up, weight_down = self._sides("up", "down", "weight up", "weight down")
+        for first, vote, w_i in self._numbered():
             if ballots is not None:
                 ballots.add_(torch.sign(vote, out=self._part))
-            up.add_(torch.clamp_min(vote, 0, out=self._part))
-            if normalize:
-                weight_up.add_(self._part.sign_(), alpha=w_i)
-            down.add_(vote.clamp_(max=0))
-            if normalize:
-                weight_down.sub_(vote.sign_(), alpha=w_i)
+            rise = torch.clamp_min(vote, 0, out=up if first else self._part)
+            fall = torch.clamp_max(vote, 0, out=down if first else vote)
+            if not first:
+                up.add_(rise)
+                down.add_(fall)
+            if normalize and first:
+                torch.sign(rise, out=weight_up).mul_(w_i)
+                torch.sign(fall, out=weight_down).mul_(-w_i)
+            elif normalize:
+                weight_up.add_(rise.sign_(), alpha=w_i)
+                weight_down.sub_(fall.sign_(), alpha=w_i)
         plus = self._plus(up, down) if ballots is None else torch.ge(ballots, 0, out=self._votes[0])
         total = self._side(plus, up, down)
         if not normalize:
@@ -51,22 +55,35 @@ class Election:
 
     def shared(self) -> Tensor:
         """sce: bare votes elect, the agreeing ones are averaged with their weights, over a floor."""
-        up, down = self._zeros("up"), self._zeros("down")
-        sum_up, sum_down = self._zeros("sum up"), self._zeros("sum down")
-        weight_up, weight_down = self._zeros("weight up"), self._zeros("weight down")
-        for vote, w_i in zip(self._votes, self._weight, strict=True):
-            up.add_(torch.clamp_min(vote, 0, out=self._part))
-            sum_up.add_(self._part, alpha=w_i)
-            weight_up.add_(self._part.sign_(), alpha=w_i)
-            down.add_(vote.clamp_(max=0))
-            sum_down.add_(vote, alpha=w_i)
-            weight_down.sub_(vote.sign_(), alpha=w_i)
+        up, down, sum_up, sum_down = self._sides("up", "down", "sum up", "sum down")
+        weight_up, weight_down = self._sides("weight up", "weight down")
+        for first, vote, w_i in self._numbered():
+            rise = torch.clamp_min(vote, 0, out=up if first else self._part)
+            fall = torch.clamp_max(vote, 0, out=down if first else vote)
+            if first:
+                torch.mul(rise, w_i, out=sum_up)
+                torch.mul(fall, w_i, out=sum_down)
+                torch.sign(rise, out=weight_up).mul_(w_i)
+                torch.sign(fall, out=weight_down).mul_(-w_i)
+                continue
+            up.add_(rise)
+            down.add_(fall)
+            sum_up.add_(rise, alpha=w_i)
+            sum_down.add_(fall, alpha=w_i)
+            weight_up.add_(rise.sign_(), alpha=w_i)
+            weight_down.sub_(fall.sign_(), alpha=w_i)
         plus = self._plus(up, down)
         total, count = self._side(plus, sum_up, sum_down), self._side(plus, weight_up, weight_down)
         return total.div_(count.clamp_(min=FLOOR))
 
-    def _zeros(self, name: str) -> Tensor:
-        return self._inputs.buffer(name, self._votes[0]).zero_()
+    def _sides(self, *names: str) -> list[Tensor]:
+        """Buffers, which the first vote fills and the others are added to."""
+        return [self._inputs.buffer(name, self._votes[0]) for name in names]
+
+    def _numbered(self) -> Iterator[tuple[bool, Tensor, float]]:
+        """(whether it is the first, vote, weight)."""
+        for i, (vote, w_i) in enumerate(zip(self._votes, self._weight, strict=True)):
+            yield i == 0, vote, w_i
 
     def _plus(self, up: Tensor, down: Tensor) -> Tensor:
         """1 where plus is elected, else 0. A draw (sides equal up to rounding) elects plus."""

@@ -43,12 +43,14 @@ def sce(inputs: Inputs) -> Emit:
 
 def _variance(inputs: Inputs, deltas: list[Tensor]) -> Tensor:
     """Population variance over the models, per element, in a buffer."""
-    mean = inputs.buffer("mean", deltas[0]).copy_(deltas[0])
-    for delta in deltas[1:]:
-        mean.add_(delta)
-    mean.div_(len(deltas))
-    out, part = inputs.buffer("variance", mean).zero_(), inputs.buffer("part", mean)
-    for delta in deltas:
+    first, *others = deltas
+    mean, out, part = (inputs.buffer(name, first) for name in ("mean", "variance", "part"))
+    total = first
+    for delta in others:
+        total = torch.add(total, delta, out=mean)
+    torch.div(total, len(deltas), out=mean)
+    torch.sub(first, mean, out=out).square_()
+    for delta in others:
         out.add_(torch.sub(delta, mean, out=part).square_())
     return out.div_(len(deltas))
 
