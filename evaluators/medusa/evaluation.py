@@ -161,7 +161,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         reference=next(each for each in scored if each.set is reference),
         floor=identity_heads(reference.heads.spec, base),
         common=transfer.common_tree(reference.heads, features["calibration"]),
-        features=features | {"timed": data.gather(base, said)},
+        features={"timed": data.gather(base, said), "held_out": data.gather(base, [*texts.calibration, *said])},
         cost=cost,
         blocks=blocks,
         versus=versus,

@@ -52,7 +52,7 @@ def _row(into: Row, scored: Scored, m: Measured, machine: Machine) -> Row:
     if heads is None or choice is None:
         return row
     row["heads"] = _heads(heads, m)
-    row["accuracy"] = _accuracy(heads, m.features["calibration"])
+    row["accuracy"] = _accuracy(heads, m.features["held_out"])
     floor, best = (_top1(one, m) for one in (m.floor, m.reference.set.heads))
     row["retention"] = [rounded(share) for share in transfer.retention(_top1(heads, m), floor, best)]
     row["tree"] = {
@@ -67,7 +67,7 @@ def _row(into: Row, scored: Scored, m: Measured, machine: Machine) -> Row:
         "simulated": simulated,
         "common_tree": _simulated(heads, m, m.common.shallow(heads.spec.heads)),
     }
-    row["speedup"]["predicted_here"] = rounded(choice.gain)
+    row["speedup"]["predicted_here"] = rounded((choice.expected if simulated is None else simulated) / choice.overhead)
     if all(each.id in block.runs for block in m.blocks):
         rows.timed(into, row, m, machine)
         _compare_with_simulation(into, row, m)
@@ -99,7 +99,7 @@ def _identity(m: Measured) -> Row:
     """Untrained heads on the same answers: what the trained ones are held against, by arithmetic alone."""
     row = report.blank_row("identity", "identity")
     row["heads"] = _heads(m.floor, m) | {"parameters": 0, "bytes": 0}
-    row["accuracy"] = _accuracy(m.floor, m.features["calibration"])
+    row["accuracy"] = _accuracy(m.floor, m.features["held_out"])
     choice = m.reference.choice
     row["tokens_per_step"] |= {
         "simulated": None if choice is None else _simulated(m.floor, m, choice.tree),
@@ -139,7 +139,7 @@ def _accuracy(heads: Heads, features: data.Features) -> list[Row]:
 def _top1(heads: Heads | None, m: Measured) -> list[float]:
     if heads is None:
         return []
-    return [shares[0] for shares in calibrate.accuracy(heads, m.features["calibration"], 1).shares]
+    return [shares[0] for shares in calibrate.accuracy(heads, m.features["held_out"], 1).shares]
 
 
 def _simulated(heads: Heads, m: Measured, tree: Any) -> float | None:

@@ -27,7 +27,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything a report is written from. `features` has the splits calibration and timed.
+    """Everything a report is written from. `features` has the splits timed, and held_out: with the calibration's.
 
     `reference` is the set made for this model, `floor` untrained heads of its shape, `common` the tree all are
     compared at.
