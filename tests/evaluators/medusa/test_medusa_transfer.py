@@ -12,9 +12,23 @@ from test_medusa_report import assert_whole, block, trace
 
 from evaluators import medusa
 from evaluators.errors import EvaluationError
-from evaluators.medusa import adapters, baselines, bench, calibrate, data, formats, suite, train, transfer
+from evaluators.medusa import (
+    adapters,
+    baselines,
+    bench,
+    calibrate,
+    data,
+    formats,
+    head_rows,
+    report,
+    rows,
+    suite,
+    train,
+    transfer,
+)
 from evaluators.medusa.adapters import Base, EagerRunner
-from evaluators.medusa.decode import Limits
+from evaluators.medusa.decode import Clock, Limits
+from evaluators.medusa.decode import plain as plain_run
 from evaluators.medusa.drafters import HeadDrafter
 from evaluators.medusa.heads import HeadSpec, identity_heads
 from evaluators.medusa.suite import Prompt
@@ -64,6 +78,35 @@ def test_where_no_tree_can_win_nothing_is_speculated_and_nothing_is_lost() -> No
         assert found is not None
         ratios.append(found.value)
     assert abs(ratios[-1] - 1) <= 0.02, ratios
+
+
+@pytest.mark.parametrize(("fast_s", "chosen"), [(3.0, "none"), (1.0, "fresh")])
+def test_what_was_measured_overrules_what_calibration_promised(fast_s: float, chosen: str) -> None:
+    base = tiny.base("gqa")
+    heads, report_ = identity_heads(SPEC, base), report.blank("quick")
+    text = data.gather(base, data.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=20))
+    cheap = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1, 0.01)
+    promised = calibrate.Choice(chain(2), 1.9, 1.1, 1.7, True)
+    scored = rows.Scored(transfer.HeadSet("fresh", "fresh", heads), promised)
+    questions = [bench.Question(Prompt(name, "x", ("?",)), (1, 2)) for name in "abc"]
+    plain = (tiny_trace(base, 2.0), tiny_trace(base, 2.0))
+    fast = (tiny_trace(base, fast_s), tiny_trace(base, fast_s))
+    blocks = [bench.Block(question, plain, {"fresh": fast}) for question in questions]
+    measured = rows.Measured(
+        base, [scored], scored, heads, chain(2), {"timed": text, "held_out": text}, cheap, blocks, (), 20, 0
+    )
+    head_rows.write(report_, measured)
+    assert report_["chosen"] == chosen
+    assert report_["verdict"] == ("faster" if chosen == "fresh" else "slower")
+    assert (report_["recommendation"] == "do not speculate") is (chosen == "none")
+
+
+def tiny_trace(base: Base, seconds: float) -> Any:
+    """A generation whose text is the base's own and whose clocks say `seconds`."""
+    made = plain_run(EagerRunner(base), (1, 2), Limits(21))
+    made.decode = Clock(seconds, seconds)
+    made.forward_s, made.draft_s, made.accept_s = seconds, 0.0, 0.0
+    return made
 
 
 def test_retention_is_one_for_the_reference_itself_and_nothing_where_nothing_was_gained() -> None:
