@@ -193,7 +193,9 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     texts = _Texts([], [])
     for (split, _), dialogue in zip(mixed, dialogues, strict=False):
         getattr(texts, split).append(dialogue)
-    return texts
+    # An answer that repeats itself is easy to guess: a tree chosen on it would promise too much.
+    straight = [dialogue for dialogue in texts.calibration if not data.loops(dialogue.output)]
+    return _Texts(texts.train, straight or texts.calibration)
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
