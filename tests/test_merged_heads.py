@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.heads_and_merges import RECIPES
 from bot import merged_heads
 from bot.errors import Refused
 from bot.merge.recipe import reading
@@ -233,3 +234,13 @@ def test_an_adapter_on_a_model_uses_the_heads_of_the_two_together_or_else_of_the
     torch.testing.assert_close(
         found["0.0.linear.bias"], (tensors(5)["0.0.linear.bias"] + tensors(2)["0.0.linear.bias"]) / 2
     )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_of_the_benchmark_merges_heads_of_two_parents(name: str, tmp_path: Path) -> None:
+    asked = reading.parse(RECIPES[name])
+    refs = [ref for ref in asked.sources if not ref.path.endswith("instruct")]
+    given = {ref: heads(tmp_path / f"source-{n}", tensors(n, conditioned=True)) for n, ref in enumerate(refs)}
+    found = load_file(merged_heads.merge(asked, given, tmp_path / "out") / merged_heads.WEIGHTS)
+    assert len(refs) == 2 and found.keys() == tensors(0, conditioned=True).keys()
+    assert any(float(tensor.abs().max()) > 0 for tensor in found.values())
