@@ -43,3 +43,41 @@ def bench(
         report = measure.bench(folder, beside, asked, configured, shown, seed=seed)
     written = beside / "decode_speed.json"
     screens.speed(report, written.replace(out) if out.suffix == ".json" else written)
+
+
+@app.command("train")
+def train(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
+    out: Annotated[Path, typer.Argument(help="The folder for the heads.", metavar="OUT")],
+    budget_s: Annotated[float, typer.Option(help="Seconds for answers and training.", min=5)] = 600.0,
+    kind: Annotated[str, typer.Option(help="shared: the model's own projection; own: one a head.")] = "shared",
+    heads: Annotated[int, typer.Option(help="How many tokens ahead.", min=1, max=16)] = 4,
+    layers: Annotated[int, typer.Option(help="Residual blocks a head.", min=1, max=8)] = 1,
+    conditioned: Annotated[bool, typer.Option(help="The first block reads the next token, too.")] = True,
+    vocab: Annotated[str, typer.Option(help="Tokens the heads may propose, or full.", metavar="N|full")] = "8192",
+    prompts: Annotated[Optional[Path], typer.Option(help="Train on these, JSON lines as in MT-bench.")] = None,  # noqa: UP045
+    test: Annotated[Optional[Path], typer.Option(help="Never train on these.")] = None,  # noqa: UP045
+    answers: Annotated[Optional[int], typer.Option(help="Answer so many prompts, whatever it takes.", min=1)] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="Train so many steps, whatever they take.", min=1)] = None,  # noqa: UP045
+    joint: Annotated[bool, typer.Option("--joint", help="Train the model, too. THIS CHANGES THE MODEL.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train Medusa heads on a model's own answers. A run that was stopped goes on when asked again."""
+    from bot import head_training, operator, screens
+    from bot.errors import Refused
+    from evaluators.medusa.head_training import Wanted
+
+    if kind not in ("shared", "own"):
+        raise Refused("VALUE_OUT_OF_RANGE", f"There is no kind of heads {kind[:40]!r}.", "Choose shared or own.")
+    configured = context.obj(device=device)
+    wanted = Wanted(
+        budget_s, "own" if kind == "own" else "shared", heads, layers, conditioned, head_training.vocabulary(vocab),
+        prompts, test, seed, joint, steps, answers,
+    )  # fmt: skip
+    with screens.progress() as shown:
+        folder = operator.model_folder(model, configured, shown)
+        facts = head_training.train(folder, out, wanted, configured, shown)
+    for sentence in head_training.told(facts, out):
+        screens.console.print(sentence, soft_wrap=True, markup=False)

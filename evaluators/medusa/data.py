@@ -6,7 +6,7 @@ Heads learn what this model says, not what somebody else wrote (self-distillatio
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa.adapters import Base
+from evaluators.medusa.store import Rows
 
 LEAST_AGREEMENT = 0.995
 NEAR_TIE = 1e-2
@@ -36,9 +37,12 @@ class Dialogue:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Rows of several answers one after another: hidden [T, H] float32, tokens [T], lengths of the answers."""
+    """Rows of several answers one after another: hidden [T, H] float32, tokens [T], lengths of the answers.
 
-    hidden: Tensor
+    `hidden` may lie on disk (`Rows`); what is taken from it is a tensor either way.
+    """
+
+    hidden: Tensor | Rows
     tokens: Tensor
     lengths: tuple[int, ...]
 
@@ -65,6 +69,36 @@ def gather(base: Base, dialogues: Sequence[Dialogue]) -> Features:
     )
 
 
+def on_disk(base: Base, dialogues: Sequence[Dialogue]) -> Features:
+    """As `gather`, but the rows stay where the answers' files are mapped; on a GPU they are moved there."""
+    if base.device.type != "cpu":
+        return gather(base, dialogues)
+    tokens = [token for dialogue in dialogues for token in dialogue.output]
+    lengths = tuple(len(dialogue.output) for dialogue in dialogues)
+    rows = Rows([dialogue.hidden for dialogue in dialogues], base.hidden)
+    return Features(rows, torch.tensor(tokens, dtype=torch.long), lengths)
+
+
+def pack(dialogues: Sequence[Dialogue]) -> dict[str, Tensor]:
+    """Dialogues as tensors for a file."""
+    return {
+        "prompts": torch.tensor([token for each in dialogues for token in each.prompt]),
+        "prompt_lengths": torch.tensor([len(each.prompt) for each in dialogues]),
+        "outputs": torch.tensor([token for each in dialogues for token in each.output]),
+        "output_lengths": torch.tensor([len(each.output) for each in dialogues]),
+        "hidden": torch.cat([each.hidden for each in dialogues]),
+    }
+
+
+def unpack(packed: Mapping[str, Tensor]) -> list[Dialogue]:
+    """What `pack` was given; the rows stay parts of one tensor."""
+    lengths = packed["output_lengths"].tolist()
+    prompts = torch.split(packed["prompts"], packed["prompt_lengths"].tolist())
+    outputs, rows = torch.split(packed["outputs"], lengths), torch.split(packed["hidden"], lengths)
+    texts = zip(prompts, outputs, rows, strict=True)
+    return [Dialogue(tuple(prompt.tolist()), tuple(output.tolist()), states) for prompt, output, states in texts]
+
+
 @torch.no_grad()
 def self_distil(
     base: Base,
@@ -86,7 +120,7 @@ def self_distil(
     rows, limit = (batch, max_new_tokens) if deadline is None else (PILOT_ROWS, min(PILOT_TOKENS, max_new_tokens))
     while len(done) < len(prompts) and rows >= LEAST_ROWS:
         some = prompts[len(done) : len(done) + min(rows, batch)]
-        answers, reading_s = _answer(base, some, limit, deadline)
+        answers, reading_s = answer(base, some, limit, deadline)
         done += answers
         if progress is not None:
             progress(len(done), len(prompts))
@@ -96,7 +130,8 @@ def self_distil(
     return done
 
 
-def _answer(
+@torch.no_grad()
+def answer(
     base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: float | None
 ) -> tuple[list[Dialogue], float]:
     """The answers to one batch, and the seconds until the first token of all of them was there."""

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.calibrate import accuracy, simulate
 from evaluators.medusa.data import IGNORED, Features
 from evaluators.medusa.heads import Heads, HeadSpec
+from evaluators.medusa.store import Checkpoint
 from evaluators.medusa.tree import greedy_tree
 
 BETAS = (0.9, 0.99)
@@ -27,6 +29,7 @@ FLOOR = 0.02
 DECAY_PER_HEAD = 0.8
 PROBE_STEPS = 3
 COMMON_NODES = 8
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,8 @@ LONG = Recipe(1e-3, 256, 6)
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a training did. `held_out` is tokens per step on the calibration answers after each epoch."""
+    """What a training did. `held_out` is tokens per step on the calibration answers each time it was scored, by default
+    after each epoch, `best_epoch` the index of the best; `curve` has (step, seconds, tokens per step) for each."""
 
     positions: int
     steps: int
@@ -58,6 +62,40 @@ class Training:
     last_loss: float | None
     held_out: tuple[float, ...]
     best_epoch: int | None
+    curve: tuple[tuple[int, float, float], ...] = ()
+    resumed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a training goes on: exactly `steps`, or what its recipe plans and `budget_s` affords.
+
+    It is scored `scores` times at even distances (None: after each epoch) and ends after `patience` scores without a
+    better one. With a `checkpoint` it goes on from where a killed one was.
+    """
+
+    budget_s: float
+    seed: int = 0
+    steps: int | None = None
+    scores: int | None = None
+    patience: int | None = None
+    checkpoint: Checkpoint | None = None
+
+
+class Task(Protocol):
+    """What is trained. `rates` scales the learning rate by parameter name, `score` None means nothing is held out."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]: ...
+
+    @property
+    def rates(self) -> Mapping[str, float]: ...
+
+    def loss(self, chosen: Tensor, done: float) -> Tensor:
+        """The loss on the examples `chosen`, when the share `done` of the training is over."""
+        ...
+
+    def score(self) -> float | None: ...
 
 
 def fit(
@@ -71,94 +109,185 @@ def fit(
     held_out: Features | None = None,
     initial: Heads | None = None,
     progress: Callable[[int, int], None] | None = None,
+    limits: Limits | None = None,
 ) -> tuple[Heads, Training]:
     """Train `spec` on `features`. The same seed gives the same heads as long as the budget does not cut the plan.
 
     The heads start untrained, or where `initial`, which has that spec, has got to. The number of steps is fixed after
     a few have been timed (`planned_steps` if the budget allows all), so the schedule never depends on the clock again.
-    `progress` gets (steps done, steps).
+    `limits` stands for `budget_s` and `seed` and says more. `progress` gets (steps done, steps).
     """
-    started = time.monotonic()
     heads = Heads(spec, base)
     if initial is not None:
         heads.load_state_dict(initial.state_dict())
-    targets = _draft_targets(features.labels(spec.heads), heads.keep, base.vocab)
-    usable = (targets != IGNORED).any(0).nonzero().squeeze(-1)
-    if not len(usable) or recipe.epochs < 1:
-        return heads.eval(), Training(0, 0, 0, 0.0, time.monotonic() - started, seed, None, None, (), None)
-    per_epoch = math.ceil(len(usable) / recipe.batch)
-    planned = total = per_epoch * recipe.epochs
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0)
-    order = torch.Generator().manual_seed(seed)
-    best = _Best(heads, held_out)
-    losses: list[float] = []
-    step = 0
-    while step < total:
-        shuffled = usable[torch.randperm(len(usable), generator=order).to(usable.device)]
-        for chosen in torch.split(shuffled, recipe.batch):
-            if step >= total:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * _schedule(step, total)
-            losses.append(_train_step(heads, optimizer, features, targets, chosen))
-            step += 1
-            if step == PROBE_STEPS:
-                total = _affordable(planned, step, started, budget_s)
-            if progress is not None:
-                progress(step, total)
-        best.offer()
-    best.restore()
-    seconds = time.monotonic() - started
-    training = Training(
-        len(usable), step, planned, step / per_epoch, seconds, seed, losses[0], losses[-1], tuple(best.scores),
-        best.epoch,
-    )  # fmt: skip
+    task = HeadTask(heads, features, held_out)
+    training = optimise(task, recipe, task.usable, limits or Limits(budget_s, seed), progress)
     return heads.eval().requires_grad_(False), training
 
 
-class _Best:
-    """Remembers the heads of the epoch that did best on held-out answers; without any, the last ones stand."""
+class HeadTask:
+    """Heads on a frozen base: the sum of 0.8^k cross entropies, scored by tokens per step on held-out answers."""
 
-    def __init__(self, heads: Heads, held_out: Features | None) -> None:
-        self._heads, self._held_out = heads, held_out
-        self._state: dict[str, Tensor] = {}
-        self.scores: list[float] = []
-        self.epoch: int | None = None
+    def __init__(self, heads: Heads, features: Features, held_out: Features | None) -> None:
+        self.heads, self._features, self._held_out = heads, features, held_out
+        self.parameters = dict(heads.named_parameters())
+        self.rates = dict.fromkeys(self.parameters, 1.0)
+        self._targets = draft_targets(features.labels(heads.spec.heads), heads)
+        self.usable = (self._targets != IGNORED).any(0).nonzero().squeeze(-1)
 
-    def offer(self) -> None:
-        if self._held_out is None or not self._held_out.lengths:
-            return
-        self.scores.append(_score(self._heads, self._held_out))
-        if self.epoch is None or self.scores[-1] > self.scores[self.epoch]:
-            self.epoch = len(self.scores) - 1
-            self._state = {name: tensor.detach().clone() for name, tensor in self._heads.state_dict().items()}
+    def loss(self, chosen: Tensor, done: float) -> Tensor:
+        features = self._features
+        return head_loss(self.heads(features.hidden[chosen], features.tokens[chosen]), self._targets[:, chosen])
 
-    def restore(self) -> None:
-        if self.epoch is not None:
-            self._heads.load_state_dict(self._state)
+    def score(self) -> float | None:
+        return held_out_rate(self.heads, self._held_out)
 
 
-def _train_step(
-    heads: Heads, optimizer: torch.optim.Optimizer, features: Features, targets: Tensor, chosen: Tensor
-) -> float:
-    logits = heads(features.hidden[chosen], features.tokens[chosen])
+def head_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Draft logits [K, N, V'] and targets [K, N] -> the sum of 0.8^k cross entropies, k from 1."""
     loss = logits.new_zeros(())
-    for k in range(heads.spec.heads):
-        target = targets[k, chosen]
-        if bool((target != IGNORED).any()):
-            loss = loss + DECAY_PER_HEAD ** (k + 1) * F.cross_entropy(logits[k], target, ignore_index=IGNORED)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
+    for k in range(len(targets)):
+        if bool((targets[k] != IGNORED).any()):
+            loss = loss + DECAY_PER_HEAD ** (k + 1) * F.cross_entropy(logits[k], targets[k], ignore_index=IGNORED)
+    return loss
 
 
-def _draft_targets(labels: Tensor, keep: Tensor | None, vocab: int) -> Tensor:
+def optimise(
+    task: Task, recipe: Recipe, usable: Tensor, limits: Limits, progress: Callable[[int, int], None] | None = None
+) -> Training:
+    """Train `task` on the examples `usable` (their numbers) and leave it at its best score."""
+    if not len(usable) or recipe.epochs < 1:
+        return Training(0, 0, 0, 0.0, 0.0, limits.seed, None, None, (), None)
+    loop = _Loop(task, recipe, usable, limits)
+    while not loop.over:
+        loop.advance()
+        if progress is not None:
+            progress(loop.step, loop.total)
+    return loop.end()
+
+
+class _Loop:
+    """A training on its way; all that its next step depends on can be saved and taken up again."""
+
+    def __init__(self, task: Task, recipe: Recipe, usable: Tensor, limits: Limits) -> None:
+        self._task, self._recipe, self._usable, self._limits = task, recipe, usable, limits
+        self._per_epoch = math.ceil(len(usable) / recipe.batch)
+        self.planned = self.total = limits.steps or self._per_epoch * recipe.epochs
+        self._optimizer = torch.optim.AdamW(self._groups(), betas=BETAS, weight_decay=0.0)
+        self.step, self._resumed, self._before_s = 0, 0, 0.0
+        self._losses: list[float] = []
+        self._curve: list[tuple[int, float, float]] = []
+        self._best: dict[str, Tensor] = {}
+        self._best_at: int | None = None
+        self._take_up()
+        self._started = time.monotonic()
+        self._batches = self._shuffled(self.step)
+
+    @property
+    def over(self) -> bool:
+        waited = len(self._curve) - 1 - (self._best_at or 0)
+        return self.step >= self.total or (self._limits.patience is not None and waited >= self._limits.patience)
+
+    @property
+    def _seconds(self) -> float:
+        return self._before_s + time.monotonic() - self._started
+
+    def advance(self) -> None:
+        """One step, and what is due after it."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._recipe.learning_rate * group["scale"] * _schedule(self.step, self.total)
+        loss = self._task.loss(next(self._batches), self.step / self.total)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._losses = [*self._losses[:1], float(loss.detach())]
+        self.step += 1
+        if self.step == PROBE_STEPS and self._limits.steps is None:
+            self.total = _affordable(self.planned, self.step, self._started, self._limits.budget_s)
+        if self.step == self.total or self.step % self._between_scores() == 0:
+            self._offer()
+        kept = self._limits.checkpoint
+        if kept is not None and kept.due():
+            kept.save(self._tensors(), self._facts())
+
+    def end(self) -> Training:
+        with torch.no_grad():
+            for name, tensor in self._best.items():
+                self._task.parameters[name].copy_(tensor)
+        return Training(
+            len(self._usable), self.step, self.planned, self.step * self._recipe.batch / len(self._usable),
+            self._seconds, self._limits.seed, self._losses[0], self._losses[-1],
+            tuple(score for _, _, score in self._curve), self._best_at, tuple(self._curve), self._resumed,
+        )  # fmt: skip
+
+    def _groups(self) -> list[dict[str, Any]]:
+        scales = dict.fromkeys(self._task.rates.values())
+        named = self._task.parameters.items()
+        return [{"params": [p for name, p in named if self._task.rates[name] == s], "scale": s} for s in scales]
+
+    def _shuffled(self, begin: int) -> Iterator[Tensor]:
+        """Batches of all epochs from step `begin` on: each epoch is a permutation drawn from one stream."""
+        order = torch.Generator().manual_seed(self._limits.seed)
+        number = 0
+        while True:
+            permuted = self._usable[torch.randperm(len(self._usable), generator=order).to(self._usable.device)]
+            for chosen in torch.split(permuted, self._recipe.batch):
+                if number >= begin:
+                    yield chosen
+                number += 1
+
+    def _between_scores(self) -> int:
+        scores = self._limits.scores
+        return self._per_epoch if scores is None else max(1, self.total // scores)
+
+    def _offer(self) -> None:
+        score = self._task.score()
+        if score is None:
+            return
+        self._curve.append((self.step, self._seconds, score))
+        if self._best_at is None or score > self._curve[self._best_at][2]:
+            self._best_at = len(self._curve) - 1
+            self._best = {name: tensor.detach().clone() for name, tensor in self._task.parameters.items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        saved: dict[str, Tensor] = {f"now:{name}": tensor for name, tensor in self._task.parameters.items()}
+        saved |= {f"best:{name}": tensor for name, tensor in self._best.items()}
+        for name, parameter in self._task.parameters.items():
+            moments = self._optimizer.state[parameter]
+            saved |= {f"{moment}:{name}": moments[moment] for moment in MOMENTS if moment in moments}
+        return saved
+
+    def _facts(self) -> dict[str, Any]:
+        return {"step": self.step, "total": self.total, "seconds": self._seconds, "losses": self._losses,
+                "curve": self._curve, "best_at": self._best_at, "resumed": self._resumed}  # fmt: skip
+
+    def _take_up(self) -> None:
+        found = None if self._limits.checkpoint is None else self._limits.checkpoint.load()
+        if found is None:
+            return
+        tensors, facts = found
+        self.step, self.total, self._before_s = facts["step"], facts["total"], facts["seconds"]
+        self._losses, self._best_at = facts["losses"], facts["best_at"]
+        self._curve = [(step, seconds, score) for step, seconds, score in facts["curve"]]
+        self._resumed = facts["resumed"] + 1
+        for name, parameter in self._task.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"now:{name}"])
+            moments = {moment: tensors.get(f"{moment}:{name}") for moment in MOMENTS}
+            placed = {moment: tensor for moment, tensor in moments.items() if tensor is not None}
+            if placed:
+                on = {moment: t if moment == "step" else t.to(parameter.device) for moment, t in placed.items()}
+                self._optimizer.state[parameter] = on
+            if f"best:{name}" in tensors:
+                self._best[name] = tensors[f"best:{name}"].to(parameter.device)
+
+
+def draft_targets(labels: Tensor, heads: Heads) -> Tensor:
     """Token ids -> rows of the draft vocabulary; what it does not hold is ignored by the loss."""
-    if keep is None:
+    if heads.keep is None:
         return labels
-    row = torch.full((vocab,), IGNORED, dtype=torch.long, device=labels.device)
-    row[keep] = torch.arange(len(keep), device=labels.device)
+    row = torch.full((heads.base.vocab,), IGNORED, dtype=torch.long, device=labels.device)
+    row[heads.keep] = torch.arange(len(heads.keep), device=labels.device)
     return torch.where(labels == IGNORED, labels, row[labels.clamp_min(0)])
 
 
@@ -174,6 +303,8 @@ def _affordable(planned: int, done: int, started: float, budget_s: float) -> int
     return max(done, min(planned, int(budget_s / max(per_step, 1e-9))))
 
 
-def _score(heads: Heads, held_out: Features) -> float:
-    """Tokens per step on held-out answers with the best tree of a fixed size."""
+def held_out_rate(heads: Heads, held_out: Features | None) -> float | None:
+    """Tokens per step on held-out answers with the best tree of a fixed size; None without any."""
+    if held_out is None or not held_out.lengths:
+        return None
     return simulate(heads, held_out, greedy_tree(accuracy(heads, held_out).shares, COMMON_NODES))

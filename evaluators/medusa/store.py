@@ -1,0 +1,156 @@
+"""What training has computed already, on disk by content: the answers of a model and the rows that predicted them.
+
+ROOT/<key>.safetensors            one batch of answers; the key is a hash of all that it depends on
+ROOT/<key>.safetensors.<pid>.part one in the making; renamed once it is whole and synced
+
+Files are memory-mapped, never read whole. Beyond the limit the files used longest ago go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+LIMIT_BYTES = 8 << 30
+ABANDONED_S = 24 * 3600.0
+WEIGHTS = (".safetensors",)
+DESCRIBING = (".json", ".jinja", ".model", ".txt")
+
+
+def content_of(folder: Path) -> str:
+    """A hash of all that decides what the checkpoint in `folder` says: weights, config, tokenizer, template."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name.endswith(WEIGHTS + DESCRIBING):
+            with file.open("rb") as stream:
+                whole.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def key_of(value: Any) -> str:
+    """A hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def save(tensors: Mapping[str, Tensor], file: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a safetensors file that appears whole or not at all; `facts` (JSON) go into its header."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, str(part), metadata={"facts": json.dumps(facts or {})})
+        with part.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(mapped tensors, facts) of a file that `save` wrote; None where there is none, or a damaged one."""
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            facts = json.loads((opened.metadata() or {}).get("facts", "{}"))
+            return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError):
+        return None
+
+
+class Store:
+    """Tensors by key below one folder."""
+
+    def __init__(self, root: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._root, self._limit_bytes = root, limit_bytes
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        file = self._file(key)
+        found = load(file)
+        if found is None:
+            return None
+        os.utime(file)  # used last: goes last
+        return found[0]
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        self._make_room(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        save(tensors, self._file(key))
+
+    def _file(self, key: str) -> Path:
+        return self._root / f"{key}.safetensors"
+
+    def _make_room(self, coming: int) -> None:
+        """Delete what was used longest ago. A process that has a deleted file mapped keeps it until it closes it."""
+        if not self._root.is_dir():
+            return
+        for part in self._root.glob("*.part"):  # of a process that was killed
+            if (age := _stat(part)) is not None and time.time() - age.st_mtime > ABANDONED_S:
+                part.unlink(missing_ok=True)
+        known = [(at.st_mtime, at.st_size, file) for file in self._root.glob("*.safetensors") if (at := _stat(file))]
+        total = coming + sum(size for _, size, _ in known)
+        for _, size, file in sorted(known):
+            if total <= self._limit_bytes:
+                return
+            file.unlink(missing_ok=True)
+            total -= size
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except FileNotFoundError:  # another process made room
+        return None
+
+
+class Rows:
+    """Several [n, H] tensors one after another, read where they lie: a slice or a list of rows is a new tensor."""
+
+    def __init__(self, parts: list[Tensor], width: int) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._width = width
+        self._ends = torch.tensor([len(part) for part in self._parts], dtype=torch.long).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._parts else 0
+
+    def __getitem__(self, wanted: slice | Tensor) -> Tensor:
+        at = torch.arange(len(self))[wanted] if isinstance(wanted, slice) else wanted.cpu()
+        found = torch.empty((len(at), self._width), dtype=torch.float32)
+        places = torch.bucketize(at, self._ends, right=True)
+        for place in sorted(set(places.tolist())):
+            mine = (places == place).nonzero().squeeze(-1)
+            part = self._parts[place]
+            found[mine] = part[at[mine] - (int(self._ends[place]) - len(part))].float()
+        return found
+
+
+class Checkpoint:
+    """Where an unfinished training keeps its state, and how often. One file, replaced whole."""
+
+    def __init__(self, file: Path, identity: str, every_s: float, saved: Callable[[int], None] | None = None) -> None:
+        self._file, self._identity, self._every_s = file, identity, every_s
+        self._saved, self._last = saved, time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was saved last by a training with the same identity; None if there is none."""
+        found = load(self._file)
+        if found is None or found[1].get("identity") != self._identity:
+            return None
+        return {name: tensor.clone() for name, tensor in found[0].items()}, found[1]
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= self._every_s
+
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        save(tensors, self._file, {**facts, "identity": self._identity})
+        self._last = time.monotonic()
+        if self._saved is not None:
+            self._saved(int(facts["step"]))

@@ -1,0 +1,203 @@
+"""Training from prompts to files: killed runs end with the same bytes, leaks are named, joint training says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_causal_lms as tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa import adapters, data, formats, head_training, joint, store, train
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.head_training import Wanted, train_heads
+from evaluators.medusa.heads import HeadSpec, identity_heads
+
+FIXED = Wanted(heads=2, vocab=64, steps=12, answers=8, answer_tokens=10, batch=4, checkpoint_s=0.0)
+CHILD = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[4])
+import test_medusa_training as here
+def told(stage, done, total):
+    print(stage, done, flush=True)
+    if [stage, str(done)] == sys.argv[5:7]:
+        sys.stdin.read()  # until killed
+wanted = replace(here.FIXED, joint=sys.argv[7] == "joint")
+here.train_heads(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), wanted, progress=told)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("model"), tiny.model("gqa", initializer_range=0.15))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / formats.WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [("generate", "20"), ("fit", "3"), ("fit", "12"), ("joint", "5")], ids=" ".join)
+def test_a_killed_training_ends_with_the_bytes_of_an_undisturbed_one(
+    model: Path, tmp_path: Path, at: tuple[str, str]
+) -> None:
+    wanted = replace(FIXED, joint=at[0] == "joint")
+    want = train_heads(model, tmp_path / "whole", tmp_path / "cache of the whole", wanted)
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    here, mode = str(Path(__file__).parent), "joint" if wanted.joint else "heads"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(model), str(out), str(cache), here, *at, mode],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert any(line.split() == list(at) for line in child.stdout)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert not (out / formats.WEIGHTS).exists()
+    again: list[tuple[str, int]] = []
+    facts = train_heads(model, out, cache, wanted, progress=lambda stage, done, total: again.append((stage, done)))
+    assert weights(out) == weights(tmp_path / "whole")
+    assert facts["resumed"] == 1 and not (out / "unfinished").exists()
+    assert facts["held_out"] == want["held_out"]
+    if at[0] == "fit":
+        assert min((done for stage, done in again if stage == "fit"), default=12) > int(at[1]) - 2
+    if wanted.joint:
+        name = "adapter/adapter_model.safetensors"
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_one_seed_gives_one_set_of_heads_and_answers_are_computed_once(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = train_heads(model, tmp_path / "a", cache, FIXED)
+    files = {file.name: file.stat().st_ino for file in cache.iterdir()}
+    second = train_heads(model, tmp_path / "b", cache, FIXED)
+    assert {file.name: file.stat().st_ino for file in cache.iterdir()} == files and len(files) == 3
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    train_heads(model, tmp_path / "c", cache, replace(FIXED, seed=1))
+    assert weights(tmp_path / "c") != weights(tmp_path / "a")
+    assert [point["step"] for point in first["curve"]] == [point["step"] for point in second["curve"]]
+    written = json.loads((tmp_path / "a" / "training.json").read_text())
+    assert written == json.loads(json.dumps(first)) and written["steps"] == 12 and written["prompts"] == 8
+    assert 0 < written["coverage"] <= 1 and {"load", "generate", "fit", "total"} <= set(written["seconds"])
+
+
+def test_a_budget_ends_a_training_and_a_model_without_a_template_gets_plain_text(tmp_path: Path) -> None:
+    plain = tiny.write(tmp_path / "plain", tiny.model("gpt2"), template=None)
+    facts = train_heads(plain, tmp_path / "out", tmp_path / "cache", Wanted(3.0, heads=2, vocab=None, batch=8))
+    assert facts["chat_template"] is False and facts["heads"]["kept_vocab"] is None and facts["coverage"] == 1.0
+    assert facts["steps"] > 0 and facts["seconds"]["total"] < 30
+    heads, _ = formats.load(tmp_path / "out", adapters.load(plain))
+    assert heads.spec == HeadSpec("shared", 2, conditioned=True)
+
+
+def test_a_training_prompt_that_is_a_test_prompt_is_dropped_and_named(model: Path, tmp_path: Path) -> None:
+    def lines(*texts: str) -> str:
+        return "".join(json.dumps({"question_id": text, "category": "x", "turns": [text]}) + "\n" for text in texts)
+
+    (tmp_path / "train.jsonl").write_text(lines(*(f"Say {n}" for n in range(9)), "say  TEN"))
+    (tmp_path / "test.jsonl").write_text(
+        '{"question_id": 1, "category": "x", "turns": ["Something else.", "Say ten"]}\n'
+    )
+    asked = replace(FIXED, prompts=tmp_path / "train.jsonl", test=tmp_path / "test.jsonl", answers=99)
+    facts = train_heads(model, tmp_path / "out", tmp_path / "cache", asked)
+    assert facts["dropped_prompts"] == ["say  TEN"] and facts["prompts"] == 8
+    (tmp_path / "train.jsonl").write_text(lines("Say ten"))
+    with pytest.raises(EvaluationError, match="No training prompt is left"):
+        train_heads(model, tmp_path / "none", tmp_path / "cache", asked)
+
+
+def test_a_training_stops_early_once_held_out_answers_gain_nothing() -> None:
+    base = tiny.base("gqa")
+    dialogues = data.self_distil(base, [[n, n + 1, n + 2] for n in range(12)], max_new_tokens=20)
+    learn, held_out = data.gather(base, dialogues[:8]), data.gather(base, dialogues[8:])
+    limits = train.Limits(600, scores=40, patience=3)
+    _, made = train.fit(
+        HeadSpec("shared", 2), base, learn, budget_s=600, recipe=train.Recipe(1e-2, 16, 40), held_out=held_out,
+        limits=limits,
+    )  # fmt: skip
+    assert made.best_epoch is not None and made.steps < made.planned_steps
+    assert len(made.held_out) == made.best_epoch + 1 + 3
+    assert [rate for _, _, rate in made.curve] == list(made.held_out)
+
+
+def test_joint_training_changes_the_model_by_an_adapter_that_peft_would_load(model: Path, tmp_path: Path) -> None:
+    facts = train_heads(model, tmp_path / "out", tmp_path / "cache", replace(FIXED, joint=True))
+    assert facts["joint"]["changes_the_model"] is True and facts["joint"]["steps"] == 12
+    assert 0 < facts["joint"]["kl"] < 0.5 and 0.5 < facts["joint"]["same_choice"] <= 1.0
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and {"q_proj", "down_proj"} <= set(config["target_modules"])
+    assert "lm_head" not in config["target_modules"]
+
+
+def test_an_adapter_switched_off_is_the_original_and_kl_holds_the_base_where_it_was() -> None:
+    base = Base(tiny.model("gqa"), tiny.tokenizer())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = base.run(ids, use_cache=False)[1]
+    dialogues = data.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
+    heads = identity_heads(HeadSpec("shared", 2), base)
+    made = joint.fit(base, heads, dialogues, train.Limits(600, steps=10))
+    assert not torch.equal(base.run(ids, use_cache=False)[1], before)
+    made.adapter.switch(False)
+    assert torch.equal(base.run(ids, use_cache=False)[1], before)
+
+
+def test_the_merge_engine_applies_the_adapter(model: Path, tmp_path: Path) -> None:
+    from bot.merge.checkpoints.checkpoint import LocalFiles
+    from bot.merge.checkpoints.lora import open_source
+    from bot.merge.execution import stages
+    from bot.merge.planning import plan
+    from bot.merge.recipe import reading
+
+    base = adapters.load(model)
+    dialogues = data.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
+    made = joint.fit(base, identity_heads(HeadSpec("shared", 2), base), dialogues, train.Limits(600, steps=10))
+    made.adapter.save(tmp_path / "adapter", base_model="model")
+    text = f"{{merge_method: passthrough, models: [{{model: {model}+{tmp_path / 'adapter'}}}], dtype: float32}}"
+    recipe = reading.parse(text)
+    folders = {ref: Path(ref.path) for ref in recipe.repos}
+    planned = plan.make(recipe, {ref: open_source(LocalFiles(folder)) for ref, folder in folders.items()})
+    stages.merge(planned, folders, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, base.run(ids, use_cache=False)[1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_store_is_bounded_and_a_damaged_file_counts_as_absent(tmp_path: Path) -> None:
+    kept = store.Store(tmp_path, limit_bytes=3000)
+    for number, name in enumerate(("old", "used", "new")):
+        kept.put(name, {"x": torch.full((300,), float(number))})
+        os.utime(tmp_path / f"{name}.safetensors", (number + 1, number + 1))
+        assert kept.get("used") is None or kept.get("used")["x"][0] == 1  # type: ignore[index]
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["new", "used"]
+    (tmp_path / "new.safetensors").write_bytes(b"\x10" * 99)
+    assert kept.get("new") is None and kept.get("old") is None
+
+
+def test_rows_on_disk_are_those_in_memory() -> None:
+    parts = [torch.randn(n, 4) for n in (3, 0, 5, 1)]
+    rows, whole = store.Rows(parts, 4), torch.cat(parts)
+    assert len(rows) == 9
+    for wanted in (slice(2, 7), slice(0, 100), torch.tensor([8, 0, 3, 3, 2])):
+        assert torch.equal(rows[wanted], whole[wanted])
+
+
+def test_features_of_another_model_are_never_taken(model: Path, tmp_path: Path) -> None:
+    other = tiny.write(tmp_path / "other", tiny.model("gqa", seed=1, initializer_range=0.15))
+    assert store.content_of(model) != store.content_of(other)
+    cache = tmp_path / "cache"
+    train_heads(model, tmp_path / "a", cache, FIXED)
+    before = len(list(cache.iterdir()))
+    train_heads(other, tmp_path / "b", cache, FIXED)
+    assert len(list(cache.iterdir())) == 2 * before
+    assert json.loads((tmp_path / "b" / "training.json").read_text())["schema"] == head_training.SCHEMA
