@@ -270,8 +270,11 @@ def _fitted(work: Work, base: Base, features: Mapping[str, data.Features]) -> tu
                      "untrained": train.held_out_rate(identity_heads(spec, base), features["held_out"]),
                      "best": max(training.held_out, default=None)},
         "accuracy": calibrate.accuracy(heads, features["held_out"]).shares,
-        "curve": [{"step": step, "minutes": round((start_s + seconds) / 60, 3), "fit_minutes": round(seconds / 60, 3), "tokens_per_step": round(rate, 4)}
-                  for step, seconds, rate in training.curve],
+        "curve": [
+            {"step": step, "minutes": round((start_s + seconds) / 60, 3), "fit_minutes": round(seconds / 60, 3),
+             "tokens_per_step": round(rate, 4)}
+            for step, seconds, rate in training.curve
+        ],
     }  # fmt: skip
 
 
