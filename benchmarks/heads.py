@@ -4,7 +4,7 @@
 
 The answers are generated once and their seconds count for every kind. Each kind then has the same seconds to fit. The
 figures are tokens per step of the exact simulation on the model's own answers to the questions, with trees of 8 and 64
-nodes that were grown on the calibration answers: nothing is chosen on the questions. heads.json in the cache holds them.
+nodes that were grown on the calibration answers: nothing is chosen on the questions. See heads.json in the cache.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ FLOOR = 0.02
 DECAY_PER_HEAD = 0.8
 PROBE_STEPS = 3
 COMMON_NODES = 8
+SCORING = 0.15  # of the budget at most
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -179,6 +180,7 @@ class _Loop:
         self._curve: list[tuple[int, float, float]] = []
         self._best: dict[str, Tensor] = {}
         self._best_at: int | None = None
+        self._scores = limits.scores
         self._take_up()
         self._started = time.monotonic()
         self._batches = self._shuffled(self.step)
@@ -203,12 +205,24 @@ class _Loop:
         self._losses = [*self._losses[:1], float(loss.detach())]
         self.step += 1
         if self.step == PROBE_STEPS and self._limits.steps is None:
-            self.total = _affordable(self.planned, self.step, self._started, self._limits.budget_s)
+            self._afford()
         if self.step == self.total or self.step % self._between_scores() == 0:
             self._offer()
         kept = self._limits.checkpoint
         if kept is not None and kept.due():
             kept.save(self._tensors(), self._facts())
+
+    def _afford(self) -> None:
+        """Fix the number of steps, and that of scores so that a wide vocabulary does not spend the budget on them."""
+        per_step = self._seconds / self.step
+        left_s = self._limits.budget_s
+        if self._scores is not None:
+            began = time.monotonic()
+            self._task.score()
+            each = max(time.monotonic() - began, 1e-9)
+            self._scores = max(1, min(self._scores, int(SCORING * left_s / each)))
+            left_s -= (self._scores + 1) * each
+        self.total = max(self.step, min(self.planned, int(left_s / max(per_step, 1e-9))))
 
     def end(self) -> Training:
         with torch.no_grad():
@@ -237,8 +251,7 @@ class _Loop:
                 number += 1
 
     def _between_scores(self) -> int:
-        scores = self._limits.scores
-        return self._per_epoch if scores is None else max(1, self.total // scores)
+        return self._per_epoch if self._scores is None else max(1, self.total // self._scores)
 
     def _offer(self) -> None:
         score = self._task.score()
@@ -258,8 +271,10 @@ class _Loop:
         return saved
 
     def _facts(self) -> dict[str, Any]:
-        return {"step": self.step, "total": self.total, "seconds": self._seconds, "losses": self._losses,
-                "curve": self._curve, "best_at": self._best_at, "resumed": self._resumed}  # fmt: skip
+        return {
+            "step": self.step, "total": self.total, "seconds": self._seconds, "losses": self._losses,
+            "curve": self._curve, "best_at": self._best_at, "scores": self._scores, "resumed": self._resumed,
+        }  # fmt: skip
 
     def _take_up(self) -> None:
         found = None if self._limits.checkpoint is None else self._limits.checkpoint.load()
@@ -269,7 +284,7 @@ class _Loop:
         self.step, self.total, self._before_s = facts["step"], facts["total"], facts["seconds"]
         self._losses, self._best_at = facts["losses"], facts["best_at"]
         self._curve = [(step, seconds, score) for step, seconds, score in facts["curve"]]
-        self._resumed = facts["resumed"] + 1
+        self._resumed, self._scores = facts["resumed"] + 1, facts["scores"]
         for name, parameter in self._task.parameters.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"now:{name}"])
@@ -296,11 +311,6 @@ def _schedule(step: int, total: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-
-def _affordable(planned: int, done: int, started: float, budget_s: float) -> int:
-    per_step = (time.monotonic() - started) / done
-    return max(done, min(planned, int(budget_s / max(per_step, 1e-9))))
 
 
 def held_out_rate(heads: Heads, held_out: Features | None) -> float | None:
