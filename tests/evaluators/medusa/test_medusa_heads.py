@@ -64,7 +64,7 @@ def test_every_block_is_its_own_and_follows_the_formula(name: str) -> None:
     for head in range(spec.heads):
         row = h
         for block in range(spec.layers):
-            weight, bias = formats._block(heads, head, block)
+            weight, bias = formats.block(heads, head, block)
             entering = torch.cat([row, base.embed(following)], -1) if spec.conditioned and block == 0 else row
             row = row + torch.nn.functional.silu(entering @ weight.T + bias)
         unembed = heads.unembed[head] if spec.kind == "own" else heads.unembed

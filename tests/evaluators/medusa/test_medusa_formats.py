@@ -1,0 +1,215 @@
+"""Heads on disk in the layouts of others: what goes out comes back, and what does not fit is refused by reason."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_causal_lms as tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa import formats
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.formats import Format
+from evaluators.medusa.heads import Heads, HeadSpec
+
+KEEP = (5, 299, 0, 17, 100)
+SHARED, DEEP, OWN = HeadSpec("shared", 3), HeadSpec("shared", 2, 2), HeadSpec("own", 2)
+CUT, OWN_CUT = HeadSpec("shared", 2, keep=KEEP), HeadSpec("own", 2, keep=KEEP)
+CONDITIONED = HeadSpec("shared", 2, conditioned=True)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return tiny.base("gqa")
+
+
+def logits(heads: Heads, base: Base) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        return heads(torch.randn(7, base.hidden, generator=generator), torch.arange(7))
+
+
+def refusal(call: Callable[[], object]) -> EvaluationError:
+    with pytest.raises(EvaluationError) as caught:
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("fmt", "spec"),
+    [
+        ("ours", SHARED), ("ours", CUT), ("ours", CONDITIONED), ("ours", OWN_CUT), ("v1", OWN), ("v1", SHARED),
+        ("v1", DEEP), ("v2", SHARED), ("v2", DEEP), ("tgi", SHARED), ("tgi", DEEP), ("tgi", OWN), ("vllm", SHARED),
+        ("vllm", CUT), ("vllm", OWN), ("vllm", OWN_CUT), ("vllm", DEEP),
+    ],
+)  # fmt: skip
+def test_what_is_exported_comes_back_with_the_same_logits(
+    base: Base, tmp_path: Path, fmt: Format, spec: HeadSpec
+) -> None:
+    heads = tiny.random_heads(base, spec)
+    formats.save(heads, tmp_path / "out", fmt, base_model="somebody/model")
+    again, _ = formats.load(tmp_path / "out", base)
+    assert again.spec == spec
+    assert torch.equal(logits(again, base), logits(heads, base))
+
+
+@pytest.mark.parametrize("fmt", ["v1", "v2", "tgi"])
+def test_a_cut_that_a_format_does_not_know_is_dropped_and_said(base: Base, tmp_path: Path, fmt: Format) -> None:
+    heads = tiny.random_heads(base, CUT)
+    notes = formats.save(heads, tmp_path / "out", fmt)
+    again, _ = formats.load(tmp_path / "out", base)
+    assert any("5 draft tokens was dropped" in note for note in notes)
+    torch.testing.assert_close(logits(again, base)[..., list(KEEP)], logits(heads, base))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "spec"),
+    [("v1", CONDITIONED), ("v2", CONDITIONED), ("tgi", CONDITIONED), ("vllm", CONDITIONED), ("v1", OWN_CUT),
+     ("tgi", OWN_CUT), ("v2", OWN)],
+)  # fmt: skip
+def test_a_variant_that_a_format_cannot_carry_is_refused_before_a_file_is_written(
+    base: Base, tmp_path: Path, fmt: Format, spec: HeadSpec
+) -> None:
+    error = refusal(lambda: formats.save(tiny.random_heads(base, spec), tmp_path / "out", fmt))
+    assert error.code == "HEADS_UNSUPPORTED"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_config_for_tgi_names_no_architecture_and_vllm_gets_every_key_it_reads(base: Base, tmp_path: Path) -> None:
+    formats.save(tiny.random_heads(base, SHARED), tmp_path / "tgi", "tgi", base_model="somebody/model")
+    told = json.loads((tmp_path / "tgi" / "config.json").read_text())
+    assert "architectures" not in told and told["base_model_name_or_path"] == "somebody/model"
+    assert [path.name for path in (tmp_path / "tgi").glob("*.safetensors")] == ["medusa_lm_head.safetensors"]
+    formats.save(tiny.random_heads(base, CUT), tmp_path / "vllm", "vllm")
+    told = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    assert (told["model_type"], told["num_heads"], told["truncated_vocab_size"]) == ("medusa", 2, len(KEEP))
+    assert (told["medusa_fc_bias"], told["original_lm_head"]) == (True, True)
+    tensors = load_file(tmp_path / "vllm" / "model.safetensors")
+    assert tensors["token_map"].tolist() == list(KEEP)
+    assert {name for name in tensors if name.startswith("lm_heads")} == {"lm_heads.0.weight"}
+
+
+def pickled(base: Base, folder: Path, change: Callable[[dict[str, Any]], Any] = lambda tensors: tensors) -> Heads:
+    """V1 heads as the reference saves them."""
+    heads = tiny.random_heads(base, OWN)
+    formats.save(heads, folder, "v1")
+    tensors = load_file(folder / formats.WEIGHTS)
+    (folder / formats.WEIGHTS).unlink()
+    torch.save(change(tensors), folder / "medusa_lm_head.pt")
+    return heads
+
+
+def test_the_pickled_file_of_the_reference_is_read_as_tensors_only(base: Base, tmp_path: Path) -> None:
+    heads = pickled(base, tmp_path)
+    again, _ = formats.load(tmp_path, base)
+    assert torch.equal(logits(again, base), logits(heads, base))
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("import pathlib; pathlib.Path(__file__).touch(); raise SystemExit('it ran')",))
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: torch.save({"0.0.linear.weight": Bomb()}, path), "which is no tensor"),
+        (lambda path: path.write_bytes(pickle.dumps({"0.0.linear.weight": 1})), "not the zip archive"),
+        (lambda path: torch.save([1, 2], path), "no table of tensors"),
+        (lambda path: torch.save({"0.0.linear.weight": "text"}, path), "holds str"),
+    ],
+)  # fmt: skip
+def test_nothing_in_a_pickled_file_is_run(
+    base: Base, tmp_path: Path, write: Callable[[Path], object], words: str
+) -> None:
+    write(tmp_path / "medusa_lm_head.pt")
+    error = refusal(lambda: formats.load(tmp_path, base))
+    assert error.code == "BAD_HEADS" and words in error.message
+
+
+def test_the_heads_of_a_whole_model_are_taken_out_of_it(base: Base, tmp_path: Path) -> None:
+    heads = tiny.random_heads(base, OWN)
+    formats.save(heads, tmp_path, "v1")
+    inside = {f"medusa_head.{name}": tensor for name, tensor in load_file(tmp_path / formats.WEIGHTS).items()}
+    (tmp_path / formats.WEIGHTS).unlink()
+    save_file({**inside, "model.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    again, warnings = formats.load(tmp_path, base)
+    assert torch.equal(logits(again, base), logits(heads, base))
+    assert any("whole model" in warning for warning in warnings)
+
+
+def test_five_stored_heads_count_though_the_config_says_two(base: Base, tmp_path: Path) -> None:
+    formats.save(tiny.random_heads(base, HeadSpec("shared", 5)), tmp_path, "v2")
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "medusa_num_heads": 2}))
+    heads, warnings = formats.load(tmp_path, base)
+    assert heads.spec.heads == 5 and any("2" in warning and "5" in warning for warning in warnings)
+
+
+def test_blocks_that_are_one_become_blocks_of_their_own_with_a_warning(base: Base, tmp_path: Path) -> None:
+    formats.save(tiny.random_heads(base, DEEP), tmp_path, "v2")
+    tensors = load_file(tmp_path / formats.WEIGHTS)
+    for part in ("weight", "bias"):
+        tensors[f"1.1.linear.{part}"] = tensors[f"1.0.linear.{part}"].clone()
+    save_file(tensors, tmp_path / formats.WEIGHTS)
+    heads, warnings = formats.load(tmp_path, base)
+    assert any("head 1 are equal" in warning for warning in warnings)
+    heads.first.data[1].zero_()
+    assert heads.more.data[1].any()
+
+
+def test_sixteen_bit_and_mixed_heads_are_read_in_float32(base: Base, tmp_path: Path) -> None:
+    heads = tiny.random_heads(base, SHARED)
+    formats.save(heads, tmp_path, "v2", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / formats.WEIGHTS)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    tensors["0.0.linear.weight"] = tensors["0.0.linear.weight"].to(torch.float16)
+    save_file(tensors, tmp_path / formats.WEIGHTS)
+    again, _ = formats.load(tmp_path, base)
+    torch.testing.assert_close(logits(again, base), logits(heads, base), rtol=0.05, atol=0.1)
+
+
+Change = Callable[[dict[str, Tensor]], object]
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "words"),
+    [
+        (OWN, lambda t: t.update({"0.1.weight": t["0.1.weight"][:-3].clone()}), ("297", "300")),
+        (SHARED, lambda t: t.update({"0.0.linear.weight": torch.zeros(8, 8)}), ("32", "8")),
+        (OWN, lambda t: t.pop("1.1.weight"), ("1.1.weight",)),
+        (SHARED, lambda t: t.pop("1.0.linear.weight"), ("1",)),
+        (SHARED, lambda t: t["0.0.linear.weight"].fill_(float("nan")), ("0.0.linear.weight",)),
+        (SHARED, lambda t: t.update({"0.0.linear.weight": t["0.0.linear.weight"].long()}), ("0.0.linear.weight",)),
+        (CUT, lambda t: t["keep"].fill_(300), ("300",)),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused_with_the_reason(
+    base: Base, tmp_path: Path, spec: HeadSpec, change: Change, words: tuple[str, ...]
+) -> None:
+    formats.save(tiny.random_heads(base, spec), tmp_path)
+    tensors = load_file(tmp_path / formats.WEIGHTS)
+    change(tensors)
+    save_file(tensors, tmp_path / formats.WEIGHTS)
+    error = refusal(lambda: formats.load(tmp_path, base))
+    assert error.code in ("BAD_HEADS", "SPEED_CHECK_FAILED") and all(word in str(error.message) for word in words)
+
+
+@pytest.mark.parametrize("head", [b"", b"\xff" * 8 + b"{}", (10**15).to_bytes(8, "little"), (90).to_bytes(8, "little")])
+def test_a_broken_file_is_refused(base: Base, tmp_path: Path, head: bytes) -> None:
+    (tmp_path / formats.WEIGHTS).write_bytes(head)
+    assert refusal(lambda: formats.load(tmp_path, base)).code == "BAD_HEADS"
+
+
+def test_an_empty_folder_and_a_pickled_model_are_refused(base: Base, tmp_path: Path) -> None:
+    assert "no medusa_lm_head.safetensors" in refusal(lambda: formats.load(tmp_path, base)).message
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert "pickled" in refusal(lambda: formats.load(tmp_path, base)).message
