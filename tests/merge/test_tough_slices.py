@@ -129,3 +129,12 @@ def test_the_module_called_default_is_the_only_stack(models: Path) -> None:
     plain, _ = plan_of(f"merge_method: passthrough\n{slices}", models)
     nested, _ = plan_of(f"merge_method: passthrough\nmodules: {{default: {{{slices}}}}}", models)
     assert [(s.work, s.offset) for s in plain.steps] == [(s.work, s.offset) for s in nested.steps]
+
+
+def test_lists_that_speak_of_no_layers_stay_as_they_are_however_many_layers_there_are(tmp_path: Path) -> None:
+    save(tmp_path / "a", llama_tensors(1), eos_token_id=[5, 6], architectures=["LlamaForCausalLM", "Other"])
+    text = "merge_method: passthrough\nslices:\n" + 2 * "  - sources: [{model: a, layer_range: [0, 2]}]\n"
+    merge(text, tmp_path, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_hidden_layers"] == 4
+    assert (config["eos_token_id"], config["architectures"]) == ([5, 6], ["LlamaForCausalLM", "Other"])

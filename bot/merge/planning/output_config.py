@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.spec import ModelRef, Recipe
 from bot.merge.tokens.tokenizer import Alignment, remapped_ids
 
+# lists that never speak of layers, however many layers there are
+_NOT_BY_LAYER = re.compile(r"architectures|\w*(_token_ids?|_token_index|suppress_tokens)")
 # lists of layer numbers, where others have one entry per layer
 _LAYER_NUMBERS = ("mlp_only_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs")
 
@@ -86,7 +89,7 @@ def _per_layer_lists(
         if isinstance(value, list) and key in _LAYER_NUMBERS:
             listed = {model: _at(checkpoints[model].config, (*path, key)) or [] for model, _ in stack.layers}
             part[key] = [number for number, (model, i) in enumerate(stack.layers) if i in listed[model]]
-        elif isinstance(value, list) and len(value) == stack.donor_layers:
+        elif isinstance(value, list) and len(value) == stack.donor_layers and not _NOT_BY_LAYER.fullmatch(key):
             part[key] = [_entry(checkpoints[model].config, path, key, i, value) for model, i in stack.layers]
 
 

@@ -25,6 +25,7 @@ LIMIT_BYTES = 64 * 2**20
 IDS = 2**24  # ids are below this; the largest vocabularies in use have about 2**20 tokens
 SPARE_IDS = 65_536  # by which ids may exceed twice the rows of the matrix they belong to
 ROWS_LIMIT = 2**25  # rows of the output times models: the length of all index arrays of one matrix
+_LANGUAGE_PARTS = ("text_config", "language_config", "llm_config")
 Index = NDArray[np.int64]
 
 
@@ -151,7 +152,7 @@ def _added(own: Tokens, others: Sequence[Tokens], rules: Sequence[TokenRule]) ->
     after = max(own.ids.values(), default=-1) + 1
 
     def add(token: str, flags: Mapping[str, Any]) -> None:
-        if token not in known:
+        if token and token not in known:  # an empty token cannot be added: readers skip it and count on without it
             known.add(token)
             out.append({"id": after + len(out), "content": token, **flags})
 
@@ -224,7 +225,10 @@ def _texts(giver: Checkpoint, own: Tokens, entries: Sequence[Mapping[str, Any]])
 def remapped_ids(
     config: Mapping[str, Any], alignment: Alignment, donor: ModelRef, giver_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The `*_token_id` keys of a config of the donor's, by token string, as ids of the output's vocabulary."""
+    """The `*_token_id` keys of a config of the donor's, by token string, as ids of the output's vocabulary.
+
+    Those of the language model inside count too, and the `*_token_index` by which older configs name an image's token.
+    """
     strings = {i: token for token, i in alignment.sources[donor].items()}
 
     def one(key: str, value: object) -> object:
@@ -235,6 +239,10 @@ def remapped_ids(
 
     out: dict[str, Any] = {}
     for key, value in config.items():
-        if key.endswith("_token_id"):
+        if key.endswith(("_token_id", "_token_index")):
             out[key] = [one(key, item) for item in value] if isinstance(value, list) else one(key, value)
+        elif key in _LANGUAGE_PARTS and isinstance(value, dict):
+            theirs = giver_config.get(key)
+            inner = theirs if isinstance(theirs, dict) else {}
+            out[key] = {**value, **remapped_ids(value, alignment, donor, inner)}
     return out
