@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_checkpoints import HIDDEN, llama_tensors, load, merge, plan_of, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -202,3 +203,78 @@ def test_the_most_common_chat_template_wins_and_a_raw_one_is_written_as_it_is(tm
     assert (tmp_path / "raw" / "chat_template.jinja").read_text() == raw
     with pytest.raises(Refused):
         plan_of(text + "chat_template: chatmol", tmp_path)
+
+
+UNITED = """
+merge_method: linear
+models:
+  - {model: a, parameters: {weight: 0.5}}
+  - {model: b, parameters: {weight: 0.5}}
+tokenizer_source: %s
+"""
+
+
+def test_an_empty_token_of_another_model_shifts_no_ids(tmp_path: Path) -> None:
+    model(tmp_path / "a", 1, SHARED)
+    other = model(tmp_path / "b", 2, ["<unk>", "<s>", "</s>", "", "rare"])
+    merge(UNITED % "union", tmp_path, tmp_path / "out")
+    ids, loaded = ids_of(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    assert ids == loaded
+    assert torch.equal(load(tmp_path / "out")[EMBEDDING][ids["rare"]], other[EMBEDDING][4])
+
+
+def test_token_ids_of_the_language_model_inside_follow_their_tokens(tmp_path: Path) -> None:
+    model(tmp_path / "a", 1, SHARED, image_token_index=5, text_config={"eos_token_id": [2, 5], "vocab_size": 16})
+    model(tmp_path / "b", 2, SHARED[::-1])
+    merge(UNITED % "b", tmp_path, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["image_token_index"] == 10
+    assert config["text_config"]["eos_token_id"] == [13, 10]
+
+
+_SMALL = {"vocab_size": 16, "num_hidden_layers": 2, "tie_word_embeddings": False}
+_ENCODER = {
+    **_SMALL,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 20,
+}
+_PER_TOKEN = {
+    "BertForMaskedLM": (
+        _ENCODER, {"bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder.weight"}
+    ),
+    "RobertaForMaskedLM": (
+        _ENCODER, {"roberta.embeddings.word_embeddings.weight", "lm_head.bias", "lm_head.decoder.weight"}
+    ),
+    "DistilBertForMaskedLM": (
+        {"vocab_size": 16, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12, "tie_word_embeddings": False},
+        {"distilbert.embeddings.word_embeddings.weight", "vocab_projector.bias", "vocab_projector.weight"},
+    ),
+    "MambaForCausalLM": ({**_SMALL, "hidden_size": 8, "state_size": 4}, {"backbone.embeddings.weight"}),
+    "BartForConditionalGeneration": (
+        {
+            "vocab_size": 16, "d_model": 8, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "tie_word_embeddings": False,
+        },
+        {"model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", _PER_TOKEN)
+def test_whatever_has_a_row_for_every_token_is_aligned_in_any_family(kind: str, tmp_path: Path) -> None:
+    config, names = _PER_TOKEN[kind]
+    architecture = getattr(transformers, kind)
+    for seed, (folder, words) in enumerate([("a", SHARED), ("b", SHARED[::-1])]):
+        torch.manual_seed(seed)
+        made = architecture(architecture.config_class(**config))
+        for weight in made.parameters():
+            weight.data.normal_()
+        made.save_pretrained(tmp_path / folder)
+        (tmp_path / folder / "tokenizer.json").write_text(json.dumps(tokenizer(words)))
+    merge(UNITED % "a", tmp_path, tmp_path / "out")
+    a, b, out = (load(tmp_path / folder) for folder in ("a", "b", "out"))
+    assert names <= set(out)
+    for name in names:
+        assert torch.allclose(out[name], (a[name] + b[name].flip(0)) / 2, atol=1e-6), name

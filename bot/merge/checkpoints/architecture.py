@@ -19,7 +19,15 @@ _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)\.")
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 _BEFORE = re.compile(r"embed(?!_out)|wte|wpe|position|token_type|patch|conv1", re.IGNORECASE)
 _AFTER = re.compile(r"norm|ln_f|head|score|classifier|pooler|embed_out|output", re.IGNORECASE)
-_INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|shared|tok_embeddings)\.weight$")
+_INPUT_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|shared|tok_embeddings|embeddings)\.weight$"
+)
+# what else has a row for every token: the decoders of masked language models, further copies of the embedding
+_PER_TOKEN = re.compile(
+    _INPUT_EMBEDDING.pattern
+    + r"|(^|\.)(lm_head(\.decoder)?|predictions(\.decoder)?|vocab_projector|generator_lm_head|output_layer)"
+    r"\.(weight|bias)$"
+)
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^output\.weight$")
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attention)\.bias$")
@@ -107,6 +115,11 @@ def is_optional(name: str) -> bool:
 def is_head(name: str) -> bool:
     """Whether the tensor is an output projection onto the vocabulary."""
     return bool(_HEAD.search(name))
+
+
+def may_count_tokens(name: str) -> bool:
+    """Whether a loose tensor of this name has one row for every token, if it has as many rows as the embedding."""
+    return bool(_PER_TOKEN.search(name))
 
 
 def _is_buffer(tensor: TensorInfo) -> bool:

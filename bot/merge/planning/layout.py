@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bot.errors import Refused, Where
-from bot.merge.checkpoints.architecture import Architecture, Stack, is_head
+from bot.merge.checkpoints.architecture import Architecture, Stack, is_head, may_count_tokens
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.modules import Part, counterpart, layered, parts, require, with_loose
@@ -286,11 +286,18 @@ class _Arrangement:
             self.notices.append(
                 ("TIED_HEAD_DROPPED", f"every config ties the head, so the stored {heads[0]} is left out")
             )
+        if side == "after" and not heads and self._gives_a_head(piece):
+            names["lm_head.weight"] = None  # as llamas call it
         for name in names:
             found = [self._in_source(name, part) for part in parts]
             if is_head(name):
                 found = [hit or (part.embedding if part.tied else None) for hit, part in zip(found, parts, strict=True)]
             yield self._slot(piece, name, found, self._other_position(name), loose=True)
+
+    def _gives_a_head(self, piece: _Piece) -> bool:
+        """Whether a slice without layers names a tied model that gives the head, and another gives the embeddings."""
+        first = self.pieces[0].sources[0].model
+        return piece.length == 0 and self.architectures[piece.sources[0].model].tied and first != piece.sources[0].model
 
     def _other_position(self, name: str) -> float:
         """Layers of a second stack have their own positions; everything else loose stands at 0."""
@@ -303,9 +310,21 @@ class _Arrangement:
             )
             for i, (source, found) in enumerate(zip(piece.sources, names, strict=True))
         )
-        if not (loose and (name == self.model.embedding or is_head(name) or _HEAD_BIAS.search(name))):
+        if not (loose and self._counts_tokens(name, inputs)):
             return Slot(name, inputs, piece.base, u, piece.levels, loose)
         return Slot(name, inputs, piece.base, u, piece.levels, loose, True, tuple(self._elsewhere(name, piece)))
+
+    def _counts_tokens(self, name: str, inputs: Sequence[Input]) -> bool:
+        """Whether dimension 0 of a loose tensor is the vocabulary: by its name, or by its name and rows."""
+        if name == self.model.embedding or is_head(name) or _HEAD_BIAS.search(name):
+            return True
+        return may_count_tokens(name) and all(
+            one.tensor is None or one.tensor.shape[:1] == self._rows(one.source.model) for one in inputs
+        )
+
+    def _rows(self, ref: ModelRef) -> tuple[int, ...]:
+        embedding = self.architectures[ref].embedding
+        return () if embedding is None else self.checkpoints[ref].tensors[embedding].shape[:1]
 
     def _elsewhere(self, name: str, piece: _Piece) -> Iterator[tuple[ModelRef, TensorInfo]]:
         """The tensor in the recipe's other models, which may give single rows."""

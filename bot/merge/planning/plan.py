@@ -26,7 +26,7 @@ from bot.merge.recipe.spec import ModelRef, Notice, Recipe
 from bot.merge.tokens import chat_template
 from bot.merge.tokens.tokenizer import Alignment, align, remapped_ids
 
-NUMERICS_VERSION = 3  # raised whenever the same plan would give other bytes
+NUMERICS_VERSION = 4  # raised whenever the same plan would give other bytes
 BASE_MEMORY_BYTES = 300 * 2**20  # an interpreter with torch imported and warm: measured, without any tensor
 WORKERS = 2  # tensors worked on at a time
 SHARD_LIMIT_BYTES = 5_000_000_000
