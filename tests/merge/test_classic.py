@@ -271,6 +271,22 @@ def test_the_first_models_names_are_the_outputs_and_what_another_lacks_is_merged
     assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is True
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_ties_copies_the_first_models_tensor_where_the_base_has_none(position: int, models: Path) -> None:
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    for seed, name in enumerate(("a", "b")):
+        extra = {bias: torch.full((HIDDEN,), 1.5 + seed)}
+        save(models / name, {**llama_tensors(seed + 1, layers=4), **extra}, dtype=torch.float16)
+    named = ["a", "b"]
+    named.insert(position, "base")
+    result, provenance = run(*(part for name in named for part in ("--merge", name)), "--base-model", "base")
+    # the first model's names are the output's: with the base in front there is no such tensor
+    assert (bias in result) == (position > 0)
+    if position:
+        assert torch.equal(result[bias], torch.full((HIDDEN,), 1.5, dtype=torch.bfloat16))
+        assert "CLASSIC_MISSING" in [notice["code"] for notice in provenance["notices"]]
+
+
 def test_without_bf16_tensors_keep_their_type_and_without_copy_tokenizer_there_is_none(models: Path) -> None:
     result, _ = run(
         "--merge", "a", "--merge", "b", "--method", "linear", "--weight", "1", "--no-bf16", "--no-copy-tokenizer",
@@ -396,6 +412,23 @@ def test_bakllama_takes_embeddings_from_the_first_slice_and_the_head_from_the_la
     assert torch.equal(result["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
     assert torch.equal(result["lm_head.weight"], b["lm_head.weight"])
     assert torch.equal(result["model.norm.weight"], b["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    "source", ["lm_head_source: b", "embedding_source: a\nlm_head_source: b", "embedding_source: c"]
+)
+@pytest.mark.parametrize("others_tied", [True, False])
+def test_bakllama_takes_the_head_from_a_tied_model_as_its_embedding(
+    source: str, others_tied: bool, models: Path
+) -> None:
+    for seed, name in enumerate("abc"):
+        save(models / name, llama_tensors(seed, layers=2, tied=name == "b" or others_tied))
+    result = stacked("layer_slices: [{model: a, start: 0, end: 1}, {model: b, start: 1, end: 2}]\n" + source)
+    first = load(models / ("c" if "c" in source.split(": ") else "a"))
+    b = load(models / "b")
+    assert torch.equal(result["model.embed_tokens.weight"], first["model.embed_tokens.weight"])
+    assert torch.equal(result["lm_head.weight"], b["model.embed_tokens.weight"])
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_a_bakllama_recipe_has_a_canonical_form_that_comes_back(models: Path) -> None:

@@ -106,8 +106,8 @@ def fitted(slot: Slot, recipe: Recipe, notes: Notes) -> Slot | None:
 
 
 def must_copy(slot: Slot, recipe: Recipe) -> bool:
-    """Whether so little of a tensor is left that its method has nothing to do."""
-    return len(slot.inputs) == 1 and recipe.method in ("slerp", "ties")
+    """Whether so little of a tensor is left that its method has nothing to do: one input, or none that is the base."""
+    return recipe.method in ("slerp", "ties") and (len(slot.inputs) == 1 or slot.base is None)
 
 
 def with_true_rows(config: str, shapes: Mapping[str, tuple[int, ...]]) -> str:

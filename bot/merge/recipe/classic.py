@@ -200,8 +200,10 @@ def bakllama(text: str, *, file: str = "recipe") -> Recipe:
     before, after = (_donor(reader, top, key) for key in ("embedding_source", "lm_head_source"))
     if before is not None and before != pieces[0].sources[0].model:
         pieces.insert(0, Slice((Source(before, (0, 0)),)))
-    if after is not None and after != pieces[-1].sources[0].model:
-        pieces.append(Slice((Source(after, (0, 0)),)))
+    last = pieces[-1].sources[0].model
+    apart = (before or pieces[0].sources[0].model) != (after or last)
+    if (after or last) != last or (apart and (before is not None or after is not None)):
+        pieces.append(Slice((Source(after or last, (0, 0)),)))
     return Recipe(
         method=METHODS["passthrough"].name,
         modules=(Module("default", "slices", tuple(pieces)),),
