@@ -235,6 +235,35 @@ def verdict_beside(settings: Settings, out: Path) -> Verdict:
     return operator.verify(str(out), settings, quiet, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda told: told["outputs"].pop("model.safetensors"), "model.safetensors"),
+        (lambda told: told["tensors"].update(merged=1), "tensors"),
+        (lambda told: told["tokenizer"].update(policy="union"), "tokenizer"),
+    ],
+)
+def test_a_provenance_that_tells_less_or_otherwise_is_found(
+    merged: tuple[Settings, Path],
+    change: Callable[[dict], object],  # type: ignore[type-arg]
+    name: str,
+) -> None:
+    rewritten_provenance(merged[1], change)
+    assert [(each.what, each.name) for each in verdict(merged).differences] == [("provenance", name)]
+
+
+def test_a_provenance_of_a_version_to_come_is_refused(merged: tuple[Settings, Path]) -> None:
+    rewritten_provenance(merged[1], lambda told: told["engine"].update(numerics=99))
+    with pytest.raises(Refused, match="newer mergebot"):
+        verdict(merged)
+
+
+def test_code_among_the_results_is_found(merged: tuple[Settings, Path]) -> None:
+    (merged[1] / "results").mkdir()
+    (merged[1] / "results.py").write_text("1")
+    assert [each.name for each in verdict(merged).differences] == ["results.py"]
+
+
 def test_a_forged_recipe_is_found(merged: tuple[Settings, Path]) -> None:
     def forge(told: dict) -> None:  # type: ignore[type-arg]
         told["recipe"]["canonical"]["models"][1]["parameters"]["weight"] = 0.25

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Files, LocalFiles, read_header
 from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.execution.provenance import told_of
 from bot.merge.execution.writer import Found, Progress
 from bot.merge.planning.output_names import MANIFEST, PROVENANCE, SCHEMA
 from bot.merge.planning.plan import NUMERICS_VERSION, Copied, Plan, Step
@@ -34,7 +35,8 @@ Hashes = Callable[[str], str | None]  # SHA-256 of a file as it lies there, None
 # What may lie beside a merge: what the publisher adds, texts for people, what git and the Hub's client keep.
 _HARMLESS = re.compile(
     r"README\.md|\.gitattributes|\.gitignore|\.mergebot\.json|mergekit_config\.original\.yml|decode_speed\.json"
-    r"|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*|[\w-]+\.(md|png|jpg|svg|log)|(results|medusa|\.git|\.cache)/.*",
+    r"|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*|[\w-]+\.(md|png|jpg|svg|log)|(medusa|\.git|\.cache)/.*"
+    r"|results(/|/.*\.(json|md|csv|png|svg))",
     re.IGNORECASE | re.DOTALL,
 )
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -52,6 +54,7 @@ class Claim:
     numerics: int
     sources: Mapping[str, Mapping[str, Mapping[str, Any]]]  # reference -> file -> what is known of it
     outputs: Mapping[str, str]  # file -> SHA-256
+    told: Mapping[str, Any]  # tokenizer, tensors
     device: str
     torch: str
 
@@ -60,7 +63,7 @@ class Claim:
 class Difference:
     """One thing that is not as it should be. `elements` and `ulps` (most, in steps of the stored type) of a tensor."""
 
-    what: str  # file, tensor, config, plan, recipe, source
+    what: str  # file, tensor, config, plan, recipe, source, provenance
     name: str
     sentence: str
     elements: int = 0
@@ -78,6 +81,8 @@ def read_claim(files: Files) -> Claim:
         told = json.loads(files.read(PROVENANCE, 0, size))
         if told["schema"] != SCHEMA:
             raise ValueError("another schema")
+        if int(told["engine"]["numerics"]) > NUMERICS_VERSION:
+            raise Refused("NOT_VERIFIABLE", f"{files} was merged by a newer mergebot.", "Update mergebot.")
         canonical = told["recipe"]["canonical"]
         return Claim(
             recipe=recipe.from_canonical(json.dumps(canonical)),
@@ -88,6 +93,7 @@ def read_claim(files: Files) -> Claim:
             numerics=int(told["engine"]["numerics"]),
             sources={str(one["ref"]): _table(one["files"]) for one in _every_source(told)},
             outputs={str(name): _digest(fact["sha256"]) for name, fact in told["outputs"].items()},
+            told={key: told[key] for key in ("tokenizer", "tensors")},
             device=str(told["environment"]["device"]),
             torch=str(told["environment"]["torch"]),
         )
@@ -185,12 +191,21 @@ def against_plan(claim: Claim, made: Plan, files: Files) -> list[Difference]:
     # another version of the engine makes another digest of the same merge; its tensors are compared all the same
     if made.digest != claim.plan_digest and claim.numerics == NUMERICS_VERSION:
         out.append(Difference("plan", "digest", "Planned again from its sources, the merge is another one."))
+    out += _told_otherwise(claim, made)
     sizes = files.sizes()
     for name, text in sorted(_texts(made).items()):
         expected = text.encode()
         if name in sizes and (sizes[name] != len(expected) or files.read(name, 0, len(expected)) != expected):
             out.append(Difference("config", name, f"{name} is not what the recipe and its sources give."))
     return out
+
+
+def _told_otherwise(claim: Claim, made: Plan) -> Iterator[Difference]:
+    for name in sorted(set(expected_sizes(made)) - set(claim.outputs)):
+        yield Difference("provenance", name, f"The provenance does not list {name} among what was written.")
+    for key, expected in told_of(made).items() if claim.numerics == NUMERICS_VERSION else ():
+        if claim.told[key] != expected:
+            yield Difference("provenance", key, f"The provenance tells of other {key} than the merge has.")
 
 
 def against_merge(

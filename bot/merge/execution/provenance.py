@@ -55,7 +55,6 @@ def provenance(
 ) -> bytes:
     """The text of merge_provenance.json. Its sources carry the size and header hash the plan was made from, and what
     is `known` besides. Of a source that lies in a folder the name is kept as it was given."""
-    actions = [step.work.action for step in plan.steps]
     document = {
         "schema": SCHEMA,
         "engine": {"name": "mergebot", "version": __version__, "numerics": NUMERICS_VERSION},
@@ -65,13 +64,19 @@ def provenance(
         "shard_limit_bytes": plan.shard_limit_bytes,
         "sources": _sources(plan, known or {}),
         **({"stages": [_stage(ref, made, known or {}) for ref, made in plan.stages]} if plan.stages else {}),
-        "tokenizer": _tokenizer(plan),
+        **told_of(plan),
         "outputs": {name: {"bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(outputs.items())},
-        "tensors": {"merged": actions.count("merge"), "copied": actions.count("copy") + actions.count("equal")},
         "notices": [{"code": n.code, "count": n.count, "example": n.text} for n in notices],
         "environment": {"torch": torch_version, "device": device},
     }
     return _text(document)
+
+
+def told_of(plan: Plan) -> dict[str, object]:
+    """What provenance tells of a plan beside its digest: what became of the vocabulary, and how many tensors moved."""
+    actions = [step.work.action for step in plan.steps]
+    tensors = {"merged": actions.count("merge"), "copied": actions.count("copy") + actions.count("equal")}
+    return {"tokenizer": _tokenizer(plan), "tensors": tensors}
 
 
 def _stage(ref: ModelRef, made: Plan, known: Known) -> dict[str, object]:

@@ -128,6 +128,11 @@ def align(
         if tokens is not None and ref != giver:
             others.append(_with_rows(tokens, rows_of.get(ref), str(ref), notes))
     entries = _added(own, others if wanted.source == "union" else [], wanted.tokens)
+    if entries and len(own.ids) <= max(own.ids.values()):
+        notes.add(
+            "VOCABULARY_HOLES",
+            f"the ids of {giver} leave some out, so a reader may number the {len(entries):,} added tokens otherwise",
+        )
     ids = {**own.ids, **{str(entry["content"]): int(entry["id"]) for entry in entries}}
     used = max(ids.values()) + 1
     p = wanted.pad_to_multiple_of
