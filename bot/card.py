@@ -40,6 +40,7 @@ def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
         "manifest": job.merge.manifest,
         "key12": job.request.key[:12],
         "files": {name: asdict(file) for name, file in job.merge.files.items()},
+        "heads": {name: asdict(file) for name, file in job.evaluation.heads.items()},
         # A card speaks of the repo it stands in, so there is one for each name that may be taken.
         "texts": {name: {"README.md": model_card(job, name), **results} for name in names},
         "sources": [asdict(source) for source in job.sources],
@@ -67,6 +68,7 @@ def model_card(job: Job, repo: str) -> str:
         _speed(job),
         "## Use",
         fenced(messages.USE.format(repo=repo), "python"),
+        *_use_heads(job, repo),
         "## Sources",
         _source_table(job.sources),
         "## Recipe",
@@ -202,6 +204,13 @@ def _speed(job: Job) -> str:
     ]
     tables = [plain(speed["sentence"]), "\n".join(lines), _transfer_table(speed)]
     return "\n\n".join(table for table in tables if table)
+
+
+def _use_heads(job: Job, repo: str) -> list[str]:
+    assert job.evaluation is not None
+    if not job.evaluation.heads:
+        return []
+    return [messages.HEADS, fenced(messages.USE_HEADS.format(repo=repo), "python"), messages.HEADS_CAUTION]
 
 
 def _transfer_table(speed: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ Facts (Merge, Evaluation, Publication, Failure) are recorded when they happen an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -78,6 +78,7 @@ class Evaluation:
     sources: Mapping[str, ModelEvaluation]
     decode_speed: Mapping[str, Any] | None
     seconds: float
+    heads: Mapping[str, PublishedFile] = field(default_factory=dict)  # what the repo carries besides the weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,28 @@ def bench(
     screens.speed(report, written.replace(out) if out.suffix == ".json" else written)
 
 
+@app.command("export")
+def export(
+    context: typer.Context,
+    heads: Annotated[Path, typer.Argument(help="Heads of any format, or a model's folder that carries them.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.", metavar="OUT")],
+    model: Annotated[str, typer.Option(help="The model they belong to, a folder or a Hub repo.")],
+    layout: Annotated[str, typer.Option("--format", help="v1, v2, tgi, vllm or ours.")] = "v2",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Write Medusa heads in the layout of another program, or read another program's into ours."""
+    from bot import operator, screens
+    from evaluators.medusa import formats
+
+    configured = context.obj(device="cpu")
+    with screens.progress() as shown:
+        folder = operator.model_folder(model, configured, shown)
+        notes = formats.export(heads, out, layout, folder, base_model=model, dtype=dtype)
+    for note in notes:
+        screens.console.print(f"Note: {note}.", soft_wrap=True, markup=False)
+    screens.console.print(f"{layout} heads lie in {out}.", soft_wrap=True, markup=False)
+
+
 @app.command("train")
 def train(
     context: typer.Context,

@@ -48,6 +48,7 @@ def publish(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[s
     hub, queue = Hub(settings.hub, token=settings.write_token()), open_queue(settings)
     lease = TypeAdapter(Lease).validate_python(spec["lease"])
     files = _verified(Path(spec["out"]), spec["files"])
+    heads = _verified(Path(spec["carried"]), spec["heads"])
     crashpoint("publish.after_manifest_check")
     marker = {"schema": 1, "digest": spec["digest"], "manifest": spec["manifest"]}
     bytes_of_marker = (json.dumps(marker, sort_keys=True) + "\n").encode()
@@ -58,10 +59,10 @@ def publish(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[s
         crashpoint("publish.after_create_repo")
         if place.done is not None:
             queue.begin_commit(lease)
-            # An earlier attempt's commit: its texts may tell of an earlier measurement, its weights are the same.
+            # An earlier attempt's commit: texts and heads may be of an earlier measurement, its weights are the same.
             commit, expected = place.done, evaluated
             break
-        expected = evaluated | {path: text.encode() for path, text in spec["texts"][place.repo].items()}
+        expected = evaluated | heads | {path: text.encode() for path, text in spec["texts"][place.repo].items()}
         made = _commit(hub, queue, lease, place, expected, spec, report)
         if made is not None:
             commit = made

@@ -229,6 +229,7 @@ class Scheduler:
             "job": job.id,
             "lease": TypeAdapter(Lease).dump_python(lease, mode="json"),
             "out": str(self._out(job)),
+            "carried": str(self._scratch(job) / "carried"),
             **card.publication_spec(job, self.settings),
         }
         result = self._run("publish", spec, self._scratch(job), lease, "publisher", self.settings.publish_timeout_s)

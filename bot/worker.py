@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bot import measure, sources
+from bot import carried_heads, measure, sources
 from bot.errors import Failed
 from bot.executors import child
 from bot.job import Evaluation, Merge, PublishedFile, Source
@@ -123,7 +123,8 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
     merged, parents = measure.scores(out, spec["manifest"], parts, asked, settings, scratch, report)
     crashpoint("eval.after_task")
     speed = measure.decode_speed(out, parts, settings, scratch, report) if asked.speed == "medusa" else None
-    fact = Evaluation(spec["manifest"], merged, parents, speed, time.monotonic() - started)
+    heads = {} if speed is None else carried_heads.carry(scratch / "medusa", speed, scratch / "carried")
+    fact = Evaluation(spec["manifest"], merged, parents, speed, time.monotonic() - started, heads)
     return _json(fact)
 
 

@@ -169,6 +169,19 @@ def test_each_name_that_may_be_taken_has_a_card_of_its_own() -> None:
         assert f"# {name.partition('/')[2]}\n" in files["README.md"]
 
 
+def test_a_card_shows_how_to_generate_with_the_heads_that_the_repo_carries() -> None:
+    bare = job()
+    assert bare.evaluation is not None and "custom_generate" not in card.model_card(bare, "mergebot/alice-both")
+    files = {"medusa/medusa_lm_head.safetensors": PublishedFile(10, "e" * 64)}
+    carrying = job(evaluation=replace(bare.evaluation, heads=files))
+    assert 'custom_generate="mergebot/alice-both", trust_remote_code=True' in card.model_card(
+        carrying, "mergebot/alice-both"
+    )
+    assert card.publication_spec(carrying, SETTINGS)["heads"] == {
+        name: {"bytes": 10, "sha256": "e" * 64} for name in files
+    }
+
+
 def test_every_ending_has_an_answer_with_its_reference() -> None:
     request = MergeRequest("alice", Origin.CARD, TEXT, "both", repo="alice/asks", revision=A, reply="discussion")
     failed = job(publication=None, failures=(Failure(Stage.MERGING, "DISK_FULL", "The <b>disk</b> is full.", "Wait."),))

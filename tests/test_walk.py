@@ -204,6 +204,24 @@ def test_the_evaluated_and_the_published_bytes_are_the_same(walk: Walk) -> None:
     assert {"mergekit_config.yml", "merge_provenance.json", ".mergebot.json", "results/lm_eval.json"} <= set(tree)
 
 
+def test_the_repo_carries_the_heads_it_was_measured_with_and_generate_uses_them(walk: Walk) -> None:
+    assert walk.form.evaluation and walk.form.publication
+    repo, heads = walk.form.publication.repo, walk.form.evaluation.heads
+    assert {"medusa/medusa_lm_head.safetensors", "custom_generate/generate.py"} <= set(heads)
+    tree = Hub(walk.hub.url).tree(repo, walk.form.publication.commit)
+    assert {name: tree[name].size for name in heads} == {name: file.bytes for name, file in heads.items()}
+    code = f"""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model, tokenizer = AutoModelForCausalLM.from_pretrained({repo!r}), AutoTokenizer.from_pretrained({repo!r})
+        asked = dict(**tokenizer("The crest", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+        asked.pop("token_type_ids", None)
+        own = model.float().generate(**asked).tolist()
+        with_heads = model.generate(**asked, custom_generate={repo!r}, trust_remote_code=True).tolist()
+        result = own == with_heads and getattr(model, "_medusa_heads", None) is not None
+    """
+    assert walk.hub.client(code, walk.home) is True
+
+
 def test_every_model_was_measured_on_the_same_questions(walk: Walk) -> None:
     evaluation = walk.form.evaluation
     assert evaluation is not None and evaluation.merged is not None

@@ -35,7 +35,7 @@ Hashes = Callable[[str], str | None]  # SHA-256 of a file as it lies there, None
 # What may lie beside a merge: what the publisher adds, texts for people, what git and the Hub's client keep.
 _HARMLESS = re.compile(
     r"README\.md|\.gitattributes|\.gitignore|\.mergebot\.json|mergekit_config\.original\.yml|decode_speed\.json"
-    r"|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*|[\w-]+\.(md|png|jpg|svg|log)|(medusa|\.git|\.cache)/.*"
+    r"|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*|[\w-]+\.(md|png|jpg|svg|log)|(medusa|custom_generate|\.git|\.cache)/.*"
     r"|results(/|/.*\.(json|md|csv|png|svg))",
     re.IGNORECASE | re.DOTALL,
 )

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evaluators.errors import EvaluationError
 from evaluators.medusa import adapters
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.formats import reading
@@ -27,6 +28,8 @@ from evaluators.medusa.formats.writing import CONFIG, FORMATS, Format, block, sa
 from evaluators.medusa.heads import Heads, HeadSpec
 
 __all__ = ["CONFIG", "FORMATS", "WEIGHTS", "Format", "block", "export", "load", "save", "write_json"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(folder: Path, base: Base) -> tuple[Heads, list[str]]:
@@ -66,15 +69,22 @@ def load(folder: Path, base: Base) -> tuple[Heads, list[str]]:
 
 
 def export(
-    source: Path, out: Path, fmt: Format, model: Path, *, base_model: str = "", dtype: torch.dtype = torch.float32
+    source: Path, out: Path, fmt: str, model: Path, *, base_model: str = "", dtype: str = "float32"
 ) -> list[str]:
     """Heads in `source`, of any format, -> `out` in format `fmt`, checked against the checkpoint in `model`.
 
     Returns what a user should know. Raises EvaluationError.
     """
+    known = next((known for known in FORMATS if known == fmt), None)
+    if known is None or dtype not in DTYPES:
+        names = f"format `{fmt[:40]}`" if known is None else f"type `{dtype[:40]}`"
+        choice = FORMATS if known is None else tuple(DTYPES)
+        raise EvaluationError("HEADS_UNSUPPORTED", f"Heads have no {names}.", f"Choose one of {', '.join(choice)}.")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise EvaluationError("HEADS_UNSUPPORTED", f"{out} is there and not empty.", "Choose a new folder.")
     base = adapters.load(model)
     heads, warnings = load(source, base)
-    return [*warnings, *save(heads, out, fmt, base_model=base_model, dtype=dtype)]
+    return [*warnings, *save(heads, out, known, base_model=base_model, dtype=DTYPES[dtype])]
 
 
 def _is_of_base(held: Holding, head: int, base: Base) -> bool:

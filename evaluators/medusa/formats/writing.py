@@ -111,10 +111,6 @@ def _copies_output(heads: Heads, fmt: Format) -> bool:
 
 def _check(heads: Heads, fmt: Format, copied: bool) -> None:
     spec = heads.spec
-    if fmt not in FORMATS:
-        raise EvaluationError(
-            "HEADS_UNSUPPORTED", f"There is no head format `{fmt}`.", f"Choose one of {', '.join(FORMATS)}."
-        )
     if fmt == "ours":
         return
     reason = None

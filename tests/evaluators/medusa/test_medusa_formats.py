@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 import tiny_causal_lms as tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -207,6 +211,137 @@ def test_heads_that_do_not_fit_are_refused_with_the_reason(
 def test_a_broken_file_is_refused(base: Base, tmp_path: Path, head: bytes) -> None:
     (tmp_path / formats.WEIGHTS).write_bytes(head)
     assert refusal(lambda: formats.load(tmp_path, base)).code == "BAD_HEADS"
+
+
+def test_a_huge_header_a_truncated_file_and_a_truncated_archive_are_named_as_such(base: Base, tmp_path: Path) -> None:
+    (tmp_path / formats.WEIGHTS).write_bytes((10**15).to_bytes(8, "little"))
+    assert "announces a header of 1,000,000,000,000,000 bytes" in refusal(lambda: formats.load(tmp_path, base)).message
+    formats.save(tiny.random_heads(base, SHARED), tmp_path)
+    whole = (tmp_path / formats.WEIGHTS).read_bytes()
+    for length in (4, 60, len(whole) - 1):
+        (tmp_path / formats.WEIGHTS).write_bytes(whole[:length])
+        assert "not a whole safetensors file" in refusal(lambda: formats.load(tmp_path, base)).message
+    pickled(base, tmp_path / "v1")
+    archive = tmp_path / "v1" / "medusa_lm_head.pt"
+    archive.write_bytes(archive.read_bytes()[:-40])
+    assert "truncated or broken zip" in refusal(lambda: formats.load(tmp_path / "v1", base)).message
+
+
+def repacked(path: Path, compress: int = zipfile.ZIP_STORED, **added: bytes) -> None:
+    """The same archive, packed anew."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compress) as archive:
+        for name, data in (parts | {f"archive/{name}.pkl": data for name, data in added.items()}).items():
+            archive.writestr(name, data)
+
+
+def test_an_archive_that_unpacks_to_more_or_holds_a_second_table_is_not_opened(base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "medusa_lm_head.pt"
+    pickled(base, tmp_path)
+    repacked(path, zipfile.ZIP_DEFLATED)
+    assert "would unpack to more" in refusal(lambda: formats.load(tmp_path, base)).message
+    path.unlink()
+    pickled(base, tmp_path / "two")
+    repacked(tmp_path / "two" / path.name, second=b"cos\nsystem\n(S'true'\ntR.")
+    assert "exactly one small table" in refusal(lambda: formats.load(tmp_path / "two", base)).message
+
+
+def test_a_tensor_that_describes_more_numbers_than_it_holds_is_refused(base: Base, tmp_path: Path) -> None:
+    pickled(base, tmp_path, lambda tensors: {**tensors, "0.0.linear.weight": torch.zeros(1, 1).expand(32, 32)})
+    assert "describes more numbers" in refusal(lambda: formats.load(tmp_path, base)).message
+
+
+def test_tied_blocks_of_a_pickled_file_share_one_storage_and_still_become_two(base: Base, tmp_path: Path) -> None:
+    def tied(tensors: dict[str, Any]) -> dict[str, Any]:
+        deep = {f"{head}.2.weight": tensors[f"{head}.1.weight"] for head in (0, 1)}
+        for head, index, part in itertools.product((0, 1), (0, 1), ("weight", "bias")):
+            deep[f"{head}.{index}.linear.{part}"] = tensors[f"{head}.0.linear.{part}"]
+        return deep
+
+    pickled(base, tmp_path, tied)
+    heads, warnings = formats.load(tmp_path, base)
+    assert heads.spec.layers == 2 and any("are equal" in warning for warning in warnings)
+    assert torch.equal(heads.first.data, heads.more.data[:, 0])
+
+
+def test_the_heads_of_a_sharded_model_are_found_by_its_index(base: Base, tmp_path: Path) -> None:
+    heads = tiny.random_heads(base, OWN)
+    formats.save(heads, tmp_path, "v1")
+    tensors = {f"medusa_head.{name}": tensor for name, tensor in load_file(tmp_path / formats.WEIGHTS).items()}
+    (tmp_path / formats.WEIGHTS).unlink()
+    halves = [dict(list(tensors.items())[:3]), dict(list(tensors.items())[3:])]
+    index = {"model.embed_tokens.weight": "model-absent.safetensors"}
+    for number, half in enumerate(halves):
+        save_file({**half, f"model.layers.{number}.x": torch.ones(2)}, tmp_path / f"model-{number}.safetensors")
+        index |= dict.fromkeys(half, f"model-{number}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    again, _ = formats.load(tmp_path, base)
+    assert torch.equal(logits(again, base), logits(heads, base))
+    for wrong, says in (({"medusa_head.x": "../up.safetensors"}, "no shard beside it"), ({"a": "b"}, "without heads")):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
+        assert says in refusal(lambda: formats.load(tmp_path, base)).message
+
+
+def test_vllm_heads_may_have_all_rows_beside_a_token_map_a_prefix_or_no_output_embedding(
+    base: Base, tmp_path: Path
+) -> None:
+    heads = tiny.random_heads(base, CUT)
+    formats.save(heads, tmp_path, "vllm")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_heads.0.weight"] = base.output.weight.detach().clone()
+    save_file({f"medusa_heads.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    again, warnings = formats.load(tmp_path, base)
+    assert again.spec == CUT and warnings == [] and torch.equal(logits(again, base), logits(heads, base))
+    tensors["lm_heads.0.weight"] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "another model's" in formats.load(tmp_path, base)[1][0]
+    del tensors["lm_heads.0.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    again, warnings = formats.load(tmp_path, base)
+    assert "no `lm_heads.0.weight`" in warnings[0] and torch.equal(logits(again, base), logits(heads, base))
+
+
+def test_each_doubt_about_a_file_is_a_warning_of_its_own(base: Base, tmp_path: Path) -> None:
+    formats.save(tiny.random_heads(base, SHARED), tmp_path)
+    tensors = load_file(tmp_path / formats.WEIGHTS)
+    tensors["0.0.linear.weight"] = tensors["0.0.linear.weight"].half()
+    tensors["7.5.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / formats.WEIGHTS)
+    _, warnings = formats.load(tmp_path, base)
+    for says in ("mixes float16 and float32", "no head, such as 7.5"):
+        assert any(says in warning for warning in warnings)
+    assert len(warnings) == 2
+
+
+def test_a_file_in_two_layouts_is_refused(base: Base, tmp_path: Path) -> None:
+    formats.save(tiny.random_heads(base, SHARED), tmp_path)
+    tensors = load_file(tmp_path / formats.WEIGHTS)
+    save_file({**tensors, "blocks.0.layers.0.weight": torch.zeros(32, 32)}, tmp_path / formats.WEIGHTS)
+    assert "mixes the names" in refusal(lambda: formats.load(tmp_path, base)).message
+
+
+def test_an_output_embedding_with_a_bias_is_not_copied_without_it(tmp_path: Path) -> None:
+    model = tiny.model("gqa")
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(tiny.VOCAB))
+    heads = tiny.random_heads(Base(model, tiny.tokenizer()), SHARED)
+    for fmt in ("v1", "vllm"):
+        assert "has a bias" in refusal(lambda fmt=fmt: formats.save(heads, tmp_path / fmt, fmt)).message
+    formats.save(heads, tmp_path / "v2", "v2")
+
+
+@given(
+    st.binary(max_size=400), st.sampled_from(["medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors"])
+)
+@settings(max_examples=60, deadline=None)
+def test_bytes_of_any_kind_are_refused_with_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str
+) -> None:
+    folder = tmp_path_factory.mktemp("bytes")
+    for start in (b"", b"PK\x03\x04", (len(data) or 1).to_bytes(8, "little")):
+        (folder / name).write_bytes(start + data)
+        error = refusal(lambda: formats.load(folder, tiny.base("gqa")))
+        assert error.code == "BAD_HEADS" and error.message.count("\n") == 0 and error.next_step
 
 
 def test_an_empty_folder_and_a_pickled_model_are_refused(base: Base, tmp_path: Path) -> None:
