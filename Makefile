@@ -30,7 +30,7 @@ demo: $(READY) ## the whole walk on a local Hub: train two parents, merge, measu
 test: check ## lint, types and every test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: $(READY) ## the unit tests, under a minute
+test-fast: $(READY) ## the tests that are not slow, a few minutes
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 bench-merge: $(READY) ## the merge engine's speed into benchmarks/RESULTS.md; MERGEKIT=path/to/mergekit-yaml compares
