@@ -31,6 +31,7 @@ from evaluators import medusa
 from evaluators.medusa import adapters, calibrate, data, formats, suite, train, transfer
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import ROOT_ONLY, Tree
 
 HERE = Path(__file__).resolve().parent
@@ -224,7 +225,7 @@ def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[
     sets, training = _sets(base, texts, heads, family)
     fresh = sets["fresh"]
     calibration, test = data.gather(base, texts.calibration), data.gather(base, texts.test)
-    cost = calibrate.cost_curve(adapters.EagerRunner(base), fresh, 100, widths=WIDTHS, repeats=TIMED)
+    cost = calibrate.cost_curve(EagerRunner(base), fresh, 100, widths=WIDTHS, repeats=TIMED)
     common = transfer.common_tree(fresh, calibration)
     rows = {key: _row(each, calibration, test, common, cost) for key, each in sets.items()}
     for row in rows.values():

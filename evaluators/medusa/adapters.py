@@ -1,36 +1,21 @@
-"""The base model as the engine sees it: hidden rows, logits, stop ids, and a cache that can hold a tree.
+"""The base model as the engine sees it: hidden rows, logits, stop ids, room for a tree.
 
-`Base` wraps any decoder-only causal LM of transformers v5 without patching it. `capability` says whether its cache and
-positions can take a tree at all, in a sentence; a silent wrong answer would be worse than any refusal. `EagerRunner`
-is the one cache both decoding loops share.
+`Base` wraps any decoder-only causal LM of transformers v5 without patching it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa.tree import Tree, full
 
 SELF_CHECK_TOKENS = 16
-ALIBI_MODELS = frozenset({"bloom", "mpt"})
-
-
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """Whether trees may be verified on this base. `reason` is a sentence, None if `tree`."""
-
-    tree: bool
-    reason: str | None
-    kernel: str
 
 
 class Base:
@@ -127,13 +112,13 @@ class Base:
             if hidden is not None and hidden.shape[-1] == self.hidden:
                 raw = self.output(hidden)
                 for candidate in _postprocessors(self.config):
-                    if _close(candidate(raw).float(), own):
+                    if close(candidate(raw).float(), own):
                         self.post = candidate
                         return
         self._hooked = True
         self.output.register_forward_pre_hook(self._capture)
         hidden, logits = self.run(ids, use_cache=False)
-        if hidden.shape[-1] != self.hidden or not _close(logits.float(), own):
+        if hidden.shape[-1] != self.hidden or not close(logits.float(), own):
             raise EvaluationError(
                 "SPEED_UNSUPPORTED",
                 f"The hidden state that {type(self.model).__name__} hands to its output embedding could not be found.",
@@ -171,127 +156,6 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
             "Check that the folder holds config.json, safetensors weights and a tokenizer that fit together.",
         ) from error
     return Base(model.to(device), tokenizer)
-
-
-def capability(base: Base) -> Capability:
-    """May trees be verified on this base? First by what its config says, then by trying it on a few tokens."""
-    kernel = str(getattr(base.model.config, "_attn_implementation", "eager"))
-    reason = _reason_against_trees(base, kernel) or _tree_disagrees(base)
-    return Capability(reason is None, reason, kernel)
-
-
-def _reason_against_trees(base: Base, kernel: str) -> str | None:
-    name = type(base.model).__name__
-    if kernel not in ("sdpa", "eager"):
-        return f"{name} runs with the attention kernel {kernel}, which takes no tree mask."
-    if base.config.model_type in ALIBI_MODELS or getattr(base.config, "alibi", False):
-        return f"{name} takes its ALiBi bias from the cache column, so sibling tokens of a tree would be misplaced."
-    if base.rope[0] == "mrope":
-        return f"{name} uses three-dimensional rotary positions (mrope), which a tree of tokens does not have."
-    try:
-        layers = list(base.new_cache().layers)
-    except Exception as error:  # a config whose cache cannot even be described
-        return f"{name} has a cache that transformers cannot build ({type(error).__name__})."
-    for layer in layers:
-        if type(layer) is DynamicLayer or isinstance(layer, DummyLayer):
-            continue
-        kind = type(layer).__name__
-        if "Linear" in kind:
-            return f"{name} keeps a recurrent state ({kind}), which the branches of a tree would share."
-        if "Sliding" in kind:
-            return f"{name} uses a sliding attention window ({kind}), which cannot hold a tree past its length."
-        return f"{name} uses the cache layer {kind}, which is not known to hold a tree."
-    return None
-
-
-@torch.no_grad()
-def _tree_disagrees(base: Base) -> str | None:
-    """Verify a small tree and compare every node with a plain pass over its own path."""
-    generator = torch.Generator().manual_seed(1)
-    room = 16 if base.max_positions is None else min(16, base.max_positions)
-    probe = full((2, 2))
-    if room < 2 + probe.max_depth + 1:
-        return f"{type(base.model).__name__} has only {base.max_positions} positions."
-    ids = torch.randint(0, base.vocab, (room - probe.max_depth - 1,), generator=generator).tolist()
-    tokens = torch.randint(0, base.vocab, (probe.nodes,), generator=generator).to(base.device)
-    runner = EagerRunner(base)
-    name = type(base.model).__name__
-    try:
-        runner.prefill(ids)
-        _, logits = runner.forward(tokens, probe)
-    except Exception as error:  # any failure here is an answer: this model cannot verify a tree
-        return f"{name} does not run with a tree mask ({type(error).__name__})."
-    tolerance = 2e-3 if base.dtype == torch.float32 else 0.05
-    for node in range(probe.nodes):
-        path = [int(tokens[step]) for step in probe.ancestors(node)]
-        _, plain = base.run(torch.tensor([ids + path], device=base.device), last_only=True, use_cache=False)
-        if not _close(logits[node].float(), plain[0, -1].float(), tolerance):
-            return f"{name} gives other logits for a token inside a tree than for the same token in plain text."
-    return None
-
-
-class EagerRunner:
-    """A DynamicCache and the forward passes that both decoding loops use. Batch of one.
-
-    Invariant between calls of the loop: the cache holds exactly the first `length` tokens.
-    """
-
-    def __init__(self, base: Base) -> None:
-        self.base = base
-        self.cache: Any = None
-        self.length = 0
-        self._width = 0
-        self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Tensor, Tensor]] = {}
-
-    def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Start anew with `ids`. Returns h [H] and logits [V] of the last token."""
-        self.cache = self.base.new_cache()
-        row = torch.tensor([list(ids)], device=self.base.device)
-        hidden, logits = self.base.run(row, last_only=True, past_key_values=self.cache, use_cache=True)
-        self.length, self._width = len(ids), 0
-        return hidden[0, -1], logits[0, -1]
-
-    def forward(self, tokens: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-        """Tokens [n] of `tree` after the cached ones -> h [n, H], logits [n, V]; the cache grows by n until `keep`.
-
-        A tree of the root alone is a plain step: no mask and no explicit positions, so the baseline pays for neither.
-        """
-        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
-        if tree.nodes > 1:
-            depth, bias = self._prepare(tree)
-            mask = torch.zeros((tree.nodes, self.length + tree.nodes), dtype=self.base.dtype, device=self.base.device)
-            mask[:, self.length :] = bias
-            options |= {"attention_mask": mask[None, None], "position_ids": (depth + self.length)[None]}
-        hidden, logits = self.base.run(tokens[None], **options)
-        self._width = tree.nodes
-        return hidden[0], logits[0]
-
-    def keep(self, path: Sequence[int]) -> None:
-        """Leave only the nodes of `path` (root first) of the last forward pass in the cache, in that order."""
-        kept = len(path)
-        if list(path) != list(range(kept)):
-            # Advanced indexing copies its right-hand side first, so overlapping source and target rows are safe.
-            source = torch.tensor([self.length + node for node in path], device=self.base.device)
-            target = slice(self.length, self.length + kept)
-            for layer in self.cache.layers:
-                if isinstance(layer, DummyLayer):
-                    continue
-                layer.keys[:, :, target] = layer.keys[:, :, source]
-                layer.values[:, :, target] = layer.values[:, :, source]
-        if self._width > kept:
-            self.cache.crop(kept - self._width)
-        self.length += kept
-        self._width = 0
-
-    def _prepare(self, tree: Tree) -> tuple[Tensor, Tensor]:
-        """Depths [n] and the additive mask of the tree's own block [n, n], once per tree."""
-        if tree.paths not in self._prepared:
-            visible = torch.tensor(tree.visible(), device=self.base.device)
-            # finfo.min, not -inf: a row of -inf would give NaN in some kernels.
-            bias = torch.zeros(visible.shape, dtype=self.base.dtype, device=self.base.device)
-            bias.masked_fill_(~visible, torch.finfo(self.base.dtype).min)
-            self._prepared[tree.paths] = (torch.tensor(tree.depth, device=self.base.device), bias)
-        return self._prepared[tree.paths]
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -348,7 +212,7 @@ def not_finite(where: str) -> EvaluationError:
     )
 
 
-def _close(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
     """Equal up to rounding, measured against the spread of the logits so that scales do not matter."""
     if left.shape != right.shape:
         return False

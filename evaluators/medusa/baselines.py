@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
-from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.adapters import Base
 from evaluators.medusa.bench import ClockName, Question, end_to_end_s, seconds
 from evaluators.medusa.decode import Clock, Limits, plain, timed
+from evaluators.medusa.runners import EagerRunner
 
 NATIVE_SLACK = 1.1
 

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.adapters import Base
 from evaluators.medusa.data import Dialogue
 from evaluators.medusa.decode import Clock, Drafter, Limits, Trace, medusa, plain
 from evaluators.medusa.report import sentence as sentence
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.suite import Prompt
 from evaluators.medusa.tree import Tree
 

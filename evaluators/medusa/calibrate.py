@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evaluators.medusa.adapters import EagerRunner
 from evaluators.medusa.data import Features
 from evaluators.medusa.decode import Clock, timed
 from evaluators.medusa.drafters import HeadDrafter
 from evaluators.medusa.heads import Heads
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 RANKS = 10

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from evaluators.medusa.acceptance import GREEDY, Rule
-from evaluators.medusa.adapters import EagerRunner, not_finite
+from evaluators.medusa.adapters import not_finite
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import ROOT_ONLY, Tree
 
 Finish = Literal["stop", "length", "context"]

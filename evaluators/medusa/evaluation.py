@@ -32,10 +32,12 @@ from evaluators.medusa import (
     train,
     transfer,
 )
-from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.capability import capability
 from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.measurement import Asked, Progress, Run
 from evaluators.medusa.rows import Scored
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.transfer import Given, HeadSet
 
 # Shares of the budget left after loading at which a stage must have ended; the timing gets what is left.
@@ -103,7 +105,7 @@ def measure(
 
 
 def _examine(run: Run, base: Base, asked: Sequence[suite.Prompt], prompts: Path | None) -> None:
-    able = adapters.capability(base)
+    able = capability(base)
     run.report["model"] = report.describe_model(base, run.folder)
     run.report["environment"] = report.describe_environment(base, able.kernel, run.seed)
     test = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in asked]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.medusa import report
-from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.transfer import Given
 
 Progress = Callable[[str, int, int], None]

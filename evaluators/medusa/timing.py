@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 
 from evaluators.medusa import baselines, bench, calibrate, decode, suite
-from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.adapters import Base
 from evaluators.medusa.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.heads import Heads
 from evaluators.medusa.measurement import Run
 from evaluators.medusa.rows import Scored
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import chain
 
 # Shares of the budget at which timing must have ended, with and without other models to compare afterwards.

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 from evaluators.medusa import custom_generate
-from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.adapters import Base
 from evaluators.medusa.decode import Limits, plain
 from evaluators.medusa.formats.carried import carry
 from evaluators.medusa.heads import Heads, HeadSpec
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import Tree, chain, full
 from tests.localhub.server import RunningHub, running_hub
 

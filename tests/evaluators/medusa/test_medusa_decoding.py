@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from evaluators.errors import EvaluationError
 from evaluators.medusa import reference
 from evaluators.medusa.acceptance import Exact, Greedy, Typical
-from evaluators.medusa.adapters import Base, EagerRunner, capability
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.capability import capability
 from evaluators.medusa.decode import Limits, medusa, plain
 from evaluators.medusa.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.heads import HeadSpec, identity_heads
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 PROMPT = [7, 42, 99, 3, 250, 7, 42]

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa import calibrate, data, formats, train
-from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.adapters import Base
 from evaluators.medusa.decode import Limits, medusa, plain
 from evaluators.medusa.drafters import HeadDrafter
 from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import ROOT_ONLY, chain, full, greedy_tree
 
 TEN, THIRTY = train.Recipe(1e-3, 256, 10), train.Recipe(1e-3, 256, 30)

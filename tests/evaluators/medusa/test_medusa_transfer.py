@@ -26,11 +26,12 @@ from evaluators.medusa import (
     train,
     transfer,
 )
-from evaluators.medusa.adapters import Base, EagerRunner
+from evaluators.medusa.adapters import Base
 from evaluators.medusa.decode import Clock, Limits
 from evaluators.medusa.decode import plain as plain_run
 from evaluators.medusa.drafters import HeadDrafter
 from evaluators.medusa.heads import HeadSpec, identity_heads
+from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.suite import Prompt
 from evaluators.medusa.transfer import Given
 from evaluators.medusa.tree import ROOT_ONLY, Tree, chain

@@ -1,0 +1,77 @@
+"""The cache and the forward passes that both decoding loops share, so that neither can be favoured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DummyLayer
+
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.tree import Tree
+
+
+class EagerRunner:
+    """A DynamicCache and the forward passes that both decoding loops use. Batch of one.
+
+    Invariant between calls of the loop: the cache holds exactly the first `length` tokens.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.cache: Any = None
+        self.length = 0
+        self._width = 0
+        self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Tensor, Tensor]] = {}
+
+    def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Start anew with `ids`. Returns h [H] and logits [V] of the last token."""
+        self.cache = self.base.new_cache()
+        row = torch.tensor([list(ids)], device=self.base.device)
+        hidden, logits = self.base.run(row, last_only=True, past_key_values=self.cache, use_cache=True)
+        self.length, self._width = len(ids), 0
+        return hidden[0, -1], logits[0, -1]
+
+    def forward(self, tokens: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+        """Tokens [n] of `tree` after the cached ones -> h [n, H], logits [n, V]; the cache grows by n until `keep`.
+
+        A tree of the root alone is a plain step: no mask and no explicit positions, so the baseline pays for neither.
+        """
+        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        if tree.nodes > 1:
+            depth, bias = self._prepare(tree)
+            mask = torch.zeros((tree.nodes, self.length + tree.nodes), dtype=self.base.dtype, device=self.base.device)
+            mask[:, self.length :] = bias
+            options |= {"attention_mask": mask[None, None], "position_ids": (depth + self.length)[None]}
+        hidden, logits = self.base.run(tokens[None], **options)
+        self._width = tree.nodes
+        return hidden[0], logits[0]
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Leave only the nodes of `path` (root first) of the last forward pass in the cache, in that order."""
+        kept = len(path)
+        if list(path) != list(range(kept)):
+            # Advanced indexing copies its right-hand side first, so overlapping source and target rows are safe.
+            source = torch.tensor([self.length + node for node in path], device=self.base.device)
+            target = slice(self.length, self.length + kept)
+            for layer in self.cache.layers:
+                if isinstance(layer, DummyLayer):
+                    continue
+                layer.keys[:, :, target] = layer.keys[:, :, source]
+                layer.values[:, :, target] = layer.values[:, :, source]
+        if self._width > kept:
+            self.cache.crop(kept - self._width)
+        self.length += kept
+        self._width = 0
+
+    def _prepare(self, tree: Tree) -> tuple[Tensor, Tensor]:
+        """Depths [n] and the additive mask of the tree's own block [n, n], once per tree."""
+        if tree.paths not in self._prepared:
+            visible = torch.tensor(tree.visible(), device=self.base.device)
+            # finfo.min, not -inf: a row of -inf would give NaN in some kernels.
+            bias = torch.zeros(visible.shape, dtype=self.base.dtype, device=self.base.device)
+            bias.masked_fill_(~visible, torch.finfo(self.base.dtype).min)
+            self._prepared[tree.paths] = (torch.tensor(tree.depth, device=self.base.device), bias)
+        return self._prepared[tree.paths]
