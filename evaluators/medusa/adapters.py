@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Base:
         self.stop_ids = _stop_ids(model, tokenizer)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         self.rope = _rope(self.config)
+        self.execution = "eager"
         self._hooked = False
         self._captured: Tensor | None = None
         self.post: Callable[[Tensor], Tensor] = lambda z: z
@@ -127,6 +129,30 @@ class Base:
 
     def _capture(self, _module: Any, inputs: tuple[Tensor, ...]) -> None:
         self._captured = inputs[0]
+
+
+def fastest_dtype(folder: Path, device: str = "cpu") -> torch.dtype:
+    """In what a checkpoint runs fastest on this machine, by what it is stored in and what the hardware multiplies.
+
+    16 bit as stored on a GPU, bfloat16 also on a CPU that has it in hardware; float32 for everything else. Decided
+    without timing, so that it is the same for every run.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return torch.float32
+    stored = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None
+    if torch.device(device).type == "cuda":
+        if stored == "bfloat16" and not torch.cuda.is_bf16_supported():
+            return torch.float16
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
+    return torch.bfloat16 if stored == "bfloat16" and _cpu_multiplies_bfloat16() else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    return any(
+        getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("avx512_bf16", "amx_tile", "arm_bf16")
+    )
 
 
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:

@@ -20,17 +20,16 @@ from evaluators.medusa.adapters import Base
 from evaluators.medusa.data import Dialogue
 from evaluators.medusa.decode import Clock, Drafter, Limits, Trace, medusa, plain
 from evaluators.medusa.report import sentence as sentence
+from evaluators.medusa.rounding import tie_limit
 from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.suite import Prompt
 from evaluators.medusa.tree import Tree
 
 RESAMPLES = 10_000
-TIE_GAP = 1e-3
 IDENTITY_LIMIT = 0.02
 IDENTITY_FLOOR_S = 0.1
 AA_WIDTH = 0.10
 AA_SLACK = 0.02
-NOISE_TOKENS = 8
 ClockName = Literal["wall", "cpu"]
 Interval = tuple[float, float]
 
@@ -297,26 +296,11 @@ def divergences(base: Base, blocks: Sequence[Block], candidate: str, tie_gap: fl
             if got != want:
                 index = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
                 at = min(len(got), len(want)) if index is None else index
-                gap = _gap(base, [*block.question.ids, *want[:at]])
-                limit = near_tie(base, block.question.ids) if tie_gap is None else tie_gap
-                found.append(Divergence(block.question.prompt.id, at, gap, gap < limit))
+                before = [*block.question.ids, *want[:at]]
+                gap, limit = _gap(base, before), tie_limit(base, before) if tie_gap is None else tie_gap
+                found.append(Divergence(block.question.prompt.id, at, gap, gap <= limit))
                 break
     return found
-
-
-@torch.no_grad()
-def near_tie(base: Base, ids: Sequence[int]) -> float:
-    """The gap between the two best logits below which a difference is rounding.
-
-    In float32 a constant; in 16 bit what it makes here to read some tokens together instead of one by one.
-    """
-    if base.dtype == torch.float32:
-        return TIE_GAP
-    some = torch.tensor([list(ids[-NOISE_TOKENS:])], device=base.device)
-    together = base.run(some, use_cache=False)[1][0].float()
-    cache = base.new_cache()
-    singly = [base.run(some[:, [at]], past_key_values=cache, use_cache=True)[1][0, -1] for at in range(some.shape[1])]
-    return max(TIE_GAP, float((together - torch.stack(singly).float()).abs().max()))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa.adapters import Base
+from evaluators.medusa.rounding import tie_limit
 from evaluators.medusa.store import Rows
 
 LEAST_AGREEMENT = 0.995
@@ -211,12 +212,13 @@ def replay(base: Base, dialogue: Dialogue) -> tuple[Tensor, float, float]:
     text = torch.tensor([[*dialogue.prompt, *dialogue.output[:-1]]], device=base.device)
     hidden, _ = base.run(text, project=False, use_cache=False)
     rows = hidden[0, len(dialogue.prompt) - 1 :]
+    near = max(NEAR_TIE, tie_limit(base, text[0].tolist()))
     logits = base.logits(rows).float()
     said = torch.tensor(dialogue.output, device=base.device)
     behind = logits.max(-1).values - logits.gather(-1, said[:, None])[:, 0]
     kept = dialogue.hidden.to(rows)
     difference = float((rows - kept).abs().max() / kept.std().clamp_min(1e-6))
-    return rows, float((behind <= NEAR_TIE).float().mean()), difference
+    return rows, float((behind <= near).float().mean()), difference
 
 
 def check(base: Base, dialogues: Sequence[Dialogue], sample: int = 2) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evaluators.medusa.heads import Heads
+from evaluators.medusa.packed import drafting
 from evaluators.medusa.tree import Tree
 
 
@@ -15,7 +16,7 @@ class HeadDrafter:
     """The heads' ranks, laid out on the nodes of the tree."""
 
     def __init__(self, heads: Heads) -> None:
-        self.heads = heads
+        self.heads = drafting(heads)
         self._picks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
     def propose(self, h: Tensor, root: int, seen: Sequence[int], tree: Tree) -> Tensor:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from evaluators.medusa import (
-    adapters,
     bench,
     calibrate,
     data,
     decode,
     formats,
     head_rows,
+    packed,
     report,
     rows,
     suite,
@@ -78,6 +78,7 @@ def measure(
     seed: int = 0,
     device: str = "cpu",
     given: Sequence[Given] = (),
+    dtype: str = "auto",
     runner: Callable[[Base], EagerRunner] = EagerRunner,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -86,17 +87,20 @@ def measure(
     `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are dropped.
     `given` heads are compared with those trained here; with some of origin "fresh" among them none are trained.
     `budget_s` bounds everything from loading to writing; fewer questions or tokens are timed if it is short, never less
-    than one question. `progress` gets (stage, done, total). Returns the report. Raises EvaluationError for a checkpoint
-    that cannot be loaded or whose logits are not finite, and for fresh heads that do not fit; a model that cannot take
-    trees gives a report with `refusal`.
+    than one question. `dtype` is auto, float32, bfloat16 or float16. `progress` gets (stage, done, total). Returns the
+    report. Raises EvaluationError for a checkpoint that cannot be loaded or whose logits are not finite, and for fresh
+    heads that do not fit; a model that cannot take trees gives a report with `refusal`.
     """
-    asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, runner)
+    asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, dtype, runner)
     run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
     run.report["mode"] = "full" if turns > 1 else "quick"
     run.progress("load", 0, 1)
     test = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), asked.questions)
     with _steadiest_threads(device):
-        _examine(run, adapters.load(model, device), test, prompts)
+        base, reason = packed.load(model, device, asked.dtype)
+        if reason is not None and device == "cpu":
+            run.report["warnings"].append(f"plain and speculative decoding both run unpacked: {reason}")
+        _examine(run, base, test, prompts)
     run.report["environment"]["load_after"] = report.load()
     run.report["seconds"]["total"] = round(time.monotonic() - run.started, 2)
     out.mkdir(parents=True, exist_ok=True)

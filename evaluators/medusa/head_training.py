@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import adapters, calibrate, data, formats, joint, suite, train
+from evaluators.medusa import adapters, calibrate, data, formats, joint, packed, suite, train
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.store import Checkpoint, Store, content_of, key_of
@@ -61,6 +61,7 @@ class Wanted:
     answer_tokens: int = 96
     batch: int = 96
     checkpoint_s: float = 30.0
+    dtype: str = "auto"
     fit_s: float | None = None  # this long for the heads' training, whatever is left of the budget
     recipe: train.Recipe = RECIPE
 
@@ -141,7 +142,8 @@ def train_heads(
     work = Work(model, out, wanted, Store(cache), identity, progress or (lambda *_: None), began)
     work.take_up()
     work.progress("load", 0, 1)
-    base = adapters.load(model, device)
+    # A change to the base is trained through its layers, and in full precision.
+    base = adapters.load(model, device) if wanted.joint else packed.load(model, device, wanted.dtype)[0]
     learn, apart = ([suite.encode(base, text) for text in split] for split in texts)
     encoded = Prompts(learn, apart, prompts[2])
     work.progress("load", 1, 1)
@@ -219,7 +221,8 @@ def _answers(work: Work, base: Base, prompts: Prompts, content: str) -> tuple[li
 
 def _settings(base: Base) -> list[str | int]:
     """What else the last bit of an answer's rows depends on."""
-    return [str(base.dtype), base.device.type, torch.get_num_threads(), torch.__version__, transformers.__version__]
+    versions = [torch.__version__, transformers.__version__]
+    return [str(base.dtype), base.execution, base.device.type, torch.get_num_threads(), *versions]
 
 
 def _batch(

@@ -100,21 +100,27 @@ class Heads(nn.Module):
         count, width = self.spec.heads, self.base.hidden
         h = h.to(self.first.dtype)
         entering = torch.cat([h, self.base.embed(following).to(h.dtype)], dim=-1) if self.spec.conditioned else h
-        # One linear of K*H rows is a single matrix product for all heads.
-        z = F.linear(entering, self.first.reshape(count * width, -1), self.first_bias.reshape(-1))
-        row = h[:, None] + F.silu(z.view(-1, count, width))
+        row = h[:, None] + F.silu(self.enter(entering).view(-1, count, width))
         row = row.transpose(0, 1)
         for block in range(self.spec.layers - 1):
             z = torch.baddbmm(self.more_bias[:, block, None], row, self.more[:, block].transpose(1, 2))
             row = row + F.silu(z)
         return row
 
+    def enter(self, x: Tensor) -> Tensor:
+        """[N, H or 2H] -> [N, K*H]: the first blocks of all heads in one matrix product."""
+        return F.linear(x, self.first.reshape(self.spec.heads * self.base.hidden, -1), self.first_bias.reshape(-1))
+
+    def project(self, row: Tensor) -> Tensor:
+        """[N, H] -> [N, V'] by the shared projection."""
+        return F.linear(row, self.unembed, self.unembed_bias)
+
     def forward(self, h: Tensor, following: Tensor) -> Tensor:
         """h [N, H] and the base's next tokens [N] -> draft logits [K, N, V'], post-processed as the base's are."""
         row = self.rows(h, following)
         if self.spec.kind == "own":
             return self.base.post(torch.bmm(row, self.unembed.transpose(1, 2)))
-        flat = F.linear(row.reshape(-1, row.shape[-1]), self.unembed, self.unembed_bias)
+        flat = self.project(row.reshape(-1, row.shape[-1]))
         return self.base.post(flat.view(row.shape[0], row.shape[1], -1))
 
     def ranks(self, h: Tensor, following: Tensor, k: int) -> Tensor:

@@ -25,6 +25,7 @@ class Asked:
     turns: int = 1
     repeats: int = 1
     given: Sequence[Given] = ()
+    dtype: str = "auto"
     runner: Callable[[Base], EagerRunner] = EagerRunner
 
 

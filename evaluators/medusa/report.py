@@ -104,7 +104,7 @@ def describe_environment(base: Base, kernel: str | None, seed: int) -> Row:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "attention": kernel,
-        "execution": "eager",
+        "execution": base.execution,
         "load_before": load(),
         "load_after": None,
         "seed": seed,
