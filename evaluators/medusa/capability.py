@@ -14,6 +14,7 @@ from evaluators.medusa.adapters import Base, close
 from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import full
 
+ROUNDED = 0.15
 ALIBI_MODELS = frozenset({"bloom", "mpt"})
 
 
@@ -74,10 +75,17 @@ def _tree_disagrees(base: Base) -> str | None:
         _, logits = runner.forward(tokens, probe)
     except Exception as error:  # any failure here is an answer: this model cannot verify a tree
         return f"{name} does not run with a tree mask ({type(error).__name__})."
-    tolerance = 2e-3 if base.dtype == torch.float32 else 0.05
     for node in range(probe.nodes):
         path = [int(tokens[step]) for step in probe.ancestors(node)]
         _, plain = base.run(torch.tensor([ids + path], device=base.device), last_only=True, use_cache=False)
-        if not close(logits[node].float(), plain[0, -1].float(), tolerance):
+        if not _same(logits[node].float(), plain[0, -1].float(), base.dtype):
             return f"{name} gives other logits for a token inside a tree than for the same token in plain text."
     return None
+
+
+def _same(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for rounding. In 16 bit single logits stray far on text as odd as the probe's, so the root mean square
+    counts there: measured 0.02 to 0.07 of their spread, and 0.28 and more for a token that sees another path."""
+    if dtype == torch.float32:
+        return close(left, right, 2e-3)
+    return float((left - right).square().mean().sqrt()) <= ROUNDED * float(right.std())
