@@ -53,6 +53,16 @@ def vocabulary(text: str) -> int | None:
     return int(text)
 
 
+def precision(text: str) -> str:
+    """`auto` or a floating-point type. Raises Refused VALUE_OUT_OF_RANGE."""
+    if text not in ("auto", "float32", "bfloat16", "float16"):
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"No model is run in {text[:40]!r}.", "Choose auto, float32, bfloat16 or float16.",
+            value=text,
+        )  # fmt: skip
+    return text
+
+
 def told(facts: dict[str, Any], out: Path) -> list[str]:
     """What came of a training, a sentence each."""
     held_out, spent = facts["held_out"], facts["seconds"]

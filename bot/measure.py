@@ -112,6 +112,7 @@ class Speed:
     new_tokens: int = 48
     turns: int = 1
     given: tuple[Given, ...] = ()
+    dtype: str = "auto"
 
 
 def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Show, *, seed: int = 0) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Sho
             seed=seed,
             device=choose_device(settings.device).type,
             given=asked.given,
+            dtype=asked.dtype,
             progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
         )
     except EvaluationError as error:

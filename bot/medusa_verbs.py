@@ -12,6 +12,7 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Medusa heads: train them on a model and measure how fast it decodes.")
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Dtype = Annotated[str, typer.Option(help="auto: what the machine multiplies fastest; float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -28,10 +29,12 @@ def bench(
     turns: Annotated[int, typer.Option(help="2 also asks each question's second turn.", min=1, max=2)] = 1,
     budget_s: Annotated[float, typer.Option(help="Seconds for training, calibration and the test.", min=10)] = 600.0,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
     """Compare decoding with Medusa heads to plain greedy decoding, honestly: fresh heads, given ones, the parents'."""
     from bot import measure, operator, screens
+    from bot.head_training import precision
     from bot.heads import by_hand
 
     configured = context.obj(device=device)
@@ -39,7 +42,7 @@ def bench(
     with screens.progress() as shown:
         folder = operator.model_folder(model, configured, shown)
         given = by_hand(folder, heads or (), parent or (), beside, configured, seed)
-        asked = measure.Speed(prompts, budget_s, questions, new_tokens, turns, given)
+        asked = measure.Speed(prompts, budget_s, questions, new_tokens, turns, given, precision(dtype))
         report = measure.bench(folder, beside, asked, configured, shown, seed=seed)
     written = beside / "decode_speed.json"
     screens.speed(report, written.replace(out) if out.suffix == ".json" else written)
@@ -84,6 +87,7 @@ def train(
     steps: Annotated[Optional[int], typer.Option(help="Train so many steps, whatever they take.", min=1)] = None,  # noqa: UP045
     joint: Annotated[bool, typer.Option("--joint", help="Train the model, too. THIS CHANGES THE MODEL.")] = False,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
     """Train Medusa heads on a model's own answers. A run that was stopped goes on when asked again."""
@@ -96,7 +100,7 @@ def train(
     configured = context.obj(device=device)
     wanted = Wanted(
         budget_s, "own" if kind == "own" else "shared", heads, layers, conditioned, head_training.vocabulary(vocab),
-        prompts, test, seed, joint, steps, answers,
+        prompts, test, seed, joint, steps, answers, dtype=head_training.precision(dtype),
     )  # fmt: skip
     with screens.progress() as shown:
         folder = operator.model_folder(model, configured, shown)

@@ -184,23 +184,43 @@ def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) 
 
 
 def speed(report: Mapping[str, Any], file: Path) -> None:
+    """The report of the speed test: one row a way of decoding, one a category of questions."""
     _say(escape(str(report["sentence"])))
-    table = Table(title="Heads on this model", title_justify="left")
-    for column, justify in (("heads", "left"), ("top-1 by head", "left"), ("tokens/step", "right"), ("speed", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    columns = ("heads", "right at the first guess", "nodes", "tokens/step", "step cost", "tokens/s", "speed (95 %)")
+    table = _table("Ways of decoding this model", columns)
     for row in report["candidates"]:
         if row["absent_because"] is not None:
-            table.add_row(escape(row["id"]), escape(row["absent_because"]), "", "")
+            table.add_row(escape(row["id"]), escape(row["absent_because"]))
         else:
-            table.add_row(escape(row["id"]), _shares(row["accuracy"]), _steps(row["tokens_per_step"]), _ratio(row))
+            cost = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
+            rate = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
+            nodes = "" if row["tree"]["nodes"] is None else str(row["tree"]["nodes"])
+            shares = " ".join(f"{head['top1']:.2f}" for head in row["accuracy"])
+            table.add_row(escape(row["id"]), shares, nodes, _steps(row["tokens_per_step"]), cost, rate, _ratio(row))
     console.print(table)
+    asked = {row["id"]: row["categories"] for row in report["candidates"] if row["categories"]}
+    if asked:
+        console.print(_categories(asked))
     for warning in report["warnings"]:
         _say(escape(f"Note: {warning}."))
     _say(f"The whole report is in {escape(str(file))}.")
 
 
-def _shares(accuracy: Iterable[Mapping[str, Any]]) -> str:
-    return " ".join(f"{head['top1']:.2f}" for head in accuracy)
+def _table(title: str, columns: Iterable[str]) -> Table:
+    """Words on the left in the first two columns, figures on the right in the others."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 2 else "right")
+    return table
+
+
+def _categories(asked: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
+    """Tokens per step and speed of each timed candidate, by category of questions."""
+    table = _table("By category: tokens/step, speed", ("category", "questions", *map(escape, asked)))
+    for rows in zip(*asked.values(), strict=True):
+        cells = [" ".join("–" if x is None else f"{x:.2f}" for x in (r["tokens_per_step"], r["speedup"])) for r in rows]
+        table.add_row(escape(rows[0]["name"]), str(rows[0]["prompts"]), *cells)
+    return table
 
 
 def _steps(rate: Mapping[str, Any]) -> str:
@@ -211,9 +231,13 @@ def _steps(rate: Mapping[str, Any]) -> str:
 def _ratio(row: Mapping[str, Any]) -> str:
     """The measured ratio to plain decoding on the clock that counts; a prediction is marked as one."""
     found = row["speedup"]
-    if found["clock_used"] is None:
+    clock = found["clock_used"]
+    if clock is None:
         return "" if found["predicted_here"] is None else f"{found['predicted_here']:.2f} predicted"
-    return "" if found[found["clock_used"]] is None else f"{found[found['clock_used']]:.2f}"
+    if found[clock] is None:
+        return ""
+    interval = found[f"{clock}_ci95"]
+    return f"{found[clock]:.2f}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
 
 
 def jobs(found: Iterable[Job]) -> None:

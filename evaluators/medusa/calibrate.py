@@ -24,7 +24,7 @@ from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 RANKS = 10
 LEAST_GAIN = 1.02
-WIDTHS = (1, 4, 8, 2, 16)  # in the order they are timed: the telling ones first
+WIDTHS = (1, 4, 8, 2, 16, 6, 12, 32, 64)  # in the order they are timed: the telling ones first
 ROWS = 512
 ClockName = Literal["wall", "cpu"]
 

@@ -97,15 +97,19 @@ def measure(
     run.progress("load", 0, 1)
     test = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), asked.questions)
     with _steadiest_threads(device):
-        base, reason = packed.load(model, device, asked.dtype)
-        if reason is not None and device == "cpu":
-            run.report["warnings"].append(f"plain and speculative decoding both run unpacked: {reason}")
-        _examine(run, base, test, prompts)
+        _examine(run, _loaded(run, device), test, prompts)
     run.report["environment"]["load_after"] = report.load()
     run.report["seconds"]["total"] = round(time.monotonic() - run.started, 2)
     out.mkdir(parents=True, exist_ok=True)
     formats.write_json(out / "decode_speed.json", run.report)
     return run.report
+
+
+def _loaded(run: Run, device: str) -> Base:
+    base, reason = packed.load(run.folder, device, run.asked.dtype)
+    if reason is not None and device == "cpu":
+        run.report["warnings"].append(f"plain and speculative decoding both ran with unpacked weights: {reason}")
+    return base
 
 
 def _examine(run: Run, base: Base, asked: Sequence[suite.Prompt], prompts: Path | None) -> None:

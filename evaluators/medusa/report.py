@@ -150,9 +150,17 @@ def sentence(report: Mapping[str, Any]) -> str:
     return (
         f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
         f"on {_where(machine)} decoding with them runs at {ratio:.2f} {unit} ({span}): {VERDICTS[speed['verdict']]}."
-        f"{flattered}{advice} Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} "
-        f"questions.{' ' + report['transfer'] if report['transfer'] else ''}"
+        f"{flattered}{advice} {_exactness(exact, report['model']['dtype'])}"
+        f"{' ' + report['transfer'] if report['transfer'] else ''}"
     )
+
+
+def _exactness(exact: Mapping[str, Any], dtype: str | None) -> str:
+    said = f"Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} questions"
+    ties = sum(each["tie"] for each in exact["divergences"])
+    if not ties:
+        return f"{said}."
+    return f"{said}; on {ties} it left it where rounding in {dtype} decides between two tokens."
 
 
 def _trained(training: Mapping[str, Any]) -> str:

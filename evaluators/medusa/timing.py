@@ -21,6 +21,7 @@ LEAST_TIMED_TOKENS = 12
 LEAST_QUESTIONS = 4
 LOOKUP_TOKENS = 4
 NATIVE_QUESTIONS = 3
+PREFILL_STEPS = 3  # reading a prompt of ordinary length, in plain steps
 
 
 def timed(
@@ -35,11 +36,14 @@ def timed(
     worth = _worth(scored)
     candidates = [bench.Candidate(name, HeadDrafter(heads), choice.tree) for name, heads, choice in worth]
     ends = run.until(TIMED_BY if any(each.set.model for each in scored) else FINISHED_BY)
-    limits = _limits(run, base, len(test), cost, [choice for _, _, choice in worth], ends)
-    # Each token of two more runs a question priced as a wide step: only if all of it surely fits.
-    runs = (2 + 2 * len(candidates) + 2) * run.asked.repeats * run.asked.turns
-    if ends - time.monotonic() > len(test) * runs * cost.plain_wall_s * (3 + 2 * limits.max_new_tokens):
+    # Seconds that a token takes with each candidate, in plain steps.
+    prices = [choice.overhead / max(choice.expected, 1.0) for _, _, choice in worth]
+    lookup_price = cost.overhead(LOOKUP_TOKENS + 1)
+    fewest, most = min(LEAST_QUESTIONS, len(test)), run.asked.max_new_tokens
+    if _question_s(run, cost, [*prices, lookup_price], most) * fewest < ends - time.monotonic():
+        prices.append(lookup_price)
         candidates.append(bench.Candidate("prompt_lookup", PromptLookup(base.device), chain(LOOKUP_TOKENS)))
+    limits = decode.Limits(_affordable(run, cost, prices, (ends - time.monotonic()) / fewest), base.stop_ids)
 
     def next_turn(question: bench.Question, answer: Sequence[int]) -> bench.Question | None:
         return _next_turn(base, question, answer) if run.asked.turns > 1 else None
@@ -69,17 +73,18 @@ def _next_turn(base: Base, question: bench.Question, answer: Sequence[int]) -> b
     return bench.Question(question.prompt, tuple(ids), answers)
 
 
-def _limits(
-    run: Run, base: Base, questions: int, cost: calibrate.CostCurve, choices: Sequence[calibrate.Choice], ends: float
-) -> decode.Limits:
-    """As many tokens a question as let a handful of questions fit into what is left of the budget."""
-    plain_s, asked = cost.plain_wall_s, run.asked
-    runs = asked.repeats * asked.turns
-    per_token_s = runs * 2 * plain_s * (1 + sum(each.overhead / max(each.expected, 1.0) for each in choices))
-    prefill_s = runs * (2 + 2 * len(choices)) * 3 * plain_s
-    affordable = int(((ends - time.monotonic()) / min(LEAST_QUESTIONS, questions) - prefill_s) / per_token_s)
-    tokens = max(min(LEAST_TIMED_TOKENS, asked.max_new_tokens), min(asked.max_new_tokens, affordable))
-    return decode.Limits(tokens, base.stop_ids)
+def _question_s(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], tokens: int) -> float:
+    """What one question takes: plain and every candidate twice, each time with its prompt to read."""
+    runs = 2 * run.asked.repeats * run.asked.turns
+    return runs * cost.plain_wall_s * (PREFILL_STEPS * (1 + len(prices)) + tokens * (1 + sum(prices)))
+
+
+def _affordable(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], question_s: float) -> int:
+    """As many tokens as answer a question in `question_s`, from a dozen up to what was asked for."""
+    reading_s = _question_s(run, cost, prices, 0)
+    each_s = _question_s(run, cost, prices, 1) - reading_s
+    most = run.asked.max_new_tokens
+    return max(min(LEAST_TIMED_TOKENS, most), min(most, int((question_s - reading_s) / each_s)))
 
 
 def native(
