@@ -36,10 +36,11 @@ def load(folder: Path, device: str = "cpu", dtype: str = "auto") -> tuple[Base, 
     return base, pack(base)
 
 
-def pack(base: Base) -> str | None:
+def pack(base: Base, free_bytes: int | None = None) -> str | None:
     """Let the linear layers of `base` multiply by packed weights. Returns why not, None if they now do.
 
-    Only for running: no gradient passes through a packed layer (`unpack` first).
+    `free_bytes` is the memory there is, None asks the system. Only for running: no gradient passes through a packed
+    layer (`unpack` first).
     """
     if base.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "packed weights are for CPUs that oneDNN knows"
@@ -47,7 +48,7 @@ def pack(base: Base) -> str | None:
         return f"oneDNN packs no weights of type {str(base.dtype).removeprefix('torch.')}"
     layers = [module for module in base.model.modules() if _kind(module) is not None]
     needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    free = _free_bytes()
+    free = _free_bytes() if free_bytes is None else free_bytes
     if free is not None and needed > LARGEST_SHARE * free:
         return f"packed weights need {needed >> 20} MiB more, and {free >> 20} MiB are free"
     for layer in layers:

@@ -1,0 +1,141 @@
+"""Packed weights: the same model, faster; and the choice of what it computes in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_causal_lms as tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluators import medusa
+from evaluators.medusa import adapters, packed
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.decode import Limits, plain
+from evaluators.medusa.decode import medusa as speculate
+from evaluators.medusa.drafters import HeadDrafter
+from evaluators.medusa.heads import HeadSpec
+from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.tree import chain, full
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN to pack weights with"
+)
+KINDS = ("llama", "gqa", "gpt2", "opt", "partial-rotary")
+PROMPT = [5, 17, 5, 200, 31]
+
+
+def made(kind: str, dtype: torch.dtype = torch.float32) -> Base:
+    return Base(tiny.model(kind).to(dtype), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_give_the_logits_of_the_model_and_unpacked_its_bits(kind: str) -> None:
+    base = made(kind)
+    ids = torch.tensor([PROMPT * 3])
+    with torch.no_grad():
+        want = base.model(input_ids=ids).logits
+        assert packed.pack(base) is None and base.execution == "packed"
+        assert torch.allclose(base.model(input_ids=ids).logits, want, atol=1e-3)
+        assert not any(type(m) is torch.nn.Linear and "forward" not in m.__dict__ for m in base.model.modules())
+        packed.unpack(base)
+        assert base.execution == "eager"
+        assert torch.equal(base.model(input_ids=ids).logits, want)
+
+
+@given(
+    rows=st.integers(1, 40), width=st.integers(1, 70), out=st.integers(1, 70), bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_packed_product_is_the_product_for_any_number_of_rows(
+    rows: int, width: int, out: int, bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    layer = torch.nn.Linear(width, out, bias=bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    layer = layer.to(dtype)
+    x = torch.randn(2, rows, width, generator=draw).to(dtype)
+    with torch.no_grad():
+        exact = x.double() @ layer.weight.double().t() + (layer.bias.double() if bias else 0.0)
+        got = packed._packed(layer)(x)
+        # Summing n rounded products in any order errs by about sqrt(n) roundings of the sum of their sizes.
+        size = x.double().abs() @ layer.weight.double().abs().t() + (layer.bias.double().abs() if bias else 0.0)
+    assert got.dtype == dtype
+    assert bool(((got.double() - exact).abs() <= (2 + width**0.5) * torch.finfo(dtype).eps * size + 1e-9).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_packed_weights_greedy_text_equals_plain_decoding_token_for_token(kind: str) -> None:
+    base = made(kind)
+    assert packed.pack(base) is None
+    limits = Limits(40, base.stop_ids)
+    want = plain(EagerRunner(base), PROMPT, limits)
+    for tree in (chain(4), full((3, 3, 3))):
+        drafter = tiny.Oracle([*PROMPT, *want.tokens])
+        assert speculate(EagerRunner(base), drafter, tree, PROMPT, limits).tokens == want.tokens
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        HeadSpec("shared", 3),
+        HeadSpec("shared", 3, conditioned=True, keep=tuple(range(7, 250))),
+        HeadSpec("own", 2, layers=2),
+    ],
+    ids=["shared", "reduced", "own"],
+)
+def test_heads_draft_the_same_tokens_with_packed_weights(spec: HeadSpec) -> None:
+    base = made("llama")
+    heads = tiny.random_heads(base, spec)
+    h = torch.randn(base.hidden, generator=torch.Generator().manual_seed(3))
+    want = HeadDrafter(heads).propose(h, 9, [9], chain(spec.heads))
+    assert packed.pack(base) is None
+    assert torch.equal(HeadDrafter(heads).propose(h, 9, [9], chain(spec.heads)), want)
+
+
+def test_a_model_that_would_fill_the_memory_twice_is_not_packed() -> None:
+    base = made("llama")
+    reason = packed.pack(base, free_bytes=1 << 16)
+    assert reason is not None and "0 MiB are free" in reason and base.execution == "eager"
+    half = made("llama", torch.float16)
+    reason = packed.pack(half)
+    assert reason == "oneDNN packs no weights of type float16" and half.execution == "eager"
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"dtype": "bfloat16"}, {torch.bfloat16, torch.float32}),
+        ({"torch_dtype": "bfloat16"}, {torch.bfloat16, torch.float32}),
+        ({"dtype": "float16"}, {torch.float32}),
+        ({"dtype": "float32"}, {torch.float32}),
+        ({}, {torch.float32}),
+        ([], {torch.float32}),
+    ],
+    ids=str,
+)
+def test_a_cpu_runs_bfloat16_only_where_it_multiplies_it(
+    config: object, wanted: set[torch.dtype], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    chosen = adapters.fastest_dtype(tmp_path)
+    assert chosen in wanted
+    assert adapters.fastest_dtype(tmp_path) == chosen, "decided without a clock"
+    assert adapters.fastest_dtype(tmp_path / "absent") == torch.float32
+
+
+@pytest.mark.slow
+def test_a_measurement_in_bfloat16_is_whole_and_leaves_plain_text_only_at_ties(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("llama").to(torch.bfloat16))
+    report = medusa.measure(folder, tmp_path / "out", budget_s=20, questions=3, max_new_tokens=16, dtype="bfloat16")
+    assert report["refusal"] is None
+    assert (report["model"]["dtype"], report["environment"]["execution"]) == ("bfloat16", "packed")
+    row = next(row for row in report["candidates"] if row["id"] == "fresh")
+    assert all(each["tie"] for each in row["exact"]["divergences"])
+    assert row["exact"]["equal"] + len(row["exact"]["divergences"]) == row["exact"]["prompts"]
