@@ -10,6 +10,7 @@ from bot.progress import Show
 from bot.settings import Settings
 
 if TYPE_CHECKING:
+    from evaluators.medusa.acceptance import Rule
     from evaluators.medusa.head_training import Wanted
 
 CHANGES_THE_MODEL = (
@@ -61,6 +62,19 @@ def precision(text: str) -> str:
             value=text,
         )  # fmt: skip
     return text
+
+
+def rule(name: str, temperature: float, seed: int) -> Rule:
+    """The way tokens are accepted. Raises Refused VALUE_OUT_OF_RANGE."""
+    from evaluators.medusa.acceptance import GREEDY, Exact, Typical
+
+    known: dict[str, Rule] = {"greedy": GREEDY, "typical": Typical(temperature), "exact": Exact(seed, temperature)}
+    if name not in known:
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"There is no way of sampling {name[:40]!r}.", "Choose greedy, exact or typical.",
+            value=name,
+        )  # fmt: skip
+    return known[name]
 
 
 def told(facts: dict[str, Any], out: Path) -> list[str]:

@@ -48,6 +48,38 @@ def bench(
     screens.speed(report, written.replace(out) if out.suffix == ".json" else written)
 
 
+@app.command("generate")
+def generate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
+    prompt: Annotated[str, typer.Argument(help="What you say to the model.")],
+    heads: Annotated[Optional[Path], typer.Option(help="Heads of any format; else those it carries.")] = None,  # noqa: UP045
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer, at most.", min=1)] = 256,
+    sample: Annotated[
+        str, typer.Option(help="greedy and exact keep the model's own text; typical is Medusa's approximate rule.")
+    ] = "greedy",
+    temperature: Annotated[float, typer.Option(help="Of exact and typical sampling.", min=0.01, max=10)] = 0.7,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Answer a prompt with Medusa heads, as it is decoded; what the heads had guessed stands in green."""
+    from bot import operator, screens
+    from bot.head_training import precision, rule
+    from bot.merge.execution.engine import choose_device
+    from evaluators.medusa import generation, threads
+
+    configured = context.obj(device=device)
+    how, kind = rule(sample, temperature, seed), precision(dtype)
+    chosen = choose_device(configured.device).type
+    with screens.progress() as shown:
+        folder = operator.model_folder(model, configured, shown)
+    with threads.steadiest_threads(chosen):
+        speaker = generation.load(folder, heads, device=chosen, dtype=kind)
+        screens.speech(speaker.say(prompt, new_tokens, how))
+    screens.spoken(speaker.trace, speaker.tree.nodes, speaker.notes)
+
+
 @app.command("export")
 def export(
     context: typer.Context,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from bot.merge.execution.sizes import in_units
 from bot.progress import Show
@@ -20,6 +21,8 @@ from bot.progress import Show
 if TYPE_CHECKING:
     from bot.job import Job
     from bot.verification import Verdict
+    from evaluators.medusa.decode import Trace
+    from evaluators.medusa.generation import Piece
     from evaluators.scores import ModelEvaluation
 
 console = Console()
@@ -204,6 +207,23 @@ def speed(report: Mapping[str, Any], file: Path) -> None:
     for warning in report["warnings"]:
         _say(escape(f"Note: {warning}."))
     _say(f"The whole report is in {escape(str(file))}.")
+
+
+def speech(pieces: Iterable[Piece]) -> None:
+    """Text as it comes, the tokens that heads had guessed in green. A model may say what steers a terminal."""
+    for piece in pieces:
+        harmless = "".join(letter for letter in piece.text if letter.isprintable() or letter in "\n\t")
+        console.print(Text(harmless, "green" if piece.guessed else ""), end="", soft_wrap=True)
+    console.print()
+
+
+def spoken(trace: Trace, nodes: int, notes: Iterable[str]) -> None:
+    """What an answer took."""
+    seconds = trace.prefill.wall_s + trace.decode.wall_s
+    rate = "" if trace.tokens_per_step is None else f", {trace.tokens_per_step:.2f} a step with {nodes} nodes"
+    console.print(f"{len(trace.tokens)} tokens in {seconds:.1f} s{rate}.", style="dim", highlight=False)
+    for note in notes:
+        _say(escape(f"Note: {note}."))
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:

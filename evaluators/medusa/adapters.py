@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
 from evaluators.errors import EvaluationError
 
@@ -162,6 +162,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
             "MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Give the folder of a transformers checkpoint."
         )
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    logging.disable_progress_bar()  # callers show their own
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
         try:

@@ -7,15 +7,12 @@ out/merged_tuned/                given merged heads after a short fine-tune, whe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from evaluators.medusa import (
     bench,
@@ -38,6 +35,7 @@ from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_
 from evaluators.medusa.measurement import Asked, Progress, Run
 from evaluators.medusa.rows import Scored
 from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.threads import steadiest_threads
 from evaluators.medusa.transfer import Given, HeadSet
 
 # Shares of the budget left after loading at which a stage must have ended; the timing gets what is left.
@@ -96,7 +94,7 @@ def measure(
     run.report["mode"] = "full" if turns > 1 else "quick"
     run.progress("load", 0, 1)
     test = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), asked.questions)
-    with _steadiest_threads(device):
+    with steadiest_threads(device):
         _examine(run, _loaded(run, device), test, prompts)
     run.report["environment"]["load_after"] = report.load()
     run.report["seconds"]["total"] = round(time.monotonic() - run.started, 2)
@@ -215,34 +213,6 @@ def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tup
     return [item for turn in rounds for item in turn]  # type: ignore[misc]
 
 
-@contextlib.contextmanager
-def _steadiest_threads(device: str) -> Iterator[None]:
-    """Use one thread where more are slower: on a shared machine threads that wait for each other cost tenfold."""
-    threads = torch.get_num_threads()
-    try:
-        if device == "cpu" and threads > 1:
-            together = _products_s()
-            torch.set_num_threads(1)
-            if together < _products_s():
-                torch.set_num_threads(threads)
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def _products_s(products: int = 40, repeats: int = 5) -> float:
-    """The median seconds of matrix products like those of a few tokens in a small model."""
-    weight, rows = torch.ones(1536, 576), torch.ones(8, 576)
-    spent = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(products):
-            torch.nn.functional.linear(rows, weight)
-        spent.append(time.perf_counter() - began)
-    return sorted(spent)[repeats // 2]
-
-
 def _sets(
     run: Run, base: Base, features: dict[str, data.Features], given: Sequence[HeadSet], prompts: int
 ) -> list[HeadSet]:
@@ -257,16 +227,20 @@ def _sets(
     sets = list(given)
     if merged is not None:
         tuned, tuning = _tune(run, base, merged, features, TUNING_SHARE * left_s)
-        facts = _made(run, "merged_tuned", tuned, tuning, known)
+        facts = _made(run, "merged_tuned", tuned, tuning, known, features["calibration"])
         sets.append(HeadSet("merged_tuned", "merged", tuned, "the merged heads, trained a little further", None, facts))
     heads, training = _fit(run, base, features, left_s * (1.0 if merged is None else 1.0 - TUNING_SHARE))
-    return [*sets, HeadSet("fresh", "fresh", heads, training=_made(run, "heads", heads, training, known))]
+    facts = _made(run, "heads", heads, training, known, features["calibration"])
+    return [*sets, HeadSet("fresh", "fresh", heads, training=facts)]
 
 
-def _made(run: Run, name: str, heads: Heads, training: train.Training, known: dict[str, Any]) -> dict[str, Any]:
+def _made(
+    run: Run, name: str, heads: Heads, training: train.Training, known: dict[str, Any], held_out: data.Features
+) -> dict[str, Any]:
     """Write heads and how they were made under `out`; returns the latter."""
     facts = known | {"positions": training.positions, "fit_s": round(training.seconds, 2),
-                     "steps": training.steps, "seed": training.seed}  # fmt: skip
+                     "steps": training.steps, "seed": training.seed,
+                     "accuracy": calibrate.accuracy(heads, held_out).shares}  # fmt: skip
     formats.save(heads, run.out / name, base_model=run.folder.name)
     formats.write_json(run.out / name / transfer.TRAINING_FILE, facts)
     return facts

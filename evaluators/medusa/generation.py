@@ -1,0 +1,114 @@
+"""Text as it is decoded with a model's heads: each step's tokens, and which of them the heads had guessed.
+
+The tree is the one that belongs to the heads here: of those that their held-out accuracies grow, the one that brings
+most tokens over what it costs on this machine, measured when the model is loaded; none where none would pay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evaluators.medusa import calibrate, formats, packed, suite
+from evaluators.medusa.acceptance import GREEDY, Rule
+from evaluators.medusa.adapters import Base
+from evaluators.medusa.capability import capability
+from evaluators.medusa.decode import Limits, Trace, stream
+from evaluators.medusa.drafters import HeadDrafter
+from evaluators.medusa.formats.reading import CARRIED
+from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.transfer import TRAINING_FILE
+from evaluators.medusa.tree import ROOT_ONLY, Tree, expected_tokens, greedy_tree
+
+CONTEXT = 128
+UNKNOWN = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The text of one token, "" while its character is unfinished; `guessed` by the heads, not by the model alone."""
+
+    text: str
+    guessed: bool
+
+
+@dataclass(slots=True)
+class Speaker:
+    """A model with its heads, ready to speak. `notes` are sentences on what is not as one might expect."""
+
+    base: Base
+    runner: EagerRunner
+    drafter: HeadDrafter | None
+    tree: Tree
+    notes: list[str]
+    trace: Trace = field(default_factory=Trace)
+
+    def say(self, prompt: str, max_new_tokens: int, rule: Rule = GREEDY) -> Iterator[Piece]:
+        """The answer to `prompt`, token by token; `trace` then tells what it took."""
+        ids = suite.encode(self.base, prompt)
+        self.trace = Trace()
+        limits = Limits(max_new_tokens, self.base.stop_ids)
+        said: list[int] = []
+        shown = ""
+        for block in stream(self.runner, self.drafter, self.tree, ids, limits, rule, trace=self.trace):
+            for number, token in enumerate(block):
+                said.append(token)
+                text = self.base.tokenizer.decode(said, skip_special_tokens=True)
+                fresh = text[len(shown) :] if not text.endswith(UNKNOWN) else ""
+                shown += fresh
+                yield Piece(fresh, number < len(self.trace.paths[-1]) - 1 if self.trace.paths else False)
+
+
+def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "auto") -> Speaker:
+    """The checkpoint in `model` with heads of any format, by default those it carries, None without any.
+
+    Raises EvaluationError for a checkpoint that cannot be loaded and for heads that do not fit it.
+    """
+    base, reason = packed.load(model, device, dtype)
+    notes = [reason] if reason is not None and device == "cpu" else []
+    carried = model / CARRIED
+    found = heads or (carried if carried.is_dir() else None)
+    runner = EagerRunner(base)
+    able = capability(base)
+    if found is None or able.reason is not None:
+        notes.append(able.reason or "there are no heads, so one token comes at a time")
+        return Speaker(base, runner, None, ROOT_ONLY, notes)
+    made, warnings = formats.load(found, base)
+    shares = _accuracy(found, made.spec.heads)
+    if shares is None:
+        notes.append("the heads come without their accuracy, so a tree of ordinary heads is tried")
+        shares = USUAL[: made.spec.heads]
+    tree = _best(shares, calibrate.cost_curve(runner, made, CONTEXT))
+    if tree.nodes == 1:
+        notes.append("no tree pays on this machine, so one token comes at a time")
+    return Speaker(base, runner, HeadDrafter(made), tree, [*notes, *warnings])
+
+
+# Shares of right guesses by rank, heads 1 to 5, of the Medusa heads published for a 7B model (FasterDecoding/Medusa).
+USUAL: tuple[tuple[float, ...], ...] = (
+    (0.560, 0.112, 0.055, 0.033, 0.020),
+    (0.316, 0.108, 0.061, 0.043, 0.034),
+    (0.201, 0.087, 0.060, 0.035, 0.034),
+    (0.147, 0.078, 0.049, 0.037, 0.029),
+    (0.118, 0.069, 0.048, 0.037, 0.028),
+)
+
+
+def _accuracy(folder: Path, heads: int) -> Sequence[Sequence[float]] | None:
+    """What `mergebot medusa train` wrote down of heads: shares of right guesses by head and rank."""
+    place = folder / CARRIED if (folder / CARRIED).is_dir() else folder
+    try:
+        found = json.loads((place / TRAINING_FILE).read_text(encoding="utf-8"))["accuracy"]
+        return [[float(share) for share in row] for row in found][:heads] or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _best(shares: Sequence[Sequence[float]], cost: calibrate.CostCurve) -> Tree:
+    """The tree of most expected tokens over its cost; the root alone unless that gains something."""
+    trees = [greedy_tree(shares, width) for width, _ in cost.points]
+    gains = [expected_tokens(shares, tree) / cost.overhead(tree.nodes) for tree in trees]
+    best = max(range(len(trees)), key=lambda at: gains[at])
+    return trees[best] if gains[best] >= calibrate.LEAST_GAIN else ROOT_ONLY

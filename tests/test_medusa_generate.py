@@ -1,0 +1,90 @@
+"""`mergebot medusa generate` as it is typed: the model's own text, and what it took."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bot.cli import app
+from bot.errors import Refused
+from evaluators.medusa import adapters, formats, generation, suite
+from evaluators.medusa.acceptance import Exact, Typical
+from evaluators.medusa.decode import Limits, plain
+from evaluators.medusa.heads import HeadSpec, identity_heads
+from evaluators.medusa.runners import EagerRunner
+from tests import family
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    family.make(tmp_path)
+    base = adapters.load(tmp_path / "base")
+    formats.save(identity_heads(HeadSpec("shared", 3), base), tmp_path / "heads")
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable() and letter != " ")
+
+
+def _shown(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+
+
+def generate(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["medusa", "generate", *arguments, "--device", "cpu"], catch_exceptions=False)
+
+
+def test_the_answer_is_the_models_own_and_what_it_took_is_said(place: Path) -> None:
+    base = adapters.load(place / "base")
+    ids = suite.encode(base, "one two")
+    answer = plain(EagerRunner(base), ids, Limits(20, base.stop_ids)).tokens
+    want = base.tokenizer.decode(answer, skip_special_tokens=True).rstrip(generation.UNKNOWN)
+    done = generate("base", "one two", "--heads", "heads", "--new-tokens", "20", "--dtype", "float32")
+    assert done.exit_code == 0
+    said, _, told = done.stdout.rpartition("\n20 tokens in ")
+    assert _printable(said) == _printable(want) and told and said == _shown(said), "no letter steers the terminal"
+    assert " tokens in " in done.output and "come without their accuracy" in done.output
+
+
+def test_a_model_without_heads_speaks_one_token_at_a_time(place: Path) -> None:
+    done = generate("base", "one", "--new-tokens", "5")
+    assert "there are no heads, so one token comes at a time" in done.output
+
+
+@pytest.mark.parametrize("rule", [Exact(3, 0.9), Typical(0.7)], ids=["exact", "typical"])
+def test_pieces_are_the_text_of_the_tokens_whatever_the_rule(place: Path, rule: Any) -> None:
+    speaker = generation.load(place / "base", place / "heads", dtype="float32")
+    pieces = list(speaker.say("one two", 25, rule))
+    assert len(pieces) == len(speaker.trace.tokens) <= 25
+    whole = speaker.base.tokenizer.decode(speaker.trace.tokens, skip_special_tokens=True)
+    assert whole.rstrip(generation.UNKNOWN) == "".join(piece.text for piece in pieces).rstrip(generation.UNKNOWN)
+    assert sum(not piece.guessed for piece in pieces) >= speaker.trace.steps
+
+
+def test_heads_that_carry_their_accuracy_get_their_own_tree(place: Path) -> None:
+    hopeless = [[0.0] * 10] * 3
+    formats.write_json(place / "heads" / "training.json", {"accuracy": hopeless})
+    speaker = generation.load(place / "base", place / "heads")
+    assert speaker.tree.nodes == 1 and "no tree pays on this machine, so one token comes at a time" in speaker.notes
+    perfect = [[1.0] + [0.0] * 9] * 3
+    formats.write_json(place / "heads" / "training.json", {"accuracy": perfect})
+    assert generation.load(place / "base", place / "heads").tree.paths[:2] == ((0,), (0, 0))
+
+
+def test_what_cannot_be_is_refused_in_a_sentence(place: Path) -> None:
+    with pytest.raises(Refused, match="no way of sampling 'beam'"):
+        generate("base", "one", "--sample", "beam")
+    with pytest.raises(Refused, match="No model is run in 'int4'"):
+        generate("base", "one", "--dtype", "int4")
+    assert torch.get_num_threads() >= 1
