@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from evaluators.medusa.acceptance import GREEDY, Rule
-from evaluators.medusa.adapters import not_finite
+from evaluators.medusa.adapters import Base, not_finite
 from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.stops import StopStrings
 from evaluators.medusa.tree import ROOT_ONLY, Tree
 
 Finish = Literal["stop", "length", "context"]
@@ -27,10 +28,26 @@ Finish = Literal["stop", "length", "context"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When to stop: after `max_new_tokens`, or after the first of `stop_ids` (which is emitted)."""
+    """When to stop: after `max_new_tokens`, after the first of `stop_ids`, or after the token that completes one of
+    the stop strings. What ends the text is emitted."""
 
     max_new_tokens: int
     stop_ids: frozenset[int] = frozenset()
+    stop_strings: StopStrings | None = None
+
+    def cut(self, seen: Sequence[int], block: Sequence[int], emitted: int) -> tuple[list[int], Finish | None]:
+        """`block` as far as it is emitted after `seen` (prompt and answer), and why the text ends there, if it does.
+
+        `emitted` counts the tokens of the answer so far.
+        """
+        kept: list[int] = []
+        for token in block:
+            kept.append(token)
+            if token in self.stop_ids or (self.stop_strings and self.stop_strings.completed_by([*seen, *kept])):
+                return kept, "stop"
+            if emitted + len(kept) >= self.max_new_tokens:
+                return kept, "length"
+        return kept, None
 
 
 class Drafter(Protocol):
@@ -124,26 +141,27 @@ def stream(
         raise ValueError("decoding needs at least one prompt token and one token to generate")
     with timed(trace.prefill, runner.base.device):
         h, logits = runner.prefill(ids)
-        _require_finite(logits, 0)
+        require_finite(logits, 0)
         root = rule.pick(logits, len(ids))
+    _, finish = limits.cut(ids, [root], 0)
     seen = [*ids, root]
     trace.tokens.append(root)
     if keep_hidden:
         trace.hidden.append(h)
     yield [root]
-    trees = _Shapes(tree)
-    while not _finished(trace, runner, limits):
+    trees = Cuts(tree)
+    while finish is None and not past_context(runner.base, runner.length):
         with timed(trace.decode, runner.base.device):
-            remaining = limits.max_new_tokens - len(trace.tokens)
-            room = min(remaining - 1, runner.base.depth_room(runner.length))
+            room = min(limits.max_new_tokens - len(trace.tokens) - 1, runner.base.depth_room(runner.length))
             h, block = _step(runner, drafter, trees.at(room), h, seen, rule, trace)
-            block = _truncate(block, remaining, limits.stop_ids)
+            block, finish = limits.cut(seen, block, len(trace.tokens))
         seen += block
         trace.tokens += block
         trace.emitted.append(len(block))
         if keep_hidden:
             trace.hidden.append(h)
         yield block
+    trace.finish = finish or "context"
 
 
 def _step(
@@ -164,7 +182,7 @@ def _step(
         tokens = torch.cat([tokens, drafted.to(tokens.device)])
     drafted_at = time.perf_counter()
     hidden, logits = runner.forward(tokens, tree)
-    _require_finite(logits, trace.steps + 1)
+    require_finite(logits, trace.steps + 1)
     forwarded_at = time.perf_counter()
     names = tokens.tolist() if tree.nodes > 1 else seen[-1:]
     path, following = rule.accept(tree, names, logits, runner.length)
@@ -176,14 +194,15 @@ def _step(
     return hidden[path[-1]], [*(names[node] for node in path[1:]), following]
 
 
-class _Shapes:
-    """The tree cut to what room is left, each cut made once."""
+class Cuts:
+    """A tree cut to what room is left, each cut made once."""
 
     def __init__(self, tree: Tree) -> None:
         self._full = tree
         self._cut: dict[int, Tree] = {}
 
     def at(self, depth: int) -> Tree:
+        """The tree without what lies deeper than `depth`."""
         if depth >= self._full.max_depth:
             return self._full
         if depth not in self._cut:
@@ -191,27 +210,14 @@ class _Shapes:
         return self._cut[depth]
 
 
-def _truncate(block: list[int], remaining: int, stop_ids: frozenset[int]) -> list[int]:
-    for index, token in enumerate(block):
-        if token in stop_ids:
-            return block[: min(index + 1, remaining)]
-    return block[:remaining]
+def past_context(base: Base, length: int) -> bool:
+    """Whether the token after `length` cached ones has no position any more."""
+    last = base.last_position()
+    return last is not None and length > last
 
 
-def _finished(trace: Trace, runner: EagerRunner, limits: Limits) -> bool:
-    last = runner.base.last_position()
-    if trace.tokens[-1] in limits.stop_ids:
-        trace.finish = "stop"
-    elif len(trace.tokens) >= limits.max_new_tokens:
-        trace.finish = "length"
-    elif last is not None and runner.length > last:
-        trace.finish = "context"
-    else:
-        return False
-    return True
-
-
-def _require_finite(logits: Tensor, step: int) -> None:
+def require_finite(logits: Tensor, step: int) -> None:
+    """Raise EvaluationError SPEED_CHECK_FAILED if NaN or infinity is the largest logit of any row."""
     # max() hands a NaN through, so one number tells for the whole tensor.
     if not bool(torch.isfinite(logits.max())):
         raise not_finite(f"at decoding step {step}")
