@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
 from evaluators.errors import EvaluationError
+from evaluators.medusa.windows import whole_cache, window_of
 
 SELF_CHECK_TOKENS = 16
 
@@ -41,6 +42,8 @@ class Base:
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         self.rope = _rope(self.config)
         self.execution = "eager"
+        # None also lets a model whose window could not be proven fall back to the cache that transformers gives it.
+        self.window = window_of(model.config)
         self._hooked = False
         self._captured: Tensor | None = None
         self.post: Callable[[Tensor], Tensor] = lambda z: z
@@ -75,6 +78,9 @@ class Base:
         return embedded
 
     def new_cache(self) -> Any:
+        """An empty cache. With a window it keeps what the window has left, so that a tree can be undone."""
+        if self.window is not None:
+            return whole_cache(self.model.config)
         return DynamicCache(config=self.model.config)
 
     def depth_room(self, length: int) -> int:

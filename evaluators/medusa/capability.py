@@ -5,17 +5,24 @@ A silent wrong answer would be worse than any refusal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from evaluators.medusa.adapters import Base, close
 from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.tree import full
+from evaluators.medusa.tree import ROOT_ONLY, Tree
 
 ROUNDED = 0.15
 ALIBI_MODELS = frozenset({"bloom", "mpt"})
+# Deeper than the window it is tried with, so that a node falls out of the sight of another.
+PROBE = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
+PROBE_WINDOW = 3
+PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,39 +60,71 @@ def _reason_against_trees(base: Base, kernel: str) -> str | None:
         if "Linear" in kind:
             return f"{name} keeps a recurrent state ({kind}), which the branches of a tree would share."
         if "Sliding" in kind:
-            return f"{name} uses a sliding attention window ({kind}), which cannot hold a tree past its length."
+            return f"{name} has attention windows or chunks ({kind}) of a kind that no mask of a tree is known for."
         return f"{name} uses the cache layer {kind}, which is not known to hold a tree."
     return None
 
 
 @torch.no_grad()
 def _tree_disagrees(base: Base) -> str | None:
-    """Verify a small tree and compare every node with a plain pass over its own path."""
-    generator = torch.Generator().manual_seed(1)
-    room = 16 if base.max_positions is None else min(16, base.max_positions)
-    probe = full((2, 2))
-    if room < 2 + probe.max_depth + 1:
-        return f"{type(base.model).__name__} has only {base.max_positions} positions."
-    ids = torch.randint(0, base.vocab, (room - probe.max_depth - 1,), generator=generator).tolist()
-    tokens = torch.randint(0, base.vocab, (probe.nodes,), generator=generator).to(base.device)
-    runner = EagerRunner(base)
+    """Verify a small tree after a few tokens; every node must read as in a plain pass over its own path."""
     name = type(base.model).__name__
+    bounds = [bound for bound in (base.max_positions, base.rope[1]) if bound is not None]
+    room = min([PROBE_TOKENS, *bounds])
+    if room < 2 + PROBE.max_depth + 1:
+        return f"{name} has only {room} positions."
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, base.vocab, (room - PROBE.max_depth - 1,), generator=generator).tolist()
+    tokens = torch.randint(0, base.vocab, (PROBE.nodes,), generator=generator).to(base.device)
     try:
-        runner.prefill(ids)
-        _, logits = runner.forward(tokens, probe)
+        wide = None if base.window is None else _last_logits(base, ids)
+        with _narrow_window(base):
+            if wide is not None and close(_last_logits(base, ids), wide):
+                return f"{name} takes no attention window from its config, so what a tree sees past it is not known."
+            return _compare(base, ids, tokens)
     except Exception as error:  # any failure here is an answer: this model cannot verify a tree
         return f"{name} does not run with a tree mask ({type(error).__name__})."
-    for node in range(probe.nodes):
-        path = [int(tokens[step]) for step in probe.ancestors(node)]
-        _, plain = base.run(torch.tensor([ids + path], device=base.device), last_only=True, use_cache=False)
-        if not _same(logits[node].float(), plain[0, -1].float(), base.dtype):
+
+
+def _compare(base: Base, ids: Sequence[int], tokens: Tensor) -> str | None:
+    name, runner = type(base.model).__name__, EagerRunner(base)
+    runner.prefill(ids[:-1])
+    _, logits = runner.forward(torch.tensor(ids[-1:], device=base.device), ROOT_ONLY)
+    runner.keep((0,))
+    if not _same(logits[0].float(), _last_logits(base, ids), base.dtype):
+        return f"{name} gives other logits for a token after cached ones than for the same token in plain text."
+    _, logits = runner.forward(tokens, PROBE)
+    for node in range(PROBE.nodes):
+        path = [int(tokens[step]) for step in PROBE.ancestors(node)]
+        if not _same(logits[node].float(), _last_logits(base, [*ids, *path]), base.dtype):
             return f"{name} gives other logits for a token inside a tree than for the same token in plain text."
     return None
 
 
-def _same(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
+def _same(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
     """Equal but for rounding. In 16 bit single logits stray far on text as odd as the probe's, so the root mean square
     counts there: measured 0.02 to 0.07 of their spread, and 0.28 and more for a token that sees another path."""
     if dtype == torch.float32:
         return close(left, right, 2e-3)
     return float((left - right).square().mean().sqrt()) <= ROUNDED * float(right.std())
+
+
+def _last_logits(base: Base, ids: Sequence[int]) -> Tensor:
+    """Logits [V] of the last token in a plain pass without a cache."""
+    _, logits = base.run(torch.tensor([list(ids)], device=base.device), last_only=True, use_cache=False)
+    return logits[0, -1].float()
+
+
+@contextlib.contextmanager
+def _narrow_window(base: Base) -> Iterator[None]:
+    """While it lasts the attention window, if there is one, is so narrow that a few tokens pass it."""
+    whole = base.window
+    if whole is None:
+        yield
+        return
+    narrow = min(PROBE_WINDOW, whole.size)
+    try:
+        base.window, base.config.sliding_window = replace(whole, size=narrow), narrow
+        yield
+    finally:
+        base.window, base.config.sliding_window = whole, whole.size

@@ -141,7 +141,9 @@ def answer(
     longest = max(len(prompt) for prompt in prompts)
     if base.max_positions is not None:
         limit = max(1, min(limit, base.max_positions - longest))
-    cache, ids, mask, positions = _padded(base, prompts)
+    # Padding in the middle of a row moves its beginning away from a window, which counts columns.
+    shared = 0 if base.window is not None and longest + limit > base.window.size else _common(prompts)
+    cache, ids, mask, positions = _padded(base, prompts, shared)
     outputs: list[list[int]] = [[] for _ in prompts]
     states: list[list[Tensor]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
@@ -172,13 +174,13 @@ def answer(
     return answers, max(reading_s, 1e-6)
 
 
-def _padded(base: Base, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """(cache, ids, mask, positions) of a batch: what all prompts begin with is computed once and stands in the cache.
+def _padded(base: Base, prompts: Sequence[Sequence[int]], shared: int) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """(cache, ids, mask, positions) of a batch: the first `shared` tokens, equal in all, are computed once and stand in
+    the cache.
 
     Columns: the common prefix, padding, the rest of each prompt. Padding on the left makes every answer start in the
     last column; masked columns and explicit positions make it invisible.
     """
-    shared = _common(prompts)
     cache = base.new_cache()
     if shared:
         prefix = torch.tensor([list(prompts[0][:shared])], device=base.device)

@@ -127,6 +127,7 @@ def _examine(run: Run, base: Base, asked: Sequence[suite.Prompt], prompts: Path 
 def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
     """A model that cannot take trees: its plain speed, transformers' own loop, and why there is nothing else."""
     limits = decode.Limits(run.asked.max_new_tokens, base.stop_ids)
+    base.window = None  # what was not proven is left to the cache that transformers gives the model
     runner = run.asked.runner(base)
     blocks = bench.run_blocks(base, [], test, limits, runner=runner, deadline=run.until(REFUSED_BY))
     versus = timing.native(run, base, blocks, limits, runner)

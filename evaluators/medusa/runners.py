@@ -44,7 +44,9 @@ class EagerRunner:
             depth, bias = self._prepare(tree)
             mask = torch.zeros((tree.nodes, self.length + tree.nodes), dtype=self.base.dtype, device=self.base.device)
             mask[:, self.length :] = bias
-            options |= {"attention_mask": mask[None, None], "position_ids": (depth + self.length)[None]}
+            window = self.base.window
+            masks = mask[None, None] if window is None else window.masks(mask[None, None], depth, self.length)
+            options |= {"attention_mask": masks, "position_ids": (depth + self.length)[None]}
         hidden, logits = self.base.run(tokens[None], **options)
         self._width = tree.nodes
         return hidden[0], logits[0]

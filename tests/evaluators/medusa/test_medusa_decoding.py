@@ -143,7 +143,9 @@ def test_at_the_end_of_the_context_decoding_stays_exact_and_stops(kind: str, lef
     ("kind", "says"),
     [
         ("mamba", "Mamba.* recurrent state"),
-        ("window", "Mistral.* sliding attention window"),
+        ("chunked", "Llama4.* attention windows or chunks"),
+        ("qwen3-next", "Qwen3Next.* recurrent state"),
+        ("lfm2", "Lfm2.* recurrent state"),
         ("bloom", "Bloom.* ALiBi"),
         ("falcon-alibi", "Falcon.* ALiBi"),
     ],

@@ -12,14 +12,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
     FalconConfig,
+    Gemma2Config,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3NextConfig,
 )
 
 from evaluators.medusa.adapters import Base
@@ -54,6 +63,9 @@ _SMALL = {
     "pad_token_id": None,
 }
 _LLAMA = _SMALL | {"intermediate_size": 64, "max_position_embeddings": 256}
+# Tied to an embedding that Gemma scales up, the head of a random model repeats its input for ever.
+_GEMMA = _LLAMA | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "tie_word_embeddings": False}
+_MIXED = ["sliding_attention", "full_attention"]
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
     "gqa": lambda: LlamaConfig(**_LLAMA, num_key_value_heads=2, head_dim=16),
@@ -71,6 +83,31 @@ CONFIGS: dict[str, Any] = {
     ),
     "mamba": lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
     "window": lambda: MistralConfig(**_LLAMA, num_key_value_heads=2, sliding_window=8),
+    "gemma2": lambda: Gemma2Config(**_GEMMA, sliding_window=8),
+    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, sliding_window=8, layer_types=_MIXED),
+    "gemma3n": lambda: Gemma3nTextConfig(
+        **_GEMMA | {"num_hidden_layers": 4}, sliding_window=8, layer_types=2 * _MIXED, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "cohere2": lambda: Cohere2Config(
+        **_LLAMA | {"pad_token_id": 0}, num_key_value_heads=2, sliding_window=8, layer_types=_MIXED
+    ),
+    "qwen2-window": lambda: Qwen2Config(
+        **_LLAMA, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
+    "gpt-oss": lambda: GptOssConfig(
+        **_LLAMA, num_key_value_heads=2, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "chunked": lambda: Llama4TextConfig(
+        **_GEMMA, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=64
+    ),
+    "qwen3-next": lambda: Qwen3NextConfig(
+        **_LLAMA | {"num_hidden_layers": 4}, head_dim=8, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    ),
+    "lfm2": lambda: Lfm2Config(**_LLAMA, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
     "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
     "falcon-alibi": lambda: FalconConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
