@@ -18,6 +18,8 @@ from evaluators.errors import EvaluationError
 from evaluators.medusa.windows import whole_cache, window_of
 
 SELF_CHECK_TOKENS = 16
+# Their own `generate` reads the text anew when rope `longrope` changes its factors; others go on with the old rows.
+REREADING_MODELS = frozenset({"phi3", "phimoe", "phi4_multimodal"})
 
 
 class Base:
@@ -79,6 +81,8 @@ class Base:
 
     def new_cache(self) -> Any:
         """An empty cache. With a window it keeps what the window has left, so that a tree can be undone."""
+        if self.rope[0] == "dynamic":
+            self._forget_longest_text()
         if self.window is not None:
             return whole_cache(self.model.config)
         return DynamicCache(config=self.model.config)
@@ -91,17 +95,35 @@ class Base:
         """
         room = 1 << 30 if self.max_positions is None else self.max_positions - 1 - length
         kind, original = self.rope
-        if original is not None and kind in ("longrope", "dynamic"):
-            if length + 1 <= original:
-                return min(room, original - 1 - length)
-            return room if kind == "longrope" else 0
-        return room
+        if original is None or kind not in ("longrope", "dynamic"):
+            return room
+        if length + 1 <= original:
+            return min(room, original - 1 - length)
+        return 0 if kind == "dynamic" or length == self.rereads_at else room
+
+    @property
+    def rereads_at(self) -> int | None:
+        """The length after which the next token makes the model read the whole text anew, for other angles."""
+        kind, original = self.rope
+        return original if kind == "longrope" and self.config.model_type in REREADING_MODELS else None
 
     def last_position(self) -> int | None:
         """The largest position a token may be forwarded at; None where nothing bounds it."""
         if self.max_positions is None or self.rope[0] == "dynamic":
             return None
         return self.max_positions - 1
+
+    def _forget_longest_text(self) -> None:
+        """The angles of rope `dynamic` are those of the longest text so far, and of none before a new one.
+
+        The model forgets by itself only when it reads fewer tokens than the original length.
+        """
+        for module in self.model.modules():
+            for name, angles in list(module.named_buffers(recurse=False)):
+                if name.endswith("original_inv_freq"):
+                    setattr(module, name.replace("original_", ""), angles)
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                setattr(module, name, module.original_max_seq_len)
 
     # -- finding h -----------------------------------------------------------------------------------------------
 

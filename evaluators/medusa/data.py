@@ -140,10 +140,8 @@ def answer(
     reading_s = 0.0
     longest = max(len(prompt) for prompt in prompts)
     if base.max_positions is not None:
-        limit = max(1, min(limit, base.max_positions - longest))
-    # Padding in the middle of a row moves its beginning away from a window, which counts columns.
-    shared = 0 if base.window is not None and longest + limit > base.window.size else _common(prompts)
-    cache, ids, mask, positions = _padded(base, prompts, shared)
+        limit = max(1, min(limit, base.depth_room(longest) + 1))
+    cache, ids, mask, positions = _padded(base, prompts, limit)
     outputs: list[list[int]] = [[] for _ in prompts]
     states: list[list[Tensor]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
@@ -174,13 +172,15 @@ def answer(
     return answers, max(reading_s, 1e-6)
 
 
-def _padded(base: Base, prompts: Sequence[Sequence[int]], shared: int) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """(cache, ids, mask, positions) of a batch: the first `shared` tokens, equal in all, are computed once and stand in
-    the cache.
+def _padded(base: Base, prompts: Sequence[Sequence[int]], limit: int) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """(cache, ids, mask, positions) of a batch: what all prompts begin with is computed once and stands in the cache.
 
     Columns: the common prefix, padding, the rest of each prompt. Padding on the left makes every answer start in the
-    last column; masked columns and explicit positions make it invisible.
+    last column; masked columns and explicit positions make it invisible. Answers of up to `limit` tokens that pass the
+    model's window share nothing: a window counts columns, and padding would move the beginning out of its sight.
     """
+    longest = max(len(prompt) for prompt in prompts)
+    shared = 0 if base.window is not None and longest + limit > base.window.size else _common(prompts)
     cache = base.new_cache()
     if shared:
         prefix = torch.tensor([list(prompts[0][:shared])], device=base.device)

@@ -24,14 +24,20 @@ class EagerRunner:
         self.cache: Any = None
         self.length = 0
         self._width = 0
+        self._text: list[int] = []
+        self._tokens: Tensor | None = None
         self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Tensor, Tensor]] = {}
 
     def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Start anew with `ids`. Returns h [H] and logits [V] of the last token."""
+        hidden, logits = self._read(ids)
+        self.length, self._width, self._text = len(ids), 0, list(ids)
+        return hidden, logits
+
+    def _read(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         self.cache = self.base.new_cache()
         row = torch.tensor([list(ids)], device=self.base.device)
         hidden, logits = self.base.run(row, last_only=True, past_key_values=self.cache, use_cache=True)
-        self.length, self._width = len(ids), 0
         return hidden[0, -1], logits[0, -1]
 
     def forward(self, tokens: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
@@ -39,6 +45,10 @@ class EagerRunner:
 
         A tree of the root alone is a plain step: no mask and no explicit positions, so the baseline pays for neither.
         """
+        self._width, self._tokens = tree.nodes, tokens
+        if tree.nodes == 1 and self.length == self.base.rereads_at:
+            hidden, logits = self._read([*self._text, *tokens.tolist()])
+            return hidden[None], logits[None]
         options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
         if tree.nodes > 1:
             depth, bias = self._prepare(tree)
@@ -48,12 +58,13 @@ class EagerRunner:
             masks = mask[None, None] if window is None else window.masks(mask[None, None], depth, self.length)
             options |= {"attention_mask": masks, "position_ids": (depth + self.length)[None]}
         hidden, logits = self.base.run(tokens[None], **options)
-        self._width = tree.nodes
         return hidden[0], logits[0]
 
     def keep(self, path: Sequence[int]) -> None:
         """Leave only the nodes of `path` (root first) of the last forward pass in the cache, in that order."""
         kept = len(path)
+        if self.base.rereads_at is not None and self._tokens is not None:
+            self._text[self.length :] = self._tokens[list(path)].tolist()
         if list(path) != list(range(kept)):
             # Advanced indexing copies its right-hand side first, so overlapping source and target rows are safe.
             source = torch.tensor([self.length + node for node in path], device=self.base.device)

@@ -26,6 +26,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3NextConfig,
@@ -65,6 +66,10 @@ _SMALL = {
 _LLAMA = _SMALL | {"intermediate_size": 64, "max_position_embeddings": 256}
 # Tied to an embedding that Gemma scales up, the head of a random model repeats its input for ever.
 _GEMMA = _LLAMA | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "tie_word_embeddings": False}
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 _MIXED = ["sliding_attention", "full_attention"]
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
@@ -98,6 +103,14 @@ CONFIGS: dict[str, Any] = {
     ),
     "gpt-oss": lambda: GptOssConfig(
         **_LLAMA, num_key_value_heads=2, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "longrope": lambda: LlamaConfig(**_LLAMA, rope_parameters=dict(_LONGROPE)),
+    "phi3-longrope": lambda: Phi3Config(
+        **_LLAMA, num_key_value_heads=2, rope_parameters=dict(_LONGROPE), original_max_position_embeddings=32
+    ),
+    "dynamic": lambda: LlamaConfig(
+        **_LLAMA | {"max_position_embeddings": 32},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
     ),
     "chunked": lambda: Llama4TextConfig(
         **_GEMMA, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=64
