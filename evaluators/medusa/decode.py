@@ -175,11 +175,7 @@ def _step(
 ) -> tuple[Tensor, list[int]]:
     """One forward pass. Returns the state of the last accepted node [H] and the tokens it brought."""
     started = time.perf_counter()
-    tokens = torch.tensor(seen[-1:], device=runner.base.device)
-    if drafter is not None and tree.nodes > 1:
-        drafted = drafter.propose(h, seen[-1], seen, tree)
-        tree = tree.first(len(drafted) + 1)
-        tokens = torch.cat([tokens, drafted.to(tokens.device)])
+    tokens, tree = draft(drafter, tree, h, seen, runner.base.device)
     drafted_at = time.perf_counter()
     hidden, logits = runner.forward(tokens, tree)
     require_finite(logits, trace.steps + 1)
@@ -192,6 +188,17 @@ def _step(
     trace.forward_s += forwarded_at - drafted_at
     trace.accept_s += time.perf_counter() - forwarded_at
     return hidden[path[-1]], [*(names[node] for node in path[1:]), following]
+
+
+def draft(
+    drafter: Drafter | None, tree: Tree, h: Tensor, seen: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tree]:
+    """The tokens [n] to verify, the root first, and the tree they fill: a smaller one where fewer were guessed."""
+    tokens = torch.tensor(seen[-1:], device=device)
+    if drafter is None or tree.nodes == 1:
+        return tokens, ROOT_ONLY
+    drafted = drafter.propose(h, seen[-1], seen, tree)
+    return torch.cat([tokens, drafted.to(device)]), tree.first(len(drafted) + 1)
 
 
 class Cuts:

@@ -54,9 +54,11 @@ class EagerRunner:
             depth, bias = self._prepare(tree)
             mask = torch.zeros((tree.nodes, self.length + tree.nodes), dtype=self.base.dtype, device=self.base.device)
             mask[:, self.length :] = bias
-            window = self.base.window
-            masks = mask[None, None] if window is None else window.masks(mask[None, None], depth, self.length)
-            options |= {"attention_mask": masks, "position_ids": (depth + self.length)[None]}
+            here = (depth + self.length)[None]
+            options |= {
+                "attention_mask": masks_of(self.base, mask[None, None], here[None], self.length + tree.max_depth)
+            }
+            options |= {"position_ids": here}
         hidden, logits = self.base.run(tokens[None], **options)
         return hidden[0], logits[0]
 
@@ -82,9 +84,18 @@ class EagerRunner:
     def _prepare(self, tree: Tree) -> tuple[Tensor, Tensor]:
         """Depths [n] and the additive mask of the tree's own block [n, n], once per tree."""
         if tree.paths not in self._prepared:
-            visible = torch.tensor(tree.visible(), device=self.base.device)
-            # finfo.min, not -inf: a row of -inf would give NaN in some kernels.
-            bias = torch.zeros(visible.shape, dtype=self.base.dtype, device=self.base.device)
-            bias.masked_fill_(~visible, torch.finfo(self.base.dtype).min)
-            self._prepared[tree.paths] = (torch.tensor(tree.depth, device=self.base.device), bias)
+            self._prepared[tree.paths] = (torch.tensor(tree.depth, device=self.base.device), bias_of(self.base, tree))
         return self._prepared[tree.paths]
+
+
+def bias_of(base: Base, tree: Tree) -> Tensor:
+    """The additive mask of the tree's own block, [n, n]."""
+    visible = torch.tensor(tree.visible(), device=base.device)
+    # finfo.min, not -inf: a row of -inf would give NaN in some kernels.
+    bias = torch.zeros(visible.shape, dtype=base.dtype, device=base.device)
+    return bias.masked_fill_(~visible, torch.finfo(base.dtype).min)
+
+
+def masks_of(base: Base, mask: Tensor, here: Tensor, last: int) -> Tensor | dict[str, Tensor]:
+    """What the model takes for the mask [B, 1, n, L + n] of nodes at the positions `here` [B, 1, n] up to `last`."""
+    return mask if base.window is None else base.window.masks(mask, here, last)

@@ -24,16 +24,15 @@ class Window:
     size: int
     hybrid: bool
 
-    def masks(self, mask: Tensor, depth: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+    def masks(self, mask: Tensor, here: Tensor, last: int) -> Tensor | dict[str, Tensor]:
         """What the model takes for the additive mask [.., n, L + n] of a tree: one mask, or one for each kind of layer.
 
-        `depth` [.., n] of the nodes after `length` = L cached columns, whose positions are their columns.
+        `here` [.., n] are the positions of the nodes, `last` the largest; cached column j holds position j.
         """
         inside = mask
-        if length + int(depth.max()) >= self.size:
-            here = length + depth
-            cached = torch.arange(length, device=mask.device).expand(*depth.shape[:-1], length)
-            position = torch.cat([cached, here], dim=-1)
+        if last >= self.size:
+            cached = torch.arange(mask.shape[-1] - here.shape[-1], device=mask.device)
+            position = torch.cat([cached.expand(*here.shape[:-1], -1), here], dim=-1)
             left = here[..., :, None] - position[..., None, :] >= self.size
             inside = mask.masked_fill(left, torch.finfo(mask.dtype).min)
         return {"full_attention": mask, "sliding_attention": inside} if self.hybrid else inside

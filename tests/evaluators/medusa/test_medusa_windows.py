@@ -66,7 +66,7 @@ def test_a_node_sees_what_is_visible_and_fewer_than_the_window_back(
     mask = torch.zeros(tree.nodes, length + tree.nodes)
     visible = torch.tensor(tree.visible())
     mask[:, length:].masked_fill_(~visible, torch.finfo(torch.float32).min)
-    inside = Window(size, hybrid=False).masks(mask, torch.tensor(tree.depth), length)
+    inside = Window(size, hybrid=False).masks(mask, length + torch.tensor(tree.depth), length + tree.max_depth)
     assert isinstance(inside, torch.Tensor)
     for node in range(tree.nodes):
         place = length + tree.depth[node]
