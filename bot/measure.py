@@ -104,7 +104,8 @@ def decode_speed(
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What to time: questions (built in without a file), how many, of how many turns, and which heads there are."""
+    """What to time: questions (built in without a file), how many, of how many turns, which heads there are, and the
+    file of the tree to time, if it is not to be chosen."""
 
     prompts: Path | None = None
     budget_s: float = 600.0
@@ -113,6 +114,7 @@ class Speed:
     turns: int = 1
     given: tuple[Given, ...] = ()
     dtype: str = "auto"
+    tree: Path | None = None
 
 
 def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Show, *, seed: int = 0) -> dict[str, Any]:
@@ -133,6 +135,7 @@ def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Sho
             device=choose_device(settings.device).type,
             given=asked.given,
             dtype=asked.dtype,
+            tree=asked.tree,
             progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
         )
     except EvaluationError as error:

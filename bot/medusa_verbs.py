@@ -23,6 +23,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="The report (*.json), or a folder for it.")] = Path("medusa"),
     heads: Annotated[Optional[list[Path]], typer.Option(help="Time these instead of training some; repeat it.")] = None,  # noqa: UP045
     parent: Annotated[Optional[list[str]], typer.Option(help="NAME=DIR: heads of a parent; repeat it.")] = None,  # noqa: UP045
+    tree: Annotated[Optional[Path], typer.Option(help="A list of paths to time, not to choose a tree.")] = None,  # noqa: UP045
     prompts: Annotated[Optional[Path], typer.Option(help="Questions, JSON lines as in MT-bench.")] = None,  # noqa: UP045
     questions: Annotated[int, typer.Option(help="How many of them.", min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.", min=8)] = 48,
@@ -42,7 +43,7 @@ def bench(
     with screens.progress() as shown:
         folder = operator.model_folder(model, configured, shown)
         given = by_hand(folder, heads or (), parent or (), beside, configured, seed)
-        asked = measure.Speed(prompts, budget_s, questions, new_tokens, turns, given, precision(dtype))
+        asked = measure.Speed(prompts, budget_s, questions, new_tokens, turns, given, precision(dtype), tree)
         report = measure.bench(folder, beside, asked, configured, shown, seed=seed)
     written = beside / "decode_speed.json"
     screens.speed(report, written.replace(out) if out.suffix == ".json" else written)

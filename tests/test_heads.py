@@ -99,6 +99,20 @@ def test_given_heads_are_timed_instead_of_new_ones(place: Path) -> None:
     assert not (place / "folder" / "heads").exists()
 
 
+def test_a_given_tree_is_timed_as_it_is_and_one_deeper_than_the_heads_is_refused(place: Path) -> None:
+    (place / "choices.py").write_text("wide = [(0,), (1,), (0, 0), (0, 1), (1, 0)]\n")
+    done = bench("merged", "--heads", "left/medusa", "--tree", "choices.py", "--out", "folder")
+    assert done.exit_code == 0
+    row = json.loads((place / "folder" / "decode_speed.json").read_text())["candidates"][-1]
+    assert row["tree"] == {"nodes": 6, "depth": 2, "paths": [[0], [1], [0, 0], [0, 1], [1, 0]], "chosen": "given"}
+    assert row["exact"]["equal"] == row["exact"]["prompts"] > 0
+    (place / "choices.py").write_text("[[0], [0, 0], [0, 0, 0]]")
+    with pytest.raises(Failed, match="3 levels deep, but there are only 2 heads"):
+        bench("merged", "--heads", "left/medusa", "--tree", "choices.py", "--out", "folder")
+    with pytest.raises(Failed, match=r"There is no tree file nowhere\.json"):
+        bench("merged", "--heads", "left/medusa", "--tree", "nowhere.json", "--out", "folder")
+
+
 def test_what_cannot_be_compared_is_said_by_name(place: Path) -> None:
     with pytest.raises(Refused, match=r"not merged from one source 'middle'"):
         bench("merged", "--parent", "middle=left")

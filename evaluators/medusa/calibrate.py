@@ -66,13 +66,14 @@ class CostCurve:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The best speculating tree, what it is expected to bring, and whether to speculate at all."""
+    """The best speculating tree, or the one that was given, what it is expected to bring, and whether to speculate."""
 
     tree: Tree
     expected: float
     overhead: float
     gain: float
     speculate: bool
+    chosen: Literal["cost", "given"] = "cost"
 
 
 @torch.no_grad()
@@ -213,15 +214,16 @@ def _least(call: Callable[[], object], repeats: int, device: torch.device) -> Cl
     return Clock(min(clock.wall_s for clock in spent), min(clock.cpu_s for clock in spent))
 
 
-def choose_tree(heads: Heads, features: Features, cost: CostCurve) -> Choice:
+def choose_tree(heads: Heads, features: Features, cost: CostCurve, given: Tree | None = None) -> Choice:
     """argmax over widths of simulated tokens per step / overhead; below a gain of 1.02 do not speculate.
 
-    The tree of the best speculating width is returned either way, so that it can be measured honestly.
+    The tree of the best speculating width is returned either way, so that it can be measured honestly; with a `given`
+    tree there is nothing to choose.
     """
     shares = accuracy(heads, features).shares
-    trees = [greedy_tree(shares, width) for width, _ in cost.points if width > 1]
+    trees = [greedy_tree(shares, width) for width, _ in cost.points if width > 1] if given is None else [given]
     candidates = list(zip(trees, simulate_each(heads, features, trees), strict=True))
     tree, expected = max(candidates, key=lambda pair: pair[1] / cost.overhead(pair[0].nodes))
     overhead = cost.overhead(tree.nodes)
     gain = expected / overhead
-    return Choice(tree, expected, overhead, gain, gain >= LEAST_GAIN)
+    return Choice(tree, expected, overhead, gain, gain >= LEAST_GAIN, "cost" if given is None else "given")

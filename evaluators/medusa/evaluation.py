@@ -28,6 +28,7 @@ from evaluators.medusa import (
     timing,
     train,
     transfer,
+    tree_files,
 )
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.capability import capability
@@ -37,6 +38,7 @@ from evaluators.medusa.rows import Scored
 from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.threads import steadiest_threads
 from evaluators.medusa.transfer import Given, HeadSet
+from evaluators.medusa.tree import Tree
 
 # Shares of the budget left after loading at which a stage must have ended; the timing gets what is left.
 GENERATED_BY = 0.44
@@ -77,6 +79,7 @@ def measure(
     device: str = "cpu",
     given: Sequence[Given] = (),
     dtype: str = "auto",
+    tree: Path | None = None,
     runner: Callable[[Base], EagerRunner] = EagerRunner,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -85,21 +88,27 @@ def measure(
     `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are dropped.
     `given` heads are compared with those trained here; with some of origin "fresh" among them none are trained.
     `budget_s` bounds everything from loading to writing; fewer questions or tokens are timed if it is short, never less
-    than one question. `dtype` is auto, float32, bfloat16 or float16. `progress` gets (stage, done, total). Returns the
-    report. Raises EvaluationError for a checkpoint that cannot be loaded or whose logits are not finite, and for fresh
-    heads that do not fit; a model that cannot take trees gives a report with `refusal`.
+    than one question. `dtype` is auto, float32, bfloat16 or float16. `tree` is a file with the tree to time instead of
+    the one that promises most (tree_files). `progress` gets (stage, done, total). Returns the report. Raises
+    EvaluationError for a checkpoint that cannot be loaded or whose logits are not finite, and for fresh heads or a tree
+    that do not fit; a model that cannot take trees gives a report with `refusal`.
     """
-    asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, dtype, runner)
+    shape = None if tree is None else tree_files.read(tree)
+    asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, dtype, shape, runner)
     run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
     run.report["mode"] = "full" if turns > 1 else "quick"
     run.progress("load", 0, 1)
     test = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), asked.questions)
     with steadiest_threads(device):
         _examine(run, _loaded(run, device), test, prompts)
+    return _written(run)
+
+
+def _written(run: Run) -> dict[str, Any]:
     run.report["environment"]["load_after"] = report.load()
     run.report["seconds"]["total"] = round(time.monotonic() - run.started, 2)
-    out.mkdir(parents=True, exist_ok=True)
-    formats.write_json(out / "decode_speed.json", run.report)
+    run.out.mkdir(parents=True, exist_ok=True)
+    formats.write_json(run.out / "decode_speed.json", run.report)
     return run.report
 
 
@@ -143,21 +152,23 @@ def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: st
 
 def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float) -> None:
     given, warnings = transfer.load(run.asked.given, base)
+    given, shape = transfer.filling(given, run.asked.tree), run.asked.tree
     run.report["warnings"] += warnings
     texts = _generate(run, base, test, learning=all(each.origin != "fresh" for each in given))
     now = run.stage("generate", now)
     data.check(base, texts.train or texts.calibration)
     features = {"train": data.gather(base, texts.train), "calibration": data.gather(base, texts.calibration)}
     now = run.stage("features", now)
-    sets = _sets(run, base, features, given, len(texts.train))
+    sets = transfer.filling(_sets(run, base, features, given, len(texts.train)), shape)
     now = run.stage("fit", now)
     run.progress("calibrate", 0, 1)
     reference = next(each for each in sets if each.origin == "fresh")
     assert reference.heads is not None  # given ones that do not fit were refused, others were made here
     context = sum(len(q.ids) for q in test) // len(test) + run.asked.max_new_tokens // 2
     runner = run.asked.runner(base)
-    cost = calibrate.cost_curve(runner, reference.heads, context, deadline=run.until(CALIBRATED_BY))
-    scored = [_scored(each, reference, features["calibration"], cost) for each in sets]
+    widths = calibrate.WIDTHS if shape is None else (1, shape.nodes)
+    cost = calibrate.cost_curve(runner, reference.heads, context, widths=widths, deadline=run.until(CALIBRATED_BY))
+    scored = [_scored(each, reference, features["calibration"], cost, shape) for each in sets]
     now = run.stage("calibrate", now)
     run.progress("calibrate", 1, 1)
     limits, blocks = timing.timed(run, base, test, scored, cost, runner)
@@ -249,6 +260,7 @@ def _made(
 
 def _fit(run: Run, base: Base, features: dict[str, data.Features], budget_s: float) -> tuple[Heads, train.Training]:
     counted: list[int] = features["train"].tokens.tolist()
+    heads = HEADS if run.asked.tree is None else max(HEADS, run.asked.tree.max_depth)
     pace = "quick" if run.budget_s < LONG_BUDGET_S else "long"
     size = DRAFT_VOCABULARY[pace]
     keep = None if base.vocab <= size else vocabulary_cut(counted, size, base)
@@ -258,7 +270,7 @@ def _fit(run: Run, base: Base, features: dict[str, data.Features], budget_s: flo
             f"the model wrote only {len(usable.tokens)} tokens to learn from, so its heads are hardly trained"
         )
     return train.fit(
-        HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep),
+        HeadSpec("shared", heads, 1, conditioned=True, keep=keep),
         base,
         usable,
         budget_s=budget_s,
@@ -286,11 +298,13 @@ def _tune(
     )
 
 
-def _scored(each: HeadSet, reference: HeadSet, held_out: data.Features, cost: calibrate.CostCurve) -> Scored:
+def _scored(
+    each: HeadSet, reference: HeadSet, held_out: data.Features, cost: calibrate.CostCurve, shape: Tree | None
+) -> Scored:
     if each.heads is None:
         return Scored(each, None)
     own = cost if each is reference else calibrate.with_draft_of(cost, each.heads)
-    return Scored(each, calibrate.choose_tree(each.heads, held_out, own))
+    return Scored(each, calibrate.choose_tree(each.heads, held_out, own, shape))
 
 
 def _with_cosine(each: Scored, base: Base, said: Sequence[data.Dialogue]) -> Scored:

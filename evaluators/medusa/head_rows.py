@@ -61,7 +61,7 @@ def _row(into: Row, scored: Scored, m: Measured, machine: Machine) -> Row:
         "nodes": choice.tree.nodes,
         "depth": choice.tree.max_depth,
         "paths": [list(path) for path in choice.tree.paths],
-        "chosen": "cost",
+        "chosen": choice.chosen,
     }
     simulated = _simulated(heads, m, choice.tree)
     row["tokens_per_step"] |= {

@@ -12,13 +12,17 @@ from evaluators.medusa import report
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.transfer import Given
+from evaluators.medusa.tree import Tree
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What to time. `questions` prompts of one or two turns, each answered with up to `max_new_tokens` tokens."""
+    """What to time. `questions` prompts of one or two turns, each answered with up to `max_new_tokens` tokens.
+
+    A given `tree` is timed as it is; without one each set of heads gets the one that promises most.
+    """
 
     questions: int = 8
     max_new_tokens: int = 48
@@ -26,6 +30,7 @@ class Asked:
     repeats: int = 1
     given: Sequence[Given] = ()
     dtype: str = "auto"
+    tree: Tree | None = None
     runner: Callable[[Base], EagerRunner] = EagerRunner
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import adapters, calibrate, data, formats
+from evaluators.medusa import adapters, calibrate, data, formats, tree_files
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.heads import Heads
 from evaluators.medusa.tree import Tree, greedy_tree
@@ -94,6 +94,30 @@ def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
         training = None if each.folder is None else _training(each.folder / TRAINING_FILE)
         sets.append(HeadSet(each.id, each.origin, heads, each.source, reason, training, each.model))
     return sets, warnings
+
+
+def filling(sets: Sequence[HeadSet], tree: Tree | None) -> list[HeadSet]:
+    """The sets whose heads fill a given tree. Parents' and merged ones that do not are kept with the reason.
+
+    Raises EvaluationError for others.
+    """
+    found = []
+    for each in sets:
+        reason = None if each.heads is None or tree is None else _too_small(each.heads, tree)
+        if reason is not None and each.origin == "fresh":
+            raise tree_files.unfit(reason)
+        found.append(each if reason is None else replace(each, heads=None, absent_because=reason))
+    return found
+
+
+def _too_small(heads: Heads, tree: Tree) -> str | None:
+    spec = heads.spec
+    tokens = heads.base.vocab if spec.keep is None else len(spec.keep)
+    if tree.max_depth > spec.heads:
+        return f"The given tree is {tree.max_depth} levels deep, but there are only {spec.heads} heads to fill it."
+    if tree.topk > tokens:
+        return f"The given tree asks for the {tree.topk} best guesses of heads that choose among {tokens} tokens."
+    return None
 
 
 def figures(

@@ -230,14 +230,31 @@ def test_a_degenerate_model_still_gives_a_whole_report(habit: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_model_that_cannot_take_trees_gives_a_report_with_a_refusal(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "model", tiny.model("window"))
+    folder = tiny.write(tmp_path / "model", tiny.model("chunked"))
     measured = medusa.measure(folder, tmp_path / "out", budget_s=4, questions=2)
     assert_whole(measured)
-    assert "sliding attention window" in measured["refusal"]
+    assert "attention windows or chunks" in measured["refusal"]
     assert [row["id"] for row in measured["candidates"]] == ["none", "native", "prompt_lookup"]
     assert measured["candidates"][1]["exact"]["equal"] >= 1 and measured["plain"]["tokens_per_s"] > 0
     assert measured["refusal"] in report.sentence(measured)
     assert json.loads((tmp_path / "out" / "decode_speed.json").read_text()) == measured
+
+
+@pytest.mark.slow
+def test_a_model_with_a_window_is_measured_past_it_with_as_many_heads_as_a_given_tree_is_deep(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("window"))
+    (tmp_path / "tree.json").write_text("[[0], [1], [0, 0], [0, 0, 0], [0, 0, 0, 0]]")
+    measured = medusa.measure(
+        folder, tmp_path / "out", budget_s=6, questions=2, max_new_tokens=24, tree=tmp_path / "tree.json"
+    )
+    assert_whole(measured)
+    assert measured["refusal"] is None
+    fresh = measured["candidates"][-1]
+    assert fresh["heads"]["count"] == fresh["tree"]["depth"] == 4
+    assert (fresh["tree"]["nodes"], fresh["tree"]["chosen"]) == (6, "given")
+    assert [point["n"] for point in measured["cost_curve"]["points"]] == [1, 6]
+    assert fresh["exact"]["equal"] == fresh["exact"]["prompts"] >= 1
+    assert fresh["tokens_per_step"]["simulated"] == pytest.approx(fresh["tokens_per_step"]["measured"], abs=1e-4)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

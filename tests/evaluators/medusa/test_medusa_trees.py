@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluators.errors import EvaluationError
+from evaluators.medusa import tree_files
 from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, expected_tokens, full, greedy_tree, grow
 
 CUMULATIVE = (
@@ -85,3 +89,73 @@ def test_growth_is_prefix_closed_and_every_prefix_of_it_is_the_best_of_its_size(
     visible = tree.visible()
     for node in range(tree.nodes):
         assert [column for column, seen in enumerate(visible[node]) if seen] == sorted(tree.ancestors(node))
+
+
+# The first paths of FasterDecoding/Medusa, medusa_choices.py, in the order in which they are published.
+PUBLISHED_CHOICES = "mc_sim_7b_63 = [[0], [0, 0], [1], [0, 1], [2], [0, 0, 0], [1, 0], [0, 2], [3], [0, 3], [4]]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PUBLISHED_CHOICES,
+        PUBLISHED_CHOICES.partition("= ")[2],
+        PUBLISHED_CHOICES.replace("[0]", "(0,)").replace("[0, 0]", "(0, 0)") + "  # a comment\n",
+        '"""Choices."""\nchoices: list = ' + PUBLISHED_CHOICES.partition("= ")[2],
+    ],
+)
+def test_a_published_list_of_paths_is_the_tree_it_names(text: str, tmp_path: Path) -> None:
+    (tmp_path / "choices.py").write_text(text)
+    tree = tree_files.read(tmp_path / "choices.py")
+    assert tree.nodes == 12 and tree.max_depth == 3
+    assert set(tree.paths) == {path for path, _ in grow(PUBLISHED, 11)}
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.integers(2, 30),
+)
+def test_any_tree_comes_back_from_its_file(tmp_path_factory: pytest.TempPathFactory, accuracy: list[list[float]],
+                                           nodes: int) -> None:  # fmt: skip
+    tree = greedy_tree(accuracy, nodes)
+    path = tmp_path_factory.mktemp("trees") / "tree.json"
+    path.write_text(json.dumps(tree.paths[::-1]))
+    assert tree_files.read(path).paths == tree.paths
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[[0], [0, 0], [1, 0]]", r"path \(1, 0\) has no parent"),
+        ("[[0], [0]]", "given twice"),
+        ("[[0], []]", "the empty path is the root"),
+        ("[[-1]]", "not an integer from 0"),
+        ("[[0], [true]]", "line 1 says something else than numbers"),
+        ("[[0], [True]]", "is not a list of ranks"),
+        ("[0, 1]", "0 is not a list of ranks"),
+        ("{}", "it holds 0 lists"),
+        ("a = [[0]]\nb = [[1]]", "it holds 2 lists"),
+        ("[]", "its list is empty"),
+        ("", "it holds 0 lists"),
+        ("[[0], [999999]]", "rank 999999 is larger than 255"),
+        (str([[0] * depth for depth in range(1, 18)]), "17 levels deep, more than 16"),
+        (str([[rank] for rank in range(513)]), "513 paths, more than 512"),
+        ("__import__('os').system('touch ran')", "line 1 says something else"),
+        ("[[0], [__import__('os').getpid()]]", "line 1 says something else"),
+        ("[" * 20000, "neither JSON nor a Python list"),
+        ("-" * 60000 + "1", "no tree"),
+        ("[[0], {[]: 1}]", "line 1 says something else"),
+        ("[[0], [" + "9" * 5000 + "]]", "neither JSON nor a Python list"),
+        ("[[0]", "neither JSON nor a Python list"),
+        ("\x00", "no tree"),
+        (" " * 70000, "larger than 64 KiB"),
+    ],
+)
+def test_what_is_no_tree_in_a_file_is_said_in_a_sentence(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "tree.json").write_text(text)
+    with pytest.raises(EvaluationError, match=says) as refused:
+        tree_files.read(tmp_path / "tree.json")
+    assert refused.value.code == "SPEED_CHECK_FAILED" and refused.value.message.endswith(".")
+    assert "\n" not in refused.value.message and len(refused.value.message) < 200
+    with pytest.raises(EvaluationError, match="There is no tree file"):
+        tree_files.read(tmp_path / "absent.json")
