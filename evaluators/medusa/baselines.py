@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.bench import ClockName, Question, end_to_end_s, seconds
 from evaluators.medusa.decode import Clock, Limits, plain, timed
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.runners import EagerRunner, Runner
 
 NATIVE_SLACK = 1.1
 
@@ -33,7 +33,7 @@ def against_native(
     questions: Sequence[Question],
     limits: Limits,
     *,
-    runner: EagerRunner | None = None,
+    runner: Runner | None = None,
     deadline: float | None = None,
 ) -> list[Versus]:
     """The questions by `generate` and plainly, in alternating order, while the next would fit before `deadline`."""

@@ -19,7 +19,6 @@ from evaluators.medusa.acceptance import GREEDY, Rule
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.decode import (
     Cuts,
-    Drafter,
     Finish,
     Limits,
     Trace,
@@ -29,6 +28,7 @@ from evaluators.medusa.decode import (
     plain,
     require_finite,
 )
+from evaluators.medusa.drafters import Drafter
 from evaluators.medusa.runners import EagerRunner, bias_of, masks_of
 from evaluators.medusa.tree import Path, Tree
 

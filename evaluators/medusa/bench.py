@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.data import Dialogue
-from evaluators.medusa.decode import Clock, Drafter, Limits, Trace, medusa, plain
+from evaluators.medusa.decode import Clock, Limits, Trace, medusa, plain
+from evaluators.medusa.drafters import Drafter
 from evaluators.medusa.report import sentence as sentence
 from evaluators.medusa.rounding import tie_limit
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.runners import EagerRunner, Runner
 from evaluators.medusa.suite import Prompt
 from evaluators.medusa.tree import Tree
 
@@ -85,7 +86,7 @@ def run_blocks(
     questions: Sequence[Question],
     limits: Limits,
     *,
-    runner: EagerRunner | None = None,
+    runner: Runner | None = None,
     repeats: int = 1,
     next_turn: Callable[[Question, Sequence[int]], Question | None] = lambda question, answer: None,
     deadline: float | None = None,
@@ -120,7 +121,7 @@ _Round = tuple[tuple[Trace, Trace], dict[str, tuple[Trace, Trace]]]
 
 
 def _round(
-    runner: EagerRunner, candidates: Sequence[Candidate], question: Question, limits: Limits, inside_out: bool
+    runner: Runner, candidates: Sequence[Candidate], question: Question, limits: Limits, inside_out: bool
 ) -> _Round:
     ids = question.ids
 

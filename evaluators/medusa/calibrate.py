@@ -19,7 +19,7 @@ from evaluators.medusa.data import Features
 from evaluators.medusa.decode import Clock, timed
 from evaluators.medusa.drafters import HeadDrafter
 from evaluators.medusa.heads import Heads
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.runners import Runner
 from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 RANKS = 10
@@ -143,7 +143,7 @@ def _walk(advance: Sequence[int], lengths: Sequence[int]) -> float:
 
 @torch.inference_mode()
 def cost_curve(
-    runner: EagerRunner,
+    runner: Runner,
     heads: Heads | None,
     context: int,
     *,
@@ -194,12 +194,11 @@ def _of_width(nodes: int) -> Tree:
     return full((nodes - 1,)) if nodes <= 4 else full((3, nodes)).first(nodes)
 
 
-def _undone(runner: EagerRunner, tokens: Tensor, tree: Tree) -> None:
-    """One forward pass, then the cache as before: keep only the root, and cut that off as well."""
+def _undone(runner: Runner, tokens: Tensor, tree: Tree) -> None:
+    """One forward pass, then the cache as before: keep only the root, and forget that as well."""
     runner.forward(tokens, tree)
     runner.keep((0,))
-    runner.cache.crop(-1)
-    runner.length -= 1
+    runner.rewind(1)
 
 
 def _least(call: Callable[[], object], repeats: int, device: torch.device) -> Clock:

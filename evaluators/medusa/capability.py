@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from evaluators.medusa.adapters import Base, close
+from evaluators.medusa.attention import GROUPED
 from evaluators.medusa.runners import EagerRunner
 from evaluators.medusa.tree import ROOT_ONLY, Tree
 
@@ -43,7 +44,7 @@ def capability(base: Base) -> Capability:
 
 def _reason_against_trees(base: Base, kernel: str) -> str | None:
     name = type(base.model).__name__
-    if kernel not in ("sdpa", "eager"):
+    if kernel not in ("sdpa", GROUPED, "eager"):
         return f"{name} runs with the attention kernel {kernel}, which takes no tree mask."
     if base.config.model_type in ALIBI_MODELS or getattr(base.config, "alibi", False):
         return f"{name} takes its ALiBi bias from the cache column, so sibling tokens of a tree would be misplaced."

@@ -10,16 +10,17 @@ Reference: Medusa, arXiv 2401.10774, sections 2.1.2 and 2.3.1.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from evaluators.medusa.acceptance import GREEDY, Rule
 from evaluators.medusa.adapters import Base, not_finite
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.drafters import Drafter
+from evaluators.medusa.runners import Runner, Step
 from evaluators.medusa.stops import StopStrings
 from evaluators.medusa.tree import ROOT_ONLY, Tree
 
@@ -50,17 +51,6 @@ class Limits:
         return kept, None
 
 
-class Drafter(Protocol):
-    """Guesses the tokens of a tree. Heads, prompt lookup, an oracle and an adversary all fit."""
-
-    def propose(self, h: Tensor, root: int, seen: Sequence[int], tree: Tree) -> Tensor:
-        """h [H] is the state that predicted `root`; `seen` is all text up to and with the root.
-
-        Returns token ids [m] for nodes 1..m of the tree, m <= nodes - 1; fewer means a smaller tree this step.
-        """
-        ...
-
-
 @dataclass(slots=True)
 class Clock:
     """Seconds on the wall and of this process's CPUs."""
@@ -71,7 +61,10 @@ class Clock:
 
 @dataclass(slots=True)
 class Trace:
-    """What one generation did. `emitted[i]` tokens came out of step i; the prefill emits one token more."""
+    """What one generation did. `emitted[i]` tokens came out of step i; the prefill emits one token more.
+
+    Where the runner takes a step in one piece, all of it counts as `forward_s`.
+    """
 
     tokens: list[int] = field(default_factory=list)
     emitted: list[int] = field(default_factory=list)
@@ -96,21 +89,21 @@ class Trace:
 
 
 def plain(
-    runner: EagerRunner, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY, *, keep_hidden: bool = False
+    runner: Runner, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY, *, keep_hidden: bool = False
 ) -> Trace:
     """One token per step. With `keep_hidden` the state that predicted each emitted token is kept, [H] each."""
     return _run(runner, None, ROOT_ONLY, ids, limits, rule, keep_hidden)
 
 
 def medusa(
-    runner: EagerRunner, drafter: Drafter, tree: Tree, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY
+    runner: Runner, drafter: Drafter, tree: Tree, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY
 ) -> Trace:
     """Draft, verify, accept. Greedy acceptance gives the tokens of `plain`, one for one, in float32."""
     return _run(runner, drafter, tree, ids, limits, rule, False)
 
 
 def _run(
-    runner: EagerRunner,
+    runner: Runner,
     drafter: Drafter | None,
     tree: Tree,
     ids: Sequence[int],
@@ -126,7 +119,7 @@ def _run(
 
 @torch.inference_mode()
 def stream(
-    runner: EagerRunner,
+    runner: Runner,
     drafter: Drafter | None,
     tree: Tree,
     ids: Sequence[int],
@@ -139,6 +132,7 @@ def stream(
     """Yield the tokens of the prefill, then of each step, as they are decided; `trace` is filled on the way."""
     if not ids or limits.max_new_tokens < 1:
         raise ValueError("decoding needs at least one prompt token and one token to generate")
+    fused = runner.prepare(drafter, tree, rule, range(len(ids), len(ids) + limits.max_new_tokens))
     with timed(trace.prefill, runner.base.device):
         h, logits = runner.prefill(ids)
         require_finite(logits, 0)
@@ -147,25 +141,29 @@ def stream(
     seen = [*ids, root]
     trace.tokens.append(root)
     if keep_hidden:
-        trace.hidden.append(h)
+        trace.hidden.append(h.clone())
     yield [root]
     trees = Cuts(tree)
     while finish is None and not past_context(runner.base, runner.length):
         with timed(trace.decode, runner.base.device):
-            room = min(limits.max_new_tokens - len(trace.tokens) - 1, runner.base.depth_room(runner.length))
-            h, block = _step(runner, drafter, trees.at(room), h, seen, rule, trace)
+            room = runner.base.depth_room(runner.length)
+            if fused is not None:
+                h, block = _fused_step(fused, trees.at(room), trace)
+            else:
+                room = min(limits.max_new_tokens - len(trace.tokens) - 1, room)
+                h, block = _step(runner, drafter, trees.at(room), h, seen, rule, trace)
             block, finish = limits.cut(seen, block, len(trace.tokens))
         seen += block
         trace.tokens += block
         trace.emitted.append(len(block))
         if keep_hidden:
-            trace.hidden.append(h)
+            trace.hidden.append(h.clone())
         yield block
     trace.finish = finish or "context"
 
 
 def _step(
-    runner: EagerRunner,
+    runner: Runner,
     drafter: Drafter | None,
     tree: Tree,
     h: Tensor,
@@ -199,6 +197,17 @@ def draft(
         return tokens, ROOT_ONLY
     drafted = drafter.propose(h, seen[-1], seen, tree)
     return torch.cat([tokens, drafted.to(device)]), tree.first(len(drafted) + 1)
+
+
+def _fused_step(fused: Callable[[Tree], Step], tree: Tree, trace: Trace) -> tuple[Tensor, list[int]]:
+    """As `_step`, by a runner that takes the whole step on its device."""
+    started = time.perf_counter()
+    step = fused(tree)
+    if not step.finite:
+        raise not_finite(f"at decoding step {trace.steps + 1}")
+    trace.paths.append(step.path)
+    trace.forward_s += time.perf_counter() - started
+    return step.hidden, step.block
 
 
 class Cuts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,26 @@ from torch import Tensor
 from evaluators.medusa.heads import Heads
 from evaluators.medusa.packed import drafting
 from evaluators.medusa.tree import Tree
+
+
+class Drafter(Protocol):
+    """Guesses the tokens of a tree. Heads, prompt lookup, an oracle and an adversary all fit."""
+
+    def propose(self, h: Tensor, root: int, seen: Sequence[int], tree: Tree) -> Tensor:
+        """h [H] is the state that predicted `root`; `seen` is all text up to and with the root.
+
+        Returns token ids [m] for nodes 1..m of the tree, m <= nodes - 1; fewer means a smaller tree this step.
+        """
+        ...
+
+
+@runtime_checkable
+class TensorDrafter(Drafter, Protocol):
+    """A drafter that needs nothing from the host, so that its work may be captured in a CUDA graph."""
+
+    def draft(self, h: Tensor, root: Tensor, position: Tensor, tree: Tree) -> Tensor:
+        """h [H], the root [1] and its position in the text [1] -> token ids [nodes - 1], all on one device."""
+        ...
 
 
 class HeadDrafter:
@@ -20,11 +41,14 @@ class HeadDrafter:
         self._picks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
     def propose(self, h: Tensor, root: int, seen: Sequence[int], tree: Tree) -> Tensor:
+        at = torch.tensor([root, len(seen) - 1], device=h.device)
+        return self.draft(h, at[:1], at[1:], tree)
+
+    def draft(self, h: Tensor, root: Tensor, position: Tensor, tree: Tree) -> Tensor:
         if tree.paths not in self._picks:
             tree.check_fits(self.heads.spec.heads)
             self._picks[tree.paths] = torch.tensor(tree.pick, device=h.device)
-        ranks = self.heads.ranks(h[None], torch.tensor([root], device=h.device), tree.topk)
-        return ranks[:, 0].reshape(-1)[self._picks[tree.paths]]
+        return self.heads.ranks(h[None], root, tree.topk)[:, 0].reshape(-1)[self._picks[tree.paths]]
 
 
 class PromptLookup:

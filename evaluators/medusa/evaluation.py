@@ -35,7 +35,8 @@ from evaluators.medusa.capability import capability
 from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.measurement import Asked, Progress, Run
 from evaluators.medusa.rows import Scored
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.runners import Runner
+from evaluators.medusa.static_runner import fastest
 from evaluators.medusa.threads import steadiest_threads
 from evaluators.medusa.transfer import Given, HeadSet
 from evaluators.medusa.tree import Tree
@@ -80,7 +81,7 @@ def measure(
     given: Sequence[Given] = (),
     dtype: str = "auto",
     tree: Path | None = None,
-    runner: Callable[[Base], EagerRunner] = EagerRunner,
+    runner: Callable[[Base], Runner] = fastest,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Get heads for the checkpoint in `model`, time decoding with them, write the report and heads under `out`.
@@ -137,7 +138,7 @@ def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: st
     """A model that cannot take trees: its plain speed, transformers' own loop, and why there is nothing else."""
     limits = decode.Limits(run.asked.max_new_tokens, base.stop_ids)
     base.window = None  # what was not proven is left to the cache that transformers gives the model
-    runner = run.asked.runner(base)
+    runner = _runner(run, base)
     blocks = bench.run_blocks(base, [], test, limits, runner=runner, deadline=run.until(REFUSED_BY))
     versus = timing.native(run, base, blocks, limits, runner)
     machine = rows.machine_of(run.report, base, blocks, run.seed)
@@ -165,7 +166,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     reference = next(each for each in sets if each.origin == "fresh")
     assert reference.heads is not None  # given ones that do not fit were refused, others were made here
     context = sum(len(q.ids) for q in test) // len(test) + run.asked.max_new_tokens // 2
-    runner = run.asked.runner(base)
+    runner = _runner(run, base)
     widths = calibrate.WIDTHS if shape is None else (1, shape.nodes)
     cost = calibrate.cost_curve(runner, reference.heads, context, widths=widths, deadline=run.until(CALIBRATED_BY))
     scored = [_scored(each, reference, features["calibration"], cost, shape) for each in sets]
@@ -189,6 +190,13 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         seed=run.seed,
     )
     head_rows.write(run.report, measured)
+
+
+def _runner(run: Run, base: Base) -> Runner:
+    """The runner of every timed loop; the report says how it runs."""
+    runner = run.asked.runner(base)
+    run.report["environment"] |= {"execution": runner.execution, "attention": base.model.config._attn_implementation}
+    return runner
 
 
 def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning: bool) -> _Texts:

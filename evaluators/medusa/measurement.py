@@ -10,7 +10,8 @@ from typing import Any
 
 from evaluators.medusa import report
 from evaluators.medusa.adapters import Base
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.runners import Runner
+from evaluators.medusa.static_runner import fastest
 from evaluators.medusa.transfer import Given
 from evaluators.medusa.tree import Tree
 
@@ -31,7 +32,7 @@ class Asked:
     given: Sequence[Given] = ()
     dtype: str = "auto"
     tree: Tree | None = None
-    runner: Callable[[Base], EagerRunner] = EagerRunner
+    runner: Callable[[Base], Runner] = fastest
 
 
 @dataclass(slots=True)

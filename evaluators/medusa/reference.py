@@ -11,7 +11,8 @@ import torch
 
 from evaluators.medusa.acceptance import GREEDY, Rule
 from evaluators.medusa.adapters import Base
-from evaluators.medusa.decode import Drafter, Limits, Trace
+from evaluators.medusa.decode import Limits, Trace
+from evaluators.medusa.drafters import Drafter
 from evaluators.medusa.tree import Tree
 
 

@@ -2,31 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DummyLayer
 
+from evaluators.medusa.acceptance import Rule
 from evaluators.medusa.adapters import Base
-from evaluators.medusa.tree import Tree
+from evaluators.medusa.drafters import Drafter
+from evaluators.medusa.tree import Path, Tree
 
 
-class EagerRunner:
-    """A DynamicCache and the forward passes that both decoding loops use. Batch of one.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step that was taken in one piece brought: the accepted nodes, the tokens after the root, the next state.
+
+    `hidden` [H] is overwritten by the next step. Unless `finite`, the other fields mean nothing.
+    """
+
+    path: Path
+    block: list[int]
+    hidden: Tensor
+    finite: bool
+
+
+class Runner(Protocol):
+    """A cache and the forward passes that both decoding loops use. Batch of one.
 
     Invariant between calls of the loop: the cache holds exactly the first `length` tokens.
     """
 
-    def __init__(self, base: Base) -> None:
+    base: Base
+    length: int
+
+    @property
+    def execution(self) -> str:
+        """How passes are run: `eager`, `static` or `cuda_graph`, and why if it is not the fastest."""
+        ...
+
+    def prepare(self, drafter: Drafter | None, tree: Tree, rule: Rule, lengths: range) -> Callable[[Tree], Step] | None:
+        """Do, before the clock runs, what is done once per shape; `lengths` are those the text may have at a step.
+
+        What was cached is forgotten. Returns what takes a whole step on the device, from drafting to the compacted
+        cache, given the tree or a cut of it; None where the loop must go piece by piece.
+        """
+        ...
+
+    def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Start anew with `ids`. Returns h [H] and logits [V] of the last token."""
+        ...
+
+    def forward(self, tokens: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+        """Tokens [n] of `tree` after the cached ones -> h [n, H], logits [n, V]; `keep` or lose them next.
+
+        The logits are good until the next call.
+        """
+        ...
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Leave only the nodes of `path` (root first) of the last forward pass in the cache, in that order."""
+        ...
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens` cached tokens."""
+        ...
+
+
+class EagerRunner:
+    """A DynamicCache that grows with the text: nothing is prepared, nothing is captured.
+
+    `because` says why, where something faster was looked for.
+    """
+
+    def __init__(self, base: Base, because: str | None = None) -> None:
         self.base = base
         self.cache: Any = None
         self.length = 0
+        self.execution = "eager" if because is None else f"eager: {because}"
         self._width = 0
         self._text: list[int] = []
         self._tokens: Tensor | None = None
         self._prepared: dict[tuple[tuple[int, ...], ...], tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, drafter: Drafter | None, tree: Tree, rule: Rule, lengths: range) -> None:
+        """There is nothing to prepare, and the loop goes piece by piece."""
 
     def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Start anew with `ids`. Returns h [H] and logits [V] of the last token."""
@@ -80,6 +142,12 @@ class EagerRunner:
             self.cache.crop(kept - self._width)
         self.length += kept
         self._width = 0
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last `tokens` cached tokens."""
+        self.cache.crop(-tokens)
+        self.length -= tokens
+        del self._text[self.length :]
 
     def _prepare(self, tree: Tree) -> tuple[Tensor, Tensor]:
         """Depths [n] and the additive mask of the tree's own block [n, n], once per tree."""

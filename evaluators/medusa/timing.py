@@ -11,7 +11,7 @@ from evaluators.medusa.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.heads import Heads
 from evaluators.medusa.measurement import Run
 from evaluators.medusa.rows import Scored
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.runners import Runner
 from evaluators.medusa.tree import chain
 
 # Shares of the budget at which timing must have ended, with and without other models to compare afterwards.
@@ -30,7 +30,7 @@ def timed(
     test: Sequence[bench.Question],
     scored: Sequence[Scored],
     cost: calibrate.CostCurve,
-    runner: EagerRunner,
+    runner: Runner,
 ) -> tuple[decode.Limits, list[bench.Block]]:
     """Time the heads made for this model, the best transferred ones, and prompt lookup if there is time."""
     worth = _worth(scored)
@@ -88,7 +88,7 @@ def _affordable(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], qu
 
 
 def native(
-    run: Run, base: Base, blocks: Sequence[bench.Block], limits: decode.Limits, runner: EagerRunner
+    run: Run, base: Base, blocks: Sequence[bench.Block], limits: decode.Limits, runner: Runner
 ) -> list[baselines.Versus]:
     """transformers' own loop on the first questions, as far as it still fits into the budget."""
     likely_s = 2.5 * max(bench.end_to_end_s(trace) for trace in blocks[0].plain)

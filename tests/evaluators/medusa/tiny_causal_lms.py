@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from evaluators.medusa.adapters import Base
+from evaluators.medusa.device_tree import DeviceTree
 from evaluators.medusa.heads import Heads, HeadSpec
 from evaluators.medusa.tree import Tree
 
@@ -175,6 +176,26 @@ class Oracle:
             wrong = (truth + 1 + tree.paths[node - 1][-1]) % self.vocab
             proposed.append(truth if node in branch else wrong)
         return torch.tensor(proposed, dtype=torch.long)
+
+
+class TensorOracle:
+    """Knows the text. Each step one branch of the tree, by the position, carries the truth; no host is asked."""
+
+    def __init__(self, text: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.text = torch.tensor([*text, *[0] * 16], device=device)
+        self._trees: dict[Any, DeviceTree] = {}
+
+    def propose(self, h: torch.Tensor, root: int, seen: Sequence[int], tree: Tree) -> torch.Tensor:
+        at = torch.tensor([root, len(seen) - 1], device=h.device)
+        return self.draft(h, at[:1], at[1:], tree)
+
+    def draft(self, h: torch.Tensor, root: torch.Tensor, position: torch.Tensor, tree: Tree) -> torch.Tensor:
+        if tree.paths not in self._trees:
+            self._trees[tree.paths] = DeviceTree(tree, h.device)
+        known = self._trees[tree.paths]
+        truth = self.text[(position + known.depth).clamp(max=len(self.text) - 1)]
+        branch = known.visible[(position * 7) % tree.nodes][0]
+        return torch.where(branch, truth, (truth + 1 + known.index) % VOCAB)[1:]
 
 
 class Always:
