@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast bench-merge check format setup clean
+.PHONY: help demo test test-fast bench-merge bench-decoding check format setup clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,9 @@ test-fast: $(READY) ## the tests that are not slow, a few minutes
 
 bench-merge: $(READY) ## the merge engine's speed into benchmarks/RESULTS.md; MERGEKIT=path/to/mergekit-yaml compares
 	@$(BIN)/python -m benchmarks.merge $(BENCH)
+
+bench-decoding: $(READY) ## plain and Medusa decoding on a GPU into benchmarks/RESULTS.md; BENCH='--shape 1B' narrows
+	@$(BIN)/python -m benchmarks.decoding $(BENCH)
 
 check: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Cost
+from benchmarks.sections import section
 
 Key = tuple[str, str]  # (size or kind, method or what)
 ANALYSIS = "ANALYSIS.md"  # written by hand, stands at the end of the results
+DECODING = "decoding"  # the section that benchmarks.decoding writes, kept as it is
 BOTH_THREADS = (1, 2)
 FLOOR, HASHED, OURS, THEIRS = "floor", "floor+hash", "mergebot", "mergekit"  # the programs that are timed
 
@@ -63,6 +65,8 @@ class Results:
         parts = [self._head(), *self._merges(), self._starts(), self._memory()]
         if analysis.exists():
             parts.append(analysis.read_text())
+        if file.exists():
+            parts.append(section(file.read_text(), DECODING))
         file.write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
 
     # -- the sections of the page ---------------------------------------------------------------------------------

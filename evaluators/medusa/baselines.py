@@ -63,8 +63,11 @@ def plain_is_slow(found: Sequence[Versus], clock: ClockName) -> bool:
 
 
 @torch.no_grad()
-def native(base: Base, question: Question, limits: Limits) -> tuple[list[int], Clock]:
-    """transformers' own greedy `generate`: its tokens, and what it took end to end."""
+def native(base: Base, question: Question, limits: Limits, cache: str | None = None) -> tuple[list[int], Clock]:
+    """transformers' own greedy `generate`: its tokens, and what it took end to end.
+
+    With the cache "static" it compiles the model on a GPU, in the first call.
+    """
     ids = torch.tensor([list(question.ids)], device=base.device)
     stops = sorted(base.stop_ids & limits.stop_ids)
     config = GenerationConfig(
@@ -72,6 +75,7 @@ def native(base: Base, question: Question, limits: Limits) -> tuple[list[int], C
         max_new_tokens=limits.max_new_tokens,
         eos_token_id=stops or None,
         pad_token_id=stops[0] if stops else 0,
+        cache_implementation=cache,
     )
     clock = Clock()
     with timed(clock, base.device):
