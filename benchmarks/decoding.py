@@ -162,7 +162,7 @@ def _checkpoint(asked: argparse.Namespace) -> Subject:
     accuracy = json.loads((asked.heads / "training.json").read_text())["accuracy"]
     prompts = suite.in_turns(suite.builtin("test"), asked.prompts)
     questions = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in prompts]
-    return Subject(asked.model.name, base, HeadDrafter(heads.to(base.dtype)), accuracy, questions)
+    return Subject(asked.model.name, base, HeadDrafter(heads), accuracy, questions)
 
 
 def measure(subject: Subject, limits: Limits, repeats: int) -> Figures:

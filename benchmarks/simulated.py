@@ -85,9 +85,9 @@ def simulated(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int 
 
 
 def real_heads(base: Base, vocabulary: int) -> Heads:
-    """Conditioned heads over a reduced vocabulary, as many as were published, in the model's dtype: what is paid."""
+    """Conditioned heads over a reduced vocabulary, as many as were published: what is paid for a draft."""
     keep = tuple(range(min(vocabulary, base.vocab)))
-    return Heads(HeadSpec("shared", len(PUBLISHED), 1, conditioned=True, keep=keep), base).to(base.dtype).eval()
+    return Heads(HeadSpec("shared", len(PUBLISHED), 1, conditioned=True, keep=keep), base)
 
 
 class SimulatedDrafter:

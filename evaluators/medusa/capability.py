@@ -15,7 +15,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from evaluators.medusa.adapters import Base, close
 from evaluators.medusa.attention import GROUPED
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.runners import EagerRunner, Runner
 from evaluators.medusa.tree import ROOT_ONLY, Tree
 
 ROUNDED = 0.15
@@ -79,16 +79,19 @@ def _tree_disagrees(base: Base) -> str | None:
     tokens = torch.randint(0, base.vocab, (PROBE.nodes,), generator=generator).to(base.device)
     try:
         wide = None if base.window is None else _last_logits(base, ids)
-        with _narrow_window(base):
+        with narrow_window(base):
             if wide is not None and close(_last_logits(base, ids), wide):
                 return f"{name} takes no attention window from its config, so what a tree sees past it is not known."
-            return _compare(base, ids, tokens)
+            return disagreement(EagerRunner(base), ids, tokens)
     except Exception as error:  # any failure here is an answer: this model cannot verify a tree
         return f"{name} does not run with a tree mask ({type(error).__name__})."
 
 
-def _compare(base: Base, ids: Sequence[int], tokens: Tensor) -> str | None:
-    name, runner = type(base.model).__name__, EagerRunner(base)
+def disagreement(runner: Runner, ids: Sequence[int], tokens: Tensor) -> str | None:
+    """In a sentence, what reads otherwise through this runner than in plain passes: the last of `ids`, or the nodes
+    of `PROBE` [n] after them. None if nothing does."""
+    base = runner.base
+    name = type(base.model).__name__
     runner.prefill(ids[:-1])
     _, logits = runner.forward(torch.tensor(ids[-1:], device=base.device), ROOT_ONLY)
     runner.keep((0,))
@@ -103,8 +106,11 @@ def _compare(base: Base, ids: Sequence[int], tokens: Tensor) -> str | None:
 
 
 def _same(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
-    """Equal but for rounding. In 16 bit single logits stray far on text as odd as the probe's, so the root mean square
-    counts there: measured 0.02 to 0.07 of their spread, and 0.28 and more for a token that sees another path."""
+    """Rows [V] that are equal but for rounding.
+
+    In 16 bit single logits stray far on text as odd as the probe's, so the root mean square counts there: measured 0.02
+    to 0.07 of their spread, and 0.28 and more for a token that sees another path.
+    """
     if dtype == torch.float32:
         return close(left, right, 2e-3)
     return float((left - right).square().mean().sqrt()) <= ROUNDED * float(right.std())
@@ -117,7 +123,7 @@ def _last_logits(base: Base, ids: Sequence[int]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _narrow_window(base: Base) -> Iterator[None]:
+def narrow_window(base: Base) -> Iterator[None]:
     """While it lasts the attention window, if there is one, is so narrow that a few tokens pass it."""
     whole = base.window
     if whole is None:

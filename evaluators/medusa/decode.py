@@ -130,9 +130,7 @@ def stream(
     keep_hidden: bool = False,
 ) -> Iterator[list[int]]:
     """Yield the tokens of the prefill, then of each step, as they are decided; `trace` is filled on the way."""
-    if not ids or limits.max_new_tokens < 1:
-        raise ValueError("decoding needs at least one prompt token and one token to generate")
-    fused = runner.prepare(drafter, tree, rule, range(len(ids), len(ids) + limits.max_new_tokens))
+    fused = _prepared(runner, drafter, tree, ids, limits, rule)
     with timed(trace.prefill, runner.base.device):
         h, logits = runner.prefill(ids)
         require_finite(logits, 0)
@@ -147,7 +145,7 @@ def stream(
     while finish is None and not past_context(runner.base, runner.length):
         with timed(trace.decode, runner.base.device):
             room = runner.base.depth_room(runner.length)
-            if fused is not None:
+            if fused is not None:  # the tree stays whole to the last token: a shape more would cost more than it saves
                 h, block = _fused_step(fused, trees.at(room), trace)
             else:
                 room = min(limits.max_new_tokens - len(trace.tokens) - 1, room)
@@ -160,6 +158,15 @@ def stream(
             trace.hidden.append(h.clone())
         yield block
     trace.finish = finish or "context"
+
+
+def _prepared(
+    runner: Runner, drafter: Drafter | None, tree: Tree, ids: Sequence[int], limits: Limits, rule: Rule
+) -> Callable[[Tree], Step] | None:
+    """What takes whole steps on the runner's device, if it has that for this drafter and rule."""
+    if not ids or limits.max_new_tokens < 1:
+        raise ValueError("decoding needs at least one prompt token and one token to generate")
+    return runner.prepare(drafter, tree, rule, range(len(ids), len(ids) + limits.max_new_tokens))
 
 
 def _step(

@@ -28,18 +28,20 @@ class DeviceTree:
         self.elder = (self.parent[None] == self.parent[:, None]) & older & (self.index > 0)
         self.level = (self.depth[None] == self.steps[:, None]).long()
 
-    def mask_strip(self, span: int, dtype: torch.dtype, tiles: int = 1) -> Tensor:
+    def mask_strip(self, span: int, dtype: torch.dtype, tiles: int = 1, window: int | None = None) -> Tensor:
         """[n, span + n + span]: additive mask of everything before the tree, the tree itself, and what lies after it.
 
         The mask after L cached tokens is the window of `span` columns from `span - L` on. With `tiles` all rows come
-        that often, one set below the other.
+        that often, one set below the other. With `window` a node sees no token that many positions back.
         """
+        before = torch.arange(-span, 0, device=self.depth.device)  # positions, counted from the root
+        seen = torch.cat([before.new_ones((self.nodes, span), dtype=torch.bool), self.visible], dim=1)
+        if window is not None:
+            seen &= self.depth[:, None] - torch.cat([before, self.depth]) < window
         # finfo.min, not -inf: a row of -inf would give NaN in some kernels.
-        least = torch.finfo(dtype).min
-        strip = torch.full((self.nodes, 2 * span + self.nodes), least, dtype=dtype, device=self.parent.device)
-        strip[:, :span] = 0.0
-        strip[:, span : span + self.nodes].masked_fill_(self.visible, 0.0)
-        return strip.repeat(tiles, 1)
+        strip = torch.full((self.nodes, 2 * span + self.nodes), torch.finfo(dtype).min, device=seen.device)
+        strip[:, : span + self.nodes].masked_fill_(seen, 0.0)
+        return strip.to(dtype).repeat(tiles, 1)
 
     def greedy_path(self, tokens: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
         """Node tokens [n] and the base's choices after them [n] -> (path [d + 1], accepted [1]).

@@ -40,7 +40,7 @@ class Runner(Protocol):
 
     @property
     def execution(self) -> str:
-        """How passes are run: `eager`, `static` or `cuda_graph`, and why if it is not the fastest."""
+        """How passes are run: `eager`, `packed`, `static` or `cuda_graph`, and why if it is not the fastest."""
         ...
 
     def prepare(self, drafter: Drafter | None, tree: Tree, rule: Rule, lengths: range) -> Callable[[Tree], Step] | None:
@@ -81,7 +81,7 @@ class EagerRunner:
         self.base = base
         self.cache: Any = None
         self.length = 0
-        self.execution = "eager" if because is None else f"eager: {because}"
+        self.execution = base.execution if because is None else f"{base.execution}: {because}"
         self._width = 0
         self._text: list[int] = []
         self._tokens: Tensor | None = None
