@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.sections import with_section
 from benchmarks.simulated import SHAPES, Simulated, SimulatedDrafter, real_heads, shares, simulated
+from evaluators.errors import EvaluationError
 from evaluators.medusa import adapters, baselines, bench, formats, suite
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.attention import use_grouped
@@ -37,7 +38,7 @@ from evaluators.medusa.tree import expected_tokens, greedy_tree
 
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 NODES = (1, 8, 16, 32, 64)
-NO_GPU = 2  # exit status
+FAILED, NO_GPU = 1, 2  # exit status
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OTHERS = {"generate": None, "generate, static cache, compiled": "static"}
 
@@ -91,6 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "a GPU, or add --shape tiny --device cpu to see that it runs."
         )
         return NO_GPU
+    try:
+        _run(asked, console)
+    except EvaluationError as error:
+        console.print(f"{error} ({error.code})")
+        return FAILED
+    console.print(f"{asked.out}")
+    return 0
+
+
+def _run(asked: argparse.Namespace, console: Console) -> None:
     done: list[Figures] = []
     for subject in _subjects(asked):
         console.print(f"{subject.name}: {len(subject.questions)} prompts, {asked.tokens} tokens each")
@@ -102,8 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         del subject
         gc.collect()
         torch.cuda.empty_cache()
-    console.print(f"{asked.out}")
-    return 0
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,7 +168,12 @@ def _checkpoint(asked: argparse.Namespace) -> Subject:
     """A trained model with its heads; its tree grows from the accuracies that training noted."""
     base = adapters.load(asked.model, asked.device, DTYPES[asked.dtype])
     heads, _ = formats.load(asked.heads, base)
-    accuracy = json.loads((asked.heads / "training.json").read_text())["accuracy"]
+    noted = asked.heads / "training.json"
+    accuracy = json.loads(noted.read_text()).get("accuracy") if noted.is_file() else None
+    if accuracy is None:
+        raise EvaluationError(
+            "BAD_HEADS", f"{noted} with the accuracy of each head is not there.", "Train with `mergebot medusa train`."
+        )
     prompts = suite.in_turns(suite.builtin("test"), asked.prompts)
     questions = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in prompts]
     return Subject(asked.model.name, base, HeadDrafter(heads), accuracy, questions)

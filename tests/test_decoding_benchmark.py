@@ -46,6 +46,14 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path: Path, capsys: p
     assert not (tmp_path / "page.md").exists()
 
 
+def test_a_folder_without_a_model_is_a_sentence_and_an_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(tmp_path), "--heads", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "page.md")]
+    assert decoding.main(given) == decoding.FAILED
+    assert "holds no config.json" in capsys.readouterr().out.replace("\n", " ")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_text_of_a_made_model_is_known_and_no_rounding_changes_it(dtype: torch.dtype) -> None:
     model = simulated(SHAPES["tiny"], CPU, dtype)

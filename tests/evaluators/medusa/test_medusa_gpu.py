@@ -67,6 +67,7 @@ def test_one_runner_serves_prompts_of_any_length_and_grows() -> None:
         assert medusa(runner, drafter, SPARSE, prompt, Limits(25)).tokens == want.tokens
 
 
+@torch.inference_mode()
 def test_nothing_waits_for_the_device_inside_a_step() -> None:
     base = on_gpu("gqa")
     runner = StaticRunner(base, CudaGraphs())
