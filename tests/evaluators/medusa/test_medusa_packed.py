@@ -111,17 +111,17 @@ def test_a_model_that_would_fill_the_memory_twice_is_not_packed() -> None:
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
-        ({"dtype": "bfloat16"}, {torch.bfloat16, torch.float32}),
-        ({"torch_dtype": "bfloat16"}, {torch.bfloat16, torch.float32}),
-        ({"dtype": "float16"}, {torch.float32}),
-        ({"dtype": "float32"}, {torch.float32}),
-        ({}, {torch.float32}),
-        ([], {torch.float32}),
+        ({"dtype": "bfloat16"}, (torch.float32, torch.bfloat16)),
+        ({"torch_dtype": "bfloat16"}, (torch.float32, torch.bfloat16)),
+        ({"dtype": "float16"}, (torch.float32,)),
+        ({"dtype": "float32"}, (torch.float32,)),
+        ({}, (torch.float32,)),
+        ([], (torch.float32,)),
     ],
     ids=str,
 )
 def test_a_cpu_runs_bfloat16_only_where_it_multiplies_it(
-    config: object, wanted: set[torch.dtype], tmp_path: Path
+    config: object, wanted: tuple[torch.dtype, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     chosen = adapters.fastest_dtype(tmp_path)
