@@ -1,8 +1,8 @@
 """Why a checkpoint could not be measured: one stable code, one sentence, one next step.
 
 The codes are those of the bot (`UNKNOWN_TASK`, `DATASET_UNAVAILABLE`, `EVALUATION_FAILED`, `MODEL_UNLOADABLE`,
-`SPEED_CHECK_FAILED`, `SPEED_UNSUPPORTED`, `BAD_HEADS`, `HEADS_UNSUPPORTED`, `TIME_LIMIT`, `MEMORY_LIMIT`), written
-again here because the evaluators import nothing of it.
+`NOT_COMPARABLE`, `MODEL_NONSENSE`, `SPEED_CHECK_FAILED`, `SPEED_UNSUPPORTED`, `BAD_HEADS`, `HEADS_UNSUPPORTED`,
+`TIME_LIMIT`, `MEMORY_LIMIT`, `NOT_BETTER`), written again here because the evaluators import nothing of it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,225 @@
+"""A merge beside its parents, question by question, from stored evaluations. Deterministic: equal facts, equal words.
+
+Only equal questions asked in an equal way are compared: suite, environment and every question's identity must agree.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from evaluators import harness, paired, samples
+from evaluators.errors import EvaluationError
+from evaluators.paired import Interval, Values
+from evaluators.samples import Answers, Unpaired
+from evaluators.scores import ModelEvaluation, Score
+from evaluators.verdict import ALPHA, Comparison, Difference, LeftOut, Overall, Pattern, Scored, TaskVerdict
+
+MERGE = ""
+MCNEMAR, SIGN_FLIP = "McNemar, mid-p", "paired permutation"
+
+
+def compare(merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, cache: Path) -> Comparison:
+    """Judge `merge` against each parent on every task and over all of them.
+
+    Differences of tasks are corrected together (Holm over tasks and parents), the overall ones over parents. A task
+    whose score is no mean over its questions is left out with the reason. Raises EvaluationError NOT_COMPARABLE where
+    suite, environment or questions differ, or answers were not kept.
+    """
+    for name, parent in parents.items():
+        _require_equal_terms(merge, name, parent)
+    models = {MERGE: merge, **parents}
+    folders = {name: harness.folder_of(evaluation, cache) for name, evaluation in models.items()}
+    tasks, left_out = [], []
+    for score in merge.scores:
+        try:
+            answers = {name: samples.read(folders[name], _same(score, models[name], name)) for name in models}
+        except Unpaired as reason:
+            left_out.append(LeftOut(score.task, str(reason)))
+            continue
+        tasks.append(_Task(score, {name: _in_order(answers, name, score.task) for name in answers}))
+    judged = corrected([_judged(task, len(tasks) * len(parents)) for task in tasks])
+    keys = {name: evaluation.key for name, evaluation in models.items()}
+    return Comparison(
+        merge.suite, merge.suite_digest, keys, tuple(judged), overall(tasks, judged, tuple(parents)), tuple(left_out)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A task's primary score and every model's answers to the same questions, in the same order."""
+
+    score: Score
+    answers: Mapping[str, Answers]
+
+    @property
+    def binary(self) -> bool:
+        return all(each.binary for each in self.answers.values())
+
+    def difference(self, parent: str) -> Values:
+        """[n], more is better."""
+        found: Values = self.answers[MERGE].values - self.answers[parent].values
+        return found if self.score.higher_is_better else -found
+
+    def stderr(self, parent: str) -> float:
+        """Of the mean difference; with the two questions that `difference_interval` adds, where answers are binary."""
+        found = self.difference(parent)
+        if self.binary:
+            return math.sqrt((np.count_nonzero(found) + 2) / (len(found) + 2) ** 2)
+        return float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else math.inf
+
+
+# -- equal terms -------------------------------------------------------------------------------------------------
+
+
+def _require_equal_terms(merge: ModelEvaluation, name: str, parent: ModelEvaluation) -> None:
+    if merge.suite_digest != parent.suite_digest:
+        raise _not_comparable(name, f"it was measured with suite `{parent.suite}`, which asks something else")
+    ours, theirs = asdict(merge.environment), asdict(parent.environment)
+    for field, value in ours.items():
+        if theirs[field] != value:
+            raise _not_comparable(name, f"its {field} is {theirs[field]}, the merge's is {value}")
+
+
+def _same(score: Score, evaluation: ModelEvaluation, name: str) -> Score:
+    for found in evaluation.scores:
+        if (found.task, found.metric, found.filter) == (score.task, score.metric, score.filter):
+            if found.task_version != score.task_version:
+                raise _not_comparable(name, f"task `{score.task}` was of version {found.task_version} there")
+            return found
+    raise _not_comparable(name, f"it has no score of task `{score.task}`")
+
+
+def _in_order(answers: Mapping[str, Answers], name: str, task: str) -> Answers:
+    """`name`'s answers in the order of the merge's questions."""
+    wanted, found = answers[MERGE].questions, answers[name]
+    if found.questions == wanted:
+        return found
+    places = {question: at for at, question in enumerate(found.questions)}
+    if len(places) != len(wanted) or any(question not in places for question in wanted):
+        raise _not_comparable(name, f"it was asked other questions of task `{task}`")
+    order = [places[question] for question in wanted]
+    return replace(
+        found, questions=wanted, values=found.values[order], choices=tuple(found.choices[at] for at in order)
+    )
+
+
+def _not_comparable(name: str, reason: str) -> EvaluationError:
+    return EvaluationError(
+        "NOT_COMPARABLE",
+        f"The merge cannot be compared with {name or 'its parents'}: {reason}.",
+        "Measure all of them with the same suite, settings and versions.",
+    )
+
+
+# -- one task ----------------------------------------------------------------------------------------------------
+
+
+def _judged(task: _Task, comparisons: int) -> TaskVerdict:
+    parents = [name for name in task.answers if name != MERGE]
+    return TaskVerdict(
+        task=task.score.task,
+        metric=task.score.metric,
+        samples=len(task.answers[MERGE].values),
+        chance=task.answers[MERGE].chance,
+        merge=_scored(MERGE, task),
+        parents=tuple(_scored(name, task) for name in parents),
+        differences=tuple(_difference(task, name, comparisons) for name in parents),
+        patterns=patterns({name: task.answers[name].values for name in parents}, task.answers[MERGE].values)
+        if task.binary
+        else (),
+        same_choice={
+            name: sum(map(str.__eq__, task.answers[name].choices, task.answers[MERGE].choices)) for name in parents
+        },
+    )
+
+
+def _scored(name: str, task: _Task) -> Scored:
+    values = task.answers[name].values
+    if task.answers[name].binary:
+        interval = paired.proportion_interval(int(values.sum()), len(values))
+    else:
+        interval = paired.mean_interval(values)
+    return Scored(name, float(values.mean()), interval)
+
+
+def _difference(task: _Task, parent: str, comparisons: int) -> Difference:
+    """`comparisons`: how many differences the correction will be for; what could be seen depends on it."""
+    found, level = task.difference(parent), ALPHA / max(1, comparisons)
+    if task.binary:
+        won, lost = int((found > 0).sum()), int((found < 0).sum())
+        chance = paired.mcnemar(won, lost)
+        detectable = paired.detectable_share((won + lost + 2) / (len(found) + 2), len(found), level)
+        interval = paired.difference_interval(won, lost, len(found))
+        return Difference(parent, float(found.mean()), interval, chance, chance, detectable, MCNEMAR, won, lost)
+    chance = paired.sign_flip([found])
+    detectable = paired.detectable_mean(task.stderr(parent), level)
+    return Difference(parent, float(found.mean()), paired.mean_interval(found), chance, chance, detectable, SIGN_FLIP)
+
+
+def corrected(tasks: Sequence[TaskVerdict]) -> list[TaskVerdict]:
+    """The same verdicts with their p values corrected for all differences of all tasks."""
+    adjusted = iter(paired.holm([each.p for task in tasks for each in task.differences]))
+    return [
+        replace(task, differences=tuple(replace(each, adjusted_p=next(adjusted)) for each in task.differences))
+        for task in tasks
+    ]
+
+
+def patterns(parents: Mapping[str, Values], merge: Values) -> tuple[Pattern, ...]:
+    """Every set of parents that can be right together, the most first, with how often it was and the merge too."""
+    found = []
+    names = tuple(parents)
+    for size in range(len(names), -1, -1):
+        for right in itertools.combinations(names, size):
+            here = np.ones(len(merge), dtype=bool)
+            for name in names:
+                here &= (parents[name] == 1) == (name in right)
+            found.append(Pattern(right, int(here.sum()), int((here & (merge == 1)).sum())))
+    return tuple(found)
+
+
+# -- all tasks ---------------------------------------------------------------------------------------------------
+
+
+def overall(tasks: Sequence[_Task], judged: Sequence[TaskVerdict], parents: tuple[str, ...]) -> Overall | None:
+    """The mean over the tasks that are shares, where more is better; None without any."""
+    chosen = [(task, verdict) for task, verdict in zip(tasks, judged, strict=True) if _is_share(task)]
+    if not chosen:
+        return None
+    differences = []
+    for place, parent in enumerate(parents):
+        found = [verdict.differences[place] for _, verdict in chosen]
+        strata = [task.difference(parent) for task, _ in chosen]
+        stderr = math.sqrt(sum(task.stderr(parent) ** 2 for task, _ in chosen)) / len(chosen)
+        value, interval = _average([(each.value, each.interval) for each in found])
+        chance = found[0].p if len(found) == 1 else paired.sign_flip(strata)
+        detectable = found[0].detectable if len(found) == 1 else paired.detectable_mean(stderr, ALPHA / len(parents))
+        test = found[0].test if len(found) == 1 else SIGN_FLIP
+        differences.append(Difference(parent, value, interval, chance, chance, min(1.0, detectable), test))
+    adjusted = paired.holm([each.p for each in differences])
+    models = zip(*([verdict.merge, *verdict.parents] for _, verdict in chosen), strict=True)
+    merge, *others = [
+        Scored(scores[0].model, *_average([(each.value, each.interval) for each in scores])) for scores in models
+    ]
+    return Overall(
+        tuple(verdict.task for _, verdict in chosen),
+        merge,
+        tuple(others),
+        tuple(replace(each, adjusted_p=chance) for each, chance in zip(differences, adjusted, strict=True)),
+    )
+
+
+def _average(found: Sequence[tuple[float, Interval]]) -> tuple[float, Interval]:
+    values, intervals = [value for value, _ in found], [interval for _, interval in found]
+    return sum(values) / len(values), paired.average_interval(values, intervals)
+
+
+def _is_share(task: _Task) -> bool:
+    values = [answers.values for answers in task.answers.values()]
+    return task.score.higher_is_better and all(((each >= 0) & (each <= 1)).all() for each in values)

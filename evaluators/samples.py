@@ -1,0 +1,123 @@
+"""What a stored evaluation kept of every question: lm-eval's sample files as arrays that can be paired.
+
+results/<key>/samples/<task>.jsonl   doc_id, doc_hash, target_hash, filter, filtered_resps, <metric>: 0.0 or 1.0
+results/<key>/lm_eval.json           group_subtasks: which files a group's score was made of
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluators.errors import EvaluationError
+from evaluators.paired import Values
+from evaluators.scores import Score
+
+_CHOSEN = frozenset({"acc", "acc_norm"})  # metrics of which a blind guess among the choices has a known mean
+
+
+class Unpaired(Exception):
+    """Why a task's score cannot be compared question by question; the message is half a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One model's answers to one task, in the order of its questions (n of them).
+
+    `questions` names each by task, number and digest of its text and solution; `values` [n] are the metric's;
+    `choices` is which answer was picked, or the text that was cut out of the model's; `chance` is what blind guessing
+    scores, where that is known.
+    """
+
+    questions: tuple[str, ...]
+    values: Values
+    choices: tuple[str, ...]
+    chance: float | None
+
+    @property
+    def binary(self) -> bool:
+        """Whether every question was either right or wrong."""
+        return bool(np.isin(self.values, (0.0, 1.0)).all())
+
+
+def read(folder: Path, score: Score) -> Answers:
+    """The answers that `score` was made of, from the results folder of its evaluation.
+
+    Raises Unpaired when the score is not the mean of its questions' values, EvaluationError NOT_COMPARABLE when the
+    answers are gone.
+    """
+    files = _files(folder, score.task)
+    if not files:
+        raise EvaluationError(
+            "NOT_COMPARABLE",
+            f"The answers to task `{score.task}` were not kept.",
+            "Remove the stored evaluation and measure again.",
+        )
+    rows = [row for task, path in files for row in _rows(task, path, score)]
+    values = np.array([row.value for row in rows])
+    if not rows or not math.isclose(values.mean(), score.value, abs_tol=1e-6):
+        raise Unpaired("its score is not the mean of its questions' values")
+    guesses = [row.guess for row in rows]
+    known = score.metric in _CHOSEN and bool(np.isin(values, (0.0, 1.0)).all()) and None not in guesses
+    chance = sum(guess for guess in guesses if guess is not None) / len(rows) if known else None
+    return Answers(tuple(row.question for row in rows), values, tuple(row.choice for row in rows), chance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    question: str
+    value: float
+    choice: str
+    guess: float | None
+
+
+def _files(folder: Path, task: str) -> list[tuple[str, Path]]:
+    """The sample files of a task, or of all tasks within a group, by name."""
+    subtasks: dict[str, list[str]] = {}
+    if (folder / "lm_eval.json").is_file():
+        subtasks = json.loads((folder / "lm_eval.json").read_text(encoding="utf-8")).get("group_subtasks") or {}
+    leaves, waiting, seen = set(), [task], set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            leaves |= set() if subtasks.get(name) else {name}
+            waiting += subtasks.get(name) or []
+    found = [(name, folder / "samples" / f"{name}.jsonl") for name in sorted(leaves)]
+    return found if all(path.is_file() for _, path in found) else []
+
+
+def _rows(task: str, path: Path, score: Score) -> Iterator[_Row]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            sample = json.loads(line)
+            if sample.get("filter", "none") != score.filter:
+                continue
+            value = sample.get(score.metric)
+            if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+                raise Unpaired("its metric gives no number for each question")
+            identity = [task, sample["doc_id"], sample.get("doc_hash"), sample.get("target_hash")]
+            choice, guess = _choice(sample, score.metric)
+            yield _Row(json.dumps(identity), float(value), choice, guess)
+
+
+def _choice(sample: Mapping[str, Any], metric: str) -> tuple[str, float | None]:
+    """Which answer was picked, and how likely a blind guess is right; as lm-eval scores multiple choice."""
+    answers = sample.get("filtered_resps", [])
+    if len(answers) > 1 and all(isinstance(each, list) and len(each) == 2 for each in answers):
+        likelihoods = np.array([float(each[0]) for each in answers])
+        if metric == "acc_norm":
+            likelihoods = likelihoods / np.array([_length(each) for each in sample["arguments"][: len(answers)]])
+        return str(int(np.argmax(likelihoods))), 1 / len(answers)
+    return json.dumps(answers, sort_keys=True), None
+
+
+def _length(arguments: list[str]) -> float:
+    """Characters of a choice, without the space that separates it from the question."""
+    return float(max(1, len(arguments[1].removeprefix(" "))))

@@ -1,0 +1,237 @@
+"""A merge beside its parents: what is said of it, what is not, and when nothing may be compared."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluators import comparison, harness, samples
+from evaluators.errors import EvaluationError
+from evaluators.scores import ModelEvaluation
+from evaluators.verdict import Comparison, Difference, Outcome, inheritance, words
+from tests.evaluators import stored, tiny_harness
+
+Make = Callable[..., ModelEvaluation]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    number = count()
+
+    def evaluation(**options: Any) -> ModelEvaluation:
+        tasks = {name: options.pop(name) for name in ("left", "right", "third") if name in options}
+        return stored.evaluation(tmp_path, f"{next(number):064x}", tasks, **options)
+
+    return evaluation
+
+
+def first(right: int, of: int) -> list[float]:
+    return [1.0] * right + [0.0] * (of - right)
+
+
+def last(right: int, of: int) -> list[float]:
+    return first(right, of)[::-1]
+
+
+def test_a_merge_of_two_skills_is_better_than_each_parent_where_that_one_is_weak(make: Make, tmp_path: Path) -> None:
+    merge = make(left=first(95, 100), right=first(90, 100))
+    crests, smiths = make(left=first(97, 100), right=first(12, 100)), make(left=first(10, 100), right=first(92, 100))
+    found = comparison.compare(merge, {"org/crests@abc": crests, "org/smiths@def": smiths}, cache=tmp_path)
+    left, right = found.tasks
+    assert [each.outcome for each in left.differences] == [Outcome.NOT_SHOWN, Outcome.BETTER]
+    assert words(left.differences).startswith("better than org/smiths, no difference to org/crests shown (")
+    assert [each.outcome for each in right.differences] == [Outcome.BETTER, Outcome.NOT_SHOWN]
+    assert found.overall is not None and words(found.overall.differences) == "better than both"
+    assert found.overall.merge.value == pytest.approx(0.925)
+    assert (left.merge.value, left.chance, left.samples) == (0.95, 1 / stored.CHOICES, 100)
+    assert (left.differences[1].won, left.differences[1].lost) == (85, 0)
+
+
+def test_nothing_is_said_that_the_questions_cannot_show(make: Make, tmp_path: Path) -> None:
+    merge, parents = make(left=first(6, 8)), {name: make(left=last(5, 8)) for name in ("org/a", "org/b")}
+    [task] = comparison.compare(merge, parents, cache=tmp_path).tasks
+    assert words(task.differences) == (
+        f"no difference shown (a difference under {100 * task.differences[0].detectable:.1f} points "
+        "could not have been seen)"
+    )
+    assert task.differences[0].detectable > 0.5
+
+
+def test_the_more_is_compared_the_more_it_takes(make: Make, tmp_path: Path) -> None:
+    def judged(tasks: int) -> Difference:
+        names = ("left", "right", "third")[:tasks]
+        merge = make(**{name: first(60, 100) if name == "left" else first(50, 100) for name in names})
+        parent = make(**{name: first(54, 100) if name == "left" else first(50, 100) for name in names})
+        return comparison.compare(merge, {"p": parent}, cache=tmp_path).tasks[0].differences[0]
+
+    alone, among_three = judged(1), judged(3)
+    assert alone.p == among_three.p == pytest.approx(2**-6)
+    assert (alone.outcome, among_three.outcome) == (Outcome.BETTER, Outcome.BETTER)
+    assert among_three.adjusted_p == pytest.approx(3 * alone.p)
+    assert among_three.detectable > alone.detectable
+
+
+def test_whose_answers_a_merge_gives_is_counted(make: Make, tmp_path: Path) -> None:
+    first_parent, second_parent = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+    merge = make(left=[1.0, 0.0, 1.0, 0.0, 1.0, 0.0], wrong_choice=2)
+    parents = {"org/a@1": make(left=first_parent, wrong_choice=2), "org/b@2": make(left=second_parent)}
+    [task] = comparison.compare(merge, parents, cache=tmp_path).tasks
+    assert inheritance(task.patterns) == (
+        "both parents right: 1 of 2 right",
+        "only org/a right: 1 of 1 right",
+        "only org/b right: 0 of 1 right",
+        "no parent right: 1 of 2 right",
+    )
+    # org/a picks the merge's wrong choice too where both are wrong (question 5), org/b another one
+    assert dict(task.same_choice) == {"org/a@1": 4, "org/b@2": 1}
+
+
+answers = st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=30)
+
+
+@settings(max_examples=20, deadline=None)
+@given(answers, st.randoms(use_true_random=False))
+def test_the_order_of_questions_does_not_matter_and_sides_mirror(values: list[float], order: Any) -> None:
+    other = [1 - value if at % 3 == 0 else value for at, value in enumerate(values)]
+    shuffled = list(range(len(values)))
+    order.shuffle(shuffled)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder)
+        one, two = (stored.evaluation(cache, key, {"left": each}) for key, each in (("a", values), ("b", other)))
+        again = stored.evaluation(cache, "c", {"left": other}, order=shuffled)
+        [task], [same], [mirrored] = (
+            comparison.compare(merge, {"p": parent}, cache=cache).tasks
+            for merge, parent in ((one, two), (one, again), (two, one))
+        )
+    assert task == same
+    [difference], [mirror] = task.differences, mirrored.differences
+    assert (mirror.won, mirror.lost, mirror.p) == (difference.lost, difference.won, difference.p)
+    assert mirror.interval == pytest.approx((-difference.interval[1], -difference.interval[0]))
+
+
+def test_graded_answers_are_judged_by_flipped_signs_and_less_can_be_better(make: Make, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    base = rng.gamma(2.0, 1.0, 60)
+    merge = make(left=base.tolist(), metric="loss", higher_is_better=False)
+    parent = make(left=(base + rng.normal(0.4, 0.3, 60)).tolist(), metric="loss", higher_is_better=False)
+    found = comparison.compare(merge, {"p": parent}, cache=tmp_path)
+    [difference] = found.tasks[0].differences
+    assert difference.test == comparison.SIGN_FLIP and difference.outcome is Outcome.BETTER
+    assert difference.value > 0 and difference.interval[0] > 0
+    assert found.overall is None  # a loss is no share, so it has no place in an average of shares
+
+
+def test_a_comparison_survives_its_own_json(make: Make, tmp_path: Path) -> None:
+    merge, parent = make(left=first(5, 9), right=[0.5, 0.25, 1.0]), make(left=last(5, 9), right=[0.25, 0.5, 0.0])
+    found = comparison.compare(merge, {"org/a@1": parent}, cache=tmp_path)
+    assert Comparison.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    assert comparison.compare(merge, {"org/a@1": parent}, cache=tmp_path) == found
+
+
+def shuffled_ids(evaluation: ModelEvaluation, cache: Path) -> ModelEvaluation:
+    path = harness.folder_of(evaluation, cache) / "samples" / "left.jsonl"
+    path.write_text(path.read_text().replace('"doc_id": 3', '"doc_id": 33'))
+    return evaluation
+
+
+def without_answers(evaluation: ModelEvaluation, cache: Path) -> ModelEvaluation:
+    (harness.folder_of(evaluation, cache) / "samples" / "left.jsonl").unlink()
+    return evaluation
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda found, cache: replace(found, suite_digest="e" * 64), "measured with suite `animals`, which asks"),
+        (lambda found, cache: replace(found, environment=replace(found.environment, dtype="bfloat16")),
+         "its dtype is bfloat16, the merge's is float32"),
+        (lambda found, cache: replace(found, environment=replace(found.environment, chat_template=True)),
+         "its chat_template is True, the merge's is False"),
+        (lambda found, cache: replace(found, scores=(replace(found.scores[0], task_version="2.0"),)), "version 2.0"),
+        (lambda found, cache: replace(found, scores=()), "it has no score of task `left`"),
+        (shuffled_ids, "it was asked other questions of task `left`"),
+        (without_answers, "The answers to task `left` were not kept"),
+    ],
+)  # fmt: skip
+def test_only_the_same_questions_asked_in_the_same_way_are_compared(
+    spoil: Callable[[ModelEvaluation, Path], ModelEvaluation], reason: str, make: Make, tmp_path: Path
+) -> None:
+    merge, parent = make(left=first(5, 9)), spoil(make(left=first(4, 9)), tmp_path)
+    with pytest.raises(EvaluationError) as caught:
+        comparison.compare(merge, {"org/a": parent}, cache=tmp_path)
+    assert caught.value.code == "NOT_COMPARABLE"
+    assert reason in caught.value.message and caught.value.next_step
+
+
+def test_a_score_that_is_no_mean_over_questions_is_left_out_with_the_reason(make: Make, tmp_path: Path) -> None:
+    merge, parent = make(left=first(5, 9), right=first(2, 4)), make(left=first(4, 9), right=first(1, 4))
+    corpus = replace(merge, scores=(merge.scores[0], replace(merge.scores[1], value=0.77)))
+    found = comparison.compare(corpus, {"org/a": parent}, cache=tmp_path)
+    assert [task.task for task in found.tasks] == ["left"]
+    assert [(each.task, each.because) for each in found.left_out] == [
+        ("right", "its score is not the mean of its questions' values")
+    ]
+
+
+def test_a_group_is_judged_on_the_questions_of_all_its_tasks(tmp_path: Path) -> None:
+    made = []
+    answers = {"a": {"left": first(5, 9), "right": first(1, 4)}, "b": {"left": first(2, 9), "right": first(0, 4)}}
+    for key, values in answers.items():
+        parts = stored.evaluation(tmp_path, key, values)
+        subtasks = {"animals": ["inner", "right"], "inner": ["left"]}
+        (harness.folder_of(parts, tmp_path) / "lm_eval.json").write_text(json.dumps({"group_subtasks": subtasks}))
+        mean = sum(sum(each) for each in values.values()) / 13
+        made.append(replace(parts, scores=(replace(parts.scores[0], task="animals", value=mean, samples=13),)))
+    [task] = comparison.compare(made[0], {"p": made[1]}, cache=tmp_path).tasks
+    assert (task.samples, task.differences[0].won, task.differences[0].lost) == (13, 4, 0)
+
+
+def drawn(rng: np.random.Generator, skill: Sequence[float]) -> list[float]:
+    return [float(each) for each in rng.random(len(skill)) < np.array(skill)]
+
+
+def test_equal_models_are_called_different_in_at_most_one_of_twenty_comparisons(tmp_path: Path) -> None:
+    """Three equally able models, two tasks: any word but `no difference shown` about a task is a false alarm."""
+    rng = np.random.default_rng(6)
+    alarms = []
+    for number in range(150):
+        skills = {"left": rng.uniform(0.3, 0.9, 40), "right": rng.uniform(0.1, 0.6, 40)}
+        made = [
+            stored.evaluation(
+                tmp_path, f"{number}-{model}", {task: drawn(rng, skill) for task, skill in skills.items()}
+            )
+            for model in range(3)
+        ]
+        found = comparison.compare(made[0], {"a": made[1], "b": made[2]}, cache=tmp_path)
+        alarms.append(any(each.outcome is not Outcome.NOT_SHOWN for task in found.tasks for each in task.differences))
+    assert np.mean(alarms) <= 0.08  # 5 % and three standard errors of 150 comparisons, less what Holm is short of it
+
+
+@pytest.mark.slow
+def test_real_answers_of_the_harness_are_read_as_lm_eval_scored_them(tmp_path: Path) -> None:
+    suite = tiny_harness.suite(tmp_path / "task")
+    suite = replace(suite, tasks=(replace(suite.tasks[0], metric="acc_norm"),))
+    found = {}
+    for seed, name in enumerate(("merge", "parent")):
+        model = tiny_harness.model(tmp_path / "models" / name, seed=seed)
+        settings = {"cache": tmp_path / "cache", "scratch": tmp_path / name, "timeout_s": 240.0}
+        found[name] = harness.evaluate(model, suite, environment={"OMP_NUM_THREADS": "1"}, **settings)  # type: ignore[arg-type]
+    folder = harness.folder_of(found["merge"], tmp_path / "cache")
+    answers = samples.read(folder, found["merge"].scores[0])
+    logged = [json.loads(line) for line in (folder / "samples" / "which_animal.jsonl").read_text().splitlines()]
+    right = [float(choice == str(sample["target"])) for choice, sample in zip(answers.choices, logged, strict=True)]
+    assert right == answers.values.tolist()
+    [task] = comparison.compare(found["merge"], {"p": found["parent"]}, cache=tmp_path / "cache").tasks
+    assert task.merge.value == found["merge"].scores[0].value
+    assert task.differences[0].value == pytest.approx(found["merge"].scores[0].value - found["parent"].scores[0].value)
+    assert task.chance == pytest.approx(1 / 5)
