@@ -1,0 +1,296 @@
+"""What is looked at before hours of tasks: is this checkpoint alive, and does it speak?
+
+A minute on a small model: one plain text is predicted, a few beginnings are continued greedily, a few texts go through
+the tokenizer and back. A merge that talks nonsense is refused by `require_sound`; where its parents were examined too,
+they are the measure, for a small model may repeat itself and a tokenizer may lose spaces by design.
+
+`texts/held.txt` was written for this purpose and is part of no dataset: prose, dialogue, instructions, minutes, code
+and four more languages, about 600 words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluators.errors import EvaluationError
+
+VERSION = 1
+HELD_TEXT = Path(__file__).parent / "texts" / "held.txt"
+PROMPTS = (
+    "The train was late again, so Anna",
+    "To bake a simple bread you need",
+    "Question: Which animal gives milk, and what can be made of it?\nAnswer:",
+    "Once the two of them had reached the top of the hill,",
+)
+ROUND_TRIPS = (
+    "Two plain sentences. With a question?",
+    "  spaces at both ends, a tab\there\nand a new line ",
+    "Größe, œuvre, mañana, Łódź, İstanbul",
+    "数学 математика गणित الرياضيات",
+    "1,234.50 € ≈ ½ × 2469 🙂👍🏽",
+    "def f(x):\n    return {'a': [x ** 2, -1]}\n",
+)
+NEW_TOKENS = 32
+WINDOW = 512
+ADDED_TOKENS = 16
+
+# A merge needs no more than twice the bits of its worst parent: 3 nats a token would be 6, a perplexity of 20 be 400.
+MORE_BITS = 2.0
+# Share of 4-grams that differ: 32 tokens that circle through five have 0.17.
+LOOPING, LOOPING_ALONE = 0.2, 0.1
+FEWER = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """What was found. A NaN or an infinite logit leaves `bits_per_byte` and `perplexity` (a token) None.
+
+    `missing_rows` are ids that the tokenizer gives and the model has no embedding for; with any, nothing is run.
+    `distinct` is the mean share of different 4-grams in the continuations, `broken` counts those that are empty, one
+    character over and over, or hold control or replacement characters. `survived` of `texts` and added tokens came
+    back from the tokenizer unchanged.
+    """
+
+    finite: bool
+    bits_per_byte: float | None
+    perplexity: float | None
+    vocabulary: int
+    missing_rows: int
+    continuations: int
+    distinct: float | None
+    broken: int
+    texts: int
+    survived: int
+    tokens_per_s: float | None
+    device: str
+    dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Vitals:
+        """The inverse of `as_dict`; raises TypeError for anything else."""
+        return cls(**values)
+
+
+# -- looking -----------------------------------------------------------------------------------------------------
+
+
+def of_folder(
+    model: Path, *, cache: Path, device: str = "cpu", dtype: str = "auto", model_identity: str | None = None
+) -> Vitals:
+    """Load the checkpoint in folder `model` and examine it, or return what is stored for the same question.
+
+    Reads a stranger's weights: to be called in a process that holds no secret and may be killed. Raises
+    EvaluationError MODEL_UNLOADABLE.
+    """
+    from evaluators import harness, harness_model
+
+    identity = model_identity or harness.content_digest(model)
+    asked = json.dumps([VERSION, hashlib.sha256(HELD_TEXT.read_bytes()).hexdigest(), identity, device, dtype])
+    file = cache / "vitals" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+    try:
+        return Vitals.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        found = examine(*harness_model.load(model, device, dtype))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{time.monotonic_ns()}.partial")
+    partial.write_text(json.dumps(found.as_dict()), encoding="utf-8")
+    partial.rename(file)
+    return found
+
+
+def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: float = 120.0) -> Vitals:
+    """Examine a loaded causal language model (eval mode) and its tokenizer.
+
+    `text` replaces the held text. Continuations that `budget_s` leaves no time for are not begun; the first one is.
+    """
+    import torch
+
+    started = time.monotonic()
+    text = HELD_TEXT.read_text(encoding="utf-8") if text is None else text
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids, prompts = _encoded(tokenizer, text), [_encoded(tokenizer, prompt) for prompt in PROMPTS]
+    missing_rows = len({each for found in (ids, *prompts) for each in found if not 0 <= each < rows})
+    texts, survived = _round_trips(tokenizer)
+    finite, nats, scored, outputs, seconds = True, 0.0, 0, list[list[int]](), 0.0
+    if not missing_rows:
+        with torch.inference_mode():
+            finite, nats, scored = _loss(model, ids)
+            for prompt in prompts if finite else ():
+                if prompt and (not outputs or time.monotonic() - started < budget_s):
+                    began = time.monotonic()
+                    outputs.append(_continued(model, prompt))
+                    seconds += time.monotonic() - began
+    written = sum(len(output) for output in outputs)
+    measured = finite and scored > 0
+    return Vitals(
+        finite=finite,
+        bits_per_byte=nats / math.log(2) / len(text.encode()) if measured else None,
+        perplexity=math.exp(min(nats / scored, 700.0)) if measured else None,
+        vocabulary=int(rows),
+        missing_rows=missing_rows,
+        continuations=len(outputs),
+        distinct=_distinct(outputs),
+        broken=sum(is_broken(tokenizer.decode(output, skip_special_tokens=True)) for output in outputs),
+        texts=texts,
+        survived=survived,
+        tokens_per_s=written / seconds if seconds > 0 and written else None,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    return [int(each) for each in tokenizer(text, verbose=False)["input_ids"]]
+
+
+def _loss(model: Any, ids: list[int]) -> tuple[bool, float, int]:
+    """Whether every logit is a number, the sum of -log p of the tokens in nats, and how many tokens that is.
+
+    Windows overlap by one token, so that each token but the first is predicted once.
+    """
+    import torch
+
+    window = min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    nats, scored = 0.0, 0
+    for start in range(0, len(ids) - 1, window - 1):
+        some = torch.tensor([ids[start : start + window]], device=model.device)
+        logits = model(input_ids=some, use_cache=False).logits[0, :-1].float()
+        # A masked entry of the vocabulary is minus infinity by design.
+        if bool((logits.isnan() | (logits == math.inf)).any()):
+            return False, 0.0, 0
+        nats += float(torch.nn.functional.cross_entropy(logits, some[0, 1:], reduction="sum"))
+        scored += some.shape[1] - 1
+    return math.isfinite(nats), nats, scored
+
+
+def _continued(model: Any, prompt: list[int]) -> list[int]:
+    """The greedy continuation of at most NEW_TOKENS tokens, without the one that ends it."""
+    import torch
+
+    ends = model.config.get_text_config().eos_token_id
+    stops = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    output: list[int] = []
+    fed, cache = prompt, None
+    while len(output) < NEW_TOKENS:
+        found = model(input_ids=torch.tensor([fed], device=model.device), past_key_values=cache, use_cache=True)
+        following = int(found.logits[0, -1].argmax())
+        if following in stops:
+            break
+        output.append(following)
+        cache = getattr(found, "past_key_values", None)
+        fed = [following] if cache is not None else prompt + output
+    return output
+
+
+def _distinct(outputs: Sequence[Sequence[int]]) -> float | None:
+    from evaluators.medusa.data import distinct_4grams
+
+    return sum(map(distinct_4grams, outputs)) / len(outputs) if outputs else None
+
+
+def is_broken(text: str) -> bool:
+    """Empty, one character over and over, or with control or replacement characters.
+
+    A replacement character at the end is a character that was cut off and says nothing.
+    """
+    shown = text.rstrip("\ufffd").strip()
+    if not shown or "\ufffd" in shown:
+        return True
+    if any(unicodedata.category(each) == "Cc" and each not in "\n\t\r" for each in shown):
+        return True
+    longest = max(len(run.group()) for run in re.finditer(r"(.)\1*", shown, re.DOTALL))
+    return longest >= 16 and 2 * longest >= len(shown)
+
+
+def _round_trips(tokenizer: Any) -> tuple[int, int]:
+    """How many texts and added tokens went through the tokenizer, and how many came back as they were."""
+    survived = 0
+    for text in ROUND_TRIPS:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        survived += tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])[:ADDED_TOKENS]
+    for token, number in added:
+        ids = tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]
+        survived += list(ids) == [number] and tokenizer.decode(ids).strip() == token.strip()
+    return len(ROUND_TRIPS) + len(added), survived
+
+
+# -- judging -----------------------------------------------------------------------------------------------------
+
+
+def require_sound(merge: Vitals, parents: Sequence[Vitals] = ()) -> None:
+    """Refuse a merge that is dead or talks nonsense, measured by its parents where they are known.
+
+    Raises EvaluationError NOT_FINITE (a logit is NaN or infinite), MODEL_UNLOADABLE (token ids without an embedding)
+    and MODEL_NONSENSE: more than twice the bits a byte of its worst parent (alone: no better than a blind guess among
+    its vocabulary); continuations that circle, with under a fifth of different 4-grams and under half of what its
+    parents have (alone: under a tenth); more than half of them broken where no parent's are; or a tokenizer that
+    brings back under half of the texts that each parent's brings back.
+    """
+    if merge.missing_rows:
+        raise EvaluationError(
+            "MODEL_UNLOADABLE",
+            f"The tokenizer gives {merge.missing_rows} ids for which the model of {merge.vocabulary} rows has none.",
+            "Check that config.json, the safetensors files and the tokenizer belong together.",
+        )
+    if not merge.finite:
+        raise EvaluationError(
+            "NOT_FINITE",
+            "The model's answers to a plain text are not numbers (NaN or infinity).",
+            "Look for NaN or overflow in its weights.",
+        )
+    found = _strange(merge, [parent for parent in parents if parent.finite and not parent.missing_rows])
+    if found:
+        raise EvaluationError(
+            "MODEL_NONSENSE",
+            f"The model talks nonsense: {found}.",
+            "Merge with smaller weights or another method; the tasks were not begun.",
+        )
+
+
+def _strange(merge: Vitals, parents: Sequence[Vitals]) -> str | None:
+    """What is wrong, as half a sentence."""
+    bits = [parent.bits_per_byte for parent in parents if parent.bits_per_byte is not None]
+    if merge.bits_per_byte is not None and merge.perplexity is not None:
+        if bits and merge.bits_per_byte > MORE_BITS * max(bits):
+            needs = f"a plain text takes it {merge.bits_per_byte:.2f} bits a byte"
+            return f"{needs}, its worst parent {max(bits):.2f}"
+        if not bits and merge.perplexity >= merge.vocabulary:
+            return f"its perplexity of a plain text is {merge.perplexity:.3g}, a blind guess has {merge.vocabulary}"
+    told = [parent.distinct for parent in parents if parent.distinct is not None]
+    limit = min(LOOPING, FEWER * min(told)) if told else LOOPING_ALONE
+    if merge.distinct is not None and merge.distinct < limit:
+        return f"what it writes repeats itself, {merge.distinct:.0%} of its 4-grams differ"
+    if merge.continuations < 2 * merge.broken and all(each.continuations >= 2 * each.broken for each in parents):
+        return f"{merge.broken} of {merge.continuations} texts it writes are empty, one character or control characters"
+    shares = [parent.survived / parent.texts for parent in parents]
+    if shares and merge.survived / merge.texts < FEWER * min(shares):
+        return f"its tokenizer brings back {merge.survived} of {merge.texts} texts unchanged"
+    return None
+
+
+def sentence(vitals: Vitals) -> str:
+    """The vitals in a line for people."""
+    if vitals.bits_per_byte is None or vitals.perplexity is None:
+        return "Its answers to a plain text are not numbers."
+    said = [f"perplexity {vitals.perplexity:.3g} a token ({vitals.bits_per_byte:.2f} bits a byte) on a plain text"]
+    if vitals.distinct is not None:
+        said.append(f"{vitals.distinct:.0%} of the 4-grams it writes differ")
+        said.append(f"{vitals.broken} of {vitals.continuations} continuations broken")
+    said.append(f"{vitals.survived} of {vitals.texts} texts unchanged through its tokenizer")
+    if vitals.tokens_per_s is not None:
+        said.append(f"{vitals.tokens_per_s:.1f} tokens a second on {vitals.device} in {vitals.dtype}")
+    return "; ".join(said)[0].upper() + "; ".join(said)[1:] + "."
