@@ -1,0 +1,146 @@
+"""When to stop measuring a merge that cannot win, and what to measure first. Pure; off unless the operator asks.
+
+The questions of a suite are a finite population in random order. After any number of them one may look whether the
+merge can still end better than every parent by a margin over the whole suite; looking often costs nothing, for the
+test is a bet: a capital of 1 is staked against "it will", question by question, and by Ville's inequality a capital
+that such a merge leaves no edge reaches 1/error with a probability of at most `error`, at any time.
+
+Betting without replacement is section 5 of Waudby-Smith and Ramdas, Estimating means of bounded random variables by
+betting (JRSS B 86:1, 2024; arXiv 2010.09686), the size of the bets their aGRAPA (section B.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluators.paired import Values
+
+_STAKE = 0.5  # of what a single question could lose
+_GRID = 201
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A merge that would end at least `margin` better than every parent is stopped with probability `error` at most.
+
+    `margin` is a fraction of the score, `error` holds over all looks and parents together.
+    """
+
+    margin: float = 0.0
+    error: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """After `seen` of `questions`: `beaten_by` is the parent that the merge can no longer beat, None goes on.
+
+    `bound` is how much better than the parent with the lowest bound it ends at most, at the rule's error.
+    """
+
+    beaten_by: str | None
+    seen: int
+    questions: int
+    bound: float
+
+    @property
+    def stop(self) -> bool:
+        return self.beaten_by is not None
+
+
+def decide(differences: Mapping[str, Values], questions: int, rule: Rule, *, widest: float = 1.0) -> Decision:
+    """Whether to stop, after the same `seen` questions of `questions` against each parent.
+
+    `differences`: merge minus parent [seen] in the order the questions were asked, which must be random (`drawn`);
+    their sizes are at most `widest`. Over several tasks they carry `weights`, so that their mean is the overall one.
+    """
+    error = rule.error / max(1, len(differences))
+    seen = max((len(found) for found in differences.values()), default=0)
+    lowest, beaten_by = widest, None
+    for name, found in differences.items():
+        bound = upper_bound(found, questions, error, widest=widest)
+        if log_capital(found, questions, rule.margin, widest=widest).max(initial=0.0) >= math.log(1 / error):
+            bound = min(bound, rule.margin)
+            beaten_by = name if beaten_by is None or bound < lowest else beaten_by
+        lowest = min(lowest, bound)
+    return Decision(beaten_by, seen, questions, lowest)
+
+
+def log_capital(differences: Values, questions: int, margin: float, *, widest: float = 1.0) -> Values:
+    """The logarithm of the capital staked against "the mean over all `questions` is at least `margin`" [seen].
+
+    Infinite from where on the questions left cannot bring the mean to the margin, whatever their answers.
+    """
+    path: Values = _log_capitals(differences, questions, np.array([margin]), widest)[0]
+    return path
+
+
+def upper_bound(differences: Values, questions: int, error: float, *, widest: float = 1.0) -> float:
+    """The largest mean over all `questions` that was never refused, at most a hundredth of `widest` too large."""
+    margins = np.linspace(-widest, widest, _GRID)
+    reached = _log_capitals(differences, questions, margins, widest).max(axis=1, initial=0.0)
+    left = np.flatnonzero(reached < math.log(1 / error))
+    if not len(left):
+        return -widest
+    return float(margins[min(_GRID - 1, int(left[-1]) + 1)])
+
+
+def _log_capitals(differences: Values, questions: int, margins: Values, widest: float) -> Values:
+    """[margins, seen]. Everything is moved to 0..1 first; each bet rests on the questions before it only."""
+    found = (differences + widest) / (2 * widest)
+    wanted = ((margins + widest) / (2 * widest))[:, None]
+    asked = np.arange(len(found))
+    sums = np.concatenate([[0.0], np.cumsum(found)])
+    means = (0.5 + sums) / (np.arange(len(found) + 1) + 1)
+    spreads = (0.25 + np.concatenate([[0.0], np.cumsum((found - means[1:]) ** 2)])) / (np.arange(len(found) + 1) + 1)
+    # What the questions left must bring on average for the whole to reach the margin.
+    needed = (questions * wanted - sums[:-1]) / (questions - asked)
+    possible = np.minimum(needed, 1.0)
+    edge = possible - means[:-1]
+    most = _STAKE / np.maximum(1 - possible, 1e-12)
+    bets = np.where(needed > 0, np.clip(edge / (spreads[:-1] + edge**2), 0.0, most), 0.0)
+    grown = np.cumsum(np.log1p(-bets * (found - possible)), axis=1)
+    lacking = questions * wanted - sums[1:] > questions - asked - 1 + 1e-9 * questions
+    return np.where(np.maximum.accumulate(lacking, axis=1), np.inf, grown)
+
+
+def drawn(sizes: Mapping[str, int], seed: int = 0) -> list[tuple[str, int]]:
+    """All questions (task, number) of the tasks in a random order; every first part of it is a fair sample."""
+    everything = [(task, number) for task, size in sizes.items() for number in range(size)]
+    return [everything[at] for at in np.random.default_rng(seed).permutation(len(everything))]
+
+
+def weights(sizes: Mapping[str, int]) -> dict[str, float]:
+    """What a question of each task counts, so that the mean over all questions is the mean over tasks."""
+    total = sum(sizes.values())
+    return {task: total / (len(sizes) * size) for task, size in sizes.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a task tells and costs: the variance of its paired differences, and seconds a question."""
+
+    variance: float
+    seconds: float
+
+
+def by_information(tasks: Mapping[str, Pace]) -> list[str]:
+    """Tasks in the order in which they tell most a second; equal ones in the order given.
+
+    A question on which models never differ tells nothing. Sampling from each task in proportion to its spread over
+    the root of its cost is Neyman's allocation (1934, JRSS 97:558); as an order it is variance over cost.
+    """
+    return sorted(tasks, key=lambda task: -tasks[task].variance / max(tasks[task].seconds, 1e-12))
+
+
+def pace(differences: Sequence[Values], seconds: float) -> Pace:
+    """Of a task from its paired differences, one array a parent, and what it took in all.
+
+    Two questions of disagreement are added, so that a task without any yet is not given up.
+    """
+    count = max((len(each) for each in differences), default=0)
+    squares = [(float((each**2).sum()) + 2) / (len(each) + 2) for each in differences]
+    return Pace(sum(squares) / max(1, len(squares)), seconds / max(1, count))

@@ -1,0 +1,127 @@
+"""Stopping a merge that cannot win: the stated error rate holds however often one looks, and hopeless ones do stop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluators import stopping
+from evaluators.stopping import Pace, Rule, decide, log_capital, upper_bound
+
+
+def population(rng: np.random.Generator, won: int, lost: int, questions: int) -> np.ndarray:
+    """Differences of a whole suite in random order, with a known mean of (won - lost) / questions."""
+    found = np.array([1.0] * won + [-1.0] * lost + [0.0] * (questions - won - lost))
+    return rng.permutation(found)
+
+
+def capital_step_by_step(differences: list[float], questions: int, margin: float) -> list[float]:
+    """The same bets with plain loops, as the paper writes them."""
+    wanted, found = (margin + 1) / 2, [(each + 1) / 2 for each in differences]
+    capital, path = 1.0, []
+    for at, value in enumerate(found):
+        needed = (questions * wanted - sum(found[:at])) / (questions - at)
+        mean = (0.5 + sum(found[:at])) / (at + 1)
+        spread = 0.25 + sum((found[i] - (0.5 + sum(found[: i + 1])) / (i + 2)) ** 2 for i in range(at))
+        spread /= at + 1
+        edge = min(needed, 1.0) - mean
+        bet = min(max(edge / (spread + edge**2), 0.0), 0.5 / max(1 - min(needed, 1.0), 1e-12)) if needed > 0 else 0.0
+        capital *= 1 - bet * (value - min(needed, 1.0))
+        if questions * wanted - sum(found[: at + 1]) > questions - at - 1 + 1e-9 * questions:
+            capital = math.inf  # even a win in every question left is too little
+        path.append(math.log(capital) if capital < math.inf else math.inf)
+    return path
+
+
+@given(
+    st.lists(st.sampled_from([-1.0, 0.0, 1.0, 0.5]), min_size=1, max_size=25), st.floats(-0.9, 0.9), st.integers(0, 9)
+)
+def test_the_capital_is_that_of_betting_step_by_step(differences: list[float], margin: float, left: int) -> None:
+    questions = len(differences) + left
+    expected = capital_step_by_step(differences, questions, margin)
+    assert log_capital(np.array(differences), questions, margin) == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(("won", "lost", "questions"), [(40, 40, 400), (120, 120, 400), (8, 8, 40), (3, 3, 1000)])
+def test_a_merge_just_as_good_as_the_rule_asks_is_stopped_in_at_most_one_of_twenty_suites(
+    won: int, lost: int, questions: int
+) -> None:
+    """The hardest case: its mean over the whole suite is the margin exactly, and one looks after every question."""
+    rng = np.random.default_rng(won)
+    wrong = [
+        log_capital(population(rng, won, lost, questions), questions, 0.0).max() >= math.log(20) for _ in range(1500)
+    ]
+    assert np.mean(wrong) <= 0.05 + 3 * (0.05 * 0.95 / 1500) ** 0.5
+
+
+def test_the_rate_holds_over_parents_margins_and_weighted_tasks_together() -> None:
+    rng, sizes, rule = np.random.default_rng(7), {"small": 60, "large": 240}, Rule(margin=0.05)
+    counts = stopping.weights(sizes)
+    assert sum(counts[task] * size for task, size in sizes.items()) == sum(sizes.values())
+    wrong = 0
+    for number in range(300):
+        answers = {
+            name: {"small": population(rng, 13, 10, 60), "large": population(rng, 54, 42, 240)} for name in ("a", "b")
+        }
+        order = stopping.drawn(sizes, number)
+        found = {
+            name: np.array([tasks[task][at] * counts[task] for task, at in order]) for name, tasks in answers.items()
+        }
+        assert np.mean(found["a"]) == pytest.approx(0.05)
+        widest = max(counts.values())
+        wrong += any(decide({name: each[:seen] for name, each in found.items()}, 300, rule, widest=widest).stop
+                     for seen in (100, 200, 300))  # fmt: skip
+    assert wrong / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+
+
+def test_a_hopeless_merge_is_stopped_before_half_of_the_suite() -> None:
+    rng, rule = np.random.default_rng(3), Rule()
+    seen = []
+    for _ in range(40):
+        found = {"good": population(rng, 50, 250, 1000), "poor": population(rng, 200, 60, 1000)}
+        looks = (decide({name: each[:n] for name, each in found.items()}, 1000, rule) for n in range(50, 1001, 50))
+        stopped = next(look for look in looks if look.stop)
+        assert stopped.beaten_by == "good" and stopped.bound <= 0
+        seen.append(stopped.seen)
+    assert np.mean(seen) < 300
+
+
+def test_what_can_no_longer_be_reached_is_certain() -> None:
+    lost = -np.ones(6)
+    assert np.isinf(log_capital(lost, 10, 0.0)).tolist() == [False] * 5 + [
+        True
+    ]  # four wins left cannot make up for six losses
+    assert decide({"p": lost}, 10, Rule(error=1e-9)).stop
+
+
+def test_at_the_end_the_bound_is_the_mean_and_before_it_lies_above() -> None:
+    rng = np.random.default_rng(1)
+    found = population(rng, 30, 60, 300)
+    bounds = [upper_bound(found[:seen], 300, 0.05) for seen in (30, 100, 200, 300)]
+    assert all(bound >= -0.1 for bound in bounds) and bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == pytest.approx(-0.1, abs=0.011)
+    assert decide({}, 10, Rule()).stop is False and decide({"p": found[:0]}, 10, Rule()).stop is False
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 5))
+def test_every_question_is_drawn_once(sizes: list[int], seed: int) -> None:
+    tasks = {f"task {at}": size for at, size in enumerate(sizes)}
+    order = stopping.drawn(tasks, seed)
+    assert sorted(order) == sorted((task, at) for task, size in tasks.items() for at in range(size))
+    assert order == stopping.drawn(tasks, seed)
+
+
+def test_tasks_that_tell_much_in_little_time_come_first() -> None:
+    disagree, agree = np.array([1.0, -1.0, 0.0, 1.0] * 10), np.zeros(40)
+    quick, slow, idle = (
+        stopping.pace([disagree], 4.0),
+        stopping.pace([disagree], 400.0),
+        stopping.pace([agree, agree], 4.0),
+    )
+    assert stopping.by_information({"slow": slow, "idle": idle, "quick": quick}) == ["quick", "idle", "slow"]
+    assert quick.seconds == 0.1 and quick.variance == pytest.approx(32 / 42)
+    assert stopping.by_information({"first": Pace(0.1, 1.0), "second": Pace(0.2, 2.0)}) == ["first", "second"]
