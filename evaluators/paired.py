@@ -53,8 +53,9 @@ def proportion_interval(right: int, questions: int, alpha: float = ALPHA) -> Int
 
 
 def difference_interval(won: int, lost: int, questions: int, alpha: float = ALPHA) -> Interval:
-    """Bonett and Price's interval of the difference of two paired shares (2012, Stat Methods Med Res 21:479).
+    """Bonett and Price's interval of the difference of two paired shares (2012, J Educ Behav Stat 37:479).
 
+    One of the two that Fagerland, Lydersen and Laake recommend of ten (2014, Stat Med 33:2850).
     One question is added to each kind of disagreement, so that models which never disagreed get an interval too.
     """
     first, second = (won + 1) / (questions + 2), (lost + 1) / (questions + 2)

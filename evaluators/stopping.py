@@ -5,8 +5,8 @@ merge can still end better than every parent by a margin over the whole suite; l
 test is a bet: a capital of 1 is staked against "it will", question by question, and by Ville's inequality a capital
 that such a merge leaves no edge reaches 1/error with a probability of at most `error`, at any time.
 
-Betting without replacement is section 5 of Waudby-Smith and Ramdas, Estimating means of bounded random variables by
-betting (JRSS B 86:1, 2024; arXiv 2010.09686), the size of the bets their aGRAPA (section B.3).
+Betting while sampling without replacement, and bets of this size (aGRAPA), are from Waudby-Smith and Ramdas,
+Estimating means of bounded random variables by betting (JRSS B 86:1, 2024; arXiv 2010.09686).
 """
 
 from __future__ import annotations

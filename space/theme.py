@@ -1,7 +1,6 @@
 """How it looks: the fonts a machine has, one accent, and room. Light and dark.
 
-The colours of the figures are here too, so that a merge is the same colour wherever it appears. They keep apart for
-people who see red and green alike (Okabe and Ito's palette), and each also has its own marker.
+A merge has the same colour wherever it appears, in the figures of the page and in those of its card.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import gradio as gr
 
+from evaluators.figure import MERGE, PARENTS
 from space.markup import Markup
 
-MERGE = "#0d8a78"
-PARENTS = ("#d08a00", "#3f7fc4", "#b3567f", "#7a6ff0", "#8c6d46", "#5f9ea0")
+__all__ = ["CSS", "LOGO", "LOGO_SVG", "MERGE", "MONO", "PARENTS", "PARENT_SYMBOLS", "SANS", "theme"]
+
 PARENT_SYMBOLS = ("circle-open", "square-open", "triangle-up-open", "triangle-down-open", "cross-open", "x-open")
 
 SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
