@@ -7,32 +7,34 @@ stands in a fence longer than any run of backticks inside it, names stand in cod
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from bot import leaderboard, messages, policy
+from bot import findings, leaderboard, messages, policy
 from bot.job import Job, Source
+from bot.markdown import code, fenced, listed, plain
 from bot.merge.recipe import reading as recipe
 from bot.request import MergeRequest
 from bot.settings import Settings
-from evaluators.scores import ModelEvaluation, Score
+from evaluators.figure import figure
+from evaluators.scores import Score
 
 OUTPUT_TAG = "made-with-mergebot"
 NAME_LIMIT = 96
-UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
 def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
     """Everything the publisher needs: the files, and the finished texts for each name to try, in order."""
     assert job.merge is not None and job.evaluation is not None
     names = output_names(job, settings.namespace)
-    results = {}
+    results: dict[str, str] = {}
     if job.evaluation.merged is not None:
         results["results/lm_eval.json"] = _json(_lm_eval(job))
+    if job.evaluation.comparison is not None:
+        results["results/comparison.json"] = _json(job.evaluation.comparison.as_dict())
     if job.evaluation.decode_speed is not None:
         results["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
     return {
@@ -42,9 +44,15 @@ def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
         "files": {name: asdict(file) for name, file in job.merge.files.items()},
         "heads": {name: asdict(file) for name, file in job.evaluation.heads.items()},
         # A card speaks of the repo it stands in, so there is one for each name that may be taken.
-        "texts": {name: {"README.md": model_card(job, name), **results} for name in names},
+        "texts": {name: {"README.md": model_card(job, name), **_picture(job, name), **results} for name in names},
         "sources": [asdict(source) for source in job.sources],
     }
+
+
+def _picture(job: Job, repo: str) -> dict[str, str]:
+    assert job.evaluation is not None
+    drawn = figure(job.evaluation.comparison, repo) if job.evaluation.comparison else ""
+    return {findings.PICTURE: drawn} if drawn else {}
 
 
 def output_names(job: Job, namespace: str) -> list[str]:
@@ -59,11 +67,13 @@ def model_card(job: Job, repo: str) -> str:
     method = str(job.plan["method"])
     sections = [
         f"# {repo.partition('/')[2]}",
-        f"A **{method}** merge of {_listed([source.repo for source in job.sources])}, made, measured and published by "
+        f"A **{method}** merge of {listed([source.repo for source in job.sources])}, made, measured and published by "
         f"mergebot for {code(job.request.requester)}.",
-        _headline(job),
+        findings.headline(job),
         "## Scores",
-        _score_table(job, repo),
+        findings.scores(job, repo),
+        *findings.against_parents(job, repo, pictured=bool(_picture(job, repo))),
+        *findings.first_look(job),
         "## Decode speed",
         _speed(job),
         "## Use",
@@ -143,51 +153,6 @@ def _dataset(score: Score) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def _headline(job: Job) -> str:
-    """The point of the merge in one sentence: where it keeps up with its best source, within two standard errors."""
-    assert job.evaluation is not None
-    merged = job.evaluation.merged
-    if merged is None:
-        return ""
-    kept: list[str] = []
-    lost: list[str] = []
-    for score in merged.scores:
-        rivals = [_score_of(evaluation, score.task) for evaluation in job.evaluation.sources.values()]
-        best = max((rival for rival in rivals if rival is not None), key=lambda rival: rival.value, default=None)
-        if best is None:
-            continue
-        spread = 2 * ((score.stderr or 0.0) ** 2 + (best.stderr or 0.0) ** 2) ** 0.5
-        (lost if score.value < best.value - spread else kept).append(code(score.task))
-    said = []
-    if kept:
-        said.append(f"within two standard errors of its best source, or above, on {_joined(kept)}")
-    if lost:
-        said.append(f"below its best source on {_joined(lost)}")
-    return f"It is {'; it is '.join(said)}." if said else ""
-
-
-def _score_table(job: Job, repo: str) -> str:
-    assert job.evaluation is not None
-    merged = job.evaluation.merged
-    if merged is None:
-        return messages.NOT_MEASURED
-    tasks = [score.task for score in merged.scores]
-    lines = [f"| model | {' | '.join(code(task) for task in tasks)} |", "|---|" + "---:|" * len(tasks)]
-    rows: list[tuple[str, ModelEvaluation]] = [(f"**{code(repo)}**", merged)]
-    rows += [(code(name.partition("@")[0]), evaluation) for name, evaluation in job.evaluation.sources.items()]
-    for name, evaluation in rows:
-        scores = (_score_of(evaluation, task) for task in tasks)
-        lines.append(f"| {name} | {' | '.join(with_error(score) for score in scores)} |")
-    first, environment = merged.scores[0] if merged.scores else None, merged.environment
-    below = (
-        f"Percent ± standard error; suite {code(merged.suite)}"
-        + (f", {first.samples} samples of {code(first.task)}" if first else "")
-        + f"; lm-eval {environment.lm_eval}, {environment.dtype} on {environment.device}, "
-        f"{'with' if environment.chat_template else 'no'} chat template, seed {environment.seed}."
-    )
-    return "\n".join(lines) + "\n\n" + below
-
-
 def _speed(job: Job) -> str:
     assert job.evaluation is not None
     speed = job.evaluation.decode_speed
@@ -246,17 +211,6 @@ def _lm_eval(job: Job) -> dict[str, Any]:
     }
 
 
-def _score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
-    return next((score for score in evaluation.scores if score.task == task), None)
-
-
-def with_error(score: Score | None) -> str:
-    """`83.1 ± 5.9` in percent; a dash where nothing was measured."""
-    if score is None:
-        return "–"
-    return f"{score.value:.1%}".rstrip("%") + (f" ± {score.stderr * 100:.1f}" if score.stderr is not None else "")
-
-
 # -- answers -----------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +237,7 @@ def _ending(job: Job | None, refusal: Mapping[str, Any] | None, settings: Settin
         return "refused", messages.REFUSED.format(**said)
     if job.publication is not None:
         repo = job.publication.repo
-        scores = _score_table(job, repo)
+        scores = findings.scores(job, repo)
         url = f"{settings.hub}/{repo}"
         return "published", messages.PUBLISHED.format(repo=repo, url=url, commit=job.publication.commit, scores=scores)
     if job.cancelled_at is not None:
@@ -292,36 +246,6 @@ def _ending(job: Job | None, refusal: Mapping[str, Any] | None, settings: Settin
     return "failed", messages.FAILED.format(
         code=last.code, sentence=plain(last.sentence), next_step=plain(last.next_step)
     )
-
-
-# -- escaping ----------------------------------------------------------------------------------------------------
-
-
-def plain(text: str) -> str:
-    """Text of strangers as Markdown that shows it and does nothing else; nobody is notified by it."""
-    shown = UNSEEN.sub("", text).replace("\n", " ")
-    shown = re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", shown)
-    return shown.replace("@", "@\u2060")
-
-
-def code(text: str) -> str:
-    """A name in code style, safe in a sentence and in a table."""
-    return f"`{UNSEEN.sub('', text).replace('`', '´').replace('|', '¦')}`"
-
-
-def fenced(text: str, language: str) -> str:
-    """A block of text that cannot end its own fence."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{UNSEEN.sub('', text).rstrip()}\n{fence}"
-
-
-def _listed(names: list[str]) -> str:
-    return _joined([code(name) for name in dict.fromkeys(names)])
-
-
-def _joined(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _json(value: Any) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 
 from bot.request import MergeRequest
 from evaluators.scores import ModelEvaluation
+from evaluators.verdict import Comparison
+from evaluators.vitals import Vitals
 
 
 class Stage(StrEnum):
@@ -71,7 +73,11 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Fact 2: the files of `manifest` were measured; `sources` holds the same suite for `repo@revision`."""
+    """Fact 2: the files of `manifest` were measured; `sources` holds the same suite for `repo@revision`.
+
+    `comparison` judges the merge against its sources; where there is none, `not_compared` may say why. `vitals` are by
+    `repo@revision`, too, "" is the merge. Facts from before these were taken have none of them.
+    """
 
     manifest: str
     merged: ModelEvaluation | None
@@ -79,6 +85,9 @@ class Evaluation:
     decode_speed: Mapping[str, Any] | None
     seconds: float
     heads: Mapping[str, PublishedFile] = field(default_factory=dict)  # what the repo carries besides the weights
+    comparison: Comparison | None = None
+    not_compared: str = ""
+    vitals: Mapping[str, Vitals] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ A source is evaluated once for all merges that share it: the harness keeps its r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from bot.job import Source
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, child_environment
-from evaluators import harness, suites
+from evaluators import comparison, harness, suites, vitals
 from evaluators.errors import EvaluationError
 from evaluators.scores import ModelEvaluation
+from evaluators.verdict import Comparison
+from evaluators.vitals import Vitals
 
 if TYPE_CHECKING:
     from evaluators.medusa import Given
@@ -56,6 +59,44 @@ def scores(
         folder = settings.source_folder(source.repo, source.revision)
         found[str(source)] = evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
     return merged, found
+
+
+def compared(
+    merged: ModelEvaluation | None, sources: Mapping[str, ModelEvaluation], settings: Settings
+) -> tuple[Comparison | None, str]:
+    """The verdict on the merge against its sources, or why there is none: that costs nobody a finished evaluation."""
+    if merged is None or not sources:
+        return None, ""
+    try:
+        return comparison.compare(merged, sources, cache=settings.evaluations), ""
+    except EvaluationError as error:
+        return None, str(error)
+
+
+def vital_signs(
+    out: Path, manifest: str, sources: tuple[Source, ...], asked: EvaluateOptions, settings: Settings, report: Show
+) -> dict[str, Vitals]:
+    """A look at each source (once for all merges that share it) and at the merge, under "", before any task.
+
+    Raises Failed NOT_FINITE, MODEL_UNLOADABLE or MODEL_NONSENSE where the tasks would be wasted on the merge.
+    """
+    if measures_nothing(asked):
+        return {}
+    parents = {
+        str(source): settings.source_folder(source.repo, source.revision) for source in sources if not source.adapter
+    }
+    found: dict[str, Vitals] = {}
+    try:
+        for place, (name, folder) in enumerate({**parents, "": out}.items()):
+            report("Looking whether the models speak", place, len(parents) + 1)
+            identity = name or manifest
+            found[name] = vitals.of_folder(
+                folder, cache=settings.evaluations, device=settings.device, model_identity=identity
+            )
+        vitals.require_sound(found[""], [found[name] for name in parents])
+    except EvaluationError as error:
+        raise Failed(error.code, error.message, error.next_step) from error
+    return {"": found[""], **{name: found[name] for name in parents}}
 
 
 def evaluate(

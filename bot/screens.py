@@ -169,7 +169,7 @@ def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) 
     """Models as rows, tasks as columns, percent ± standard error."""
     from pydantic import TypeAdapter
 
-    from bot.card import with_error
+    from bot.findings import with_error
 
     tasks = list(dict.fromkeys(score.task for each in evaluations.values() for score in each.scores))
     table = Table(title="Scores, percent ± standard error", title_justify="left")

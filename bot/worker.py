@@ -110,7 +110,7 @@ def manifest_id(out: Path) -> str:
 
 
 def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
-    """lm-eval on the merged model and on its sources (cached), then the Medusa speed test."""
+    """A look whether the merge speaks, lm-eval on it and its sources (cached), the verdict, the Medusa speed test."""
     started = time.monotonic()
     out, scratch = Path(spec["out"]), Path(spec["scratch"])
     verified_files(out)
@@ -120,11 +120,14 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
         )
     asked = _EVALUATE.validate_python(spec["evaluate"])
     parts = _SOURCES.validate_python(spec["sources"])
+    signs = measure.vital_signs(out, spec["manifest"], parts, asked, settings, report)
     merged, parents = measure.scores(out, spec["manifest"], parts, asked, settings, scratch, report)
+    verdict, not_compared = measure.compared(merged, parents, settings)
     crashpoint("eval.after_task")
     speed = measure.decode_speed(out, parts, settings, scratch, report) if asked.speed == "medusa" else None
     heads = {} if speed is None else carried_heads.carry(scratch / "medusa", speed, scratch / "carried")
-    fact = Evaluation(spec["manifest"], merged, parents, speed, time.monotonic() - started, heads)
+    took = time.monotonic() - started
+    fact = Evaluation(spec["manifest"], merged, parents, speed, took, heads, verdict, not_compared, signs)
     return _json(fact)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,13 +13,18 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from bot import card, leaderboard
+from bot import card, findings, leaderboard, markdown
 from bot.job import Evaluation, Failure, Job, Merge, Publication, PublishedFile, Source, Stage
 from bot.merge.recipe import reading as recipe
 from bot.request import EvaluateOptions, MergeRequest, Origin, from_form, front_matter
 from bot.settings import Settings
+from evaluators import comparison
 from evaluators.scores import Environment, ModelEvaluation, Score
+from evaluators.verdict import Comparison
+from evaluators.vitals import Vitals
+from tests.evaluators import stored
 
 SETTINGS = Settings(home=Path("home"), hub="http://127.0.0.1:1", namespace="mergebot")
 A, B = "a" * 40, "b" * 40
@@ -100,6 +106,60 @@ def test_every_number_in_the_table_stands_with_its_error() -> None:
     assert "| `org/b` | 10.0 ± 5.0 | 90.0 ± 4.0 |" in text
 
 
+def judged(cache: Path) -> Job:
+    """The same job with what its evaluation finds today: every answer, the verdict and the vitals."""
+    half, most, few = [1.0, 0.0] * 20, [1.0] * 38 + [0.0] * 2, [0.0] * 38 + [1.0] * 2
+    merged, first, second = (
+        stored.evaluation(cache, key, {"left": left, "right": right})
+        for key, left, right in (("m", most, most), ("a", most, few), ("b", half, few))
+    )
+    parents = {f"org/a@{A}": first, f"org/b@{B}": second}
+    compared = comparison.compare(merged, parents, cache=cache)
+    looked = Vitals(True, 1.43, 31.0, 49152, 0, 4, 0.72, 0, 22, 22, 21.5, "cpu", "float32")
+    signs = dict.fromkeys(("", *parents), looked)
+    return job(evaluation=Evaluation("f" * 64, merged, parents, None, 1.0, {}, compared, "", signs))
+
+
+def test_a_card_says_in_words_and_intervals_what_the_merge_is_beside_its_parents(tmp_path: Path) -> None:
+    text = card.model_card(judged(tmp_path), "mergebot/alice-both")
+    assert "Against its parents, on average over 2 tasks: better than both." in text
+    assert "| **`mergebot/alice-both`** | 95.0 (83.5 to 98.6) | 95.0 (83.5 to 98.6) | 95.0 (" in text
+    assert "| `left` | `org/a` | no difference shown | +0.0 (-6.6 to +6.6) | 1.000 | " in text
+    assert "| `right` | `org/a` | better | +90.0 (" in text
+    assert "- Where only `org/a` right: " in text and "as `org/a` on 50% and `org/b` on 25% of the 80 questions" in text
+    assert "- This merge: Perplexity 31 a token (1.43 bits a byte) on a plain text" in text
+    # no number in bold but names: a figure stands with its interval
+    assert not re.search(r"\*\*[-+\d.]+\*\*", text)
+
+
+def test_the_picture_is_published_beside_the_card_that_shows_it(tmp_path: Path) -> None:
+    texts = card.publication_spec(judged(tmp_path), SETTINGS)["texts"]
+    for name, files in texts.items():
+        assert f"]({findings.PICTURE})" in files["README.md"]
+        assert files[findings.PICTURE].startswith("<svg ") and name in files[findings.PICTURE]
+        assert Comparison.from_dict(json.loads(files["results/comparison.json"])).suite == "animals"
+    before = card.publication_spec(job(), SETTINGS)["texts"]["mergebot/alice-both"]
+    assert findings.PICTURE not in before and "results/comparison.json" not in before
+    assert "comparison.svg" not in before["README.md"]
+
+
+def test_facts_recorded_before_there_was_a_verdict_still_read(tmp_path: Path) -> None:
+    kind = TypeAdapter(Evaluation)
+    new = judged(tmp_path).evaluation
+    assert kind.validate_json(kind.dump_json(new)) == new  # type: ignore[arg-type]
+    old = kind.dump_python(job().evaluation, mode="json")  # type: ignore[arg-type]
+    for name in ("comparison", "not_compared", "vitals"):
+        del old[name]
+    assert kind.validate_python(old) == job().evaluation
+
+
+def test_why_nothing_was_compared_is_said(tmp_path: Path) -> None:
+    evaluation = job().evaluation
+    assert evaluation is not None
+    said = job(evaluation=replace(evaluation, not_compared="The answers to task <b> were not kept."))
+    assert "The answers to task \\<b\\> were not kept." in card.model_card(said, "mergebot/alice-both")
+
+
 def test_the_recipe_in_the_card_runs_again() -> None:
     text = card.model_card(job(), "mergebot/alice-both")
     [block] = re.findall(r"```yaml\n(.*?)\n```", text, re.DOTALL)
@@ -147,12 +207,12 @@ def test_text_of_strangers_does_nothing_in_a_card(hostile: str) -> None:
 
 @given(st.text(max_size=200))
 def test_no_text_ends_its_own_fence_or_leaves_its_line(text: str) -> None:
-    block = card.fenced(text, "yaml").splitlines()
+    block = markdown.fenced(text, "yaml").splitlines()
     fence = block[0].removesuffix("yaml")
     assert block[-1] == fence
     assert not any(line.strip().startswith(fence) for line in block[1:-1])
-    assert "\n" not in card.plain(text)
-    assert card.code(text).count("`") == 2
+    assert "\n" not in markdown.plain(text)
+    assert markdown.code(text).count("`") == 2
 
 
 def test_a_taken_name_gets_the_digest() -> None:

@@ -1,0 +1,200 @@
+"""What an evaluation found, as Markdown: scores, the verdict against the parents, vitals. Pure.
+
+Evaluations from before there was a comparison have scores with standard errors only, and are shown so.
+"""
+
+from __future__ import annotations
+
+from bot import messages
+from bot.job import Evaluation, Job
+from bot.markdown import code, joined, plain, table
+from evaluators import verdict, vitals
+from evaluators.scores import ModelEvaluation, Score
+from evaluators.verdict import Comparison, Difference, Outcome, Scored
+
+PICTURE = "results/comparison.svg"
+MISSING = "–"
+
+
+def headline(job: Job) -> str:
+    """The point of the merge in one sentence."""
+    assert job.evaluation is not None
+    if job.evaluation.comparison is None:
+        return _keeping_up(job.evaluation)
+    return said(job.evaluation.comparison, code)
+
+
+def said(comparison: Comparison, show: verdict.Show) -> str:
+    """The verdict over all tasks in one sentence; `show` makes a parent's name safe where it stands."""
+    whole = comparison.overall
+    if whole is None or not whole.differences:
+        return ""
+    over = f"on average over {len(whole.tasks)} tasks" if len(whole.tasks) > 1 else f"on {show(whole.tasks[0])}"
+    return f"Against its parents, {over}: {verdict.words(whole.differences, show)}."
+
+
+def _keeping_up(evaluation: Evaluation) -> str:
+    """Where the merge keeps up with its best source, within two standard errors."""
+    if evaluation.merged is None:
+        return ""
+    kept: list[str] = []
+    lost: list[str] = []
+    for score in evaluation.merged.scores:
+        rivals = [score_of(each, score.task) for each in evaluation.sources.values()]
+        best = max((rival for rival in rivals if rival is not None), key=lambda rival: rival.value, default=None)
+        if best is None:
+            continue
+        spread = 2 * ((score.stderr or 0.0) ** 2 + (best.stderr or 0.0) ** 2) ** 0.5
+        (lost if score.value < best.value - spread else kept).append(code(score.task))
+    told = []
+    if kept:
+        told.append(f"within two standard errors of its best source, or above, on {joined(kept)}")
+    if lost:
+        told.append(f"below its best source on {joined(lost)}")
+    return f"It is {'; it is '.join(told)}." if told else ""
+
+
+# -- scores ------------------------------------------------------------------------------------------------------
+
+
+def scores(job: Job, repo: str) -> str:
+    """The merge and its sources, task by task, each number with its interval or its standard error."""
+    assert job.evaluation is not None
+    merged, comparison = job.evaluation.merged, job.evaluation.comparison
+    if merged is None:
+        return messages.NOT_MEASURED
+    tasks = [score.task for score in merged.scores]
+    mean = comparison is not None and comparison.overall is not None and len(comparison.overall.tasks) > 1
+    rows = []
+    for name, evaluation in {"": merged, **job.evaluation.sources}.items():
+        cells = [_cell(comparison, name, score_of(evaluation, task), task) for task in tasks]
+        cells += [_mean(comparison, name)] if mean else []
+        rows.append([code(verdict.short(name)) if name else f"**{code(repo)}**", *cells])
+    titles = ["model", *(code(task) for task in tasks), *(["mean"] if mean else [])]
+    first, environment = merged.scores[0] if merged.scores else None, merged.environment
+    below = (
+        ("Percent ± standard error" if comparison is None else "Percent, with 95 % intervals")
+        + f"; suite {code(merged.suite)}"
+        + (f", {first.samples} samples of {code(first.task)}" if first else "")
+        + f"; lm-eval {environment.lm_eval}, {environment.dtype} on {environment.device}, "
+        f"{'with' if environment.chat_template else 'no'} chat template, seed {environment.seed}."
+    )
+    return table(titles, rows) + "\n\n" + below
+
+
+def _cell(comparison: Comparison | None, name: str, score: Score | None, task: str) -> str:
+    for judged in comparison.tasks if comparison else ():
+        for each in (judged.merge, *judged.parents):
+            if (judged.task, each.model) == (task, name):
+                return with_interval(each)
+    return with_error(score)
+
+
+def _mean(comparison: Comparison | None, name: str) -> str:
+    whole = comparison.overall if comparison else None
+    models = () if whole is None else (whole.merge, *whole.parents)
+    return next((with_interval(each) for each in models if each.model == name), MISSING)
+
+
+def score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
+    return next((score for score in evaluation.scores if score.task == task), None)
+
+
+def with_error(score: Score | None) -> str:
+    """`83.1 ± 5.9` in percent; a dash where nothing was measured."""
+    if score is None:
+        return MISSING
+    return f"{score.value:.1%}".rstrip("%") + (f" ± {score.stderr * 100:.1f}" if score.stderr is not None else "")
+
+
+def with_interval(score: Scored) -> str:
+    """`97.5 (87.1 to 99.6)` in percent, or in the metric's own unit where it is no share."""
+    low, high = score.interval
+    if 0 <= score.value <= 1:
+        return f"{100 * score.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{score.value:.3g} ({low:.3g} to {high:.3g})"
+
+
+# -- against the parents -----------------------------------------------------------------------------------------
+
+
+def against_parents(job: Job, repo: str, *, pictured: bool) -> list[str]:
+    """The section on the verdict; nothing where nothing was compared and nothing stood in the way."""
+    assert job.evaluation is not None
+    found = job.evaluation.comparison
+    title = "## Against its parents"
+    if found is None:
+        return [title, plain(job.evaluation.not_compared)] if job.evaluation.not_compared else []
+    rows = [_row(task.task, each) for task in found.tasks for each in task.differences]
+    if found.overall is not None and len(found.overall.tasks) > 1:
+        rows += [_row(None, each) for each in found.overall.differences]
+    sections = [title, f"![{_alone(repo)} beside its parents]({PICTURE})" if pictured else ""]
+    sections.append(
+        table(("task", "parent", "the merge is", "difference, points", "p", "would be seen from"), rows, words=3)
+    )
+    sections.append(messages.VERDICT.format(tests=", ".join(sorted({each.test for each in _all(found)}))))
+    sections += [_inherited(found), *(_left_out(found))]
+    return [section for section in sections if section]
+
+
+def _alone(repo: str) -> str:
+    return plain(repo.partition("/")[2])
+
+
+def _all(found: Comparison) -> list[Difference]:
+    whole = found.overall.differences if found.overall else ()
+    return [each for task in found.tasks for each in task.differences] + list(whole)
+
+
+def _row(task: str | None, found: Difference) -> list[str]:
+    low, high = found.interval
+    chance = "< 0.001" if found.adjusted_p < 0.001 else f"{found.adjusted_p:.3f}"
+    return [
+        "**mean**" if task is None else code(task),
+        code(verdict.short(found.parent)),
+        found.outcome.value,
+        f"{100 * found.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        chance,
+        seen_from(found),
+    ]
+
+
+def seen_from(found: Difference) -> str:
+    """Which difference, in points, would have been shown where none was; a dash where one was."""
+    if found.outcome is not Outcome.NOT_SHOWN:
+        return MISSING
+    return "never" if found.detectable >= 1 else f"{100 * found.detectable:.1f}"
+
+
+def _inherited(found: Comparison) -> str:
+    """Whose answers the merge gives, over all tasks with right and wrong answers."""
+    lines = verdict.inheritance([each for task in found.tasks for each in task.patterns], code)
+    asked = sum(task.samples for task in found.tasks)
+    same = [
+        f"{code(verdict.short(name))} on {sum(task.same_choice.get(name, 0) for task in found.tasks) / asked:.0%}"
+        for name in found.parents
+    ]
+    told = [f"Where {line}." for line in lines]
+    if same and asked:
+        told.append(f"It gives the same answer, right or wrong, as {joined(same)} of the {asked} questions.")
+    return "\n".join(f"- {line}" for line in told)
+
+
+def _left_out(found: Comparison) -> list[str]:
+    return [f"{code(each.task)} is not compared: {plain(each.because)}." for each in found.left_out]
+
+
+# -- vitals ------------------------------------------------------------------------------------------------------
+
+
+def first_look(job: Job) -> list[str]:
+    """The section on vitals, the merge first; nothing where nobody looked."""
+    assert job.evaluation is not None
+    found = job.evaluation.vitals
+    if not found:
+        return []
+    lines = [
+        f"- {code(verdict.short(name)) if name else 'This merge'}: {vitals.sentence(each)}"
+        for name, each in found.items()
+    ]
+    return ["## First look", "\n".join(lines), messages.FIRST_LOOK]
