@@ -148,15 +148,19 @@ def _all(found: Comparison) -> list[Difference]:
 
 def _row(task: str | None, found: Difference) -> list[str]:
     low, high = found.interval
-    chance = "< 0.001" if found.adjusted_p < 0.001 else f"{found.adjusted_p:.3f}"
     return [
         "**mean**" if task is None else code(task),
         code(verdict.short(found.parent)),
         found.outcome.value,
         f"{100 * found.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-        chance,
+        chance(found),
         seen_from(found),
     ]
+
+
+def chance(found: Difference) -> str:
+    """The corrected p."""
+    return "< 0.001" if found.adjusted_p < 0.001 else f"{found.adjusted_p:.3f}"
 
 
 def seen_from(found: Difference) -> str:

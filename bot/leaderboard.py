@@ -16,12 +16,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bot import policy
+from bot import findings, policy
 from bot.errors import Refused
 from bot.hub import Hub
 from bot.job import Job
 from bot.settings import Settings
 from evaluators.scores import ModelEvaluation
+from evaluators.verdict import Comparison
 
 BOARD = "mergebot-leaderboard"
 RESULTS = "mergebot-results"
@@ -47,13 +48,17 @@ heads, and the commit that holds exactly the measured bytes. Only rows with equa
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One task's primary score of one model; a fraction, with its standard error where the harness gives one."""
+    """One task's primary score of one model; a fraction, with its standard error where the harness gives one.
+
+    `interval` is its 95 % interval where the merge was compared with its parents.
+    """
 
     model: str
     task: str
     metric: str
     value: float
     stderr: float | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +84,17 @@ class Row:
     speedup: float | None
     speedup_ci: tuple[float, float] | None
     published_at: str
+    verdict: str | None = None  # what the merge is beside its parents, in words
 
     @property
     def scores(self) -> dict[str, tuple[float, float | None]]:
         """The merge's own scores by task."""
         return {each.task: (each.value, each.stderr) for each in self.results if each.model == self.model}
+
+    @property
+    def intervals(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """The 95 % intervals by model and task, where they were taken."""
+        return {(each.model, each.task): each.interval for each in self.results if each.interval is not None}
 
     @property
     def source_scores(self) -> dict[str, dict[str, tuple[float, float | None]]]:
@@ -102,9 +113,10 @@ def row(job: Job, settings: Settings) -> Row:
     """The row of a published job."""
     assert job.publication is not None and job.evaluation is not None and job.merge is not None
     merged, speed = job.evaluation.merged, job.evaluation.decode_speed
-    measured = [] if merged is None else list(_measured(job.publication.repo, merged))
+    comparison = job.evaluation.comparison
+    measured = [] if merged is None else list(_measured(job.publication.repo, merged, _intervals(comparison, "")))
     for name, evaluation in job.evaluation.sources.items():
-        measured += _measured(name.partition("@")[0], evaluation)
+        measured += _measured(name.partition("@")[0], evaluation, _intervals(comparison, name))
     average, stderr = _average([each for each in measured if each.model == job.publication.repo])
     heads = measured_heads(speed)
     ratio, interval = (None, None) if heads is None else speedup(heads)
@@ -128,7 +140,14 @@ def row(job: Job, settings: Settings) -> Row:
         speedup=ratio,
         speedup_ci=interval,
         published_at="" if job.ended_at is None else job.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        verdict=None if comparison is None else findings.said(comparison, str) or None,
     )
+
+
+def _intervals(comparison: Comparison | None, model: str) -> dict[str, tuple[float, float]]:
+    """By task, of the model with this name in the comparison ("" is the merge)."""
+    tasks = comparison.tasks if comparison else ()
+    return {task.task: each.interval for task in tasks for each in (task.merge, *task.parents) if each.model == model}
 
 
 def measured_heads(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -154,9 +173,11 @@ def speedup(heads: Mapping[str, Any]) -> tuple[float | None, tuple[float, float]
     return measured[clock], None if interval is None else (interval[0], interval[1])
 
 
-def _measured(model: str, evaluation: ModelEvaluation) -> Iterable[Measured]:
+def _measured(
+    model: str, evaluation: ModelEvaluation, intervals: Mapping[str, tuple[float, float]]
+) -> Iterable[Measured]:
     for score in evaluation.scores:
-        yield Measured(model, score.task, score.metric, score.value, score.stderr)
+        yield Measured(model, score.task, score.metric, score.value, score.stderr, intervals.get(score.task))
 
 
 def _average(scores: list[Measured]) -> tuple[float | None, float | None]:

@@ -277,6 +277,8 @@ def _detail(row: Row | None, hub: str) -> tuple[Markup, Any, Markup]:
         ("Asked for by", join([row.requester, f", {row.published_at[:10]}" if row.published_at else None])),
         ("Measured", f"suite {row.suite} on {row.device}" if row.suite else "not evaluated"),
     ]  # fmt: skip
+    if row.verdict:
+        rows.append(("Verdict", row.verdict))
     if row.speedup is not None:
         rows.append(("Speed", speed_sentence(row.speedup, row.speedup_ci, row.tokens_per_step)))
     if row.plain_tokens_per_s is not None:

@@ -73,7 +73,7 @@ def _hover(row: Row) -> str:
 
 
 def beside_parents(row: Row) -> go.Figure | None:
-    """A dot for each model on each task, whiskers of one standard error; None without scores."""
+    """A dot for each model on each task, whiskers of 95 % or else of one standard error; None without scores."""
     tasks = list(row.scores)
     if not tasks:
         return None
@@ -86,37 +86,58 @@ def beside_parents(row: Row) -> go.Figure | None:
             "size": 10,
             "line": {"width": 2, "color": PARENTS[place % len(PARENTS)]},
         }
-        figure.add_trace(_dots(source, tasks, scores, look, _offset(place, len(series) + 1)))
+        figure.add_trace(_dots(row, source, scores, look, _offset(place, len(series) + 1)))
     merge = {"color": MERGE, "symbol": "diamond", "size": 13}
-    figure.add_trace(_dots("this merge", tasks, row.scores, merge, _offset(len(series), len(series) + 1)))
+    figure.add_trace(_dots(row, row.model, row.scores, merge, _offset(len(series), len(series) + 1)))
     figure.update_yaxes(
         tickmode="array", tickvals=list(range(len(tasks))), ticktext=[_wrapped(task) for task in tasks],
         range=[len(tasks) - 0.5, -0.5], showgrid=False, zeroline=False,
     )  # fmt: skip
-    figure.update_xaxes(title_text="score, % ± one standard error", range=[-2, 102], zeroline=False)
+    figure.update_xaxes(
+        title_text="score, % with 95 % intervals" if row.intervals else "score, % ± one standard error",
+        range=[-2, 102],
+        zeroline=False,
+    )
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "traceorder": "reversed"}
     figure.update_layout(legend=legend)
     return _dressed(figure, height=150 + ROW_PX * len(tasks))
 
 
 def _dots(
-    name: str,
-    tasks: list[str],
+    row: Row,
+    model: str,
     scores: dict[str, tuple[float, float | None]],
     marker: dict[str, Any],
     offset: float,
 ) -> go.Scatter:
-    present = [(place, *scores[task]) for place, task in enumerate(tasks) if task in scores]
+    tasks = list(row.scores)
+    present = [(place, task, *scores[task]) for place, task in enumerate(tasks) if task in scores]
+    ends = [_ends(row, model, task, value, error) for _, task, value, error in present]
+    shown = [
+        words.percent(value, error) if (model, task) not in row.intervals else words.within(value, end)
+        for (_, task, value, error), end in zip(present, ends, strict=True)
+    ]
+    name = str(escape("this merge" if model == row.model else model))
     return go.Scatter(
-        x=[100 * value for _, value, _ in present],
-        y=[place + offset for place, _, _ in present],
-        error_x={"type": "data", "array": [100 * (error or 0.0) for *_, error in present], **_whisker(marker["color"])},
+        x=[100 * value for *_, value, _ in present],
+        y=[place + offset for place, *_ in present],
+        error_x={
+            "type": "data",
+            "array": [100 * (high - value) for (*_, value, _), (_, high) in zip(present, ends, strict=True)],
+            "arrayminus": [100 * (value - low) for (*_, value, _), (low, _) in zip(present, ends, strict=True)],
+            **_whisker(marker["color"]),
+        },
         mode="markers",
-        name=str(escape(name)),
+        name=name,
         marker=marker,
-        customdata=[[escape(tasks[place]), words.percent(value, error)] for place, value, error in present],
-        hovertemplate="%{customdata[0]}: %{customdata[1]} %<extra>" + str(escape(name)) + "</extra>",
+        customdata=[[escape(task), told] for (_, task, *_), told in zip(present, shown, strict=True)],
+        hovertemplate="%{customdata[0]}: %{customdata[1]} %<extra>" + name + "</extra>",
     )
+
+
+def _ends(row: Row, model: str, task: str, value: float, error: float | None) -> tuple[float, float]:
+    """Of the whisker: the interval where there is one, else one standard error to both sides."""
+    return row.intervals.get((model, task), (value - (error or 0.0), value + (error or 0.0)))
 
 
 def _offset(place: int, of: int) -> float:

@@ -8,10 +8,9 @@ from typing import Any
 
 from bot.job import ENDED, Failure, Job, Progress, Stage, missing, stage
 from bot.leaderboard import measured_heads, speedup
-from evaluators.scores import ModelEvaluation
-from space import words
+from space import verdict_page, words
 from space.markup import Markup, join, repo_link, tag
-from space.pieces import facts_table, rows_table, sources_table
+from space.pieces import facts_table, sources_table
 
 STEPS = (
     (Stage.MERGING, "Merge"),
@@ -28,7 +27,7 @@ def job_page(job: Job, hub: str, ahead: int, at: datetime) -> Markup:
         _title(job, at),
         _steps(job, stands),
         _headline(job, hub, stands, ahead),
-        _evaluation(job),
+        verdict_page.evaluation(job.evaluation, job.request.name),
         _speed(job.evaluation.decode_speed) if job.evaluation else None,
         tag("h3", "Sources"),
         sources_table(job.sources, hub, job.plan),
@@ -116,36 +115,6 @@ def _facts(job: Job) -> list[tuple[str, object]]:
     samples = f", {asked.limit} samples a task" if asked.limit else ""
     rows.append(("Evaluation asked for", f"{suite}{samples}; speed test {asked.speed}"))
     return rows
-
-
-def _evaluation(job: Job) -> Markup | None:
-    """The merge beside its sources, task by task."""
-    found = job.evaluation
-    if found is None or found.merged is None:
-        return None
-    columns = [("This merge", found.merged), *((name.partition("@")[0], each) for name, each in found.sources.items())]
-    tasks = [score.task for score in found.merged.scores]
-    rows = [
-        tag("tr", tag("th", task, scope="row"), [tag("td", _score(each, task), class_="number") for _, each in columns])
-        for task in tasks
-    ]
-    rows.append(
-        tag(
-            "tr",
-            tag("th", "Average", scope="row"),
-            [tag("td", words.percent(each.average), class_="number") for _, each in columns],
-            class_="total",
-        )
-    )
-    taken = found.merged.environment
-    told = f"lm-eval {taken.lm_eval} on {taken.device} in {taken.dtype}; percent ± one standard error."
-    titles = ("Task", *(name for name, _ in columns))
-    return join([tag("h3", "Evaluation"), rows_table(titles, rows), tag("p", told, class_="fine")])
-
-
-def _score(evaluation: ModelEvaluation, task: str) -> str:
-    found = next((score for score in evaluation.scores if score.task == task), None)
-    return words.MISSING if found is None else words.percent(found.value, found.stderr)
 
 
 def _speed(report: Mapping[str, Any] | None) -> Markup | None:

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from bot.merge.execution.sizes import in_units as size
 
-__all__ = ["age", "count", "duration", "interval", "percent", "plural", "size", "times"]
+__all__ = ["age", "count", "duration", "interval", "percent", "plural", "size", "times", "within"]
 MISSING = "–"
 
 
@@ -16,6 +16,11 @@ def percent(value: float | None, stderr: float | None = None) -> str:
         return MISSING
     shown = f"{100 * value:.1f}"
     return shown if stderr is None else f"{shown} ± {100 * stderr:.1f}"
+
+
+def within(value: float, interval: tuple[float, float]) -> str:
+    """A fraction as percent with its 95 % interval: `97.5 (87.1–99.6)`."""
+    return f"{100 * value:.1f} ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
 
 
 def times(ratio: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +13,10 @@ from bot.job import Evaluation, Failure, Lease, Merge, Progress, Publication, Pu
 from bot.leaderboard import BOARD, BOARD_FILE, Measured, Row
 from bot.queue import Queue
 from bot.request import EvaluateOptions, MergeRequest, Origin
-from evaluators.scores import Environment, ModelEvaluation, Score
+from evaluators import comparison
+from evaluators.scores import Environment, ModelEvaluation
+from evaluators.vitals import Vitals
+from tests.evaluators import stored
 from tests.merge.tiny_checkpoints import llama_tensors, save
 
 NAMESPACE = "mergebot"
@@ -34,6 +38,7 @@ dtype: float32
 CARD = "---\nlicense: apache-2.0\n---\nA tiny model for tests.\n"
 PARENT_SCORES = {BASE: (0.031, 0.23), POET: (0.98, 0.2), SMITH: (0.13, 0.75)}
 ENVIRONMENT = Environment("cpu", "float32", "8", False, 0, "0.4.13", "5.23.0", "2.13.0")
+VITALS = Vitals(True, 1.43, 31.0, 49152, 0, 4, 0.72, 0, 22, 22, 21.4, "cpu", "float32")
 
 
 def hub_content(folder: Path, rows: tuple[Row, ...]) -> Path:
@@ -180,16 +185,19 @@ def _walk(queue: Queue, lease: Lease, stage: str, now: datetime) -> None:
 
 
 def evaluation() -> Evaluation:
-    sources = {f"{repo}@{'1a' * 20}": _measured_model(scores) for repo, scores in PARENT_SCORES.items()}
-    return Evaluation("9e" * 32, _measured_model((0.83, 0.58)), sources, speed_report(), 171.0)
+    """Real answers of invented models: the first questions of each task are answered right."""
+    with tempfile.TemporaryDirectory() as folder:
+        merged = _answered(Path(folder), "merge", (0.83, 0.58))
+        sources = {f"{repo}@{'1a' * 20}": _answered(Path(folder), repo, PARENT_SCORES[repo]) for repo in PARENT_SCORES}
+        compared = comparison.compare(merged, sources, cache=Path(folder))
+    signs = dict.fromkeys(("", *sources), VITALS)
+    return Evaluation("9e" * 32, merged, sources, speed_report(), 171.0, {}, compared, "", signs)
 
 
-def _measured_model(values: tuple[float, float]) -> ModelEvaluation:
-    scores = tuple(
-        Score(task, "acc", value, round((value * (1 - value) / 80) ** 0.5, 4), 80, 0, True, "1")
-        for task, value in zip(TASKS, values, strict=True)
-    )
-    return ModelEvaluation("demo-skills", "5d" * 32, scores, ENVIRONMENT, 38.0)
+def _answered(cache: Path, model: str, shares: tuple[float, float]) -> ModelEvaluation:
+    right = (round(80 * share) for share in shares)
+    answers = {task: [1.0] * count + [0.0] * (80 - count) for task, count in zip(TASKS, right, strict=True)}
+    return stored.evaluation(cache, model.replace("/", "-"), answers, environment=ENVIRONMENT)
 
 
 def speed_report() -> dict[str, Any]:

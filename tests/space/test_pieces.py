@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import html
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -150,6 +152,16 @@ def test_a_merge_stands_beside_each_of_its_parents_on_each_task() -> None:
     assert figures.beside_parents(ROWS[-1]) is None
 
 
+def test_whiskers_are_the_intervals_where_there_are_some() -> None:
+    row = ROWS[0]
+    results = tuple(replace(each, interval=(each.value - 0.02, each.value + 0.03)) for each in row.results)
+    figure = figures.beside_parents(replace(row, results=results))
+    assert figure is not None and "95 % intervals" in figure.layout.xaxis.title.text
+    for trace in figure.data:
+        assert list(trace.error_x.array) == pytest.approx([3.0, 3.0])
+        assert list(trace.error_x.arrayminus) == pytest.approx([2.0, 2.0])
+
+
 def a_job(**facts: Any) -> Job:
     request = MergeRequest("alice", Origin.FORM, exhibits.RECIPE, "both")
     source = Source(exhibits.BASE, "1a" * 20, "apache-2.0", 10)
@@ -163,6 +175,22 @@ def test_a_page_of_a_job_tells_each_failure_it_survived() -> None:
     assert "tried again at 20:05 UTC" in waiting and "The Hub is away." in waiting
     failed = Elements(job_page(a_job(failures=(away, final)), LIVE_HUB, 0, NOW)).text
     assert "Evaluating took 8 h." in failed and "Ask for fewer tasks." in failed and "That ended the job." in failed
+
+
+def test_a_page_of_a_job_says_what_the_merge_is_beside_its_parents() -> None:
+    page = Elements(job_page(a_job(evaluation=exhibits.evaluation()), LIVE_HUB, 0, NOW))
+    assert "Against its parents, on average over 2 tasks: better than all 3." in page.text
+    assert "82.5 (72.7 to 89.3)" in page.text and "Would be seen from" in page.text
+    assert f"{exhibits.SMITH}: Perplexity 31 a token" in page.text
+    [source] = [value for name, value in page.attributes if name == "src"]
+    head, _, data = (source or "").partition(",")
+    assert head == "data:image/svg+xml;base64" and base64.b64decode(data).startswith(b"<svg ")
+
+
+def test_a_page_of_an_evaluation_without_a_verdict_shows_standard_errors_and_the_reason() -> None:
+    found = replace(exhibits.evaluation(), comparison=None, vitals={}, not_compared="<b>gone</b>")
+    page = Elements(job_page(a_job(evaluation=found), LIVE_HUB, 0, NOW))
+    assert "82.5 ± 0.0" in page.text and "<b>gone</b>" in page.text and "img" not in page.names
 
 
 @pytest.mark.parametrize(("done", "total"), [(0.0, 0.0), (-1.0, 2.0), (5.0, 2.0)])
