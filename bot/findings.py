@@ -129,9 +129,7 @@ def against_parents(job: Job, repo: str, *, pictured: bool) -> list[str]:
     if found.overall is not None and len(found.overall.tasks) > 1:
         rows += [_row(None, each) for each in found.overall.differences]
     sections = [title, f"![{_alone(repo)} beside its parents]({PICTURE})" if pictured else ""]
-    sections.append(
-        table(("task", "parent", "the merge is", "difference, points", "p", "would be seen from"), rows, words=3)
-    )
+    sections.append(table(("task", "parent", "the merge is", "difference, points", "p", "seen from"), rows, words=3))
     sections.append(messages.VERDICT.format(tests=", ".join(sorted({each.test for each in _all(found)}))))
     sections += [_inherited(found), *(_left_out(found))]
     return [section for section in sections if section]
@@ -178,7 +176,7 @@ def _inherited(found: Comparison) -> str:
         f"{code(verdict.short(name))} on {sum(task.same_choice.get(name, 0) for task in found.tasks) / asked:.0%}"
         for name in found.parents
     ]
-    told = [f"Where {line}." for line in lines]
+    told = list(lines)
     if same and asked:
         told.append(f"It gives the same answer, right or wrong, as {joined(same)} of the {asked} questions.")
     return "\n".join(f"- {line}" for line in told)
@@ -197,8 +195,5 @@ def first_look(job: Job) -> list[str]:
     found = job.evaluation.vitals
     if not found:
         return []
-    lines = [
-        f"- {code(verdict.short(name)) if name else 'This merge'}: {vitals.sentence(each)}"
-        for name, each in found.items()
-    ]
-    return ["## First look", "\n".join(lines), messages.FIRST_LOOK]
+    rows = [[code(verdict.short(name)) if name else "this merge", *vitals.cells(each)] for name, each in found.items()]
+    return ["## First look", table(["model", *vitals.COLUMNS], rows), messages.FIRST_LOOK]

@@ -89,7 +89,7 @@ def _files(folder: Path, task: str) -> list[tuple[str, Path]]:
             seen.add(name)
             leaves |= set() if subtasks.get(name) else {name}
             waiting += subtasks.get(name) or []
-    found = [(name, folder / "samples" / f"{name}.jsonl") for name in sorted(leaves)]
+    found = [(name, folder / "samples" / f"{name.replace('/', '_')}.jsonl") for name in sorted(leaves)]
     return found if all(path.is_file() for _, path in found) else []
 
 

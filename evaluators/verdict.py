@@ -178,7 +178,7 @@ def _unseen(detectable: float) -> str:
 
 
 def inheritance(patterns: Sequence[Pattern], show: Show = str) -> tuple[str, ...]:
-    """Whose answers the merge gives, a line for each kind of question that occurred."""
+    """Whose answers the merge gives, a sentence for each kind of question that occurred."""
     total: dict[tuple[str, ...], tuple[int, int]] = {}
     for each in patterns:
         questions, kept = total.get(each.right, (0, 0))
@@ -187,16 +187,16 @@ def inheritance(patterns: Sequence[Pattern], show: Show = str) -> tuple[str, ...
     lines = []
     for right, (questions, kept) in sorted(total.items(), key=lambda item: -len(item[0])):
         if questions:
-            lines.append(f"{_who(right, parents, show)}: {kept} of {questions} right")
+            lines.append(f"Where {_who(right, parents, show)}, the merge is right on {kept} of {questions}.")
     return tuple(lines)
 
 
 def _who(right: tuple[str, ...], parents: int, show: Show) -> str:
     if not right:
-        return "no parent right" if parents > 1 else "parent wrong"
+        return "no parent is right" if parents > 1 else "its parent is wrong"
     if len(right) == parents:
-        return {1: "parent right", 2: "both parents right"}.get(parents, "all parents right")
-    return f"only {joined([show(short(name)) for name in right])} right"
+        return {1: "its parent is right", 2: "both parents are right"}.get(parents, "all parents are right")
+    return f"only {joined([show(short(name)) for name in right])} {'is' if len(right) == 1 else 'are'} right"
 
 
 def joined(names: Sequence[str]) -> str:

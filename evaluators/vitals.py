@@ -282,15 +282,17 @@ def _strange(merge: Vitals, parents: Sequence[Vitals]) -> str | None:
     return None
 
 
-def sentence(vitals: Vitals) -> str:
-    """The vitals in a line for people."""
-    if vitals.bits_per_byte is None or vitals.perplexity is None:
-        return "Its answers to a plain text are not numbers."
-    said = [f"perplexity {vitals.perplexity:.3g} a token ({vitals.bits_per_byte:.2f} bits a byte) on a plain text"]
-    if vitals.distinct is not None:
-        said.append(f"{vitals.distinct:.0%} of the 4-grams it writes differ")
-        said.append(f"{vitals.broken} of {vitals.continuations} continuations broken")
-    said.append(f"{vitals.survived} of {vitals.texts} texts unchanged through its tokenizer")
-    if vitals.tokens_per_s is not None:
-        said.append(f"{vitals.tokens_per_s:.1f} tokens a second on {vitals.device} in {vitals.dtype}")
-    return "; ".join(said)[0].upper() + "; ".join(said)[1:] + "."
+COLUMNS = ("perplexity (bits a byte)", "4-grams that differ", "broken texts", "tokenizer", "tokens/s")
+
+
+def cells(vitals: Vitals) -> tuple[str, ...]:
+    """The vitals under COLUMNS, for people: what was not measured is a dash."""
+    absent = "\N{EN DASH}"
+    lost, at = vitals.bits_per_byte is None or vitals.perplexity is None, f"{vitals.device}, {vitals.dtype}"
+    return (
+        absent if lost else f"{vitals.perplexity:.3g} ({vitals.bits_per_byte:.2f})",
+        absent if vitals.distinct is None else f"{vitals.distinct:.0%}",
+        f"{vitals.broken} of {vitals.continuations}",
+        f"{vitals.survived} of {vitals.texts} unchanged",
+        absent if vitals.tokens_per_s is None else f"{vitals.tokens_per_s:.1f} ({at})",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 
-from bot import findings
+from bot import findings, messages
 from bot.job import Evaluation
 from evaluators import verdict, vitals
 from evaluators.figure import figure
@@ -83,11 +83,12 @@ def _against(found: Comparison) -> Markup:
     """Every difference, then whose answers the merge gives."""
     rows = [_difference(task.task, each) for task in found.tasks for each in task.differences]
     if found.overall is not None and len(found.overall.tasks) > 1:
-        rows += [_difference("Mean", each, class_="total") for each in found.overall.differences]
-    titles = ("Task", "Against", "The merge is", "Difference, points", "p", "Would be seen from")
+        rows += [_difference("Mean", each) for each in found.overall.differences]
+    titles = ("Task", "Against", "The merge is", "Difference", "p", "Seen from")
     told = (
-        "Merge minus parent on the same questions, with 95\u00a0% intervals; p is corrected for the number of "
-        "comparisons. Not shown does not mean equal."
+        "Merge minus parent on the same questions in points, with 95\u00a0% intervals; p is corrected for the number "
+        "of comparisons. Not shown does not mean equal: a smaller true difference than in the last column would be "
+        "missed in more than one of five such measurements."
     )
     lines = verdict.inheritance([each for task in found.tasks for each in task.patterns])
     return join(
@@ -95,13 +96,13 @@ def _against(found: Comparison) -> Markup:
             tag("h3", "Against its parents"),
             rows_table(titles, rows),
             tag("p", told, class_="fine"),
-            tag("ul", [tag("li", f"Where {line}.") for line in lines], class_="notes") if lines else None,
+            tag("ul", [tag("li", line) for line in lines], class_="notes") if lines else None,
             [tag("p", f"{each.task} is not compared: {each.because}.", class_="fine") for each in found.left_out],
         ]
     )
 
 
-def _difference(task: str, found: Difference, class_: str | None = None) -> Markup:
+def _difference(task: str, found: Difference) -> Markup:
     low, high = found.interval
     shown = found.outcome is not Outcome.NOT_SHOWN
     return tag(
@@ -112,7 +113,6 @@ def _difference(task: str, found: Difference, class_: str | None = None) -> Mark
         tag("td", f"{100 * found.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", class_="number"),
         tag("td", findings.chance(found), class_="number"),
         tag("td", findings.seen_from(found), class_="number"),
-        class_=class_,
     )
 
 
@@ -120,8 +120,6 @@ def _vitals(found: Evaluation) -> Markup | None:
     signs: Mapping[str, vitals.Vitals] = found.vitals
     if not signs:
         return None
-    rows = [
-        tag("li", tag("b", verdict.short(name) or "This merge"), ": ", vitals.sentence(each))
-        for name, each in signs.items()
-    ]
-    return join([tag("h3", "First look"), tag("ul", rows, class_="notes")])
+    rows = [_row(verdict.short(name) or "This merge", list(vitals.cells(each))) for name, each in signs.items()]
+    titles = ("Model", *(title[0].upper() + title[1:] for title in vitals.COLUMNS))
+    return join([tag("h3", "First look"), rows_table(titles, rows), tag("p", messages.FIRST_LOOK, class_="fine")])

@@ -87,10 +87,10 @@ def test_whose_answers_a_merge_gives_is_counted(make: Make, tmp_path: Path) -> N
     parents = {"org/a@1": make(left=first_parent, wrong_choice=2), "org/b@2": make(left=second_parent)}
     [task] = comparison.compare(merge, parents, cache=tmp_path).tasks
     assert inheritance(task.patterns) == (
-        "both parents right: 1 of 2 right",
-        "only org/a right: 1 of 1 right",
-        "only org/b right: 0 of 1 right",
-        "no parent right: 1 of 2 right",
+        "Where both parents are right, the merge is right on 1 of 2.",
+        "Where only org/a is right, the merge is right on 1 of 1.",
+        "Where only org/b is right, the merge is right on 0 of 1.",
+        "Where no parent is right, the merge is right on 1 of 2.",
     )
     # org/a picks the merge's wrong choice too where both are wrong (question 5), org/b another one
     assert dict(task.same_choice) == {"org/a@1": 4, "org/b@2": 1}

@@ -180,8 +180,8 @@ def test_a_page_of_a_job_tells_each_failure_it_survived() -> None:
 def test_a_page_of_a_job_says_what_the_merge_is_beside_its_parents() -> None:
     page = Elements(job_page(a_job(evaluation=exhibits.evaluation()), LIVE_HUB, 0, NOW))
     assert "Against its parents, on average over 2 tasks: better than all 3." in page.text
-    assert "82.5 (72.7 to 89.3)" in page.text and "Would be seen from" in page.text
-    assert f"{exhibits.SMITH}: Perplexity 31 a token" in page.text
+    assert "82.5 (72.7 to 89.3)" in page.text and "Seen from" in page.text
+    assert f"{exhibits.SMITH}31 (1.43)72%" in page.text
     [source] = [value for name, value in page.attributes if name == "src"]
     head, _, data = (source or "").partition(",")
     assert head == "data:image/svg+xml;base64" and base64.b64decode(data).startswith(b"<svg ")
