@@ -6,10 +6,11 @@ A source is evaluated once for all merges that share it: the harness keeps its r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bot import first_stage
 from bot.errors import Failed, Refused
 from bot.job import Source
 from bot.progress import Show, named
@@ -50,15 +51,24 @@ def scores(
     scratch: Path,
     report: Show,
 ) -> tuple[ModelEvaluation | None, dict[str, ModelEvaluation]]:
-    """The merged model's scores, and its sources' by `repo@revision`. Raises Failed as the harness does."""
+    """The merged model's scores, and its sources' by `repo@revision`.
+
+    Raises Failed as the harness does, and NOT_BETTER where the operator lets hopeless merges be stopped early.
+    """
     if measures_nothing(asked):
         return None, {}
-    merged = evaluate(out, "the merge", asked, settings, scratch, report, manifest)
-    found = {}
-    for source in (source for source in sources if not source.adapter):
-        folder = settings.source_folder(source.repo, source.revision)
-        found[str(source)] = evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
-    return merged, found
+
+    def ask(limit: int | None) -> tuple[ModelEvaluation, dict[str, ModelEvaluation]]:
+        put = replace(asked, limit=limit)
+        merged = evaluate(out, "the merge", put, settings, scratch, report, manifest)
+        found = {}
+        for source in (source for source in sources if not source.adapter):
+            folder = settings.source_folder(source.repo, source.revision)
+            found[str(source)] = evaluate(folder, source.repo, put, settings, scratch, report, str(source))
+        return merged, found
+
+    first_stage.require_hope(ask, settings, asked.limit)
+    return ask(asked.limit)
 
 
 def compared(
@@ -82,21 +92,23 @@ def vital_signs(
     """
     if measures_nothing(asked):
         return {}
-    parents = {
-        str(source): settings.source_folder(source.repo, source.revision) for source in sources if not source.adapter
-    }
+    models = [source for source in sources if not source.adapter]
+    folders = {str(source): settings.source_folder(source.repo, source.revision) for source in models}
     found: dict[str, Vitals] = {}
     try:
-        for place, (name, folder) in enumerate({**parents, "": out}.items()):
-            report("Looking whether the models speak", place, len(parents) + 1)
-            identity = name or manifest
-            found[name] = vitals.of_folder(
-                folder, cache=settings.evaluations, device=settings.device, model_identity=identity
-            )
-        vitals.require_sound(found[""], [found[name] for name in parents])
+        for place, (name, folder) in enumerate({**folders, "": out}.items()):
+            report("Looking whether the models speak", place, len(folders) + 1)
+            identity, cache = name or manifest, settings.evaluations
+            signs = vitals.stored(cache, identity, device=settings.device)
+            if signs is None and (folder / "config.json").is_file():  # a source that was measured before may be gone
+                signs = vitals.of_folder(folder, cache=cache, device=settings.device, model_identity=identity)
+            if signs is not None:
+                found[name] = signs
+        parents = {name: each for name, each in found.items() if name}
+        vitals.require_sound(found[""], [*parents.values()])
     except EvaluationError as error:
         raise Failed(error.code, error.message, error.next_step) from error
-    return {"": found[""], **{name: found[name] for name in parents}}
+    return {"": found[""], **parents}
 
 
 def evaluate(

@@ -76,6 +76,13 @@ class Settings(BaseSettings):
     publish_timeout_s: float = Field(default=2 * 3600, gt=0)
 
     suite: str = Field(default="quick", description="suite the form starts with")
+    first_stage: int = Field(
+        default=0,
+        ge=0,
+        description="questions a task after which a merge that cannot win is stopped; 0 never stops one",
+    )
+    first_stage_margin: float = Field(default=0.0, ge=-1, le=1, description="how much better than each source is a win")
+    first_stage_error: float = Field(default=0.05, gt=0, lt=1, description="share of winning merges stopped, at most")
     speed_budget_s: float = Field(default=600.0, gt=0, description="time for heads, calibration and the speed test")
     speed_questions: int = Field(default=16, ge=1)
     speed_new_tokens: int = Field(default=48, ge=8)

@@ -31,6 +31,30 @@ def compare(merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, c
     whose score is no mean over its questions is left out with the reason. Raises EvaluationError NOT_COMPARABLE where
     suite, environment or questions differ, or answers were not kept.
     """
+    tasks, left_out = _paired(merge, parents, cache)
+    judged = corrected([_judged(task, len(tasks) * len(parents)) for task in tasks])
+    keys = {MERGE: merge.key, **{name: evaluation.key for name, evaluation in parents.items()}}
+    return Comparison(
+        merge.suite, merge.suite_digest, keys, tuple(judged), overall(tasks, judged, tuple(parents)), tuple(left_out)
+    )
+
+
+def differences(
+    merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, cache: Path
+) -> dict[str, list[Values]]:
+    """By parent, merge minus parent [n] on each task that is a share; what `stopping` decides from.
+
+    Questions are in their own order, of a group of tasks one of each in turn: with more of them measured, what was
+    there before is still the beginning. Raises EvaluationError NOT_COMPARABLE as `compare` does.
+    """
+    tasks = [task for task in _paired(merge, parents, cache)[0] if _is_share(task)]
+    orders = [samples.in_turn(task.answers[MERGE].questions) for task in tasks]
+    return {name: [task.difference(name)[order] for task, order in zip(tasks, orders, strict=True)] for name in parents}
+
+
+def _paired(
+    merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], cache: Path
+) -> tuple[list[_Task], list[LeftOut]]:
     for name, parent in parents.items():
         _require_equal_terms(merge, name, parent)
     models = {MERGE: merge, **parents}
@@ -43,11 +67,7 @@ def compare(merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, c
             left_out.append(LeftOut(score.task, str(reason)))
             continue
         tasks.append(_Task(score, {name: _in_order(answers, name, score.task) for name in answers}))
-    judged = corrected([_judged(task, len(tasks) * len(parents)) for task in tasks])
-    keys = {name: evaluation.key for name, evaluation in models.items()}
-    return Comparison(
-        merge.suite, merge.suite_digest, keys, tuple(judged), overall(tasks, judged, tuple(parents)), tuple(left_out)
-    )
+    return tasks, left_out
 
 
 @dataclass(frozen=True, slots=True)

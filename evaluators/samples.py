@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,12 @@ def read(folder: Path, score: Score) -> Answers:
     known = score.metric in _CHOSEN and bool(np.isin(values, (0.0, 1.0)).all()) and None not in guesses
     chance = sum(guess for guess in guesses if guess is not None) / len(rows) if known else None
     return Answers(tuple(row.question for row in rows), values, tuple(row.choice for row in rows), chance)
+
+
+def in_turn(questions: Sequence[str]) -> list[int]:
+    """Places of questions in the order of their numbers, one of each task in turn."""
+    named = [json.loads(question) for question in questions]
+    return sorted(range(len(named)), key=lambda at: (named[at][1], named[at][0]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,18 @@ def weights(sizes: Mapping[str, int]) -> dict[str, float]:
     return {task: total / (len(sizes) * size) for task, size in sizes.items()}
 
 
+def rounds(tasks: Sequence[Values]) -> Values:
+    """One question of each task a round: the mean of their differences [rounds], as far as all tasks go.
+
+    Where every task is in random order, and `questions` of `decide` is the number of the largest task's, the error
+    rate holds for the mean over tasks: smaller tasks only bring a good merge back to it sooner.
+    """
+    if not tasks:
+        return np.zeros(0)
+    found: Values = np.mean([task[: min(map(len, tasks))] for task in tasks], axis=0)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Pace:
     """What a task tells and costs: the variance of its paired differences, and seconds a question."""

@@ -98,17 +98,29 @@ def of_folder(
     from evaluators import harness, harness_model
 
     identity = model_identity or harness.content_digest(model)
-    asked = json.dumps([VERSION, hashlib.sha256(HELD_TEXT.read_bytes()).hexdigest(), identity, device, dtype])
-    file = cache / "vitals" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
-    try:
-        return Vitals.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        found = examine(*harness_model.load(model, device, dtype))
+    known = stored(cache, identity, device=device, dtype=dtype)
+    if known is not None:
+        return known
+    found = examine(*harness_model.load(model, device, dtype))
+    file = _file(cache, identity, device, dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{time.monotonic_ns()}.partial")
     partial.write_text(json.dumps(found.as_dict()), encoding="utf-8")
     partial.rename(file)
     return found
+
+
+def stored(cache: Path, identity: str, *, device: str = "cpu", dtype: str = "auto") -> Vitals | None:
+    """What was found before of the model `identity` (a commit, a manifest or a content digest)."""
+    try:
+        return Vitals.from_dict(json.loads(_file(cache, identity, device, dtype).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _file(cache: Path, identity: str, device: str, dtype: str) -> Path:
+    asked = json.dumps([VERSION, hashlib.sha256(HELD_TEXT.read_bytes()).hexdigest(), identity, device, dtype])
+    return cache / "vitals" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
 
 
 def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: float = 120.0) -> Vitals:

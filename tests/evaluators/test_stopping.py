@@ -78,6 +78,16 @@ def test_the_rate_holds_over_parents_margins_and_weighted_tasks_together() -> No
     assert wrong / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 
 
+def test_the_rate_holds_for_rounds_over_tasks_of_different_sizes() -> None:
+    rng, wrong = np.random.default_rng(11), 0
+    for _ in range(600):
+        tasks = [population(rng, 12, 12, 60), population(rng, 30, 40, 200), population(rng, 20, 0, 400)]
+        assert np.mean([each.mean() for each in tasks]) == pytest.approx(0.0)
+        wrong += decide({"p": stopping.rounds(tasks)}, 400, Rule()).stop
+    assert wrong / 600 <= 0.05 + 3 * (0.05 * 0.95 / 600) ** 0.5
+    assert len(stopping.rounds([])) == 0
+
+
 def test_a_hopeless_merge_is_stopped_before_half_of_the_suite() -> None:
     rng, rule = np.random.default_rng(3), Rule()
     seen = []

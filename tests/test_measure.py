@@ -1,0 +1,127 @@
+"""What the worker does around the tasks: it looks whether a merge speaks, and may stop one that cannot win."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from bot import first_stage, measure
+from bot.errors import Failed
+from bot.job import Source
+from bot.request import EvaluateOptions
+from bot.settings import Settings
+from evaluators import harness
+from evaluators.scores import ModelEvaluation
+from tests import family
+from tests.evaluators import stored
+
+ASKED = EvaluateOptions(suite="demo-skills", limit=8)
+SOURCES = tuple(Source(f"alice/{name}", number * 40, "mit", 10) for name, number in (("left", "a"), ("right", "b")))
+
+
+def quiet(_text: str, _done: float, _total: float) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    made = Settings(home=tmp_path / "bot", hub="http://127.0.0.1:1", device="cpu")
+    made.evaluations.mkdir(parents=True)
+    return made
+
+
+@pytest.fixture
+def merged(settings: Settings, tmp_path: Path) -> Path:
+    """A merge in a folder, its sources where the bot keeps them."""
+    folders = family.make(tmp_path / "family")
+    for source in SOURCES:
+        shutil.copytree(folders[source.repo.partition("/")[2]], settings.source_folder(source.repo, source.revision))
+    return folders["base"]
+
+
+def test_a_merge_that_talks_nonsense_fails_before_any_task(merged: Path, settings: Settings) -> None:
+    found = measure.vital_signs(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
+    assert list(found) == ["", *map(str, SOURCES)]
+    tensors = {name: tensor * 60 for name, tensor in load_file(merged / "model.safetensors").items()}
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Failed) as caught:
+        measure.vital_signs(merged, "n" * 64, SOURCES, ASKED, settings, quiet)
+    assert caught.value.code == "MODEL_NONSENSE" and "its worst parent" in caught.value.message
+
+
+def test_a_source_is_looked_at_once_and_one_that_is_gone_is_no_obstacle(merged: Path, settings: Settings) -> None:
+    first = measure.vital_signs(merged, "m" * 64, SOURCES[:1], ASKED, settings, quiet)
+    for source in SOURCES:
+        shutil.rmtree(settings.source_folder(source.repo, source.revision))
+    again = measure.vital_signs(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
+    assert again == first  # the second source was never seen
+
+
+def test_where_nothing_is_measured_nothing_is_looked_at(settings: Settings, tmp_path: Path) -> None:
+    assert measure.vital_signs(tmp_path, "m", SOURCES, EvaluateOptions(suite="none"), settings, quiet) == {}
+    assert measure.compared(None, {}, settings) == (None, "")
+
+
+def test_evaluations_that_cannot_be_compared_cost_nobody_the_evaluation(settings: Settings) -> None:
+    merge, parent = (stored.evaluation(settings.evaluations, key, {"left": [1.0, 0.0]}) for key in ("m", "p"))
+    other = replace(parent, environment=replace(parent.environment, dtype="bfloat16"))
+    found, reason = measure.compared(merge, {"org/a": other}, settings)
+    assert found is None and "bfloat16" in reason
+    assert measure.compared(merge, {"org/a": parent}, settings)[0] is not None
+
+
+# -- the first stage -------------------------------------------------------------------------------------------------
+
+Answers = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def asking(answers: Answers, cache: Path, asked: list[int]) -> Callable[[int], first_stage.Measured]:
+    """Measures models whose answers to every question are known, on the first so many of each task."""
+
+    def ask(limit: int) -> first_stage.Measured:
+        asked.append(limit)
+        found: dict[str, ModelEvaluation] = {}
+        for name, tasks in answers.items():
+            some = {task: values[:limit].tolist() for task, values in tasks.items()}
+            made = stored.evaluation(cache, f"{id(asked)} {name or 'merge'} {limit}".replace("/", "-"), some)
+            sizes = {task: {"original": len(values)} for task, values in tasks.items()}
+            (harness.folder_of(made, cache) / "lm_eval.json").write_text(json.dumps({"n-samples": sizes}))
+            found[name] = made
+        return found.pop(""), found
+
+    return ask
+
+
+def models(merge: float, parent: float, sizes: Mapping[str, int]) -> Answers:
+    rng = np.random.default_rng(4)
+    drawn = {name: {task: rng.random(size) < skill for task, size in sizes.items()}
+             for name, skill in (("", merge), ("org/a@1", parent), ("org/b@2", 0.2))}  # fmt: skip
+    return {name: {task: values.astype(float) for task, values in tasks.items()} for name, tasks in drawn.items()}
+
+
+def test_a_hopeless_merge_is_stopped_and_a_good_one_measured_on(settings: Settings) -> None:
+    sizes, few, many = {"left": 800, "right": 900}, list[int](), list[int]()
+    chosen = settings.model_copy(update={"first_stage": 100})
+    with pytest.raises(Failed) as caught:
+        first_stage.require_hope(asking(models(0.3, 0.8, sizes), chosen.evaluations, few), chosen, None)
+    assert few == [100] and caught.value.code == "NOT_BETTER" and caught.value.next_step
+    assert caught.value.message == (
+        "After 100 questions a task the merge cannot end better than org/a any more (error rate 5%)."
+    )
+    first_stage.require_hope(asking(models(0.8, 0.5, sizes), chosen.evaluations, many), chosen, None)
+    assert many == [100, 200, 400]  # a look at more than half would not be worth it
+
+
+def test_the_first_stage_is_off_unless_it_is_asked_for_and_never_asks_beyond_the_limit(settings: Settings) -> None:
+    asked: list[int] = []
+    ask = asking(models(0.1, 0.9, {"left": 50}), settings.evaluations, asked)
+    first_stage.require_hope(ask, settings, None)
+    first_stage.require_hope(ask, settings.model_copy(update={"first_stage": 30}), 50)
+    assert asked == []
