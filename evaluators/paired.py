@@ -67,6 +67,7 @@ def difference_interval(won: int, lost: int, questions: int, alpha: float = ALPH
 def mean_interval(values: Values, alpha: float = ALPHA, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Percentile bootstrap interval of a mean (Efron and Tibshirani 1993, chapter 13); of paired values [n], paired."""
     rng = np.random.default_rng(seed)
+    values = np.sort(values)  # so that the order of questions changes nothing
     distinct, counts = np.unique(values, return_counts=True)
     total = len(values)
     if len(distinct) <= _FEW:

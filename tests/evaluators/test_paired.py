@@ -97,6 +97,7 @@ def test_the_bootstrap_is_that_of_scipy(decimals: int) -> None:
     expected = stats.bootstrap((found,), np.mean, method="percentile", n_resamples=9999, rng=4).confidence_interval
     low, high = paired.mean_interval(found)
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert paired.mean_interval(np.random.default_rng(5).permutation(found)) == (low, high)
     assert paired.mean_interval(np.full(5, 0.25)) == (0.25, 0.25)
 
 
