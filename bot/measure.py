@@ -5,7 +5,6 @@ A source is evaluated once for all merges that share it: the harness keeps its r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,9 @@ from bot.job import Source
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, child_environment
-from evaluators import comparison, harness, suites, vitals
+from evaluators import harness, suites
 from evaluators.errors import EvaluationError
 from evaluators.scores import ModelEvaluation
-from evaluators.verdict import Comparison
-from evaluators.vitals import Vitals
 
 if TYPE_CHECKING:
     from evaluators.medusa import Given
@@ -69,46 +66,6 @@ def scores(
 
     first_stage.require_hope(ask, settings, asked.limit)
     return ask(asked.limit)
-
-
-def compared(
-    merged: ModelEvaluation | None, sources: Mapping[str, ModelEvaluation], settings: Settings
-) -> tuple[Comparison | None, str]:
-    """The verdict on the merge against its sources, or why there is none: that costs nobody a finished evaluation."""
-    if merged is None or not sources:
-        return None, ""
-    try:
-        return comparison.compare(merged, sources, cache=settings.evaluations), ""
-    except EvaluationError as error:
-        return None, str(error)
-
-
-def vital_signs(
-    out: Path, manifest: str, sources: tuple[Source, ...], asked: EvaluateOptions, settings: Settings, report: Show
-) -> dict[str, Vitals]:
-    """A look at each source (once for all merges that share it) and at the merge, under "", before any task.
-
-    Raises Failed NOT_FINITE, MODEL_UNLOADABLE or MODEL_NONSENSE where the tasks would be wasted on the merge.
-    """
-    if measures_nothing(asked):
-        return {}
-    models = [source for source in sources if not source.adapter]
-    folders = {str(source): settings.source_folder(source.repo, source.revision) for source in models}
-    found: dict[str, Vitals] = {}
-    try:
-        for place, (name, folder) in enumerate({**folders, "": out}.items()):
-            report("Looking whether the models speak", place, len(folders) + 1)
-            identity, cache = name or manifest, settings.evaluations
-            signs = vitals.stored(cache, identity, device=settings.device)
-            if signs is None and (folder / "config.json").is_file():  # a source that was measured before may be gone
-                signs = vitals.of_folder(folder, cache=cache, device=settings.device, model_identity=identity)
-            if signs is not None:
-                found[name] = signs
-        parents = {name: each for name, each in found.items() if name}
-        vitals.require_sound(found[""], [*parents.values()])
-    except EvaluationError as error:
-        raise Failed(error.code, error.message, error.next_step) from error
-    return {"": found[""], **parents}
 
 
 def evaluate(

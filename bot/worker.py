@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bot import carried_heads, measure, sources
+from bot import carried_heads, judgement, measure, sources
 from bot.errors import Failed
 from bot.executors import child
 from bot.job import Evaluation, Merge, PublishedFile, Source
@@ -120,9 +120,9 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
         )
     asked = _EVALUATE.validate_python(spec["evaluate"])
     parts = _SOURCES.validate_python(spec["sources"])
-    signs = measure.vital_signs(out, spec["manifest"], parts, asked, settings, report)
+    signs = judgement.vital_signs(out, spec["manifest"], parts, asked, settings, report)
     merged, parents = measure.scores(out, spec["manifest"], parts, asked, settings, scratch, report)
-    verdict, not_compared = measure.compared(merged, parents, settings)
+    verdict, not_compared = judgement.compared(merged, parents, settings)
     crashpoint("eval.after_task")
     speed = measure.decode_speed(out, parts, settings, scratch, report) if asked.speed == "medusa" else None
     heads = {} if speed is None else carried_heads.carry(scratch / "medusa", speed, scratch / "carried")

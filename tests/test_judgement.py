@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bot import first_stage, measure
+from bot import first_stage, judgement
 from bot.errors import Failed
 from bot.job import Source
 from bot.request import EvaluateOptions
@@ -47,34 +47,34 @@ def merged(settings: Settings, tmp_path: Path) -> Path:
 
 
 def test_a_merge_that_talks_nonsense_fails_before_any_task(merged: Path, settings: Settings) -> None:
-    found = measure.vital_signs(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
+    found = judgement.vital_signs(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
     assert list(found) == ["", *map(str, SOURCES)]
     tensors = {name: tensor * 60 for name, tensor in load_file(merged / "model.safetensors").items()}
     save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Failed) as caught:
-        measure.vital_signs(merged, "n" * 64, SOURCES, ASKED, settings, quiet)
+        judgement.vital_signs(merged, "n" * 64, SOURCES, ASKED, settings, quiet)
     assert caught.value.code == "MODEL_NONSENSE" and "its worst parent" in caught.value.message
 
 
 def test_a_source_is_looked_at_once_and_one_that_is_gone_is_no_obstacle(merged: Path, settings: Settings) -> None:
-    first = measure.vital_signs(merged, "m" * 64, SOURCES[:1], ASKED, settings, quiet)
+    first = judgement.vital_signs(merged, "m" * 64, SOURCES[:1], ASKED, settings, quiet)
     for source in SOURCES:
         shutil.rmtree(settings.source_folder(source.repo, source.revision))
-    again = measure.vital_signs(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
+    again = judgement.vital_signs(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
     assert again == first  # the second source was never seen
 
 
 def test_where_nothing_is_measured_nothing_is_looked_at(settings: Settings, tmp_path: Path) -> None:
-    assert measure.vital_signs(tmp_path, "m", SOURCES, EvaluateOptions(suite="none"), settings, quiet) == {}
-    assert measure.compared(None, {}, settings) == (None, "")
+    assert judgement.vital_signs(tmp_path, "m", SOURCES, EvaluateOptions(suite="none"), settings, quiet) == {}
+    assert judgement.compared(None, {}, settings) == (None, "")
 
 
 def test_evaluations_that_cannot_be_compared_cost_nobody_the_evaluation(settings: Settings) -> None:
     merge, parent = (stored.evaluation(settings.evaluations, key, {"left": [1.0, 0.0]}) for key in ("m", "p"))
     other = replace(parent, environment=replace(parent.environment, dtype="bfloat16"))
-    found, reason = measure.compared(merge, {"org/a": other}, settings)
+    found, reason = judgement.compared(merge, {"org/a": other}, settings)
     assert found is None and "bfloat16" in reason
-    assert measure.compared(merge, {"org/a": parent}, settings)[0] is not None
+    assert judgement.compared(merge, {"org/a": parent}, settings)[0] is not None
 
 
 # -- the first stage -------------------------------------------------------------------------------------------------

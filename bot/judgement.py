@@ -1,0 +1,58 @@
+"""Around the tasks: whether a merge speaks before they begin, and what it is beside its sources when they are done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bot.errors import Failed
+from bot.job import Source
+from bot.measure import measures_nothing
+from bot.progress import Show
+from bot.request import EvaluateOptions
+from bot.settings import Settings
+from evaluators import comparison, vitals
+from evaluators.errors import EvaluationError
+from evaluators.scores import ModelEvaluation
+from evaluators.verdict import Comparison
+from evaluators.vitals import Vitals
+
+
+def compared(
+    merged: ModelEvaluation | None, sources: Mapping[str, ModelEvaluation], settings: Settings
+) -> tuple[Comparison | None, str]:
+    """The verdict on the merge against its sources, or why there is none: that costs nobody a finished evaluation."""
+    if merged is None or not sources:
+        return None, ""
+    try:
+        return comparison.compare(merged, sources, cache=settings.evaluations), ""
+    except EvaluationError as error:
+        return None, str(error)
+
+
+def vital_signs(
+    out: Path, manifest: str, sources: tuple[Source, ...], asked: EvaluateOptions, settings: Settings, report: Show
+) -> dict[str, Vitals]:
+    """A look at each source (once for all merges that share it) and at the merge, under "", before any task.
+
+    Raises Failed NOT_FINITE, MODEL_UNLOADABLE or MODEL_NONSENSE where the tasks would be wasted on the merge.
+    """
+    if measures_nothing(asked):
+        return {}
+    models = [source for source in sources if not source.adapter]
+    folders = {str(source): settings.source_folder(source.repo, source.revision) for source in models}
+    found: dict[str, Vitals] = {}
+    try:
+        for place, (name, folder) in enumerate({**folders, "": out}.items()):
+            report("Looking whether the models speak", place, len(folders) + 1)
+            identity, cache = name or manifest, settings.evaluations
+            signs = vitals.stored(cache, identity, device=settings.device)
+            if signs is None and (folder / "config.json").is_file():  # a source that was measured before may be gone
+                signs = vitals.of_folder(folder, cache=cache, device=settings.device, model_identity=identity)
+            if signs is not None:
+                found[name] = signs
+        parents = {name: each for name, each in found.items() if name}
+        vitals.require_sound(found[""], [*parents.values()])
+    except EvaluationError as error:
+        raise Failed(error.code, error.message, error.next_step) from error
+    return {"": found[""], **parents}
