@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,8 +94,9 @@ class Exact:
         scores = self._cut(logits.float().cpu() / self.temperature)
         # Gumbel-max: argmax(score + Gumbel noise) is one draw from softmax(score). Keyed by the position, so the
         # draw does not depend on how many tokens a step brought.
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ position)
-        uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+        # Philox takes both numbers as they are; torch's CPU generator would read 32 bits of any seed.
+        noise = np.random.Philox(key=np.array([self.seed % (1 << 64), position], dtype=np.uint64))
+        uniform = torch.from_numpy(np.random.Generator(noise).random(len(scores))).clamp_min(1e-300)
         return int((scores.double() - torch.log(-torch.log(uniform))).argmax())
 
     def accept(self, tree: Tree, tokens: Sequence[int], logits: Tensor, length: int) -> tuple[Path, int]:

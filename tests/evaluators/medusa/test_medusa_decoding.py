@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import re
+from collections.abc import Sequence
+
 import pytest
 import tiny_causal_lms as tiny
 import torch
@@ -9,26 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import reference
+from evaluators.medusa import reference, suite
 from evaluators.medusa.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.capability import capability
-from evaluators.medusa.decode import Limits, medusa, plain
+from evaluators.medusa.decode import Limits, Trace, medusa, plain, stream
 from evaluators.medusa.drafters import HeadDrafter, PromptLookup
-from evaluators.medusa.heads import HeadSpec, identity_heads
+from evaluators.medusa.heads import HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.stops import StopStrings
 from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 PROMPT = [7, 42, 99, 3, 250, 7, 42]
-SPARSE = greedy_tree([[0.5, 0.2, 0.1, 0.05], [0.4, 0.2, 0.1], [0.3, 0.1], [0.2, 0.1]], 24)
-TREES = {"n=1": ROOT_ONLY, "n=2": chain(1), "chain-4": chain(4), "full": full((2, 2, 2)), "sparse": SPARSE}
-MODELS = ("llama", "gqa", "gpt2")
+SPARSE = greedy_tree([[0.5, 0.2, 0.1, 0.05, 0.02], [0.4, 0.2, 0.1, 0.05], [0.3, 0.1, 0.05], [0.2, 0.1]], 64)
+TREES = {"n=1": ROOT_ONLY, "n=2": chain(1), "chain-4": chain(4), "full": full((3, 3, 3)), "sparse": SPARSE}
+MODELS = {"llama": 128, "gqa": 40, "gpt2": 57}  # tokens; GPT-2 ends at its last position
 
 
 @pytest.mark.parametrize("shape", TREES)
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_text_equals_plain_decoding_token_for_token(kind: str, shape: str) -> None:
-    base, tree, limits = tiny.base(kind), TREES[shape], Limits(40)
+    base, tree = tiny.base(kind), TREES[shape]
+    limits = Limits(MODELS[kind], base.stop_ids)
+    assert shape != "sparse" or tree.nodes == 64
     want = plain(EagerRunner(base), PROMPT, limits)
     assert len(set(want.tokens)) > 8, "a model that repeats itself proves little"
     spec = HeadSpec("shared", 4, 1, conditioned=True, keep=tuple(range(0, tiny.VOCAB, 2)))
@@ -60,20 +67,50 @@ def test_the_fast_loop_takes_the_paths_of_the_slow_reference(kind: str) -> None:
             assert fast.paths == slow.paths
 
 
-@pytest.mark.parametrize("kind", ["llama", "gqa", "mqa", "gpt2", "opt", "partial-rotary"])
-def test_the_cache_after_many_scattered_paths_equals_a_fresh_prefill(kind: str) -> None:
-    base, limits = tiny.base(kind), Limits(50)
+class Wander:
+    """Accepts any path and goes on with any token: the cache must follow whatever a rule decides."""
+
+    def __init__(self) -> None:
+        self._draws = random.Random(4)
+
+    def pick(self, logits: torch.Tensor, position: int) -> int:
+        return self._draws.randrange(290)
+
+    def accept(
+        self, tree: Tree, tokens: Sequence[int], logits: torch.Tensor, length: int
+    ) -> tuple[tuple[int, ...], int]:
+        return tree.ancestors(self._draws.randrange(tree.nodes)), self.pick(logits, length)
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"),
+    [
+        ("llama", "max_position_embeddings"),  # as many key heads as heads
+        ("gqa", "max_position_embeddings"),  # with a head_dim of its own
+        ("mqa", "max_position_embeddings"),
+        ("partial-rotary", "max_position_embeddings"),
+        ("gpt2", "n_positions"),
+        ("opt", "max_position_embeddings"),  # positions with an offset of two
+        ("gemma3", "max_position_embeddings"),  # past its window
+    ],
+)
+def test_the_cache_after_200_scattered_paths_equals_a_fresh_prefill(kind: str, positions: str) -> None:
+    base = Base(tiny.model(kind, **{positions: 1000}), tiny.tokenizer())
     assert capability(base).reason is None
-    text = [*PROMPT, *plain(EagerRunner(base), PROMPT, limits).tokens]
-    runner = EagerRunner(base)
-    trace = medusa(runner, tiny.Oracle(text), full((3, 3)), PROMPT, limits)
-    assert any(path != tuple(range(len(path))) for path in trace.paths)
+    runner, drafts = EagerRunner(base), HeadDrafter(tiny.random_heads(base, HeadSpec(heads=3)))
+    trace = medusa(runner, drafts, full((2, 2, 2)), PROMPT, Limits(900), Wander())
+    assert trace.steps >= 200
+    assert sum(path != tuple(range(len(path))) for path in trace.paths) > 100
+    text = [*PROMPT, *trace.tokens]
     fresh = EagerRunner(base)
     fresh.prefill(text[: runner.length])
     for mine, theirs in zip(runner.cache.layers, fresh.cache.layers, strict=True):
         assert mine.keys.shape == theirs.keys.shape
         torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(mine.values, theirs.values, atol=1e-4, rtol=1e-4)
+    _, after = runner.forward(torch.tensor(text[-1:]), ROOT_ONLY)
+    _, plainly = fresh.forward(torch.tensor(text[-1:]), ROOT_ONLY)
+    torch.testing.assert_close(after, plainly, atol=1e-4, rtol=1e-4)
 
 
 def test_token_zero_after_a_short_leaf_is_not_accepted_by_a_padding_alias() -> None:
@@ -154,8 +191,6 @@ def test_a_model_that_cannot_hold_a_tree_is_refused_by_name(kind: str, says: str
     able = capability(tiny.base(kind))
     assert not able.tree
     assert able.reason is not None
-    import re
-
     assert re.search(says, able.reason) and able.reason.endswith(".")
 
 
@@ -167,7 +202,9 @@ def test_sampling_with_trees_gives_the_tokens_of_plain_sampling_with_the_same_no
         got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *want.tokens]), full((2, 2)), PROMPT, limits, rule)
         assert got.tokens == want.tokens
         assert got.steps < want.steps
-    assert plain(EagerRunner(base), PROMPT, limits, Exact(seed=9)).tokens != want.tokens
+    drawn = {tuple(plain(EagerRunner(base), PROMPT, Limits(8), Exact(seed, temperature=1.5)).tokens)
+             for seed in (0, 1, 2, -1, 1 << 32, 1 << 40)}  # fmt: skip
+    assert len(drawn) == 6, "two seeds gave one text"
 
 
 def test_prompt_lookup_continues_the_latest_match_of_the_longest_tail() -> None:
@@ -176,6 +213,57 @@ def test_prompt_lookup_continues_the_latest_match_of_the_longest_tail() -> None:
     assert lookup.propose(h, 3, [1, 2, 3, 4, 6, 9, 2, 3], chain(4)).tolist() == [4, 6, 9, 2]
     assert lookup.propose(h, 3, [1, 2, 3], chain(4)).tolist() == []
     assert lookup.propose(h, 3, [3], chain(4)).tolist() == []
+
+
+class PerRow:
+    """How the reference samples: each root-to-leaf row draws for itself, and the longest match of any row wins."""
+
+    def __init__(self, seed: int) -> None:
+        self._draws = torch.Generator().manual_seed(seed)
+
+    def pick(self, logits: torch.Tensor, position: int) -> int:
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=self._draws))
+
+    def accept(
+        self, tree: Tree, tokens: Sequence[int], logits: torch.Tensor, length: int
+    ) -> tuple[tuple[int, ...], int]:
+        best: tuple[int, ...] = (0,)
+        for leaf in (node for node in range(tree.nodes) if not tree.children[node]):
+            row, kept = tree.ancestors(leaf), 1
+            while kept < len(row) and self.pick(logits[row[kept - 1]], 0) == tokens[row[kept]]:
+                kept += 1
+            best = max(best, row[:kept], key=len)
+        return best, self.pick(logits[best[-1]], 0)
+
+
+class ZeroAndOne:
+    """Proposes the same tokens every time: 0 and 1 at every level."""
+
+    def propose(self, h: torch.Tensor, root: int, seen: Sequence[int], tree: Tree) -> torch.Tensor:
+        return torch.tensor([path[-1] for path in tree.paths])
+
+
+def chi_square_of_second_tokens(rule: type[Exact] | type[PerRow], draws: int = 600) -> float:
+    """The real loop on a toy model of twelve tokens, against what its logits say the second token is."""
+    toy = {"vocab_size": 12, "initializer_range": 0.25, "eos_token_id": None, "num_hidden_layers": 1}
+    base = Base(tiny.model("llama", **toy), tiny.tokenizer())
+    first = base.run(torch.tensor([[3, 7]]), use_cache=False)[1][0, -1].softmax(-1)
+    then = base.run(torch.tensor([[3, 7, token] for token in range(12)]), use_cache=False)[1][:, -1].softmax(-1)
+    expected = draws * (first.double() @ then.double())
+    assert float(expected.min()) > 5
+    runner, tree = EagerRunner(base), full((2, 2))
+    found = torch.zeros(12, dtype=torch.double)
+    for seed in range(draws):
+        steps = stream(runner, ZeroAndOne(), tree, [3, 7], Limits(4), rule(seed), trace=Trace())
+        next(steps)
+        found[next(steps)[0]] += 1
+    return float(((found - expected) ** 2 / expected).sum())
+
+
+def test_sampling_through_a_tree_follows_the_bases_distribution_where_drawing_per_row_does_not() -> None:
+    one_in_a_thousand = 31.26  # 11 degrees of freedom
+    assert chi_square_of_second_tokens(Exact) < one_in_a_thousand
+    assert chi_square_of_second_tokens(PerRow) > 2 * one_in_a_thousand
 
 
 def test_sampled_draws_follow_the_distribution() -> None:
@@ -229,3 +317,40 @@ def test_a_model_whose_logits_are_not_finite_ends_with_the_step_and_a_reason() -
         plain(EagerRunner(base), PROMPT, Limits(5))
     with pytest.raises(EvaluationError, match="NaN or infinity on its first tokens"):
         Base(model, tiny.tokenizer())
+
+
+def test_a_number_that_turns_nan_on_the_way_ends_with_its_step() -> None:
+    model = tiny.model("llama", tie_word_embeddings=False)
+    base = Base(model, tiny.tokenizer())
+    text = plain(EagerRunner(base), PROMPT, Limits(30)).tokens
+    at = next(at for at in range(4, 30) if text[at] not in [*PROMPT, *text[:at]])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[text[at]] = float("nan")
+    with pytest.raises(EvaluationError, match=f"NaN or infinity at decoding step {at + 1}"):
+        plain(EagerRunner(base), PROMPT, Limits(40))
+    with pytest.raises(EvaluationError, match=r"NaN or infinity at decoding step \d"):
+        medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), chain(3), PROMPT, Limits(40))
+
+
+def test_added_tokens_of_a_merged_tokenizer_are_read_proposed_and_stopped_at() -> None:
+    """A merged vocabulary: tokens behind the old ones, one of them the end, and rows behind those that no token has."""
+    made = tiny.tokenizer()
+    made.add_tokens(["<tool>", "<call>"])
+    made.add_special_tokens({"eos_token": "<|im_end|>"})
+    end = made.convert_tokens_to_ids("<|im_end|>")
+    assert end == tiny.VOCAB + 2
+    base = Base(tiny.model("gqa", vocab_size=tiny.VOCAB + 20, seed=3), made)
+    assert base.stop_ids == {tiny.EOS, end}
+    ids = suite.encode(base, "<tool>hi<call><|im_end|>")
+    assert {tiny.VOCAB, tiny.VOCAB + 1, end} <= set(ids)
+    keep = vocabulary_cut([5, 5, tiny.VOCAB], 8, base)
+    assert {tiny.VOCAB, end} <= set(keep)
+    heads = tiny.random_heads(base, HeadSpec("shared", 3, 1, conditioned=True, keep=keep))
+    stops = StopStrings(made, ["zzz"])
+    text = plain(EagerRunner(base), ids, Limits(60)).tokens
+    assert max(text) >= tiny.VOCAB, "no added token was ever said"
+    for limits in (Limits(60, base.stop_ids, stops), Limits(60, frozenset({max(text)}), stops)):
+        want = plain(EagerRunner(base), ids, limits)
+        for drafter in (HeadDrafter(heads), tiny.Oracle([*ids, *text], base.vocab), tiny.Always(end)):
+            assert medusa(EagerRunner(base), drafter, full((2, 2, 1)), ids, limits).tokens == want.tokens
+    assert want.finish == "stop"
