@@ -18,7 +18,8 @@ from evaluators.medusa.capability import capability
 from evaluators.medusa.decode import Limits, Trace, stream
 from evaluators.medusa.drafters import HeadDrafter
 from evaluators.medusa.formats.reading import CARRIED
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa.runners import Runner
+from evaluators.medusa.static_runner import fastest
 from evaluators.medusa.transfer import TRAINING_FILE
 from evaluators.medusa.tree import ROOT_ONLY, Tree, expected_tokens, greedy_tree
 
@@ -39,7 +40,7 @@ class Speaker:
     """A model with its heads, ready to speak. `notes` are sentences on what is not as one might expect."""
 
     base: Base
-    runner: EagerRunner
+    runner: Runner
     drafter: HeadDrafter | None
     tree: Tree
     notes: list[str]
@@ -70,8 +71,8 @@ def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "
     notes = [reason] if reason is not None and device == "cpu" else []
     carried = model / CARRIED
     found = heads or (carried if carried.is_dir() else None)
-    runner = EagerRunner(base)
     able = capability(base)
+    runner = fastest(base)
     if found is None or able.reason is not None:
         notes.append(able.reason or "there are no heads, so one token comes at a time")
         return Speaker(base, runner, None, ROOT_ONLY, notes)

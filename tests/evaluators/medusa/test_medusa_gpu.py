@@ -36,7 +36,7 @@ def on_gpu(kind: str) -> Base:
 
 
 @pytest.mark.parametrize("shape", TREES)
-@pytest.mark.parametrize("kind", ["llama", "gqa", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "gqa", "gpt2", "opt", "window", "gemma3", "longrope"])
 def test_graphs_give_the_text_of_the_growing_cache(kind: str, shape: str) -> None:
     base, tree, limits = on_gpu(kind), TREES[shape], Limits(40)
     want = plain(EagerRunner(base), PROMPT, limits)
@@ -89,7 +89,7 @@ def test_the_fastest_way_on_a_gpu_is_graphs_and_what_cannot_take_them_says_why()
     base = on_gpu("gqa")
     assert fastest(base).execution == "cuda_graph"
     assert base.model.config._attn_implementation == GROUPED
-    assert fastest(on_gpu("window")).execution.startswith("eager: MistralForCausalLM")
+    assert fastest(on_gpu("dynamic")).execution.startswith("eager: LlamaForCausalLM changes its rotary angles")
 
 
 def test_the_cost_of_passes_is_measured_on_graphs() -> None:

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import Recorded
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from evaluators import medusa as evaluator
 from evaluators.errors import EvaluationError
@@ -177,15 +176,17 @@ def test_the_path_found_without_the_host_is_that_of_the_walk(drawn: tuple[Tree, 
     assert path[int(accepted) + 1 :].tolist() == list(range(len(want), tree.max_depth + 1))
 
 
-@given(st.integers(0, 8), st.integers(1, 6), st.integers(1, 3))
-def test_the_mask_is_a_window_of_one_strip(length: int, nodes: int, tiles: int) -> None:
+@given(st.integers(0, 8), st.integers(1, 6), st.integers(1, 3), st.one_of(st.none(), st.integers(1, 12)))
+def test_the_mask_is_cut_from_one_strip(length: int, nodes: int, tiles: int, window: int | None) -> None:
     tree, span = SPARSE.first(nodes), 16
-    strip = DeviceTree(tree, torch.device("cpu")).mask_strip(span, torch.float32, tiles)
+    strip = DeviceTree(tree, torch.device("cpu")).mask_strip(span, torch.float32, tiles, window)
     seen = strip[:, span - length : 2 * span - length] == 0
-    want = torch.zeros(tree.nodes, span, dtype=torch.bool)
-    want[:, :length] = True
-    want[:, length : length + tree.nodes] = torch.tensor(tree.visible())
-    assert torch.equal(seen, want.repeat(tiles, 1))
+    at = [*range(length), *(length + depth for depth in tree.depth)]  # the position of each column
+    for node in range(tree.nodes):
+        known = {*range(length), *(length + above for above in tree.ancestors(node))}
+        near = {column for column in known if window is None or at[length + node] - at[column] < window}
+        for tile in range(tiles):
+            assert set(seen[tile * tree.nodes + node].nonzero()[:, 0].tolist()) == near
 
 
 def test_the_cost_of_passes_is_measured_on_static_shapes_too_and_leaves_the_cache_as_it_was() -> None:
@@ -211,29 +212,31 @@ def test_logits_that_are_not_finite_end_a_static_step_with_its_number() -> None:
         plain(StaticRunner(base, Recorded()), PROMPT, Limits(9))
 
 
-def dynamic_rope() -> Base:
-    config = LlamaConfig(
-        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-        bos_token_id=None, eos_token_id=tiny.EOS,
-    )  # fmt: skip
-    return Base(AutoModelForCausalLM.from_config(config), tiny.tokenizer())
-
-
 @pytest.mark.parametrize(
-    ("base", "says"),
+    ("kind", "says"),
     [
-        (lambda: tiny.base("mamba"), "MambaForCausalLM uses the cache layer LinearAttentionLayer"),
-        (lambda: tiny.base("window"), "MistralForCausalLM uses the cache layer DynamicSlidingWindowLayer"),
-        (lambda: tiny.base("bloom"), "BloomForCausalLM does not run with static shapes"),
-        (dynamic_rope, "LlamaForCausalLM rescales its rotary angles"),
+        ("mamba", "MambaForCausalLM uses the cache layer LinearAttentionLayer"),
+        ("gemma3n", "Gemma3nForCausalLM uses the cache layer DummyLayer"),
+        ("bloom", "BloomForCausalLM does not run with static shapes"),
+        ("dynamic", "LlamaForCausalLM changes its rotary angles"),
+        ("phi3-longrope", "Phi3ForCausalLM changes its rotary angles"),
     ],
-    ids=["mamba", "window", "bloom", "dynamic rope"],
 )
-def test_a_model_that_cannot_run_statically_says_why(base: Any, says: str) -> None:
-    reason = reason_against_static(base(), Recorded())
+def test_a_model_that_cannot_run_statically_says_why(kind: str, says: str) -> None:
+    reason = reason_against_static(tiny.base(kind), Recorded())
     assert reason is not None and reason.startswith(says) and reason.endswith(".")
-    assert EagerRunner(base(), reason).execution == f"eager: {reason}"
+    assert EagerRunner(tiny.base(kind), reason).execution == f"eager: {reason}"
+
+
+@pytest.mark.parametrize("kind", ["window", "gemma2", "gemma3", "cohere2", "qwen2-window", "gpt-oss", "longrope"])
+def test_windows_mixed_layers_and_a_change_of_angles_need_no_host(kind: str) -> None:
+    base, limits = tiny.base(kind), Limits(40)
+    assert reason_against_static(base, Recorded()) is None
+    want = plain(EagerRunner(base), PROMPT, limits)
+    runner = StaticRunner(base, Recorded(), span=16)
+    assert plain(runner, PROMPT, limits).tokens == want.tokens
+    got = medusa(runner, tiny.TensorOracle([*PROMPT, *want.tokens]), SPARSE, PROMPT, limits)
+    assert got.tokens == want.tokens and got.steps < 0.8 * want.steps
 
 
 def test_models_that_can_are_found_by_trying_them() -> None:
@@ -242,7 +245,7 @@ def test_models_that_can_are_found_by_trying_them() -> None:
     assert fastest(tiny.base("llama")).execution == "eager", "without a GPU the growing cache stays"
 
 
-@pytest.mark.parametrize("kind", ["gqa", "mqa"])
+@pytest.mark.parametrize("kind", ["gqa", "mqa", "window", "gemma3"])
 def test_grouped_attention_gives_the_text_and_the_logits_of_repeated_keys(kind: str) -> None:
     base, limits = Base(tiny.model(kind), tiny.tokenizer()), Limits(30)
     want = plain(EagerRunner(base), PROMPT, limits)
