@@ -54,18 +54,16 @@ def scores(
     """
     if measures_nothing(asked):
         return None, {}
+    found = {}
+    for source in (source for source in sources if not source.adapter):
+        folder = settings.source_folder(source.repo, source.revision)
+        found[str(source)] = evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
 
-    def ask(limit: int | None) -> tuple[ModelEvaluation, dict[str, ModelEvaluation]]:
-        put = replace(asked, limit=limit)
-        merged = evaluate(out, "the merge", put, settings, scratch, report, manifest)
-        found = {}
-        for source in (source for source in sources if not source.adapter):
-            folder = settings.source_folder(source.repo, source.revision)
-            found[str(source)] = evaluate(folder, source.repo, put, settings, scratch, report, str(source))
-        return merged, found
+    def of_merge(limit: int | None) -> ModelEvaluation:
+        return evaluate(out, "the merge", replace(asked, limit=limit), settings, scratch, report, manifest)
 
-    first_stage.require_hope(ask, settings, asked.limit)
-    return ask(asked.limit)
+    first_stage.require_hope(of_merge, found, settings)
+    return of_merge(asked.limit), found
 
 
 def evaluate(

@@ -44,17 +44,23 @@ def differences(
 ) -> dict[str, list[Values]]:
     """By parent, merge minus parent [n] on each task that is a share; what `stopping` decides from.
 
-    Questions are in their own order, of a group of tasks one of each in turn: with more of them measured, what was
-    there before is still the beginning. Raises EvaluationError NOT_COMPARABLE as `compare` does.
+    The merge may have answered only the first questions of each task. They are in their own order, of a group of tasks
+    one of each in turn: with more of them measured, what was there before is still the beginning. Raises
+    EvaluationError NOT_COMPARABLE as `compare` does.
     """
-    tasks = [task for task in _paired(merge, parents, cache)[0] if _is_share(task)]
+    limit = merge.environment.limit
+    alike = {
+        name: replace(parent, environment=replace(parent.environment, limit=limit)) for name, parent in parents.items()
+    }
+    tasks = [task for task in _paired(merge, alike, cache, partly=True)[0] if _is_share(task)]
     orders = [samples.in_turn(task.answers[MERGE].questions) for task in tasks]
     return {name: [task.difference(name)[order] for task, order in zip(tasks, orders, strict=True)] for name in parents}
 
 
 def _paired(
-    merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], cache: Path
+    merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], cache: Path, *, partly: bool = False
 ) -> tuple[list[_Task], list[LeftOut]]:
+    """Every task with the answers of all; `partly`: the parents may have been asked more than the merge."""
     for name, parent in parents.items():
         _require_equal_terms(merge, name, parent)
     models = {MERGE: merge, **parents}
@@ -66,7 +72,7 @@ def _paired(
         except Unpaired as reason:
             left_out.append(LeftOut(score.task, str(reason)))
             continue
-        tasks.append(_Task(score, {name: _in_order(answers, name, score.task) for name in answers}))
+        tasks.append(_Task(score, {name: _in_order(answers, name, score.task, partly) for name in answers}))
     return tasks, left_out
 
 
@@ -115,13 +121,13 @@ def _same(score: Score, evaluation: ModelEvaluation, name: str) -> Score:
     raise _not_comparable(name, f"it has no score of task `{score.task}`")
 
 
-def _in_order(answers: Mapping[str, Answers], name: str, task: str) -> Answers:
+def _in_order(answers: Mapping[str, Answers], name: str, task: str, partly: bool) -> Answers:
     """`name`'s answers in the order of the merge's questions."""
     wanted, found = answers[MERGE].questions, answers[name]
     if found.questions == wanted:
         return found
     places = {question: at for at, question in enumerate(found.questions)}
-    if len(places) != len(wanted) or any(question not in places for question in wanted):
+    if (len(places) != len(wanted) and not partly) or any(question not in places for question in wanted):
         raise _not_comparable(name, f"it was asked other questions of task `{task}`")
     order = [places[question] for question in wanted]
     return replace(

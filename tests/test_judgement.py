@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +16,6 @@ from bot.errors import Failed
 from bot.job import Source
 from bot.request import EvaluateOptions
 from bot.settings import Settings
-from evaluators import harness
 from evaluators.scores import ModelEvaluation
 from tests import family
 from tests.evaluators import stored
@@ -82,21 +80,21 @@ def test_evaluations_that_cannot_be_compared_cost_nobody_the_evaluation(settings
 Answers = Mapping[str, Mapping[str, np.ndarray]]
 
 
-def asking(answers: Answers, cache: Path, asked: list[int]) -> Callable[[int], first_stage.Measured]:
-    """Measures models whose answers to every question are known, on the first so many of each task."""
+def asking(
+    answers: Answers, cache: Path, asked: list[int]
+) -> tuple[Callable[[int], ModelEvaluation], dict[str, ModelEvaluation]]:
+    """Measures a merge whose answers to every question are known, on the first of each task; its sources in full."""
 
-    def ask(limit: int) -> first_stage.Measured:
+    def evaluation(name: str, limit: int | None) -> ModelEvaluation:
+        some = {task: values[:limit].tolist() for task, values in answers[name].items()}
+        key = f"{id(asked)} {name or 'merge'} {limit}".replace("/", "-")
+        return stored.evaluation(cache, key, some, environment=replace(stored.ENVIRONMENT, limit=limit))
+
+    def ask(limit: int) -> ModelEvaluation:
         asked.append(limit)
-        found: dict[str, ModelEvaluation] = {}
-        for name, tasks in answers.items():
-            some = {task: values[:limit].tolist() for task, values in tasks.items()}
-            made = stored.evaluation(cache, f"{id(asked)} {name or 'merge'} {limit}".replace("/", "-"), some)
-            sizes = {task: {"original": len(values)} for task, values in tasks.items()}
-            (harness.folder_of(made, cache) / "lm_eval.json").write_text(json.dumps({"n-samples": sizes}))
-            found[name] = made
-        return found.pop(""), found
+        return evaluation("", limit)
 
-    return ask
+    return ask, {name: evaluation(name, None) for name in answers if name}
 
 
 def models(merge: float, parent: float, sizes: Mapping[str, int]) -> Answers:
@@ -110,18 +108,19 @@ def test_a_hopeless_merge_is_stopped_and_a_good_one_measured_on(settings: Settin
     sizes, few, many = {"left": 800, "right": 900}, list[int](), list[int]()
     chosen = settings.model_copy(update={"first_stage": 100})
     with pytest.raises(Failed) as caught:
-        first_stage.require_hope(asking(models(0.3, 0.8, sizes), chosen.evaluations, few), chosen, None)
+        first_stage.require_hope(*asking(models(0.3, 0.8, sizes), chosen.evaluations, few), chosen)
     assert few == [100] and caught.value.code == "NOT_BETTER" and caught.value.next_step
     assert caught.value.message == (
         "After 100 questions a task the merge cannot end better than org/a any more (error rate 5%)."
     )
-    first_stage.require_hope(asking(models(0.8, 0.5, sizes), chosen.evaluations, many), chosen, None)
+    first_stage.require_hope(*asking(models(0.8, 0.5, sizes), chosen.evaluations, many), chosen)
     assert many == [100, 200, 400]  # a look at more than half would not be worth it
 
 
-def test_the_first_stage_is_off_unless_it_is_asked_for_and_never_asks_beyond_the_limit(settings: Settings) -> None:
+def test_the_first_stage_is_off_unless_it_is_asked_for_and_never_asks_for_more_than_half(settings: Settings) -> None:
     asked: list[int] = []
-    ask = asking(models(0.1, 0.9, {"left": 50}), settings.evaluations, asked)
-    first_stage.require_hope(ask, settings, None)
-    first_stage.require_hope(ask, settings.model_copy(update={"first_stage": 30}), 50)
+    ask, sources = asking(models(0.1, 0.9, {"left": 50}), settings.evaluations, asked)
+    first_stage.require_hope(ask, sources, settings)
+    first_stage.require_hope(ask, sources, settings.model_copy(update={"first_stage": 30}))
+    first_stage.require_hope(ask, {}, settings.model_copy(update={"first_stage": 5}))
     assert asked == []
