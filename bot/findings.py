@@ -171,14 +171,14 @@ def seen_from(found: Difference) -> str:
 def _inherited(found: Comparison) -> str:
     """Whose answers the merge gives, over all tasks with right and wrong answers."""
     lines = verdict.inheritance([each for task in found.tasks for each in task.patterns], code)
-    asked = sum(task.samples for task in found.tasks)
-    same = [
-        f"{code(verdict.short(name))} on {sum(task.same_choice.get(name, 0) for task in found.tasks) / asked:.0%}"
-        for name in found.parents
-    ]
     told = list(lines)
-    if same and asked:
-        told.append(f"It gives the same answer, right or wrong, as {joined(same)} of the {asked} questions.")
+    for name in found.parents:
+        known = [task for task in found.tasks if name in task.same_choice]
+        asked = sum(task.samples for task in known)
+        same = sum(task.same_choice[name] for task in known)
+        if asked:
+            whom = code(verdict.short(name))
+            told.append(f"It gives the same answer as {whom}, right or wrong, on {same} of {asked} questions.")
     return "\n".join(f"- {line}" for line in told)
 
 

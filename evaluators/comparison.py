@@ -65,10 +65,11 @@ def _paired(
         _require_equal_terms(merge, name, parent)
     models = {MERGE: merge, **parents}
     folders = {name: harness.folder_of(evaluation, cache) for name, evaluation in models.items()}
+    subtasks = samples.groups(folders[MERGE])
     tasks, left_out = [], []
     for score in merge.scores:
         try:
-            answers = {name: samples.read(folders[name], _same(score, models[name], name)) for name in models}
+            answers = {name: samples.read(folders[name], _same(score, models[name], name), subtasks) for name in models}
         except Unpaired as reason:
             left_out.append(LeftOut(score.task, str(reason)))
             continue
@@ -130,9 +131,8 @@ def _in_order(answers: Mapping[str, Answers], name: str, task: str, partly: bool
     if (len(places) != len(wanted) and not partly) or any(question not in places for question in wanted):
         raise _not_comparable(name, f"it was asked other questions of task `{task}`")
     order = [places[question] for question in wanted]
-    return replace(
-        found, questions=wanted, values=found.values[order], choices=tuple(found.choices[at] for at in order)
-    )
+    choices = None if found.choices is None else tuple(found.choices[at] for at in order)
+    return replace(found, questions=wanted, values=found.values[order], choices=choices)
 
 
 def _not_comparable(name: str, reason: str) -> EvaluationError:
@@ -159,10 +159,19 @@ def _judged(task: _Task, comparisons: int) -> TaskVerdict:
         patterns=patterns({name: task.answers[name].values for name in parents}, task.answers[MERGE].values)
         if task.binary
         else (),
-        same_choice={
-            name: sum(map(str.__eq__, task.answers[name].choices, task.answers[MERGE].choices)) for name in parents
-        },
+        same_choice=_same_choices(task, parents),
     )
+
+
+def _same_choices(task: _Task, parents: Sequence[str]) -> dict[str, int]:
+    """On how many questions each parent picked the merge's answer; without those whose answers were not kept."""
+    ours = task.answers[MERGE].choices
+    chosen = {name: task.answers[name].choices for name in parents}
+    return {
+        name: sum(map(str.__eq__, theirs, ours))
+        for name, theirs in chosen.items()
+        if theirs is not None and ours is not None
+    }
 
 
 def _scored(name: str, task: _Task) -> Scored:

@@ -6,6 +6,7 @@ results/<key>/lm_eval.json           group_subtasks: which files a group's score
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,13 +32,13 @@ class Answers:
     """One model's answers to one task, in the order of its questions (n of them).
 
     `questions` names each by task, number and digest of its text and solution; `values` [n] are the metric's;
-    `choices` is which answer was picked, or the text that was cut out of the model's; `chance` is what blind guessing
-    scores, where that is known.
+    `choices` is which answer was picked, or the text that was cut out of the model's, None where that was not kept;
+    `chance` is what blind guessing scores, where that is known.
     """
 
     questions: tuple[str, ...]
     values: Values
-    choices: tuple[str, ...]
+    choices: tuple[str, ...] | None
     chance: float | None
 
     @property
@@ -46,13 +47,22 @@ class Answers:
         return bool(np.isin(self.values, (0.0, 1.0)).all())
 
 
-def read(folder: Path, score: Score) -> Answers:
-    """The answers that `score` was made of, from the results folder of its evaluation.
+def groups(folder: Path) -> dict[str, list[str]]:
+    """The tasks and groups within each group, from the results folder of an evaluation made here."""
+    try:
+        results = json.loads((folder / "lm_eval.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return dict(results.get("group_subtasks") or {})
+
+
+def read(folder: Path, score: Score, subtasks: Mapping[str, Sequence[str]]) -> Answers:
+    """The answers that `score` was made of, from the results folder of its evaluation; `subtasks` are its `groups`.
 
     Raises Unpaired when the score is not the mean of its questions' values, EvaluationError NOT_COMPARABLE when the
     answers are gone.
     """
-    files = _files(folder, score.task)
+    files = _files(folder, score.task, subtasks)
     if not files:
         raise EvaluationError(
             "NOT_COMPARABLE",
@@ -66,7 +76,10 @@ def read(folder: Path, score: Score) -> Answers:
     guesses = [row.guess for row in rows]
     known = score.metric in _CHOSEN and bool(np.isin(values, (0.0, 1.0)).all()) and None not in guesses
     chance = sum(guess for guess in guesses if guess is not None) / len(rows) if known else None
-    return Answers(tuple(row.question for row in rows), values, tuple(row.choice for row in rows), chance)
+    choices = [row.choice for row in rows if row.choice is not None]
+    return Answers(
+        tuple(row.question for row in rows), values, tuple(choices) if len(choices) == len(rows) else None, chance
+    )
 
 
 def in_turn(questions: Sequence[str]) -> list[int]:
@@ -79,15 +92,12 @@ def in_turn(questions: Sequence[str]) -> list[int]:
 class _Row:
     question: str
     value: float
-    choice: str
+    choice: str | None
     guess: float | None
 
 
-def _files(folder: Path, task: str) -> list[tuple[str, Path]]:
+def _files(folder: Path, task: str, subtasks: Mapping[str, Sequence[str]]) -> list[tuple[str, Path]]:
     """The sample files of a task, or of all tasks within a group, by name."""
-    subtasks: dict[str, list[str]] = {}
-    if (folder / "lm_eval.json").is_file():
-        subtasks = json.loads((folder / "lm_eval.json").read_text(encoding="utf-8")).get("group_subtasks") or {}
     leaves, waiting, seen = set(), [task], set()
     while waiting:
         name = waiting.pop()
@@ -108,18 +118,24 @@ def _rows(task: str, path: Path, score: Score) -> Iterator[_Row]:
             value = sample.get(score.metric)
             if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
                 raise Unpaired("its metric gives no number for each question")
-            identity = [task, sample["doc_id"], sample.get("doc_hash"), sample.get("target_hash")]
+            target = hashlib.sha256(json.dumps(sample.get("target"), sort_keys=True).encode()).hexdigest()
+            identity = [task, sample["doc_id"], sample.get("doc_hash"), target]
             choice, guess = _choice(sample, score.metric)
             yield _Row(json.dumps(identity), float(value), choice, guess)
 
 
-def _choice(sample: Mapping[str, Any], metric: str) -> tuple[str, float | None]:
+def _choice(sample: Mapping[str, Any], metric: str) -> tuple[str | None, float | None]:
     """Which answer was picked, and how likely a blind guess is right; as lm-eval scores multiple choice."""
-    answers = sample.get("filtered_resps", [])
+    answers = sample.get("filtered_resps")
+    if not answers:
+        return None, None
     if len(answers) > 1 and all(isinstance(each, list) and len(each) == 2 for each in answers):
         likelihoods = np.array([float(each[0]) for each in answers])
         if metric == "acc_norm":
-            likelihoods = likelihoods / np.array([_length(each) for each in sample["arguments"][: len(answers)]])
+            asked = sample.get("arguments")
+            if not asked:
+                return None, 1 / len(answers)
+            likelihoods = likelihoods / np.array([_length(each) for each in asked[: len(answers)]])
         return str(int(np.argmax(likelihoods))), 1 / len(answers)
     return json.dumps(answers, sort_keys=True), None
 

@@ -70,7 +70,8 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class TaskVerdict:
-    """One task. `same_choice` counts the questions on which merge and parent gave the same answer, right or wrong."""
+    """One task. `same_choice` counts the questions on which merge and parent gave the same answer, right or wrong, for
+    parents whose answers were kept."""
 
     task: str
     metric: str

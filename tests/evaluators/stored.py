@@ -45,7 +45,7 @@ def _sample(task: str, at: int, value: float, metric: str, wrong_choice: int) ->
     return {
         "doc_id": at,
         "doc_hash": hashlib.sha256(f"{task} {at}".encode()).hexdigest(),
-        "target_hash": hashlib.sha256(b"0").hexdigest(),
+        "target": 0,
         "arguments": [[f"question {at}", f" choice {choice}"] for choice in range(CHOICES)],
         "filtered_resps": [[-1.0 - (choice != best), False] for choice in range(CHOICES)],
         "filter": "none",

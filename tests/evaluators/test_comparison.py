@@ -189,11 +189,26 @@ def test_a_group_is_judged_on_the_questions_of_all_its_tasks(tmp_path: Path) -> 
     for key, values in answers.items():
         parts = stored.evaluation(tmp_path, key, values)
         subtasks = {"animals": ["inner", "right"], "inner": ["left"]}
-        (harness.folder_of(parts, tmp_path) / "lm_eval.json").write_text(json.dumps({"group_subtasks": subtasks}))
+        if key == "a":  # the merge's: a parent's may have come without
+            (harness.folder_of(parts, tmp_path) / "lm_eval.json").write_text(json.dumps({"group_subtasks": subtasks}))
         mean = sum(sum(each) for each in values.values()) / 13
         made.append(replace(parts, scores=(replace(parts.scores[0], task="animals", value=mean, samples=13),)))
     [task] = comparison.compare(made[0], {"p": made[1]}, cache=tmp_path).tasks
     assert (task.samples, task.differences[0].won, task.differences[0].lost) == (13, 4, 0)
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_answers_that_came_without_questions_are_compared_all_the_same(metric: str, make: Make, tmp_path: Path) -> None:
+    """An evaluation taken over from the results dataset: no questions, no lm_eval.json."""
+    merge, parent = make(left=first(5, 9), metric=metric), make(left=first(2, 9), metric=metric)
+    whole = comparison.compare(merge, {"p": parent}, cache=tmp_path).tasks[0]
+    path = harness.folder_of(parent, tmp_path) / "samples" / "left.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({key: row[key] for key in row if key != "arguments"}) + "\n" for row in rows))
+    [task] = comparison.compare(merge, {"p": parent}, cache=tmp_path).tasks
+    assert task.differences == whole.differences and task.patterns == whole.patterns
+    assert dict(whole.same_choice) == {"p": 6}
+    assert dict(task.same_choice) == ({"p": 6} if metric == "acc" else {})
 
 
 def drawn(rng: np.random.Generator, skill: Sequence[float]) -> list[float]:
@@ -227,7 +242,8 @@ def test_real_answers_of_the_harness_are_read_as_lm_eval_scored_them(tmp_path: P
         settings = {"cache": tmp_path / "cache", "scratch": tmp_path / name, "timeout_s": 240.0}
         found[name] = harness.evaluate(model, suite, environment={"OMP_NUM_THREADS": "1"}, **settings)  # type: ignore[arg-type]
     folder = harness.folder_of(found["merge"], tmp_path / "cache")
-    answers = samples.read(folder, found["merge"].scores[0])
+    answers = samples.read(folder, found["merge"].scores[0], samples.groups(folder))
+    assert answers.choices is not None
     logged = [json.loads(line) for line in (folder / "samples" / "which_animal.jsonl").read_text().splitlines()]
     right = [float(choice == str(sample["target"])) for choice, sample in zip(answers.choices, logged, strict=True)]
     assert right == answers.values.tolist()
