@@ -1,8 +1,10 @@
 """Why a checkpoint could not be measured: one stable code, one sentence, one next step.
 
-The codes are those of the bot (`UNKNOWN_TASK`, `DATASET_UNAVAILABLE`, `EVALUATION_FAILED`, `MODEL_UNLOADABLE`,
-`NOT_COMPARABLE`, `MODEL_NONSENSE`, `SPEED_CHECK_FAILED`, `SPEED_UNSUPPORTED`, `BAD_HEADS`, `HEADS_UNSUPPORTED`,
-`TIME_LIMIT`, `MEMORY_LIMIT`, `NOT_BETTER`), written again here because the evaluators import nothing of it.
+The codes are those of the bot (`UNKNOWN_TASK`, `DATASET_UNAVAILABLE`, `DATASET_GATED`, `EVALUATION_FAILED`,
+`NO_CHAT_TEMPLATE`, `BACKEND_UNAVAILABLE`, `NOT_COMPARABLE`, `MODEL_UNLOADABLE`, `MODEL_NONSENSE`,
+`SPEED_CHECK_FAILED`, `SPEED_UNSUPPORTED`, `BAD_HEADS`, `HEADS_UNSUPPORTED`, `TIME_LIMIT`, `MEMORY_LIMIT`,
+`NOT_BETTER`, `VALUE_OUT_OF_RANGE`, `DEVICE_UNAVAILABLE`), written again here because the evaluators import nothing of
+it.
 """
 
 from __future__ import annotations

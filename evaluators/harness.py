@@ -1,48 +1,50 @@
 """lm-eval in a process of its own: one model, one suite, scores with standard errors, results kept and reused.
 
-    cache/results/<key>/evaluation.json       the scores (ModelEvaluation)
-    cache/results/<key>/lm_eval.json          lm-eval's results, without paths and names of this machine
-    cache/results/<key>/samples/<task>.jsonl  every question with the model's answers
-    cache/partial/<key>.jsonl                 answers of an evaluation that was interrupted
-    cache/hub-<endpoint>/                     datasets as the libraries cache them
-    scratch/harness.log                       what the process printed
+    cache/results, cache/partial       what was found, whole and unfinished (results.py)
+    cache/hub-<endpoint>/              datasets as the libraries cache them
+    scratch/harness.log                what the process printed
 
-`<key>` is the digest of the model's content, the suite and every setting that can change a number, so a parent that
-many merges share is evaluated once. The process reads strangers' checkpoints: its environment is built from an
-allow-list, its memory and time are limited, and it dies with its parent.
+A result is named by the model's content, the suite and every condition that can change a number, so a parent that many
+merges share is evaluated once. The process reads strangers' checkpoints: its environment is built from an allow-list,
+its memory and time are limited, and it dies with its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from evaluators import suites
+from evaluators import results, suites
+from evaluators.conditions import BACKENDS, Conditions, content_digest, key_of
 from evaluators.errors import EvaluationError
-from evaluators.scores import Environment, ModelEvaluation, Score, TaskData
+from evaluators.results import folder_of
+from evaluators.scores import ModelEvaluation
 from evaluators.suites import SUITES, Suite, SuiteTask
 
-__all__ = ["SUITES", "Suite", "SuiteTask", "content_digest", "evaluate", "folder_of"]
+__all__ = [
+    "SUITES",
+    "Conditions",
+    "Estimate",
+    "Suite",
+    "SuiteTask",
+    "content_digest",
+    "evaluate",
+    "folder_of",
+    "key_of",
+]
 
 Progress = Callable[[int, int, str], None]
-
-# The files of a model folder that decide its answers.
-_CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-_NOT_CONTENT = frozenset({"manifest.json", "merge_provenance.json", "decode_speed.json", "lm_eval.json"})
 
 _INHERITED = (
     "PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
@@ -66,21 +68,15 @@ _LIVE_HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
-    """Everything besides model and suite that can change a number."""
+class Estimate:
+    """What an evaluation will take, as it begins: requests to the model, tokens it reads and at most writes, seconds
+    and bytes of memory; None where the backend does not let them be told ahead."""
 
-    limit: int | None
-    seed: int
-    device: str
-    dtype: str
-    batch_size: str
-    chat_template: bool
-    endpoint: str | None
-
-    @property
-    def text(self) -> list[object]:
-        versions = [importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")]
-        return [self.limit, self.seed, self.device, self.dtype, self.batch_size, self.chat_template, *versions]
+    requests: int
+    tokens: int
+    new_tokens: int
+    seconds: float | None = None
+    memory_bytes: int | None = None
 
 
 def evaluate(
@@ -96,95 +92,109 @@ def evaluate(
     dtype: str = "auto",
     batch_size: int | str = 16,
     chat_template: bool = False,
+    backend: str = "hf",
     endpoint: str | None = None,
     progress: Progress | None = None,
+    estimated: Callable[[Estimate], None] | None = None,
     model_identity: str | None = None,
     environment: Mapping[str, str] | None = None,
     memory_limit_bytes: int | None = None,
+    order: Sequence[str] = (),
+    reuse: Sequence[ModelEvaluation] = (),
 ) -> ModelEvaluation:
     """Measure the model in folder `model` on `suite`, or return what is stored for the same question.
 
-    `limit` is samples a task. `seed` 0 draws as lm-eval's own command line does. `endpoint` is the Hub that datasets
-    come from; None works offline, with data that are cached already. `device` "auto" takes a GPU if there is one.
-    `model_identity` (a commit or a manifest's digest) spares hashing the weights. `environment` is what the process
-    may inherit from, by allow-list. `progress(done, total, what)`; what it raises ends the evaluation, which a later
-    call takes up again.
+    The conditions are those of `conditions.Conditions`. `endpoint` is the Hub that datasets come from; None works
+    offline, with data that are cached already. `model_identity` (a commit or a manifest's digest) spares hashing the
+    weights. `environment` is what the process may inherit from, by allow-list. `progress(done, total, what)` and
+    `estimated` are told as it goes; what they raise ends the evaluation, which a later call takes up again. `order`
+    names tasks to begin with. `reuse` are stored evaluations of the same model on fewer samples: what they asked is
+    not asked again.
 
-    Raises EvaluationError: UNKNOWN_TASK, MODEL_UNLOADABLE, DATASET_UNAVAILABLE, TIME_LIMIT, MEMORY_LIMIT,
-    EVALUATION_FAILED.
+    Raises EvaluationError: UNKNOWN_TASK, MODEL_UNLOADABLE, NO_CHAT_TEMPLATE, BACKEND_UNAVAILABLE, DATASET_UNAVAILABLE,
+    TIME_LIMIT, MEMORY_LIMIT, EVALUATION_FAILED. Tasks that are finished are kept, whatever is raised.
     """
     files = suites.find(suite.tasks)
-    chosen = _Settings(limit, seed, device, dtype, str(batch_size), chat_template, endpoint)
-    identity = model_identity or content_digest(model)
-    key = hashlib.sha256(json.dumps([1, identity, suite.digest, *chosen.text]).encode()).hexdigest()
-    stored = _stored(cache, key)
-    if stored is not None:
-        return stored
-    started = time.monotonic()
-    scratch.mkdir(parents=True, exist_ok=True)
-    (cache / "partial").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=cache) as made:
-        folder = Path(made) / key
-        folder.mkdir()
-        job = _job(model, suite, files, chosen, folder, cache, key) | {"memory_limit_bytes": memory_limit_bytes}
-        with _Child(job, scratch, _environment(environment or {}, chosen.endpoint, cache, scratch)) as child:
-            child.wait(started + timeout_s, timeout_s, progress or (lambda done, total, what: None))
-        found = _read(folder, suite, key, time.monotonic() - started)
-        _keep(folder, found, cache)
-    (cache / "partial" / f"{key}.jsonl").unlink(missing_ok=True)
+    conditions = Conditions(limit, seed, device, dtype, _batch(batch_size), chat_template, _backend(backend))
+    key = key_of(model, suite, conditions, model_identity)
+    found = results.stored(cache, key)
+    if found is not None:
+        return found
+    deadline = time.monotonic() + timeout_s
+    with results.under_way(cache, key, deadline) as folder:
+        found = results.stored(cache, key)  # by the process that was waited for
+        if found is not None:
+            return found
+        missing = results.unfinished(folder, suite)
+        if missing:
+            scratch.mkdir(parents=True, exist_ok=True)
+            job = _job(model, suite, files, conditions, folder, cache, endpoint)
+            job["tasks"] = [each for each in _ordered(job["tasks"], order) if each["number"] in missing]
+            job["reuse"] = [str(folder_of(each, cache).resolve()) for each in reuse]
+            job["memory_limit_bytes"] = memory_limit_bytes
+            heard = _Heard(progress or _unheard, estimated or _unheard)
+            with _Child(job, scratch, _environment(environment or {}, endpoint, cache, scratch)) as child:
+                child.wait(deadline, timeout_s, heard)
+            _require_all(heard.failed, len(suite.tasks))
+        found = results.read(folder, suite, key)
+        results.keep(folder, found, cache)
     return found
 
 
-def folder_of(evaluation: ModelEvaluation, cache: Path) -> Path:
-    """Where `lm_eval.json` and `samples/` of a stored evaluation lie."""
-    return cache / "results" / evaluation.key
+def _batch(asked: int | str) -> str:
+    if asked == "auto" or (str(asked).isdecimal() and int(asked) > 0):
+        return str(asked)
+    raise EvaluationError("VALUE_OUT_OF_RANGE", f"A batch size of {asked} is not possible.", "Write a number, or auto.")
 
 
-def content_digest(model: Path) -> str:
-    """64 hex over the names and bytes of the files that decide a model's answers. Raises MODEL_UNLOADABLE."""
-    paths = {path.name: path for pattern in _CONTENT for path in model.glob(pattern) if path.name not in _NOT_CONTENT}
-    if "config.json" not in paths:
-        raise EvaluationError(
-            "MODEL_UNLOADABLE", f"{model.name} holds no config.json.", "Name a folder with a model in it."
-        )
-    content = hashlib.sha256()
-    for name in sorted(paths):
-        with paths[name].open("rb") as file:
-            content.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return content.hexdigest()
+def _backend(asked: str) -> str:
+    if asked in BACKENDS:
+        return asked
+    raise EvaluationError(
+        "VALUE_OUT_OF_RANGE", f"The backend {asked} is not known.", f"Choose one of {', '.join(BACKENDS)}."
+    )
 
 
-def _stored(cache: Path, key: str) -> ModelEvaluation | None:
-    try:
-        text = (cache / "results" / key / "evaluation.json").read_text(encoding="utf-8")
-        return ModelEvaluation.from_dict(json.loads(text))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError):
-        # Not what we wrote, or written by another version: measured again and replaced.
-        shutil.rmtree(cache / "results" / key, ignore_errors=True)
-        return None
+def _unheard(*_told: object) -> None:
+    """Nobody listens."""
+
+
+def _ordered(tasks: Sequence[dict[str, Any]], first: Sequence[str]) -> list[dict[str, Any]]:
+    places = {name: place for place, name in enumerate(first)}
+    return sorted(tasks, key=lambda task: places.get(task["name"], len(places)))
+
+
+def _require_all(failed: Mapping[str, Sequence[str]], count: int) -> None:
+    """Raise the first task's failure, saying what became of the others."""
+    for code, message, next_step in failed.values():
+        others = [f"`{name}`" for name in list(failed)[1:]]
+        also = f" Task {', '.join(others)} failed, too." if others else ""
+        kept = count - len(failed)
+        done = f" The other {kept} of {count} tasks are measured and kept." if kept else ""
+        raise EvaluationError(code, f"{message}{also}{done}", next_step)
 
 
 def _job(
-    model: Path, suite: Suite, files: Mapping[str, Path], chosen: _Settings, folder: Path, cache: Path, key: str
+    model: Path,
+    suite: Suite,
+    files: Mapping[str, Path],
+    conditions: Conditions,
+    folder: Path,
+    cache: Path,
+    endpoint: str | None,
 ) -> dict[str, Any]:
-    tasks = [{"name": task.name, "few_shot": task.few_shot, "file": str(files[task.name])} for task in suite.tasks]
     private = {str(model.resolve().parent), str(cache.resolve()), str(Path(__file__).resolve().parent.parent)}
     private |= {str(Path(path).parent.parent) for path in files.values()} | {str(Path.home()), sys.prefix}
     return {
+        **asdict(conditions),
         "model": str(model.resolve()),
-        "tasks": tasks,
-        "limit": chosen.limit,
-        "seed": chosen.seed,
-        "device": chosen.device,
-        "dtype": chosen.dtype,
-        "batch_size": chosen.batch_size,
-        "chat_template": chosen.chat_template,
-        "offline": chosen.endpoint is None,
+        "tasks": [
+            {"name": task.name, "number": number, "few_shot": task.few_shot, "file": str(files[task.name])}
+            for number, task in enumerate(suite.tasks)
+        ],
+        "offline": endpoint is None,
         "folder": str(folder.resolve()),
-        "journal": str((cache / "partial" / f"{key}.jsonl").resolve()),
-        "hub_cache": str(_hub_home(cache, chosen.endpoint) / "hub"),
+        "hub_cache": str(_hub_home(cache, endpoint) / "hub"),
         "private_paths": sorted(private - {"/"}, key=len, reverse=True),
     }
 
@@ -208,6 +218,25 @@ def _environment(given: Mapping[str, str], endpoint: str | None, cache: Path, sc
     elif endpoint != _LIVE_HUB:
         made["HF_HUB_DISABLE_XET"] = "1"  # other Hubs need not speak the Xet protocol
     return made
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What the process says: how far it is goes on to the caller, failed tasks are noted."""
+
+    progress: Progress
+    estimated: Callable[[Estimate], None]
+    failed: dict[str, Sequence[str]] = field(default_factory=dict)
+
+    def line(self, told: Mapping[str, Any]) -> None:
+        if "error" in told:
+            raise EvaluationError(*told["error"])
+        if "failed" in told:
+            self.failed[told["failed"]] = told["because"]
+        elif "estimate" in told:
+            self.estimated(Estimate(**told["estimate"]))
+        else:
+            self.progress(told["done"], told["total"], told["what"])
 
 
 class _Child:
@@ -246,8 +275,8 @@ class _Child:
             self._process.stdin.close()
         self._pipe.close()
 
-    def wait(self, deadline: float, timeout_s: float, progress: Progress) -> None:
-        """Pass progress on until the process ends; raises EvaluationError with the reason unless it ended well."""
+    def wait(self, deadline: float, timeout_s: float, heard: _Heard) -> None:
+        """Pass on what it says until the process ends; raises EvaluationError with the reason unless it ended well."""
         waiting = b""
         while True:
             left = deadline - time.monotonic()
@@ -264,7 +293,7 @@ class _Child:
                 break
             *lines, waiting = (waiting + chunk).split(b"\n")
             for line in lines:
-                _pass_on(json.loads(line), progress)
+                heard.line(json.loads(line))
         self._ended(max(1.0, deadline - time.monotonic()))
 
     def _ended(self, left_s: float) -> None:
@@ -289,70 +318,3 @@ class _Child:
         lines = self._log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1].strip() if lines else ""
         return f": {last[:200].rstrip('.')}" if ": " in last and "/" not in last else ""
-
-
-def _pass_on(line: Mapping[str, Any], progress: Progress) -> None:
-    if "error" in line:
-        raise EvaluationError(*line["error"])
-    progress(line["done"], line["total"], line["what"])
-
-
-def _read(folder: Path, suite: Suite, key: str, seconds: float) -> ModelEvaluation:
-    """The scores of what the process wrote."""
-    results = json.loads((folder / "lm_eval.json").read_text(encoding="utf-8"))
-    done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    scores: list[Score] = []
-    others: list[Score] = []
-    for task in suite.tasks:
-        for score in _scores(task.name, results, done["data"]):
-            ranked = (score.metric, score.filter) == (task.metric, task.filter)
-            (scores if ranked else others).append(score)
-        if not scores or scores[-1].task != task.name:
-            raise EvaluationError(
-                "EVALUATION_FAILED",
-                f"Task `{task.name}` gave no metric `{task.metric},{task.filter}`.",
-                "Name one of the task's own metrics in the suite.",
-            )
-    environment = Environment(**done["environment"])
-    return ModelEvaluation(suite.name, suite.digest, tuple(scores), environment, seconds, others=tuple(others), key=key)
-
-
-def _scores(task: str, results: Mapping[str, Any], data: Mapping[str, Any]) -> Sequence[Score]:
-    found = results["results"][task]
-    samples = results.get("n-samples", {}).get(task, {}).get("effective") or found.get("sample_len") or 0
-    made = []
-    for name, value in found.items():
-        metric, comma, kind = name.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-            continue
-        stderr = found.get(f"{metric}_stderr,{kind}")
-        made.append(
-            Score(
-                task=task,
-                metric=metric,
-                value=float(value),
-                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-                samples=int(samples),
-                few_shot=int(results.get("n-shot", {}).get(task) or 0),
-                higher_is_better=results.get("higher_is_better", {}).get(task, {}).get(metric) is not False,
-                task_version=str(results.get("versions", {}).get(task)),
-                filter=kind,
-                data=None if data.get(task) is None else TaskData(**data[task]),
-            )
-        )
-    return made
-
-
-def _keep(folder: Path, found: ModelEvaluation, cache: Path) -> None:
-    """Make the folder of results whole, then give it its name; another process's equal one may stand already."""
-    (folder / "done.json").unlink()
-    (folder / "evaluation.json").write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
-    for path in folder.rglob("*.json*"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    (cache / "results").mkdir(exist_ok=True)
-    try:
-        folder.rename(cache / "results" / found.key)
-    except OSError:
-        if _stored(cache, found.key) is None:
-            raise

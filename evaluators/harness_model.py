@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluators import harness_estimate
 from evaluators.errors import EvaluationError
+from evaluators.harness_estimate import Amount
+
+
+def language_model(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:
+    """lm-eval's model over the folder of the job, by transformers or vLLM. Raises EvaluationError."""
+    if job["backend"] == "vllm":
+        return _with_vllm(job, resuming)
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load(Path(job["model"]), job["device"], job["dtype"])
+    return resuming(HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=1)
+
+
+def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:
+    """vLLM batches by itself and uses every GPU there is (tensor parallel)."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EvaluationError(
+            "BACKEND_UNAVAILABLE", "vLLM is not installed.", "Install mergebot[vllm], or leave the backend at hf."
+        )
+    import torch
+    from lm_eval.models.vllm_causallms import VLLM
+
+    try:
+        made = resuming(VLLM)(
+            pretrained=job["model"], dtype=job["dtype"], batch_size="auto", trust_remote_code=False,
+            tensor_parallel_size=max(1, torch.cuda.device_count()), seed=job["seed"],
+        )  # fmt: skip
+    except Exception as error:
+        raise unloadable(_sentence(error, Path(job["model"]))) from error
+    return made
 
 
 def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
@@ -48,22 +82,70 @@ def unloadable(reason: str) -> EvaluationError:
     )
 
 
-def facts(model: Any, job: dict[str, Any], batch: int | str) -> dict[str, Any]:
+def request_bytes(lm: Any, longest: int) -> int:
+    """Memory one request of a batch takes at most (`harness_estimate.bytes_a_request`)."""
+    model: Any = getattr(lm, "model", None)
+    if not hasattr(model, "dtype"):
+        return 0
+    return harness_estimate.bytes_a_request(model.config, longest, model.dtype.itemsize)
+
+
+def first_batch(lm: Any, asked: str, request_bytes: int) -> Any:
+    """The batch to begin with; vLLM's is its own business."""
+    if not hasattr(lm, "batch_size_per_gpu"):
+        return None
+    device = str(lm.device)
+    return harness_estimate.batch(asked, device, harness_estimate.free_bytes(device), request_bytes)
+
+
+def batch_of(lm: Any) -> int | None:
+    """The batch in use, None where the backend chooses it."""
+    return lm.batch_size_per_gpu if isinstance(getattr(lm, "batch_size_per_gpu", None), int) else None
+
+
+def estimate(lm: Any, work: Amount, request_bytes: int) -> Mapping[str, float]:
+    """What is ahead, by a short probe of the model; vLLM is not probed and promises no time."""
+    model: Any = getattr(lm, "model", None)
+    batch = batch_of(lm)
+    if batch is None or not hasattr(model, "parameters"):
+        return {"requests": work.requests, "tokens": work.tokens, "new_tokens": work.new_tokens}
+    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    return {
+        "requests": work.requests,
+        "tokens": work.tokens,
+        "new_tokens": work.new_tokens,
+        "seconds": harness_estimate.seconds(work, model, batch),
+        "memory_bytes": weights + batch * request_bytes,
+    }
+
+
+def free_memory() -> None:
+    """Give back what a failed batch held."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def facts(lm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
     """The environment that scores are comparable in, as `scores.Environment` has it."""
     import lm_eval
     import torch
     import transformers
 
+    model = getattr(lm, "model", None)
     return {
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "batch_size": str(batch),
+        "device": str(getattr(lm, "device", "cuda")),
+        "dtype": str(getattr(model, "dtype", job["dtype"])).removeprefix("torch."),
+        "batch_size": job["batch_size"],
         "chat_template": job["chat_template"],
         "seed": job["seed"],
         "limit": job["limit"],
         "lm_eval": lm_eval.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
+        "backend": job["backend"],
     }
 
 

@@ -2,25 +2,29 @@
 
     python -m evaluators.harness_process JOB.json      written by harness.py; progress and errors go to its pipe
 
-It writes `lm_eval.json` and `samples/<task>.jsonl` into the job's folder and, last, `done.json`. Answers of the model
-are appended to the job's journal as they come, so that an interrupted evaluation goes on at the next sample.
+Tasks are evaluated one after the other. Each one's samples and results are written when it is done (results.py), and
+the model's answers as they come, so that an interrupted evaluation goes on where it was. A task that cannot be set up
+or fails is reported, and the others are evaluated all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluators import harness_estimate, harness_model, harness_tasks
 from evaluators.errors import EvaluationError
+from evaluators.harness_estimate import Amount
+from evaluators.harness_journal import Journal, resuming
+from evaluators.results import answers_file
 
 REPORT_EVERY_S = 0.2
 # lm-eval's command line draws with these seeds when it is given none; ours are counted from there.
@@ -42,107 +46,43 @@ class Pipe:
             self._sent_at = now
             self._send({"done": done, "total": total, "what": what})
 
-    def error(self, code: str, message: str, next_step: str) -> None:
-        self._send({"error": [code, message, next_step]})
+    def estimate(self, found: Mapping[str, float]) -> None:
+        self._send({"estimate": dict(found)})
+
+    def failed(self, task: str, error: EvaluationError) -> None:
+        """A task failed; the others go on."""
+        self._send({"failed": task, "because": [error.code, error.message, error.next_step]})
+
+    def error(self, error: EvaluationError) -> None:
+        self._send({"error": [error.code, error.message, error.next_step]})
 
     def _send(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
 
-class Journal:
-    """Answers of the model, one JSON line each, keyed by the request. A torn last line is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self._known: dict[str, Any] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    key, answer = json.loads(line)
-                    self._known[key] = answer
-        self._file = path.open("a", encoding="utf-8")
-        self._file.write("\n")  # ends a torn line
-
-    def get(self, method: str, arguments: Sequence[Any]) -> Any:
-        answer = self._known.get(self._key(method, arguments))
-        return tuple(answer) if isinstance(answer, list) else answer
-
-    def add(self, method: str, arguments: Sequence[Any], answer: Any) -> None:
-        self._file.write(json.dumps([self._key(method, arguments), answer]) + "\n")
-        self._file.flush()
-
-    @staticmethod
-    def _key(method: str, arguments: Sequence[Any]) -> str:
-        return hashlib.sha256(json.dumps([method, *arguments], default=str).encode()).hexdigest()
-
-
-class Listener:
-    """lm-eval's cache hook: hears of every answer as soon as the model has given it."""
-
-    def __init__(self, heard: Callable[[str, Sequence[Any], Any], None]) -> None:
-        self.add_partial = heard
-
-
-def resuming(hflm: type[Any]) -> type[Any]:
-    """`HFLM` that asks the model only what the journal does not know yet."""
-
-    class ResumingLM(hflm):  # type: ignore[misc]
-        def __init__(self, *args: Any, journal: Journal, pipe: Pipe, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._journal, self._pipe = journal, pipe
-            self._done, self._total = 0, 0
-            self.set_cache_hook(Listener(self._heard))
-
-        def _heard(self, method: str, arguments: Sequence[Any], answer: Any) -> None:
-            number = answer[0] if isinstance(answer, tuple) else answer
-            if isinstance(number, float) and math.isnan(number):
-                raise EvaluationError(
-                    "EVALUATION_FAILED",
-                    "The model's answers are not numbers (NaN).",
-                    "Look for NaN or overflow in its weights.",
-                )
-            self._journal.add(method, arguments, answer)
-            self._done += 1
-            self._pipe.progress(self._done, self._total, method)
-
-        def _resumed(self, method: str, requests: list[Any], ask: Callable[..., list[Any]], **kwargs: Any) -> list[Any]:
-            answers = [self._journal.get(method, request.args) for request in requests]
-            missing = [i for i, answer in enumerate(answers) if answer is None]
-            self._done, self._total = len(requests) - len(missing), len(requests)
-            self._pipe.progress(self._done, self._total, method)
-            if missing:
-                for i, answer in zip(missing, ask([requests[i] for i in missing], **kwargs), strict=True):
-                    answers[i] = answer
-            return answers
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-            return self._resumed("loglikelihood", requests, super().loglikelihood, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-            return self._resumed("loglikelihood_rolling", requests, super().loglikelihood_rolling, disable_tqdm=True)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-            return self._resumed("generate_until", requests, super().generate_until, disable_tqdm=True)
-
-    return ResumingLM
-
-
 def main(job_file: Path) -> int:
-    """Do the job; 0 when `done.json` stands, 1 when the reason was sent to the parent."""
+    """Do the job; 0 when every task is finished or reported, 1 when the reason was sent to the parent."""
     job = json.loads(job_file.read_text(encoding="utf-8"))
     pipe = Pipe(job["pipe"])
     _die_with_parent()
     try:
         _limit_memory(job["memory_limit_bytes"])
-        done = _evaluate(job, pipe)
-        (Path(job["folder"]) / "done.json").write_text(json.dumps(done), encoding="utf-8")
+        _evaluate(job, pipe)
     except EvaluationError as error:
-        pipe.error(error.code, error.message, error.next_step)
+        pipe.error(error)
         return 1
     except Exception as error:
         if not _out_of_memory(error):
             raise
-        pipe.error("MEMORY_LIMIT", "The evaluation ran out of memory.", "Use a smaller batch or a larger machine.")
+        traceback.print_exc()
+        pipe.error(
+            EvaluationError(
+                "MEMORY_LIMIT",
+                "The evaluation ran out of memory.",
+                "Use a machine with more memory, or --limit and tasks with shorter questions.",
+            )
+        )
         return 1
     return 0
 
@@ -168,49 +108,143 @@ def _limit_memory(limit_bytes: int | None) -> None:
 
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
-        sign in str(error) for sign in ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory")
+        sign in str(error) for sign in ("out of memory", "can't allocate memory", "Cannot allocate memory")
     )
 
 
-def _evaluate(job: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
-    from evaluators import harness_model, harness_tasks
-
+def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
     pipe.progress(0, 1, "loading lm-eval")
-    import lm_eval.evaluator
-    from lm_eval.models.huggingface import HFLM
+    import lm_eval.evaluator  # noqa: F401 - here, so that what follows may be timed without it
 
-    tasks = harness_tasks.load(job)
-    model, tokenizer = harness_model.load(Path(job["model"]), job["device"], job["dtype"])
-    if job["chat_template"] and not tokenizer.chat_template:
+    pipe.progress(0, 1, "loading tasks")
+    tasks = _prepared(job, pipe)
+    if not tasks:
+        return
+    pipe.progress(0, 1, "loading the model")
+    lm = harness_model.language_model(job, resuming)
+    if job["chat_template"] and not lm.tokenizer.chat_template:
         raise EvaluationError(
-            "EVALUATION_FAILED",
+            "NO_CHAT_TEMPLATE",
             "A chat template was asked for, but the model's tokenizer has none.",
-            "Evaluate without it.",
+            "Evaluate it without one, and the models it is compared with, too.",
         )
-    journal = Journal(Path(job["journal"]))
-    batch: int | str = job["batch_size"] if job["batch_size"] == "auto" else int(job["batch_size"])
-    while True:
-        lm = resuming(HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch, journal=journal, pipe=pipe)
+    work = {task.number: _amount(task, job, lm) for task in tasks}
+    whole = harness_estimate.together(work.values())
+    facts = {"environment": harness_model.facts(lm, job)}
+    request_bytes = harness_model.request_bytes(lm, whole.longest)
+    lm.batch_size_per_gpu = harness_model.first_batch(lm, job["batch_size"], request_bytes)
+    pipe.estimate(harness_model.estimate(lm, whole, request_bytes))
+    done = 0
+    for task in tasks:
         try:
-            results = lm_eval.evaluator.simple_evaluate(
-                lm,
-                tasks=list(tasks),
-                limit=job["limit"],
-                bootstrap_iters=BOOTSTRAP_ITERATIONS,
-                apply_chat_template=job["chat_template"],
-                batch_size=batch,
-                log_samples=True,
-                **{name: first + job["seed"] for name, first in FIRST_SEEDS.items()},
-            )
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error) or not isinstance(batch, int) or batch == 1:
+            _ask(task, lm, job, pipe, facts, (done, whole.requests))
+        except EvaluationError as error:
+            if error.code != "TASK_FAILED":
                 raise
-            batch //= 2
-            tasks = harness_tasks.load(job)  # the old ones hold the answers so far
-    facts = harness_model.facts(model, job, batch)
-    return {"environment": facts, "data": harness_tasks.write(results, tasks, job)}
+            pipe.failed(task.name, EvaluationError("EVALUATION_FAILED", error.message, error.next_step))
+        done += work[task.number].requests
+    pipe.progress(whole.requests, whole.requests, "done")
+
+
+def _prepared(job: Mapping[str, Any], pipe: Pipe) -> list[harness_tasks.Prepared]:
+    """The tasks that can be set up, in the job's order; the others are reported."""
+    found = []
+    for asked in job["tasks"]:
+        try:
+            found.append(harness_tasks.prepare(asked, _seeds(job), offline=job["offline"]))
+        except EvaluationError as error:
+            traceback.print_exc()
+            pipe.failed(asked["name"], error)
+    return found
+
+
+def _seeds(job: Mapping[str, Any]) -> dict[str, int]:
+    return {name: first + job["seed"] for name, first in FIRST_SEEDS.items()}
+
+
+def _amount(task: harness_tasks.Prepared, job: Mapping[str, Any], lm: Any) -> Amount:
+    found = []
+    for leaf in task.leaves:
+        with contextlib.suppress(Exception):  # a task that cannot be built says so when its turn has come
+            found.append(harness_estimate.amount(leaf, job["limit"], lm.tok_encode))
+    return harness_estimate.together(found)
+
+
+def _ask(
+    task: harness_tasks.Prepared,
+    lm: Any,
+    job: Mapping[str, Any],
+    pipe: Pipe,
+    facts: Mapping[str, Any],
+    progress: tuple[int, int],
+) -> None:
+    """Evaluate one task and write it down; memory that runs out halves the batch. Raises EvaluationError TASK_FAILED
+    for what concerns this task alone."""
+    before, total = progress
+    began = time.monotonic()
+    journal = Journal(answers_file(Path(job["folder"]), task.number))
+    for folder in job["reuse"]:
+        for leaf in task.leaves:
+            journal.take_samples(Path(folder) / "samples" / f"{leaf.config.task.replace('/', '_')}.jsonl")
+    name = task.name
+
+    def told(answered: int) -> None:
+        pipe.progress(min(before + answered, total), total, name)
+
+    while True:
+        lm.at(journal, told)
+        results = _results(task, lm, job)
+        if results is not None:
+            break
+        lm.batch_size_per_gpu //= 2
+        harness_model.free_memory()
+        asked = next(each for each in job["tasks"] if each["number"] == task.number)
+        task = harness_tasks.prepare(asked, _seeds(job), offline=job["offline"])  # the old one holds answers already
+    its_own = {"seconds": time.monotonic() - began, "batch": harness_model.batch_of(lm)}
+    harness_tasks.write(results, task, job, {**facts, **its_own})
+    answers_file(Path(job["folder"]), task.number).unlink(missing_ok=True)
+
+
+def _results(task: harness_tasks.Prepared, lm: Any, job: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What lm-eval finds; None when memory ran out and a smaller batch may do."""
+    import lm_eval.evaluator
+
+    batch = harness_model.batch_of(lm)
+    try:
+        return lm_eval.evaluator.simple_evaluate(  # type: ignore[no-any-return]
+            lm,
+            tasks=[task.name],
+            task_manager=task,
+            num_fewshot=task.few_shot,
+            limit=job["limit"],
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            apply_chat_template=job["chat_template"],
+            batch_size=batch,
+            log_samples=True,
+            **_seeds(job),
+        )
+    except EvaluationError:
+        raise
+    except Exception as error:
+        if not _out_of_memory(error):
+            traceback.print_exc()
+            raise _task_failed(task.name, error) from error
+        if batch in (None, 1):
+            raise
+    return None
+
+
+def _task_failed(name: str, error: Exception) -> EvaluationError:
+    lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
+    return EvaluationError(
+        "TASK_FAILED",
+        f"Task `{name}` stopped on an error: {lines[0][:300].rstrip('.')}.",
+        "Look into the log of the evaluation, or leave the task out.",
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    status = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # every file is closed, and taking torch apart takes seconds

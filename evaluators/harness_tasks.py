@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
+from evaluators.results import task_file
 
 # What lm-eval's results say of the machine and its folders rather than of the model (hub.md 8.4).
 _PRIVATE = frozenset(
@@ -15,51 +19,100 @@ _PRIVATE = frozenset(
 )
 
 
-def load(job: Mapping[str, Any]) -> list[Any]:
-    """Task and Group objects of `job["tasks"]`, in order, each with its number of few-shot examples."""
+@dataclass(slots=True)
+class Prepared:
+    """One task or group of the suite, loaded; stands in for lm-eval's TaskManager when it is evaluated.
+
+    lm-eval seeds, loads and asks. What is loaded ahead, to say how much there is to do, leaves the random numbers
+    where its own command line has them after loading.
+    """
+
+    name: str
+    number: int
+    few_shot: int | None
+    loaded: Mapping[str, Any]
+    drawn: tuple[Any, ...]
+    task_index: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, _names: Any) -> Mapping[str, Any]:
+        _set_random_state(self.drawn)
+        return self.loaded
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The tasks themselves, those within groups included."""
+        return list(self.loaded["tasks"].values())
+
+
+def prepare(asked: Mapping[str, Any], seeds: Mapping[str, int], *, offline: bool) -> Prepared:
+    """Load one task of the job. Raises EvaluationError DATASET_UNAVAILABLE, EVALUATION_FAILED."""
     from lm_eval.tasks import TaskManager
 
-    folders = sorted({str(Path(task["file"]).parent) for task in job["tasks"]})
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    loaded = []
-    for asked in job["tasks"]:
+    folder = str(Path(asked["file"]).parent)
+    try:
         try:
-            found = manager.load([asked["name"]])
-        except Exception as error:
-            raise _unloaded(asked["name"], error, job["offline"]) from error
-        for task in found["tasks"].values():
-            # As lm-eval does: a task that is written for no examples at all keeps to that.
-            if asked["few_shot"] is not None and task.get_config("num_fewshot") != 0:
-                task.set_config(key="num_fewshot", value=asked["few_shot"])
-        groups = found.get("groups", {})
-        loaded.append(groups[asked["name"]] if asked["name"] in groups else found["tasks"][asked["name"]])
-    return loaded
+            loaded = _loaded(TaskManager(include_path=[folder], include_defaults=False), asked["name"], seeds)
+        except KeyError:  # a group of tasks that other folders define: only then is lm-eval's slow index worth it
+            loaded = _loaded(TaskManager(include_path=[folder]), asked["name"], seeds)
+    except Exception as error:
+        raise _unloaded(asked["name"], error, offline) from error
+    return Prepared(asked["name"], asked["number"], asked["few_shot"], loaded, _random_state())
 
 
-def leaves(tasks: Iterable[Any]) -> Iterator[Any]:
-    """The tasks themselves, those within groups included."""
-    for task in tasks:
-        if hasattr(task, "get_all_tasks"):
-            yield from task.get_all_tasks()
-        else:
-            yield task
+def _loaded(manager: Any, name: str, seeds: Mapping[str, int]) -> Mapping[str, Any]:
+    _seed(seeds)
+    return dict(manager.load([name]))
 
 
-def write(results: Mapping[str, Any], tasks: list[Any], job: Mapping[str, Any]) -> dict[str, Any]:
-    """Write samples and cleaned results into the job's folder; returns where each task's data came from."""
+def _seed(seeds: Mapping[str, int]) -> None:
+    """As `lm_eval.simple_evaluate` does before it loads tasks."""
+    import numpy as np
+    from lm_eval.utils import set_torch_seed
+
+    random.seed(seeds["random_seed"])
+    np.random.seed(seeds["numpy_random_seed"])
+    set_torch_seed(seeds["torch_random_seed"])
+
+
+def _random_state() -> tuple[Any, ...]:
+    import numpy as np
+    import torch
+
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    import numpy as np
+    import torch
+
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+
+
+def write(results: Mapping[str, Any], task: Prepared, job: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write the samples of a task and then its results and `facts`: once that file stands, the task is finished."""
     from lm_eval.utils import handle_non_serializable
 
     folder = Path(job["folder"])
-    (folder / "samples").mkdir()
     for name, samples in results["samples"].items():
-        with (folder / "samples" / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n")
+        lines = (json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples)
+        _write_whole(folder / "samples" / f"{name.replace('/', '_')}.jsonl", "".join(f"{line}\n" for line in lines))
     kept = cleaned({key: value for key, value in results.items() if key != "samples"}, job["private_paths"])
-    (folder / "lm_eval.json").write_text(
-        json.dumps(kept, default=lambda value: type(value).__name__, indent=1, ensure_ascii=False), encoding="utf-8"
+    data = {leaf.config.task: _data(leaf, Path(job["hub_cache"])) for leaf in task.leaves}
+    text = json.dumps(
+        {"results": kept, "data": data, **facts}, default=lambda value: type(value).__name__, ensure_ascii=False
     )
-    return {task.config.task: _data(task, Path(job["hub_cache"])) for task in leaves(tasks)}
+    _write_whole(task_file(folder, task.number), text)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    partial = file.with_suffix(".writing")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(file)
 
 
 def cleaned(value: Any, private_paths: Iterable[str]) -> Any:
@@ -90,6 +143,12 @@ def _data(task: Any, hub_cache: Path) -> dict[str, Any] | None:
 def _unloaded(name: str, error: Exception, offline: bool) -> EvaluationError:
     """A task whose data cannot be had, or whose file lm-eval does not understand."""
     chain = list(_causes(error))
+    if any("gated" in f"{type(cause).__name__} {cause}".casefold() for cause in chain if _is_about_data(cause)):
+        return EvaluationError(
+            "DATASET_GATED",
+            f"The data of task `{name}` are gated: their owner gives them to people who accept terms.",
+            "Choose other tasks, or put an accepted copy into the dataset cache.",
+        )
     if any(_is_about_data(cause) for cause in chain):
         repos = [str(cause).splitlines()[0] for cause in chain if str(cause)]
         reason = "there is no Hub to load it from" if offline else repos[0].rstrip(".")[:300]

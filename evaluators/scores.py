@@ -1,10 +1,20 @@
-"""What an evaluation found: scores with their standard errors, and the environment they were taken in."""
+"""What an evaluation found: scores with their standard errors, and the environment they were taken in.
+
+Two evaluations are compared only where `differences` finds none: the same questions, asked and computed the same way.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from evaluators.errors import EvaluationError
+
+_Z95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +32,7 @@ class Score:
     """One metric of one task. Fractions stay fractions; `stderr` is None where the harness gives none.
 
     `filter` is lm-eval's name for the way an answer was cut out of the model's text ("none" for multiple choice).
+    `chance` is what guessing scores, where the suite counts from there.
     """
 
     task: str
@@ -34,11 +45,37 @@ class Score:
     task_version: str
     filter: str = "none"
     data: TaskData | None = None
+    chance: float | None = None
+
+    @property
+    def normalised(self) -> float:
+        """0 at chance, 1 at the best, never below 0; the plain value where the suite names no chance."""
+        return self.value if self.chance is None else max(0.0, (self.value - self.chance) / (1 - self.chance))
+
+    @property
+    def interval95(self) -> tuple[float, float] | None:
+        """The 95 % interval; None without a standard error.
+
+        Wilson's (JASA 22, 1927) where the score is a share of right answers, so that 0 of 40 is no certainty; else the
+        value and 1.96 standard errors to both sides.
+        """
+        if self.stderr is None or not math.isfinite(self.stderr):
+            return None
+        share, count = self.value, self.samples
+        if count > 1 and 0 <= share <= 1 and abs(self.stderr**2 * (count - 1) - share * (1 - share)) < 1e-9:
+            weight = _Z95**2 / count
+            middle = (share + weight / 2) / (1 + weight)
+            half = _Z95 * math.sqrt(share * (1 - share) / count + weight / (4 * count)) / (1 + weight)
+            return min(share, middle - half), max(share, middle + half)
+        return self.value - _Z95 * self.stderr, self.value + _Z95 * self.stderr
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Everything that must be equal before two scores are compared."""
+    """How the questions were asked and computed: all of it is equal before two scores are compared.
+
+    `batch_size` is the one that was asked for.
+    """
 
     device: str
     dtype: str
@@ -49,6 +86,7 @@ class Environment:
     transformers: str
     torch: str
     limit: int | None = None
+    backend: str = "hf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +95,7 @@ class ModelEvaluation:
 
     `scores` holds the one metric of each task that the suite ranks by, in the suite's order; `others` every other
     metric that lm-eval computed on the way. `key` names the stored result: the model's content, the suite and every
-    setting (64 hex).
+    setting (64 hex). `smallest_batch` is what memory left of the batch size that was asked for.
     """
 
     suite: str
@@ -67,12 +105,24 @@ class ModelEvaluation:
     seconds: float
     others: tuple[Score, ...] = ()
     key: str = ""
+    smallest_batch: int | None = None
 
     @property
     def average(self) -> float | None:
-        """Mean of the primary scores (higher is better ones), None without any."""
-        values = [score.value for score in self.scores if score.higher_is_better]
+        """Mean of the primary scores (higher is better ones), from chance on where the suite counts so, or None."""
+        values = [score.normalised for score in self.scores if score.higher_is_better]
         return sum(values) / len(values) if values else None
+
+    @property
+    def board(self) -> str:
+        """16 hex: models with an equal one stand in one ranking, whichever machine measured them.
+
+        The questions, lm-eval's version, data type, chat mode, seed and limit; not the device and the other libraries,
+        whose numbers differ by rounding only.
+        """
+        here = self.environment
+        rule = [self.suite_digest, here.lm_eval, here.dtype, here.chat_template, here.seed, here.limit, here.backend]
+        return hashlib.sha256(json.dumps(rule).encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
@@ -91,3 +141,55 @@ class ModelEvaluation:
             "environment": Environment(**values["environment"]),
         }
         return cls(**{**values, **parts})
+
+
+_WORDS = {
+    "device": "on {}",
+    "dtype": "in {}",
+    "batch_size": "in batches of {}",
+    "seed": "with seed {}",
+    "limit": "with {} samples a task",
+    "backend": "by {}",
+}
+
+
+def differences(first: ModelEvaluation, second: ModelEvaluation) -> tuple[str, ...]:
+    """What keeps two evaluations from being compared, a clause each: "in float32 and in bfloat16". Empty: nothing."""
+    found = []
+    if first.suite_digest != second.suite_digest:
+        found.append(f"on suite {first.suite} and on {second.suite}, which are not the same questions")
+    here, there = asdict(first.environment), asdict(second.environment)
+    for name, value in here.items():
+        other = there[name]
+        if name == "device":
+            value, other = str(value).partition(":")[0], str(other).partition(":")[0]
+        if value == other:
+            continue
+        if name == "chat_template":
+            modes = ("with its chat template", "as plain text")
+            found.append(" and ".join(modes if value else reversed(modes)))
+        else:
+            words = _WORDS.get(name, f"with {name} {{}}")
+            found.append(f"{words.format(_shown(value))} and {words.format(_shown(other))}")
+    data = {score.task: score.data for score in second.scores}
+    moved = [score.task for score in first.scores if data.get(score.task, score.data) != score.data]
+    if moved:
+        found.append(f"on different versions of the data of {', '.join(moved)}")
+    return tuple(found)
+
+
+def require_comparable(evaluations: Mapping[str, ModelEvaluation]) -> None:
+    """Refuse to hold models against each other that were not asked alike. Raises NOT_COMPARABLE."""
+    names = list(evaluations)
+    for name in names[1:]:
+        found = differences(evaluations[names[0]], evaluations[name])
+        if found:
+            raise EvaluationError(
+                "NOT_COMPARABLE",
+                f"{names[0]} and {name} cannot be compared: they were measured {'; '.join(found)}.",
+                "Evaluate both anew under the same conditions.",
+            )
+
+
+def _shown(value: object) -> str:
+    return "all" if value is None else str(value)

@@ -32,8 +32,9 @@ _NAME = re.compile(
 class SuiteTask:
     """One lm-eval task: `few_shot` None leaves the task's own number; `metric` and `filter` are lm-eval's names.
 
-    `file` is a task file of the operator's, for a task that is neither ours nor lm-eval's. Task files can import code:
-    never one of a stranger's.
+    `acc_norm` is accuracy with the log-likelihoods divided by the answers' length in bytes. `chance` is what guessing
+    scores; a suite that names it counts its average from there. `file` is a task file of the operator's, for a task
+    that is neither ours nor lm-eval's. Task files can import code: never one of a stranger's.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SuiteTask:
     few_shot: int | None = None
     filter: str = "none"
     file: Path | None = None
+    chance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Suite:
     @property
     def digest(self) -> str:
         """64 hex; equal for equal questions asked in an equal way."""
-        tasks = [[t.name, t.metric, t.few_shot, t.filter, _own_text(t)] for t in self.tasks]
+        tasks = [[t.name, t.metric, t.few_shot, t.filter, t.chance, _own_text(t)] for t in self.tasks]
         text = json.dumps([self.name, self.version, tasks], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

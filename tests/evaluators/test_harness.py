@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from evaluators import harness, suites
 from evaluators.errors import EvaluationError
-from evaluators.harness_process import Journal
 from evaluators.harness_tasks import cleaned
 from evaluators.scores import Environment, ModelEvaluation, Score, TaskData
 from evaluators.suites import SUITES, Suite, SuiteTask
@@ -53,25 +52,6 @@ def measure(place: Path) -> Callable[..., ModelEvaluation]:
     return run
 
 
-class Cancelled(Exception):
-    """What a caller's progress may raise to end the evaluation."""
-
-
-@pytest.fixture(scope="module")
-def interrupted(measure: Callable[..., ModelEvaluation], model: Path, suite: Suite) -> list[int]:
-    """An evaluation that was cancelled after its first answers; how many answers its caller had heard of."""
-    heard: list[int] = []
-
-    def cancel(done: int, total: int, what: str) -> None:
-        if what == "loglikelihood" and done:
-            heard.append(done)
-            raise Cancelled
-
-    with pytest.raises(Cancelled):
-        measure(model, suite, "interrupted", progress=cancel)
-    return heard
-
-
 @pytest.fixture(scope="module")
 def told() -> list[tuple[int, int, str]]:
     return []
@@ -79,7 +59,6 @@ def told() -> list[tuple[int, int, str]]:
 
 @pytest.fixture(scope="module")
 def measured(
-    interrupted: list[int],
     measure: Callable[..., ModelEvaluation],
     model: Path,
     suite: Suite,
@@ -114,14 +93,6 @@ def test_scores_are_exactly_those_of_calling_lm_eval(measured: ModelEvaluation, 
     assert (normalised.metric, normalised.value) == ("acc_norm", expected["acc_norm,none"])
     assert (score.samples, score.few_shot, score.task_version) == (24, 0, "1.0")
     assert measured.environment.dtype == "float32" and measured.environment.device == "cpu"
-
-
-@pytest.mark.slow
-def test_an_interrupted_evaluation_goes_on_at_the_next_sample(
-    measured: ModelEvaluation, interrupted: list[int], told: list[tuple[int, int, str]]
-) -> None:
-    resumed_at = next(done for done, _, what in told if what == "loglikelihood")
-    assert resumed_at >= interrupted[0] > 0
 
 
 @pytest.mark.slow
@@ -348,24 +319,12 @@ def test_a_models_content_is_its_weights_configuration_and_tokenizer(tmp_path: P
     assert harness.content_digest(folder) == before
 
 
-def test_a_torn_line_of_the_journal_costs_one_answer(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    first = Journal(path)
-    first.add("loglikelihood", ("a", " b"), (-1.5, True))
-    first.add("generate_until", ("a", {"until": ["."]}), "text")
-    path.write_bytes(path.read_bytes()[:-5])
-    second = Journal(path)
-    assert second.get("loglikelihood", ("a", " b")) == (-1.5, True)
-    assert second.get("generate_until", ("a", {"until": ["."]})) is None
-    second.add("generate_until", ("a", {"until": ["."]}), "text")
-    assert Journal(path).get("generate_until", ("a", {"until": ["."]})) == "text"
-
-
 texts = st.text(max_size=8)
 fractions = st.floats(0, 1)
 scores = st.builds(
     Score, texts, texts, fractions, st.none() | fractions, st.integers(0, 9), st.integers(0, 9), st.booleans(), texts,
     texts, st.none() | st.builds(TaskData, texts, st.none() | texts, st.none() | texts, st.none() | texts),
+    st.none() | st.floats(0, 0.9),
 )  # fmt: skip
 environments = st.builds(
     Environment, texts, texts, texts, st.booleans(), st.integers(), texts, texts, texts, st.none() | st.integers(1, 9)

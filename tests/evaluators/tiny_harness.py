@@ -63,11 +63,20 @@ def model(folder: Path, *, seed: int = 0, chat_template: str | None = None) -> P
 
 def suite(folder: Path, *, rows: int = 24, repo: str | None = None) -> Suite:
     """A task `which_animal` of `rows` questions with answers of one and two tokens; `repo` replaces its local data."""
+    return Suite("animals", 1, (task(folder, "which_animal", rows, repo),))
+
+
+def spelled(number: int) -> str:
+    """A number in words of the vocabulary: no two questions read alike."""
+    return " ".join(WORDS[number // len(WORDS) ** place % len(WORDS)] for place in range(3))
+
+
+def task(folder: Path, name: str, rows: int = 24, repo: str | None = None) -> SuiteTask:
     folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "test.jsonl"
+    data = folder / f"{name}.jsonl"
     choices = [*ANIMALS, "fish house"]
     questions = [
-        {"prompt": f"question which animal {verb} {place} {row} answer", "choices": choices, "answer": row % 5}
+        {"prompt": f"question {spelled(row)} animal {verb} {place} answer", "choices": choices, "answer": row % 5}
         for row in range(rows)
         for verb, place in [(("sits", "runs", "sings")[row % 3], ("in the house", "on a tree")[row % 2])]
     ]
@@ -75,8 +84,8 @@ def suite(folder: Path, *, rows: int = 24, repo: str | None = None) -> Suite:
     source = (
         f"dataset_path: {repo}" if repo else f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}"
     )
-    (folder / "which_animal.yaml").write_text(
-        f"""task: which_animal
+    (folder / f"{name}.yaml").write_text(
+        f"""task: {name}
 {source}
 output_type: multiple_choice
 test_split: test
@@ -94,4 +103,4 @@ metadata:
   version: 1.0
 """
     )
-    return Suite("animals", 1, (SuiteTask("which_animal", file=folder / "which_animal.yaml"),))
+    return SuiteTask(name, file=folder / f"{name}.yaml")

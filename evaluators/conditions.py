@@ -1,0 +1,64 @@
+"""Under which conditions a model is asked, and the name of the result that a model, a suite and these give together.
+
+What is equal here is equal in every number: the key of a stored evaluation covers the model's content, the suite's
+digest, every condition and the versions of the libraries that compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluators.errors import EvaluationError
+from evaluators.suites import Suite
+
+LIBRARIES = ("lm_eval", "transformers", "torch")
+BACKENDS = ("hf", "vllm")
+
+# The files of a model folder that decide its answers.
+_CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+_NOT_CONTENT = frozenset({"manifest.json", "merge_provenance.json", "decode_speed.json", "lm_eval.json"})
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """`limit` is samples a task. `seed` 0 draws as lm-eval's own command line does. `device` "auto" takes a GPU if
+    there is one. `dtype` "auto" is float32 on a CPU and the checkpoint's own elsewhere. `batch_size` is a number, or
+    "auto": what fits, halved when memory runs out. `backend` is hf (transformers) or vllm.
+    """
+
+    limit: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "auto"
+    batch_size: str = "16"
+    chat_template: bool = False
+    backend: str = "hf"
+
+    def key(self, identity: str, suite_digest: str) -> str:
+        """64 hex: the name of the evaluation of the model `identity` (a commit, a manifest or a content digest)."""
+        versions = [importlib.metadata.version(name) for name in LIBRARIES]
+        asked = [self.limit, self.seed, self.device, self.dtype, self.batch_size, self.chat_template, self.backend]
+        return hashlib.sha256(json.dumps([2, identity, suite_digest, *asked, *versions]).encode()).hexdigest()
+
+
+def key_of(model: Path, suite: Suite, conditions: Conditions, identity: str | None = None) -> str:
+    """The key of one evaluation; `identity` spares hashing the weights. Raises MODEL_UNLOADABLE."""
+    return conditions.key(identity or content_digest(model), suite.digest)
+
+
+def content_digest(model: Path) -> str:
+    """64 hex over the names and bytes of the files that decide a model's answers. Raises MODEL_UNLOADABLE."""
+    paths = {path.name: path for pattern in _CONTENT for path in model.glob(pattern) if path.name not in _NOT_CONTENT}
+    if "config.json" not in paths:
+        raise EvaluationError(
+            "MODEL_UNLOADABLE", f"{model.name} holds no config.json.", "Name a folder with a model in it."
+        )
+    content = hashlib.sha256()
+    for name in sorted(paths):
+        with paths[name].open("rb") as file:
+            content.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return content.hexdigest()

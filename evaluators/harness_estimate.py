@@ -1,0 +1,111 @@
+"""How much an evaluation will ask, and about how long that takes: counted on a few questions of each task, timed on a
+few tokens of the model. From there on the progress tells better.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+QUESTIONS = 8  # of each task are looked at
+PROBE_TOKENS = 64
+NEW_TOKENS = 256  # what lm-eval lets a model write where a task names no limit
+CPU_BATCH, GPU_BATCH = 16, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """Work of one task: `requests` to the model, `tokens` it reads, `new_tokens` it writes at most, and the `longest`
+    request in tokens."""
+
+    requests: int = 0
+    tokens: int = 0
+    new_tokens: int = 0
+    longest: int = 0
+
+
+def amount(task: Any, limit: int | None, encode: Any) -> Amount:
+    """Of one leaf task. `encode` is text -> list of token ids."""
+    questions = len(task.eval_docs)
+    if limit is not None:
+        questions = min(questions, limit)
+    looked_at = min(questions, QUESTIONS)
+    task.build_all_requests(limit=looked_at, rank=0, world_size=1)
+    found = _of_requests([(each.request_type, each.args) for each in task.instances], encode)
+    share = questions / max(1, looked_at)
+    return Amount(
+        round(found.requests * share), round(found.tokens * share), round(found.new_tokens * share), found.longest
+    )
+
+
+def _of_requests(requests: Sequence[tuple[str, tuple[Any, ...]]], encode: Any) -> Amount:
+    """Answers of one token to the same question are read off one pass, as lm-eval does."""
+    passes: dict[tuple[int, ...], int] = {}
+    longest = new = 0
+    for number, (kind, arguments) in enumerate(requests):
+        if kind == "loglikelihood":
+            question, answer = encode(arguments[0]), encode(arguments[1])
+            read = (*question, *answer[:-1])
+        else:
+            read = (*encode(arguments[0]), -1 - number)
+        if kind == "generate_until":
+            new += int(arguments[1].get("max_gen_toks", NEW_TOKENS))
+        passes[read] = len(read)
+        longest = max(longest, len(read))
+    return Amount(len(requests), sum(passes.values()), new, longest)
+
+
+def together(amounts: Iterable[Amount]) -> Amount:
+    found = list(amounts)
+    return Amount(
+        sum(each.requests for each in found),
+        sum(each.tokens for each in found),
+        sum(each.new_tokens for each in found),
+        max((each.longest for each in found), default=0),
+    )
+
+
+def seconds(work: Amount, model: Any, batch: int) -> float:
+    """About how long `model` takes, from one short pass and one of a single token."""
+    import torch
+
+    token = torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=model.device)
+    took = {}
+    with torch.inference_mode():
+        for length in (1, PROBE_TOKENS, 1):  # the first one pays for warming up
+            began = time.perf_counter()
+            model(input_ids=token[:, :length]).logits[0, -1, 0].item()
+            took[length] = time.perf_counter() - began
+    return work.tokens * took[PROBE_TOKENS] / PROBE_TOKENS + work.new_tokens * took[1] / max(1, batch)
+
+
+def bytes_a_request(config: Any, longest: int, item_bytes: int) -> int:
+    """Memory one request of a batch takes at most beside the weights: logits and their logarithms, and the cache of
+    keys and values."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
+    cache = 2 * text.num_hidden_layers * heads * width
+    return int(max(1, longest) * item_bytes * (3 * text.vocab_size + cache + 8 * text.hidden_size))
+
+
+def batch(asked: str, device: str, free_bytes: int, request_bytes: int) -> int:
+    """The batch to begin with. "auto": 16 on a CPU, where larger ones gain nothing, and on a GPU the largest power of
+    two whose requests fit into half of what is free. Memory that runs out all the same halves it later."""
+    if asked != "auto":
+        return int(asked)
+    if device == "cpu":
+        return CPU_BATCH
+    fits = free_bytes // 2 // max(1, request_bytes)
+    return max(1, min(GPU_BATCH, 1 << (int(fits).bit_length() - 1) if fits else 1))
+
+
+def free_bytes(device: str) -> int:
+    """Free memory of a GPU; 0 for a CPU, where the batch does not depend on it."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])

@@ -1,0 +1,132 @@
+"""What a model has answered so far, on disk, and a language model that asks it only for the rest.
+
+Answers are written in whole batches. lm-eval sorts requests and cuts them into batches; without the batches that were
+answered it cuts the rest as before, so an interrupted evaluation ends with the numbers of an undisturbed one, to the
+last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from evaluators.errors import EvaluationError
+
+
+class Told(Protocol):
+    """Hears how many requests are answered."""
+
+    def __call__(self, answered: int) -> None: ...
+
+
+class Journal:
+    """Answers of the model, one JSON line a batch, by request. A torn last line is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._known: dict[str, Any] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    self._known |= json.loads(line)
+        self._waiting: dict[str, Any] = {}
+        self._file = path.open("a", encoding="utf-8")
+        self._file.write("\n")  # ends a torn line
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, arguments: Sequence[Any]) -> Any:
+        answer = self._known.get(_key(arguments))
+        return tuple(answer) if isinstance(answer, list) else answer
+
+    def add(self, arguments: Sequence[Any], answer: Any) -> None:
+        """Hold the answer until its batch is whole."""
+        self._waiting[_key(arguments)] = answer
+
+    def batch_ended(self) -> None:
+        if self._waiting:
+            self._file.write(json.dumps(self._waiting) + "\n")
+            self._file.flush()
+            self._known |= self._waiting
+            self._waiting = {}
+
+    def take_samples(self, path: Path) -> None:
+        """Know what the samples of an earlier evaluation hold, for instance one of fewer questions."""
+        with contextlib.suppress(FileNotFoundError):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                sample = json.loads(line)
+                for arguments, answers in zip(sample["arguments"], sample["resps"], strict=True):
+                    self._known.setdefault(_key(arguments), answers[0])
+
+
+def _key(arguments: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(arguments), default=str).encode()).hexdigest()
+
+
+class Listener:
+    """lm-eval's cache hook: hears of every answer as soon as the model has given it."""
+
+    def __init__(self, heard: Callable[[str, Sequence[Any], Any], None]) -> None:
+        self.add_partial = heard
+
+
+def resuming(model_class: type[Any]) -> type[Any]:
+    """`model_class`, one of lm-eval's, that asks the model only what the journal does not know yet."""
+
+    class ResumingLM(model_class):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._journal: Journal
+            self.set_cache_hook(Listener(self._heard))
+
+        def at(self, journal: Journal, told: Told) -> None:
+            """Answer from `journal` and into it from here on; `told` hears of every answer."""
+            self._journal, self._told = journal, told
+            self._done = 0
+
+        def _heard(self, method: str, arguments: Sequence[Any], answer: Any) -> None:
+            number = answer[0] if isinstance(answer, tuple) else answer
+            if isinstance(number, float) and math.isnan(number):
+                raise EvaluationError(
+                    "EVALUATION_FAILED",
+                    "The model's answers are not numbers (NaN).",
+                    "Look for NaN or overflow in its weights.",
+                )
+            self._journal.add(arguments, answer)
+            self._done += 1
+            self._told(self._done)
+
+        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+            self._journal.batch_ended()
+            return super()._model_call(*args, **kwargs)
+
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+            self._journal.batch_ended()
+            return super()._model_generate(*args, **kwargs)
+
+        def _resumed(self, requests: list[Any], ask: Callable[..., list[Any]]) -> list[Any]:
+            answers = [self._journal.get(request.args) for request in requests]
+            missing = [i for i, answer in enumerate(answers) if answer is None]
+            self._done += len(requests) - len(missing)
+            self._told(self._done)
+            if missing:
+                for i, answer in zip(missing, ask([requests[i] for i in missing], disable_tqdm=True), strict=True):
+                    answers[i] = answer
+                self._journal.batch_ended()
+            return answers
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+            return self._resumed(requests, super().loglikelihood)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+            return self._resumed(requests, super().loglikelihood_rolling)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+            return self._resumed(requests, super().generate_until)
+
+    return ResumingLM

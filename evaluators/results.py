@@ -1,0 +1,173 @@
+"""Evaluations on disk: those that are whole, and the finished tasks of those that are not yet.
+
+cache/results/<key>/evaluation.json       the scores (ModelEvaluation)
+cache/results/<key>/lm_eval.json          lm-eval's results, without paths and names of this machine
+cache/results/<key>/samples/<task>.jsonl  every question with the model's answers, as lm-eval logs them
+cache/partial/<key>/                      an evaluation under way: one that was interrupted goes on from here
+    tasks/<number>.json                   a finished task: lm-eval's results, its data, the environment
+    samples/<task>.jsonl                  its samples
+    answers/<number>.jsonl                the model's answers to a task at work, whole batches
+cache/partial/<key>.lock                  held by the process that evaluates
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evaluators.errors import EvaluationError
+from evaluators.scores import Environment, ModelEvaluation, Score, TaskData
+from evaluators.suites import Suite, SuiteTask
+
+# The parts of lm-eval's results that have an entry a task; the others are the same in every task of an evaluation.
+_BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+_LOOK_EVERY_S = 0.2
+
+
+def folder_of(evaluation: ModelEvaluation, cache: Path) -> Path:
+    """Where `lm_eval.json` and `samples/` of a stored evaluation lie."""
+    return cache / "results" / evaluation.key
+
+
+def stored(cache: Path, key: str) -> ModelEvaluation | None:
+    """The evaluation of this key, if it was ever finished here."""
+    try:
+        text = (cache / "results" / key / "evaluation.json").read_text(encoding="utf-8")
+        return ModelEvaluation.from_dict(json.loads(text))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError):
+        # Not what we wrote, or written by another version: measured again and replaced.
+        shutil.rmtree(cache / "results" / key, ignore_errors=True)
+        return None
+
+
+@contextmanager
+def under_way(cache: Path, key: str, deadline: float) -> Iterator[Path]:
+    """The folder of an evaluation under way, for this process alone; waits for another one's. Raises TIME_LIMIT."""
+    folder = cache / "partial" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with (cache / "partial" / f"{key}.lock").open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise EvaluationError(
+                        "TIME_LIMIT", "Another process evaluates the same model and is not done.", "Try again later."
+                    ) from None
+                time.sleep(_LOOK_EVERY_S)
+        for name in ("tasks", "samples", "answers"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def task_file(folder: Path, number: int) -> Path:
+    """Where the results of the suite's task `number` stand once it is finished."""
+    return folder / "tasks" / f"{number:03}.json"
+
+
+def answers_file(folder: Path, number: int) -> Path:
+    """Where the answers to the task at work are kept."""
+    return folder / "answers" / f"{number:03}.jsonl"
+
+
+def unfinished(folder: Path, suite: Suite) -> list[int]:
+    """The numbers of the suite's tasks that have no results yet."""
+    return [number for number in range(len(suite.tasks)) if not task_file(folder, number).is_file()]
+
+
+def read(folder: Path, suite: Suite, key: str) -> ModelEvaluation:
+    """The evaluation that the finished tasks in `folder` make up. Raises EVALUATION_FAILED for a metric that is not."""
+    parts = [json.loads(task_file(folder, number).read_text(encoding="utf-8")) for number in range(len(suite.tasks))]
+    scores: list[Score] = []
+    others: list[Score] = []
+    for task, part in zip(suite.tasks, parts, strict=True):
+        found = _scores(task, part["results"], part["data"])
+        ranked = next((score for score in found if (score.metric, score.filter) == (task.metric, task.filter)), None)
+        if ranked is None:
+            known = ", ".join(sorted({f"{score.metric},{score.filter}" for score in found}))
+            raise EvaluationError(
+                "EVALUATION_FAILED",
+                f"Task `{task.name}` gave no metric `{task.metric},{task.filter}`.",
+                f"Name one of the task's own metrics in the suite: {known}.",
+            )
+        scores.append(ranked)
+        others += [score for score in found if score is not ranked]
+    return ModelEvaluation(
+        suite.name,
+        suite.digest,
+        tuple(scores),
+        Environment(**parts[-1]["environment"]),
+        sum(part["seconds"] for part in parts),
+        others=tuple(others),
+        key=key,
+        smallest_batch=min((part["batch"] for part in parts if part["batch"] is not None), default=None),
+    )
+
+
+def keep(folder: Path, found: ModelEvaluation, cache: Path) -> None:
+    """Make the folder of an evaluation whole, then give it its name."""
+    parts = [json.loads(path.read_text(encoding="utf-8"))["results"] for path in sorted(folder.glob("tasks/*.json"))]
+    (folder / "lm_eval.json").write_text(
+        json.dumps(_together(parts), indent=1, ensure_ascii=False, default=str), encoding="utf-8"
+    )
+    (folder / "evaluation.json").write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+    for name in ("tasks", "answers"):
+        shutil.rmtree(folder / name)
+    for path in folder.rglob("*.json*"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    (cache / "results").mkdir(exist_ok=True)
+    try:
+        folder.rename(cache / "results" / found.key)
+    except OSError:
+        if stored(cache, found.key) is None:
+            raise
+    (cache / "partial" / f"{found.key}.lock").unlink(missing_ok=True)
+
+
+def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """lm-eval's results of single tasks as it gives them for all at once."""
+    made: dict[str, Any] = dict(parts[-1]) if parts else {}
+    for name in _BY_TASK:
+        entries = {key: value for part in parts for key, value in part.get(name, {}).items()}
+        if entries:
+            made[name] = entries
+    return made
+
+
+def _scores(task: SuiteTask, results: Mapping[str, Any], data: Mapping[str, Any]) -> list[Score]:
+    found = results["results"][task.name]
+    samples = results.get("n-samples", {}).get(task.name, {}).get("effective") or found.get("sample_len") or 0
+    made = []
+    for label, value in found.items():
+        metric, comma, kind = label.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        stderr = found.get(f"{metric}_stderr,{kind}")
+        its_data = data.get(task.name)
+        made.append(
+            Score(
+                task=task.name,
+                metric=metric,
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                samples=int(samples),
+                few_shot=int(results.get("n-shot", {}).get(task.name) or 0),
+                higher_is_better=results.get("higher_is_better", {}).get(task.name, {}).get(metric) is not False,
+                task_version=str(results.get("versions", {}).get(task.name)),
+                filter=kind,
+                data=None if its_data is None else TaskData(**its_data),
+                chance=task.chance if (metric, kind) == (task.metric, task.filter) else None,
+            )
+        )
+    return made

@@ -1,0 +1,168 @@
+"""An evaluation that is killed, cancelled or fails in one task keeps what it has, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from evaluators import harness, results
+from evaluators.errors import EvaluationError
+from evaluators.harness_journal import Journal
+from evaluators.scores import ModelEvaluation
+from evaluators.suites import Suite
+from tests.evaluators import tiny_harness
+
+SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}, "batch_size": 4}
+
+
+class Cancelled(Exception):
+    """What a caller's progress may raise to end the evaluation."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resuming")
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> Path:
+    return tiny_harness.model(place / "models" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def suite(place: Path) -> Suite:
+    names = ("which_animal", "which_bird")
+    return Suite("two", 1, tuple(tiny_harness.task(place / "tasks", name, 600) for name in names))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, model: Path, suite: Suite) -> ModelEvaluation:
+    return harness.evaluate(model, suite, cache=place / "quiet", scratch=place / "s0", **SETTINGS)
+
+
+def interrupted(place: Path, cache: str, end: Callable[[], None]) -> Callable[[int, int, str], None]:
+    """A progress that calls `end` once some answers to the second task stand in the journal."""
+
+    def progress(done: int, total: int, what: str) -> None:
+        answers = list((place / cache / "partial").glob("*/answers/001.jsonl"))
+        if what == "which_bird" and answers and len(answers[0].read_text().splitlines()) > 3:
+            end()
+
+    return progress
+
+
+def kill() -> None:
+    """As kill -9 does it, to the process that evaluates."""
+    for child in psutil.Process().children(recursive=True):
+        if "evaluators.harness_process" in child.cmdline():
+            child.send_signal(signal.SIGKILL)
+
+
+def same_samples(place: Path, cache: str, found: ModelEvaluation) -> bool:
+    def read(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+
+    return read(harness.folder_of(found, place / cache)) == read(harness.folder_of(found, place / "quiet"))
+
+
+@pytest.mark.slow
+def test_after_kill_9_an_evaluation_ends_with_the_numbers_of_an_undisturbed_one(
+    place: Path, model: Path, suite: Suite, undisturbed: ModelEvaluation
+) -> None:
+    with pytest.raises(EvaluationError) as caught:
+        stop = interrupted(place, "killed", kill)
+        harness.evaluate(model, suite, cache=place / "killed", scratch=place / "s1", progress=stop, **SETTINGS)
+    assert caught.value.code == "MEMORY_LIMIT"
+    (folder,) = (path for path in (place / "killed" / "partial").iterdir() if path.is_dir())
+    assert results.unfinished(folder, suite) == [1]
+    answered = len(Journal(results.answers_file(folder, 1)))
+    assert 0 < answered < 3000
+    told: list[tuple[int, int, str]] = []
+    found = harness.evaluate(
+        model, suite, cache=place / "killed", scratch=place / "s2", progress=lambda *line: told.append(line), **SETTINGS
+    )
+    assert (found.scores, found.others) == (undisturbed.scores, undisturbed.others)
+    assert same_samples(place, "killed", found)
+    assert "which_animal" not in {what for _, _, what in told}
+    assert min(done for done, _, what in told if what == "which_bird" and done) >= answered
+    assert list((place / "killed" / "partial").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_cancelled_evaluation_ends_its_process_at_once_and_goes_on_later(
+    place: Path, model: Path, suite: Suite, undisturbed: ModelEvaluation
+) -> None:
+    def cancel() -> None:
+        raise Cancelled
+
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(Cancelled):
+        stop = interrupted(place, "cancelled", cancel)
+        harness.evaluate(model, suite, cache=place / "cancelled", scratch=place / "s3", progress=stop, **SETTINGS)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    found = harness.evaluate(model, suite, cache=place / "cancelled", scratch=place / "s3", **SETTINGS)
+    assert same_samples(place, "cancelled", found)
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_is_named_and_the_others_are_kept(
+    place: Path, model: Path, suite: Suite, undisturbed: ModelEvaluation
+) -> None:
+    absent = tiny_harness.task(place / "more", "which_fish", repo="nobody/no-such-data")
+    asked = Suite("with a gap", 1, (absent, *suite.tasks))
+    with pytest.raises(EvaluationError) as caught:
+        harness.evaluate(model, asked, cache=place / "gap", scratch=place / "s4", **SETTINGS)
+    assert caught.value.code == "DATASET_UNAVAILABLE"
+    assert caught.value.message == (
+        "The data of task `which_fish` cannot be loaded: there is no Hub to load it from. "
+        "The other 2 of 3 tasks are measured and kept."
+    )
+    (folder,) = (path for path in (place / "gap" / "partial").iterdir() if path.is_dir())
+    assert results.unfinished(folder, asked) == [0]
+    kept = (folder / "samples" / "which_bird.jsonl").read_bytes()
+    assert kept == (harness.folder_of(undisturbed, place / "quiet") / "samples" / "which_bird.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_first_look_at_some_samples_is_not_asked_again(
+    place: Path, model: Path, suite: Suite, undisturbed: ModelEvaluation
+) -> None:
+    where = {"cache": place / "staged", "scratch": place / "s5"}
+    told: list[tuple[int, int, str]] = []
+    first = harness.evaluate(model, suite, limit=40, order=("which_bird",), **where, **SETTINGS)
+    assert [score.samples for score in first.scores] == [40, 40]
+    found = harness.evaluate(
+        model,
+        suite,
+        reuse=[first],
+        order=("which_bird",),
+        progress=lambda *line: told.append(line),
+        **where,
+        **SETTINGS,
+    )
+    assert found.scores == undisturbed.scores
+    assert min(done for done, _, what in told if what == "which_bird" and done) >= 40 * 5
+    tasks = [what for _, _, what in told if what.startswith("which")]
+    assert tasks.index("which_bird") < tasks.index("which_animal")
+
+
+def test_a_torn_line_of_the_journal_costs_one_batch(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = Journal(path)
+    first.add(("a", " b"), (-1.5, True))
+    first.batch_ended()
+    first.add(("a", {"until": ["."]}), "text")
+    first.batch_ended()
+    path.write_bytes(path.read_bytes()[:-5])
+    second = Journal(path)
+    assert second.get(("a", " b")) == (-1.5, True)
+    assert second.get(("a", {"until": ["."]})) is None
+    second.add(("a", {"until": ["."]}), "text")
+    assert Journal(path).get(("a", {"until": ["."]})) is None
+    second.batch_ended()
+    assert Journal(path).get(("a", {"until": ["."]})) == "text"
