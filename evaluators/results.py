@@ -24,7 +24,7 @@ from typing import Any
 
 from evaluators.errors import EvaluationError
 from evaluators.scores import Environment, ModelEvaluation, Score, TaskData
-from evaluators.suites import Suite, SuiteTask
+from evaluators.suites import ANY, Suite, SuiteTask
 
 # The parts of lm-eval's results that have an entry a task; the others are the same in every task of an evaluation.
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -92,7 +92,7 @@ def read(folder: Path, suite: Suite, key: str) -> ModelEvaluation:
     others: list[Score] = []
     for task, part in zip(suite.tasks, parts, strict=True):
         found = _scores(task, part["results"], part["data"])
-        ranked = next((score for score in found if (score.metric, score.filter) == (task.metric, task.filter)), None)
+        ranked = next((score for score in _by_rank(found) if _ranks(task, score)), None)
         if ranked is None:
             known = ", ".join(sorted({f"{score.metric},{score.filter}" for score in found}))
             raise EvaluationError(
@@ -145,6 +145,15 @@ def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def _by_rank(found: Sequence[Score]) -> list[Score]:
+    """Scores that grow with the model's ability come first, each kind in lm-eval's order."""
+    return sorted(found, key=lambda score: not score.higher_is_better)
+
+
+def _ranks(task: SuiteTask, score: Score) -> bool:
+    return task.metric == ANY or (score.metric, score.filter) == (task.metric, task.filter)
+
+
 def _scores(task: SuiteTask, results: Mapping[str, Any], data: Mapping[str, Any]) -> list[Score]:
     found = results["results"][task.name]
     samples = results.get("n-samples", {}).get(task.name, {}).get("effective") or found.get("sample_len") or 0
@@ -167,7 +176,7 @@ def _scores(task: SuiteTask, results: Mapping[str, Any], data: Mapping[str, Any]
                 task_version=str(results.get("versions", {}).get(task.name)),
                 filter=kind,
                 data=None if its_data is None else TaskData(**its_data),
-                chance=task.chance if (metric, kind) == (task.metric, task.filter) else None,
+                chance=task.chance if metric == task.metric else None,
             )
         )
     return made

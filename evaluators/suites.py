@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from pathlib import Path
 from evaluators.errors import EvaluationError
 
 OWN_TASKS = Path(__file__).parent / "tasks"
+ANY = "any"  # in the place of a metric: the first that the task has
 
 # A task's or group's name in a task file. Task files are YAML, but what is looked for is one plain scalar at the left
 # margin: reading the 14,000 files of lm-eval 0.4.13 this way takes 0.6 s of CPU, lm-eval's own index 35 s.
@@ -26,15 +27,19 @@ _NAME = re.compile(
     rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([A-Za-z0-9][^\s"'#\[\]{}]*)["']?[ \t]*(?:\#.*)?\r?$""",
     re.MULTILINE,
 )
+# What a task file draws in: another one, and functions of a Python file beside it.
+_INCLUDE = re.compile(rb"^include[ \t]*:[ \t]*([^\s#]+)", re.MULTILINE)
+_FUNCTION = re.compile(rb"!function[ \t]+(\w+)\.\w+")
 
 
 @dataclass(frozen=True, slots=True)
 class SuiteTask:
     """One lm-eval task: `few_shot` None leaves the task's own number; `metric` and `filter` are lm-eval's names.
 
-    `acc_norm` is accuracy with the log-likelihoods divided by the answers' length in bytes. `chance` is what guessing
-    scores; a suite that names it counts its average from there. `file` is a task file of the operator's, for a task
-    that is neither ours nor lm-eval's. Task files can import code: never one of a stranger's.
+    `ANY` in the place of a metric takes the first the task has. `acc_norm` is accuracy with the log-likelihoods divided
+    by the answers' length in bytes. `chance` is what guessing scores; a suite that names it counts its average from
+    there. `file` is a task file of the operator's, for a task that is neither ours nor lm-eval's. Task files can import
+    code: never one of a stranger's.
     """
 
     name: str
@@ -63,10 +68,21 @@ class Suite:
 
 
 def own_suite(names: Sequence[str], *, few_shot: int | None = None) -> Suite:
-    """A suite of tasks named by the operator: each ranked by the metric a known suite uses for it, else `acc`."""
+    """A suite of tasks named one by one: each ranked as a known suite ranks it, else by the first metric it has."""
     known = {task.name: task for suite in SUITES.values() for task in suite.tasks}
-    tasks = tuple(SuiteTask(name, known[name].metric if name in known else "acc", few_shot) for name in names)
+    tasks = tuple(replace(known.get(name, SuiteTask(name, ANY)), few_shot=few_shot, chance=None) for name in names)
     return Suite("+".join(names), 1, tasks)
+
+
+def of_file(file: Path) -> Suite:
+    """A suite of the one task that a task file of the operator's defines. Raises EvaluationError UNKNOWN_TASK."""
+    names = _NAME.findall(file.read_bytes()) if file.is_file() else []
+    if not names:
+        raise EvaluationError(
+            "UNKNOWN_TASK", f"{file} defines no task.", "Name an lm-eval task file, with a line `task: its_name`."
+        )
+    name = names[0].decode()
+    return Suite(name, 1, (SuiteTask(name, ANY, file=file.resolve()),))
 
 
 def find(tasks: Sequence[SuiteTask]) -> dict[str, Path]:
@@ -98,9 +114,19 @@ def _names(folder: Path) -> dict[str, Path]:
 
 
 def _own_text(task: SuiteTask) -> str | None:
-    """Digest of a task file that is not part of lm-eval, whose version says what its files hold."""
+    """Digest of a task file that is not part of lm-eval, whose version says what its files hold; with the code and the
+    files that it names."""
     path = task.file or _names(OWN_TASKS).get(task.name)
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    if path is None:
+        return None
+    content, waiting = hashlib.sha256(), [path]
+    for file in waiting:
+        text = file.read_bytes()
+        content.update(text)
+        named = [name.decode() for name in _INCLUDE.findall(text)]
+        named += [f"{name.decode()}.py" for name in sorted(set(_FUNCTION.findall(text)))]
+        waiting += [found for name in named if (found := file.parent / name).is_file() and found not in waiting]
+    return content.hexdigest()
 
 
 def _suite(name: str, version: int, about: str, *tasks: SuiteTask) -> Suite:
@@ -118,6 +144,14 @@ SUITES = {
             SuiteTask("invented_smiths"),
         ),
         _suite(
+            "offline",
+            1,
+            "Capitals, sums and repeated words: seconds on a small model, and nothing is downloaded.",
+            SuiteTask("offline_capitals", "acc", 0),
+            SuiteTask("offline_sums", "acc", 4),
+            SuiteTask("offline_echo", "exact_match", 2),
+        ),
+        _suite(
             "quick",
             1,
             "Three short multiple-choice tasks, without examples in the prompt.",
@@ -126,7 +160,13 @@ SUITES = {
             SuiteTask("openbookqa", "acc_norm", 0),
         ),
         _suite(
-            "full",
+            "generative",
+            1,
+            "What a model writes: grade-school mathematics, worked out in words, with five examples.",
+            SuiteTask("gsm8k", "exact_match", 5, "strict-match"),
+        ),
+        _suite(
+            "leaderboard-v1",
             1,
             "The six tasks of the first Open LLM Leaderboard, with its numbers of examples.",
             SuiteTask("arc_challenge", "acc_norm", 25),
@@ -135,6 +175,18 @@ SUITES = {
             SuiteTask("truthfulqa_mc2", "acc", 0),
             SuiteTask("winogrande", "acc", 5),
             SuiteTask("gsm8k", "exact_match", 5, "strict-match"),
+        ),
+        _suite(
+            "leaderboard-v2",
+            1,
+            "lm-eval's `leaderboard` group, the second Open LLM Leaderboard; its average counts from chance. Its data "
+            "are partly gated (GPQA), and IFEval is ranked by prompts followed strictly.",
+            SuiteTask("leaderboard_ifeval", "prompt_level_strict_acc", chance=0.0),
+            SuiteTask("leaderboard_bbh", "acc_norm", chance=0.2885),  # mean of its 24 tasks, by size
+            SuiteTask("leaderboard_math_hard", "exact_match", chance=0.0),
+            SuiteTask("leaderboard_gpqa", "acc_norm", chance=0.25),
+            SuiteTask("leaderboard_musr", "acc_norm", chance=0.3433),  # two, five and three choices, by size
+            SuiteTask("leaderboard_mmlu_pro", "acc", chance=0.1),
         ),
     )
 }

@@ -17,7 +17,7 @@ from space.markup import Markup, join, tag
 from space.pieces import facts_table, panel, refused, sources_table
 
 EXAMPLE_LIMIT_BYTES = 64 * 1024
-SUITE_WORDS = {"none": "nothing", "quick": "quick", "full": "full"}
+SUITE_WORDS = {"none": "nothing"}
 
 _SMOL = "HuggingFaceTB/SmolLM2-135M"
 EXAMPLES = {
