@@ -64,7 +64,7 @@ ROW = st.tuples(
 
 @pytest.mark.parametrize("kind", ["llama", "gqa", "gpt2", "opt", "window", "gemma3"])
 @given(rows=st.lists(ROW, min_size=1, max_size=4), shape=st.sampled_from(sorted(TREES)))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_every_row_of_a_ragged_batch_gets_the_tokens_and_paths_it_gets_alone(
     kind: str, rows: list[Any], shape: str
 ) -> None:
