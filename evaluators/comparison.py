@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from evaluators import harness, paired, samples
 from evaluators.errors import EvaluationError
 from evaluators.paired import Interval, Values
 from evaluators.samples import Answers, Unpaired
-from evaluators.scores import ModelEvaluation, Score
+from evaluators.scores import ModelEvaluation, Score, require_comparable
 from evaluators.verdict import ALPHA, Comparison, Difference, LeftOut, Overall, Pattern, Scored, TaskVerdict
 
 MERGE = ""
@@ -61,8 +61,7 @@ def _paired(
     merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], cache: Path, *, partly: bool = False
 ) -> tuple[list[_Task], list[LeftOut]]:
     """Every task with the answers of all; `partly`: the parents may have been asked more than the merge."""
-    for name, parent in parents.items():
-        _require_equal_terms(merge, name, parent)
+    require_comparable({"The merge": merge, **parents})
     models = {MERGE: merge, **parents}
     folders = {name: harness.folder_of(evaluation, cache) for name, evaluation in models.items()}
     subtasks = samples.groups(folders[MERGE])
@@ -101,16 +100,7 @@ class _Task:
         return float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else math.inf
 
 
-# -- equal terms -------------------------------------------------------------------------------------------------
-
-
-def _require_equal_terms(merge: ModelEvaluation, name: str, parent: ModelEvaluation) -> None:
-    if merge.suite_digest != parent.suite_digest:
-        raise _not_comparable(name, f"it was measured with suite `{parent.suite}`, which asks something else")
-    ours, theirs = asdict(merge.environment), asdict(parent.environment)
-    for field, value in ours.items():
-        if theirs[field] != value:
-            raise _not_comparable(name, f"its {field} is {theirs[field]}, the merge's is {value}")
+# -- the same questions ---------------------------------------------------------------------------------------------
 
 
 def _same(score: Score, evaluation: ModelEvaluation, name: str) -> Score:

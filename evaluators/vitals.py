@@ -102,6 +102,7 @@ def of_folder(
     if known is not None:
         return known
     found = examine(*harness_model.load(model, device, dtype))
+    harness_model.free_memory()
     file = _file(cache, identity, device, dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{time.monotonic_ns()}.partial")

@@ -152,11 +152,11 @@ def without_answers(evaluation: ModelEvaluation, cache: Path) -> ModelEvaluation
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda found, cache: replace(found, suite_digest="e" * 64), "measured with suite `animals`, which asks"),
+        (lambda found, cache: replace(found, suite_digest="e" * 64), "which are not the same questions"),
         (lambda found, cache: replace(found, environment=replace(found.environment, dtype="bfloat16")),
-         "its dtype is bfloat16, the merge's is float32"),
+         "in float32 and in bfloat16"),
         (lambda found, cache: replace(found, environment=replace(found.environment, chat_template=True)),
-         "its chat_template is True, the merge's is False"),
+         "as plain text and with its chat template"),
         (lambda found, cache: replace(found, scores=(replace(found.scores[0], task_version="2.0"),)), "version 2.0"),
         (lambda found, cache: replace(found, scores=()), "it has no score of task `left`"),
         (shuffled_ids, "it was asked other questions of task `left`"),
