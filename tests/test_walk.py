@@ -232,6 +232,20 @@ def test_every_model_was_measured_on_the_same_questions(walk: Walk) -> None:
     assert all(score.samples == 8 for each in all_of_them for score in each.scores)
 
 
+def test_the_merge_is_judged_beside_each_source_and_the_repo_shows_it(walk: Walk) -> None:
+    assert walk.form.evaluation and walk.form.publication
+    found, repo = walk.form.evaluation.comparison, walk.form.publication.repo
+    assert found is not None and found.overall is not None, walk.form.evaluation.not_compared
+    assert len(found.parents) == 3 and list(walk.form.evaluation.vitals) == ["", *found.parents]
+    assert all(len(task.differences) == 3 and task.samples == 8 for task in found.tasks)
+    hub, commit = Hub(walk.hub.url), walk.form.publication.commit
+    card = hub.read_text(repo, commit, "README.md", limit_bytes=1 << 20) or ""
+    assert "Against its parents, on average over 2 tasks: " in card and "](results/comparison.svg)" in card
+    assert (hub.read_text(repo, commit, "results/comparison.svg", limit_bytes=1 << 20) or "").startswith("<svg ")
+    board = next(row for row in leaderboard.read(hub, walk.settings) if row.model == repo)
+    assert board.verdict is not None and len(board.intervals) == 8
+
+
 def test_the_speed_report_is_exact_and_honest(walk: Walk) -> None:
     assert walk.form.evaluation is not None
     speed = walk.form.evaluation.decode_speed
