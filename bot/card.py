@@ -21,9 +21,11 @@ from bot.request import MergeRequest
 from bot.settings import Settings
 from evaluators.figure import figure
 from evaluators.scores import Score
+from evaluators.speed_figure import speed_figure
 
 OUTPUT_TAG = "made-with-mergebot"
 NAME_LIMIT = 96
+SPEED_PICTURE = "results/decode_speed.svg"
 
 
 def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
@@ -37,6 +39,8 @@ def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
         results["results/comparison.json"] = _json(job.evaluation.comparison.as_dict())
     if job.evaluation.decode_speed is not None:
         results["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
+        if drawn := speed_figure(job.evaluation.decode_speed):
+            results[SPEED_PICTURE] = drawn
     return {
         "digest": job.digest,
         "manifest": job.merge.manifest,
@@ -167,7 +171,8 @@ def _speed(job: Job) -> str:
         f"| plain greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
         f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
     ]
-    tables = [plain(speed["sentence"]), "\n".join(lines), _transfer_table(speed)]
+    drawn = f"![Decode speed over plain decoding]({SPEED_PICTURE})" if speed_figure(speed) else ""
+    tables = [plain(speed["sentence"]), drawn, "\n".join(lines), _transfer_table(speed)]
     return "\n\n".join(table for table in tables if table)
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from bot.merge.execution.sizes import in_units
 from bot.progress import Show
+from evaluators.speed_figure import speed_figure
 
 if TYPE_CHECKING:
     from bot.job import Job
@@ -206,7 +207,11 @@ def speed(report: Mapping[str, Any], file: Path) -> None:
         console.print(_categories(asked))
     for warning in report["warnings"]:
         _say(escape(f"Note: {warning}."))
-    _say(f"The whole report is in {escape(str(file))}.")
+    drawn = speed_figure(report)
+    if drawn:
+        file.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+    beside = f", its picture in {escape(str(file.with_suffix('.svg')))}" if drawn else ""
+    _say(f"The whole report is in {escape(str(file))}{beside}.")
 
 
 def speech(pieces: Iterable[Piece]) -> None:

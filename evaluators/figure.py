@@ -6,11 +6,10 @@ shown. Names of strangers are escaped and shortened; nothing else in it comes fr
 
 from __future__ import annotations
 
-import html
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from evaluators.svg import CHARACTER, STYLE, WIDTH, escape, shortened, text_at
 from evaluators.verdict import Comparison, Difference, Outcome, Scored, short, words
 
 # Okabe and Ito's palette, so that people who see red and green alike can tell the models apart; shapes tell them, too.
@@ -18,19 +17,9 @@ MERGE = "#0d8a78"
 PARENTS = ("#d08a00", "#3f7fc4", "#b3567f", "#7a6ff0", "#8c6d46", "#5f9ea0")
 _SHAPES = ("circle", "square", "up", "down", "cross", "saltire")
 
-_WIDTH, _LEFT, _RIGHT = 760, 176, 160
+_LEFT, _RIGHT = 176, 160
 _LANE, _PAD = 18, 11
-_CHARACTER = 6.6  # width of a letter at 12 px, on average
 _FOUND = {Outcome.BETTER: "▲ better", Outcome.WORSE: "▼ worse", Outcome.NOT_SHOWN: "no difference shown"}
-_STYLE = """
-.ground{fill:#ffffff;stroke:#e6e3dc}.ink{fill:#1b1c1b}.quiet{fill:#66635c}.line{stroke:#e6e3dc}
-.chance{stroke:#8c8980;stroke-width:1.5;stroke-dasharray:2 3}.merge{stroke:#0d8a78;fill:#0d8a78}.open{fill:#ffffff}
-text{font:12px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-.task{font-size:13px;font-weight:600}.value{font-size:11px;font-variant-numeric:tabular-nums}
-.value{paint-order:stroke;stroke:#ffffff;stroke-width:3px;stroke-linejoin:round}.mean{fill:#f6f4f0}
-@media (prefers-color-scheme:dark){.ground{fill:#1b1c1b;stroke:#3d3c39}.ink{fill:#f3f1ed}.quiet{fill:#b5b1a7}
-.line{stroke:#35342f}.mean{fill:#222321}.value{stroke:#1b1c1b}.merge{stroke:#3fb3a2;fill:#3fb3a2}.open{fill:#1b1c1b}}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +48,15 @@ def figure(comparison: Comparison, name: str) -> str:
     low, high = _range(bands)
     bottom = top + len(bands) * height_of
     height = bottom + 46
-    mean = f'<rect class="mean" x="1" y="{bottom - height_of}" width="{_WIDTH - 2}" height="{height_of}"/>'
+    mean = f'<rect class="mean" x="1" y="{bottom - height_of}" width="{WIDTH - 2}" height="{height_of}"/>'
     drawn = [mean if bands[-1].mean else "", _axis(low, high, top, bottom)]
     drawn += [_band(band, top + place * height_of, height_of, low, high) for place, band in enumerate(bands)]
     told = "; ".join(f"{band.title}: {words(band.differences)}" for band in bands)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
-        f'role="img"><title>{_escape(name)} beside its parents</title><desc>{_escape(told)}</desc>'
-        f"<style>{_STYLE}</style>"
-        f'<rect class="ground" x="0.5" y="0.5" width="{_WIDTH - 1}" height="{height - 1}" rx="8"/>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'role="img"><title>{escape(name)} beside its parents</title><desc>{escape(told)}</desc>'
+        f"<style>{STYLE}</style>"
+        f'<rect class="ground" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>'
         f"{legend}{''.join(drawn)}</svg>\n"
     )
 
@@ -94,7 +83,7 @@ def _range(bands: Sequence[_Band]) -> tuple[float, float]:
 
 
 def _x(value: float, low: float, high: float) -> float:
-    return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / (high - low)
+    return _LEFT + (WIDTH - _LEFT - _RIGHT) * (value - low) / (high - low)
 
 
 def _axis(low: float, high: float, top: int, bottom: int) -> str:
@@ -104,16 +93,16 @@ def _axis(low: float, high: float, top: int, bottom: int) -> str:
     for ten in tens[::step]:
         x = _x(ten / 10, low, high)
         parts.append(f'<line class="line" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 18, f"{10 * ten}", "quiet", "middle"))
-    return "".join(parts) + _text(_LEFT, bottom + 36, "score in %, with 95 % intervals", "quiet")
+        parts.append(text_at(x, bottom + 18, f"{10 * ten}", "quiet", "middle"))
+    return "".join(parts) + text_at(_LEFT, bottom + 36, "score in %, with 95 % intervals", "quiet")
 
 
 def _band(band: _Band, top: int, height: int, low: float, high: float) -> str:
     middle = top + height / 2
     parts = [
-        f'<line class="line" x1="1" y1="{top}" x2="{_WIDTH - 1}" y2="{top}"/>',
-        _text(18, middle - 3, _shortened(band.title, 21), "ink task"),
-        _text(18, middle + 14, _shortened(band.about, 24), "quiet"),
+        f'<line class="line" x1="1" y1="{top}" x2="{WIDTH - 1}" y2="{top}"/>',
+        text_at(18, middle - 3, shortened(band.title, 21), "ink task"),
+        text_at(18, middle + 14, shortened(band.about, 24), "quiet"),
     ]
     if band.chance is not None:
         x = _x(band.chance, low, high)
@@ -124,7 +113,7 @@ def _band(band: _Band, top: int, height: int, low: float, high: float) -> str:
         if place:
             outcome = band.differences[place - 1].outcome
             style = "quiet" if outcome is Outcome.NOT_SHOWN else "ink"
-            parts.append(_text(_WIDTH - _RIGHT + 24, y + 4, _FOUND[outcome], style))
+            parts.append(text_at(WIDTH - _RIGHT + 24, y + 4, _FOUND[outcome], style))
     return "".join(parts)
 
 
@@ -132,10 +121,10 @@ def _dot(model: Scored, place: int, y: float, low: float, high: float) -> str:
     start, at, end = (_x(each, low, high) for each in (model.interval[0], model.value, model.interval[1]))
     look = 'class="merge"' if place == 0 else f'stroke="{PARENTS[(place - 1) % len(PARENTS)]}"'
     line = f'<line {look} x1="{start:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{y:.1f}" stroke-width="2"/>'
-    beside_right = end < _WIDTH - _RIGHT - 12
+    beside_right = end < WIDTH - _RIGHT - 12
     x, anchor = (end + 7, "start") if beside_right else (start - 7, "end")
     style = "ink value" if place == 0 else "quiet value"
-    return line + _mark(place, at, y) + _text(x, y + 4, f"{100 * model.value:.1f}", style, anchor)
+    return line + _mark(place, at, y) + text_at(x, y + 4, f"{100 * model.value:.1f}", style, anchor)
 
 
 def _mark(place: int, x: float, y: float) -> str:
@@ -160,36 +149,18 @@ def _legend(name: str, parents: Sequence[str], chance: bool) -> tuple[str, int]:
     """The marks and their names in lines, and where the plot begins under them."""
     x, y, parts = 24.0, 26.0, []
     names = [
-        _shortened(name, 44),
-        *(_shortened(short(each), 44) for each in parents),
+        shortened(name, 44),
+        *(shortened(short(each), 44) for each in parents),
         *(["guessing"] if chance else []),
     ]
     for place, label in enumerate(names):
-        wide = 12 + _CHARACTER * len(label)
-        if x > 24 and x + wide > _WIDTH - 16:
+        wide = 12 + CHARACTER * len(label)
+        if x > 24 and x + wide > WIDTH - 16:
             x, y = 24.0, y + 20
         if place > len(parents):
             parts.append(f'<line class="chance" x1="{x:.1f}" y1="{y - 7:.1f}" x2="{x:.1f}" y2="{y + 7:.1f}"/>')
         else:
             parts.append(_mark(place, x, y))
-        parts.append(_text(x + 12, y + 4, label, "quiet" if place else "ink"))
+        parts.append(text_at(x + 12, y + 4, label, "quiet" if place else "ink"))
         x += wide + 22
-    return "".join(parts) + _text(_WIDTH - _RIGHT + 24, y + 24, "the merge against it", "quiet"), int(y) + 32
-
-
-def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_escape(text)}</text>'
-
-
-def _shortened(text: str, longest: int) -> str:
-    shown = _plain(text)
-    return shown if len(shown) <= longest else f"{shown[: longest - 1 - longest // 3]}…{shown[-(longest // 3) :]}"
-
-
-def _plain(text: str) -> str:
-    """Without characters that do not show or that no XML may hold."""
-    return "".join(each for each in text if unicodedata.category(each)[0] != "C" and each.isprintable())
-
-
-def _escape(text: str) -> str:
-    return html.escape(_plain(text), quote=True)
+    return "".join(parts) + text_at(WIDTH - _RIGHT + 24, y + 24, "the merge against it", "quiet"), int(y) + 32

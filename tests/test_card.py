@@ -191,6 +191,7 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
     text = card.model_card(job(evaluation=replace(evaluation, decode_speed=speed)), "mergebot/alice-both")
     section = text[text.index("## Decode speed") : text.index("## Use")]
     assert section.splitlines()[2].startswith("Medusa heads run at 0.80 x plain speed: slower here")
+    assert f"({card.SPEED_PICTURE})" in section
     assert "| `parent:org/a` | 0.31 0.20 | 1.31 |" in section and "| `fresh` | 0.31 0.20 | 1.40 |" in section
     assert "| `parent:org/b` | it has 5 tokens \\<b\\> too many. | – |" in section and "`none`" not in section
 
