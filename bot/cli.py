@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 
-from bot import __version__, medusa_verbs
+from bot import __version__, evaluate_verb, medusa_verbs
 from bot.errors import Failed, MergebotError
 from bot.flags import Verb, Verbs, bytes_of
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Merge models, measure what came out, publish exactly what was measured. "
     "`--home`, `--hub` and `--debug` may stand behind the command, too.",
 )
+app.command("evaluate", rich_help_panel="Do one step yourself", cls=Verb)(evaluate_verb.evaluate)
 app.add_typer(medusa_verbs.app, name="medusa", rich_help_panel="Do one step yourself")
 
 WALK, STEP, RUN = "Run the whole walk", "Do one step yourself", "Ask a running bot"
@@ -262,26 +263,6 @@ def bakllama(
             asked, out, settings(), shown, device="cpu", allow_pickle=allow_pickle, overwrite=overwrite
         )
     screens.merged(merged, out)
-
-
-@app.command(rich_help_panel=STEP)
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
-    suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",
-    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
-    device: Device = "auto",
-    seed: Seed = 0,
-    out: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON.")] = None,  # noqa: UP045
-) -> None:
-    """Measure a model with lm-eval."""
-    from bot import operator, screens
-
-    configured = settings(device=device)
-    with screens.progress() as shown:
-        scores = operator.evaluate_model(
-            operator.model_folder(model, configured, shown), suite, limit, seed, configured, shown
-        )
-    screens.scores({model: scores}, out)
 
 
 # -- ask a running bot -------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ A source is evaluated once for all merges that share it: the harness keeps its r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from bot.job import Source
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, child_environment
-from evaluators import harness, suites
+from evaluators import harness, results, suites
+from evaluators.conditions import Conditions
 from evaluators.errors import EvaluationError
+from evaluators.harness import Estimate
 from evaluators.scores import ModelEvaluation
 
 if TYPE_CHECKING:
@@ -39,6 +42,29 @@ def measures_nothing(asked: EvaluateOptions) -> bool:
     return asked.suite == NO_SUITE and not asked.tasks
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What every model of one comparison is asked: a suite, and the conditions it is asked under."""
+
+    suite: suites.Suite
+    conditions: Conditions
+
+    def key(self, identity: str) -> str:
+        """Names the stored evaluation of the model `identity`."""
+        return self.conditions.key(identity, self.suite.digest)
+
+
+def question(asked: EvaluateOptions, settings: Settings) -> Question:
+    """The question of a request. Raises Refused UNKNOWN_TASK."""
+    suite = suites.own_suite(asked.tasks) if asked.tasks else suite_named(asked.suite)
+    return Question(
+        suite,
+        Conditions(
+            limit=asked.limit, device=settings.device, batch_size="auto", chat_template=asked.chat_template
+        ),
+    )  # fmt: skip
+
+
 def scores(
     out: Path,
     manifest: str,
@@ -54,37 +80,45 @@ def scores(
     """
     if measures_nothing(asked):
         return None, {}
+    put = question(asked, settings)
     found = {}
     for source in (source for source in sources if not source.adapter):
         folder = settings.source_folder(source.repo, source.revision)
-        found[str(source)] = evaluate(folder, source.repo, asked, settings, scratch, report, str(source))
+        found[str(source)] = evaluate(folder, source.repo, put, settings, scratch, report, str(source))
+    looks: list[ModelEvaluation] = []
 
     def of_merge(limit: int | None) -> ModelEvaluation:
-        return evaluate(out, "the merge", replace(asked, limit=limit), settings, scratch, report, manifest)
+        here = replace(put, conditions=replace(put.conditions, limit=limit))
+        looks.append(evaluate(out, "the merge", here, settings, scratch, report, manifest, reuse=looks[-1:]))
+        return looks[-1]
 
     first_stage.require_hope(of_merge, found, settings)
     return of_merge(asked.limit), found
 
 
+def is_known(source: Source, asked: EvaluateOptions, settings: Settings) -> bool:
+    """Whether a source was measured before, so that its weights need not be here for that."""
+    return results.stored(settings.evaluations, question(asked, settings).key(str(source))) is not None
+
+
 def evaluate(
     folder: Path,
     name: str,
-    asked: EvaluateOptions,
+    put: Question,
     settings: Settings,
     scratch: Path,
     report: Show,
     identity: str | None,
-    seed: int = 0,
+    estimated: Callable[[Estimate], None] | None = None,
+    reuse: Sequence[ModelEvaluation] = (),
 ) -> ModelEvaluation:
-    """`identity` stands for the bytes (a commit, a manifest) and spares hashing them again."""
+    """`identity` stands for the bytes (a commit, a manifest) and spares hashing them again; `reuse` are the same
+    model's evaluations on fewer samples, whose questions are not asked again."""
     try:
         return harness.evaluate(
             folder,
-            suites.own_suite(asked.tasks) if asked.tasks else suite_named(asked.suite),
-            limit=asked.limit,
-            seed=seed,
-            device=settings.device,
-            chat_template=asked.chat_template,
+            put.suite,
+            **asdict(put.conditions),
             endpoint=settings.hub,
             cache=settings.evaluations,
             scratch=scratch / "lm-eval",
@@ -92,9 +126,13 @@ def evaluate(
             model_identity=identity,
             environment=child_environment(settings, "worker"),
             progress=named(report, f"Evaluating {name}"),
+            estimated=estimated,
+            memory_limit_bytes=settings.memory_limit_bytes,
+            reuse=reuse,
         )
     except EvaluationError as error:
-        raise Failed(error.code, error.message, error.next_step) from error
+        about = "" if name in error.message else f"{name}: "
+        raise Failed(error.code, f"{about}{error.message}", error.next_step) from error
 
 
 def decode_speed(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from bot.verification import Verdict
 
 if TYPE_CHECKING:
     from bot.hub import Hub
+    from bot.measure import Question
     from bot.merge.execution.engine import Merged
+    from evaluators.harness import Estimate
     from evaluators.scores import ModelEvaluation
 
 
@@ -151,27 +154,61 @@ def verify(
     return verification.verified(model, settings, _hub(settings), report, device=device, convert=convert)
 
 
-def evaluate_model(
-    folder: Path, suite: str, limit: int | None, seed: int, settings: Settings, report: Show
-) -> ModelEvaluation:
-    """The operator's own evaluation of one folder. Raises Failed."""
-    from bot import measure
-    from bot.request import EvaluateOptions
+def evaluate(
+    models: Sequence[str], put: Question, settings: Settings, report: Show, told: Callable[[str, Estimate], None]
+) -> dict[str, ModelEvaluation]:
+    """Every model's evaluation, asked alike, by the name it was given; those that are stored are not made again.
 
-    asked = EvaluateOptions(suite=suite, limit=limit)
-    return measure.evaluate(folder, folder.name, asked, settings, settings.scratch / "evaluate", report, None, seed)
+    `told` hears what each will take. Raises Failed as the harness does, NOT_COMPARABLE; Refused for a model that is
+    neither a folder nor a repo.
+    """
+    from bot import measure
+
+    found: dict[str, ModelEvaluation] = {}
+    for model in dict.fromkeys(models):
+        folder, identity = _whole_model(model, settings, report)
+        scratch = settings.scratch / "evaluate"
+        found[model] = measure.evaluate(
+            folder, model, put, settings, scratch, report, identity, functools.partial(told, model)
+        )
+    measure.require_comparable(found)
+    return found
+
+
+def write_evaluations(file: Path, found: Mapping[str, ModelEvaluation], settings: Settings) -> None:
+    """The evaluations as JSON, the model's own first; each with the folder of its samples."""
+    from evaluators.results import folder_of
+
+    first = next(iter(found.values()))
+    told = {
+        "model": next(iter(found)),
+        "against": list(found)[1:],
+        "suite": first.suite,
+        "suite_digest": first.suite_digest,
+        "evaluations": {
+            name: {**each.as_dict(), "average": each.average, "folder": str(folder_of(each, settings.evaluations))}
+            for name, each in found.items()
+        },
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told, indent=1) + "\n")
 
 
 def model_folder(model: str, settings: Settings, report: Show) -> Path:
     """The folder of a model named on the command line: a local one, or a Hub repo downloaded at its present commit."""
+    return _whole_model(model, settings, report)[0]
+
+
+def _whole_model(model: str, settings: Settings, report: Show) -> tuple[Path, str | None]:
+    """Its folder and, for a Hub repo, `repo@commit`, which names its bytes."""
     folder = Path(model)
     if folder.is_dir():
-        return sources.whole_folder(folder).resolve()
+        return sources.whole_folder(folder).resolve(), None
     pinned = sources.operators_repo(model, None, _hub(settings))
     hub = _hub(settings)()
     into = settings.source_folder(pinned.repo, pinned.revision)
     hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))
-    return into
+    return into, f"{pinned.repo}@{pinned.revision}"
 
 
 def _hub(settings: Settings) -> Callable[[], Hub]:

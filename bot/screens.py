@@ -22,9 +22,10 @@ from evaluators.speed_figure import speed_figure
 if TYPE_CHECKING:
     from bot.job import Job
     from bot.verification import Verdict
+    from evaluators.harness import Estimate
     from evaluators.medusa.decode import Trace
     from evaluators.medusa.generation import Piece
-    from evaluators.scores import ModelEvaluation
+    from evaluators.scores import ModelEvaluation, Score
 
 console = Console()
 _INPUT = ("model", "tensor", "dtype", "base", "adapter")  # what `Plan.values_of` says of an input beside its parameters
@@ -166,10 +167,8 @@ def verdict(found: Verdict, *, as_json: bool) -> None:
         _say(f"[yellow]note[/yellow] {escape(remark)}")
 
 
-def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) -> None:
+def scores(evaluations: Mapping[str, ModelEvaluation]) -> None:
     """Models as rows, tasks as columns, percent ± standard error."""
-    from pydantic import TypeAdapter
-
     from bot.findings import with_error
 
     tasks = list(dict.fromkeys(score.task for each in evaluations.values() for score in each.scores))
@@ -181,10 +180,74 @@ def scores(evaluations: Mapping[str, ModelEvaluation], out: Path | None = None) 
         by_task = {score.task: score for score in evaluation.scores}
         table.add_row(escape(model), *(with_error(by_task.get(task)) for task in tasks))
     console.print(table)
-    if out is not None:
-        from evaluators.scores import ModelEvaluation as Evaluation
 
-        out.write_bytes(TypeAdapter(dict[str, Evaluation]).dump_json(dict(evaluations), indent=1))
+
+def estimate(model: str, ahead: Estimate) -> None:
+    """What an evaluation that begins will take."""
+    parts = [f"{ahead.requests:,} questions to the model", f"{ahead.tokens:,} tokens to read"]
+    if ahead.new_tokens:
+        parts.append(f"at most {ahead.new_tokens:,} to write")
+    if ahead.memory_bytes:
+        parts.append(f"{in_units(ahead.memory_bytes)} of memory")
+    time = "" if ahead.seconds is None else f"about {_duration(ahead.seconds)}: "
+    _say(escape(f"{model}: {time}{', '.join(parts)}."))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def evaluations(found: Mapping[str, ModelEvaluation], verdicts: Mapping[str, str] | None = None) -> None:
+    """Tasks as rows, models as columns, percent with the 95 % interval; `verdicts` is a word for each task."""
+    first = next(iter(found.values()))
+    table = Table(title=f"{first.suite}: percent and 95 % interval", title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("samples", justify="right")
+    for name in found:
+        table.add_column(Path(name).name or name, justify="right", overflow="fold")
+    if verdicts:
+        table.add_column("verdict")
+    for score in first.scores:
+        cells = [next((each for each in other.scores if each.task == score.task), None) for other in found.values()]
+        verdict = [escape(verdicts.get(score.task, ""))] if verdicts else []
+        metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+        shots = f", {score.few_shot}-shot" if score.few_shot else ""
+        table.add_row(
+            escape(score.task), escape(metric + shots), f"{score.samples:,}", *map(_with_interval, cells), *verdict
+        )
+    if len(first.scores) > 1:
+        averages = ("" if each.average is None else f"{each.average:.1%}".rstrip("%") for each in found.values())
+        table.add_row("average", "", "", *averages, *([""] if verdicts else []), style="bold")
+    console.print(table)
+    _say(escape(_conditions(first)))
+
+
+def _with_interval(score: Score | None) -> str:
+    """`41.2  38.9 to 43.5`; a metric that is no share, such as perplexity, as it is."""
+    if score is None:
+        return "–"
+    scale = 100 if 0 <= score.value <= 1 else 1
+    if score.interval95 is None:
+        return f"{score.value * scale:.1f}"
+    low, high = score.interval95
+    return f"{score.value * scale:.1f}  [dim]{low * scale:.1f} to {high * scale:.1f}[/dim]"
+
+
+def _conditions(evaluation: ModelEvaluation) -> str:
+    here = evaluation.environment
+    asked = "through the chat template" if here.chat_template else "as plain text"
+    limit = f", the first {here.limit} samples a task" if here.limit else ""
+    return (
+        f"lm-eval {here.lm_eval}, {here.dtype} on {here.device}, batch {here.batch_size}, asked {asked}, "
+        f"seed {here.seed}{limit}."
+    )
+
+
+def written(file: Path) -> None:
+    _say(f"Every score is in {escape(str(file))}.")
 
 
 def speed(report: Mapping[str, Any], file: Path) -> None:

@@ -43,7 +43,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     hub = Hub(settings.hub)
     seen = sources.opened(recipe.from_canonical(spec["recipe"]), lambda: hub, limits=checkpoint.STRANGER)
     made = plan.make(seen.recipe, seen.sources, seed=spec["seed"], limits=checkpoint.STRANGER)
-    measured = _measured(spec)
+    measured = _measured(spec, settings)
     # What is evaluated later has to be here whole; of the others only what the plan reads.
     whole = [ref for ref in seen.repos if (ref.path, ref.revision) in measured]
     here = sources.fetched(made, seen, lambda: hub, settings, report, whole=whole)
@@ -69,13 +69,15 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     return _json(fact)
 
 
-def _measured(spec: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """Repo and commit of the sources that will be evaluated beside their merge."""
+def _measured(spec: Mapping[str, Any], settings: Settings) -> set[tuple[str, str]]:
+    """Repo and commit of the sources that will be evaluated beside their merge: those that never were."""
     asked = _EVALUATE.validate_python(spec["evaluate"])
     if measure.measures_nothing(asked):
         return set()
     return {
-        (source.repo, source.revision) for source in _SOURCES.validate_python(spec["sources"]) if not source.adapter
+        (source.repo, source.revision)
+        for source in _SOURCES.validate_python(spec["sources"])
+        if not (source.adapter or measure.is_known(source, asked, settings))
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from evaluators.suites import Suite
 
 LIBRARIES = ("lm_eval", "transformers", "torch")
 BACKENDS = ("hf", "vllm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # The files of a model folder that decide its answers.
 _CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -37,6 +39,24 @@ class Conditions:
     batch_size: str = "16"
     chat_template: bool = False
     backend: str = "hf"
+
+    def check(self) -> None:
+        """Raises EvaluationError VALUE_OUT_OF_RANGE for what nobody can compute under."""
+        for name, value, allowed, advice in (
+            (
+                "device",
+                self.device,
+                re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device),
+                "auto, cpu, cuda or cuda:N",
+            ),
+            ("dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES)),
+            ("backend", self.backend, self.backend in BACKENDS, " or ".join(BACKENDS)),
+            ("batch size", self.batch_size, re.fullmatch(r"auto|[1-9]\d{0,4}", self.batch_size), "a number, or auto"),
+        ):
+            if not allowed:
+                raise EvaluationError(
+                    "VALUE_OUT_OF_RANGE", f"The {name} {value[:40]!r} is not possible.", f"Write {advice}."
+                )
 
     def key(self, identity: str, suite_digest: str) -> str:
         """64 hex: the name of the evaluation of the model `identity` (a commit, a manifest or a content digest)."""

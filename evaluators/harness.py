@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from evaluators import results, suites
-from evaluators.conditions import BACKENDS, Conditions, content_digest, key_of
+from evaluators import results, suites, weights
+from evaluators.conditions import Conditions, content_digest, key_of
 from evaluators.errors import EvaluationError
 from evaluators.results import folder_of
 from evaluators.scores import ModelEvaluation
@@ -111,11 +111,13 @@ def evaluate(
     names tasks to begin with. `reuse` are stored evaluations of the same model on fewer samples: what they asked is
     not asked again.
 
-    Raises EvaluationError: UNKNOWN_TASK, MODEL_UNLOADABLE, NO_CHAT_TEMPLATE, BACKEND_UNAVAILABLE, DATASET_UNAVAILABLE,
-    TIME_LIMIT, MEMORY_LIMIT, EVALUATION_FAILED. Tasks that are finished are kept, whatever is raised.
+    Raises EvaluationError: VALUE_OUT_OF_RANGE, UNKNOWN_TASK, DEVICE_UNAVAILABLE, BACKEND_UNAVAILABLE, MODEL_UNLOADABLE,
+    NO_CHAT_TEMPLATE, DATASET_UNAVAILABLE, DATASET_GATED, TIME_LIMIT, MEMORY_LIMIT, EVALUATION_FAILED. Tasks that are
+    finished are kept, whatever is raised.
     """
     files = suites.find(suite.tasks)
-    conditions = Conditions(limit, seed, device, dtype, _batch(batch_size), chat_template, _backend(backend))
+    conditions = Conditions(limit, seed, device, dtype, str(batch_size), chat_template, backend)
+    conditions.check()
     key = key_of(model, suite, conditions, model_identity)
     found = results.stored(cache, key)
     if found is not None:
@@ -127,6 +129,7 @@ def evaluate(
             return found
         missing = results.unfinished(folder, suite)
         if missing:
+            weights.require_memory(model, dtype, device, memory_limit_bytes)
             scratch.mkdir(parents=True, exist_ok=True)
             job = _job(model, suite, files, conditions, folder, cache, endpoint)
             job["tasks"] = [each for each in _ordered(job["tasks"], order) if each["number"] in missing]
@@ -139,20 +142,6 @@ def evaluate(
         found = results.read(folder, suite, key)
         results.keep(folder, found, cache)
     return found
-
-
-def _batch(asked: int | str) -> str:
-    if asked == "auto" or (str(asked).isdecimal() and int(asked) > 0):
-        return str(asked)
-    raise EvaluationError("VALUE_OUT_OF_RANGE", f"A batch size of {asked} is not possible.", "Write a number, or auto.")
-
-
-def _backend(asked: str) -> str:
-    if asked in BACKENDS:
-        return asked
-    raise EvaluationError(
-        "VALUE_OUT_OF_RANGE", f"The backend {asked} is not known.", f"Choose one of {', '.join(BACKENDS)}."
-    )
 
 
 def _unheard(*_told: object) -> None:
@@ -168,7 +157,7 @@ def _require_all(failed: Mapping[str, Sequence[str]], count: int) -> None:
     """Raise the first task's failure, saying what became of the others."""
     for code, message, next_step in failed.values():
         others = [f"`{name}`" for name in list(failed)[1:]]
-        also = f" Task {', '.join(others)} failed, too." if others else ""
+        also = f" {', '.join(others)} failed, too." if others else ""
         kept = count - len(failed)
         done = f" The other {kept} of {count} tasks are measured and kept." if kept else ""
         raise EvaluationError(code, f"{message}{also}{done}", next_step)

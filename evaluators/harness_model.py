@@ -8,9 +8,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluators import harness_estimate
+from evaluators import harness_estimate, weights
 from evaluators.errors import EvaluationError
 from evaluators.harness_estimate import Amount
+
+
+def require_backend(backend: str) -> None:
+    """Raises EvaluationError BACKEND_UNAVAILABLE."""
+    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise EvaluationError(
+            "BACKEND_UNAVAILABLE", "vLLM is not installed.", "Install mergebot[vllm], or leave the backend at hf."
+        )
 
 
 def language_model(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:
@@ -25,10 +33,6 @@ def language_model(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[
 
 def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:
     """vLLM batches by itself and uses every GPU there is (tensor parallel)."""
-    if importlib.util.find_spec("vllm") is None:
-        raise EvaluationError(
-            "BACKEND_UNAVAILABLE", "vLLM is not installed.", "Install mergebot[vllm], or leave the backend at hf."
-        )
     import torch
     from lm_eval.models.vllm_causallms import VLLM
 
@@ -51,16 +55,16 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(device)
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device == "cpu":
         chosen = torch.float32
+    placed = {"device_map": "auto"} if _spreads(folder, device, dtype) else {}
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=chosen, use_safetensors=True, output_loading_info=True, **local
+            folder, dtype=chosen, use_safetensors=True, output_loading_info=True, **placed, **local
         )
     except MemoryError:
         raise
@@ -71,7 +75,31 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     missing = sorted(report["missing_keys"])
     if missing:
         raise unloadable(f"{len(missing)} of its tensors are missing, the first is {missing[0]}")
-    return model.to(device).eval(), tokenizer
+    return (model if placed else model.to(device)).eval(), tokenizer
+
+
+def _device(asked: str) -> str:
+    """Raises EvaluationError DEVICE_UNAVAILABLE."""
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    number = int(asked.partition(":")[2] or 0)
+    if asked.startswith("cuda") and number >= torch.cuda.device_count():
+        raise EvaluationError(
+            "DEVICE_UNAVAILABLE", f"There is no device {asked} here.", "Choose auto or cpu, or look at the driver."
+        )
+    return asked
+
+
+def _spreads(folder: Path, device: str, dtype: str) -> bool:
+    """Whether the model is laid over all GPUs, as lm-eval's `parallelize` does; never where one GPU is named."""
+    import torch
+
+    if device != "cuda":
+        return False
+    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+    return weights.spreads(weights.loaded_bytes(folder, dtype, device), free)
 
 
 def unloadable(reason: str) -> EvaluationError:

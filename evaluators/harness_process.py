@@ -113,6 +113,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
+    harness_model.require_backend(job["backend"])
     pipe.progress(0, 1, "loading lm-eval")
     import lm_eval.evaluator  # noqa: F401 - here, so that what follows may be timed without it
 

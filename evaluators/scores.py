@@ -66,7 +66,7 @@ class Score:
             weight = _Z95**2 / count
             middle = (share + weight / 2) / (1 + weight)
             half = _Z95 * math.sqrt(share * (1 - share) / count + weight / (4 * count)) / (1 + weight)
-            return min(share, middle - half), max(share, middle + half)
+            return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
         return self.value - _Z95 * self.stderr, self.value + _Z95 * self.stderr
 
 

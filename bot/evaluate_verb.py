@@ -1,0 +1,56 @@
+"""`mergebot evaluate`: a model, and the models it is held against, measured alike with lm-eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from bot.errors import Failed
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A folder or a Hub repo (owner/name[@revision]).", metavar="MODEL")],
+    against: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A model to compare with, such as a parent; repeat it. Measured once and kept."),
+    ] = None,
+    suite: Annotated[str, typer.Option(help="A suite by name, or a suite file (*.yml).")] = "quick",
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="In place of a suite: any lm-eval task by name, or a task file; repeat it."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Write every score as JSON.", metavar="FILE")] = None,  # noqa: UP045
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask through the models' chat templates; all have to have one.")
+    ] = False,
+    batch_size: Annotated[str, typer.Option(help="auto, or a number.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    backend: Annotated[str, typer.Option(help="hf, or vllm (needs mergebot[vllm]).")] = "hf",
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+) -> None:
+    """Measure a model with lm-eval, and its parents beside it. Stopped half-way, the same command continues."""
+    from bot import operator, screens, suite_file
+    from bot.measure import Question
+    from evaluators.conditions import Conditions
+
+    asked = suite_file.chosen(suite, task or ())
+    conditions = Conditions(limit, seed, device, dtype, batch_size, chat_template, backend)
+    configured = context.obj()
+    try:
+        with screens.progress() as shown:
+            found = operator.evaluate(
+                [model, *(against or ())], Question(asked, conditions), configured, shown, screens.estimate
+            )
+    except KeyboardInterrupt:
+        raise Failed(
+            "CANCELLED", "Stopped; what is measured so far is kept.", "Run the same command again to go on."
+        ) from None
+    screens.evaluations(found)
+    if out is not None:
+        operator.write_evaluations(out, found, configured)
+        screens.written(out)

@@ -1,0 +1,163 @@
+"""`mergebot evaluate`: a merge beside its parents, asked alike, each model measured once; stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from bot import measure, worker
+from bot.cli import app
+from bot.errors import Failed
+from bot.job import Source
+from bot.request import EvaluateOptions
+from bot.settings import Settings
+from evaluators import results
+from evaluators.conditions import Conditions
+from evaluators.scores import ModelEvaluation
+from tests.evaluators import tiny_harness
+
+REPO = Path(__file__).resolve().parent.parent
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    folder = tmp_path_factory.mktemp("evaluate")
+    for seed, name in enumerate(("merge", "first", "second")):
+        tiny_harness.model(folder / name, seed=seed, chat_template=None if name == "second" else TEMPLATE)
+    for name in ("which_animal", "which_bird"):
+        tiny_harness.task(folder, name)
+    (folder / "mine.yml").write_text(
+        "name: mine\ntasks:\n"
+        "- {task: which_animal, file: which_animal.yaml}\n- {task: which_bird, file: which_bird.yaml}\n"
+    )
+    yield folder
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def run(place: Path, *words: str) -> Any:
+    options = ("--home", str(place / "home"), "--hub", "http://127.0.0.1:9", "evaluate")
+    return CliRunner().invoke(app, [*options, *words], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def shown(place: Path) -> str:
+    against = [word for name in ("first", "second") for word in ("--against", str(place / name))]
+    files = ("--suite", str(place / "mine.yml"), "--out", str(place / "out.json"))
+    done = run(place, str(place / "merge"), *against, *files)
+    assert done.exit_code == 0, done.output
+    return str(done.output)
+
+
+def measured(place: Path) -> list[str]:
+    """The models that a process was started for, from its log."""
+    log = (place / "home" / "scratch" / "evaluate" / "lm-eval" / "harness.log").read_text()
+    return [line for line in log.splitlines() if "assuming single-process call" in line]
+
+
+@pytest.mark.slow
+def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json(place: Path, shown: str) -> None:
+    words = " ".join(shown.replace("│", " ").split())
+    assert "which_animal acc 24" in words and " to " in words and "average" in words
+    assert "asked as plain text, seed 0." in words
+    told = json.loads((place / "out.json").read_text())
+    assert told["suite"] == "mine" and told["model"] == str(place / "merge") and len(told["against"]) == 2
+    found = {name: ModelEvaluation.from_dict(_stored(each)) for name, each in told["evaluations"].items()}
+    assert {each.suite_digest for each in found.values()} == {told["suite_digest"]}
+    assert len({each.key for each in found.values()}) == 3
+    for each in told["evaluations"].values():
+        lines = (Path(each["folder"]) / "samples" / "which_bird.jsonl").read_text().splitlines()
+        assert [json.loads(line)["doc_id"] for line in lines] == list(range(24))
+
+
+def _stored(told: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in told.items() if key not in ("average", "folder")}
+
+
+@pytest.mark.slow
+def test_what_was_measured_once_is_not_measured_again(place: Path, shown: str) -> None:
+    before = len(measured(place))
+    assert before == 3
+    done = run(place, str(place / "first"), "--against", str(place / "merge"), "--suite", str(place / "mine.yml"))
+    assert done.exit_code == 0 and len(measured(place)) == before
+    tiny_harness.model(place / "another", seed=7)
+    words = (str(place / "another"), "--against", str(place / "first"), "--against", str(place / "second"))
+    assert run(place, *words, "--suite", str(place / "mine.yml")).exit_code == 0
+    assert len(measured(place)) == before + 1
+
+
+@pytest.mark.slow
+def test_a_model_without_a_chat_template_is_named_and_the_others_are_kept(place: Path) -> None:
+    words = (str(place / "first"), "--against", str(place / "second"), "--suite", str(place / "mine.yml"))
+    with pytest.raises(Failed) as caught:
+        run(place, *words, "--chat-template")
+    assert caught.value.code == "NO_CHAT_TEMPLATE" and str(place / "second") in caught.value.message
+    assert "the models it is compared with" in caught.value.next_step
+    before = len(measured(place))
+    assert run(place, str(place / "first"), "--suite", str(place / "mine.yml"), "--chat-template").exit_code == 0
+    assert len(measured(place)) == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_process_that_evaluates_and_says_how_to_go_on(place: Path) -> None:
+    command = [sys.executable, "-m", "bot.cli", "--home", str(place / "stopped"), "--hub", "http://127.0.0.1:9"]
+    command += ["evaluate", str(place / "merge"), "--suite", str(place / "mine.yml")]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        parent = psutil.Process(process.pid)
+        while not (children := parent.children(recursive=True)) and process.poll() is None:
+            pass
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "Stopped; what is measured so far is kept. Run the same command again to go on. [CANCELLED]" in said
+    _gone, alive = psutil.wait_procs(children, timeout=30)
+    assert children and not alive
+
+
+@pytest.mark.parametrize("words", [("--device", "tpu"), ("--dtype", "int8"), ("--batch-size", "0"), ("--backend", "x")])
+def test_a_condition_that_is_none_is_refused_with_those_there_are(words: tuple[str, str], place: Path) -> None:
+    with pytest.raises(Failed) as caught:
+        run(place, str(place / "merge"), "--suite", str(place / "mine.yml"), *words)
+    assert caught.value.code == "VALUE_OUT_OF_RANGE" and words[1] in caught.value.message
+    assert caught.value.next_step.startswith("Write ")
+
+
+@pytest.mark.slow
+def test_a_merge_whose_parents_are_known_costs_one_model_and_no_download(place: Path) -> None:
+    """The parents' folders do not even exist: what is stored under their commits is enough."""
+    settings = Settings(home=place / "bot", hub="http://127.0.0.1:9")
+    asked = EvaluateOptions(suite="offline", limit=2)
+    put = measure.question(asked, settings)
+    parents = tuple(Source(f"alice/{name}", "0" * 39 + name, "mit", 1) for name in "ab")
+    heard: list[str] = []
+
+    def report(what: str, done: float, total: float) -> None:
+        heard.append(what)
+
+    for parent, name in zip(parents, ("first", "second"), strict=True):
+        folder = place / name
+        measure.evaluate(folder, parent.repo, put, settings, place / "scratch", report, str(parent))
+        assert measure.is_known(parent, asked, settings)
+    spec = {"evaluate": {"suite": "offline", "limit": 2}, "sources": worker._SOURCES.dump_python(parents, mode="json")}
+    assert worker._measured(spec, settings) == set()
+    assert worker._measured(spec, settings.model_copy(update={"home": place / "new"})) != set()
+    heard.clear()
+    merged, found = measure.scores(place / "merge", "m" * 64, parents, asked, settings, place / "scratch", report)
+    assert set(heard) == {"Evaluating the merge"} and merged is not None
+    assert list(found) == [str(parent) for parent in parents]
+    assert results.stored(
+        settings.evaluations, Conditions(2, 0, "auto", "auto", "auto").key("m" * 64, put.suite.digest)
+    )
