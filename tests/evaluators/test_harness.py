@@ -215,47 +215,6 @@ def test_data_that_the_hub_does_not_have_are_named(
     assert "nobody/no-such-data" in caught.value.message
 
 
-@pytest.mark.slow
-def test_the_official_arc_easy_gives_lm_evals_own_number(
-    shared: Path, measure: Callable[..., ModelEvaluation], model: Path, place: Path
-) -> None:
-    """Unmodified task file, data in the layout of the Hub original, both sides through the real datasets client."""
-    from bot.localhub import seed
-
-    data = place / "seed" / "datasets" / "allenai"
-    data.mkdir(parents=True)
-    (data / "ai2_arc").symlink_to(shared / "hub_seed" / "datasets" / "allenai" / "ai2_arc")
-    asked = Suite("arc", 1, (SuiteTask("arc_easy", "acc_norm", few_shot=1),))
-    with running_hub(place / "hub") as hub:
-        seed(place / "hub", place / "seed")
-        measured = measure(model, asked, "arc", endpoint=hub.url, limit=6)
-        direct = hub.client(
-            f"""
-            from lm_eval import simple_evaluate
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
-            import lm_eval, os
-            folder = os.path.join(os.path.dirname(lm_eval.__file__), "tasks", "arc")
-            found = simple_evaluate(
-                "hf", model_args={{"pretrained": {str(model)!r}, "dtype": "float32"}}, device="cpu", batch_size=16,
-                tasks=["arc_easy"], num_fewshot=1, limit=6,
-                task_manager=TaskManager(include_path=folder, include_defaults=False),
-            )
-            result = found["results"]["arc_easy"], [s["resps"] for s in found["samples"]["arc_easy"]]
-            """,
-            place / "home",
-        )
-        revision = hub.client('result = api.dataset_info("allenai/ai2_arc").sha', place / "home")
-    (score,) = measured.scores
-    assert (score.value, score.stderr) == (direct[0]["acc_norm,none"], direct[0]["acc_norm_stderr,none"])
-    assert measured.others[0].value == direct[0]["acc,none"]
-    assert score.data == TaskData("allenai/ai2_arc", "ARC-Easy", "test", revision)
-    assert (score.few_shot, score.samples) == (1, 6)
-    folder = harness.folder_of(measured, place / "cache")
-    samples = [json.loads(line) for line in (folder / "samples" / "arc_easy.jsonl").read_text().splitlines()]
-    assert [sample["resps"] for sample in samples] == direct[1]
-
-
 def test_an_unknown_task_is_refused_with_the_nearest_name(
     measure: Callable[..., ModelEvaluation], model: Path, place: Path
 ) -> None:

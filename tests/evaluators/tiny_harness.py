@@ -35,7 +35,7 @@ WORDS = [
 ANIMALS = ["cat", "dog", "bird", "fish"]
 
 
-def model(folder: Path, *, seed: int = 0, chat_template: str | None = None) -> Path:
+def model(folder: Path, *, seed: int = 0, chat_template: str | None = None, positions: int = 128) -> Path:
     """Two layers, 32 wide, random weights."""
     vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -53,7 +53,7 @@ def model(folder: Path, *, seed: int = 0, chat_template: str | None = None) -> P
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         bos_token_id=0,
         eos_token_id=1,
     )
