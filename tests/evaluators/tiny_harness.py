@@ -35,8 +35,10 @@ WORDS = [
 ANIMALS = ["cat", "dog", "bird", "fish"]
 
 
-def model(folder: Path, *, seed: int = 0, chat_template: str | None = None, positions: int = 128) -> Path:
-    """Two layers, 32 wide, random weights."""
+def model(
+    folder: Path, *, seed: int = 0, chat_template: str | None = None, positions: int = 128, rows: int = 0
+) -> Path:
+    """Two layers, 32 wide, random weights; `rows` of the embedding, more than there are tokens, make logits large."""
     vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -47,7 +49,7 @@ def model(folder: Path, *, seed: int = 0, chat_template: str | None = None, posi
     wrapped.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=rows or len(vocabulary),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
