@@ -2,6 +2,7 @@
 
     {namespace}/mergebot-leaderboard   README.md, data/leaderboard.jsonl          one line a published merge
     {namespace}/mergebot-results       {owner}/{model}/results_{time}.json        the layout public boards parse
+                                       evaluations/...                            the sources' (kept_evaluations.py)
 
 Both are an export of the facts: the same facts give the same bytes, so repeating a refresh changes nothing.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bot import findings, policy
+from bot import findings, kept_evaluations, policy
 from bot.errors import Refused
 from bot.hub import Hub
 from bot.job import Job
@@ -198,7 +199,7 @@ def refresh_spec(published: list[Job], settings: Settings) -> dict[str, Any]:
     results = {_results_path(job): json.dumps(_results(job), indent=1) for job in published}
     return {
         "datasets": {
-            f"{settings.namespace}/{RESULTS}": results,
+            f"{settings.namespace}/{RESULTS}": results | kept_evaluations.files(published, settings),
             f"{settings.namespace}/{BOARD}": {"README.md": BOARD_CARD, BOARD_FILE: lines},
         },
         "message": f"mergebot: {len(rows)} published merges",

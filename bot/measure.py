@@ -10,19 +10,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bot import first_stage
+from bot import first_stage, kept_evaluations, leaderboard
 from bot.errors import Failed, Refused
 from bot.job import Source
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, child_environment
-from evaluators import harness, results, suites
+from evaluators import harness, suites
 from evaluators.conditions import Conditions
 from evaluators.errors import EvaluationError
 from evaluators.harness import Estimate
 from evaluators.scores import ModelEvaluation
 
 if TYPE_CHECKING:
+    from bot.hub import Hub
     from evaluators.medusa import Given
 
 NO_SUITE = "none"
@@ -96,9 +97,10 @@ def scores(
     return of_merge(asked.limit), found
 
 
-def is_known(source: Source, asked: EvaluateOptions, settings: Settings) -> bool:
-    """Whether a source was measured before, so that its weights need not be here for that."""
-    return results.stored(settings.evaluations, question(asked, settings).key(str(source))) is not None
+def is_known(source: Source, asked: EvaluateOptions, settings: Settings, hub: Hub) -> bool:
+    """Whether a source was measured before, here or for the results dataset, so that its weights need not be here."""
+    repo = f"{settings.namespace}/{leaderboard.RESULTS}"
+    return kept_evaluations.take(hub, repo, question(asked, settings), str(source), settings)
 
 
 def evaluate(

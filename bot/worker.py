@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
@@ -30,6 +30,9 @@ from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, crashpoint
 
+if TYPE_CHECKING:
+    from bot.hub import Hub
+
 _EVALUATE = TypeAdapter(EvaluateOptions)
 _SOURCES = TypeAdapter(tuple[Source, ...])
 
@@ -43,7 +46,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     hub = Hub(settings.hub)
     seen = sources.opened(recipe.from_canonical(spec["recipe"]), lambda: hub, limits=checkpoint.STRANGER)
     made = plan.make(seen.recipe, seen.sources, seed=spec["seed"], limits=checkpoint.STRANGER)
-    measured = _measured(spec, settings)
+    measured = _measured(spec, settings, hub)
     # What is evaluated later has to be here whole; of the others only what the plan reads.
     whole = [ref for ref in seen.repos if (ref.path, ref.revision) in measured]
     here = sources.fetched(made, seen, lambda: hub, settings, report, whole=whole)
@@ -69,7 +72,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     return _json(fact)
 
 
-def _measured(spec: Mapping[str, Any], settings: Settings) -> set[tuple[str, str]]:
+def _measured(spec: Mapping[str, Any], settings: Settings, hub: Hub) -> set[tuple[str, str]]:
     """Repo and commit of the sources that will be evaluated beside their merge: those that never were."""
     asked = _EVALUATE.validate_python(spec["evaluate"])
     if measure.measures_nothing(asked):
@@ -77,7 +80,7 @@ def _measured(spec: Mapping[str, Any], settings: Settings) -> set[tuple[str, str
     return {
         (source.repo, source.revision)
         for source in _SOURCES.validate_python(spec["sources"])
-        if not (source.adapter or measure.is_known(source, asked, settings))
+        if not (source.adapter or measure.is_known(source, asked, settings, hub))
     }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from evaluators import harness_estimate, weights
+from evaluators.conditions import LIBRARIES
 from evaluators.errors import EvaluationError
 from evaluators.harness_estimate import Amount
 
@@ -158,10 +160,6 @@ def free_memory() -> None:
 
 def facts(lm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
     """The environment that scores are comparable in, as `scores.Environment` has it."""
-    import lm_eval
-    import torch
-    import transformers
-
     model = getattr(lm, "model", None)
     return {
         "device": str(getattr(lm, "device", "cuda")),
@@ -170,10 +168,8 @@ def facts(lm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
         "chat_template": job["chat_template"],
         "seed": job["seed"],
         "limit": job["limit"],
-        "lm_eval": lm_eval.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
         "backend": job["backend"],
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
 

@@ -12,10 +12,13 @@ cache/partial/<key>.lock                  held by the process that evaluates
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,6 +136,54 @@ def keep(folder: Path, found: ModelEvaluation, cache: Path) -> None:
         if stored(cache, found.key) is None:
             raise
     (cache / "partial" / f"{found.key}.lock").unlink(missing_ok=True)
+
+
+_SHOWN = ("doc_id", "target", "filtered_resps", "filter", "metrics", "doc_hash", "prompt_hash")
+
+
+def short_samples(evaluation: ModelEvaluation, cache: Path) -> dict[str, str]:
+    """The samples of a stored evaluation without questions and raw answers, JSON lines by task: who was right where,
+    for others to compare with, and nothing of a dataset that its owner does not show himself."""
+    found = {}
+    for path in sorted((folder_of(evaluation, cache) / "samples").glob("*.jsonl")):
+        lines = []
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                sample = json.loads(line)
+                kept = {key: sample[key] for key in (*_SHOWN, *sample.get("metrics", ())) if key in sample}
+                lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
+        found[path.stem] = "".join(lines)
+    return found
+
+
+def agrees(evaluation: ModelEvaluation, samples: Mapping[str, str]) -> bool:
+    """Whether the samples are those the scores were taken from: as many, and with their mean where it is one.
+
+    Raises ValueError, KeyError or TypeError for what are no samples.
+    """
+    for score in evaluation.scores:
+        if score.task not in samples:
+            continue  # a group: its samples are under the names of its tasks
+        rows = [json.loads(line) for line in samples[score.task].splitlines()]
+        values = [row[score.metric] for row in rows if row["filter"] == score.filter]
+        if len(values) != score.samples:
+            return False
+        if 0 <= score.value <= 1 and not math.isclose(sum(values) / len(values), score.value, abs_tol=1e-9):
+            return False
+    return bool(samples)
+
+
+def adopt(evaluation: ModelEvaluation, samples: Mapping[str, str], cache: Path) -> None:
+    """Store an evaluation that was made elsewhere."""
+    (cache / "results").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".adopted-", dir=cache) as made:
+        folder = Path(made) / evaluation.key
+        (folder / "samples").mkdir(parents=True)
+        for task, text in samples.items():
+            (folder / "samples" / f"{task}.jsonl").write_text(text, encoding="utf-8")
+        (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict(), indent=1), encoding="utf-8")
+        with contextlib.suppress(OSError):  # somebody was faster
+            folder.rename(cache / "results" / evaluation.key)
 
 
 def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

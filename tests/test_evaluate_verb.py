@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from bot import measure, worker
 from bot.cli import app
 from bot.errors import Failed
+from bot.hub import Hub
 from bot.job import Source
 from bot.request import EvaluateOptions
 from bot.settings import Settings
@@ -143,6 +144,7 @@ def test_a_merge_whose_parents_are_known_costs_one_model_and_no_download(place: 
     put = measure.question(asked, settings)
     parents = tuple(Source(f"alice/{name}", "0" * 39 + name, "mit", 1) for name in "ab")
     heard: list[str] = []
+    hub = Hub(settings.hub, deadline_s=1.0)
 
     def report(what: str, done: float, total: float) -> None:
         heard.append(what)
@@ -150,10 +152,9 @@ def test_a_merge_whose_parents_are_known_costs_one_model_and_no_download(place: 
     for parent, name in zip(parents, ("first", "second"), strict=True):
         folder = place / name
         measure.evaluate(folder, parent.repo, put, settings, place / "scratch", report, str(parent))
-        assert measure.is_known(parent, asked, settings)
+        assert measure.is_known(parent, asked, settings, hub)
     spec = {"evaluate": {"suite": "offline", "limit": 2}, "sources": worker._SOURCES.dump_python(parents, mode="json")}
-    assert worker._measured(spec, settings) == set()
-    assert worker._measured(spec, settings.model_copy(update={"home": place / "new"})) != set()
+    assert worker._measured(spec, settings, hub) == set()
     heard.clear()
     merged, found = measure.scores(place / "merge", "m" * 64, parents, asked, settings, place / "scratch", report)
     assert set(heard) == {"Evaluating the merge"} and merged is not None
