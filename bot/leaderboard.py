@@ -43,7 +43,8 @@ tags:
 # Merges published by mergebot
 
 One line a merge: what it was made of, what lm-eval measured with standard errors, how fast it decodes with Medusa
-heads, and the commit that holds exactly the measured bytes. Only rows with equal `suite_digest` are comparable.
+heads, and the commit that holds exactly the measured bytes. Only rows with equal `ranking` are
+comparable: the same questions, asked the same way by the same version of lm-eval.
 """
 
 
@@ -86,6 +87,13 @@ class Row:
     speedup_ci: tuple[float, float] | None
     published_at: str
     verdict: str | None = None  # what the merge is beside its parents, in words
+    ranking: str | None = None  # `ModelEvaluation.board`; rows that lack it are told apart by their suite
+    asked: str | None = None  # how, in words
+
+    @property
+    def ranked_in(self) -> str | None:
+        """Rows with an equal one are compared; None where nothing was scored."""
+        return self.ranking or self.suite_digest
 
     @property
     def scores(self) -> dict[str, tuple[float, float | None]]:
@@ -118,7 +126,7 @@ def row(job: Job, settings: Settings) -> Row:
     measured = [] if merged is None else list(_measured(job.publication.repo, merged, _intervals(comparison, "")))
     for name, evaluation in job.evaluation.sources.items():
         measured += _measured(name.partition("@")[0], evaluation, _intervals(comparison, name))
-    average, stderr = _average([each for each in measured if each.model == job.publication.repo])
+    average, stderr = (None, None) if merged is None else _average(merged)
     heads = measured_heads(speed)
     ratio, interval = (None, None) if heads is None else speedup(heads)
     return Row(
@@ -142,7 +150,16 @@ def row(job: Job, settings: Settings) -> Row:
         speedup_ci=interval,
         published_at="" if job.ended_at is None else job.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
         verdict=None if comparison is None else findings.said(comparison, str) or None,
+        ranking=None if merged is None else merged.board,
+        asked=None if merged is None else _asked(merged),
     )
+
+
+def _asked(merged: ModelEvaluation) -> str:
+    """`quick, 100 samples a task, chat template, bfloat16`."""
+    here = merged.environment
+    limit = [f"{here.limit} samples a task"] if here.limit else []
+    return ", ".join([merged.suite, *limit, *(["chat template"] if here.chat_template else []), here.dtype])
 
 
 def _intervals(comparison: Comparison | None, model: str) -> dict[str, tuple[float, float]]:
@@ -181,15 +198,15 @@ def _measured(
         yield Measured(model, score.task, score.metric, score.value, score.stderr, intervals.get(score.task))
 
 
-def _average(scores: list[Measured]) -> tuple[float | None, float | None]:
-    """Mean of the scores and its standard error, the tasks taken as independent."""
-    if not scores:
-        return None, None
-    errors = [each.stderr for each in scores]
+def _average(evaluation: ModelEvaluation) -> tuple[float | None, float | None]:
+    """Mean of the scores, from chance on where the suite counts so, and its standard error, the tasks taken as
+    independent."""
+    scores = [score for score in evaluation.scores if score.higher_is_better]
+    errors = [None if score.stderr is None else score.stderr / (1 - (score.chance or 0.0)) for score in scores]
     stderr = None
-    if all(error is not None for error in errors):
+    if scores and all(error is not None for error in errors):
         stderr = math.sqrt(sum(error**2 for error in errors if error is not None)) / len(scores)
-    return sum(each.value for each in scores) / len(scores), stderr
+    return evaluation.average, stderr
 
 
 def refresh_spec(published: list[Job], settings: Settings) -> dict[str, Any]:

@@ -59,20 +59,29 @@ class Filters:
     licences: tuple[str, ...] = ()
     least_percent: float = 0.0
     order: str = "average"
+    ranking: str = ""
 
     @classmethod
-    def of(cls, search: Any, methods: Any, sources: Any, licences: Any, least: Any, order: Any) -> Filters:
+    def of(
+        cls, search: Any, methods: Any, sources: Any, licences: Any, least: Any, order: Any, ranking: Any = ""
+    ) -> Filters:
         """From the values of the widgets, where nothing may be None."""
         lists = (tuple(methods or ()), tuple(sources or ()), tuple(licences or ()))
-        return cls(str(search or ""), *lists, float(least or 0), str(order or "average"))
+        return cls(str(search or ""), *lists, float(least or 0), str(order or "average"), str(ranking or ""))
+
+    def ranked(self, rows: Sequence[Row]) -> str | None:
+        """The one ranking that is shown: the one that was chosen, else the one with most merges."""
+        known = [value for _, value in rankings(rows)]
+        return self.ranking if self.ranking in known else known[0] if known else None
 
     def pick(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows that pass, in order."""
-        wanted = self.words.casefold().split()
+        """The rows that pass, in order: of one ranking, and those that were never scored."""
+        wanted, ranking = self.words.casefold().split(), self.ranked(rows)
         kept = [
             row
             for row in rows
-            if all(word in _searched(row) for word in wanted)
+            if row.ranked_in in (None, ranking)
+            and all(word in _searched(row) for word in wanted)
             and (not self.methods or row.method in self.methods)
             and (not self.sources or set(self.sources) <= set(row.sources))
             and (not self.licences or row.licence in self.licences)
@@ -89,6 +98,21 @@ class Filters:
         return ORDERS.get(self.order, ORDERS["average"])(row)
 
 
+def rankings(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What rows were asked, in words, and the ranking that makes: only rows of one are compared. The fullest first."""
+    counts: dict[str, int] = {}
+    asked: dict[str, str] = {}
+    for row in rows:
+        if row.ranked_in is not None:
+            counts[row.ranked_in] = counts.get(row.ranked_in, 0) + 1
+            asked.setdefault(row.ranked_in, row.asked or row.suite or "")
+    shown = list(asked.values())
+    return [
+        (f"{asked[each]} ({each[:6]})" if shown.count(asked[each]) > 1 else asked[each], each)
+        for each in sorted(counts, key=lambda each: -counts[each])
+    ]
+
+
 def build(desk: Desk) -> Parts:
     summary = panel(elem_id="board-summary")
     with gr.Row(elem_classes="filters"):
@@ -100,6 +124,7 @@ def build(desk: Desk) -> Parts:
             label="Average at least, %", minimum=0, maximum=100, value=0, precision=0, elem_id="least", scale=2
         )
         order = gr.Dropdown(label="Sort by", choices=list(ORDERS), value="average", elem_id="order", scale=2)
+        ranking = gr.Dropdown(label="Measured on", choices=[], elem_id="ranking", scale=3, visible=False)
     table = gr.Dataframe(
         interactive=False,
         show_label=False,
@@ -123,13 +148,13 @@ def build(desk: Desk) -> Parts:
             parents = gr.Plot(show_label=False, label="The merge beside its parents", elem_id="parents")
             detail = panel(elem_id="detail", elem_classes="panel")
 
-    filters = [search, method, source, licence, least, order]
+    filters = [search, method, source, licence, least, order, ranking]
     shown = [summary, table, empty, below, heading, parents, detail, scatter, unseen, chosen]
     look = _looker(desk)
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-    inputs, outputs = [*filters, chosen], [*shown, method, source, licence, order]
+    inputs, outputs = [*filters, chosen], [*shown, method, source, licence, order, ranking]
     # A dropdown also "changes" when it is given new choices: only what a person does to it counts.
-    said = (search.change, least.change, *(each.input for each in (method, source, licence, order, chosen)))
+    said = (search.change, least.change, *(each.input for each in (method, source, licence, order, ranking, chosen)))
     for happened in said:
         happened(look, inputs, outputs, trigger_mode="always_last", **quiet)
     table.select(_selector(desk), filters, [heading, parents, detail, scatter, chosen], **quiet)
@@ -139,8 +164,8 @@ def build(desk: Desk) -> Parts:
 def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
     def look(*values: Any) -> tuple[Any, ...]:
         *asked, chosen = values
-        board = desk.board()
-        rows = Filters.of(*asked).pick(board.rows)
+        board, filters = desk.board(), Filters.of(*asked)
+        rows, known = filters.pick(board.rows), rankings(board.rows)
         row = next((each for each in rows if each.model == chosen), rows[0] if rows else None)
         plot = figures.quality_speed(rows, row)
         return (
@@ -156,6 +181,7 @@ def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
             gr.Dropdown(choices=sorted({each for row in board.rows for each in row.sources})),
             gr.Dropdown(choices=sorted({each.licence for each in board.rows})),
             gr.Dropdown(choices=_orders(board.rows)),
+            gr.Dropdown(choices=known, value=filters.ranked(board.rows), visible=len(known) > 1),
         )
 
     return look
@@ -163,10 +189,11 @@ def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
 
 def _selector(desk: Desk) -> Callable[..., tuple[Any, ...]]:
     def select(
-        search: str, methods: Any, sources: Any, licences: Any, least: Any, order: str, event: gr.SelectData
-    ) -> tuple[Any, ...]:
+        search: str, methods: Any, sources: Any, licences: Any, least: Any, order: str, ranking: str,
+        event: gr.SelectData,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """A cell was chosen: its row is known by its first cell, whatever the table is sorted by."""
-        rows = Filters.of(search, methods, sources, licences, least, order).pick(desk.board().rows)
+        rows = Filters.of(search, methods, sources, licences, least, order, ranking).pick(desk.board().rows)
         row = next((each for each in rows if event.row_value and _model_cell(each) == event.row_value[0]), None)
         if row is None:
             return (gr.skip(),) * 5
@@ -239,8 +266,8 @@ def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def _summary(board: Board, kept: int) -> Markup:
     told = words.plural(len(board.rows), "published merge")
     picked = f"{kept} of {told}" if kept != len(board.rows) else told
-    suites = {row.suite_digest for row in board.rows if row.suite_digest}
-    mixed = " Averages compare only within one suite; there are several here." if len(suites) > 1 else ""
+    several = len(rankings(board.rows)) > 1
+    mixed = " Merges that were measured otherwise stand in a table of their own." if several else ""
     note = tag("p", picked, ". Scores by lm-eval, percent ± one standard error.", mixed, class_="fine")
     return join([refused(board.stale) if board.stale else None, note if board.rows else None])
 
@@ -275,7 +302,7 @@ def _detail(row: Row | None, hub: str) -> tuple[Markup, Any, Markup]:
         ("Made of", tag("ul", [tag("li", repo_link(hub, source)) for source in row.sources], class_="bare")),
         ("Licence", row.licence),
         ("Asked for by", join([row.requester, f", {row.published_at[:10]}" if row.published_at else None])),
-        ("Measured", f"suite {row.suite} on {row.device}" if row.suite else "not evaluated"),
+        ("Measured", f"{row.asked or row.suite} on {row.device}" if row.suite else "not evaluated"),
     ]  # fmt: skip
     if row.verdict:
         rows.append(("Verdict", row.verdict))

@@ -111,6 +111,25 @@ def test_filters_keep_the_rows_they_name(filters: board.Filters, names: set[str]
     assert {row.model.rpartition("/")[2] for row in filters.pick(ROWS)} == names
 
 
+def test_only_merges_that_were_asked_alike_stand_in_one_table() -> None:
+    other = [
+        replace(row, model=f"x/{place}", ranking="other", asked="quick, bfloat16", average=0.99)
+        for place, row in enumerate(ROWS[:3])
+    ]
+    rows = [*other, *ROWS]
+    scored = {row.model for row in ROWS if row.average is not None}
+    unscored = {row.model for row in ROWS if row.average is None}
+    assert [value for _, value in board.rankings(rows)] == [ROWS[0].ranked_in, "other"]
+    for order in ("average", "newest", "task:invented_crests"):
+        assert {row.model for row in board.Filters(order=order).pick(rows)} == scored | unscored
+        picked = board.Filters(order=order, ranking="other").pick(rows)
+        assert {row.model for row in picked} == {row.model for row in other} | unscored
+    assert {row.model for row in board.Filters(ranking="gone").pick(rows)} == scored | unscored
+    twice = [*rows, replace(other[0], model="x/9", ranking="third")]
+    labels = [label for label, _ in board.rankings(twice)]
+    assert len(set(labels)) == len(labels)
+
+
 @pytest.mark.parametrize("order", [*board.ORDERS, "task:invented_crests", "unheard of"])
 def test_every_order_puts_the_best_first_and_the_unmeasured_last(order: str) -> None:
     filters = board.Filters(order=order)
