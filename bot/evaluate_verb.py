@@ -34,7 +34,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
 ) -> None:
     """Measure a model with lm-eval, and its parents beside it. Stopped half-way, the same command continues."""
-    from bot import operator, screens, suite_file
+    from bot import judgement, operator, screens, suite_file
     from bot.measure import Question
     from evaluators.conditions import Conditions
 
@@ -50,7 +50,8 @@ def evaluate(
         raise Failed(
             "CANCELLED", "Stopped; what is measured so far is kept.", "Run the same command again to go on."
         ) from None
-    screens.evaluations(found)
+    comparison, why_not = judgement.compared(found[model], {name: found[name] for name in against or ()}, configured)
+    screens.evaluations(found, comparison, why_not)
     if out is not None:
-        operator.write_evaluations(out, found, configured)
+        operator.write_evaluations(out, found, comparison, configured)
         screens.written(out)

@@ -1,7 +1,7 @@
 """Evaluations of parents in the results dataset: made once, for every merge and every machine that asks for them.
 
     {namespace}/mergebot-results
-        evaluations/<key>/evaluation.json       {"model": repo@commit, "evaluation": ..., "samples": {task: sha256}}
+        evaluations/<key>/evaluation.json       {model: repo@commit, evaluation, structure, samples: {task: sha256}}
         evaluations/<key>/samples/<task>.jsonl  who was right where, without the questions
 
 `<key>` is the one of the local cache. What is read is checked as if a stranger had written it: it answers exactly the
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 RECENT_JOBS = 20  # older ones were written by earlier refreshes
 LIMIT_BYTES = 32 * 1024 * 1024
 _EVALUATION = TypeAdapter(ModelEvaluation)
+_STRUCTURE = TypeAdapter(dict[str, dict[str, list[str] | dict[str, int]]])
 _TASK = re.compile(r"[A-Za-z0-9][\w.\-]{0,127}", re.ASCII)
 
 
@@ -57,6 +58,7 @@ def _files_of(model: str, evaluation: ModelEvaluation, settings: Settings) -> di
     told = {
         "model": model,
         "evaluation": evaluation.as_dict(),
+        "structure": results.structure(evaluation, settings.evaluations),
         "samples": {task: _sha256(text) for task, text in samples.items()},
     }
     folder = f"evaluations/{evaluation.key}"
@@ -82,6 +84,7 @@ def take(hub: Hub, repo: str, put: Question, model: str, settings: Settings) -> 
 
         told = json.loads(read("evaluation.json"))
         found = _EVALUATION.validate_python(told["evaluation"])
+        structure = _STRUCTURE.validate_python(told["structure"])
         if told["model"] != model or not _answers(found, put, key):
             return False
         samples = {}
@@ -95,7 +98,7 @@ def take(hub: Hub, repo: str, put: Question, model: str, settings: Settings) -> 
             return False
     except (MergebotError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ZeroDivisionError):
         return False
-    results.adopt(found, samples, settings.evaluations)
+    results.adopt(found, samples, settings.evaluations, {**structure})
     return True
 
 

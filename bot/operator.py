@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bot.merge.execution.engine import Merged
     from evaluators.harness import Estimate
     from evaluators.scores import ModelEvaluation
+    from evaluators.verdict import Comparison
 
 
 def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
@@ -159,8 +160,8 @@ def evaluate(
 ) -> dict[str, ModelEvaluation]:
     """Every model's evaluation, asked alike, by the name it was given; those that are stored are not made again.
 
-    `told` hears what each will take. Raises Failed as the harness does, NOT_COMPARABLE; Refused for a model that is
-    neither a folder nor a repo.
+    `told` hears what each will take. Raises Failed as the harness does; Refused for a model that is neither a folder
+    nor a repo.
     """
     from bot import measure
 
@@ -171,12 +172,13 @@ def evaluate(
         found[model] = measure.evaluate(
             folder, model, put, settings, scratch, report, identity, functools.partial(told, model)
         )
-    measure.require_comparable(found)
     return found
 
 
-def write_evaluations(file: Path, found: Mapping[str, ModelEvaluation], settings: Settings) -> None:
-    """The evaluations as JSON, the model's own first; each with the folder of its samples."""
+def write_evaluations(
+    file: Path, found: Mapping[str, ModelEvaluation], comparison: Comparison | None, settings: Settings
+) -> None:
+    """The evaluations as JSON, the model's own first, each with the folder of its samples; and the comparison."""
     from evaluators.results import folder_of
 
     first = next(iter(found.values()))
@@ -189,6 +191,7 @@ def write_evaluations(file: Path, found: Mapping[str, ModelEvaluation], settings
             name: {**each.as_dict(), "average": each.average, "folder": str(folder_of(each, settings.evaluations))}
             for name, each in found.items()
         },
+        "comparison": None if comparison is None else comparison.as_dict(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(told, indent=1) + "\n")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from evaluators.medusa.decode import Trace
     from evaluators.medusa.generation import Piece
     from evaluators.scores import ModelEvaluation, Score
+    from evaluators.verdict import Comparison
 
 console = Console()
 _INPUT = ("model", "tensor", "dtype", "base", "adapter")  # what `Plan.values_of` says of an input beside its parameters
@@ -199,30 +200,33 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def evaluations(found: Mapping[str, ModelEvaluation], verdicts: Mapping[str, str] | None = None) -> None:
-    """Tasks as rows, models as columns, percent with the 95 % interval; `verdicts` is a word for each task."""
+def evaluations(found: Mapping[str, ModelEvaluation], comparison: Comparison | None, why_not: str) -> None:
+    """Tasks as rows, models as columns, percent with the 95 % interval; below it a line a task on what it shows."""
+    from bot import findings
+    from evaluators import verdict
+
     first = next(iter(found.values()))
     table = Table(title=f"{first.suite}: percent and 95 % interval", title_justify="left")
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("samples", justify="right")
-    for name in found:
-        table.add_column(Path(name).name or name, justify="right", overflow="fold")
-    if verdicts:
-        table.add_column("verdict")
+    for title in ("task", "metric", "samples", *(Path(name).name or name for name in found)):
+        table.add_column(escape(title), justify="left" if title in ("task", "metric") else "right", overflow="fold")
     for score in first.scores:
         cells = [next((each for each in other.scores if each.task == score.task), None) for other in found.values()]
-        verdict = [escape(verdicts.get(score.task, ""))] if verdicts else []
         metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
         shots = f", {score.few_shot}-shot" if score.few_shot else ""
-        table.add_row(
-            escape(score.task), escape(metric + shots), f"{score.samples:,}", *map(_with_interval, cells), *verdict
-        )
+        table.add_row(escape(score.task), escape(metric + shots), f"{score.samples:,}", *map(_with_interval, cells))
     if len(first.scores) > 1:
         averages = ("" if each.average is None else f"{each.average:.1%}".rstrip("%") for each in found.values())
-        table.add_row("average", "", "", *averages, *([""] if verdicts else []), style="bold")
+        table.add_row("average", "", "", *averages, style="bold")
     console.print(table)
-    _say(escape(_conditions(first)))
+    for task in comparison.tasks if comparison else ():
+        _say(escape(f"{task.task}: {verdict.words(task.differences, _last_name)}."))
+    for sentence in (findings.said(comparison, _last_name) if comparison else "", why_not, _conditions(first)):
+        if sentence:
+            _say(escape(sentence))
+
+
+def _last_name(model: str) -> str:
+    return Path(model).name or model
 
 
 def _with_interval(score: Score | None) -> str:

@@ -138,7 +138,7 @@ def keep(folder: Path, found: ModelEvaluation, cache: Path) -> None:
     (cache / "partial" / f"{found.key}.lock").unlink(missing_ok=True)
 
 
-_SHOWN = ("doc_id", "target", "filtered_resps", "filter", "metrics", "doc_hash", "prompt_hash")
+_SHOWN = ("doc_id", "target", "filtered_resps", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash")
 
 
 def short_samples(evaluation: ModelEvaluation, cache: Path) -> dict[str, str]:
@@ -151,6 +151,8 @@ def short_samples(evaluation: ModelEvaluation, cache: Path) -> dict[str, str]:
             for line in file:
                 sample = json.loads(line)
                 kept = {key: sample[key] for key in (*_SHOWN, *sample.get("metrics", ())) if key in sample}
+                # Of each request its answer: how long it is decides what a normalised score picks.
+                kept["arguments"] = [["", *each[1:2]] for each in sample.get("arguments", ())]
                 lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
         found[path.stem] = "".join(lines)
     return found
@@ -173,7 +175,18 @@ def agrees(evaluation: ModelEvaluation, samples: Mapping[str, str]) -> bool:
     return bool(samples)
 
 
-def adopt(evaluation: ModelEvaluation, samples: Mapping[str, str], cache: Path) -> None:
+def structure(evaluation: ModelEvaluation, cache: Path) -> dict[str, Any]:
+    """Which tasks a group's score was made of, and how many questions each has: what lm_eval.json says of them."""
+    try:
+        told = json.loads((folder_of(evaluation, cache) / "lm_eval.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {name: told[name] for name in ("group_subtasks", "n-samples") if name in told}
+
+
+def adopt(
+    evaluation: ModelEvaluation, samples: Mapping[str, str], cache: Path, structure: Mapping[str, Any] | None = None
+) -> None:
     """Store an evaluation that was made elsewhere."""
     (cache / "results").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adopted-", dir=cache) as made:
@@ -181,6 +194,7 @@ def adopt(evaluation: ModelEvaluation, samples: Mapping[str, str], cache: Path) 
         (folder / "samples").mkdir(parents=True)
         for task, text in samples.items():
             (folder / "samples" / f"{task}.jsonl").write_text(text, encoding="utf-8")
+        (folder / "lm_eval.json").write_text(json.dumps(dict(structure or {}), indent=1), encoding="utf-8")
         (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict(), indent=1), encoding="utf-8")
         with contextlib.suppress(OSError):  # somebody was faster
             folder.rename(cache / "results" / evaluation.key)

@@ -63,10 +63,9 @@ class Score:
             return None
         share, count = self.value, self.samples
         if count > 1 and 0 <= share <= 1 and abs(self.stderr**2 * (count - 1) - share * (1 - share)) < 1e-9:
-            weight = _Z95**2 / count
-            middle = (share + weight / 2) / (1 + weight)
-            half = _Z95 * math.sqrt(share * (1 - share) / count + weight / (4 * count)) / (1 + weight)
-            return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+            from evaluators.paired import proportion_interval
+
+            return proportion_interval(round(share * count), count)
         return self.value - _Z95 * self.stderr, self.value + _Z95 * self.stderr
 
 

@@ -79,6 +79,8 @@ def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json
     found = {name: ModelEvaluation.from_dict(_stored(each)) for name, each in told["evaluations"].items()}
     assert {each.suite_digest for each in found.values()} == {told["suite_digest"]}
     assert len({each.key for each in found.values()}) == 3
+    assert "which_bird: no difference shown" in words and "Against its parents, on average over 2 tasks" in words
+    assert [task["task"] for task in told["comparison"]["tasks"]] == ["which_animal", "which_bird"]
     for each in told["evaluations"].values():
         lines = (Path(each["folder"]) / "samples" / "which_bird.jsonl").read_text().splitlines()
         assert [json.loads(line)["doc_id"] for line in lines] == list(range(24))

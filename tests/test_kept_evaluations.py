@@ -51,8 +51,8 @@ def stored(settings: Settings) -> ModelEvaluation:
         stderr = math.sqrt(share * (1 - share) / 4)
         scores.append(Score(task.name, task.metric, share, stderr, 5, task.few_shot or 0, True, "1.0"))
         rows = (
-            {"doc_id": place, "doc": {"secret": 1}, "target": 0, "arguments": [["a", "b"]], "resps": [[[0.0, True]]],
-             "filtered_resps": [[0.0, True]], "filter": "none", "metrics": [task.metric], task.metric: value}
+            {"doc_id": place, "doc": {"secret": 1}, "target": 0, "arguments": [["the question", "b"]],
+             "resps": [[[0.0, True]]], "filtered_resps": [[0.0, True]], "filter": "none", "metrics": [task.metric], task.metric: value}
             for place, value in enumerate(values)
         )  # fmt: skip
         samples[task.name] = "".join(json.dumps(row) + "\n" for row in rows)
@@ -80,7 +80,7 @@ def test_what_one_machine_measured_another_one_takes_with_its_samples(hub: Runni
     here, there = settings_of(hub, tmp_path / "here"), settings_of(hub, tmp_path / "there")
     made = stored(here)
     files = kept_evaluations._files_of(MODEL, made, here)
-    assert len(files) == 4 and not any("secret" in text or "arguments" in text for text in files.values())
+    assert len(files) == 4 and not any("secret" in text or "the question" in text for text in files.values())
     publish(tmp_path / "content", files, hub)
     assert kept_evaluations.take(Hub(hub.url), REPO, asked(there), MODEL, there)
     assert results.stored(there.evaluations, made.key) == made
