@@ -50,11 +50,9 @@ def stored(settings: Settings) -> ModelEvaluation:
         share = sum(values) / 5
         stderr = math.sqrt(share * (1 - share) / 4)
         scores.append(Score(task.name, task.metric, share, stderr, 5, task.few_shot or 0, True, "1.0"))
-        rows = (
-            {"doc_id": place, "doc": {"secret": 1}, "target": 0, "arguments": [["the question", "b"]],
-             "resps": [[[0.0, True]]], "filtered_resps": [[0.0, True]], "filter": "none", "metrics": [task.metric], task.metric: value}
-            for place, value in enumerate(values)
-        )  # fmt: skip
+        shown = {"target": 0, "filtered_resps": [[0.0, True]], "filter": "none", "metrics": [task.metric]}
+        hidden = {"doc": {"secret": 1}, "arguments": [["the question", "b"]], "resps": [[[0.0, True]]]}
+        rows = ({"doc_id": place, **hidden, **shown, task.metric: value} for place, value in enumerate(values))
         samples[task.name] = "".join(json.dumps(row) + "\n" for row in rows)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     environment = Environment("cpu", "float32", "auto", False, 0, **versions, limit=5)
