@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from bot.localhub import seed
 from evaluators import harness, suites
 from evaluators.errors import EvaluationError
 from evaluators.harness_tasks import cleaned
@@ -311,3 +312,44 @@ def test_cleaned_results_hold_no_private_path(value: Any) -> None:
     hidden = {"config": {"x": value, "model_args": value}, "git_hash": value, "where": ["/srv/home/x", value]}
     kept = json.dumps(cleaned(hidden, ["/srv/home"]))
     assert "/srv/home/x" not in kept and "model_args" not in kept and "git_hash" not in kept
+
+
+@pytest.mark.slow
+def test_a_group_is_one_score_and_each_of_its_tasks_keeps_its_samples(
+    measure: Callable[..., ModelEvaluation], model: Path, place: Path
+) -> None:
+    for name in ("which_animal", "which_bird"):
+        tiny_harness.task(place / "group", name)
+    (place / "group" / "both.yaml").write_text(
+        "group: both\ntask: [which_animal, which_bird]\n"
+        "aggregate_metric_list:\n  - {metric: acc, aggregation: mean, weight_by_size: true}\n"
+    )
+    suite = Suite("group", 1, (SuiteTask("both", chance=0.2, file=place / "group" / "both.yaml"),))
+    found = measure(model, suite, "group-scratch")
+    folder = harness.folder_of(found, place / "cache")
+    right = []
+    for path in sorted((folder / "samples").iterdir()):
+        right += [json.loads(line)["acc"] for line in path.read_text().splitlines()]
+    assert len(right) == 48 and found.scores[0].value == pytest.approx(sum(right) / 48)
+    assert found.average == pytest.approx(max(0.0, (sum(right) / 48 - 0.2) / 0.8))
+    told = json.loads((folder / "lm_eval.json").read_text())
+    assert told["group_subtasks"]["both"] == ["which_animal", "which_bird"]
+    assert set(told["n-samples"]) == {"which_animal", "which_bird"}
+
+
+@pytest.mark.slow
+def test_gated_data_are_told_apart_from_data_that_are_not_there(
+    measure: Callable[..., ModelEvaluation], model: Path, place: Path
+) -> None:
+    data = place / "gated" / "datasets" / "mergebot" / "secret"
+    data.mkdir(parents=True)
+    suite = tiny_harness.suite(place / "gated-task", repo="mergebot/secret")
+    (data / "test.jsonl").write_text((place / "gated-task" / "which_animal.jsonl").read_text())
+    with running_hub(place / "gated-hub") as hub:
+        seed(hub.root, place / "gated")
+        hub.client(
+            'api.update_repo_settings("mergebot/secret", gated="manual", repo_type="dataset")', place / "h", "mergebot"
+        )
+        with pytest.raises(EvaluationError) as caught:
+            measure(model, suite, "gated-scratch", endpoint=hub.url)
+    assert caught.value.code == "DATASET_GATED" and "which_animal" in caught.value.message
