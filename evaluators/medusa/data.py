@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evaluators.errors import EvaluationError
+from evaluators.medusa import growing
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.rounding import tie_limit
 from evaluators.medusa.store import Rows
@@ -181,7 +182,7 @@ def _padded(base: Base, prompts: Sequence[Sequence[int]], limit: int) -> tuple[A
     """
     longest = max(len(prompt) for prompt in prompts)
     shared = 0 if base.window is not None and longest + limit > base.window.size else _common(prompts)
-    cache = base.new_cache()
+    cache = growing.in_place(base.new_cache())
     if shared:
         prefix = torch.tensor([list(prompts[0][:shared])], device=base.device)
         base.run(prefix, last_only=True, project=False, past_key_values=cache, use_cache=True)
