@@ -1,7 +1,7 @@
 """Prompts for the speed check: built-in ones, files in MT-bench's layout, and the guard against test leaks.
 
 Three disjoint sets: `train` feeds self-distillation, `calibration` picks the tree and stops the training, `test` is
-timed. The built-in sets share templates but no topic. A file of prompts replaces the built-in test set only.
+timed. The built-in sets share neither form nor topic (prompts). A file of prompts replaces the built-in test set only.
 """
 
 from __future__ import annotations
@@ -10,71 +10,16 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa.adapters import Base
+from evaluators.medusa.prompts import FORMS, PASSAGES, PEOPLE, PLACES, ROLES, TOPICS, Split
 
-Split = Literal["train", "calibration", "test"]
 FILE_LIMIT_BYTES = 16 << 20
 NEAR_DUPLICATE = 0.8
-
-# The eight categories of MT-bench (arXiv 2306.05685), so that built-in and given test sets can be read side by side.
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "writing": (
-        "Write a short essay about {}.",
-        "Write an email to a colleague who wants to learn about {}.",
-        "Describe {} in vivid language for a travel magazine.",
-    ),
-    "roleplay": (
-        "You are a museum guide. Tell your visitors about {}.",
-        "Pretend to be a grandfather who explains {} to a child.",
-    ),
-    "reasoning": (
-        "What are the advantages and disadvantages of {}?",
-        "Compare {} with its most common alternative, step by step.",
-    ),
-    "math": (
-        "Make up a word problem about {} that needs two steps of arithmetic, and solve it.",
-        "A shop sells 12 items connected with {} a day at 3 dollars each. How much does it earn in a week? Explain.",
-    ),
-    "coding": (
-        "Write a Python function that stores and sorts a list of records about {}.",
-        "Write a small Python class that represents {} and print an example.",
-    ),
-    "extraction": (
-        "List five facts about {} as a numbered list.",
-        "Make a table with two columns, term and meaning, about {}.",
-    ),
-    "stem": (
-        "Explain the science behind {} to a student.",
-        "How does {} work? Name the main parts and what each does.",
-    ),
-    "humanities": (
-        "What is the history of {}?",
-        "Why is {} important for society?",
-    ),
-}
-TOPICS: dict[Split, tuple[str, ...]] = {
-    "train": (
-        "bicycles", "solar energy", "the printing press", "bread baking", "volcanoes", "public libraries", "chess",
-        "rainforests", "electric cars", "the Roman Empire", "beekeeping", "photography", "river dams", "vaccines",
-        "jazz music", "coffee", "earthquakes", "online learning", "wind turbines", "gardening", "the Silk Road",
-        "satellites", "swimming", "recycling", "the human heart", "railways", "theatre", "whales", "cheese making",
-        "the stock market", "mountain hiking", "clocks", "bridges", "weather forecasts", "sleep", "tea ceremonies",
-        "robots", "glass", "elections", "marathon running", "the periodic table", "dolphins", "paper", "castles",
-        "computer networks", "the sense of smell", "wheat farming", "cinema",
-    ),
-    "calibration": (
-        "lighthouses", "the immune system", "pottery", "city parks", "sailing ships", "honey", "gravity", "museums",
-        "batteries", "folk dances", "the moon", "markets",
-    ),
-    "test": (
-        "telescopes", "the ancient Olympic Games", "public transport", "chocolate", "coral reefs", "violins",
-        "steam engines", "vegetable soup", "penguins", "maps", "the water cycle", "newspapers",
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +32,29 @@ class Prompt:
 
 
 def builtin(split: Split, seed: int = 0) -> list[Prompt]:
-    """All templates on all topics of the split, shuffled by `seed`, categories taking turns."""
-    shuffled = random.Random(f"{split}-{seed}")
+    """All forms of the split on its topics, filled in and shuffled by `seed`, categories taking turns, none twice."""
+    drawn = random.Random(f"{split}-{seed}")
     queues: list[list[Prompt]] = []
-    for category, templates in TEMPLATES.items():
-        queue = [
-            Prompt(f"{category}:{template_number}:{topic}", category, (template.format(topic),))
-            for template_number, template in enumerate(templates)
-            for topic in TOPICS[split]
-        ]
-        shuffled.shuffle(queue)
-        queues.append(queue)
+    for category, forms in FORMS[split].items():
+        queue: dict[str, Prompt] = {}
+        for number, form in enumerate(forms):
+            for topic in TOPICS[split]:
+                text = form.format(**_fields(split, topic, drawn))
+                queue.setdefault(text, Prompt(f"{category}:{number}:{topic}", category, (text,)))
+        shuffled = list(queue.values())
+        drawn.shuffle(shuffled)
+        queues.append(shuffled)
     rounds = max(len(queue) for queue in queues)
     return [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
+
+
+def _fields(split: Split, topic: str, drawn: random.Random) -> dict[str, str | int]:
+    """What a form about `topic` may name."""
+    k, m, n = sorted(drawn.sample(range(2, 60), 3))
+    other = drawn.choice([each for each in TOPICS[split] if each != topic])
+    named = {"who": PEOPLE, "role": ROLES, "place": PLACES, "passage": PASSAGES}
+    chosen = {name: drawn.choice(choices[split]) for name, choices in named.items()}
+    return {"topic": topic, "other": other, "n": n, "m": m, "k": k, **chosen}
 
 
 def read(path: Path) -> list[Prompt]:
@@ -154,7 +109,7 @@ def without_leaks(train: Sequence[Prompt], test: Sequence[Prompt]) -> tuple[list
     dropped: list[str] = []
     for prompt in train:
         folded = [_fold(turn) for turn in prompt.turns]
-        leaks = any(turn in exact or any(_alike(_grams(turn), other) for other in grams) for turn in folded)
+        leaks = any(turn in exact or any(map(partial(_alike, _grams(turn)), grams)) for turn in folded)
         if leaks:
             dropped.append(prompt.id)
         else:

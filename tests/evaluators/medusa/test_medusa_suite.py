@@ -8,7 +8,7 @@ import pytest
 import tiny_causal_lms as tiny
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import data, suite
+from evaluators.medusa import data, prompts, suite
 from evaluators.medusa.adapters import Base
 
 LONG = "Describe in a few words how the old harbour of the town looks when the first ships come home in spring"
@@ -29,7 +29,7 @@ def test_training_prompts_that_are_or_nearly_are_test_prompts_are_dropped_and_na
 
 def test_the_built_in_splits_share_no_prompt_and_one_seed_gives_one_order() -> None:
     splits = {split: suite.builtin(split) for split in ("train", "calibration", "test")}
-    texts = {split: {prompt.turns for prompt in prompts} for split, prompts in splits.items()}
+    texts = {split: {prompt.turns for prompt in asked} for split, asked in splits.items()}
     assert len(texts["train"]) == len(splits["train"]) > 500
     assert not texts["train"] & texts["test"] and not texts["train"] & texts["calibration"]
     assert not texts["test"] & texts["calibration"]
@@ -38,11 +38,22 @@ def test_the_built_in_splits_share_no_prompt_and_one_seed_gives_one_order() -> N
     assert len({prompt.category for prompt in splits["test"][:8]}) == 8
 
 
+def test_the_built_in_splits_share_neither_form_nor_topic_nor_passage() -> None:
+    for words in (prompts.FORMS, prompts.TOPICS, prompts.PASSAGES, prompts.PEOPLE, prompts.ROLES, prompts.PLACES):
+        parts = [
+            {text for part in split.values() for text in part} if isinstance(split, dict) else set(split)
+            for split in words.values()
+        ]
+        assert len(set().union(*parts)) == sum(map(len, parts))
+    assert all(list(split) == list(prompts.FORMS["train"]) for split in prompts.FORMS.values())
+
+
 def test_mt_bench_is_read_and_its_categories_take_turns(shared: Path) -> None:
-    prompts = suite.read(shared / "hub_seed" / "mt_bench" / "question.jsonl")
-    assert len(prompts) == 40 and all(len(prompt.turns) == 2 for prompt in prompts)
-    assert len({prompt.category for prompt in suite.in_turns(prompts, 8)}) == 8
-    assert suite.without_leaks(suite.builtin("train"), prompts)[1] == []
+    questions = suite.read(shared / "hub_seed" / "mt_bench" / "question.jsonl")
+    assert len(questions) == 40 and all(len(prompt.turns) == 2 for prompt in questions)
+    assert len({prompt.category for prompt in suite.in_turns(questions, 8)}) == 8
+    assert suite.without_leaks(suite.builtin("train"), questions)[1] == []
+    assert suite.without_leaks(suite.builtin("calibration"), questions)[1] == []
 
 
 @pytest.mark.parametrize(
