@@ -174,10 +174,11 @@ def fastest_dtype(folder: Path, device: str = "cpu") -> torch.dtype:
         if stored == "bfloat16" and not torch.cuda.is_bf16_supported():
             return torch.float16
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
-    return torch.bfloat16 if stored == "bfloat16" and _cpu_multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if stored == "bfloat16" and cpu_multiplies_bfloat16() else torch.float32
 
 
-def _cpu_multiplies_bfloat16() -> bool:
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; without, bfloat16 is slower than float32."""
     return any(
         getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("avx512_bf16", "amx_tile", "arm_bf16")
     )

@@ -21,6 +21,7 @@ from evaluators.errors import EvaluationError
 from evaluators.medusa import formats, store, train
 from evaluators.medusa.adapters import Base
 from evaluators.medusa.data import IGNORED, Dialogue, Features
+from evaluators.medusa.head_loss import Targets, draft_loss
 from evaluators.medusa.heads import Heads
 
 RANK = 8
@@ -145,7 +146,7 @@ class _JointTask:
         loss = _divergence(original, logits).mean()
         weight = HEAD_WEIGHT * min(1.0, done / WARM_UP)
         if bool((targets != IGNORED).any()):
-            loss = loss + weight * train.head_loss(self._heads(rows, said), targets)
+            loss = loss + weight * draft_loss(self._heads, rows, said, Targets.certain(targets))
         return loss
 
     def score(self) -> float | None:
