@@ -110,7 +110,7 @@ def train(
     out: Annotated[Path, typer.Argument(help="The folder for the heads.", metavar="OUT")],
     budget_s: Annotated[float, typer.Option(help="Seconds for answers and training.", min=5)] = 600.0,
     kind: Annotated[str, typer.Option(help="shared: the model's own projection; own: one a head.")] = "shared",
-    heads: Annotated[int, typer.Option(help="How many tokens ahead.", min=1, max=16)] = 4,
+    heads: Annotated[int, typer.Option(help="How many tokens ahead.", min=1, max=16)] = 3,
     layers: Annotated[int, typer.Option(help="Residual blocks a head.", min=1, max=8)] = 1,
     conditioned: Annotated[bool, typer.Option(help="The first block reads the next token, too.")] = True,
     vocab: Annotated[str, typer.Option(help="Tokens the heads may propose, or full.", metavar="N|full")] = "8192",

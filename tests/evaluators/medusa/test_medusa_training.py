@@ -47,7 +47,7 @@ def weights(folder: Path) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [("generate", "20"), ("fit", "3"), ("fit", "12"), ("joint", "5")], ids=" ".join)
+@pytest.mark.parametrize("at", [("generate", "36"), ("fit", "3"), ("fit", "12"), ("joint", "5")], ids=" ".join)
 def test_a_killed_training_ends_with_the_bytes_of_an_undisturbed_one(
     model: Path, tmp_path: Path, at: tuple[str, str]
 ) -> None:
