@@ -135,7 +135,7 @@ def test_jobs_are_told_with_their_facts(client: Client, space: Stage) -> None:
         assert told[space.jobs[stage_name]]["stage"] == stage_name
     published = ask(client, "/job", job_id=space.jobs["published"])["job"]
     assert published["publication"]["url"] == f"{space.hub.url}/mergebot/alice-both-skills"
-    assert published["evaluation"]["merged"]["scores"][0]["value"] == 0.83
+    assert published["evaluation"]["merged"]["scores"][0]["value"] == 66 / 80
     assert published["evaluation"]["decode_speed"]["speedup"] == 0.87
     assert told[space.jobs["merging"]]["progress"]["done"] == 161
     assert told[space.jobs["failed"]]["failures"][0]["code"] == "NOT_FINITE"
