@@ -27,14 +27,17 @@ from benchmarks import report
 from benchmarks.sections import with_section
 from benchmarks.simulated import SHAPES, Simulated, SimulatedDrafter, real_heads, shares, simulated
 from evaluators.errors import EvaluationError
-from evaluators.medusa import adapters, baselines, bench, formats, suite
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.attention import use_grouped
-from evaluators.medusa.decode import Limits, Trace
-from evaluators.medusa.drafters import Drafter, HeadDrafter
-from evaluators.medusa.runners import EagerRunner, Runner
-from evaluators.medusa.static_runner import StaticRunner, fastest
-from evaluators.medusa.tree import expected_tokens, greedy_tree
+from evaluators.medusa import formats
+from evaluators.medusa.decoding.decode import Limits, Trace
+from evaluators.medusa.decoding.runners import EagerRunner, Runner
+from evaluators.medusa.decoding.static_runner import StaticRunner, fastest
+from evaluators.medusa.drafting.drafters import Drafter, HeadDrafter
+from evaluators.medusa.model import adapters
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.attention import use_grouped
+from evaluators.medusa.speed import baselines, bench
+from evaluators.medusa.training import suite
+from evaluators.medusa.trees.tree import expected_tokens, greedy_tree
 
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 NODES = (1, 8, 16, 32, 64)

@@ -22,11 +22,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from evaluators.medusa import calibrate, data, formats, packed, suite
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.head_training import HEADS_BY, Wanted, train_heads
-from evaluators.medusa.heads import Heads, identity_heads
-from evaluators.medusa.tree import greedy_tree
+from evaluators.medusa import formats
+from evaluators.medusa.drafting import drafters
+from evaluators.medusa.drafting.heads import Heads, identity_heads
+from evaluators.medusa.model import packed
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training import data, simulation, suite
+from evaluators.medusa.training.head_training import HEADS_BY, Wanted, train_heads
+from evaluators.medusa.trees.tree import greedy_tree
 
 KINDS = {
     "shared, conditioned, reduced": Wanted(),
@@ -110,14 +113,14 @@ def _row(
     began = Clocks.now()
     facts = train_heads(asked.model, out, store, wanted, progress=_Told(console, name))
     spent = began.since()
-    heads = packed.drafting(formats.load(out, base)[0])
-    untrained = packed.drafting(identity_heads(heads.spec, base))
+    heads = drafters.drafting(formats.load(out, base)[0])
+    untrained = drafters.drafting(identity_heads(heads.spec, base))
     return {
         "facts": facts,
         "before_fit_s": sum((first or facts)["seconds"][stage] for stage in ("load", "generate")),
         "wall_s": round(spent.wall, 1),
         "cpu_s": round(spent.cpu, 1),
-        "top1": [round(shares[0], 4) for shares in calibrate.accuracy(heads, test).shares],
+        "top1": [round(shares[0], 4) for shares in simulation.accuracy(heads, test).shares],
         "tokens_per_step": dict(zip(map(str, SIZES), _rates(heads, test, facts), strict=True)),
         "untrained": dict(zip(map(str, SIZES), _rates(untrained, test, facts), strict=True)),
     }
@@ -142,7 +145,7 @@ class _Told:
 def _rates(heads: Heads, test: data.Features, facts: Row) -> list[float]:
     """Tokens per step by tree size, with the trees that the calibration accuracies of the trained heads grow."""
     trees = [greedy_tree(facts["accuracy"], size) for size in SIZES]
-    return [round(rate, 4) for rate in calibrate.simulate_each(heads, test, trees)]
+    return [round(rate, 4) for rate in simulation.simulate_each(heads, test, trees)]
 
 
 def _machine(base: Base, spent: Clocks) -> Row:

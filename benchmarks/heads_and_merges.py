@@ -28,11 +28,14 @@ from bot.demo import parents, skills
 from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef, Recipe
 from evaluators import medusa
-from evaluators.medusa import adapters, calibrate, data, formats, suite, train, transfer
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.tree import ROOT_ONLY, Tree
+from evaluators.medusa import formats
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.model import adapters
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.speed import calibrate, transfer
+from evaluators.medusa.training import data, simulation, suite, train
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "heads_and_merges.json"
@@ -276,7 +279,7 @@ def _time(family: Family, cache: Path, prompts: Path | None, budget_s: float) ->
 def _row(
     heads: Heads, calibration: data.Features, test: data.Features, common: Tree, cost: calibrate.CostCurve | None
 ) -> dict[str, Any]:
-    found, right = transfer.figures(heads, calibration, test, common), calibrate.accuracy(heads, test)
+    found, right = transfer.figures(heads, calibration, test, common), simulation.accuracy(heads, test)
     row: dict[str, Any] = {
         "top1": [round(shares[0], 4) for shares in right.shares],
         "top5": [round(sum(shares[:5]), 4) for shares in right.shares],
@@ -289,7 +292,7 @@ def _row(
         choice = calibrate.choose_tree(heads, calibration, cost)
         tree = choice.tree if choice.speculate else ROOT_ONLY
         row["best_nodes"] = tree.nodes
-        row["best_rate"] = calibrate.simulate(heads, test, choice.tree)
+        row["best_rate"] = simulation.simulate(heads, test, choice.tree)
         row["predicted_speed"] = row["best_rate"] / choice.overhead
         row["tried_nodes"] = choice.tree.nodes
     return row

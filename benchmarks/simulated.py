@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.models import Shape
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.drafters import HeadDrafter
-from evaluators.medusa.heads import Heads, HeadSpec
-from evaluators.medusa.tree import Path, Tree
+from evaluators.medusa.drafting.drafters import HeadDrafter
+from evaluators.medusa.drafting.heads import Heads, HeadSpec
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.trees.tree import Path, Tree
 
 SHAPES = {
     "tiny": Shape(2, 64, 128, 4, 2, 512),

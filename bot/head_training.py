@@ -10,8 +10,8 @@ from bot.progress import Show
 from bot.settings import Settings
 
 if TYPE_CHECKING:
-    from evaluators.medusa.acceptance import Rule
-    from evaluators.medusa.head_training import Wanted
+    from evaluators.medusa.decoding.acceptance import Rule
+    from evaluators.medusa.training.head_training import Wanted
 
 CHANGES_THE_MODEL = (
     "Joint training changed the model: these heads fit only the base with the adapter in {folder} applied, "
@@ -24,8 +24,8 @@ def train(model: Path, out: Path, wanted: Wanted, settings: Settings, report: Sh
     OUTPUT_EXISTS where heads are already, Failed as the evaluator does."""
     from bot.merge.execution.engine import choose_device
     from evaluators.errors import EvaluationError
-    from evaluators.medusa import head_training
     from evaluators.medusa.formats import WEIGHTS
+    from evaluators.medusa.training import head_training
 
     if (out / WEIGHTS).exists():
         raise Refused("OUTPUT_EXISTS", f"{out} holds Medusa heads already.", "Name another folder.", value=str(out))
@@ -66,7 +66,7 @@ def precision(text: str) -> str:
 
 def rule(name: str, temperature: float, seed: int) -> Rule:
     """The way tokens are accepted. Raises Refused VALUE_OUT_OF_RANGE."""
-    from evaluators.medusa.acceptance import GREEDY, Exact, Typical
+    from evaluators.medusa.decoding.acceptance import GREEDY, Exact, Typical
 
     known: dict[str, Rule] = {"greedy": GREEDY, "typical": Typical(temperature), "exact": Exact(seed, temperature)}
     if name not in known:

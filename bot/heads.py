@@ -188,7 +188,8 @@ def _in_our_layout(parent: Parent, scratch: Path) -> Path:
     if (parent.heads / merged_heads.WEIGHTS).is_file() or parent.model is None:
         return parent.heads
     from evaluators.errors import EvaluationError
-    from evaluators.medusa import adapters, formats
+    from evaluators.medusa import formats
+    from evaluators.medusa.model import adapters
 
     into = scratch / "read" / parent.name.replace("/", "--")
     try:

@@ -68,7 +68,8 @@ def generate(
     from bot import operator, screens
     from bot.head_training import precision, rule
     from bot.merge.execution.engine import choose_device
-    from evaluators.medusa import generation, threads
+    from evaluators.medusa import generation
+    from evaluators.medusa.model import threads
 
     configured = context.obj(device=device)
     how, kind = rule(sample, temperature, seed), precision(dtype)
@@ -126,7 +127,7 @@ def train(
     """Train Medusa heads on a model's own answers. A run that was stopped goes on when asked again."""
     from bot import head_training, operator, screens
     from bot.errors import Refused
-    from evaluators.medusa.head_training import Wanted
+    from evaluators.medusa.training.head_training import Wanted
 
     if kind not in ("shared", "own"):
         raise Refused("VALUE_OUT_OF_RANGE", f"There is no kind of heads {kind[:40]!r}.", "Choose shared or own.")

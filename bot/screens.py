@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bot.job import Job
     from bot.verification import Verdict
     from evaluators.harness import Estimate
-    from evaluators.medusa.decode import Trace
+    from evaluators.medusa.decoding.decode import Trace
     from evaluators.medusa.generation import Piece
     from evaluators.scores import ModelEvaluation, Score
     from evaluators.verdict import Comparison

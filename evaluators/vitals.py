@@ -209,7 +209,7 @@ def _continued(model: Any, prompt: list[int]) -> list[int]:
 
 
 def _distinct(outputs: Sequence[Sequence[int]]) -> float | None:
-    from evaluators.medusa.data import distinct_4grams
+    from evaluators.medusa.training.data import distinct_4grams
 
     return sum(map(distinct_4grams, outputs)) / len(outputs) if outputs else None
 

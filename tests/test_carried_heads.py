@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from bot.carried_heads import FOLDERS, carry
-from evaluators.medusa import report
+from evaluators.medusa.speed import report
 
 
 def speed_test(folder: Path, chosen: str = "none") -> dict[str, Any]:

@@ -14,9 +14,9 @@ from benchmarks import decoding
 from benchmarks.report import Results
 from benchmarks.sections import section, with_section
 from benchmarks.simulated import PUBLISHED, SHAPES, SimulatedDrafter, real_heads, shares, simulated
-from evaluators.medusa.decode import Limits, plain
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.tree import expected_tokens, full, greedy_tree
+from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.trees.tree import expected_tokens, full, greedy_tree
 
 CPU = torch.device("cpu")
 TINY = ["--shape", "tiny", "--device", "cpu"]

@@ -21,8 +21,9 @@ from bot.job import Source
 from bot.localhub import seed
 from bot.merged_heads import WEIGHTS
 from bot.settings import Settings
-from evaluators.medusa import adapters, formats
-from evaluators.medusa.heads import Heads, HeadSpec
+from evaluators.medusa import formats
+from evaluators.medusa.drafting.heads import Heads, HeadSpec
+from evaluators.medusa.model import adapters
 from tests import family
 from tests.localhub.server import running_hub
 

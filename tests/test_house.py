@@ -54,6 +54,8 @@ MERGE_PARTS = (
     "execution",
     "verify",
 )
+# the parts of evaluators/medusa, likewise
+MEDUSA_PARTS = ("trees", "model", "drafting", "formats", "decoding", "training", "speed", "generation")
 # processes that serve strangers or hold the token start without these
 HEAVY = ("torch", "transformers", "lm_eval")
 LIGHT_MODULES = (
@@ -106,17 +108,23 @@ def test_the_merge_engine_knows_nothing_of_the_bot_but_its_errors() -> None:
     assert wrong == []
 
 
-def test_each_part_of_the_merge_engine_imports_only_those_before_it() -> None:
+@pytest.mark.parametrize(
+    ("engine", "parts"), [("bot/merge", MERGE_PARTS), ("evaluators/medusa", MEDUSA_PARTS)], ids=["merge", "medusa"]
+)
+def test_each_part_of_an_engine_imports_only_those_before_it(engine: str, parts: tuple[str, ...]) -> None:
     def rank(part: str) -> int:
-        assert part in MERGE_PARTS, f"bot/merge: {part} is none of the parts"
-        return MERGE_PARTS.index(part)
+        assert part in parts, f"{engine}: {part} is none of the parts"
+        return parts.index(part)
 
+    package = engine.replace("/", ".") + "."
+    doors = {f"{engine}/__init__.py", f"{engine}/custom_generate.py"}  # the latter is copied into repos, not imported
     wrong = [
         f"{path} imports {name}"
         for path, tree in sources()
-        if path.startswith("bot/merge/") and path != "bot/merge/__init__.py"
+        if path.startswith(f"{engine}/") and path not in doors
         for name in imports(tree, types=False)
-        if name.startswith("bot.merge.") and rank(name.split(".")[2]) > rank(path.split("/")[2].removesuffix(".py"))
+        if name.startswith(package) and name != f"{package}custom_generate"
+        if rank(name.split(".")[2]) > rank(path.split("/")[2].removesuffix(".py"))
     ]
     assert wrong == []
 

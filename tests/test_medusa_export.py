@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from bot.cli import app
 from evaluators.errors import EvaluationError
-from evaluators.medusa import adapters, formats
-from evaluators.medusa.heads import Heads, HeadSpec
+from evaluators.medusa import formats
+from evaluators.medusa.drafting.heads import Heads, HeadSpec
+from evaluators.medusa.model import adapters
 from tests import family
 
 

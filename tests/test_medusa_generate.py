@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from bot.cli import app
 from bot.errors import Refused
-from evaluators.medusa import adapters, formats, generation, suite
-from evaluators.medusa.acceptance import Exact, Typical
-from evaluators.medusa.decode import Limits, plain
-from evaluators.medusa.heads import HeadSpec, identity_heads
-from evaluators.medusa.runners import EagerRunner
+from evaluators.medusa import formats, generation
+from evaluators.medusa.decoding.acceptance import Exact, Typical
+from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
+from evaluators.medusa.model import adapters
+from evaluators.medusa.training import suite
 from tests import family
 
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from bot.cli import app
 from bot.errors import Refused
-from evaluators.medusa import adapters, formats
+from evaluators.medusa import formats
+from evaluators.medusa.model import adapters
 from tests import family
 
 FIXED = ("--heads", "2", "--vocab", "64", "--answers", "4", "--steps", "3", "--device", "cpu")

@@ -11,17 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluators.medusa import calibrate, formats, packed, suite
-from evaluators.medusa.acceptance import GREEDY, Rule
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.capability import capability
-from evaluators.medusa.decode import Limits, Trace, stream
-from evaluators.medusa.drafters import HeadDrafter
+from evaluators.medusa import formats
+from evaluators.medusa.decoding.acceptance import GREEDY, Rule
+from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.decode import Limits, Trace, stream
+from evaluators.medusa.decoding.runners import Runner
+from evaluators.medusa.decoding.static_runner import fastest
+from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.formats.reading import CARRIED
-from evaluators.medusa.runners import Runner
-from evaluators.medusa.static_runner import fastest
-from evaluators.medusa.transfer import TRAINING_FILE
-from evaluators.medusa.tree import ROOT_ONLY, Tree, expected_tokens, greedy_tree
+from evaluators.medusa.model import packed
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.speed import calibrate
+from evaluators.medusa.speed.transfer import TRAINING_FILE
+from evaluators.medusa.training import suite
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, expected_tokens, greedy_tree
 
 CONTEXT = 128
 UNKNOWN = "\ufffd"

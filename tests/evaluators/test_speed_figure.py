@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluators.medusa import report
+from evaluators.medusa.speed import report
 from evaluators.speed_figure import speed_figure
 
 SVG = "{http://www.w3.org/2000/svg}"

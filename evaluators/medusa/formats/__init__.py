@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import adapters
-from evaluators.medusa.adapters import Base
+from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.formats import reading
 from evaluators.medusa.formats.layout import Holding, examine
 from evaluators.medusa.formats.reading import WEIGHTS
 from evaluators.medusa.formats.writing import CONFIG, FORMATS, Format, block, save, write_json
-from evaluators.medusa.heads import Heads, HeadSpec
+from evaluators.medusa.model import adapters
+from evaluators.medusa.model.adapters import Base
 
 __all__ = ["CONFIG", "FORMATS", "WEIGHTS", "Format", "block", "export", "load", "save", "write_json"]
 

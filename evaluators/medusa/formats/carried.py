@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from evaluators.medusa import custom_generate
+from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.formats.reading import CARRIED
 from evaluators.medusa.formats.writing import save
-from evaluators.medusa.heads import Heads
-from evaluators.medusa.tree import Tree
+from evaluators.medusa.trees.tree import Tree
 
 GENERATE = "custom_generate/generate.py"
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from evaluators.medusa.adapters import Base
+from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.formats.reading import INSIDE, Stored, refused
-from evaluators.medusa.heads import HeadSpec
+from evaluators.medusa.model.adapters import Base
 
 Layout = Literal["medusa", "vllm"]
 _NAMES: dict[Layout, tuple[re.Pattern[str], re.Pattern[str]]] = {

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evaluators.errors import EvaluationError
+from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.formats.reading import MODEL, WEIGHTS
-from evaluators.medusa.heads import Heads
-from evaluators.medusa.tree import Tree
+from evaluators.medusa.trees.tree import Tree
 
 Format = Literal["ours", "v1", "v2", "tgi", "vllm"]
 FORMATS: tuple[Format, ...] = get_args(Format)

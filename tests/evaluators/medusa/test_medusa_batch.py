@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import batch
-from evaluators.medusa.acceptance import Exact, Greedy, Typical
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.batch import Request
-from evaluators.medusa.decode import Limits, Trace, medusa, plain
-from evaluators.medusa.drafters import HeadDrafter, PromptLookup
-from evaluators.medusa.heads import HeadSpec
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.stops import StopStrings
-from evaluators.medusa.tree import Tree, chain, full
+from evaluators.medusa.decoding import batch
+from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
+from evaluators.medusa.decoding.batch import Request
+from evaluators.medusa.decoding.decode import Limits, Trace, medusa, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.decoding.stops import StopStrings
+from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
+from evaluators.medusa.drafting.heads import HeadSpec
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.trees.tree import Tree, chain, full
 
 TREES = {"full": full((2, 2)), "sparse": Tree(((0,), (1,), (2,), (0, 0), (1, 0), (0, 0, 0))), "chain": chain(4)}
 RULES = (Greedy(), Typical(temperature=3.0), Exact(seed=7, temperature=1.5))

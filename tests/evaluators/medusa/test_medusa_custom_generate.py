@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 from evaluators.medusa import custom_generate
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.decode import Limits, plain
+from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.formats.carried import carry
-from evaluators.medusa.heads import Heads, HeadSpec
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.tree import Tree, chain, full
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.trees.tree import Tree, chain, full
 from tests.localhub.server import RunningHub, running_hub
 
 PROMPT = [7, 8, 9, 250, 3]

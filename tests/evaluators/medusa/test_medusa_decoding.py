@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import reference, suite
-from evaluators.medusa.acceptance import Exact, Greedy, Typical
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.capability import capability
-from evaluators.medusa.decode import Limits, Trace, medusa, plain, stream
-from evaluators.medusa.drafters import HeadDrafter, PromptLookup
-from evaluators.medusa.heads import HeadSpec, identity_heads, vocabulary_cut
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.stops import StopStrings
-from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
+from evaluators.medusa.decoding import reference
+from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
+from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.decode import Limits, Trace, medusa, plain, stream
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.decoding.stops import StopStrings
+from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
+from evaluators.medusa.drafting.heads import HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training import suite
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 PROMPT = [7, 42, 99, 3, 250, 7, 42]
 SPARSE = greedy_tree([[0.5, 0.2, 0.1, 0.05, 0.02], [0.4, 0.2, 0.1, 0.05], [0.3, 0.1, 0.05], [0.2, 0.1]], 64)

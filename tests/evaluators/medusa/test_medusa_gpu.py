@@ -10,17 +10,17 @@ import torch
 
 from benchmarks import decoding
 from evaluators import medusa as evaluator
-from evaluators.medusa.acceptance import GREEDY
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.attention import GROUPED
-from evaluators.medusa.calibrate import cost_curve
-from evaluators.medusa.decode import Limits, medusa, plain
-from evaluators.medusa.drafters import HeadDrafter, PromptLookup
-from evaluators.medusa.graphs import CudaGraphs
-from evaluators.medusa.heads import HeadSpec
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.static_runner import StaticRunner, fastest
-from evaluators.medusa.tree import ROOT_ONLY, chain, full, greedy_tree
+from evaluators.medusa.decoding.acceptance import GREEDY
+from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.graphs import CudaGraphs
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.decoding.static_runner import StaticRunner, fastest
+from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
+from evaluators.medusa.drafting.heads import HeadSpec
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.attention import GROUPED
+from evaluators.medusa.speed.calibrate import cost_curve
+from evaluators.medusa.trees.tree import ROOT_ONLY, chain, full, greedy_tree
 
 pytestmark = [
     pytest.mark.gpu,

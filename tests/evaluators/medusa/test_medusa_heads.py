@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import calibrate, data, formats, train
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.decode import Limits, medusa, plain
-from evaluators.medusa.drafters import HeadDrafter
-from evaluators.medusa.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.tree import ROOT_ONLY, chain, full, greedy_tree
+from evaluators.medusa import formats
+from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.drafting.drafters import HeadDrafter
+from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.speed import calibrate
+from evaluators.medusa.training import data, simulation, train
+from evaluators.medusa.trees.tree import ROOT_ONLY, chain, full, greedy_tree
 
 TEN, THIRTY = train.Recipe(1e-3, 256, 10), train.Recipe(1e-3, 256, 30)
 KEEP = (5, 299, 0, 17, 100)
@@ -197,8 +199,8 @@ def test_training_learns_and_one_seed_gives_one_set_of_heads() -> None:
     assert training.first_loss is not None and training.last_loss < 0.95 * training.first_loss
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.first, third.first)
-    gained = calibrate.simulate(first, features, chain(3))
-    assert gained > calibrate.simulate(identity_heads(spec, base), features, chain(3)) + 0.04
+    gained = simulation.simulate(first, features, chain(3))
+    assert gained > simulation.simulate(identity_heads(spec, base), features, chain(3)) + 0.04
 
 
 def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
@@ -207,9 +209,9 @@ def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
     learn, held_out = data.gather(base, dialogues[:8]), data.gather(base, dialogues[8:])
     spec = HeadSpec("shared", 3, conditioned=True)
     heads, training = train.fit(spec, base, learn, budget_s=600, recipe=TEN, held_out=held_out)
-    tree = greedy_tree(calibrate.accuracy(heads, held_out).shares, train.COMMON_NODES)
+    tree = greedy_tree(simulation.accuracy(heads, held_out).shares, train.COMMON_NODES)
     assert training.best_epoch is not None
-    assert calibrate.simulate(heads, held_out, tree) == pytest.approx(max(training.held_out))
+    assert simulation.simulate(heads, held_out, tree) == pytest.approx(max(training.held_out))
     assert training.held_out[training.best_epoch] == max(training.held_out)
 
 
@@ -231,7 +233,7 @@ def test_simulation_without_the_base_predicts_the_real_tokens_per_step() -> None
             trace = medusa(EagerRunner(base), HeadDrafter(heads), tree, dialogue.prompt, Limits(30, base.stop_ids))
             assert tuple(trace.tokens) == dialogue.output
             steps, tokens = steps + trace.steps, tokens + len(trace.tokens) - 1
-        assert calibrate.simulate(heads, features, tree) == pytest.approx(tokens / steps, rel=0.01)
+        assert simulation.simulate(heads, features, tree) == pytest.approx(tokens / steps, rel=0.01)
 
 
 def test_a_target_outside_the_draft_vocabulary_is_a_miss_but_not_in_the_loss() -> None:
@@ -242,7 +244,7 @@ def test_a_target_outside_the_draft_vocabulary_is_a_miss_but_not_in_the_loss() -
     spec = HeadSpec("shared", 2, keep=keep)
     heads, training = train.fit(spec, base, features, budget_s=5)
     assert training.positions == 0
-    assert set(calibrate.accuracy(heads, features).shares[0]) == {0.0}
+    assert set(simulation.accuracy(heads, features).shares[0]) == {0.0}
 
 
 def test_the_draft_vocabulary_holds_the_stop_ids_then_the_frequent_then_the_low() -> None:

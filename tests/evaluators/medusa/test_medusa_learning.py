@@ -16,10 +16,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from benchmarks import heads as benchmark
-from evaluators.medusa import data, growing, train
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.head_loss import CHOICES, SOFT_SHARE, SoftTargets, Targets, draft_loss, product_dtype
-from evaluators.medusa.heads import HeadSpec, identity_heads
+from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
+from evaluators.medusa.model import growing
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training import data, train
+from evaluators.medusa.training.head_loss import CHOICES, SOFT_SHARE, SoftTargets, Targets, draft_loss, product_dtype
 
 
 def reference_loss(logits: Tensor, targets: Tensor) -> Tensor:

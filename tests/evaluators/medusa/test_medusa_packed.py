@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators import medusa
-from evaluators.medusa import adapters, packed
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.decode import Limits, plain
-from evaluators.medusa.decode import medusa as speculate
-from evaluators.medusa.drafters import HeadDrafter
-from evaluators.medusa.heads import HeadSpec
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.tree import chain, full
+from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.decode import medusa as speculate
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.drafting.drafters import HeadDrafter
+from evaluators.medusa.drafting.heads import HeadSpec
+from evaluators.medusa.model import adapters, packed
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.trees.tree import chain, full
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN to pack weights with"

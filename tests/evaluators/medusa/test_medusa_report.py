@@ -12,11 +12,11 @@ import torch
 
 from evaluators import medusa
 from evaluators.errors import EvaluationError
-from evaluators.medusa import baselines, bench, report
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.decode import Clock, Limits, Trace
-from evaluators.medusa.suite import Prompt
-from evaluators.medusa.tree import chain, full
+from evaluators.medusa.decoding.decode import Clock, Limits, Trace
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.speed import baselines, bench, report
+from evaluators.medusa.training.suite import Prompt
+from evaluators.medusa.trees.tree import chain, full
 
 
 def trace(tokens: int, steps: int, seconds: float, step_s: float | None = None) -> Trace:

@@ -7,13 +7,13 @@ import tiny_causal_lms as tiny
 import torch
 from transformers import GenerationConfig
 
-from evaluators.medusa import data
-from evaluators.medusa.acceptance import Exact
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.capability import capability
-from evaluators.medusa.decode import Limits, medusa, plain
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.tree import chain, full
+from evaluators.medusa.decoding.acceptance import Exact
+from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training import data
+from evaluators.medusa.trees.tree import chain, full
 
 SWITCH, NEW = 32, 20
 KINDS = ("longrope", "phi3-longrope", "dynamic")

@@ -14,18 +14,18 @@ from recorded import Recorded
 
 from evaluators import medusa as evaluator
 from evaluators.errors import EvaluationError
-from evaluators.medusa.acceptance import Exact, Greedy, Typical
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.attention import GROUPED, grouped_attention, use_grouped
-from evaluators.medusa.calibrate import cost_curve
-from evaluators.medusa.capability import capability
-from evaluators.medusa.decode import Limits, medusa, plain
-from evaluators.medusa.device_tree import DeviceTree
-from evaluators.medusa.drafters import HeadDrafter, PromptLookup
-from evaluators.medusa.heads import HeadSpec
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.static_runner import StaticRunner, fastest, reason_against_static
-from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
+from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
+from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.decoding.static_runner import StaticRunner, fastest, reason_against_static
+from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
+from evaluators.medusa.drafting.heads import HeadSpec
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.attention import GROUPED, grouped_attention, use_grouped
+from evaluators.medusa.speed.calibrate import cost_curve
+from evaluators.medusa.trees.device_tree import DeviceTree
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 PROMPT = [7, 42, 99, 3, 250, 7, 42]
 SPARSE = greedy_tree([[0.5, 0.2, 0.1, 0.05], [0.4, 0.2, 0.1], [0.3, 0.1], [0.2, 0.1]], 24)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 from transformers.generation import StopStringCriteria
 
-from evaluators.medusa.decode import Limits, Trace, medusa, plain, stream
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.stops import StopStrings
-from evaluators.medusa.tree import chain, full
+from evaluators.medusa.decoding.decode import Limits, Trace, medusa, plain, stream
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.decoding.stops import StopStrings
+from evaluators.medusa.trees.tree import chain, full
 
 PROMPT = [7, 42, 99, 3, 250, 7, 42]
 BYTES = tiny.tokenizer()

@@ -8,8 +8,8 @@ import pytest
 import tiny_causal_lms as tiny
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import data, prompts, suite
-from evaluators.medusa.adapters import Base
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training import data, prompts, suite
 
 LONG = "Describe in a few words how the old harbour of the town looks when the first ships come home in spring"
 

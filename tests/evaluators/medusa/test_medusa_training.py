@@ -16,10 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import adapters, data, formats, head_training, joint, store, train
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.head_training import Wanted, train_heads
-from evaluators.medusa.heads import HeadSpec, identity_heads
+from evaluators.medusa import formats
+from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
+from evaluators.medusa.model import adapters
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training import data, head_training, joint, store, train
+from evaluators.medusa.training.head_training import Wanted, train_heads
 
 FIXED = Wanted(heads=2, vocab=64, steps=12, answers=8, answer_tokens=10, batch=4, checkpoint_s=0.0)
 CHILD = """

@@ -12,30 +12,20 @@ from test_medusa_report import assert_whole, block, trace
 
 from evaluators import medusa
 from evaluators.errors import EvaluationError
-from evaluators.medusa import (
-    adapters,
-    baselines,
-    bench,
-    calibrate,
-    data,
-    formats,
-    head_rows,
-    report,
-    rows,
-    suite,
-    train,
-    transfer,
-)
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.decode import Clock, Limits
-from evaluators.medusa.decode import plain as plain_run
-from evaluators.medusa.drafters import HeadDrafter
-from evaluators.medusa.heads import HeadSpec, identity_heads
-from evaluators.medusa.rounding import TIE_GAP, tie_limit
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.suite import Prompt
-from evaluators.medusa.transfer import Given
-from evaluators.medusa.tree import ROOT_ONLY, Tree, chain
+from evaluators.medusa import formats
+from evaluators.medusa.decoding.decode import Clock, Limits
+from evaluators.medusa.decoding.decode import plain as plain_run
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.drafting.drafters import HeadDrafter
+from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
+from evaluators.medusa.model import adapters
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.rounding import TIE_GAP, tie_limit
+from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, report, rows, transfer
+from evaluators.medusa.speed.transfer import Given
+from evaluators.medusa.training import data, simulation, suite, train
+from evaluators.medusa.training.suite import Prompt
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain
 
 SPEC = HeadSpec("shared", 3, conditioned=True)
 
@@ -142,7 +132,7 @@ def test_training_goes_on_from_where_heads_were() -> None:
     first, _ = train.fit(SPEC, base, text, budget_s=60, recipe=train.Recipe(1e-3, 64, 1))
     assert not torch.equal(further.first, start.first)
     assert training.first_loss is not None and training.first_loss < 12
-    assert calibrate.accuracy(further, text).shares[0][0] >= calibrate.accuracy(first, text).shares[0][0]
+    assert simulation.accuracy(further, text).shares[0][0] >= simulation.accuracy(first, text).shares[0][0]
     assert all(torch.equal(tensor, kept[name]) for name, tensor in start.state_dict().items())
 
 
@@ -192,7 +182,7 @@ def test_what_is_spoken_while_timing_is_text_to_judge_any_heads_on() -> None:
     said = data.gather(base, bench.spoken(base, blocks))
     assert said.lengths == tuple(len(b.plain[0].tokens) for b in blocks)
     measured = bench.rate(blocks, "h")
-    assert measured is not None and calibrate.simulate(heads, said, tree) == pytest.approx(measured.value)
+    assert measured is not None and simulation.simulate(heads, said, tree) == pytest.approx(measured.value)
     assert trace(5, 5, 1.0).hidden == []
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa import tree_files
-from evaluators.medusa.tree import ROOT_ONLY, Tree, chain, expected_tokens, full, greedy_tree, grow
+from evaluators.medusa.trees import tree_files
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, expected_tokens, full, greedy_tree, grow
 
 CUMULATIVE = (
     (0.560, 0.672, 0.727, 0.760, 0.780),

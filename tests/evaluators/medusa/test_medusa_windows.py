@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from evaluators.medusa import data, reference
-from evaluators.medusa.acceptance import Exact
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.capability import capability
-from evaluators.medusa.decode import Limits, medusa, plain
-from evaluators.medusa.runners import EagerRunner
-from evaluators.medusa.tree import Tree, chain, full
-from evaluators.medusa.windows import Window, window_of
+from evaluators.medusa.decoding import reference
+from evaluators.medusa.decoding.acceptance import Exact
+from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.windows import Window, window_of
+from evaluators.medusa.training import data
+from evaluators.medusa.trees.tree import Tree, chain, full
 
 PROMPT = [(7 * index * index + 3 * index) % 290 for index in range(11)]
 FAMILIES = ("window", "gemma2", "gemma3", "gemma3n", "cohere2", "qwen2-window", "gpt-oss")

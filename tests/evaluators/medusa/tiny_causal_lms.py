@@ -32,10 +32,10 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from evaluators.medusa.adapters import Base
-from evaluators.medusa.device_tree import DeviceTree
-from evaluators.medusa.heads import Heads, HeadSpec
-from evaluators.medusa.tree import Tree
+from evaluators.medusa.drafting.heads import Heads, HeadSpec
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.trees.device_tree import DeviceTree
+from evaluators.medusa.trees.tree import Tree
 
 VOCAB = 300
 EOS = 299

@@ -1,0 +1,276 @@
+"""The base model as the engine sees it: hidden rows, logits, stop ids, room for a tree.
+
+`Base` wraps any decoder-only causal LM of transformers v5 without patching it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa.model.windows import whole_cache, window_of
+
+SELF_CHECK_TOKENS = 16
+# Their own `generate` reads the text anew when rope `longrope` changes its factors; others go on with the old rows.
+REREADING_MODELS = frozenset({"phi3", "phimoe", "phi4_multimodal"})
+
+
+class Base:
+    """A frozen causal LM. `h` is always the row that enters the output embedding (after the final norm)."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config: Any = model.config.get_text_config(decoder=True)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.output: Any = model.get_output_embeddings()
+        if self.output is None or model.config.is_encoder_decoder:
+            raise EvaluationError(
+                "SPEED_UNSUPPORTED",
+                f"{type(model).__name__} is not a decoder-only language model with an output embedding.",
+                "Measure a causal language model.",
+            )
+        self.vocab: int = self.output.weight.shape[0]
+        self.hidden: int = self.output.weight.shape[1]
+        self.stop_ids = _stop_ids(model, tokenizer)
+        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.rope = _rope(self.config)
+        self.execution = "eager"
+        # None also lets a model whose window could not be proven fall back to the cache that transformers gives it.
+        self.window = window_of(model.config)
+        self._hooked = False
+        self._captured: Tensor | None = None
+        self.post: Callable[[Tensor], Tensor] = lambda z: z
+        self._find_hidden_row()
+
+    # -- running the model ---------------------------------------------------------------------------------------
+
+    def run(
+        self, ids: Tensor, *, last_only: bool = False, project: bool = True, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """ids [B, T] -> (h [B, T, H], logits [B, T, V]); with `last_only` both hold the last position only.
+
+        Without `project` the logits are empty: heads and features need rows, not the vocabulary.
+        """
+        if self._hooked:
+            logits = self.model(input_ids=ids, **kwargs).logits
+            hidden = self._captured
+            assert hidden is not None  # the pre-hook of the output embedding ran inside the call above
+            return (hidden[:, -1:], logits[:, -1:]) if last_only else (hidden, logits)
+        hidden = self.model.base_model(input_ids=ids, **kwargs).last_hidden_state
+        if last_only:
+            hidden = hidden[:, -1:]
+        return hidden, self.logits(hidden) if project else hidden.new_empty(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., H] -> [.., V], the model's own logits."""
+        return self.post(self.output(hidden))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [..] -> input embeddings [.., H] (scaled embedding modules included)."""
+        embedded: Tensor = self.model.get_input_embeddings()(ids)
+        return embedded
+
+    def new_cache(self) -> Any:
+        """An empty cache. With a window it keeps what the window has left, so that a tree can be undone."""
+        if self.rope[0] == "dynamic":
+            self._forget_longest_text()
+        if self.window is not None:
+            return whole_cache(self.model.config)
+        return DynamicCache(config=self.model.config)
+
+    def depth_room(self, length: int) -> int:
+        """How deep a tree may reach after `length` cached tokens without leaving the position table.
+
+        rope `longrope` switches its factors and `dynamic` rescales all angles once a position passes the original
+        length, so a tree there must not look across that line.
+        """
+        room = 1 << 30 if self.max_positions is None else self.max_positions - 1 - length
+        kind, original = self.rope
+        if original is None or kind not in ("longrope", "dynamic"):
+            return room
+        if length + 1 <= original:
+            return min(room, original - 1 - length)
+        return 0 if kind == "dynamic" or length == self.rereads_at else room
+
+    @property
+    def rereads_at(self) -> int | None:
+        """The length after which the next token makes the model read the whole text anew, for other angles."""
+        kind, original = self.rope
+        return original if kind == "longrope" and self.config.model_type in REREADING_MODELS else None
+
+    def last_position(self) -> int | None:
+        """The largest position a token may be forwarded at; None where nothing bounds it."""
+        if self.max_positions is None or self.rope[0] == "dynamic":
+            return None
+        return self.max_positions - 1
+
+    def _forget_longest_text(self) -> None:
+        """The angles of rope `dynamic` are those of the longest text so far, and of none before a new one.
+
+        The model forgets by itself only when it reads fewer tokens than the original length.
+        """
+        for module in self.model.modules():
+            for name, angles in list(module.named_buffers(recurse=False)):
+                if name.endswith("original_inv_freq"):
+                    setattr(module, name.replace("original_", ""), angles)
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                setattr(module, name, module.original_max_seq_len)
+
+    # -- finding h -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _find_hidden_row(self) -> None:
+        """Make `run` agree with the model's own logits, by the backbone if that works, by a hook if not."""
+        generator = torch.Generator().manual_seed(0)
+        size = min(SELF_CHECK_TOKENS, (self.max_positions or SELF_CHECK_TOKENS))
+        ids = torch.randint(0, self.vocab, (1, size), generator=generator).to(self.device)
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not bool(torch.isfinite(own.max())):
+            raise not_finite("on its first tokens")
+        backbone = self.model.base_model
+        if backbone is not self.model:
+            hidden = getattr(backbone(input_ids=ids, use_cache=False), "last_hidden_state", None)
+            if hidden is not None and hidden.shape[-1] == self.hidden:
+                raw = self.output(hidden)
+                for candidate in _postprocessors(self.config):
+                    if close(candidate(raw).float(), own):
+                        self.post = candidate
+                        return
+        self._hooked = True
+        self.output.register_forward_pre_hook(self._capture)
+        hidden, logits = self.run(ids, use_cache=False)
+        if hidden.shape[-1] != self.hidden or not close(logits.float(), own):
+            raise EvaluationError(
+                "SPEED_UNSUPPORTED",
+                f"The hidden state that {type(self.model).__name__} hands to its output embedding could not be found.",
+                "Evaluate this model without the speed check.",
+            )
+
+    def _capture(self, _module: Any, inputs: tuple[Tensor, ...]) -> None:
+        self._captured = inputs[0]
+
+
+def fastest_dtype(folder: Path, device: str = "cpu") -> torch.dtype:
+    """In what a checkpoint runs fastest on this machine, by what it is stored in and what the hardware multiplies.
+
+    16 bit as stored on a GPU, bfloat16 also on a CPU that has it in hardware; float32 for everything else. Decided
+    without timing, so that it is the same for every run.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return torch.float32
+    stored = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None
+    if torch.device(device).type == "cuda":
+        if stored == "bfloat16" and not torch.cuda.is_bf16_supported():
+            return torch.float16
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
+    return torch.bfloat16 if stored == "bfloat16" and cpu_multiplies_bfloat16() else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; without, bfloat16 is slower than float32."""
+    return any(
+        getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("avx512_bf16", "amx_tile", "arm_bf16")
+    )
+
+
+def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+    """Load a checkpoint directory (safetensors only, no remote code). Raises EvaluationError MODEL_UNLOADABLE."""
+    if not (folder / "config.json").is_file():
+        raise EvaluationError(
+            "MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Give the folder of a transformers checkpoint."
+        )
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    logging.disable_progress_bar()  # callers show their own
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, attn_implementation="sdpa", **options
+            )
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
+            )
+    except Exception as error:  # transformers raises whatever the file provokes; the caller gets one sentence
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EvaluationError(
+            "MODEL_UNLOADABLE",
+            f"transformers cannot load the checkpoint in {folder.name}: {first_line}",
+            "Check that the folder holds config.json, safetensors weights and a tokenizer that fit together.",
+        ) from error
+    return Base(model.to(device), tokenizer)
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The union of what generation_config, config and tokenizer call the end; each may be a list."""
+    found: set[int] = set()
+    for owner in (model.generation_config, model.config, model.config.get_text_config(decoder=True), tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return frozenset(found)
+
+
+def _rope(config: Any) -> tuple[str, int | None]:
+    """(rope type, original length): what bounds a tree besides the position table."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return ("default", None)
+    groups = [parameters] if "rope_type" in parameters else [g for g in parameters.values() if isinstance(g, dict)]
+    for group in groups:
+        if group.get("mrope_section"):
+            return ("mrope", None)
+        kind = group.get("rope_type", "default")
+        if kind in ("longrope", "dynamic"):
+            original = group.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return (kind, original or config.max_position_embeddings)
+    return ("default", None)
+
+
+def _postprocessors(config: Any) -> list[Callable[[Tensor], Tensor]]:
+    """Monotone logit post-processings seen in transformers; the self-check picks the one this model uses."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None)
+    scaling = getattr(config, "logits_scaling", None)
+    multiplier = getattr(config, "lm_head_multiplier", None)
+    found: list[Callable[[Tensor], Tensor]] = [lambda z: z]
+    if cap:
+        found.append(lambda z: cap * torch.tanh(z / cap))
+    if scale:
+        found.append(lambda z: z * scale)
+    if scaling:
+        found += [lambda z: z / scaling, lambda z: z * scaling]
+    if multiplier:
+        found.append(lambda z: z * multiplier)
+    return found
+
+
+def not_finite(where: str) -> EvaluationError:
+    """The error for logits that hold NaN or infinity."""
+    return EvaluationError(
+        "SPEED_CHECK_FAILED",
+        f"The model's logits hold NaN or infinity {where}.",
+        "Look at the merged weights: a source or the merge itself is not finite.",
+    )
+
+
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
+    """Equal up to rounding, measured against the spread of the logits so that scales do not matter."""
+    if left.shape != right.shape:
+        return False
+    spread = float(right.std()) or 1.0
+    return bool((left - right).abs().max() <= tolerance * max(spread, 1e-6))

@@ -1,0 +1,58 @@
+"""Attention of a tree over grouped keys and values without repeating them.
+
+With a mask, transformers' sdpa repeats the keys and values of each group for every query head, several times the cache
+in each layer of each step. The query heads of a group can stand below one another as rows instead: the same products,
+one row of scores each, over the keys as they lie in the cache. For a single token the library does this by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from evaluators.medusa.model.adapters import Base
+
+GROUPED = "sdpa_grouped"
+UNLIKE_SDPA = ("position_bias", "softcap", "s_aux", "cache")  # what would change the scores
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """query [1, heads, n, d], key and value [1, kv_heads, L, d], mask [1, 1, n or n * heads / kv_heads, L].
+
+    Returns [1, n, heads, d]. A mask of the longer kind is tiled already, once for all layers.
+    """
+    _, heads, n, _ = query.shape
+    groups = heads // key.shape[1]
+    odd = any(options.get(name) is not None for name in UNLIKE_SDPA)
+    if attention_mask is None or attention_mask.shape[1] > 1 or groups == 1 or n == 1 or odd:
+        done: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return done
+    rows = query.reshape(query.shape[0], key.shape[1], groups * n, query.shape[3])
+    mask = attention_mask if attention_mask.shape[2] == groups * n else attention_mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
+    return out.reshape(query.shape[0], heads, n, value.shape[3]).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+def use_grouped(base: Base) -> None:
+    """Let this base attend so from now on, if it runs with sdpa and its class lets its attention be chosen."""
+    if base.model.config._attn_implementation == "sdpa":
+        base.model.set_attn_implementation(GROUPED)
+
+
+def tiles_of(base: Base) -> int:
+    """How often the rows of a tree's mask should stand below one another for this base."""
+    if base.model.config._attn_implementation != GROUPED:
+        return 1
+    heads = base.config.num_attention_heads
+    return int(heads // (getattr(base.config, "num_key_value_heads", None) or heads))

@@ -1,0 +1,105 @@
+"""Linear layers with weights laid out once for this CPU: the same products, without laying them out at every call.
+
+torch multiplies one row by a matrix as it lies, and lays the whole matrix out anew each time several rows come, so that
+two tokens cost far more than one. oneDNN's own layout, made once, serves any number of rows, one included: both
+decoding loops gain. Every weight is then there twice. Measured in benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from evaluators.medusa.model import adapters
+from evaluators.medusa.model.adapters import Base, close
+
+# The layout oneDNN chooses for one row alone is slower for one row, too (measured), so it is asked for several.
+ROWS = 16
+LARGEST_SHARE = 0.5  # of the free memory
+PROBE_ROWS = 3
+
+
+def load(folder: Path, device: str = "cpu", dtype: str = "auto") -> tuple[Base, str | None]:
+    """A checkpoint as it runs fastest on this machine, and why its weights are not packed, None if they are.
+
+    `dtype` "auto" is adapters.fastest_dtype. Raises EvaluationError as adapters.load does.
+    """
+    chosen = adapters.fastest_dtype(folder, device) if dtype == "auto" else getattr(torch, dtype)
+    base = adapters.load(folder, device, chosen)
+    return base, pack(base)
+
+
+def pack(base: Base, free_bytes: int | None = None) -> str | None:
+    """Let the linear layers of `base` multiply by packed weights. Returns why not, None if they now do.
+
+    `free_bytes` is the memory there is, None asks the system. Only for running: no gradient passes through a packed
+    layer (`unpack` first).
+    """
+    if base.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "packed weights are for CPUs that oneDNN knows"
+    if base.dtype not in (torch.float32, torch.bfloat16):
+        return f"oneDNN packs no weights of type {str(base.dtype).removeprefix('torch.')}"
+    layers = [module for module in base.model.modules() if _kind(module) is not None]
+    needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    free = _free_bytes() if free_bytes is None else free_bytes
+    if free is not None and needed > LARGEST_SHARE * free:
+        return f"packed weights need {needed >> 20} MiB more, and {free >> 20} MiB are free"
+    for layer in layers:
+        layer.forward = _packed(layer)
+    if layers and not all(_agrees(layer) for layer in {layer.weight.shape: layer for layer in layers}.values()):
+        unpack(base)
+        return "packed weights give other products here"
+    base.execution = "packed"
+    return None
+
+
+def unpack(base: Base) -> None:
+    """Back to torch's own products."""
+    for module in base.model.modules():
+        if _kind(module) is not None:
+            module.__dict__.pop("forward", None)
+    base.execution = "eager"
+
+
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    # Subclasses may do more than multiply.
+    return type(module) if type(module) in (nn.Linear, Conv1D) else None
+
+
+def _packed(layer: Any) -> Callable[[Tensor], Tensor]:
+    return product(layer.weight.t().contiguous() if type(layer) is Conv1D else layer.weight, layer.bias)
+
+
+@torch.no_grad()
+def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x [.., I] -> x W^T + b [.., O], with W [O, I] laid out now."""
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    bias = None if bias is None else bias.detach()
+
+    def forward(x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
+        return product
+
+    return forward
+
+
+@torch.no_grad()
+def _agrees(layer: Any) -> bool:
+    """Whether the packed products are torch's own up to rounding."""
+    width = layer.weight.shape[0 if type(layer) is Conv1D else 1]
+    x = torch.randn(1, PROBE_ROWS, width, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
+    tolerance = 1e-4 if x.dtype == torch.float32 else 2e-2
+    return close(layer(x).float(), type(layer).forward(layer, x).float(), tolerance)
+
+
+def _free_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

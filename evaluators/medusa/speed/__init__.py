@@ -1,0 +1,1 @@
+"""The speed test: what a tree costs, paired timing, the report."""

@@ -1,0 +1,83 @@
+"""What plain decoding itself is held against: transformers' own greedy `generate`. Nothing may be won by slowing it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+
+from evaluators.medusa.decoding.decode import Clock, Limits, plain, timed
+from evaluators.medusa.decoding.runners import EagerRunner, Runner
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.speed.bench import ClockName, Question, end_to_end_s, seconds
+
+NATIVE_SLACK = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Versus:
+    """One question by transformers' own `generate` and by the plain loop, one right after the other, end to end."""
+
+    question: Question
+    tokens: list[int]
+    native: Clock
+    plain_tokens: list[int]
+    plain: Clock
+
+
+def against_native(
+    base: Base,
+    questions: Sequence[Question],
+    limits: Limits,
+    *,
+    runner: Runner | None = None,
+    deadline: float | None = None,
+) -> list[Versus]:
+    """The questions by `generate` and plainly, in alternating order, while the next would fit before `deadline`."""
+    runner = runner or EagerRunner(base)
+    found: list[Versus] = []
+    longest_s = 0.0
+    for number, question in enumerate(questions):
+        if deadline is not None and time.monotonic() + longest_s > deadline:
+            break
+        began = time.monotonic()
+        if number % 2:
+            trace = plain(runner, question.ids, limits)
+        tokens, clock = native(base, question, limits)
+        if not number % 2:
+            trace = plain(runner, question.ids, limits)
+        ours = Clock(end_to_end_s(trace, "wall"), end_to_end_s(trace, "cpu"))
+        found.append(Versus(question, tokens, clock, trace.tokens, ours))
+        longest_s = max(longest_s, time.monotonic() - began)
+    return found
+
+
+def plain_is_slow(found: Sequence[Versus], clock: ClockName) -> bool:
+    """The plain loop took clearly longer than `generate` on every question."""
+    return bool(found) and all(
+        seconds(each.plain, clock) > NATIVE_SLACK * seconds(each.native, clock) for each in found
+    )
+
+
+@torch.no_grad()
+def native(base: Base, question: Question, limits: Limits, cache: str | None = None) -> tuple[list[int], Clock]:
+    """transformers' own greedy `generate`: its tokens, and what it took end to end.
+
+    With the cache "static" it compiles the model on a GPU, in the first call.
+    """
+    ids = torch.tensor([list(question.ids)], device=base.device)
+    stops = sorted(base.stop_ids & limits.stop_ids)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=limits.max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+        cache_implementation=cache,
+    )
+    clock = Clock()
+    with timed(clock, base.device):
+        out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return out[0, len(question.ids) :].tolist(), clock

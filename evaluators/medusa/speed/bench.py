@@ -1,0 +1,311 @@
+"""The speed check: plain against speculating, paired and in alternating order, with what makes it trustworthy.
+
+Each question is run plain, candidates, candidates backwards, plain (ABBA; every other question starts with the
+candidates), so that drift cancels. Both loops share code, cache, dtype and kernels. Only decoding is compared; the
+prefill is timed apart. A second turn continues the plain answer to the first one, whoever is asked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evaluators.medusa.decoding.decode import Clock, Limits, Trace, medusa, plain
+from evaluators.medusa.decoding.runners import EagerRunner, Runner
+from evaluators.medusa.drafting.drafters import Drafter
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.rounding import tie_limit
+from evaluators.medusa.speed.report import sentence as sentence
+from evaluators.medusa.training.data import Dialogue
+from evaluators.medusa.training.suite import Prompt
+from evaluators.medusa.trees.tree import Tree
+
+RESAMPLES = 10_000
+IDENTITY_LIMIT = 0.02
+IDENTITY_FLOOR_S = 0.1
+AA_WIDTH = 0.10
+AA_SLACK = 0.02
+ClockName = Literal["wall", "cpu"]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One turn of a prompt, as token ids. `answers` are the plain answers to the turns before."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way of speculating that is timed against plain decoding."""
+
+    id: str
+    drafter: Drafter
+    tree: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """All runs of one question: plain twice, each candidate twice, as often as it is repeated."""
+
+    question: Question
+    plain: tuple[Trace, ...]
+    runs: dict[str, tuple[Trace, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a candidate first left the plain text. `gap` is plain's top-1 minus top-2 logit there."""
+
+    prompt: str
+    index: int
+    gap: float
+    tie: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio of summed tokens/s with its 95 % interval over questions (None from a single question)."""
+
+    value: float
+    interval: Interval | None
+
+
+def run_blocks(
+    base: Base,
+    candidates: Sequence[Candidate],
+    questions: Sequence[Question],
+    limits: Limits,
+    *,
+    runner: Runner | None = None,
+    repeats: int = 1,
+    next_turn: Callable[[Question, Sequence[int]], Question | None] = lambda question, answer: None,
+    deadline: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Block]:
+    """Run the questions in order until all are done or the next would not fit before `deadline` (time.monotonic).
+
+    At least one block is always run. The first question is run once beforehand to warm up every width. `next_turn`
+    makes the question that follows an answer, if there is one; each is run `repeats` times.
+    """
+    runner = runner or EagerRunner(base)
+    if questions:
+        _round(runner, candidates, questions[0], Limits(min(6, limits.max_new_tokens), limits.stop_ids), False)
+    blocks: list[Block] = []
+    longest_s = 0.0
+    for number, question in enumerate(questions):
+        asked: Question | None = question
+        while asked is not None:
+            if deadline is not None and blocks and time.monotonic() + longest_s > deadline:
+                return blocks
+            started = time.monotonic()
+            rounds = [_round(runner, candidates, asked, limits, (number + n) % 2 == 1) for n in range(repeats)]
+            blocks.append(_joined(asked, rounds))
+            longest_s = max(longest_s, time.monotonic() - started)
+            asked = next_turn(asked, blocks[-1].plain[0].tokens)
+        if progress is not None:
+            progress(number + 1, len(questions))
+    return blocks
+
+
+_Round = tuple[tuple[Trace, Trace], dict[str, tuple[Trace, Trace]]]
+
+
+def _round(
+    runner: Runner, candidates: Sequence[Candidate], question: Question, limits: Limits, inside_out: bool
+) -> _Round:
+    ids = question.ids
+
+    def plainly(keep_hidden: bool = False) -> Trace:
+        return plain(runner, ids, limits, keep_hidden=keep_hidden)
+
+    def all_candidates(order: Sequence[Candidate]) -> dict[str, Trace]:
+        return {c.id: medusa(runner, c.drafter, c.tree, ids, limits) for c in order}
+
+    if inside_out:
+        first = all_candidates(candidates)
+        both = (plainly(True), plainly())
+        second = all_candidates(candidates[::-1])
+    else:
+        before = plainly(True)
+        first, second = all_candidates(candidates), all_candidates(candidates[::-1])
+        both = (before, plainly())
+    return both, {c.id: (first[c.id], second[c.id]) for c in candidates}
+
+
+def _joined(question: Question, rounds: Sequence[_Round]) -> Block:
+    names = rounds[0][1]
+    runs = {name: tuple(trace for _, each in rounds for trace in each[name]) for name in names}
+    return Block(question, tuple(trace for both, _ in rounds for trace in both), runs)
+
+
+def spoken(base: Base, blocks: Sequence[Block]) -> list[Dialogue]:
+    """The plain answers with the states that predicted them: text on which any heads can be judged without the base."""
+    return [
+        Dialogue(block.question.ids, tuple(block.plain[0].tokens), torch.stack(block.plain[0].hidden).to(base.device))
+        for block in blocks
+        if block.plain[0].hidden
+    ]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def seconds(clock: Clock, name: ClockName) -> float:
+    return clock.wall_s if name == "wall" else clock.cpu_s
+
+
+def decoded(traces: Sequence[Trace]) -> int:
+    """Tokens of the decoding phase: the prefill's one token is not among them."""
+    return sum(len(trace.tokens) - 1 for trace in traces)
+
+
+def speedup(blocks: Sequence[Block], candidate: str, clock: ClockName, seed: int = 0) -> Ratio | None:
+    """Ratio of summed decode tokens/s, candidate to plain; None if nothing was decoded."""
+    names = [block.question.prompt.id for block in blocks]
+    return _ratio(names, [b.runs[candidate] for b in blocks], [block.plain for block in blocks], clock, seed)
+
+
+def a_a(blocks: Sequence[Block], clock: ClockName, seed: int = 0) -> Ratio | None:
+    """The first plain run of each block against the second: what the machine does to equal work."""
+    names = [block.question.prompt.id for block in blocks]
+    return _ratio(names, [block.plain[::2] for block in blocks], [block.plain[1::2] for block in blocks], clock, seed)
+
+
+def a_a_ok(ratio: Ratio | None) -> bool:
+    """The interval holds 1.0 (with 2 % of slack, since few questions make it narrow) and is within +-10 %."""
+    if ratio is None or ratio.interval is None:
+        return False
+    low, high = ratio.interval
+    return low - AA_SLACK <= 1.0 <= high + AA_SLACK and low >= 1 - AA_WIDTH and high <= 1 + AA_WIDTH
+
+
+def _ratio(
+    names: Sequence[str],
+    above: Sequence[Sequence[Trace]],
+    below: Sequence[Sequence[Trace]],
+    clock: ClockName,
+    seed: int,
+) -> Ratio | None:
+    """The turns of a prompt belong together: the interval is over prompts, by `names`."""
+    rows = [
+        (decoded(a), sum(seconds(t.decode, clock) for t in a), decoded(b), sum(seconds(t.decode, clock) for t in b))
+        for a, b in zip(above, below, strict=True)
+    ]
+    table = _by_name([(name, row) for name, row in zip(names, rows, strict=True) if min(row) > 0])
+    if not len(table):
+        return None
+    total = table.sum(axis=0)
+    value = float(total[0] / total[1] / (total[2] / total[3]))
+    if len(table) == 1:
+        return Ratio(value, None)
+    sums = _resampled(table, seed)
+    return Ratio(value, _interval(sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3])))
+
+
+def rate(blocks: Sequence[Block], candidate: str, seed: int = 0) -> Ratio | None:
+    """Tokens per step with its interval over questions."""
+    runs = [(block.question.prompt.id, block.runs[candidate][0]) for block in blocks]
+    table = _by_name([(name, (decoded([trace]), trace.steps)) for name, trace in runs if trace.steps])
+    if not len(table):
+        return None
+    value = float(table[:, 0].sum() / table[:, 1].sum())
+    if len(table) == 1:
+        return Ratio(value, None)
+    sums = _resampled(table, seed)
+    return Ratio(value, _interval(sums[:, 0] / sums[:, 1]))
+
+
+def _by_name(rows: Sequence[tuple[str, tuple[float, ...]]]) -> NDArray[np.float64]:
+    """Rows of one name summed, in order of first appearance."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, row in rows:
+        found[name] = found.get(name, np.zeros(len(row))) + np.array(row, dtype=np.float64)
+    return np.array(list(found.values()), dtype=np.float64)
+
+
+def _resampled(table: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """[questions, columns] -> [resamples, columns]: sums over questions drawn with replacement."""
+    drawn = np.random.default_rng(seed).integers(0, len(table), size=(RESAMPLES, len(table)))
+    sums: NDArray[np.float64] = table[drawn].sum(axis=1)
+    return sums
+
+
+def _interval(values: NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def verdict(ratio: Ratio | None, machine_ok: bool) -> str:
+    """`faster` only where the whole interval lies above 1."""
+    if ratio is None or ratio.interval is None or not machine_ok:
+        return "inconclusive"
+    low, high = ratio.interval
+    return "faster" if low > 1 else "slower" if high < 1 else "same"
+
+
+def end_to_end_s(trace: Trace, clock: ClockName = "wall") -> float:
+    """Seconds of a whole generation, reading the prompt included."""
+    return seconds(trace.prefill, clock) + seconds(trace.decode, clock)
+
+
+def step_s(traces: Sequence[Trace]) -> float | None:
+    """Mean seconds inside a step, by the clocks inside it."""
+    steps = sum(trace.steps for trace in traces)
+    return sum(t.draft_s + t.forward_s + t.accept_s for t in traces) / steps if steps else None
+
+
+def identity_error(blocks: Sequence[Block], candidate: str) -> tuple[float | None, float | None]:
+    """(overhead, error): overhead = step / plain step, error = |speedup * overhead / tokens per step - 1|.
+
+    The speedup comes from the clocks around whole generations, the overhead from those inside the steps; they can
+    only disagree if something outside the steps was slow, or was left out.
+    """
+    runs = [trace for block in blocks for trace in block.runs[candidate]]
+    plains = [trace for block in blocks for trace in block.plain]
+    ratio, mine, theirs = speedup(blocks, candidate, "wall"), step_s(runs), step_s(plains)
+    if ratio is None or not mine or not theirs:
+        return None, None
+    overhead = mine / theirs
+    tokens = decoded(runs) / sum(trace.steps for trace in runs)
+    return overhead, abs(ratio.value * overhead / tokens - 1)
+
+
+def clocks_disagree(blocks: Sequence[Block], candidate: str) -> bool:
+    """The identity is broken by more than 2 %, and by more than a process switch between two clocks explains."""
+    _, error = identity_error(blocks, candidate)
+    traces = [trace for block in blocks for trace in (*block.plain, *block.runs[candidate])]
+    outside_s = sum(t.decode.wall_s - t.draft_s - t.forward_s - t.accept_s for t in traces)
+    return error is not None and error >= IDENTITY_LIMIT and outside_s > IDENTITY_FLOOR_S
+
+
+def divergences(base: Base, blocks: Sequence[Block], candidate: str, tie_gap: float | None = None) -> list[Divergence]:
+    """First differences between candidate and plain, each judged by how near plain's choice was to a tie."""
+    found = []
+    for block in blocks:
+        want = block.plain[0].tokens
+        for got in (trace.tokens for trace in block.runs[candidate]):
+            if got != want:
+                index = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
+                at = min(len(got), len(want)) if index is None else index
+                before = [*block.question.ids, *want[:at]]
+                gap, limit = _gap(base, before), tie_limit(base, before) if tie_gap is None else tie_gap
+                found.append(Divergence(block.question.prompt.id, at, gap, gap <= limit))
+                break
+    return found
+
+
+@torch.no_grad()
+def _gap(base: Base, ids: Sequence[int]) -> float:
+    _, logits = base.run(torch.tensor([list(ids)], device=base.device), last_only=True, use_cache=False)
+    best = logits[0, -1].float().topk(2).values
+    return float(best[0] - best[1])

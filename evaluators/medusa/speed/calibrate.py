@@ -1,0 +1,153 @@
+"""Which tree, if any: the cost of a forward pass here, and the choice.
+
+speedup = tokens per step / overhead. The numerator comes from held-out answers without running the base again, the
+denominator from timing this base on this machine; "do not speculate" is one of the candidates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from evaluators.medusa.decoding.decode import Clock, timed
+from evaluators.medusa.decoding.runners import Runner
+from evaluators.medusa.drafting.drafters import HeadDrafter
+from evaluators.medusa.drafting.heads import Heads
+from evaluators.medusa.training.data import Features
+from evaluators.medusa.training.simulation import accuracy, simulate_each
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
+
+LEAST_GAIN = 1.02
+WIDTHS = (1, 4, 8, 2, 16, 6, 12, 32, 64)  # in the order they are timed: the telling ones first
+ClockName = Literal["wall", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Milliseconds of one forward pass by tree width, after `context` cached tokens; `draft_ms` is the heads'.
+
+    `plain_wall_s` is the plain step on the wall, whichever clock the points are from.
+    """
+
+    context: int
+    clock: ClockName
+    points: tuple[tuple[int, float], ...]
+    draft_ms: float
+    plain_wall_s: float
+
+    def overhead(self, nodes: int) -> float:
+        """(forward + draft) / plain step, between the measured widths by straight lines."""
+        if nodes <= 1:
+            return 1.0
+        return (self._forward_ms(nodes) + self.draft_ms) / self.points[0][1]
+
+    def _forward_ms(self, nodes: int) -> float:
+        for (left, left_ms), (right, right_ms) in zip(self.points, self.points[1:], strict=False):
+            if nodes <= right:
+                return left_ms + (right_ms - left_ms) * (nodes - left) / (right - left)
+        return self.points[-1][1] * nodes / self.points[-1][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The best speculating tree, or the one that was given, what it is expected to bring, and whether to speculate."""
+
+    tree: Tree
+    expected: float
+    overhead: float
+    gain: float
+    speculate: bool
+    chosen: Literal["cost", "given"] = "cost"
+
+
+@torch.inference_mode()
+def cost_curve(
+    runner: Runner,
+    heads: Heads | None,
+    context: int,
+    *,
+    widths: Sequence[int] = WIDTHS,
+    repeats: int = 3,
+    deadline: float | None = None,
+) -> CostCurve:
+    """Time one forward pass per width after `context` tokens, and one draft; the smallest of `repeats` each.
+
+    The wall clock counts unless this process got less than 85 % of its threads' time, which means the machine is
+    shared: then its CPU clock does. Past `deadline` (time.monotonic) only the widths timed so far are given, at
+    least two.
+    """
+    base = runner.base
+    context = max(1, min(context, base.depth_room(0) - 4))
+    h, _ = runner.prefill([index % base.vocab for index in range(context)])
+    timings: list[tuple[int, Clock]] = []
+    for width in (1, *(width for width in widths if width != 1)):
+        if deadline is not None and len(timings) >= 2 and time.monotonic() > deadline:
+            break
+        tree = ROOT_ONLY if width == 1 else _of_width(width)
+        tokens = torch.zeros(tree.nodes, dtype=torch.long, device=base.device)
+        timings.append((width, _least(partial(_undone, runner, tokens, tree), repeats, base.device)))
+    draft = Clock() if heads is None else _draft(heads, h, repeats)
+    wall, cpu = (sum(getattr(clock, name) for _, clock in timings) for name in ("wall_s", "cpu_s"))
+    shared = base.device.type == "cpu" and cpu < 0.85 * wall * torch.get_num_threads()
+    clock: ClockName = "cpu" if shared else "wall"
+    plain_wall_s = timings[0][1].wall_s
+    points = sorted((width, 1000 * (spent.cpu_s if shared else spent.wall_s)) for width, spent in timings)
+    draft_ms = 1000 * (draft.cpu_s if shared else draft.wall_s)
+    return CostCurve(context, clock, tuple(points), draft_ms, plain_wall_s)
+
+
+@torch.inference_mode()
+def with_draft_of(cost: CostCurve, heads: Heads, repeats: int = 3) -> CostCurve:
+    """The same curve for other heads on the same model: only drafting costs something else."""
+    spent = _draft(heads, torch.zeros(heads.base.hidden, device=heads.base.device, dtype=heads.base.dtype), repeats)
+    return replace(cost, draft_ms=1000 * (spent.cpu_s if cost.clock == "cpu" else spent.wall_s))
+
+
+def _draft(heads: Heads, h: Tensor, repeats: int) -> Clock:
+    drafter, tree = HeadDrafter(heads), chain(heads.spec.heads)
+    return _least(partial(drafter.propose, h, 0, (), tree), repeats, heads.base.device)
+
+
+def _of_width(nodes: int) -> Tree:
+    """A tree of exactly `nodes` nodes; its shape hardly matters for the cost, its width does."""
+    return full((nodes - 1,)) if nodes <= 4 else full((3, nodes)).first(nodes)
+
+
+def _undone(runner: Runner, tokens: Tensor, tree: Tree) -> None:
+    """One forward pass, then the cache as before: keep only the root, and forget that as well."""
+    runner.forward(tokens, tree)
+    runner.keep((0,))
+    runner.rewind(1)
+
+
+def _least(call: Callable[[], object], repeats: int, device: torch.device) -> Clock:
+    """The smallest seconds of several calls, on each clock; one more call warms up."""
+    call()
+    spent = []
+    for _ in range(repeats):
+        clock = Clock()
+        with timed(clock, device):
+            call()
+        spent.append(clock)
+    return Clock(min(clock.wall_s for clock in spent), min(clock.cpu_s for clock in spent))
+
+
+def choose_tree(heads: Heads, features: Features, cost: CostCurve, given: Tree | None = None) -> Choice:
+    """argmax over widths of simulated tokens per step / overhead; below a gain of 1.02 do not speculate.
+
+    The tree of the best speculating width is returned either way, so that it can be measured honestly; with a `given`
+    tree there is nothing to choose.
+    """
+    shares = accuracy(heads, features).shares
+    trees = [greedy_tree(shares, width) for width, _ in cost.points if width > 1] if given is None else [given]
+    candidates = list(zip(trees, simulate_each(heads, features, trees), strict=True))
+    tree, expected = max(candidates, key=lambda pair: pair[1] / cost.overhead(pair[0].nodes))
+    overhead = cost.overhead(tree.nodes)
+    gain = expected / overhead
+    return Choice(tree, expected, overhead, gain, gain >= LEAST_GAIN, "cost" if given is None else "given")

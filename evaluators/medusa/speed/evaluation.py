@@ -1,0 +1,323 @@
+"""The whole speed check of one checkpoint, inside one time budget: distil, train, calibrate, time, write.
+
+out/decode_speed.json            the report
+out/heads/                       the heads made for the model (formats)
+out/merged_tuned/                given merged heads after a short fine-tune, where there are any
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evaluators.medusa import formats
+from evaluators.medusa.decoding import decode
+from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.runners import Runner
+from evaluators.medusa.decoding.static_runner import fastest
+from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.model import packed
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.threads import steadiest_threads
+from evaluators.medusa.speed import bench, calibrate, head_rows, report, rows, timing, transfer
+from evaluators.medusa.speed.measurement import Asked, Progress, Run
+from evaluators.medusa.speed.rows import Scored
+from evaluators.medusa.speed.transfer import Given, HeadSet
+from evaluators.medusa.training import data, simulation, suite, train
+from evaluators.medusa.trees import tree_files
+from evaluators.medusa.trees.tree import Tree
+
+# Shares of the budget left after loading at which a stage must have ended; the timing gets what is left.
+GENERATED_BY = 0.44
+FITTED_BY = 0.55
+CALIBRATED_BY = 0.6
+REFUSED_BY = 0.5
+HEADS = 3
+LONG_BUDGET_S = 180
+DRAFT_VOCABULARY = {"quick": 4096, "long": 8192}
+TUNING_SHARE = 0.3
+ANSWER_TOKENS = 96
+BATCH = 48
+HELD_OUT = 8
+LEAST_POSITIONS = 64
+COMPARED_TEXTS = 4
+TUNING = train.Recipe(1e-3, 128, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """The model's own answers by split."""
+
+    train: list[data.Dialogue]
+    calibration: list[data.Dialogue]
+
+
+def measure(
+    model: Path,
+    out: Path,
+    *,
+    prompts: Path | None = None,
+    budget_s: float = 60,
+    questions: int = 8,
+    max_new_tokens: int = 48,
+    turns: int = 1,
+    repeats: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+    given: Sequence[Given] = (),
+    dtype: str = "auto",
+    tree: Path | None = None,
+    runner: Callable[[Base], Runner] = fastest,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Get heads for the checkpoint in `model`, time decoding with them, write the report and heads under `out`.
+
+    `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are dropped.
+    `given` heads are compared with those trained here; with some of origin "fresh" among them none are trained.
+    `budget_s` bounds everything from loading to writing; fewer questions or tokens are timed if it is short, never less
+    than one question. `dtype` is auto, float32, bfloat16 or float16. `tree` is a file with the tree to time instead of
+    the one that promises most (tree_files). `progress` gets (stage, done, total). Returns the report. Raises
+    EvaluationError for a checkpoint that cannot be loaded or whose logits are not finite, and for fresh heads or a tree
+    that do not fit; a model that cannot take trees gives a report with `refusal`.
+    """
+    shape = None if tree is None else tree_files.read(tree)
+    asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, dtype, shape, runner)
+    run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
+    run.report["mode"] = "full" if turns > 1 else "quick"
+    run.progress("load", 0, 1)
+    test = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), asked.questions)
+    with steadiest_threads(device):
+        _examine(run, _loaded(run, device), test, prompts)
+    return _written(run)
+
+
+def _written(run: Run) -> dict[str, Any]:
+    run.report["environment"]["load_after"] = report.load()
+    run.report["seconds"]["total"] = round(time.monotonic() - run.started, 2)
+    run.out.mkdir(parents=True, exist_ok=True)
+    formats.write_json(run.out / "decode_speed.json", run.report)
+    return run.report
+
+
+def _loaded(run: Run, device: str) -> Base:
+    base, reason = packed.load(run.folder, device, run.asked.dtype)
+    if reason is not None and device == "cpu":
+        run.report["warnings"].append(f"plain and speculative decoding both ran with unpacked weights: {reason}")
+    return base
+
+
+def _examine(run: Run, base: Base, asked: Sequence[suite.Prompt], prompts: Path | None) -> None:
+    able = capability(base)
+    run.report["model"] = report.describe_model(base, run.folder)
+    run.report["environment"] = report.describe_environment(base, able.kernel, run.seed)
+    test = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in asked]
+    _describe_suite(run, base, test, prompts)
+    now = run.stage("load", run.started)
+    run.progress("load", 1, 1)
+    if able.reason is None:
+        _speculate(run, base, test, now)
+    else:
+        _only_plain(run, base, test, able.reason)
+
+
+def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
+    """A model that cannot take trees: its plain speed, transformers' own loop, and why there is nothing else."""
+    limits = decode.Limits(run.asked.max_new_tokens, base.stop_ids)
+    base.window = None  # what was not proven is left to the cache that transformers gives the model
+    runner = _runner(run, base)
+    blocks = bench.run_blocks(base, [], test, limits, runner=runner, deadline=run.until(REFUSED_BY))
+    versus = timing.native(run, base, blocks, limits, runner)
+    machine = rows.machine_of(run.report, base, blocks, run.seed)
+    rows.describe(run.report, blocks, limits.max_new_tokens)
+    run.report["candidates"] = [
+        rows.none_row(blocks, run.seed, machine),
+        rows.native_row(run.report, versus, machine),
+        report.blank_row("prompt_lookup", "prompt_lookup", reason),
+    ]
+    run.report["refusal"] = reason
+
+
+def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float) -> None:
+    given, warnings = transfer.load(run.asked.given, base)
+    given, shape = transfer.filling(given, run.asked.tree), run.asked.tree
+    run.report["warnings"] += warnings
+    texts = _generate(run, base, test, learning=all(each.origin != "fresh" for each in given))
+    now = run.stage("generate", now)
+    data.check(base, texts.train or texts.calibration)
+    features = {"train": data.gather(base, texts.train), "calibration": data.gather(base, texts.calibration)}
+    now = run.stage("features", now)
+    sets = transfer.filling(_sets(run, base, features, given, len(texts.train)), shape)
+    now = run.stage("fit", now)
+    run.progress("calibrate", 0, 1)
+    reference = next(each for each in sets if each.origin == "fresh")
+    assert reference.heads is not None  # given ones that do not fit were refused, others were made here
+    context = sum(len(q.ids) for q in test) // len(test) + run.asked.max_new_tokens // 2
+    runner = _runner(run, base)
+    widths = calibrate.WIDTHS if shape is None else (1, shape.nodes)
+    cost = calibrate.cost_curve(runner, reference.heads, context, widths=widths, deadline=run.until(CALIBRATED_BY))
+    scored = [_scored(each, reference, features["calibration"], cost, shape) for each in sets]
+    now = run.stage("calibrate", now)
+    run.progress("calibrate", 1, 1)
+    limits, blocks = timing.timed(run, base, test, scored, cost, runner)
+    versus = timing.native(run, base, blocks, limits, runner)
+    run.stage("bench", now)
+    said = bench.spoken(base, blocks)
+    measured = rows.Measured(
+        base=base,
+        scored=[_with_cosine(each, base, said) for each in scored],
+        reference=next(each for each in scored if each.set is reference),
+        floor=identity_heads(reference.heads.spec, base),
+        common=transfer.common_tree(reference.heads, features["calibration"]),
+        features={"timed": data.gather(base, said), "held_out": data.gather(base, [*texts.calibration, *said])},
+        cost=cost,
+        blocks=blocks,
+        versus=versus,
+        max_new_tokens=limits.max_new_tokens,
+        seed=run.seed,
+    )
+    head_rows.write(run.report, measured)
+
+
+def _runner(run: Run, base: Base) -> Runner:
+    """The runner of every timed loop; the report says how it runs."""
+    runner = run.asked.runner(base)
+    run.report["environment"] |= {"execution": runner.execution, "attention": base.model.config._attn_implementation}
+    return runner
+
+
+def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning: bool) -> _Texts:
+    """Answers for both splits in the same batches, so that a short budget thins them alike."""
+    asked = [question.prompt for question in test]
+    sources, dropped = suite.without_leaks(suite.builtin("train", run.seed), asked)
+    if dropped:
+        run.report["warnings"].append(f"{len(dropped)} training prompts were too close to a test prompt: {dropped}")
+    held_out = suite.without_leaks(suite.builtin("calibration", run.seed), asked)[0][:HELD_OUT]
+    learnt = [("train", suite.encode(base, prompt.turns[0])) for prompt in sources] if learning else []
+    queues = [iter(learnt)] * 4
+    queues.append(iter([("calibration", suite.encode(base, prompt.turns[0])) for prompt in held_out]))
+    mixed = _taking_turns(queues)
+    dialogues = data.self_distil(
+        base,
+        [ids for _, ids in mixed],
+        max_new_tokens=ANSWER_TOKENS,
+        batch=BATCH,
+        deadline=run.until(GENERATED_BY),
+        progress=run.named("generate"),
+    )
+    texts = _Texts([], [])
+    for (split, _), dialogue in zip(mixed, dialogues, strict=False):
+        getattr(texts, split).append(dialogue)
+    # An answer that repeats itself is easy to guess: a tree chosen on it would promise too much.
+    straight = [dialogue for dialogue in texts.calibration if not data.loops(dialogue.output)]
+    return _Texts(texts.train, straight or texts.calibration)
+
+
+def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
+    """One item of each queue after another until all are empty; a queue given thrice gives three."""
+    ended = object()
+    rounds = iter(lambda: [item for queue in queues if (item := next(queue, ended)) is not ended], [])
+    return [item for turn in rounds for item in turn]  # type: ignore[misc]
+
+
+def _sets(
+    run: Run, base: Base, features: dict[str, data.Features], given: Sequence[HeadSet], prompts: int
+) -> list[HeadSet]:
+    """The given sets, merged ones also after a short fine-tune, and fresh ones unless such are given."""
+    if any(each.origin == "fresh" for each in given):
+        return list(given)
+    spent = run.report["seconds"]
+    known = {"prompts": prompts, "tokens": len(features["train"].tokens), "generate_s": spent["generate"],
+             "features_s": spent["features"]}  # fmt: skip
+    merged = next((each.heads for each in given if each.id == "merged" and each.heads is not None), None)
+    left_s = max(1.0, run.until(FITTED_BY) - time.monotonic())
+    sets = list(given)
+    if merged is not None:
+        tuned, tuning = _tune(run, base, merged, features, TUNING_SHARE * left_s)
+        facts = _made(run, "merged_tuned", tuned, tuning, known, features["calibration"])
+        sets.append(HeadSet("merged_tuned", "merged", tuned, "the merged heads, trained a little further", None, facts))
+    heads, training = _fit(run, base, features, left_s * (1.0 if merged is None else 1.0 - TUNING_SHARE))
+    facts = _made(run, "heads", heads, training, known, features["calibration"])
+    return [*sets, HeadSet("fresh", "fresh", heads, training=facts)]
+
+
+def _made(
+    run: Run, name: str, heads: Heads, training: train.Training, known: dict[str, Any], held_out: data.Features
+) -> dict[str, Any]:
+    """Write heads and how they were made under `out`; returns the latter."""
+    facts = known | {"positions": training.positions, "fit_s": round(training.seconds, 2),
+                     "steps": training.steps, "seed": training.seed,
+                     "accuracy": simulation.accuracy(heads, held_out).shares}  # fmt: skip
+    formats.save(heads, run.out / name, base_model=run.folder.name)
+    formats.write_json(run.out / name / transfer.TRAINING_FILE, facts)
+    return facts
+
+
+def _fit(run: Run, base: Base, features: dict[str, data.Features], budget_s: float) -> tuple[Heads, train.Training]:
+    counted: list[int] = features["train"].tokens.tolist()
+    heads = HEADS if run.asked.tree is None else max(HEADS, run.asked.tree.max_depth)
+    pace = "quick" if run.budget_s < LONG_BUDGET_S else "long"
+    size = DRAFT_VOCABULARY[pace]
+    keep = None if base.vocab <= size else vocabulary_cut(counted, size, base)
+    usable = features["train"]
+    if len(usable.tokens) < LEAST_POSITIONS:
+        run.report["warnings"].append(
+            f"the model wrote only {len(usable.tokens)} tokens to learn from, so its heads are hardly trained"
+        )
+    return train.fit(
+        HeadSpec("shared", heads, 1, conditioned=True, keep=keep),
+        base,
+        usable,
+        budget_s=budget_s,
+        seed=run.seed,
+        recipe=train.QUICK if pace == "quick" else train.LONG,
+        held_out=features["calibration"],
+        progress=run.named("fit"),
+    )
+
+
+def _tune(
+    run: Run, base: Base, merged: Heads, features: dict[str, data.Features], budget_s: float
+) -> tuple[Heads, train.Training]:
+    """One pass of the merged heads over the merged model's own text."""
+    return train.fit(
+        merged.spec,
+        base,
+        features["train"],
+        budget_s=budget_s,
+        seed=run.seed,
+        recipe=TUNING,
+        held_out=features["calibration"],
+        initial=merged,
+        progress=run.named("fit"),
+    )
+
+
+def _scored(
+    each: HeadSet, reference: HeadSet, held_out: data.Features, cost: calibrate.CostCurve, shape: Tree | None
+) -> Scored:
+    if each.heads is None:
+        return Scored(each, None)
+    own = cost if each is reference else calibrate.with_draft_of(cost, each.heads)
+    return Scored(each, calibrate.choose_tree(each.heads, held_out, own, shape))
+
+
+def _with_cosine(each: Scored, base: Base, said: Sequence[data.Dialogue]) -> Scored:
+    if each.set.model is None:
+        return each
+    return replace(each, cosine=transfer.hidden_cosine(each.set.model, base, said[:COMPARED_TEXTS]))
+
+
+def _describe_suite(run: Run, base: Base, test: Sequence[bench.Question], given: Path | None) -> None:
+    text = "\n".join("\x1f".join(question.prompt.turns) for question in test)
+    run.report["suite"] |= {
+        "name": "built-in" if given is None else given.stem,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "chat_template": bool(getattr(base.tokenizer, "chat_template", None)),
+        "turns": run.asked.turns,
+        "repeats": 2 * run.asked.repeats,
+        "order": "ABBA",
+    }

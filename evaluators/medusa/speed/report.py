@@ -1,0 +1,178 @@
+"""The speed report `mergebot.decode_speed/1`: every key is always there, null means not measured.
+
+`sentence` says it to a person in one paragraph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from evaluators.medusa.model.adapters import Base
+
+SCHEMA = "mergebot.decode_speed/1"
+VERDICTS = {
+    "faster": "decoding with them is faster here",
+    "slower": "decoding with them is slower here",
+    "same": "the difference to plain decoding is within the noise",
+    "inconclusive": "the machine was too unsteady, or the questions too few, for a verdict",
+}
+TRAINING = ("prompts", "tokens", "positions", "generate_s", "features_s", "fit_s", "steps", "seed")
+Row = dict[str, Any]
+
+
+def blank(mode: str) -> Row:
+    """A report with all its keys and nothing measured."""
+    return {
+        "schema": SCHEMA,
+        "mode": mode,
+        "chosen": "none",
+        "recommendation": None,
+        "verdict": None,
+        "refusal": None,
+        "transfer": None,
+        "warnings": [],
+        "seconds": {},
+        "model": _nulls("weights_sha256 architecture parameters layers hidden_size vocab_size dtype"),
+        "environment": _nulls(
+            "device cores threads torch transformers attention execution load_before load_after seed"
+        ),
+        "suite": _nulls(
+            "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order looping"
+        ),
+        "cost_curve": {"context_tokens": None, "clock": None, "points": []},
+        "aa": _nulls("ratio ci95 ok"),
+        "plain": _nulls("tokens steps wall_s cpu_s tokens_per_s step_ms prefill_ms end_to_end_tokens_per_s"),
+        "candidates": [],
+    }
+
+
+def blank_row(row_id: str, origin: str, absent_because: str | None = None) -> Row:
+    """A candidate's row with all its keys and nothing measured."""
+    return {
+        "id": row_id,
+        "origin": origin,
+        "source": None,
+        "absent_because": absent_because,
+        "overhead": None,
+        "identity_error": None,
+        "tokens_per_s": None,
+        "heads": _nulls("kind count layers conditioned kept_vocab vocab_coverage parameters bytes"),
+        "hidden_cosine": None,
+        "retention": None,
+        "accuracy": [],
+        "tree": _nulls("nodes depth paths") | {"chosen": "none"},
+        "step_ms": _nulls("draft forward accept"),
+        "tokens_per_step": _nulls("expected simulated measured ci95 common_tree without_loops"),
+        "macro": _nulls("tokens_per_step speedup"),
+        "end_to_end": _nulls("tokens_per_s speedup"),
+        "speedup": _nulls("wall wall_ci95 cpu cpu_ci95 clock_used predicted_here predicted_at_1_2 verdict"),
+        "exact": {"prompts": None, "equal": None, "divergences": []},
+        "categories": [],
+        "training": dict.fromkeys((*TRAINING, "break_even_tokens")),
+    }
+
+
+def _nulls(keys: str) -> Row:
+    return dict.fromkeys(keys.split())
+
+
+def describe_model(base: Base, folder: Path) -> Row:
+    config = base.config
+    return {
+        "weights_sha256": weights_sha256(folder),
+        "architecture": type(base.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+        "layers": getattr(config, "num_hidden_layers", None),
+        "hidden_size": base.hidden,
+        "vocab_size": base.vocab,
+        "dtype": str(base.dtype).removeprefix("torch."),
+    }
+
+
+def describe_environment(base: Base, kernel: str | None, seed: int) -> Row:
+    return {
+        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "attention": kernel,
+        "execution": base.execution,
+        "load_before": load(),
+        "load_after": None,
+        "seed": seed,
+    }
+
+
+def load() -> float | None:
+    """The one-minute load average, this process included; None where the system has none."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):
+        return None
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """SHA-256 of the weights: of the single safetensors file, or of the lines `sha256  name` of several."""
+    digests: list[tuple[str, str]] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as handle:
+            digests.append((path.name, hashlib.file_digest(handle, "sha256").hexdigest()))
+    if len(digests) <= 1:
+        return digests[0][1] if digests else None
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests).encode()).hexdigest()
+
+
+def sentence(report: Mapping[str, Any]) -> str:
+    """One paragraph for a model card. A speedup below 1 is said first, not hidden."""
+    if report["refusal"]:
+        return f"Decode speed with Medusa heads was not measured: {report['refusal']}"
+    row = next((row for row in report["candidates"] if row["origin"] == "fresh"), None)
+    if row is None or row["tokens_per_step"]["measured"] is None:
+        reason = (row or {}).get("absent_because") or "the model stopped at once on every prompt."
+        return f"Decode speed with Medusa heads was not measured: {reason}"
+    speed, machine = row["speedup"], report["environment"]
+    clock = speed["clock_used"]
+    ratio, interval = speed[clock], speed[f"{clock}_ci95"]
+    unit = "x plain speed in CPU time" if clock == "cpu" else "x plain speed"
+    span = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "from one question, no interval"
+    exact = row["exact"]
+    looping, asked = report["suite"]["looping"], report["suite"]["questions"]
+    flattered = f" {looping} of {asked} answers repeat themselves, which flatters this figure." if looping else ""
+    advice = " Do not speculate here." if report["recommendation"] == "do not speculate" else ""
+    return (
+        f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
+        f"on {_where(machine)} decoding with them runs at {ratio:.2f} {unit} ({span}): {VERDICTS[speed['verdict']]}."
+        f"{flattered}{advice} {_exactness(exact, report['model']['dtype'])}"
+        f"{' ' + report['transfer'] if report['transfer'] else ''}"
+    )
+
+
+def _exactness(exact: Mapping[str, Any], dtype: str | None) -> str:
+    said = f"Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} questions"
+    ties = sum(each["tie"] for each in exact["divergences"])
+    if not ties:
+        return f"{said}."
+    return f"{said}; on {ties} it left it where rounding in {dtype} decides between two tokens."
+
+
+def _trained(training: Mapping[str, Any]) -> str:
+    if training["steps"] is None:
+        return "The Medusa heads that were given"
+    if not training["steps"]:
+        return "Untrained Medusa heads (there was no time, or no text, to train them)"
+    seconds = sum(training[key] or 0.0 for key in ("generate_s", "features_s", "fit_s"))
+    return f"Medusa heads trained in {seconds:.0f} s on {training['tokens']} tokens of the model's own text"
+
+
+def _where(machine: Mapping[str, Any]) -> str:
+    if machine["device"] != "cpu":
+        return str(machine["device"])
+    return f"this CPU ({machine['threads']} thread{'s' if machine['threads'] != 1 else ''})"

@@ -1,0 +1,101 @@
+"""The timing stage of a measurement: which candidates, how many tokens, within what is left of the budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from evaluators.medusa.decoding import decode
+from evaluators.medusa.decoding.runners import Runner
+from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
+from evaluators.medusa.drafting.heads import Heads
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.speed import baselines, bench, calibrate
+from evaluators.medusa.speed.measurement import Run
+from evaluators.medusa.speed.rows import Scored
+from evaluators.medusa.training import suite
+from evaluators.medusa.trees.tree import chain
+
+# Shares of the budget at which timing must have ended, with and without other models to compare afterwards.
+TIMED_BY = 0.92
+FINISHED_BY = 0.97
+LEAST_TIMED_TOKENS = 12
+LEAST_QUESTIONS = 4
+LOOKUP_TOKENS = 4
+NATIVE_QUESTIONS = 3
+PREFILL_STEPS = 3  # reading a prompt of ordinary length, in plain steps
+
+
+def timed(
+    run: Run,
+    base: Base,
+    test: Sequence[bench.Question],
+    scored: Sequence[Scored],
+    cost: calibrate.CostCurve,
+    runner: Runner,
+) -> tuple[decode.Limits, list[bench.Block]]:
+    """Time the heads made for this model, the best transferred ones, and prompt lookup if there is time."""
+    worth = _worth(scored)
+    candidates = [bench.Candidate(name, HeadDrafter(heads), choice.tree) for name, heads, choice in worth]
+    ends = run.until(TIMED_BY if any(each.set.model for each in scored) else FINISHED_BY)
+    # Seconds that a token takes with each candidate, in plain steps.
+    prices = [choice.overhead / max(choice.expected, 1.0) for _, _, choice in worth]
+    lookup_price = cost.overhead(LOOKUP_TOKENS + 1)
+    fewest, most = min(LEAST_QUESTIONS, len(test)), run.asked.max_new_tokens
+    if _question_s(run, cost, [*prices, lookup_price], most) * fewest < ends - time.monotonic():
+        prices.append(lookup_price)
+        candidates.append(bench.Candidate("prompt_lookup", PromptLookup(base.device), chain(LOOKUP_TOKENS)))
+    limits = decode.Limits(_affordable(run, cost, prices, (ends - time.monotonic()) / fewest), base.stop_ids)
+
+    def next_turn(question: bench.Question, answer: Sequence[int]) -> bench.Question | None:
+        return _next_turn(base, question, answer) if run.asked.turns > 1 else None
+
+    blocks = bench.run_blocks(
+        base, candidates, test, limits, runner=runner, repeats=run.asked.repeats, next_turn=next_turn, deadline=ends,
+        progress=run.named("bench"),
+    )  # fmt: skip
+    return limits, blocks
+
+
+def _worth(scored: Sequence[Scored]) -> list[tuple[str, Heads, calibrate.Choice]]:
+    """The sets that are timed; the others get a prediction."""
+    able = [(each.set, each.set.heads, each.choice) for each in scored if each.set.heads and each.choice]
+    moved = [each for each in able if each[0].origin != "fresh"]
+    best = max(moved, key=lambda each: each[2].gain, default=None)
+    return [(each[0].id, each[1], each[2]) for each in able if each[0].origin == "fresh" or each is best]
+
+
+def _next_turn(base: Base, question: bench.Question, answer: Sequence[int]) -> bench.Question | None:
+    """The next turn of the prompt after the plain answer to this one; None where there is none or it has no room."""
+    turns = question.prompt.turns
+    answers = (*question.answers, base.tokenizer.decode(list(answer), skip_special_tokens=True))
+    if len(answers) >= len(turns):
+        return None
+    ids = suite.encode(base, turns[len(answers)], list(zip(turns, answers, strict=False)))
+    return bench.Question(question.prompt, tuple(ids), answers)
+
+
+def _question_s(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], tokens: int) -> float:
+    """What one question takes: plain and every candidate twice, each time with its prompt to read."""
+    runs = 2 * run.asked.repeats * run.asked.turns
+    return runs * cost.plain_wall_s * (PREFILL_STEPS * (1 + len(prices)) + tokens * (1 + sum(prices)))
+
+
+def _affordable(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], question_s: float) -> int:
+    """As many tokens as answer a question in `question_s`, from a dozen up to what was asked for."""
+    reading_s = _question_s(run, cost, prices, 0)
+    each_s = _question_s(run, cost, prices, 1) - reading_s
+    most = run.asked.max_new_tokens
+    return max(min(LEAST_TIMED_TOKENS, most), min(most, int((question_s - reading_s) / each_s)))
+
+
+def native(
+    run: Run, base: Base, blocks: Sequence[bench.Block], limits: decode.Limits, runner: Runner
+) -> list[baselines.Versus]:
+    """transformers' own loop on the first questions, as far as it still fits into the budget."""
+    likely_s = 2.5 * max(bench.end_to_end_s(trace) for trace in blocks[0].plain)
+    questions = [block.question for block in blocks[:NATIVE_QUESTIONS]]
+    ends = run.started + run.budget_s
+    if time.monotonic() + likely_s > ends:
+        return []
+    return baselines.against_native(base, questions, limits, runner=runner, deadline=ends)

@@ -1,0 +1,203 @@
+"""The transfer test: which heads still fit a merged model? Its parents', as they are or merged, against fresh ones.
+
+One pass of the merged model over held-out text serves every set of heads: accuracy and tokens per step of a greedy
+decoder are arithmetic on its hidden states (simulation.simulate). Design: section 8 of the decode-speed evaluator.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional as F
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa import formats
+from evaluators.medusa.drafting.heads import Heads
+from evaluators.medusa.model import adapters
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training import data, simulation
+from evaluators.medusa.trees import tree_files
+from evaluators.medusa.trees.tree import Tree, greedy_tree
+
+COMMON_NODES = 8
+LEAST_TO_RETAIN = 0.02
+UNEQUAL_TRAINING = 0.1
+TRAINING_FILE = "training.json"
+Origin = Literal["parent", "merged", "fresh"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Heads somebody has. Without a `folder` they are a row that says why (`absent_because`).
+
+    `model` is the folder of the model they were trained on; its hidden states are compared with the measured model's.
+    """
+
+    id: str
+    origin: Origin
+    folder: Path | None
+    absent_because: str | None = None
+    model: Path | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSet:
+    """One candidate. `training` holds what is known of how the heads were made, empty if nothing is."""
+
+    id: str
+    origin: Origin
+    heads: Heads | None
+    source: str | None = None
+    absent_because: str | None = None
+    training: dict[str, Any] | None = None
+    model: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a set of heads is worth on text of the measured model, without decoding.
+
+    `common` and `own` are tokens per step on the test text, with a tree that is equal for all sets and with the set's
+    best of the same size; `trees` were chosen on the calibration text.
+    """
+
+    accuracy: simulation.Accuracy
+    common: float | None
+    own: float | None
+    tree: Tree
+
+    @property
+    def top1(self) -> tuple[float, ...]:
+        return tuple(shares[0] for shares in self.accuracy.shares)
+
+
+def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
+    """The sets that are given, in order, and warnings.
+
+    Parents' and merged heads that do not fit this model are kept with the reason. Raises EvaluationError for others.
+    """
+    sets: list[HeadSet] = []
+    warnings: list[str] = []
+    for each in given:
+        heads, reason = None, each.absent_because
+        if each.folder is not None:
+            try:
+                heads, found = formats.load(each.folder, base)
+                warnings += [f"{each.id}: {text}" for text in found]
+            except EvaluationError as error:
+                if each.origin == "fresh":
+                    raise
+                reason = error.message
+        training = None if each.folder is None else _training(each.folder / TRAINING_FILE)
+        sets.append(HeadSet(each.id, each.origin, heads, each.source, reason, training, each.model))
+    return sets, warnings
+
+
+def filling(sets: Sequence[HeadSet], tree: Tree | None) -> list[HeadSet]:
+    """The sets whose heads fill a given tree. Parents' and merged ones that do not are kept with the reason.
+
+    Raises EvaluationError for others.
+    """
+    found = []
+    for each in sets:
+        reason = None if each.heads is None or tree is None else _too_small(each.heads, tree)
+        if reason is not None and each.origin == "fresh":
+            raise tree_files.unfit(reason)
+        found.append(each if reason is None else replace(each, heads=None, absent_because=reason))
+    return found
+
+
+def _too_small(heads: Heads, tree: Tree) -> str | None:
+    spec = heads.spec
+    tokens = heads.base.vocab if spec.keep is None else len(spec.keep)
+    if tree.max_depth > spec.heads:
+        return f"The given tree is {tree.max_depth} levels deep, but there are only {spec.heads} heads to fill it."
+    if tree.topk > tokens:
+        return f"The given tree asks for the {tree.topk} best guesses of heads that choose among {tokens} tokens."
+    return None
+
+
+def figures(
+    heads: Heads, calibration: data.Features, test: data.Features, common: Tree, nodes: int = COMMON_NODES
+) -> Figures:
+    """Accuracy on the calibration text, tokens per step on the test text."""
+    accuracy = simulation.accuracy(heads, calibration)
+    tree = greedy_tree(accuracy.shares, nodes)
+    if not test.lengths:
+        return Figures(accuracy, None, None, tree)
+    shared = common.shallow(heads.spec.heads)
+    first, second = simulation.simulate_each(heads, test, [shared, tree])
+    return Figures(accuracy, first, second, tree)
+
+
+def common_tree(heads: Heads, calibration: data.Features, nodes: int = COMMON_NODES) -> Tree:
+    """The tree all sets are compared at: the best of that size for `heads`, the reference."""
+    return greedy_tree(simulation.accuracy(heads, calibration).shares, nodes)
+
+
+def retention(top1: Sequence[float], untrained: Sequence[float], reference: Sequence[float]) -> list[float | None]:
+    """Per head, the share of what training on this model gains that a set has: (acc - floor) / (fresh - floor).
+
+    None where training gained less than 0.02, which would divide by noise. Sets of unequal size are compared as far as
+    both go.
+    """
+    kept: list[float | None] = []
+    for mine, floor, best in zip(top1, untrained, reference, strict=False):
+        gained = best - floor
+        kept.append(None if gained < LEAST_TO_RETAIN else (mine - floor) / gained)
+    return kept
+
+
+@torch.no_grad()
+def hidden_cosine(model: Path, base: Base, texts: Sequence[data.Dialogue]) -> float | None:
+    """Mean cosine between the hidden rows of another model and of `base` on the same tokens, over all output tokens.
+
+    None where the two cannot be compared: other width, other vocabulary, or a model that cannot be loaded.
+    """
+    try:
+        other = adapters.load(model, str(base.device), base.dtype)
+    except EvaluationError:
+        return None
+    if (other.hidden, other.vocab) != (base.hidden, base.vocab):
+        return None
+    total, rows = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[*text.prompt, *text.output[:-1]]], device=base.device)
+        hidden, _ = other.run(ids, project=False, use_cache=False)
+        theirs = hidden[0, len(text.prompt) - 1 :].float()
+        total += float(F.cosine_similarity(theirs, text.hidden.to(theirs), dim=-1).sum())
+        rows += len(theirs)
+    return total / rows if rows else None
+
+
+def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
+    """Sentences on sets that learnt from clearly more or less text than the reference, or of which nobody knows."""
+    wanted = (reference.training or {}).get("positions")
+    said = []
+    for each in sets:
+        if each.heads is None or each.origin != "parent" or not wanted:
+            continue
+        positions = (each.training or {}).get("positions")
+        if positions is None:
+            said.append(
+                f"nothing says how long the heads of {each.id} were trained, so they may have had another budget"
+            )
+        elif abs(positions / wanted - 1) > UNEQUAL_TRAINING:
+            said.append(
+                f"the heads of {each.id} learnt from {positions} positions, those of {reference.id} from {wanted}"
+            )
+    return said
+
+
+def _training(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

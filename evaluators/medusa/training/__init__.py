@@ -1,0 +1,1 @@
+"""Heads from prompts: answers, features, losses, files."""

@@ -1,0 +1,312 @@
+"""Heads for the checkpoint in a folder, from prompts to files, inside a time budget; a killed run goes on.
+
+OUT/medusa_lm_head.safetensors, config.json   the heads (formats)
+OUT/training.json                             what it took and what came of it
+OUT/adapter/                                  joint training only: the change to the base, as a PEFT adapter
+OUT/unfinished/                               where a run is; gone once the heads are there
+CACHE/                                        answers and hidden rows by content (store), shared by all runs
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa import formats
+from evaluators.medusa.drafting import drafters
+from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.model import adapters, packed
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training import data, joint, simulation, suite, train
+from evaluators.medusa.training.store import Checkpoint, Store, content_of, key_of
+
+GENERATED_BY = {False: 0.72, True: 0.4}  # share of the budget, by whether the base is trained, too
+HEADS_BY = {False: 0.97, True: 0.6}
+HELD_OUT = 32
+LEAST_SHARE = 8  # of given prompts one in so many is held out
+SCORES = 16
+PATIENCE = 5
+RECIPE = train.Recipe(2e-3, 256, 6)
+SCHEMA = "mergebot.head_training/1"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which heads, and how much work for them. `vocab` None is the whole vocabulary.
+
+    With `steps` and `answers` (training prompts answered) the work is fixed and the seed decides every byte; without,
+    `budget_s` seconds are used up. `prompts` replaces the built-in training prompts, `test` names questions nothing
+    may be trained on.
+    """
+
+    budget_s: float = 600.0
+    kind: Literal["shared", "own"] = "shared"
+    heads: int = 3
+    layers: int = 1
+    conditioned: bool = True
+    vocab: int | None = 8192
+    prompts: Path | None = None
+    test: Path | None = None
+    seed: int = 0
+    joint: bool = False
+    steps: int | None = None
+    answers: int | None = None
+    answer_tokens: int = 96
+    batch: int = 96
+    checkpoint_s: float = 30.0
+    dtype: str = "auto"
+    fit_s: float | None = None  # this long for the heads' training, whatever is left of the budget
+    recipe: train.Recipe = RECIPE
+
+
+@dataclass(slots=True)
+class Work:
+    """One run on its way. `spent_s` is what earlier runs of the same work took before they were killed."""
+
+    folder: Path
+    out: Path
+    wanted: Wanted
+    store: Store
+    identity: str
+    progress: Progress
+    began: float = field(default_factory=time.monotonic)
+    spent_s: float = 0.0
+    batches: list[str] = field(default_factory=list)
+    answered: bool = False
+    resumed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def unfinished(self) -> Path:
+        return self.out / "unfinished"
+
+    def used_s(self) -> float:
+        return self.spent_s + time.monotonic() - self.began
+
+    def left_s(self, share: float) -> float:
+        return share * self.wanted.budget_s - self.used_s()
+
+    def note(self) -> None:
+        """Write down how far this has come, whole."""
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        facts = {"identity": self.identity, "spent_s": self.used_s(), "batches": self.batches,
+                 "answered": self.answered, "resumed": self.resumed, "seconds": self.seconds}  # fmt: skip
+        formats.write_json(self.unfinished / "state.json", facts)
+
+    def take_up(self) -> None:
+        """Go on from what a killed run of the same work noted."""
+        try:
+            facts = json.loads((self.unfinished / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if facts["identity"] != self.identity:
+            return
+        self.spent_s, self.batches, self.answered = facts["spent_s"], facts["batches"], facts["answered"]
+        self.resumed, self.seconds = facts["resumed"] + 1, facts["seconds"]
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        file = self.unfinished / f"{name}.safetensors"
+        return Checkpoint(file, self.identity, self.wanted.checkpoint_s, lambda _: self.note())
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Token ids by split, and the ids of training prompts that were too close to a test or calibration prompt."""
+
+    train: list[list[int]]
+    held_out: list[list[int]]
+    dropped: list[str]
+
+
+def train_heads(
+    model: Path, out: Path, cache: Path, wanted: Wanted, *, device: str = "cpu", progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train heads for the checkpoint in `model` and write them under `out`. Returns what training.json holds.
+
+    A run that was killed goes on where it was when the same is asked again. `progress` gets (stage, done, total).
+    Raises EvaluationError for a checkpoint that cannot be loaded or does not take left padding.
+    """
+    began = time.monotonic()
+    content = content_of(model)
+    asked = {name: value for name, value in asdict(wanted).items() if name not in ("checkpoint_s", "prompts", "test")}
+    prompts = _prompts(wanted)
+    texts = [[prompt.turns[0] for prompt in split] for split in prompts[:2]]
+    identity = key_of([content, asked, texts, device, torch.__version__, transformers.__version__])
+    work = Work(model, out, wanted, Store(cache), identity, progress or (lambda *_: None), began)
+    work.take_up()
+    work.progress("load", 0, 1)
+    # A change to the base is trained through its layers, and in full precision.
+    base = adapters.load(model, device) if wanted.joint else packed.load(model, device, wanted.dtype)[0]
+    learn, apart = ([suite.encode(base, text) for text in split] for split in texts)
+    encoded = Prompts(learn, apart, prompts[2])
+    work.progress("load", 1, 1)
+    _noted(work, "load", began)
+    held_out, learnt = _answers(work, base, encoded, content)
+    data.check(base, learnt or held_out)
+    features = {"train": _features(base, learnt), "held_out": _features(base, held_out)}
+    heads, facts = _fitted(work, base, features)
+    facts |= {"prompts": len(learnt), "dropped_prompts": encoded.dropped,
+              "looping_answers": sum(data.loops(each.output) for each in learnt)}  # fmt: skip
+    if wanted.joint:
+        facts["joint"] = _jointly(work, base, heads, learnt, encoded.held_out)
+    facts["seconds"] = {name: round(value, 2) for name, value in work.seconds.items()}
+    facts["seconds"]["total"] = round(work.used_s(), 2)
+    facts |= {"resumed": work.resumed, "chat_template": bool(getattr(base.tokenizer, "chat_template", None))}
+    formats.write_json(out / "training.json", facts)
+    # The weights come last: heads that are there are whole, with all that was said of them.
+    formats.save(heads, out, base_model=model.name)
+    shutil.rmtree(work.unfinished, ignore_errors=True)
+    return facts
+
+
+def _prompts(wanted: Wanted) -> tuple[list[suite.Prompt], list[suite.Prompt], list[str]]:
+    """(training, calibration, dropped): no two of training, calibration and test prompts alike."""
+    test = suite.builtin("test", wanted.seed) if wanted.test is None else suite.read(wanted.test)
+    if wanted.prompts is None:
+        learnt, held_out = suite.builtin("train", wanted.seed), suite.builtin("calibration", wanted.seed)[:HELD_OUT]
+    else:
+        given = suite.read(wanted.prompts)
+        apart = min(HELD_OUT, max(1, len(given) // LEAST_SHARE))
+        held_out, learnt = given[:apart], given[apart:] or given
+    held_out, leaked = suite.without_leaks(held_out, test)
+    learnt, dropped = suite.without_leaks(learnt, [*test, *held_out])
+    if not learnt:
+        raise EvaluationError(
+            "SPEED_CHECK_FAILED", "No training prompt is left that is not also a test or calibration prompt.",
+            "Give more prompts, one a line.",
+        )  # fmt: skip
+    return learnt[: wanted.answers], held_out, [*leaked, *dropped]
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def _noted(work: Work, stage: str, began: float) -> None:
+    work.seconds[stage] = work.seconds.get(stage, 0.0) + time.monotonic() - began
+    work.note()
+
+
+def _answers(work: Work, base: Base, prompts: Prompts, content: str) -> tuple[list[data.Dialogue], list[data.Dialogue]]:
+    """(held-out, training) answers, batch by batch; each batch is computed once and kept."""
+    wanted = work.wanted
+    groups = [prompts.held_out] if prompts.held_out else []
+    groups += [prompts.train[at : at + wanted.batch] for at in range(0, len(prompts.train), wanted.batch)]
+    fixed = wanted.answers is not None
+    deadline = None if fixed else work.began - work.spent_s + GENERATED_BY[wanted.joint] * wanted.budget_s
+    found: list[list[data.Dialogue]] = []
+    took_s = 0.0
+    for number, group in enumerate(groups):
+        began = time.monotonic()
+        begun = number < len(work.batches)
+        # Half answers are all beginnings, so none is begun that would be cut.
+        late = deadline is not None and bool(found[1:]) and began + took_s > deadline
+        if not begun and (work.answered or late):
+            break
+        key = work.batches[number] if begun else key_of([content, group, wanted.answer_tokens, *_settings(base)])
+        dialogues, key = _batch(work, base, group, key, deadline)
+        found.append(dialogues)
+        if not begun:
+            work.batches.append(key)
+        took_s = time.monotonic() - began
+        _noted(work, "generate", began)
+        work.progress("generate", sum(map(len, found)), len(prompts.train) + len(prompts.held_out))
+    work.answered = True
+    work.note()
+    held_out = found.pop(0) if prompts.held_out else []
+    return held_out, [dialogue for group in found for dialogue in group]
+
+
+def _features(base: Base, answers: Sequence[data.Dialogue]) -> data.Features:
+    """Without answers that repeat themselves: they teach little, and a tree chosen on them would promise too much."""
+    return data.on_disk(base, [each for each in answers if not data.loops(each.output)] or answers)
+
+
+def _settings(base: Base) -> list[str | int]:
+    """What else the last bit of an answer's rows depends on."""
+    versions = [torch.__version__, transformers.__version__]
+    return [str(base.dtype), base.execution, base.device.type, torch.get_num_threads(), *versions]
+
+
+def _batch(
+    work: Work, base: Base, group: Sequence[Sequence[int]], key: str, deadline: float | None
+) -> tuple[list[data.Dialogue], str]:
+    """The answers to one batch and their key; those that the deadline cut short are kept under a key of their own."""
+    known = work.store.get(key)
+    if known is not None:
+        return data.unpack(known), key
+    limit = work.wanted.answer_tokens
+    dialogues, _ = data.answer(base, group, limit, deadline)
+    if any(len(each.output) < limit and each.output[-1] not in base.stop_ids for each in dialogues):
+        key = key_of([key, [each.output for each in dialogues]])
+    work.store.put(key, data.pack(dialogues))
+    return data.unpack(work.store.get(key) or data.pack(dialogues)), key
+
+
+def _fitted(work: Work, base: Base, features: Mapping[str, data.Features]) -> tuple[Heads, dict[str, Any]]:
+    """Heads on the frozen base, and the facts of their training."""
+    wanted, began = work.wanted, time.monotonic()
+    counted: list[int] = features["train"].tokens.tolist()
+    whole = wanted.vocab is None or wanted.vocab >= base.vocab
+    keep = None if whole else vocabulary_cut(counted, wanted.vocab or base.vocab, base)
+    spec = HeadSpec(wanted.kind, wanted.heads, wanted.layers, wanted.conditioned, keep)
+    before_s = work.used_s()
+    limits = train.Limits(
+        max(1.0, wanted.fit_s or work.left_s(HEADS_BY[wanted.joint])), wanted.seed, wanted.steps, SCORES,
+        None if wanted.steps else PATIENCE, work.checkpoint("heads"),
+    )  # fmt: skip
+    heads, training = train.fit(
+        spec, base, features["train"], budget_s=limits.budget_s, recipe=wanted.recipe, held_out=features["held_out"],
+        progress=lambda done, total: work.progress("fit", done, total), limits=limits,
+    )  # fmt: skip
+    _noted(work, "fit", began)
+    kept = set(keep or ())
+    said = features["held_out"].tokens.tolist()
+    start_s = max(0.0, before_s if not training.resumed else work.used_s() - training.seconds)
+    return heads, {
+        "schema": SCHEMA, "seed": wanted.seed, "tokens": len(counted), "positions": training.positions,
+        "steps": training.steps, "planned_steps": training.planned_steps, "epochs": round(training.epochs, 2),
+        "recipe": asdict(wanted.recipe),
+        "generate_s": round(work.seconds["generate"], 2), "features_s": 0.0, "fit_s": round(training.seconds, 2),
+        "heads": {"kind": wanted.kind, "count": wanted.heads, "layers": wanted.layers,
+                  "conditioned": wanted.conditioned, "kept_vocab": None if keep is None else len(keep),
+                  "parameters": heads.trained_parameters(), "bytes": heads.size_bytes()},
+        "coverage": 1.0 if keep is None else round(sum(token in kept for token in said) / max(1, len(said)), 4),
+        "held_out": {"answers": len(features["held_out"].lengths), "tokens": len(said), "nodes": train.COMMON_NODES,
+                     "untrained": train.held_out_rate(identity_heads(spec, base), features["held_out"]),
+                     "best": max(training.held_out, default=None)},
+        "accuracy": simulation.accuracy(drafters.drafting(heads), features["held_out"]).shares,
+        "curve": [
+            {"step": step, "minutes": round((start_s + seconds) / 60, 3), "fit_minutes": round(seconds / 60, 3),
+             "tokens_per_step": round(rate, 4)}
+            for step, seconds, rate in training.curve
+        ],
+    }  # fmt: skip
+
+
+def _jointly(
+    work: Work, base: Base, heads: Heads, learnt: Sequence[data.Dialogue], held_out: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Train base and heads together and write the change to the base; the heads then fit only the changed base."""
+    began, wanted = time.monotonic(), work.wanted
+    limits = train.Limits(max(1.0, work.left_s(0.95)), wanted.seed, wanted.steps, checkpoint=work.checkpoint("joint"))
+    made = joint.fit(
+        base, heads, learnt, limits, progress=lambda done, total: work.progress("joint", done, total)
+    )  # fmt: skip
+    made.adapter.save(work.out / "adapter", base_model=work.folder.name)
+    _noted(work, "joint", began)
+    answers = data.self_distil(base, held_out, max_new_tokens=wanted.answer_tokens) if held_out else []
+    return {
+        "changes_the_model": True, "rank": joint.RANK, "steps": made.training.steps,
+        "kl": made.divergence, "same_choice": made.agreement,
+        "tokens_per_step": train.held_out_rate(heads, data.gather(base, answers)),
+    }  # fmt: skip

@@ -1,0 +1,157 @@
+"""Prompts for the speed check: built-in ones, files in MT-bench's layout, and the guard against test leaks.
+
+Three disjoint sets: `train` feeds self-distillation, `calibration` picks the tree and stops the training, `test` is
+timed. The built-in sets share neither form nor topic (prompts). A file of prompts replaces the built-in test set only.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.training.prompts import FORMS, PASSAGES, PEOPLE, PLACES, ROLES, TOPICS, Split
+
+FILE_LIMIT_BYTES = 16 << 20
+NEAR_DUPLICATE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question; `turns` are what the user says. Only the first turn is used in quick mode."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+def builtin(split: Split, seed: int = 0) -> list[Prompt]:
+    """All forms of the split on its topics, filled in and shuffled by `seed`, categories taking turns, none twice."""
+    drawn = random.Random(f"{split}-{seed}")
+    queues: list[list[Prompt]] = []
+    for category, forms in FORMS[split].items():
+        queue: dict[str, Prompt] = {}
+        for number, form in enumerate(forms):
+            for topic in TOPICS[split]:
+                text = form.format(**_fields(split, topic, drawn))
+                queue.setdefault(text, Prompt(f"{category}:{number}:{topic}", category, (text,)))
+        shuffled = list(queue.values())
+        drawn.shuffle(shuffled)
+        queues.append(shuffled)
+    rounds = max(len(queue) for queue in queues)
+    return [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)]
+
+
+def _fields(split: Split, topic: str, drawn: random.Random) -> dict[str, str | int]:
+    """What a form about `topic` may name."""
+    k, m, n = sorted(drawn.sample(range(2, 60), 3))
+    other = drawn.choice([each for each in TOPICS[split] if each != topic])
+    named = {"who": PEOPLE, "role": ROLES, "place": PLACES, "passage": PASSAGES}
+    chosen = {name: drawn.choice(choices[split]) for name, choices in named.items()}
+    return {"topic": topic, "other": other, "n": n, "m": m, "k": k, **chosen}
+
+
+def read(path: Path) -> list[Prompt]:
+    """Read JSON lines `{"question_id", "category", "turns": [str, ..]}`. Raises EvaluationError naming the line."""
+    if not path.is_file():
+        raise _unreadable(f"There is no prompt file {path.name}.")
+    if path.stat().st_size > FILE_LIMIT_BYTES:
+        raise _unreadable(f"The prompt file {path.name} is larger than {FILE_LIMIT_BYTES >> 20} MiB.")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if line.strip():
+            found.append(_parse(line, f"{path.name} line {number}", number))
+    if not found:
+        raise _unreadable(f"The prompt file {path.name} holds no prompt.")
+    return found
+
+
+def _parse(line: str, where: str, number: int) -> Prompt:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise _unreadable(f"{where} is not JSON: {error}.") from error
+    turns = row.get("turns") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise _unreadable(f"{where} has no `turns` list of texts.")
+    return Prompt(str(row.get("question_id", number)), str(row.get("category", "none")), tuple(turns))
+
+
+def _unreadable(message: str) -> EvaluationError:
+    return EvaluationError(
+        "SPEED_CHECK_FAILED", message, 'Give JSON lines like {"question_id": 1, "category": "math", "turns": ["..."]}.'
+    )
+
+
+def in_turns(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """`count` prompts with the categories taking turns, in file order inside each."""
+    queues: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        queues.setdefault(prompt.category, []).append(prompt)
+    longest = max((len(queue) for queue in queues.values()), default=0)
+    return [queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)][:count]
+
+
+def without_leaks(train: Sequence[Prompt], test: Sequence[Prompt]) -> tuple[list[Prompt], list[str]]:
+    """Training prompts none of whose turns is, or nearly is, a turn of the test set; and the ids of the dropped ones.
+
+    Equal after folding case and spaces, or Jaccard similarity of word 8-grams above 0.8.
+    """
+    forbidden = [_fold(turn) for prompt in test for turn in prompt.turns]
+    exact, grams = set(forbidden), [_grams(turn) for turn in forbidden]
+    kept: list[Prompt] = []
+    dropped: list[str] = []
+    for prompt in train:
+        folded = [_fold(turn) for turn in prompt.turns]
+        leaks = any(turn in exact or any(map(partial(_alike, _grams(turn)), grams)) for turn in folded)
+        if leaks:
+            dropped.append(prompt.id)
+        else:
+            kept.append(prompt)
+    return kept, dropped
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _grams(folded: str) -> frozenset[tuple[str, ...]]:
+    words = folded.split()
+    return frozenset(tuple(words[at : at + 8]) for at in range(len(words) - 7))
+
+
+def _alike(left: frozenset[tuple[str, ...]], right: frozenset[tuple[str, ...]]) -> bool:
+    return bool(left and right) and len(left & right) / len(left | right) > NEAR_DUPLICATE
+
+
+def encode(base: Base, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    """The token ids the model sees for one user turn: its chat template if it has one that works, else plain text.
+
+    `history` holds the turns before it, each with its answer.
+    """
+    tokenizer = base.tokenizer
+    rendered = None
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            said = [(role, part) for turn in history for role, part in zip(("user", "assistant"), turn, strict=True)]
+            messages = [{"role": role, "content": part} for role, part in (*said, ("user", text))]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception:  # a stranger's template may raise anything; plain text is the documented fallback
+            rendered = None
+    text = "\n".join([part for turn in history for part in turn] + [text])
+    ids: list[int] = tokenizer(rendered or text, add_special_tokens=rendered is None)["input_ids"]
+    ids = ids or ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [0])
+    if max(ids) >= base.vocab:
+        raise EvaluationError(
+            "SPEED_CHECK_FAILED",
+            f"The tokenizer produces token {max(ids)}, but the model has only {base.vocab} tokens.",
+            "Check the tokenizer policy of the merge.",
+        )
+    # A prompt may fill half the context, so that there is something left to generate into.
+    return ids if base.max_positions is None else ids[-max(1, base.max_positions // 2) :]

@@ -1,0 +1,1 @@
+"""Draft trees: which guesses are tried together, as values and on the device."""

@@ -1,0 +1,56 @@
+"""A tree as tensors, and the walk along it without the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evaluators.medusa.trees.tree import Tree
+
+
+class DeviceTree:
+    """The facts of a tree on a device; n nodes, d = max_depth.
+
+    parent [n] (the root's is itself), depth [n], visible [n, n]: column j is i or an ancestor of i, elder [n, n]:
+    column j is an older sibling of i, level [d + 1, n]: 1 where node j lies at depth i, steps [d + 1] and index [n]
+    count from 0.
+    """
+
+    def __init__(self, tree: Tree, device: torch.device) -> None:
+        n = tree.nodes
+        self.nodes = n
+        self.parent = torch.tensor([0, *tree.parent[1:]], device=device)
+        self.depth = torch.tensor(tree.depth, device=device)
+        self.visible = torch.tensor(tree.visible(), device=device)
+        self.index = torch.arange(n, device=device)
+        self.steps = torch.arange(tree.max_depth + 1, device=device)
+        older = self.index[None] < self.index[:, None]
+        self.elder = (self.parent[None] == self.parent[:, None]) & older & (self.index > 0)
+        self.level = (self.depth[None] == self.steps[:, None]).long()
+
+    def mask_strip(self, span: int, dtype: torch.dtype, tiles: int = 1, window: int | None = None) -> Tensor:
+        """[n, span + n + span]: additive mask of everything before the tree, the tree itself, and what lies after it.
+
+        The mask after L cached tokens is the window of `span` columns from `span - L` on. With `tiles` all rows come
+        that often, one set below the other. With `window` a node sees no token that many positions back.
+        """
+        before = torch.arange(-span, 0, device=self.depth.device)  # positions, counted from the root
+        seen = torch.cat([before.new_ones((self.nodes, span), dtype=torch.bool), self.visible], dim=1)
+        if window is not None:
+            seen &= self.depth[:, None] - torch.cat([before, self.depth]) < window
+        # finfo.min, not -inf: a row of -inf would give NaN in some kernels.
+        strip = torch.full((self.nodes, 2 * span + self.nodes), torch.finfo(dtype).min, device=seen.device)
+        strip[:, : span + self.nodes].masked_fill_(seen, 0.0)
+        return strip.to(dtype).repeat(tiles, 1)
+
+    def greedy_path(self, tokens: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Node tokens [n] and the base's choices after them [n] -> (path [d + 1], accepted [1]).
+
+        The path of `acceptance.Greedy`: path[0..accepted]; what follows counts on and belongs to no path.
+        """
+        hit = (tokens == best[self.parent]) | (self.index == 0)
+        hit = hit & ~(self.elder & hit).any(-1)  # of siblings with one token the first, as the walk takes it
+        line = (hit | ~self.visible).all(-1)  # right from the root down: one node a level at most
+        accepted = line.sum(0, keepdim=True) - 1
+        path = (self.level * (line * self.index)).sum(-1)
+        return torch.where(self.steps <= accepted, path, self.steps), accepted
