@@ -79,6 +79,7 @@ def drafting(heads: Heads) -> Heads:
     """The heads as a decoding loop runs them: in the base's precision, by packed products where the base's are."""
     made = Heads(heads.spec, heads.base)
     made.load_state_dict(heads.state_dict())
+    made.embed_scale = heads.embed_scale
     made = made.to(heads.base.dtype).eval().requires_grad_(False)
     if heads.base.execution == "packed":
         first = made.first.reshape(-1, made.first.shape[-1])

@@ -67,6 +67,7 @@ class Heads(nn.Module):
             )
         self.spec = spec
         self.base = base
+        self.embed_scale = 1.0
         count, width, blocks = spec.heads, base.hidden, spec.layers
         self.first = nn.Parameter(torch.zeros(count, width, width * (2 if spec.conditioned else 1)))
         self.first_bias = nn.Parameter(torch.zeros(count, width))
@@ -99,13 +100,22 @@ class Heads(nn.Module):
         """h [N, H] and the base's next tokens [N] -> the hidden rows of the heads [K, N, H]."""
         count, width = self.spec.heads, self.base.hidden
         h = h.to(self.first.dtype)
-        entering = torch.cat([h, self.base.embed(following).to(h.dtype)], dim=-1) if self.spec.conditioned else h
+        entering = h
+        if self.spec.conditioned:
+            entering = torch.cat([h, self.embed_scale * self.base.embed(following).to(h.dtype)], dim=-1)
         row = h[:, None] + F.silu(self.enter(entering).view(-1, count, width))
         row = row.transpose(0, 1)
         for block in range(self.spec.layers - 1):
             z = torch.baddbmm(self.more_bias[:, block, None], row, self.more[:, block].transpose(1, 2))
             row = row + F.silu(z)
         return row
+
+    @torch.no_grad()
+    def take_embeddings_at(self, scale: float) -> None:
+        """Multiply the embeddings that enter by `scale` and divide their weights by it: for a power of two every output
+        stays as it is. Optimisers that step alike in all weights learn most from inputs of one size."""
+        self.first[..., self.base.hidden :] *= self.embed_scale / scale
+        self.embed_scale = scale
 
     def enter(self, x: Tensor) -> Tensor:
         """[N, H or 2H] -> [N, K*H]: the first blocks of all heads in one matrix product."""

@@ -28,6 +28,7 @@ BETAS = (0.9, 0.99)
 WARM_UP = 0.05
 FLOOR = 0.02
 PROBE_STEPS = 3
+SAMPLED_ROWS = 4096
 COMMON_NODES = 8
 SCORING = 0.15  # of the budget at most
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -122,11 +123,26 @@ def fit(
     heads = Heads(spec, base)
     if initial is not None:
         heads.load_state_dict(initial.state_dict())
+    heads.take_embeddings_at(embedding_scale(base, features))
     task = HeadTask(heads, features, held_out)
     limits = limits or Limits(budget_s, seed)
     prepared_s = time.monotonic() - began
     training = optimise(task, recipe, task.usable, replace(limits, budget_s=limits.budget_s - prepared_s), progress)
+    heads.take_embeddings_at(1.0)
     return heads.eval().requires_grad_(False), training
+
+
+@torch.no_grad()
+def embedding_scale(base: Base, features: Features) -> float:
+    """The power of two that brings embeddings closest to the size of hidden rows, by root mean squares.
+
+    Input embeddings are often far smaller than the rows after the final norm, and AdamW then learns as much less from
+    them (measured on a 135 M Llama, a sixteenth as large: 0.04 tokens per step with 16 nodes).
+    """
+    sample = slice(0, SAMPLED_ROWS)
+    sizes = [x.float().pow(2).mean() for x in (features.hidden[sample], base.embed(features.tokens[sample]))]
+    ratio = float(sizes[0] / sizes[1]) if len(features.tokens) else 1.0
+    return 2.0 ** round(math.log2(ratio) / 2) if 0 < ratio < math.inf else 1.0
 
 
 class HeadTask:

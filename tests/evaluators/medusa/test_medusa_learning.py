@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from benchmarks import heads as benchmark
+from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import growing
 from evaluators.medusa.model.adapters import Base
@@ -58,6 +59,29 @@ def test_the_loss_in_blocks_and_its_gradient_are_those_of_whole_logits(kind: str
     assert len(fast_slopes) == len(slow_slopes) > 0
     for mine, theirs in zip(fast_slopes, slow_slopes, strict=True):
         assert float((mine - theirs).norm()) <= tolerance * float(theirs.norm())
+
+
+def test_heads_say_the_same_whatever_the_scale_their_embeddings_enter_at() -> None:
+    base = tiny.base("gqa")
+    heads = tiny.random_heads(base, HeadSpec("shared", 2, conditioned=True))
+    h, following = torch.randn(5, base.hidden), torch.arange(5)
+    want, weights = heads(h, following), heads.first.clone()
+    heads.take_embeddings_at(16.0)
+    assert torch.equal(heads(h, following), want) and not torch.equal(heads.first, weights)
+    torch.testing.assert_close(drafters.drafting(heads)(h, following), want)
+    heads.take_embeddings_at(1.0)
+    assert torch.equal(heads.first, weights)
+
+
+def test_embeddings_enter_training_at_the_size_of_hidden_rows() -> None:
+    base, other = tiny.base("gqa"), Base(tiny.model("gqa"), tiny.tokenizer())
+    features = data.gather(base, data.self_distil(base, [[n, n + 1] for n in range(4)], max_new_tokens=9))
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(1 / 64)
+    ratio = train.embedding_scale(other, features) / train.embedding_scale(base, features)
+    assert ratio == 64.0
+    heads, _ = train.fit(HeadSpec("shared", 2, conditioned=True), base, features, budget_s=60)
+    assert heads.embed_scale == 1.0
 
 
 def test_soft_targets_are_what_came_and_what_the_base_held_possible_at_the_guessed_place() -> None:
