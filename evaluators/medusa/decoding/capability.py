@@ -95,25 +95,31 @@ def disagreement(runner: Runner, ids: Sequence[int], tokens: Tensor) -> str | No
     runner.prefill(ids[:-1])
     _, logits = runner.forward(torch.tensor(ids[-1:], device=base.device), ROOT_ONLY)
     runner.keep((0,))
-    if not _same(logits[0].float(), _last_logits(base, ids), base.dtype):
+    if not _same(base, logits[0].float(), ids):
         return f"{name} gives other logits for a token after cached ones than for the same token in plain text."
     _, logits = runner.forward(tokens, PROBE)
     for node in range(PROBE.nodes):
         path = [int(tokens[step]) for step in PROBE.ancestors(node)]
-        if not _same(logits[node].float(), _last_logits(base, [*ids, *path]), base.dtype):
+        if not _same(base, logits[node].float(), [*ids, *path]):
             return f"{name} gives other logits for a token inside a tree than for the same token in plain text."
     return None
 
 
-def _same(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
-    """Rows [V] that are equal but for rounding.
+def _same(base: Base, found: Tensor, ids: Sequence[int]) -> bool:
+    """Whether logits [V] are, but for rounding, those of a plain pass after `ids`.
 
-    In 16 bit single logits stray far on text as odd as the probe's, so the root mean square counts there: measured 0.02
-    to 0.07 of their spread, and 0.28 and more for a token that sees another path.
+    In 16 bit rounding moves them on text as odd as the probe's: measured, by root mean squares, 0.02 to 0.17 of their
+    spread, most where the text is most sensitive. So there they may be off by half of what the token before matters.
     """
-    if dtype == torch.float32:
-        return close(left, right, 2e-3)
-    return float((left - right).square().mean().sqrt()) <= ROUNDED * float(right.std())
+    plain = _last_logits(base, ids)
+    if base.dtype == torch.float32:
+        return close(found, plain, 2e-3)
+    without = _last_logits(base, [*ids[:-2], ids[-1]])
+    return _distance(found, plain) <= max(ROUNDED * float(plain.std()), 0.5 * _distance(without, plain))
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    return float((left - right).square().mean().sqrt())
 
 
 def _last_logits(base: Base, ids: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators import medusa
+from evaluators.medusa.decoding.capability import PROBE, disagreement
 from evaluators.medusa.decoding.decode import Limits, plain
 from evaluators.medusa.decoding.decode import medusa as speculate
 from evaluators.medusa.decoding.runners import EagerRunner
@@ -19,7 +20,7 @@ from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.model import adapters, packed
 from evaluators.medusa.model.adapters import Base
-from evaluators.medusa.trees.tree import chain, full
+from evaluators.medusa.trees.tree import Tree, chain, full
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN to pack weights with"
@@ -128,6 +129,24 @@ def test_a_cpu_runs_bfloat16_only_where_it_multiplies_it(
     assert chosen in wanted
     assert adapters.fastest_dtype(tmp_path) == chosen, "decided without a clock"
     assert adapters.fastest_dtype(tmp_path / "absent") == torch.float32
+
+
+class Chained(EagerRunner):
+    """Reads the nodes of a tree as if they stood one after the other."""
+
+    def forward(self, tokens: torch.Tensor, tree: Tree) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(tokens, chain(tree.nodes - 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_in_bfloat16_rounding_is_told_from_a_wrong_mask(seed: int) -> None:
+    base = made("gqa", torch.bfloat16)
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, base.vocab, (12,), generator=draw).tolist()
+    tokens = torch.randint(0, base.vocab, (PROBE.nodes,), generator=draw)
+    with torch.inference_mode():
+        assert disagreement(EagerRunner(base), ids, tokens) is None
+        assert "inside a tree" in (disagreement(Chained(base), ids, tokens) or "")
 
 
 @pytest.mark.slow
