@@ -29,13 +29,13 @@ from evaluators.medusa.model.adapters import Base
 from evaluators.medusa.training import data, joint, simulation, suite, train
 from evaluators.medusa.training.store import Checkpoint, Store, content_of, key_of
 
-GENERATED_BY = {False: 0.72, True: 0.4}  # share of the budget, by whether the base is trained, too
+GENERATED_BY = {False: 0.78, True: 0.4}  # share of the budget, by whether the base is trained, too
 HEADS_BY = {False: 0.97, True: 0.6}
 HELD_OUT = 32
 LEAST_SHARE = 8  # of given prompts one in so many is held out
 SCORES = 16
-PATIENCE = 5
-RECIPE = train.Recipe(2e-3, 256, 6)
+PATIENCE = 8  # the rate falls to the end, and that is where most is won
+RECIPE = train.LONG
 SCHEMA = "mergebot.head_training/1"
 Progress = Callable[[str, int, int], None]
 
