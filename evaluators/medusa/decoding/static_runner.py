@@ -21,7 +21,7 @@ from evaluators.medusa.decoding.runners import EagerRunner, Runner, Step
 from evaluators.medusa.decoding.static_cache import StaticTreeCache, row_shape
 from evaluators.medusa.drafting.drafters import Drafter, TensorDrafter
 from evaluators.medusa.model.adapters import Base
-from evaluators.medusa.model.attention import tiles_of, use_grouped
+from evaluators.medusa.model.attention import tiles_of
 from evaluators.medusa.trees.device_tree import DeviceTree
 from evaluators.medusa.trees.tree import ROOT_ONLY, Path, Tree
 
@@ -214,7 +214,6 @@ def fastest(base: Base) -> Runner:
     """On a GPU static shapes and CUDA graphs where the model takes them, else the growing cache."""
     if base.device.type != "cuda":
         return EagerRunner(base)
-    use_grouped(base)
     capture = CudaGraphs()
     reason = reason_against_static(base, capture)
     return StaticRunner(base, capture) if reason is None else EagerRunner(base, reason)

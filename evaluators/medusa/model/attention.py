@@ -1,8 +1,10 @@
-"""Attention of a tree over grouped keys and values without repeating them.
+"""Attention over grouped keys and values without repeating them, for one token and for a tree.
 
 With a mask, transformers' sdpa repeats the keys and values of each group for every query head, several times the cache
-in each layer of each step. The query heads of a group can stand below one another as rows instead: the same products,
-one row of scores each, over the keys as they lie in the cache. For a single token the library does this by itself.
+in each layer of each step; without one it leaves grouping to torch, whose CPU kernel in bfloat16 is the slower the
+longer the text (measured: a plain step of a 135 M Llama after 512 tokens 31 ms instead of 20). The query heads of a
+group can stand below one another as rows instead: the same products, one row of scores each, over the keys as they lie
+in the cache. Both loops and transformers' own `generate` then run so.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ UNLIKE_SDPA = ("position_bias", "softcap", "s_aux", "cache")  # what would chang
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """query [1, heads, n, d], key and value [1, kv_heads, L, d], mask [1, 1, n or n * heads / kv_heads, L].
+    """query [B, heads, n, d], key and value [B, kv_heads, L, d], mask [B, 1, n or n * heads / kv_heads, L] or None.
 
-    Returns [1, n, heads, d]. A mask of the longer kind is tiled already, once for all layers.
+    Returns [B, n, heads, d]. A mask of the longer kind is tiled already, once for all layers.
     """
     _, heads, n, _ = query.shape
     groups = heads // key.shape[1]
     odd = any(options.get(name) is not None for name in UNLIKE_SDPA)
-    if attention_mask is None or attention_mask.shape[1] > 1 or groups == 1 or n == 1 or odd:
+    causal = attention_mask is None and n > 1  # reading a prompt: its kernel needs no mask, and makes none
+    if causal or groups == 1 or odd or (attention_mask is not None and attention_mask.shape[1] > 1):
         done: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return done
     rows = query.reshape(query.shape[0], key.shape[1], groups * n, query.shape[3])
-    mask = attention_mask if attention_mask.shape[2] == groups * n else attention_mask.repeat(1, 1, groups, 1)
+    mask = attention_mask
+    if mask is not None and mask.shape[2] != groups * n:
+        mask = mask.repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
     return out.reshape(query.shape[0], heads, n, value.shape[3]).transpose(1, 2).contiguous(), None
 

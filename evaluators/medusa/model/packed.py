@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from evaluators.medusa.model import adapters
 from evaluators.medusa.model.adapters import Base, close
+from evaluators.medusa.model.attention import use_grouped
 
 # The layout oneDNN chooses for one row alone is slower for one row, too (measured), so it is asked for several.
 ROWS = 16
@@ -32,6 +33,7 @@ def load(folder: Path, device: str = "cpu", dtype: str = "auto") -> tuple[Base, 
     """
     chosen = adapters.fastest_dtype(folder, device) if dtype == "auto" else getattr(torch, dtype)
     base = adapters.load(folder, device, chosen)
+    use_grouped(base)
     return base, pack(base)
 
 

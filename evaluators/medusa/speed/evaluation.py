@@ -32,17 +32,17 @@ from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree
 
 # Shares of the budget left after loading at which a stage must have ended; the timing gets what is left.
-GENERATED_BY = 0.44
-FITTED_BY = 0.55
-CALIBRATED_BY = 0.6
+GENERATED_BY = 0.46
+FITTED_BY = 0.58
+CALIBRATED_BY = 0.62
 REFUSED_BY = 0.5
 HEADS = 3
 LONG_BUDGET_S = 180
-DRAFT_VOCABULARY = {"quick": 4096, "long": 8192}
+DRAFT_VOCABULARY = 8192
 TUNING_SHARE = 0.3
 ANSWER_TOKENS = 96
 BATCH = 48
-HELD_OUT = 8
+HELD_OUT = 16
 LEAST_POSITIONS = 64
 COMPARED_TEXTS = 4
 TUNING = train.Recipe(1e-3, 128, 1)
@@ -211,9 +211,13 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     texts = _Texts([], [])
     for (split, _), dialogue in zip(mixed, dialogues, strict=False):
         getattr(texts, split).append(dialogue)
-    # An answer that repeats itself is easy to guess: a tree chosen on it would promise too much.
-    straight = [dialogue for dialogue in texts.calibration if not data.loops(dialogue.output)]
-    return _Texts(texts.train, straight or texts.calibration)
+    # An answer that repeats itself is easy to guess: a tree chosen on it would promise too much, heads learn little.
+    return _Texts(*(_straight(split) for split in (texts.train, texts.calibration)))
+
+
+def _straight(dialogues: list[data.Dialogue]) -> list[data.Dialogue]:
+    """The answers that do not repeat themselves; all where every one does."""
+    return [dialogue for dialogue in dialogues if not data.loops(dialogue.output)] or dialogues
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
@@ -260,7 +264,7 @@ def _fit(run: Run, base: Base, features: dict[str, data.Features], budget_s: flo
     counted: list[int] = features["train"].tokens.tolist()
     heads = HEADS if run.asked.tree is None else max(HEADS, run.asked.tree.max_depth)
     pace = "quick" if run.budget_s < LONG_BUDGET_S else "long"
-    size = DRAFT_VOCABULARY[pace]
+    size = DRAFT_VOCABULARY
     keep = None if base.vocab <= size else vocabulary_cut(counted, size, base)
     usable = features["train"]
     if len(usable.tokens) < LEAST_POSITIONS:
