@@ -31,7 +31,7 @@ from evaluators import medusa
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
-from evaluators.medusa.model import adapters
+from evaluators.medusa.model import packed
 from evaluators.medusa.model.adapters import Base
 from evaluators.medusa.speed import calibrate, transfer
 from evaluators.medusa.training import data, simulation, suite, train
@@ -40,15 +40,15 @@ from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "heads_and_merges.json"
 CRESTS, SMITHS = "mergebot/smollm2-135m-crests", "mergebot/smollm2-135m-smiths"
-TRAINED_ON, CALIBRATED_ON, TESTED_ON = 72, 16, 30
-TRAIN_TOKENS, TEST_TOKENS = 56, 48
+TRAINED_ON, CALIBRATED_ON, TESTED_ON = 192, 32, 30
+TRAIN_TOKENS, TEST_TOKENS = 96, 48
 LONGEST_PROMPT = 160
 HEADS, KEPT = 3, 8192
 FULL = train.QUICK
 SHORT = replace(train.QUICK, learning_rate=1e-3, epochs=1)
-WIDTHS = (1, 2, 4, 8, 16)
+WIDTHS = (1, 2, 4, 6, 8, 12, 16)
 TIMED = 15
-TIMED_MERGE, TIMED_QUESTIONS, TIMED_TOKENS = "task_arithmetic", 8, 32
+TIMED_MERGE, TIMED_QUESTIONS, TIMED_TOKENS = "task_arithmetic", 16, 48
 
 _TWO = f"models: [{{model: {CRESTS}, parameters: {{weight: %s}}}}, {{model: {SMITHS}, parameters: {{weight: %s}}}}]"
 _BASE = f"base_model: {base_model.REPO}"
@@ -179,7 +179,7 @@ def _at_home(model: Path, folder: Path, prompts: Prompts, console: Console) -> d
     """Train heads on a parent and see what they are worth on that parent's own text."""
     console.print(f"heads for {model.name}")
     began = time.monotonic()
-    base = adapters.load(model)
+    base = packed.load(model)[0]
     texts = _answers(base, prompts)
     heads, training = _fit(base, texts, FULL)
     formats.save(heads, folder, base_model=model.name)
@@ -223,7 +223,7 @@ def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[
     began = time.monotonic()
     shutil.rmtree(heads, ignore_errors=True)  # of other parents' heads, trained with other settings
     merged_heads.merge(recipe, family.heads, heads)
-    base = adapters.load(merged)
+    base = packed.load(merged)[0]
     texts = _answers(base, family.prompts)
     sets, training = _sets(base, texts, heads, family)
     fresh = sets["fresh"]

@@ -37,9 +37,9 @@ class SuiteTask:
     """One lm-eval task: `few_shot` None leaves the task's own number; `metric` and `filter` are lm-eval's names.
 
     `ANY` in the place of a metric takes the first the task has. `acc_norm` is accuracy with the log-likelihoods divided
-    by the answers' length in bytes. `chance` is what guessing scores; a suite that names it counts its average from
-    there. `file` is a task file of the operator's, for a task that is neither ours nor lm-eval's. Task files can import
-    code: never one of a stranger's.
+    by the answers' length in characters. `chance` is what guessing scores; a suite that names it counts its average
+    from there. `file` is a task file of the operator's, for a task that is neither ours nor lm-eval's. Task files can
+    import code: never one of a stranger's.
     """
 
     name: str

@@ -12,11 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from bot.cli import app
+from tests import family
 from tests.merge.tiny_checkpoints import llama_tensors, save
 
 REPO = Path(__file__).resolve().parent.parent
 MERGING = (REPO / "docs" / "merging.md").read_text()
+MEDUSA = (REPO / "docs" / "medusa.md").read_text()
 README = (REPO / "README.md").read_text()
+QUESTION = '{"question_id": 1, "category": "math", "turns": ["one two"]}\n'
 RECIPE = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
 CONFIG = "layer_slices:\n- {model: a, start: 0, end: 2}\n- {model: b, start: 1, end: 2}\n"
 
@@ -27,17 +30,23 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """What the examples name, in the working directory."""
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory; the environment that commands set is undone."""
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
-    for seed, name in enumerate(("base", "a", "b")):
-        save(tmp_path / name, llama_tensors(seed, layers=3))
-    (tmp_path / "RECIPE").write_text(RECIPE)
-    (tmp_path / "CONFIG").write_text(CONFIG)
     yield tmp_path
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def folder(workplace: Path) -> Path:
+    """What the examples of the merging page name, in the working directory."""
+    for seed, name in enumerate(("base", "a", "b")):
+        save(workplace / name, llama_tensors(seed, layers=3))
+    (workplace / "RECIPE").write_text(RECIPE)
+    (workplace / "CONFIG").write_text(CONFIG)
+    return workplace
 
 
 def test_every_command_of_the_merging_page_runs(folder: Path) -> None:
@@ -52,11 +61,27 @@ def test_every_command_of_the_merging_page_runs(folder: Path) -> None:
         assert done.exit_code == 0, f"{line}: {done.output}"
 
 
+@pytest.mark.slow
+def test_every_command_of_the_medusa_page_runs(workplace: Path) -> None:
+    family.make(workplace)
+    (workplace / "base").rename(workplace / "MODEL")
+    (workplace / "question.jsonl").write_text(QUESTION)
+    (workplace / "choices.py").write_text("choices = [(0,), (1,), (0, 0)]\n")
+    found = commands(MEDUSA)
+    assert len(found) == 5
+    quick = {"train": "--answers 4 --steps 3 --vocab 64 --no-conditioned", "bench": "--budget-s 10 --new-tokens 8"}
+    for line in found:
+        words = shlex.split(line)[1:]
+        more = [*shlex.split(quick.get(words[1], "")), *(["--device", "cpu"] if words[1] != "export" else [])]
+        done = CliRunner().invoke(app, ["--home", "home", *words, *more], catch_exceptions=False)
+        assert done.exit_code == 0, f"{line}: {done.output}"
+
+
 def test_every_verb_and_path_the_documents_name_is_there() -> None:
     for line in commands(README):
         for part in line.partition("#")[0].split(";"):
             verb = part.split()[1]
             assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0, line
-    paths = re.findall(r"(?:bot|tests|docs|space|evaluators|benchmarks)/[\w./-]*[\w/]", README + MERGING)
+    paths = re.findall(r"(?:bot|tests|docs|space|evaluators|benchmarks)/[\w./-]*[\w/]", README + MERGING + MEDUSA)
     assert len(paths) > 10
     assert [path for path in paths if not any(REPO.glob(f"{path.rstrip('/')}*"))] == []
