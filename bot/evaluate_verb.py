@@ -53,5 +53,4 @@ def evaluate(
     comparison, why_not = judgement.compared(found[model], {name: found[name] for name in against or ()}, configured)
     screens.evaluations(found, comparison, why_not)
     if out is not None:
-        operator.write_evaluations(out, found, comparison, configured)
-        screens.written(out)
+        screens.written(operator.write_evaluations(out, found, comparison, configured))

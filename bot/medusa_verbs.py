@@ -56,6 +56,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What you say to the model.")],
     heads: Annotated[Optional[Path], typer.Option(help="Heads of any format; else those it carries.")] = None,  # noqa: UP045
     new_tokens: Annotated[int, typer.Option(help="Tokens of the answer, at most.", min=1)] = 256,
+    stop: Annotated[Optional[list[str]], typer.Option(help="End the answer with this text; repeat it.")] = None,  # noqa: UP045
     sample: Annotated[
         str, typer.Option(help="greedy and exact keep the model's own text; typical is Medusa's approximate rule.")
     ] = "greedy",
@@ -78,7 +79,7 @@ def generate(
         folder = operator.model_folder(model, configured, shown)
     with threads.steadiest_threads(chosen):
         speaker = generation.load(folder, heads, device=chosen, dtype=kind)
-        screens.speech(speaker.say(prompt, new_tokens, how))
+        screens.speech(speaker.say(prompt, new_tokens, how, [text for text in stop or () if text]))
     screens.spoken(speaker.trace, speaker.tree.nodes, speaker.notes)
 
 

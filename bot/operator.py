@@ -177,8 +177,10 @@ def evaluate(
 
 def write_evaluations(
     file: Path, found: Mapping[str, ModelEvaluation], comparison: Comparison | None, settings: Settings
-) -> None:
-    """The evaluations as JSON, the model's own first, each with the folder of its samples; and the comparison."""
+) -> list[Path]:
+    """The evaluations as JSON, the model's own first, each with the folder of its samples; and the comparison, which
+    is also drawn, beside the file. Returns what was written."""
+    from evaluators.figure import figure
     from evaluators.results import folder_of
 
     first = next(iter(found.values()))
@@ -195,6 +197,12 @@ def write_evaluations(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(told, indent=1) + "\n")
+    drawn = "" if comparison is None else figure(comparison, next(iter(found)))
+    if not drawn:
+        return [file]
+    picture = file.with_suffix(".svg")
+    picture.write_text(drawn, encoding="utf-8")
+    return [file, picture]
 
 
 def model_folder(model: str, settings: Settings, report: Show) -> Path:

@@ -250,8 +250,9 @@ def _conditions(evaluation: ModelEvaluation) -> str:
     )
 
 
-def written(file: Path) -> None:
-    _say(f"Every score is in {escape(str(file))}.")
+def written(files: Iterable[Path]) -> None:
+    """Where the scores are, and the picture of them if one was drawn."""
+    _say(f"Every score is in {', a picture in '.join(escape(str(file)) for file in files)}.")
 
 
 def speed(report: Mapping[str, Any], file: Path) -> None:

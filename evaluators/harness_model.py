@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluators import harness_estimate, weights
+from evaluators import harness_estimate, loading, weights
 from evaluators.conditions import LIBRARIES
 from evaluators.errors import EvaluationError
 from evaluators.harness_estimate import Amount
@@ -44,7 +44,7 @@ def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]
             tensor_parallel_size=max(1, torch.cuda.device_count()), seed=job["seed"],
         )  # fmt: skip
     except Exception as error:
-        raise unloadable(_sentence(error, Path(job["model"]))) from error
+        raise loading.unloadable(loading.sentence(error, Path(job["model"]))) from error
     return made
 
 
@@ -55,28 +55,13 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     emulated, and the checkpoint's own elsewhere.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = _device(device)
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device == "cpu":
         chosen = torch.float32
     placed = {"device_map": "auto"} if _spreads(folder, device, dtype) else {}
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=chosen, use_safetensors=True, output_loading_info=True, **placed, **local
-        )
-    except MemoryError:
-        raise
-    except Exception as error:
-        if "out of memory" in str(error) or "allocate memory" in str(error):
-            raise
-        raise unloadable(_sentence(error, folder)) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise unloadable(f"{len(missing)} of its tensors are missing, the first is {missing[0]}")
+    model, tokenizer = loading.load(folder, dtype=chosen, **placed)
     return (model if placed else model.to(device)).eval(), tokenizer
 
 
@@ -102,14 +87,6 @@ def _spreads(folder: Path, device: str, dtype: str) -> bool:
         return False
     free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
     return weights.spreads(weights.loaded_bytes(folder, dtype, device), free)
-
-
-def unloadable(reason: str) -> EvaluationError:
-    return EvaluationError(
-        "MODEL_UNLOADABLE",
-        f"The model cannot be loaded: {reason}.",
-        "Check that config.json, the safetensors files and the tokenizer belong together.",
-    )
 
 
 def request_bytes(lm: Any, longest: int) -> int:
@@ -171,10 +148,3 @@ def facts(lm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
         "backend": job["backend"],
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-
-
-def _sentence(error: Exception, folder: Path) -> str:
-    """The first line of what a library says, without our paths and without its final dot."""
-    lines = [line.strip() for line in str(error).replace(str(folder), "the model's folder").splitlines()]
-    first = next((line for line in lines if line), type(error).__name__)
-    return first[:300].rstrip(".")

@@ -24,7 +24,7 @@ from evaluators import harness_estimate, harness_model, harness_tasks
 from evaluators.errors import EvaluationError
 from evaluators.harness_estimate import Amount
 from evaluators.harness_journal import Journal, resuming
-from evaluators.results import answers_file
+from evaluators.results import answers_file, samples_file
 
 REPORT_EVERY_S = 0.2
 # lm-eval's command line draws with these seeds when it is given none; ours are counted from there.
@@ -186,7 +186,7 @@ def _ask(
     journal = Journal(answers_file(Path(job["folder"]), task.number))
     for folder in job["reuse"]:
         for leaf in task.leaves:
-            journal.take_samples(Path(folder) / "samples" / f"{leaf.config.task.replace('/', '_')}.jsonl")
+            journal.take_samples(samples_file(Path(folder), leaf.config.task))
     name = task.name
 
     def told(answered: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.results import task_file
+from evaluators.results import samples_file, task_file
 
 # What lm-eval's results say of the machine and its folders rather than of the model (hub.md 8.4).
 _PRIVATE = frozenset(
@@ -97,7 +97,7 @@ def write(results: Mapping[str, Any], task: Prepared, job: Mapping[str, Any], fa
     folder = Path(job["folder"])
     for name, samples in results["samples"].items():
         lines = (json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples)
-        _write_whole(folder / "samples" / f"{name.replace('/', '_')}.jsonl", "".join(f"{line}\n" for line in lines))
+        _write_whole(samples_file(folder, name), "".join(f"{line}\n" for line in lines))
     kept = cleaned({key: value for key, value in results.items() if key != "samples"}, job["private_paths"])
     data = {leaf.config.task: _data(leaf, Path(job["hub_cache"])) for leaf in task.leaves}
     text = json.dumps(

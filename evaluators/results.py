@@ -73,6 +73,11 @@ def under_way(cache: Path, key: str, deadline: float) -> Iterator[Path]:
         yield folder
 
 
+def samples_file(folder: Path, task: str) -> Path:
+    """Where the samples of a task stand, by its name, whatever letters that holds."""
+    return folder / "samples" / f"{task.replace('/', '_')}.jsonl"
+
+
 def task_file(folder: Path, number: int) -> Path:
     """Where the results of the suite's task `number` stand once it is finished."""
     return folder / "tasks" / f"{number:03}.json"
@@ -159,14 +164,16 @@ def short_samples(evaluation: ModelEvaluation, cache: Path) -> dict[str, str]:
 
 
 def agrees(evaluation: ModelEvaluation, samples: Mapping[str, str]) -> bool:
-    """Whether the samples are those the scores were taken from: as many, and with their mean where it is one.
+    """Whether the samples, by the stem of their file, are those the scores were taken from: as many, and with their
+    mean where it is one.
 
     Raises ValueError, KeyError or TypeError for what are no samples.
     """
     for score in evaluation.scores:
-        if score.task not in samples:
+        name = samples_file(Path(), score.task).stem
+        if name not in samples:
             continue  # a group: its samples are under the names of its tasks
-        rows = [json.loads(line) for line in samples[score.task].splitlines()]
+        rows = [json.loads(line) for line in samples[name].splitlines()]
         values = [row[score.metric] for row in rows if row["filter"] == score.filter]
         if len(values) != score.samples:
             return False

@@ -18,6 +18,7 @@ import numpy as np
 
 from evaluators.errors import EvaluationError
 from evaluators.paired import Values
+from evaluators.results import samples_file
 from evaluators.scores import Score
 
 _CHOSEN = frozenset({"acc", "acc_norm"})  # metrics of which a blind guess among the choices has a known mean
@@ -105,7 +106,7 @@ def _files(folder: Path, task: str, subtasks: Mapping[str, Sequence[str]]) -> li
             seen.add(name)
             leaves |= set() if subtasks.get(name) else {name}
             waiting += subtasks.get(name) or []
-    found = [(name, folder / "samples" / f"{name.replace('/', '_')}.jsonl") for name in sorted(leaves)]
+    found = [(name, samples_file(folder, name)) for name in sorted(leaves)]
     return found if all(path.is_file() for _, path in found) else []
 
 

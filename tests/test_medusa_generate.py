@@ -84,6 +84,14 @@ def test_heads_that_carry_their_accuracy_get_their_own_tree(place: Path) -> None
     assert generation.load(place / "base", place / "heads").tree.paths[:2] == ((0,), (0, 0))
 
 
+def test_a_stop_string_ends_the_answer(place: Path) -> None:
+    speaker = generation.load(place / "base", place / "heads", dtype="float32")
+    whole = "".join(piece.text for piece in speaker.say("one two", 25))
+    wanted = whole[3:5]
+    cut = "".join(piece.text for piece in speaker.say("one two", 25, stop=[wanted]))
+    assert whole.startswith(cut) and wanted in cut and len(cut) < len(whole) and speaker.trace.finish == "stop"
+
+
 def test_what_cannot_be_is_refused_in_a_sentence(place: Path) -> None:
     with pytest.raises(Refused, match="no way of sampling 'beam'"):
         generate("base", "one", "--sample", "beam")

@@ -17,6 +17,7 @@ from evaluators.medusa.decoding.capability import capability
 from evaluators.medusa.decoding.decode import Limits, Trace, stream
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
+from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.formats.reading import CARRIED
 from evaluators.medusa.model import packed
@@ -49,11 +50,13 @@ class Speaker:
     notes: list[str]
     trace: Trace = field(default_factory=Trace)
 
-    def say(self, prompt: str, max_new_tokens: int, rule: Rule = GREEDY) -> Iterator[Piece]:
-        """The answer to `prompt`, token by token; `trace` then tells what it took."""
+    def say(self, prompt: str, max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()) -> Iterator[Piece]:
+        """The answer to `prompt`, token by token, up to the first of the strings `stop`; `trace` then tells what it
+        took."""
         ids = suite.encode(self.base, prompt)
         self.trace = Trace()
-        limits = Limits(max_new_tokens, self.base.stop_ids)
+        strings = StopStrings(self.base.tokenizer, stop) if stop else None
+        limits = Limits(max_new_tokens, self.base.stop_ids, strings)
         said: list[int] = []
         shown = ""
         for block in stream(self.runner, self.drafter, self.tree, ids, limits, rule, trace=self.trace):

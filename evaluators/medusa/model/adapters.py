@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
+from transformers import DynamicCache, logging
 
+from evaluators import loading
 from evaluators.errors import EvaluationError
 from evaluators.medusa.model.windows import whole_cache, window_of
 
@@ -190,27 +191,16 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         raise EvaluationError(
             "MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Give the folder of a transformers checkpoint."
         )
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     logging.disable_progress_bar()  # callers show their own
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, use_safetensors=True, attn_implementation="sdpa", **options
-            )
-        except ValueError as error:
+            model, tokenizer = loading.load(folder, dtype=dtype, attn_implementation="sdpa")
+        except EvaluationError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
-            )
-    except Exception as error:  # transformers raises whatever the file provokes; the caller gets one sentence
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EvaluationError(
-            "MODEL_UNLOADABLE",
-            f"transformers cannot load the checkpoint in {folder.name}: {first_line}",
-            "Check that the folder holds config.json, safetensors weights and a tokenizer that fit together.",
-        ) from error
+            model, tokenizer = loading.load(folder, dtype=dtype, attn_implementation="eager")
+    except (MemoryError, RuntimeError, OSError) as error:  # memory ran out
+        raise loading.unloadable(loading.sentence(error, folder)) from error
     return Base(model.to(device), tokenizer)
 
 

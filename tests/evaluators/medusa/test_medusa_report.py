@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_causal_lms as tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from evaluators import medusa
 from evaluators.errors import EvaluationError
@@ -255,6 +256,16 @@ def test_a_model_with_a_window_is_measured_past_it_with_as_many_heads_as_a_given
     assert [point["n"] for point in measured["cost_curve"]["points"]] == [1, 6]
     assert fresh["exact"]["equal"] == fresh["exact"]["prompts"] >= 1
     assert fresh["tokens_per_step"]["simulated"] == pytest.approx(fresh["tokens_per_step"]["measured"], abs=1e-4)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_not_filled_up(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EvaluationError, match=r"1 of its tensors are missing.*layers\.1\.mlp\.up_proj") as refused:
+        medusa.measure(folder, tmp_path / "out", budget_s=10)
+    assert refused.value.code == "MODEL_UNLOADABLE"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

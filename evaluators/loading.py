@@ -1,0 +1,52 @@
+"""A checkpoint folder as a model and its tokenizer: safetensors only, no code of the folder's, nothing made up.
+
+transformers fills what a checkpoint lacks with random numbers and says so in a log; here it is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evaluators.errors import EvaluationError
+
+
+def load(folder: Path, **options: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of `folder`; `options` are those of transformers' `from_pretrained`.
+
+    Raises EvaluationError MODEL_UNLOADABLE; what says that memory ran out is handed through as it came.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **options, **local
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises whatever the files provoke; the caller gets one sentence
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise
+        raise unloadable(sentence(error, folder)) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise unloadable(f"{len(missing)} of its tensors are missing, the first is {missing[0]}")
+    return model, tokenizer
+
+
+def unloadable(reason: str) -> EvaluationError:
+    """The error for a checkpoint that cannot be loaded; `reason` is a clause."""
+    return EvaluationError(
+        "MODEL_UNLOADABLE",
+        f"The model cannot be loaded: {reason}.",
+        "Check that config.json, the safetensors files and the tokenizer belong together.",
+    )
+
+
+def sentence(error: Exception, folder: Path) -> str:
+    """The first line of what a library says, without our paths and without its final dot."""
+    lines = [line.strip() for line in str(error).replace(str(folder), "the model's folder").splitlines()]
+    first = next((line for line in lines if line), type(error).__name__)
+    return first[:300].rstrip(".")
