@@ -25,9 +25,11 @@ def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, Pub
     """Put what a repo carries into the new folder `into`: the heads that won the test, else the fresh ones.
 
     `measured` is the folder of the speed test. Returns the files by their names in the repo; none where no heads were
-    trained, or where they are larger than anybody would fetch.
+    trained, where the report is refused, or where they are larger than anybody would fetch.
     """
     shutil.rmtree(into, ignore_errors=True)
+    if speed.get("refusal"):
+        return {}
     rows = {row["id"]: row for row in speed["candidates"]}
     name = speed["chosen"] if speed["chosen"] in FOLDERS else "fresh"
     source = measured / FOLDERS[name]

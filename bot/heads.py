@@ -56,7 +56,11 @@ def by_hand(
         _require_folder(folder)
     asked = recipe_of(model)
     found = tuple(_named(text, asked, settings) for text in parents)
-    rows = tuple(Given(f"heads:{folder.name}", "fresh", _heads_in(folder), source=folder.name) for folder in own)
+    names = _told_apart([folder.name for folder in own])
+    rows = tuple(
+        Given(f"heads:{name}", "fresh", _heads_in(folder), source=folder.name)
+        for name, folder in zip(names, own, strict=True)
+    )
     return (*candidates(asked, found, scratch, seed), *rows)
 
 
@@ -106,6 +110,16 @@ def candidates(asked: Recipe | None, parents: Sequence[Parent], scratch: Path, s
     except MergebotError as error:
         return (*rows, Given("merged", "merged", None, error.message))
     return (*rows, Given("merged", "merged", out, source=f"{asked.method} of the parents' heads"))
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names, those that stand there more than once numbered."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if names.count(name) == 1 else f"{name}-{seen[name]}")
+    return found
 
 
 def recipe_of(model: Path) -> Recipe | None:

@@ -169,11 +169,11 @@ def _intervals(comparison: Comparison | None, model: str) -> dict[str, tuple[flo
 
 
 def measured_heads(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The heads a decode-speed report timed, as its candidate row; None where none were.
+    """The heads a decode-speed report timed, as its candidate row; None where none were, or where it is refused.
 
     They are shown also where the report advises against them: a ratio below 1 is a result.
     """
-    rows = [] if speed is None else speed["candidates"]
+    rows = [] if speed is None or speed.get("refusal") else speed["candidates"]
     timed = [
         row for row in rows
         if row["origin"] in ("fresh", "merged", "parent") and row["tokens_per_step"]["measured"] is not None

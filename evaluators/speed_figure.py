@@ -27,7 +27,10 @@ class _Lane:
 
 
 def speed_figure(report: Mapping[str, Any]) -> str:
-    """The picture of a speed report as the text of an SVG file; "" where nothing but plain decoding was measured."""
+    """The picture of a speed report as the text of an SVG file; "" where nothing but plain decoding was measured, or
+    where the report is refused."""
+    if report.get("refusal"):
+        return ""
     lanes = [lane for row in report["candidates"] if (lane := _lane(row)) is not None]
     if len(lanes) < 2:
         return ""

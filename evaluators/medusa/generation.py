@@ -6,7 +6,6 @@ most tokens over what it costs on this machine, measured when the model is loade
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from evaluators.medusa.formats.reading import CARRIED
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.adapters import Base
 from evaluators.medusa.speed import calibrate
-from evaluators.medusa.speed.transfer import TRAINING_FILE
+from evaluators.medusa.speed.transfer import known_training
 from evaluators.medusa.training import suite
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, expected_tokens, greedy_tree
 
@@ -105,12 +104,8 @@ USUAL: tuple[tuple[float, ...], ...] = (
 
 def _accuracy(folder: Path, heads: int) -> Sequence[Sequence[float]] | None:
     """What `mergebot medusa train` wrote down of heads: shares of right guesses by head and rank."""
-    place = folder / CARRIED if (folder / CARRIED).is_dir() else folder
-    try:
-        found = json.loads((place / TRAINING_FILE).read_text(encoding="utf-8"))["accuracy"]
-        return [[float(share) for share in row] for row in found][:heads] or None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    known = known_training(folder / CARRIED if (folder / CARRIED).is_dir() else folder) or {}
+    return known["accuracy"][:heads] if "accuracy" in known else None
 
 
 def _best(shares: Sequence[Sequence[float]], cost: calibrate.CostCurve) -> Tree:

@@ -134,9 +134,11 @@ class Heads(nn.Module):
         return self.base.post(flat.view(row.shape[0], row.shape[1], -1))
 
     def ranks(self, h: Tensor, following: Tensor, k: int) -> Tensor:
-        """The k most likely token ids of each head, best first: [K, N, k]."""
+        """The k most likely token ids of each head, best first: [K, N, k]; the last again where there are fewer."""
         logits = self(h, following)
         best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
+        if best.shape[-1] < k:
+            best = torch.cat([best, best[..., -1:].expand(*best.shape[:-1], k - best.shape[-1])], dim=-1)
         return best if self.keep is None else self.keep[best]
 
     def trained_parameters(self) -> int:

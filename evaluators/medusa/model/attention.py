@@ -9,6 +9,9 @@ in the cache. Both loops and transformers' own `generate` then run so.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +23,9 @@ from transformers.masking_utils import sdpa_mask
 from evaluators.medusa.model.adapters import Base
 
 GROUPED = "sdpa_grouped"
-UNLIKE_SDPA = ("position_bias", "softcap", "s_aux", "cache")  # what would change the scores
+# what would change the scores
+UNLIKE_SDPA = ("position_bias", "softcap", "s_aux", "cache", "indices", "block_indices")
+ASKS_BY_NAME = re.compile(r"_attn_implementation\s*(?:not\s+)?(?:in|==|!=)[\s(\"']")
 
 
 def grouped_attention(
@@ -50,9 +55,20 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 def use_grouped(base: Base) -> None:
-    """Let this base attend so from now on, if it runs with sdpa and its class lets its attention be chosen."""
-    if base.model.config._attn_implementation == "sdpa":
+    """Let this base attend so from now on, if it runs with sdpa and nothing in its class asks for that by name.
+
+    Models with sparse attention do, and would then leave out the mask of what a token may see.
+    """
+    if base.model.config._attn_implementation == "sdpa" and not _asks_by_name(base.model):
         base.model.set_attn_implementation(GROUPED)
+
+
+def _asks_by_name(model: nn.Module) -> bool:
+    try:
+        source = inspect.getsource(sys.modules[type(model).__module__])
+    except (OSError, TypeError, KeyError):
+        return True
+    return ASKS_BY_NAME.search(source) is not None
 
 
 def tiles_of(base: Base) -> int:

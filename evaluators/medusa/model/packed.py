@@ -52,8 +52,12 @@ def pack(base: Base, free_bytes: int | None = None) -> str | None:
     free = _free_bytes() if free_bytes is None else free_bytes
     if free is not None and needed > LARGEST_SHARE * free:
         return f"packed weights need {needed >> 20} MiB more, and {free >> 20} MiB are free"
-    for layer in layers:
-        layer.forward = _packed(layer)
+    try:
+        for layer in layers:
+            layer.forward = _packed(layer)
+    except RuntimeError:  # a layer of another type, or of no rows
+        unpack(base)
+        return "oneDNN does not take all of its layers"
     if layers and not all(_agrees(layer) for layer in {layer.weight.shape: layer for layer in layers}.values()):
         unpack(base)
         return "packed weights give other products here"

@@ -30,6 +30,7 @@ RESAMPLES = 10_000
 IDENTITY_LIMIT = 0.02
 IDENTITY_FLOOR_S = 0.1
 AA_WIDTH = 0.10
+LEAST_FOR_A_VERDICT = 8  # questions: a bootstrap over fewer is too narrow (equal methods were called faster too often)
 AA_SLACK = 0.02
 ClockName = Literal["wall", "cpu"]
 Interval = tuple[float, float]
@@ -74,10 +75,11 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A ratio of summed tokens/s with its 95 % interval over questions (None from a single question)."""
+    """A ratio of summed tokens/s with its 95 % interval over `questions` (None from a single one)."""
 
     value: float
     interval: Interval | None
+    questions: int
 
 
 def run_blocks(
@@ -207,9 +209,9 @@ def _ratio(
     total = table.sum(axis=0)
     value = float(total[0] / total[1] / (total[2] / total[3]))
     if len(table) == 1:
-        return Ratio(value, None)
+        return Ratio(value, None, 1)
     sums = _resampled(table, seed)
-    return Ratio(value, _interval(sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3])))
+    return Ratio(value, _interval(sums[:, 0] / sums[:, 1] / (sums[:, 2] / sums[:, 3])), len(table))
 
 
 def rate(blocks: Sequence[Block], candidate: str, seed: int = 0) -> Ratio | None:
@@ -220,9 +222,9 @@ def rate(blocks: Sequence[Block], candidate: str, seed: int = 0) -> Ratio | None
         return None
     value = float(table[:, 0].sum() / table[:, 1].sum())
     if len(table) == 1:
-        return Ratio(value, None)
+        return Ratio(value, None, 1)
     sums = _resampled(table, seed)
-    return Ratio(value, _interval(sums[:, 0] / sums[:, 1]))
+    return Ratio(value, _interval(sums[:, 0] / sums[:, 1]), len(table))
 
 
 def _by_name(rows: Sequence[tuple[str, tuple[float, ...]]]) -> NDArray[np.float64]:
@@ -246,8 +248,8 @@ def _interval(values: NDArray[np.float64]) -> Interval:
 
 
 def verdict(ratio: Ratio | None, machine_ok: bool) -> str:
-    """`faster` only where the whole interval lies above 1."""
-    if ratio is None or ratio.interval is None or not machine_ok:
+    """`faster` only where the whole interval lies above 1, nothing from fewer than eight questions."""
+    if ratio is None or ratio.interval is None or not machine_ok or ratio.questions < LEAST_FOR_A_VERDICT:
         return "inconclusive"
     low, high = ratio.interval
     return "faster" if low > 1 else "slower" if high < 1 else "same"

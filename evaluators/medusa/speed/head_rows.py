@@ -22,12 +22,21 @@ def write(into: Row, m: Measured) -> None:
     assert choice is not None  # the reference always has heads, so the best of all has
     verdicts = {row["id"]: row["speedup"]["verdict"] for row in found}
     # What was measured overrules what the calibration text promised.
-    wins = choice.speculate and verdicts[best.set.id] != "slower"
+    wins = choice.speculate and not _lost(next(row for row in found if row["id"] == best.set.id))
     into["chosen"] = best.set.id if wins else "none"
     into["recommendation"] = f"speculate with {choice.tree.nodes} nodes" if wins else "do not speculate"
     into["verdict"] = verdicts[best.set.id if choice.speculate else m.reference.set.id]
     into["warnings"] += transfer.unequal_training([each.set for each in m.scored], m.reference.set)
     into["transfer"] = sentence(found)
+    if into["refusal"] is not None:  # what is refused recommends nothing
+        into |= {"chosen": "none", "recommendation": None, "verdict": None}
+
+
+def _lost(row: Row) -> bool:
+    """Whether it was timed and was no faster, even if too few questions were asked for a verdict."""
+    speed = row["speedup"]
+    ratio = None if speed["clock_used"] is None else speed[speed["clock_used"]]
+    return ratio is not None and ratio < 1
 
 
 def sentence(found: Sequence[Row]) -> str | None:

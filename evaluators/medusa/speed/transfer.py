@@ -20,6 +20,7 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model import adapters
 from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.speed import report
 from evaluators.medusa.training import data, simulation
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree, greedy_tree
@@ -28,6 +29,8 @@ COMMON_NODES = 8
 LEAST_TO_RETAIN = 0.02
 UNEQUAL_TRAINING = 0.1
 TRAINING_FILE = "training.json"
+TRAINING_LIMIT_BYTES = 1 << 20
+MOST_HEADS, MOST_RANKS, MOST_COUNTED = 64, 256, 1e15
 Origin = Literal["parent", "merged", "fresh"]
 
 
@@ -94,7 +97,7 @@ def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
                 if each.origin == "fresh":
                     raise
                 reason = error.message
-        training = None if each.folder is None else _training(each.folder / TRAINING_FILE)
+        training = None if each.folder is None else known_training(each.folder)
         sets.append(HeadSet(each.id, each.origin, heads, each.source, reason, training, each.model))
     return sets, warnings
 
@@ -195,9 +198,31 @@ def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
     return said
 
 
-def _training(path: Path) -> dict[str, Any] | None:
+def known_training(folder: Path) -> dict[str, Any] | None:
+    """What the file beside heads says of their training, as far as it can be meant: it may be a stranger's.
+
+    Counts and seconds that are finite numbers from 0; `accuracy` as shares by head and rank. None without such a file.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with (folder / TRAINING_FILE).open("rb") as file:
+            text = file.read(TRAINING_LIMIT_BYTES + 1)
+        value = json.loads(text) if len(text) <= TRAINING_LIMIT_BYTES else None
+    except (OSError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    known: dict[str, Any] = {key: value[key] for key in report.TRAINING if _counts(value.get(key))}
+    shares = value.get("accuracy")
+    if isinstance(shares, list) and 0 < len(shares) <= MOST_HEADS and all(_are_shares(row) for row in shares):
+        known["accuracy"] = shares
+    return known
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < MOST_COUNTED
+
+
+def _are_shares(row: object) -> bool:
+    return (
+        isinstance(row, list) and 0 < len(row) <= MOST_RANKS and all(_counts(share) and share <= 1 for share in row)
+    )  # fmt: skip

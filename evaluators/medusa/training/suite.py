@@ -75,12 +75,17 @@ def read(path: Path) -> list[Prompt]:
 def _parse(line: str, where: str, number: int) -> Prompt:
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(f"{where} is not JSON: {error}.") from error
     turns = row.get("turns") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and _says(turn) for turn in turns):
         raise _unreadable(f"{where} has no `turns` list of texts.")
     return Prompt(str(row.get("question_id", number)), str(row.get("category", "none")), tuple(turns))
+
+
+def _says(turn: str) -> bool:
+    """Whether it is a text: not blank, and without halves of characters."""
+    return bool(turn.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in turn)
 
 
 def _unreadable(message: str) -> EvaluationError:

@@ -48,9 +48,10 @@ def test_speedup_is_the_ratio_of_summed_tokens_per_second() -> None:
     [(1.0, True, "faster"), (3.0, True, "slower"), (1.0, False, "inconclusive")],
 )
 def test_a_verdict_needs_the_whole_interval_and_a_steady_machine(fast_s: float, machine_ok: bool, says: str) -> None:
-    blocks = [block(name, (2.0, 2.0), fast_s) for name in "abc"]
+    blocks = [block(name, (2.0, 2.0), fast_s) for name in "abcdefgh"]
     assert bench.verdict(bench.speedup(blocks, "fresh", "wall"), machine_ok) == says
-    mixed = [block("a", (2.0, 2.0), 1.0), block("b", (2.0, 2.0), 3.0), block("c", (2.0, 2.0), 2.0)]
+    assert bench.verdict(bench.speedup(blocks[:7], "fresh", "wall"), machine_ok) == "inconclusive", "too few"
+    mixed = [block(name, (2.0, 2.0), each) for name, each in zip("abcdefgh", (1.0, 3.0, 2.0, 2.0) * 2, strict=True)]
     assert bench.verdict(bench.speedup(mixed, "fresh", "wall"), True) == "same"
     assert bench.verdict(bench.speedup(mixed[:1], "fresh", "wall"), True) == "inconclusive"
 

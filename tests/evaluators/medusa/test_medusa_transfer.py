@@ -80,7 +80,7 @@ def test_what_was_measured_overrules_what_calibration_promised(fast_s: float, ch
     cheap = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1, 0.01)
     promised = calibrate.Choice(chain(2), 1.9, 1.1, 1.7, True)
     scored = rows.Scored(transfer.HeadSet("fresh", "fresh", heads), promised)
-    questions = [bench.Question(Prompt(name, "x", ("?",)), (1, 2)) for name in "abc"]
+    questions = [bench.Question(Prompt(name, "x", ("?",)), (1, 2)) for name in "abcdefgh"]
     plain = (tiny_trace(base, 2.0), tiny_trace(base, 2.0))
     fast = (tiny_trace(base, fast_s), tiny_trace(base, fast_s))
     blocks = [bench.Block(question, plain, {"fresh": fast}) for question in questions]

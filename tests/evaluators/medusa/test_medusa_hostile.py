@@ -1,0 +1,73 @@
+"""What a stranger's repo says of its heads, and models that do not take what the engine would like to do with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_causal_lms as tiny
+import torch
+
+from bot.heads import _told_apart
+from evaluators.medusa.drafting.drafters import HeadDrafter
+from evaluators.medusa.drafting.heads import HeadSpec
+from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.attention import GROUPED, use_grouped
+from evaluators.medusa.speed import transfer
+from evaluators.medusa.trees.tree import full
+from evaluators.speed_figure import speed_figure
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ('{"positions": "many", "steps": 3}', {"steps": 3}),
+        ('{"positions": [1], "seed": NaN, "fit_s": 1e999, "generate_s": -1, "tokens": true}', {}),
+        ('{"seed": "' + "A" * 2_000_000 + '"}', None),
+        ("[" * 100_000, None),
+        ("[1, 2]", None),
+        ('{"accuracy": [[1e400]], "steps": 2}', {"steps": 2}),
+        ('{"accuracy": [[0.5, 0.25]], "positions": 7}', {"positions": 7, "accuracy": [[0.5, 0.25]]}),
+        (json.dumps({"accuracy": [[10**400]]}), {}),
+    ],
+    ids=range(8),
+)
+def test_of_a_strangers_training_file_only_what_can_be_meant_is_known(
+    text: str, known: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    (tmp_path / "training.json").write_text(text)
+    assert transfer.known_training(tmp_path) == known
+
+
+def test_a_refused_report_draws_nothing() -> None:
+    row = {"id": "fresh", "absent_because": None}
+    assert speed_figure({"refusal": "the clocks disagree.", "candidates": [row, row]}) == ""
+
+
+def test_heads_of_one_name_are_told_apart() -> None:
+    assert _told_apart(["heads", "x", "heads"]) == ["heads-1", "x", "heads-2"]
+
+
+def test_a_tree_that_asks_for_more_ranks_than_there_are_tokens_gets_the_last_again() -> None:
+    base = tiny.base("llama")
+    heads = tiny.random_heads(base, HeadSpec("shared", 2, keep=(4, 9, 250)))
+    tokens = HeadDrafter(heads).propose(torch.randn(base.hidden), 5, [5], full((5, 2)))
+    assert len(tokens) == 15 and set(tokens.tolist()) <= {4, 9, 250}
+
+
+class Sparse:
+    """Stands for a modelling file that asks for its attention by name, as those with sparse attention do."""
+
+    source = 'if config._attn_implementation in ("eager", "sdpa"):\n    mask = indices'
+
+
+def test_models_that_ask_for_their_attention_by_name_keep_it() -> None:
+    from evaluators.medusa.model.attention import ASKS_BY_NAME
+
+    assert ASKS_BY_NAME.search(Sparse.source)
+    assert not ASKS_BY_NAME.search("interface(self.config._attn_implementation, eager_attention_forward)")
+    base = Base(tiny.model("gqa"), tiny.tokenizer())
+    use_grouped(base)
+    assert base.model.config._attn_implementation == GROUPED
