@@ -6,6 +6,7 @@ a constant; in 16 bit it can move them by more than the distance between the two
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,8 @@ def tie_limit(base: Base, ids: Sequence[int]) -> float:
     """The largest gap between the two best logits after `ids` that counts as a tie.
 
     In 16 bit: twice what it changes here in the gap of the two best to read the last tokens together instead of one by
-    one; twice, because the gap that is held against it is itself computed in one of these ways.
+    one; twice, because the gap that is held against it is itself computed in one of these ways. At least the step of
+    the type at the best logit, by which a single rounding moves it.
     """
     if base.dtype == torch.float32:
         return TIE_GAP
@@ -33,7 +35,13 @@ def tie_limit(base: Base, ids: Sequence[int]) -> float:
     ).float()
     best = singly.topk(2).indices
     moved = (_apart(together, best) - _apart(singly, best)).abs().max()
-    return max(TIE_GAP, 2 * float(moved))
+    return max(TIE_GAP, 2 * float(moved), _last_place(float(singly[-1].max()), base.dtype))
+
+
+def _last_place(value: float, dtype: torch.dtype) -> float:
+    """The distance of the numbers of this type next to `value`: two that are no further apart may be one number
+    rounded twice."""
+    return 0.0 if value == 0 else 2.0 ** math.floor(math.log2(abs(value))) * torch.finfo(dtype).eps
 
 
 def _apart(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
