@@ -132,16 +132,17 @@ def none_row(blocks: Sequence[bench.Block], seed: int, machine: Machine) -> Row:
     row["tokens_per_s"] = plain_figures(blocks)["tokens_per_s"]
     row["tree"] |= {"nodes": 1, "depth": 0, "paths": []}
     row["tokens_per_step"] |= {"expected": 1.0, "simulated": 1.0, "measured": 1.0, "common_tree": 1.0}
-    row["speedup"] |= {
-        "wall": value(wall),
-        "wall_ci95": ci(wall),
-        "cpu": value(cpu),
-        "cpu_ci95": ci(cpu),
-        "clock_used": machine.clock,
+    row["speedup"] |= _on_both_clocks(wall, cpu, machine) | {
         "predicted_here": 1.0,
         "verdict": "same" if machine.ok else "inconclusive",
     }
     return row
+
+
+def _on_both_clocks(wall: bench.Ratio | None, cpu: bench.Ratio | None, machine: Machine) -> Row:
+    """A speedup by each clock with its interval, and which of them counts."""
+    return {"wall": value(wall), "wall_ci95": ci(wall), "cpu": value(cpu), "cpu_ci95": ci(cpu),
+            "clock_used": machine.clock}  # fmt: skip
 
 
 def native_row(into: Row, versus: Sequence[baselines.Versus], machine: Machine) -> Row:
@@ -187,12 +188,7 @@ def timed(into: Row, row: Row, m: Measured, machine: Machine) -> None:
         "accept": over(1000 * sum(t.accept_s for t in runs), steps),
     }
     row["tokens_per_step"] |= {"measured": value(rate), "ci95": ci(rate), "without_loops": _without_loops(m, name)}
-    row["speedup"] |= {
-        "wall": value(wall),
-        "wall_ci95": ci(wall),
-        "cpu": value(cpu),
-        "cpu_ci95": ci(cpu),
-        "clock_used": machine.clock,
+    row["speedup"] |= _on_both_clocks(wall, cpu, machine) | {
         "predicted_at_1_2": None if rate is None else rounded(rate.value / GOOD_OVERHEAD),
         "verdict": bench.verdict(wall if machine.clock == "wall" else cpu, machine.ok),
     }
