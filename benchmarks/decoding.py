@@ -32,11 +32,11 @@ from evaluators.medusa.decoding.decode import Limits, Trace
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.decoding.static_runner import StaticRunner, fastest
 from evaluators.medusa.drafting.drafters import Drafter, HeadDrafter
-from evaluators.medusa.model import adapters
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.attention import use_grouped
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench
-from evaluators.medusa.training import suite
+from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.trees.tree import expected_tokens, greedy_tree
 
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
@@ -163,13 +163,14 @@ def _asked_of(model: Simulated, asked: argparse.Namespace) -> list[bench.Questio
     generator = torch.Generator().manual_seed(1)
     rows: Tensor = torch.randint(0, model.base.vocab, (asked.prompts, asked.prompt_tokens), generator=generator)
     return [
-        bench.Question(suite.Prompt(str(number), "made", ("",)), tuple(row)) for number, row in enumerate(rows.tolist())
+        bench.Question(prompt_sets.Prompt(str(number), "made", ("",)), tuple(row))
+        for number, row in enumerate(rows.tolist())
     ]
 
 
 def _checkpoint(asked: argparse.Namespace) -> Subject:
     """A trained model with its heads; its tree grows from the accuracies that training noted."""
-    base = adapters.load(asked.model, asked.device, DTYPES[asked.dtype])
+    base = causal_lm.load(asked.model, asked.device, DTYPES[asked.dtype])
     heads, _ = formats.load(asked.heads, base)
     noted = asked.heads / "training.json"
     accuracy = json.loads(noted.read_text()).get("accuracy") if noted.is_file() else None
@@ -177,8 +178,8 @@ def _checkpoint(asked: argparse.Namespace) -> Subject:
         raise EvaluationError(
             "BAD_HEADS", f"{noted} with the accuracy of each head is not there.", "Train with `mergebot medusa train`."
         )
-    prompts = suite.in_turns(suite.builtin("test"), asked.prompts)
-    questions = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in prompts]
+    prompts = prompt_sets.in_turns(prompt_sets.builtin("test"), asked.prompts)
+    questions = [bench.Question(prompt, tuple(prompt_sets.encode(base, prompt.turns[0]))) for prompt in prompts]
     return Subject(asked.model.name, base, HeadDrafter(heads), accuracy, questions)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.measure import Cost, run
 from benchmarks.sections import with_section
-from evaluators import suites
+from evaluators.harness import suites
 
 TASKS = ("offline_capitals", "offline_sums")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -28,7 +28,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB
 OURS = """
 import os, sys
 from pathlib import Path
-from evaluators import harness, suites
+from evaluators import harness
+from evaluators.harness import suites
 model, limit, batch, place = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 harness.evaluate(
     model, suites.own_suite(sys.argv[5].split(",")), limit=limit, batch_size=batch, cache=place / "cache",

@@ -26,8 +26,8 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, identity_heads
 from evaluators.medusa.model import packed
-from evaluators.medusa.model.adapters import Base
-from evaluators.medusa.training import data, simulation, suite
+from evaluators.medusa.model.causal_lm import Base
+from evaluators.medusa.training import data, prompt_sets, simulation
 from evaluators.medusa.training.head_training import HEADS_BY, Wanted, train_heads
 from evaluators.medusa.trees.tree import greedy_tree
 
@@ -95,7 +95,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _own_answers(base: Base, questions: Path, tokens: int) -> data.Features:
     """The model's own answers to the first turns."""
-    ids = sorted((suite.encode(base, prompt.turns[0]) for prompt in suite.read(questions)), key=len)
+    ids = sorted((prompt_sets.encode(base, prompt.turns[0]) for prompt in prompt_sets.read(questions)), key=len)
     return data.gather(base, data.self_distil(base, ids, max_new_tokens=tokens, batch=20))
 
 

@@ -27,14 +27,14 @@ from bot.demo import base as base_model
 from bot.demo import parents, skills
 from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef, Recipe
-from evaluators import medusa
+from evaluators import medusa, repetition
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.model import packed
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate, transfer
-from evaluators.medusa.training import data, simulation, suite, train
+from evaluators.medusa.training import data, prompt_sets, simulation, train
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 HERE = Path(__file__).resolve().parent
@@ -78,9 +78,9 @@ class Texts:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    train: list[suite.Prompt]
-    calibration: list[suite.Prompt]
-    test: list[suite.Prompt]
+    train: list[prompt_sets.Prompt]
+    calibration: list[prompt_sets.Prompt]
+    test: list[prompt_sets.Prompt]
 
 
 def main() -> int:
@@ -134,10 +134,10 @@ def _family(folder: Path, console: Console) -> dict[str, Path]:
 
 
 def _prompts(given: Path | None) -> Prompts:
-    test = suite.builtin("test") if given is None else suite.read(given)
-    learnt, _ = suite.without_leaks(suite.builtin("train"), test)
-    held_out, _ = suite.without_leaks(suite.builtin("calibration"), test)
-    return Prompts(learnt[:TRAINED_ON], held_out[:CALIBRATED_ON], suite.in_turns(test, len(test)))
+    test = prompt_sets.builtin("test") if given is None else prompt_sets.read(given)
+    learnt, _ = prompt_sets.without_leaks(prompt_sets.builtin("train"), test)
+    held_out, _ = prompt_sets.without_leaks(prompt_sets.builtin("calibration"), test)
+    return Prompts(learnt[:TRAINED_ON], held_out[:CALIBRATED_ON], prompt_sets.in_turns(test, len(test)))
 
 
 def _settings(given: Path | None, prompts: Prompts) -> dict[str, Any]:
@@ -159,9 +159,9 @@ def _settings(given: Path | None, prompts: Prompts) -> dict[str, Any]:
 
 def _answers(base: Base, prompts: Prompts) -> Texts:
     """Greedy answers for training, and for calibration and test, the latter without prompts that pad their batch."""
-    learnt = [suite.encode(base, prompt.turns[0]) for prompt in prompts.train]
-    held_out = [suite.encode(base, prompt.turns[0]) for prompt in prompts.calibration]
-    asked = [ids for prompt in prompts.test if len(ids := suite.encode(base, prompt.turns[0])) <= LONGEST_PROMPT]
+    learnt = [prompt_sets.encode(base, prompt.turns[0]) for prompt in prompts.train]
+    held_out = [prompt_sets.encode(base, prompt.turns[0]) for prompt in prompts.calibration]
+    asked = [ids for prompt in prompts.test if len(ids := prompt_sets.encode(base, prompt.turns[0])) <= LONGEST_PROMPT]
     first = data.self_distil(base, learnt, max_new_tokens=TRAIN_TOKENS)
     second = data.self_distil(base, held_out + asked[:TESTED_ON], max_new_tokens=TEST_TOKENS)
     data.check(base, first)
@@ -239,7 +239,7 @@ def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[
         "rows": rows,
         "cost": {"clock": cost.clock, "draft_ms": cost.draft_ms, "points": cost.points},
         "training": training,
-        "distinct_4grams": [round(data.distinct_4grams(text.output), 2) for text in texts.test],
+        "distinct_4grams": [round(repetition.distinct_4grams(text.output), 2) for text in texts.test],
         "test_tokens": len(test.tokens),
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip

@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.sections import with_section
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model import packed
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate
 
 WIDTHS = (1, 2, 4, 8, 16, 32)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.models import Shape
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Path, Tree
 
 SHAPES = {

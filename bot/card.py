@@ -19,9 +19,9 @@ from bot.markdown import code, fenced, listed, plain
 from bot.merge.recipe import reading as recipe
 from bot.request import MergeRequest
 from bot.settings import Settings
-from evaluators.figure import figure
-from evaluators.scores import Score
-from evaluators.speed_figure import speed_figure
+from evaluators.harness.scores import Score
+from evaluators.pictures.score_figure import figure
+from evaluators.pictures.speed_figure import speed_figure
 
 OUTPUT_TAG = "made-with-mergebot"
 NAME_LIMIT = 96

@@ -36,7 +36,7 @@ def evaluate(
     """Measure a model with lm-eval, and its parents beside it. Stopped half-way, the same command continues."""
     from bot import judgement, operator, screens, suite_file
     from bot.measure import Question
-    from evaluators.conditions import Conditions
+    from evaluators.harness.conditions import Conditions
 
     asked = suite_file.chosen(suite, task or ())
     conditions = Conditions(limit, seed, device, dtype, batch_size, chat_template, backend)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from bot import messages
 from bot.job import Evaluation, Job
 from bot.markdown import code, joined, plain, table
-from evaluators import verdict, vitals
-from evaluators.scores import ModelEvaluation, Score
-from evaluators.verdict import Comparison, Difference, Outcome, Scored
+from evaluators import vitals
+from evaluators.comparison import verdict
+from evaluators.comparison.verdict import Comparison, Difference, Outcome, Scored
+from evaluators.harness.scores import ModelEvaluation, Score
 
 PICTURE = "results/comparison.svg"
 MISSING = "–"

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from bot.errors import Failed
 from bot.settings import Settings
-from evaluators import comparison, stopping
+from evaluators import comparison
+from evaluators.comparison import stopping
 from evaluators.errors import EvaluationError
-from evaluators.scores import ModelEvaluation
+from evaluators.harness.scores import ModelEvaluation
 
 
 def require_hope(

@@ -203,11 +203,11 @@ def _in_our_layout(parent: Parent, scratch: Path) -> Path:
         return parent.heads
     from evaluators.errors import EvaluationError
     from evaluators.medusa import formats
-    from evaluators.medusa.model import adapters
+    from evaluators.medusa.model import causal_lm
 
     into = scratch / "read" / parent.name.replace("/", "--")
     try:
-        heads, _ = formats.load(parent.heads, adapters.load(parent.model))
+        heads, _ = formats.load(parent.heads, causal_lm.load(parent.model))
         formats.save(heads, into)
     except EvaluationError as error:
         raise Refused("NOT_SUPPORTED", error.message, error.next_step) from error

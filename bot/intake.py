@@ -40,7 +40,7 @@ from bot.request import (
     unreadable_card,
 )
 from bot.settings import Settings, crashpoint
-from evaluators import suites
+from evaluators.harness import suites
 
 # Refusals that time mends: a form is told at once, a card waits its turn.
 PASSING = frozenset({"LIMIT_REACHED", "QUEUE_FULL"})

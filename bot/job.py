@@ -18,8 +18,8 @@ from enum import StrEnum
 from typing import Any
 
 from bot.request import MergeRequest
-from evaluators.scores import ModelEvaluation
-from evaluators.verdict import Comparison
+from evaluators.comparison.verdict import Comparison
+from evaluators.harness.scores import ModelEvaluation
 from evaluators.vitals import Vitals
 
 

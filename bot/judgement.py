@@ -12,9 +12,9 @@ from bot.progress import Show
 from bot.request import EvaluateOptions
 from bot.settings import Settings
 from evaluators import comparison, vitals
+from evaluators.comparison.verdict import Comparison
 from evaluators.errors import EvaluationError
-from evaluators.scores import ModelEvaluation
-from evaluators.verdict import Comparison
+from evaluators.harness.scores import ModelEvaluation
 from evaluators.vitals import Vitals
 
 

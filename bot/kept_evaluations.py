@@ -24,9 +24,9 @@ from pydantic import TypeAdapter
 from bot.errors import MergebotError
 from bot.job import Job
 from bot.settings import Settings
-from evaluators import results
-from evaluators.conditions import LIBRARIES
-from evaluators.scores import ModelEvaluation
+from evaluators.harness import results
+from evaluators.harness.conditions import LIBRARIES
+from evaluators.harness.scores import ModelEvaluation
 
 if TYPE_CHECKING:
     from bot.hub import Hub

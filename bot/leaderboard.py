@@ -22,8 +22,8 @@ from bot.errors import Refused
 from bot.hub import Hub
 from bot.job import Job
 from bot.settings import Settings
-from evaluators.scores import ModelEvaluation
-from evaluators.verdict import Comparison
+from evaluators.comparison.verdict import Comparison
+from evaluators.harness.scores import ModelEvaluation
 
 BOARD = "mergebot-leaderboard"
 RESULTS = "mergebot-results"

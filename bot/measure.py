@@ -16,11 +16,11 @@ from bot.job import Source
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, child_environment
-from evaluators import harness, suites
-from evaluators.conditions import Conditions
+from evaluators import harness
 from evaluators.errors import EvaluationError
-from evaluators.harness import Estimate
-from evaluators.scores import ModelEvaluation
+from evaluators.harness import Estimate, suites
+from evaluators.harness.conditions import Conditions
+from evaluators.harness.scores import ModelEvaluation
 
 if TYPE_CHECKING:
     from bot.hub import Hub

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from bot.hub import Hub
     from bot.measure import Question
     from bot.merge.execution.engine import Merged
+    from evaluators.comparison.verdict import Comparison
     from evaluators.harness import Estimate
-    from evaluators.scores import ModelEvaluation
-    from evaluators.verdict import Comparison
+    from evaluators.harness.scores import ModelEvaluation
 
 
 def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
@@ -180,8 +180,8 @@ def write_evaluations(
 ) -> list[Path]:
     """The evaluations as JSON, the model's own first, each with the folder of its samples; and the comparison, which
     is also drawn, beside the file. Returns what was written."""
-    from evaluators.figure import figure
-    from evaluators.results import folder_of
+    from evaluators.harness.results import folder_of
+    from evaluators.pictures.score_figure import figure
 
     first = next(iter(found.values()))
     told = {

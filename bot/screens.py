@@ -17,16 +17,16 @@ from rich.text import Text
 
 from bot.merge.execution.sizes import in_units
 from bot.progress import Show
-from evaluators.speed_figure import speed_figure
+from evaluators.pictures.speed_figure import speed_figure
 
 if TYPE_CHECKING:
     from bot.job import Job
     from bot.verification import Verdict
+    from evaluators.comparison.verdict import Comparison
     from evaluators.harness import Estimate
+    from evaluators.harness.scores import ModelEvaluation, Score
     from evaluators.medusa.decoding.decode import Trace
     from evaluators.medusa.generation import Piece
-    from evaluators.scores import ModelEvaluation, Score
-    from evaluators.verdict import Comparison
 
 console = Console()
 _INPUT = ("model", "tensor", "dtype", "base", "adapter")  # what `Plan.values_of` says of an input beside its parameters
@@ -203,7 +203,7 @@ def _duration(seconds: float) -> str:
 def evaluations(found: Mapping[str, ModelEvaluation], comparison: Comparison | None, why_not: str) -> None:
     """Tasks as rows, models as columns, percent with the 95 % interval; below it a line a task on what it shows."""
     from bot import findings
-    from evaluators import verdict
+    from evaluators.comparison import verdict
 
     first = next(iter(found.values()))
     table = Table(title=f"{first.suite}: percent and 95 % interval", title_justify="left")

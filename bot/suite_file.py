@@ -28,9 +28,9 @@ from bot.errors import Failed, Refused, Where
 from bot.measure import suite_named
 from bot.merge.recipe.document import Node, Reader, Text
 from bot.merge.recipe.reading import read_yaml
-from evaluators import suites
 from evaluators.errors import EvaluationError
-from evaluators.suites import Suite, SuiteTask
+from evaluators.harness import suites
+from evaluators.harness.suites import Suite, SuiteTask
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
 _KEYS = ("name", "version", "about", "tasks")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
+from evaluators.repetition import distinct_4grams
 
 VERSION = 1
 HELD_TEXT = Path(__file__).parent / "texts" / "held.txt"
@@ -95,14 +96,15 @@ def of_folder(
     Reads a stranger's weights: to be called in a process that holds no secret and may be killed. Raises
     EvaluationError MODEL_UNLOADABLE.
     """
-    from evaluators import harness, harness_model
+    from evaluators import harness
+    from evaluators.harness import model_loading
 
     identity = model_identity or harness.content_digest(model)
     known = stored(cache, identity, device=device, dtype=dtype)
     if known is not None:
         return known
-    found = examine(*harness_model.load(model, device, dtype))
-    harness_model.free_memory()
+    found = examine(*model_loading.load(model, device, dtype))
+    model_loading.free_memory()
     file = _file(cache, identity, device, dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{time.monotonic_ns()}.partial")
@@ -209,8 +211,6 @@ def _continued(model: Any, prompt: list[int]) -> list[int]:
 
 
 def _distinct(outputs: Sequence[Sequence[int]]) -> float | None:
-    from evaluators.medusa.training.data import distinct_4grams
-
     return sum(map(distinct_4grams, outputs)) / len(outputs) if outputs else None
 
 

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from bot.intake import Checked
 from bot.job import ENDED, Evaluation, Job, Source, Stage, stage
 from bot.leaderboard import Row, measured_heads, speedup
-from evaluators.scores import ModelEvaluation
+from evaluators.harness.scores import ModelEvaluation
 from space import login
 from space.desk import Desk, Refusal, attempt, now
 

@@ -25,7 +25,7 @@ from bot.leaderboard import Row
 from bot.queue import Queue
 from bot.request import EvaluateOptions
 from bot.settings import Settings
-from evaluators import suites
+from evaluators.harness import suites
 from space import login
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from evaluators.figure import MERGE, PARENTS
+from evaluators.pictures.score_figure import MERGE, PARENTS
 from space.markup import Markup
 
 __all__ = ["CSS", "LOGO", "LOGO_SVG", "MERGE", "MONO", "PARENTS", "PARENT_SYMBOLS", "SANS", "theme"]

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from bot import findings, messages
 from bot.job import Evaluation
-from evaluators import verdict, vitals
-from evaluators.figure import figure
-from evaluators.scores import ModelEvaluation
-from evaluators.verdict import Comparison, Difference, Outcome, Scored
+from evaluators import vitals
+from evaluators.comparison import verdict
+from evaluators.comparison.verdict import Comparison, Difference, Outcome, Scored
+from evaluators.harness.scores import ModelEvaluation
+from evaluators.pictures.score_figure import figure
 from space import words
 from space.markup import Markup, join, tag
 from space.pieces import rows_table

@@ -21,8 +21,8 @@ from bot.merge.recipe import reading as recipe
 from bot.request import EvaluateOptions, MergeRequest, Origin, from_form, front_matter
 from bot.settings import Settings
 from evaluators import comparison
-from evaluators.scores import Environment, ModelEvaluation, Score
-from evaluators.verdict import Comparison
+from evaluators.comparison.verdict import Comparison
+from evaluators.harness.scores import Environment, ModelEvaluation, Score
 from evaluators.vitals import Vitals
 from tests.evaluators import stored
 

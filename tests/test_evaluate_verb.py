@@ -22,9 +22,9 @@ from bot.hub import Hub
 from bot.job import Source
 from bot.request import EvaluateOptions
 from bot.settings import Settings
-from evaluators import results
-from evaluators.conditions import Conditions
-from evaluators.scores import ModelEvaluation
+from evaluators.harness import results
+from evaluators.harness.conditions import Conditions
+from evaluators.harness.scores import ModelEvaluation
 from tests.evaluators import tiny_harness
 
 REPO = Path(__file__).resolve().parent.parent

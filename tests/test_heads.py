@@ -23,7 +23,7 @@ from bot.merged_heads import WEIGHTS
 from bot.settings import Settings
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
-from evaluators.medusa.model import adapters
+from evaluators.medusa.model import causal_lm
 from tests import family
 from tests.localhub.server import running_hub
 
@@ -55,7 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def draw(model: Path, out: Path, number: int) -> None:
     """Random heads for a model."""
-    base = adapters.load(model)
+    base = causal_lm.load(model)
     made = Heads(HeadSpec("shared", 2), base)
     torch.manual_seed(number)
     with torch.no_grad():

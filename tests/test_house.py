@@ -24,7 +24,7 @@ HOMES = {
     "huggingface_hub": ("bot/hub/",),
     "sqlalchemy": ("bot/queue/",),
     "gradio": ("space/",),
-    "subprocess": ("bot/executors/", "bot/worker.py", "evaluators/harness.py"),
+    "subprocess": ("bot/executors/", "bot/worker.py", "evaluators/harness/evaluation.py"),
     "yaml": (
         "bot/request.py",
         "bot/merge/recipe/reading.py",
@@ -56,6 +56,10 @@ MERGE_PARTS = (
 )
 # the parts of evaluators/medusa, likewise
 MEDUSA_PARTS = ("trees", "model", "drafting", "formats", "decoding", "training", "speed", "generation")
+# what measures a checkpoint, likewise: tools, then lm-eval, what its answers prove, the pictures
+EVALUATOR_PARTS = (
+    "errors", "paired", "repetition", "weights", "loading", "harness", "vitals", "comparison", "pictures", "medusa",
+)  # fmt: skip
 # processes that serve strangers or hold the token start without these
 HEAVY = ("torch", "transformers", "lm_eval")
 LIGHT_MODULES = (
@@ -109,7 +113,9 @@ def test_the_merge_engine_knows_nothing_of_the_bot_but_its_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "parts"), [("bot/merge", MERGE_PARTS), ("evaluators/medusa", MEDUSA_PARTS)], ids=["merge", "medusa"]
+    ("engine", "parts"),
+    [("bot/merge", MERGE_PARTS), ("evaluators", EVALUATOR_PARTS), ("evaluators/medusa", MEDUSA_PARTS)],
+    ids=["merge", "evaluators", "medusa"],
 )
 def test_each_part_of_an_engine_imports_only_those_before_it(engine: str, parts: tuple[str, ...]) -> None:
     def rank(part: str) -> int:
@@ -117,6 +123,7 @@ def test_each_part_of_an_engine_imports_only_those_before_it(engine: str, parts:
         return parts.index(part)
 
     package = engine.replace("/", ".") + "."
+    depth = package.count(".")
     doors = {f"{engine}/__init__.py", f"{engine}/custom_generate.py"}  # the latter is copied into repos, not imported
     wrong = [
         f"{path} imports {name}"
@@ -124,7 +131,7 @@ def test_each_part_of_an_engine_imports_only_those_before_it(engine: str, parts:
         if path.startswith(f"{engine}/") and path not in doors
         for name in imports(tree, types=False)
         if name.startswith(package) and name != f"{package}custom_generate"
-        if rank(name.split(".")[2]) > rank(path.split("/")[2].removesuffix(".py"))
+        if rank(name.split(".")[depth]) > rank(path.split("/")[depth].removesuffix(".py"))
     ]
     assert wrong == []
 

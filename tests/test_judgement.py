@@ -16,7 +16,7 @@ from bot.errors import Failed
 from bot.job import Source
 from bot.request import EvaluateOptions
 from bot.settings import Settings
-from evaluators.scores import ModelEvaluation
+from evaluators.harness.scores import ModelEvaluation
 from tests import family
 from tests.evaluators import stored
 

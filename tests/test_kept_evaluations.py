@@ -18,9 +18,9 @@ from bot.localhub import seed
 from bot.measure import Question
 from bot.request import EvaluateOptions
 from bot.settings import Settings
-from evaluators import results
-from evaluators.conditions import LIBRARIES
-from evaluators.scores import Environment, ModelEvaluation, Score
+from evaluators.harness import results
+from evaluators.harness.conditions import LIBRARIES
+from evaluators.harness.scores import Environment, ModelEvaluation, Score
 from tests.localhub.server import RunningHub, running_hub
 
 MODEL = "alice/parent@" + "a" * 40

@@ -16,7 +16,7 @@ from bot.cli import app
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
-from evaluators.medusa.model import adapters
+from evaluators.medusa.model import causal_lm
 from tests import family
 
 
@@ -25,7 +25,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
     family.make(tmp_path)
-    base = adapters.load(tmp_path / "base")
+    base = causal_lm.load(tmp_path / "base")
     for name, spec in (("plain", HeadSpec("shared", 2)), ("conditioned", HeadSpec("shared", 2, conditioned=True))):
         heads = Heads(spec, base)
         torch.nn.init.normal_(heads.first)

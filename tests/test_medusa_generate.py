@@ -18,8 +18,8 @@ from evaluators.medusa.decoding.acceptance import Exact, Typical
 from evaluators.medusa.decoding.decode import Limits, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
-from evaluators.medusa.model import adapters
-from evaluators.medusa.training import suite
+from evaluators.medusa.model import causal_lm
+from evaluators.medusa.training import prompt_sets
 from tests import family
 
 
@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
     family.make(tmp_path)
-    base = adapters.load(tmp_path / "base")
+    base = causal_lm.load(tmp_path / "base")
     formats.save(identity_heads(HeadSpec("shared", 3), base), tmp_path / "heads")
     yield tmp_path
     os.environ.clear()
@@ -48,8 +48,8 @@ def generate(*arguments: str) -> Any:
 
 
 def test_the_answer_is_the_models_own_and_what_it_took_is_said(place: Path) -> None:
-    base = adapters.load(place / "base")
-    ids = suite.encode(base, "one two")
+    base = causal_lm.load(place / "base")
+    ids = prompt_sets.encode(base, "one two")
     answer = plain(EagerRunner(base), ids, Limits(20, base.stop_ids)).tokens
     want = base.tokenizer.decode(answer, skip_special_tokens=True).rstrip(generation.UNKNOWN)
     done = generate("base", "one two", "--heads", "heads", "--new-tokens", "20", "--dtype", "float32")

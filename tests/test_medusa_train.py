@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from bot.cli import app
 from bot.errors import Refused
 from evaluators.medusa import formats
-from evaluators.medusa.model import adapters
+from evaluators.medusa.model import causal_lm
 from tests import family
 
 FIXED = ("--heads", "2", "--vocab", "64", "--answers", "4", "--steps", "3", "--device", "cpu")
@@ -40,7 +40,7 @@ def test_the_command_writes_heads_and_says_what_it_took(place: Path) -> None:
     assert done.exit_code == 0
     said = " ".join(done.output.split())
     assert "3 steps over" in said and "Joint training changed the model" in said and "out/adapter" in said
-    heads, _ = formats.load(place / "out", adapters.load(place / "base"))
+    heads, _ = formats.load(place / "out", causal_lm.load(place / "base"))
     assert (heads.spec.heads, heads.spec.layers, heads.spec.conditioned) == (2, 2, False)
     assert json.loads((place / "out" / "training.json").read_text())["joint"]["changes_the_model"] is True
     assert list((place / "home" / "cache" / "medusa").glob("*.safetensors"))

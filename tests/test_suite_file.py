@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bot import intake, suite_file
 from bot.errors import Failed, MergebotError, Refused
 from bot.request import EvaluateOptions, read_block
-from evaluators.suites import ANY, SUITES, SuiteTask
+from evaluators.harness.suites import ANY, SUITES, SuiteTask
 from tests.evaluators import tiny_harness
 
 WHOLE = """\

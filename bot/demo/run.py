@@ -30,7 +30,7 @@ from bot.errors import Failed
 from bot.job import ENDED, Job, Stage, stage
 from bot.progress import Show
 from bot.settings import Settings, activate
-from evaluators.scores import ModelEvaluation
+from evaluators.harness.scores import ModelEvaluation
 
 REQUESTER = "visitor"
 BOT = "mergebot"

@@ -20,10 +20,10 @@ from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.formats.reading import CARRIED
 from evaluators.medusa.model import packed
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate
 from evaluators.medusa.speed.transfer import known_training
-from evaluators.medusa.training import suite
+from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, expected_tokens, greedy_tree
 
 CONTEXT = 128
@@ -52,7 +52,7 @@ class Speaker:
     def say(self, prompt: str, max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()) -> Iterator[Piece]:
         """The answer to `prompt`, token by token, up to the first of the strings `stop`; `trace` then tells what it
         took."""
-        ids = suite.encode(self.base, prompt)
+        ids = prompt_sets.encode(self.base, prompt)
         self.trace = Trace()
         strings = StopStrings(self.base.tokenizer, stop) if stop else None
         limits = Limits(max_new_tokens, self.base.stop_ids, strings)

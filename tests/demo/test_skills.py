@@ -10,7 +10,7 @@ import pytest
 
 from bot.demo import skills
 from bot.demo.skills import Skill
-from evaluators.suites import OWN_TASKS, SUITES
+from evaluators.harness.suites import OWN_TASKS, SUITES
 
 every_skill = pytest.mark.parametrize("skill", skills.ALL, ids=lambda skill: skill.name)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evaluators.scores import Environment, ModelEvaluation, Score
+from evaluators.harness.scores import Environment, ModelEvaluation, Score
 
 ENVIRONMENT = Environment("cpu", "float32", "16", False, 0, "0.4.13", "5.23.0", "2.13.0")
 CHOICES = 4

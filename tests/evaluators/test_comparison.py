@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluators import comparison, harness, samples
+from evaluators import comparison, harness
+from evaluators.comparison import comparing, samples
+from evaluators.comparison.verdict import Comparison, Difference, Outcome, inheritance, words
 from evaluators.errors import EvaluationError
-from evaluators.scores import ModelEvaluation
-from evaluators.verdict import Comparison, Difference, Outcome, inheritance, words
+from evaluators.harness.scores import ModelEvaluation
 from tests.evaluators import stored, tiny_harness
 
 Make = Callable[..., ModelEvaluation]
@@ -126,7 +127,7 @@ def test_graded_answers_are_judged_by_flipped_signs_and_less_can_be_better(make:
     parent = make(left=(base + rng.normal(0.4, 0.3, 60)).tolist(), metric="loss", higher_is_better=False)
     found = comparison.compare(merge, {"p": parent}, cache=tmp_path)
     [difference] = found.tasks[0].differences
-    assert difference.test == comparison.SIGN_FLIP and difference.outcome is Outcome.BETTER
+    assert difference.test == comparing.SIGN_FLIP and difference.outcome is Outcome.BETTER
     assert difference.value > 0 and difference.interval[0] > 0
     assert found.overall is None  # a loss is no share, so it has no place in an average of shares
 

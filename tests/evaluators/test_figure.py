@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluators import comparison
-from evaluators.figure import figure
-from evaluators.verdict import Comparison, Difference, Overall, Scored, TaskVerdict
+from evaluators.comparison.verdict import Comparison, Difference, Overall, Scored, TaskVerdict
+from evaluators.pictures.score_figure import figure
 from tests.evaluators import stored
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bot.localhub import seed
-from evaluators import harness, suites
+from evaluators import harness
 from evaluators.errors import EvaluationError
-from evaluators.harness_tasks import cleaned
-from evaluators.scores import Environment, ModelEvaluation, Score, TaskData
-from evaluators.suites import SUITES, Suite, SuiteTask
+from evaluators.harness import suites
+from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData
+from evaluators.harness.suites import SUITES, Suite, SuiteTask
+from evaluators.harness.task_loading import cleaned
 from tests.evaluators import tiny_harness
 from tests.localhub.server import REPO, running_hub
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from evaluators import harness, harness_estimate, weights
+from evaluators import harness, weights
 from evaluators.errors import EvaluationError
-from evaluators.harness import Estimate
-from evaluators.harness_estimate import Amount
-from evaluators.suites import Suite
+from evaluators.harness import Estimate, amounts
+from evaluators.harness.amounts import Amount
+from evaluators.harness.suites import Suite
 from tests.evaluators import tiny_harness
 
 SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}}
@@ -70,11 +70,11 @@ def test_a_model_is_laid_over_several_gpus_only_where_one_is_too_small() -> None
 
 @given(st.integers(0, 10**12), st.integers(1, 10**10))
 def test_an_automatic_batch_on_a_gpu_fits_and_is_a_power_of_two(free: int, request: int) -> None:
-    batch = harness_estimate.batch("auto", "cuda", free, request)
-    assert batch & (batch - 1) == 0 and 1 <= batch <= harness_estimate.GPU_BATCH
+    batch = amounts.batch("auto", "cuda", free, request)
+    assert batch & (batch - 1) == 0 and 1 <= batch <= amounts.GPU_BATCH
     assert batch == 1 or batch * request <= free / 2
-    assert harness_estimate.batch("auto", "cpu", free, request) == 16
-    assert harness_estimate.batch("7", "cuda", free, request) == 7
+    assert amounts.batch("auto", "cpu", free, request) == 16
+    assert amounts.batch("7", "cuda", free, request) == 7
 
 
 def test_answers_of_one_token_to_one_question_are_counted_as_one_pass() -> None:
@@ -82,6 +82,6 @@ def test_answers_of_one_token_to_one_question_are_counted_as_one_pass() -> None:
         return [ord(char) for char in text]
 
     asked = [("loglikelihood", ("abc", answer)) for answer in ("x", "y", "zz")]
-    assert harness_estimate._of_requests(asked, encode) == Amount(3, 3 + 4, 0, 4)
+    assert amounts._of_requests(asked, encode) == Amount(3, 3 + 4, 0, 4)
     written = [("generate_until", ("abc", {"max_gen_toks": 7})), ("generate_until", ("abc", {}))]
-    assert harness_estimate._of_requests(written, encode) == Amount(2, 8, 7 + 256, 4)
+    assert amounts._of_requests(written, encode) == Amount(2, 8, 7 + 256, 4)

@@ -10,11 +10,12 @@ from typing import Any
 import psutil
 import pytest
 
-from evaluators import harness, results
+from evaluators import harness
 from evaluators.errors import EvaluationError
-from evaluators.harness_journal import Journal
-from evaluators.scores import ModelEvaluation
-from evaluators.suites import Suite
+from evaluators.harness import results
+from evaluators.harness.journal import Journal
+from evaluators.harness.scores import ModelEvaluation
+from evaluators.harness.suites import Suite
 from tests.evaluators import tiny_harness
 
 SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}, "batch_size": 4}
@@ -59,7 +60,7 @@ def interrupted(place: Path, cache: str, end: Callable[[], None]) -> Callable[[i
 def kill() -> None:
     """As kill -9 does it, to the process that evaluates."""
     for child in psutil.Process().children(recursive=True):
-        if "evaluators.harness_process" in child.cmdline():
+        if "evaluators.harness.process" in child.cmdline():
             child.send_signal(signal.SIGKILL)
 
 

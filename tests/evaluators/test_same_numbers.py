@@ -14,8 +14,8 @@ import pytest
 
 from bot.localhub import seed
 from evaluators import harness
-from evaluators.scores import ModelEvaluation, TaskData
-from evaluators.suites import Suite, SuiteTask
+from evaluators.harness.scores import ModelEvaluation, TaskData
+from evaluators.harness.suites import Suite, SuiteTask
 from tests.evaluators import tiny_harness
 from tests.localhub.server import RunningHub, running_hub
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData, differences
 from evaluators.paired import quantile
-from evaluators.scores import Environment, ModelEvaluation, Score, TaskData, differences
 
 ENVIRONMENT = Environment("cpu", "float32", "16", False, 0, "0.4.13", "5.23.0", "2.13.0")
 

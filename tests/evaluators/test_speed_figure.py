@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluators.medusa.speed import report
-from evaluators.speed_figure import speed_figure
+from evaluators.pictures.speed_figure import speed_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 speeds = st.floats(0.05, 9)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluators import stopping
-from evaluators.stopping import Pace, Rule, decide, log_capital, upper_bound
+from evaluators.comparison import stopping
+from evaluators.comparison.stopping import Pace, Rule, decide, log_capital, upper_bound
 
 
 def population(rng: np.random.Generator, won: int, lost: int, questions: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evaluators.suites import Suite, SuiteTask
+from evaluators.harness.suites import Suite, SuiteTask
 
 WORDS = [
     "the",

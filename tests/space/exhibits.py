@@ -14,7 +14,7 @@ from bot.leaderboard import BOARD, BOARD_FILE, Measured, Row
 from bot.queue import Queue
 from bot.request import EvaluateOptions, MergeRequest, Origin
 from evaluators import comparison
-from evaluators.scores import Environment, ModelEvaluation
+from evaluators.harness.scores import Environment, ModelEvaluation
 from evaluators.vitals import Vitals
 from tests.evaluators import stored
 from tests.merge.tiny_checkpoints import llama_tensors, save

@@ -29,7 +29,7 @@ from evaluators.medusa.decoding.decode import (
 )
 from evaluators.medusa.decoding.runners import EagerRunner, bias_of, masks_of
 from evaluators.medusa.drafting.drafters import Drafter
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Path, Tree
 
 

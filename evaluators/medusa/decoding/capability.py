@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
-from evaluators.medusa.model.adapters import Base, close
 from evaluators.medusa.model.attention import GROUPED
+from evaluators.medusa.model.causal_lm import Base, close
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 ROUNDED = 0.15

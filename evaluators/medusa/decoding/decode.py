@@ -21,7 +21,7 @@ from evaluators.medusa.decoding.acceptance import GREEDY, Rule
 from evaluators.medusa.decoding.runners import Runner, Step
 from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import Drafter
-from evaluators.medusa.model.adapters import Base, not_finite
+from evaluators.medusa.model.causal_lm import Base, not_finite
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 Finish = Literal["stop", "length", "context"]

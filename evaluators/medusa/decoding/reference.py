@@ -12,7 +12,7 @@ import torch
 from evaluators.medusa.decoding.acceptance import GREEDY, Rule
 from evaluators.medusa.decoding.decode import Limits, Trace
 from evaluators.medusa.drafting.drafters import Drafter
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Tree
 
 

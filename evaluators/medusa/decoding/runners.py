@@ -12,7 +12,7 @@ from transformers.cache_utils import DummyLayer
 
 from evaluators.medusa.decoding.acceptance import Rule
 from evaluators.medusa.drafting.drafters import Drafter
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Path, Tree
 
 

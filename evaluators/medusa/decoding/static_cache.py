@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 
 
 @dataclass(slots=True)

@@ -20,8 +20,8 @@ from evaluators.medusa.decoding.graphs import Capture, CudaGraphs
 from evaluators.medusa.decoding.runners import EagerRunner, Runner, Step
 from evaluators.medusa.decoding.static_cache import StaticTreeCache, row_shape
 from evaluators.medusa.drafting.drafters import Drafter, TensorDrafter
-from evaluators.medusa.model.adapters import Base
 from evaluators.medusa.model.attention import tiles_of
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.device_tree import DeviceTree
 from evaluators.medusa.trees.tree import ROOT_ONLY, Path, Tree
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 
 Kind = Literal["shared", "own"]
 

@@ -24,8 +24,8 @@ from evaluators.medusa.formats import reading
 from evaluators.medusa.formats.layout import Holding, examine
 from evaluators.medusa.formats.reading import WEIGHTS
 from evaluators.medusa.formats.writing import CONFIG, FORMATS, Format, block, save, write_json
-from evaluators.medusa.model import adapters
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model import causal_lm
+from evaluators.medusa.model.causal_lm import Base
 
 __all__ = ["CONFIG", "FORMATS", "WEIGHTS", "Format", "block", "export", "load", "save", "write_json"]
 
@@ -82,7 +82,7 @@ def export(
         raise EvaluationError("HEADS_UNSUPPORTED", f"Heads have no {names}.", f"Choose one of {', '.join(choice)}.")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise EvaluationError("HEADS_UNSUPPORTED", f"{out} is there and not empty.", "Choose a new folder.")
-    base = adapters.load(model)
+    base = causal_lm.load(model)
     heads, warnings = load(source, base)
     return [*warnings, *save(heads, out, known, base_model=base_model, dtype=DTYPES[dtype])]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.formats.reading import INSIDE, Stored, refused
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 
 Layout = Literal["medusa", "vllm"]
 _NAMES: dict[Layout, tuple[re.Pattern[str], re.Pattern[str]]] = {

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from evaluators.medusa.model import adapters
-from evaluators.medusa.model.adapters import Base, close
+from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.attention import use_grouped
+from evaluators.medusa.model.causal_lm import Base, close
 
 # The layout oneDNN chooses for one row alone is slower for one row, too (measured), so it is asked for several.
 ROWS = 16
@@ -29,10 +29,10 @@ PROBE_ROWS = 3
 def load(folder: Path, device: str = "cpu", dtype: str = "auto") -> tuple[Base, str | None]:
     """A checkpoint as it runs fastest on this machine, and why its weights are not packed, None if they are.
 
-    `dtype` "auto" is adapters.fastest_dtype. Raises EvaluationError as adapters.load does.
+    `dtype` "auto" is causal_lm.fastest_dtype. Raises EvaluationError as causal_lm.load does.
     """
-    chosen = adapters.fastest_dtype(folder, device) if dtype == "auto" else getattr(torch, dtype)
-    base = adapters.load(folder, device, chosen)
+    chosen = causal_lm.fastest_dtype(folder, device) if dtype == "auto" else getattr(torch, dtype)
+    base = causal_lm.load(folder, device, chosen)
     use_grouped(base)
     return base, pack(base)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 
 TIE_GAP = 1e-3
 NOISE_TOKENS = 8

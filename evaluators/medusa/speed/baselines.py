@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from evaluators.medusa.decoding.decode import Clock, Limits, plain, timed
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.bench import ClockName, Question, end_to_end_s, seconds
 
 NATIVE_SLACK = 1.1

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from evaluators.medusa.decoding.decode import Clock, Limits, Trace, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.drafting.drafters import Drafter
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.rounding import tie_limit
 from evaluators.medusa.speed.report import sentence as sentence
 from evaluators.medusa.training.data import Dialogue
-from evaluators.medusa.training.suite import Prompt
+from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import Tree
 
 RESAMPLES = 10_000

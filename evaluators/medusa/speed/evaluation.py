@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evaluators import repetition
 from evaluators.medusa import formats
 from evaluators.medusa.decoding import decode
 from evaluators.medusa.decoding.capability import capability
@@ -21,13 +22,13 @@ from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.model import packed
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
 from evaluators.medusa.speed import bench, calibrate, head_rows, report, rows, timing, transfer
 from evaluators.medusa.speed.measurement import Asked, Progress, Run
 from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.speed.transfer import Given, HeadSet
-from evaluators.medusa.training import data, simulation, suite, train
+from evaluators.medusa.training import data, prompt_sets, simulation, train
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree
 
@@ -89,7 +90,9 @@ def measure(
     run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
     run.report["mode"] = "full" if turns > 1 else "quick"
     run.progress("load", 0, 1)
-    test = suite.in_turns(suite.builtin("test", seed) if prompts is None else suite.read(prompts), asked.questions)
+    test = prompt_sets.in_turns(
+        prompt_sets.builtin("test", seed) if prompts is None else prompt_sets.read(prompts), asked.questions
+    )
     with steadiest_threads(device):
         _examine(run, _loaded(run, device), test, prompts)
     return _written(run)
@@ -110,11 +113,11 @@ def _loaded(run: Run, device: str) -> Base:
     return base
 
 
-def _examine(run: Run, base: Base, asked: Sequence[suite.Prompt], prompts: Path | None) -> None:
+def _examine(run: Run, base: Base, asked: Sequence[prompt_sets.Prompt], prompts: Path | None) -> None:
     able = capability(base)
     run.report["model"] = report.describe_model(base, run.folder)
     run.report["environment"] = report.describe_environment(base, able.kernel, run.seed)
-    test = [bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0]))) for prompt in asked]
+    test = [bench.Question(prompt, tuple(prompt_sets.encode(base, prompt.turns[0]))) for prompt in asked]
     _describe_suite(run, base, test, prompts)
     now = run.stage("load", run.started)
     run.progress("load", 1, 1)
@@ -192,13 +195,13 @@ def _runner(run: Run, base: Base) -> Runner:
 def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning: bool) -> _Texts:
     """Answers for both splits in the same batches, so that a short budget thins them alike."""
     asked = [question.prompt for question in test]
-    sources, dropped = suite.without_leaks(suite.builtin("train", run.seed), asked)
+    sources, dropped = prompt_sets.without_leaks(prompt_sets.builtin("train", run.seed), asked)
     if dropped:
         run.report["warnings"].append(f"{len(dropped)} training prompts were too close to a test prompt: {dropped}")
-    held_out = suite.without_leaks(suite.builtin("calibration", run.seed), asked)[0][:HELD_OUT]
-    learnt = [("train", suite.encode(base, prompt.turns[0])) for prompt in sources] if learning else []
+    held_out = prompt_sets.without_leaks(prompt_sets.builtin("calibration", run.seed), asked)[0][:HELD_OUT]
+    learnt = [("train", prompt_sets.encode(base, prompt.turns[0])) for prompt in sources] if learning else []
     queues = [iter(learnt)] * 4
-    queues.append(iter([("calibration", suite.encode(base, prompt.turns[0])) for prompt in held_out]))
+    queues.append(iter([("calibration", prompt_sets.encode(base, prompt.turns[0])) for prompt in held_out]))
     mixed = _taking_turns(queues)
     dialogues = data.self_distil(
         base,
@@ -217,7 +220,7 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
 
 def _straight(dialogues: list[data.Dialogue]) -> list[data.Dialogue]:
     """The answers that do not repeat themselves; all where every one does."""
-    return [dialogue for dialogue in dialogues if not data.loops(dialogue.output)] or dialogues
+    return [dialogue for dialogue in dialogues if not repetition.loops(dialogue.output)] or dialogues
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:

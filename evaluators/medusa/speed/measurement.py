@@ -10,7 +10,7 @@ from typing import Any
 
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import report
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.trees.tree import Tree

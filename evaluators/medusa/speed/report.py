@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 
 SCHEMA = "mergebot.decode_speed/1"
 VERDICTS = {

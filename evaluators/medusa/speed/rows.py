@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evaluators import repetition
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, calibrate, report
 from evaluators.medusa.speed.transfer import HeadSet
 from evaluators.medusa.training import data
@@ -214,12 +215,12 @@ def _end_to_end(blocks: Sequence[bench.Block], name: str, clock: bench.ClockName
 
 
 def _without_loops(m: Measured, name: str) -> float | None:
-    straight = [block for block in m.blocks if not data.loops(block.plain[0].tokens)]
+    straight = [block for block in m.blocks if not repetition.loops(block.plain[0].tokens)]
     return value(bench.rate(straight, name, m.seed))
 
 
 def _flag_loops(into: Row, blocks: Sequence[bench.Block]) -> None:
-    looping = [block.question.prompt.id for block in blocks if data.loops(block.plain[0].tokens)]
+    looping = [block.question.prompt.id for block in blocks if repetition.loops(block.plain[0].tokens)]
     into["suite"]["looping"] = len(looping)
     if looping:
         into["warnings"].append(

@@ -9,11 +9,11 @@ from evaluators.medusa.decoding import decode
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, calibrate
 from evaluators.medusa.speed.measurement import Run
 from evaluators.medusa.speed.rows import Scored
-from evaluators.medusa.training import suite
+from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.trees.tree import chain
 
 # Shares of the budget at which timing must have ended, with and without other models to compare afterwards.
@@ -71,7 +71,7 @@ def _next_turn(base: Base, question: bench.Question, answer: Sequence[int]) -> b
     answers = (*question.answers, base.tokenizer.decode(list(answer), skip_special_tokens=True))
     if len(answers) >= len(turns):
         return None
-    ids = suite.encode(base, turns[len(answers)], list(zip(turns, answers, strict=False)))
+    ids = prompt_sets.encode(base, turns[len(answers)], list(zip(turns, answers, strict=False)))
     return bench.Question(question.prompt, tuple(ids), answers)
 
 

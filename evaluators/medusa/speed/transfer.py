@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.model import adapters
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model import causal_lm
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import report
 from evaluators.medusa.training import data, simulation
 from evaluators.medusa.trees import tree_files
@@ -164,7 +164,7 @@ def hidden_cosine(model: Path, base: Base, texts: Sequence[data.Dialogue]) -> fl
     None where the two cannot be compared: other width, other vocabulary, or a model that cannot be loaded.
     """
     try:
-        other = adapters.load(model, str(base.device), base.dtype)
+        other = causal_lm.load(model, str(base.device), base.dtype)
     except EvaluationError:
         return None
     if (other.hidden, other.vocab) != (base.hidden, base.vocab):

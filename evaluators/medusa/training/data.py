@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa.model import growing
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.rounding import tie_limit
 from evaluators.medusa.training.store import Rows
 
@@ -242,16 +242,3 @@ def check(base: Base, dialogues: Sequence[Dialogue], sample: int = 2) -> float:
             "The model does not take left padding; evaluate it without the speed check.",
         )
     return share
-
-
-def distinct_4grams(tokens: Sequence[int]) -> float:
-    """Share of 4-grams that are different from each other; 1.0 for texts shorter than 8 tokens."""
-    if len(tokens) < 8:
-        return 1.0
-    grams = [tuple(tokens[at : at + 4]) for at in range(len(tokens) - 3)]
-    return len(set(grams)) / len(grams)
-
-
-def loops(tokens: Sequence[int]) -> bool:
-    """Looping text inflates tokens per step, so it is flagged."""
-    return distinct_4grams(tokens) < 0.5

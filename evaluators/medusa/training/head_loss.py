@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.model import adapters
+from evaluators.medusa.model import causal_lm
 from evaluators.medusa.training.data import IGNORED, Features
 
 DECAY_PER_HEAD = 0.8
@@ -66,7 +66,7 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and adapters.cpu_multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and causal_lm.cpu_multiplies_bfloat16() else torch.float32
 
 
 class SoftTargets:

@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from evaluators import repetition
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
-from evaluators.medusa.model import adapters, packed
-from evaluators.medusa.model.adapters import Base
-from evaluators.medusa.training import data, joint, simulation, suite, train
+from evaluators.medusa.model import causal_lm, packed
+from evaluators.medusa.model.causal_lm import Base
+from evaluators.medusa.training import data, joint, prompt_sets, simulation, train
 from evaluators.medusa.training.store import Checkpoint, Store, content_of, key_of
 
 GENERATED_BY = {False: 0.78, True: 0.4}  # share of the budget, by whether the base is trained, too
@@ -146,8 +147,8 @@ def train_heads(
     work.take_up()
     work.progress("load", 0, 1)
     # A change to the base is trained through its layers, and in full precision.
-    base = adapters.load(model, device) if wanted.joint else packed.load(model, device, wanted.dtype)[0]
-    learn, apart = ([suite.encode(base, text) for text in split] for split in texts)
+    base = causal_lm.load(model, device) if wanted.joint else packed.load(model, device, wanted.dtype)[0]
+    learn, apart = ([prompt_sets.encode(base, text) for text in split] for split in texts)
     encoded = Prompts(learn, apart, prompts[2])
     work.progress("load", 1, 1)
     _noted(work, "load", began)
@@ -156,7 +157,7 @@ def train_heads(
     features = {"train": _features(base, learnt), "held_out": _features(base, held_out)}
     heads, facts = _fitted(work, base, features)
     facts |= {"prompts": len(learnt), "dropped_prompts": encoded.dropped,
-              "looping_answers": sum(data.loops(each.output) for each in learnt)}  # fmt: skip
+              "looping_answers": sum(repetition.loops(each.output) for each in learnt)}  # fmt: skip
     if wanted.joint:
         facts["joint"] = _jointly(work, base, heads, learnt, encoded.held_out)
     facts["seconds"] = {name: round(value, 2) for name, value in work.seconds.items()}
@@ -169,17 +170,20 @@ def train_heads(
     return facts
 
 
-def _prompts(wanted: Wanted) -> tuple[list[suite.Prompt], list[suite.Prompt], list[str]]:
+def _prompts(wanted: Wanted) -> tuple[list[prompt_sets.Prompt], list[prompt_sets.Prompt], list[str]]:
     """(training, calibration, dropped): no two of training, calibration and test prompts alike."""
-    test = suite.builtin("test", wanted.seed) if wanted.test is None else suite.read(wanted.test)
+    test = prompt_sets.builtin("test", wanted.seed) if wanted.test is None else prompt_sets.read(wanted.test)
     if wanted.prompts is None:
-        learnt, held_out = suite.builtin("train", wanted.seed), suite.builtin("calibration", wanted.seed)[:HELD_OUT]
+        learnt, held_out = (
+            prompt_sets.builtin("train", wanted.seed),
+            prompt_sets.builtin("calibration", wanted.seed)[:HELD_OUT],
+        )
     else:
-        given = suite.read(wanted.prompts)
+        given = prompt_sets.read(wanted.prompts)
         apart = min(HELD_OUT, max(1, len(given) // LEAST_SHARE))
         held_out, learnt = given[:apart], given[apart:] or given
-    held_out, leaked = suite.without_leaks(held_out, test)
-    learnt, dropped = suite.without_leaks(learnt, [*test, *held_out])
+    held_out, leaked = prompt_sets.without_leaks(held_out, test)
+    learnt, dropped = prompt_sets.without_leaks(learnt, [*test, *held_out])
     if not learnt:
         raise EvaluationError(
             "SPEED_CHECK_FAILED", "No training prompt is left that is not also a test or calibration prompt.",
@@ -228,7 +232,7 @@ def _answers(work: Work, base: Base, prompts: Prompts, content: str) -> tuple[li
 
 def _features(base: Base, answers: Sequence[data.Dialogue]) -> data.Features:
     """Without answers that repeat themselves: they teach little, and a tree chosen on them would promise too much."""
-    return data.on_disk(base, [each for each in answers if not data.loops(each.output)] or answers)
+    return data.on_disk(base, [each for each in answers if not repetition.loops(each.output)] or answers)
 
 
 def _settings(base: Base) -> list[str | int]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import store, train
 from evaluators.medusa.training.data import IGNORED, Dialogue, Features
 from evaluators.medusa.training.head_loss import Targets, draft_loss

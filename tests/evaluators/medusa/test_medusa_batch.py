@@ -20,7 +20,7 @@ from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import HeadSpec
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Tree, chain, full
 
 TREES = {"full": full((2, 2)), "sparse": Tree(((0,), (1,), (2,), (0, 0), (1, 0), (0, 0, 0))), "chain": chain(4)}

@@ -17,7 +17,7 @@ from evaluators.medusa.decoding.decode import Limits, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.formats.carried import carry
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Tree, chain, full
 from tests.localhub.server import RunningHub, running_hub
 

@@ -21,8 +21,8 @@ from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads, vocabulary_cut
-from evaluators.medusa.model.adapters import Base
-from evaluators.medusa.training import suite
+from evaluators.medusa.model.causal_lm import Base
+from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 PROMPT = [7, 42, 99, 3, 250, 7, 42]
@@ -342,7 +342,7 @@ def test_added_tokens_of_a_merged_tokenizer_are_read_proposed_and_stopped_at() -
     assert end == tiny.VOCAB + 2
     base = Base(tiny.model("gqa", vocab_size=tiny.VOCAB + 20, seed=3), made)
     assert base.stop_ids == {tiny.EOS, end}
-    ids = suite.encode(base, "<tool>hi<call><|im_end|>")
+    ids = prompt_sets.encode(base, "<tool>hi<call><|im_end|>")
     assert {tiny.VOCAB, tiny.VOCAB + 1, end} <= set(ids)
     keep = vocabulary_cut([5, 5, tiny.VOCAB], 8, base)
     assert {tiny.VOCAB, end} <= set(keep)

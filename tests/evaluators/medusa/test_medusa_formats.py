@@ -22,7 +22,7 @@ from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.formats import Format
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 
 KEEP = (5, 299, 0, 17, 100)
 SHARED, DEEP, OWN = HeadSpec("shared", 3), HeadSpec("shared", 2, 2), HeadSpec("own", 2)

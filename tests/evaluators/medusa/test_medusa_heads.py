@@ -18,7 +18,7 @@ from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate
 from evaluators.medusa.training import data, simulation, train
 from evaluators.medusa.trees.tree import ROOT_ONLY, chain, full, greedy_tree

@@ -13,11 +13,11 @@ import torch
 from bot.heads import _told_apart
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec
-from evaluators.medusa.model.adapters import Base
 from evaluators.medusa.model.attention import GROUPED, use_grouped
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import transfer
 from evaluators.medusa.trees.tree import full
-from evaluators.speed_figure import speed_figure
+from evaluators.pictures.speed_figure import speed_figure
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from benchmarks import heads as benchmark
 from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import growing
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import data, train
 from evaluators.medusa.training.head_loss import CHOICES, SOFT_SHARE, SoftTargets, Targets, draft_loss, product_dtype
 

@@ -18,8 +18,8 @@ from evaluators.medusa.decoding.decode import medusa as speculate
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec
-from evaluators.medusa.model import adapters, packed
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model import causal_lm, packed
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Tree, chain, full
 
 pytestmark = pytest.mark.skipif(
@@ -125,10 +125,10 @@ def test_a_cpu_runs_bfloat16_only_where_it_multiplies_it(
     config: object, wanted: tuple[torch.dtype, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    chosen = adapters.fastest_dtype(tmp_path)
+    chosen = causal_lm.fastest_dtype(tmp_path)
     assert chosen in wanted
-    assert adapters.fastest_dtype(tmp_path) == chosen, "decided without a clock"
-    assert adapters.fastest_dtype(tmp_path / "absent") == torch.float32
+    assert causal_lm.fastest_dtype(tmp_path) == chosen, "decided without a clock"
+    assert causal_lm.fastest_dtype(tmp_path / "absent") == torch.float32
 
 
 class Chained(EagerRunner):

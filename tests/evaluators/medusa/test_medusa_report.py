@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from evaluators import medusa
 from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding.decode import Clock, Limits, Trace
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, report
-from evaluators.medusa.training.suite import Prompt
+from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import chain, full
 
 

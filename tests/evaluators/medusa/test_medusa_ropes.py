@@ -11,7 +11,7 @@ from evaluators.medusa.decoding.acceptance import Exact
 from evaluators.medusa.decoding.capability import capability
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import data
 from evaluators.medusa.trees.tree import chain, full
 

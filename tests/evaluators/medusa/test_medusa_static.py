@@ -21,8 +21,8 @@ from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.decoding.static_runner import StaticRunner, fastest, reason_against_static
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import HeadSpec
-from evaluators.medusa.model.adapters import Base
 from evaluators.medusa.model.attention import GROUPED, grouped_attention, use_grouped
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.calibrate import cost_curve
 from evaluators.medusa.trees.device_tree import DeviceTree
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, full, greedy_tree

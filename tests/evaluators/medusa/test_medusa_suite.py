@@ -7,34 +7,35 @@ from pathlib import Path
 import pytest
 import tiny_causal_lms as tiny
 
+from evaluators import repetition
 from evaluators.errors import EvaluationError
-from evaluators.medusa.model.adapters import Base
-from evaluators.medusa.training import data, prompts, suite
+from evaluators.medusa.model.causal_lm import Base
+from evaluators.medusa.training import prompt_sets, prompts
 
 LONG = "Describe in a few words how the old harbour of the town looks when the first ships come home in spring"
 
 
 def test_training_prompts_that_are_or_nearly_are_test_prompts_are_dropped_and_named() -> None:
-    test = [suite.Prompt("81", "writing", ("Write a poem.", LONG))]
+    test = [prompt_sets.Prompt("81", "writing", ("Write a poem.", LONG))]
     train = [
-        suite.Prompt("same", "x", ("write  a POEM.",)),
-        suite.Prompt("second turn", "x", ("Something else.", LONG.upper())),
-        suite.Prompt("near", "x", (LONG + " again",)),
-        suite.Prompt("far", "x", ("Write a novel.",)),
+        prompt_sets.Prompt("same", "x", ("write  a POEM.",)),
+        prompt_sets.Prompt("second turn", "x", ("Something else.", LONG.upper())),
+        prompt_sets.Prompt("near", "x", (LONG + " again",)),
+        prompt_sets.Prompt("far", "x", ("Write a novel.",)),
     ]
-    kept, dropped = suite.without_leaks(train, test)
+    kept, dropped = prompt_sets.without_leaks(train, test)
     assert [prompt.id for prompt in kept] == ["far"]
     assert dropped == ["same", "second turn", "near"]
 
 
 def test_the_built_in_splits_share_no_prompt_and_one_seed_gives_one_order() -> None:
-    splits = {split: suite.builtin(split) for split in ("train", "calibration", "test")}
+    splits = {split: prompt_sets.builtin(split) for split in ("train", "calibration", "test")}
     texts = {split: {prompt.turns for prompt in asked} for split, asked in splits.items()}
     assert len(texts["train"]) == len(splits["train"]) > 500
     assert not texts["train"] & texts["test"] and not texts["train"] & texts["calibration"]
     assert not texts["test"] & texts["calibration"]
-    assert suite.without_leaks(splits["train"], splits["test"])[1] == []
-    assert suite.builtin("train", 1) == suite.builtin("train", 1) != suite.builtin("train", 2)
+    assert prompt_sets.without_leaks(splits["train"], splits["test"])[1] == []
+    assert prompt_sets.builtin("train", 1) == prompt_sets.builtin("train", 1) != prompt_sets.builtin("train", 2)
     assert len({prompt.category for prompt in splits["test"][:8]}) == 8
 
 
@@ -49,11 +50,11 @@ def test_the_built_in_splits_share_neither_form_nor_topic_nor_passage() -> None:
 
 
 def test_mt_bench_is_read_and_its_categories_take_turns(shared: Path) -> None:
-    questions = suite.read(shared / "hub_seed" / "mt_bench" / "question.jsonl")
+    questions = prompt_sets.read(shared / "hub_seed" / "mt_bench" / "question.jsonl")
     assert len(questions) == 40 and all(len(prompt.turns) == 2 for prompt in questions)
-    assert len({prompt.category for prompt in suite.in_turns(questions, 8)}) == 8
-    assert suite.without_leaks(suite.builtin("train"), questions)[1] == []
-    assert suite.without_leaks(suite.builtin("calibration"), questions)[1] == []
+    assert len({prompt.category for prompt in prompt_sets.in_turns(questions, 8)}) == 8
+    assert prompt_sets.without_leaks(prompt_sets.builtin("train"), questions)[1] == []
+    assert prompt_sets.without_leaks(prompt_sets.builtin("calibration"), questions)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -69,32 +70,32 @@ def test_mt_bench_is_read_and_its_categories_take_turns(shared: Path) -> None:
 def test_a_prompt_file_in_another_layout_is_refused_with_its_line(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(EvaluationError, match=says):
-        suite.read(tmp_path / "p.jsonl")
+        prompt_sets.read(tmp_path / "p.jsonl")
     with pytest.raises(EvaluationError, match="There is no prompt file"):
-        suite.read(tmp_path / "absent.jsonl")
+        prompt_sets.read(tmp_path / "absent.jsonl")
 
 
 def test_the_template_is_used_where_it_works_and_plain_text_elsewhere() -> None:
     with_template = tiny.base("gqa")
-    text = with_template.tokenizer.decode(suite.encode(with_template, "Hi"))
+    text = with_template.tokenizer.decode(prompt_sets.encode(with_template, "Hi"))
     assert text == "[user] Hi\n[assistant] "
     for template in (None, "{{ raise_exception('no') }}", "{% broken"):
         base = Base(tiny.model("gqa"), tiny.tokenizer(template))
-        assert base.tokenizer.decode(suite.encode(base, "Hi")) == "Hi"
+        assert base.tokenizer.decode(prompt_sets.encode(base, "Hi")) == "Hi"
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
     base = Base(tiny.model("gqa", vocab_size=20), tiny.tokenizer())
     with pytest.raises(EvaluationError, match="the model has only 20 tokens"):
-        suite.encode(base, "zebra")
+        prompt_sets.encode(base, "zebra")
 
 
 def test_a_prompt_longer_than_the_context_leaves_room_to_answer() -> None:
     base = tiny.base("gpt2")
-    assert len(suite.encode(base, "x" * 500)) == 32
+    assert len(prompt_sets.encode(base, "x" * 500)) == 32
 
 
 def test_looping_text_is_told_from_plain_text() -> None:
-    assert data.loops([1, 2, 3, 4] * 10)
-    assert not data.loops(list(range(40)))
-    assert not data.loops([1] * 5)
+    assert repetition.loops([1, 2, 3, 4] * 10)
+    assert not repetition.loops(list(range(40)))
+    assert not repetition.loops([1] * 5)

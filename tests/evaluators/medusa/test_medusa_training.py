@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
-from evaluators.medusa.model import adapters
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model import causal_lm
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import data, head_training, joint, store, train
 from evaluators.medusa.training.head_training import Wanted, train_heads
 
@@ -98,7 +98,7 @@ def test_a_budget_ends_a_training_and_a_model_without_a_template_gets_plain_text
     facts = train_heads(plain, tmp_path / "out", tmp_path / "cache", Wanted(3.0, heads=2, vocab=None, batch=8))
     assert facts["chat_template"] is False and facts["heads"]["kept_vocab"] is None and facts["coverage"] == 1.0
     assert facts["steps"] > 0 and facts["seconds"]["total"] < 30
-    heads, _ = formats.load(tmp_path / "out", adapters.load(plain))
+    heads, _ = formats.load(tmp_path / "out", causal_lm.load(plain))
     assert heads.spec == HeadSpec("shared", 2, conditioned=True)
 
 
@@ -160,7 +160,7 @@ def test_the_merge_engine_applies_the_adapter(model: Path, tmp_path: Path) -> No
     from bot.merge.planning import plan
     from bot.merge.recipe import reading
 
-    base = adapters.load(model)
+    base = causal_lm.load(model)
     dialogues = data.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
     made = joint.fit(base, identity_heads(HeadSpec("shared", 2), base), dialogues, train.Limits(600, steps=10))
     made.adapter.save(tmp_path / "adapter", base_model="model")

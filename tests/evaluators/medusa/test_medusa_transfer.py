@@ -18,13 +18,13 @@ from evaluators.medusa.decoding.decode import plain as plain_run
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
-from evaluators.medusa.model import adapters
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model import causal_lm
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.rounding import TIE_GAP, tie_limit
 from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, report, rows, transfer
 from evaluators.medusa.speed.transfer import Given
-from evaluators.medusa.training import data, simulation, suite, train
-from evaluators.medusa.training.suite import Prompt
+from evaluators.medusa.training import data, prompt_sets, simulation, train
+from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain
 
 SPEC = HeadSpec("shared", 3, conditioned=True)
@@ -112,7 +112,7 @@ def test_hidden_cosine_is_one_to_the_model_itself_and_missing_where_models_canno
     folder = tiny.write(tmp_path / "model", tiny.model("gqa"))
     other = tiny.write(tmp_path / "other", tiny.model("gqa", seed=3))
     narrow = tiny.write(tmp_path / "narrow", tiny.model("gqa", hidden_size=16))
-    base = adapters.load(folder)
+    base = causal_lm.load(folder)
     texts = data.self_distil(base, [[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=12)
     assert transfer.hidden_cosine(folder, base, texts) == pytest.approx(1.0, abs=1e-5)
     away = transfer.hidden_cosine(other, base, texts)
@@ -139,13 +139,15 @@ def test_training_goes_on_from_where_heads_were() -> None:
 def test_the_second_turn_continues_the_plain_answer_and_counts_with_its_first() -> None:
     base = tiny.base("gqa")
     prompt = Prompt("p", "x", ("Say something.", "Say more."))
-    first = bench.Question(prompt, tuple(suite.encode(base, prompt.turns[0])))
+    first = bench.Question(prompt, tuple(prompt_sets.encode(base, prompt.turns[0])))
 
     def following(question: bench.Question, answer: Any) -> bench.Question | None:
         if question.answers:
             return None
         said = base.tokenizer.decode(list(answer))
-        return bench.Question(prompt, tuple(suite.encode(base, prompt.turns[1], [(prompt.turns[0], said)])), (said,))
+        return bench.Question(
+            prompt, tuple(prompt_sets.encode(base, prompt.turns[1], [(prompt.turns[0], said)])), (said,)
+        )
 
     candidates = [bench.Candidate("c", tiny.Always(3), chain(2))]
     blocks = bench.run_blocks(base, candidates, [first], Limits(8), repeats=2, next_turn=following)
@@ -190,7 +192,7 @@ def test_what_is_spoken_while_timing_is_text_to_judge_any_heads_on() -> None:
 def test_parents_heads_merged_heads_and_fresh_ones_stand_in_one_report(tmp_path: Path) -> None:
     model = tiny.model("gqa", initializer_range=0.15, max_position_embeddings=512)
     folder = tiny.write(tmp_path / "model", model)
-    base = adapters.load(folder)
+    base = causal_lm.load(folder)
     for name, spec in (("left", SPEC), ("right", HeadSpec("shared", 2)), ("merged", SPEC)):
         formats.save(tiny.random_heads(base, spec), tmp_path / name)
     wide = Base(tiny.model("gqa", hidden_size=48), tiny.tokenizer())
@@ -229,7 +231,7 @@ def test_parents_heads_merged_heads_and_fresh_ones_stand_in_one_report(tmp_path:
 @pytest.mark.slow
 def test_given_heads_are_timed_untrained_upon_and_such_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("llama", max_position_embeddings=512))
-    formats.save(tiny.random_heads(adapters.load(folder), SPEC), tmp_path / "own")
+    formats.save(tiny.random_heads(causal_lm.load(folder), SPEC), tmp_path / "own")
     given = [Given("heads:own", "fresh", tmp_path / "own")]
     measured = medusa.measure(
         folder, tmp_path / "out", budget_s=12, questions=2, max_new_tokens=16, given=given, runner=Slowed

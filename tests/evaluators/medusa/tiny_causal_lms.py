@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.device_tree import DeviceTree
 from evaluators.medusa.trees.tree import Tree
 

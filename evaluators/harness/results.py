@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.scores import Environment, ModelEvaluation, Score, TaskData
-from evaluators.suites import ANY, Suite, SuiteTask
+from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData
+from evaluators.harness.suites import ANY, Suite, SuiteTask
 
 # The parts of lm-eval's results that have an entry a task; the others are the same in every task of an evaluation.
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluators import harness_estimate, loading, weights
-from evaluators.conditions import LIBRARIES
+from evaluators import loading, weights
 from evaluators.errors import EvaluationError
-from evaluators.harness_estimate import Amount
+from evaluators.harness import amounts
+from evaluators.harness.amounts import Amount
+from evaluators.harness.conditions import LIBRARIES
 
 
 def require_backend(backend: str) -> None:
@@ -90,11 +91,11 @@ def _spreads(folder: Path, device: str, dtype: str) -> bool:
 
 
 def request_bytes(lm: Any, longest: int) -> int:
-    """Memory one request of a batch takes at most (`harness_estimate.bytes_a_request`)."""
+    """Memory one request of a batch takes at most (`amounts.bytes_a_request`)."""
     model: Any = getattr(lm, "model", None)
     if not hasattr(model, "dtype"):
         return 0
-    return harness_estimate.bytes_a_request(model.config, longest, model.dtype.itemsize)
+    return amounts.bytes_a_request(model.config, longest, model.dtype.itemsize)
 
 
 def first_batch(lm: Any, asked: str, request_bytes: int) -> Any:
@@ -102,7 +103,7 @@ def first_batch(lm: Any, asked: str, request_bytes: int) -> Any:
     if not hasattr(lm, "batch_size_per_gpu"):
         return None
     device = str(lm.device)
-    return harness_estimate.batch(asked, device, harness_estimate.free_bytes(device), request_bytes)
+    return amounts.batch(asked, device, amounts.free_bytes(device), request_bytes)
 
 
 def batch_of(lm: Any) -> int | None:
@@ -121,7 +122,7 @@ def estimate(lm: Any, work: Amount, request_bytes: int) -> Mapping[str, float]:
         "requests": work.requests,
         "tokens": work.tokens,
         "new_tokens": work.new_tokens,
-        "seconds": harness_estimate.seconds(work, model, batch),
+        "seconds": amounts.seconds(work, model, batch),
         "memory_bytes": weights + batch * request_bytes,
     }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa.model.adapters import Base
+from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training.prompts import FORMS, PASSAGES, PEOPLE, PLACES, ROLES, TOPICS, Split
 
 FILE_LIMIT_BYTES = 16 << 20

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from evaluators.errors import EvaluationError
+from evaluators.harness.results import samples_file
+from evaluators.harness.scores import Score
 from evaluators.paired import Values
-from evaluators.results import samples_file
-from evaluators.scores import Score
 
 _CHOSEN = frozenset({"acc", "acc_norm"})  # metrics of which a blind guess among the choices has a known mean
 

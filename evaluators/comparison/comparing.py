@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluators import harness, paired, samples
+from evaluators import harness, paired
+from evaluators.comparison import samples
+from evaluators.comparison.samples import Answers, Unpaired
+from evaluators.comparison.verdict import ALPHA, Comparison, Difference, LeftOut, Overall, Pattern, Scored, TaskVerdict
 from evaluators.errors import EvaluationError
+from evaluators.harness.scores import ModelEvaluation, Score, require_comparable
 from evaluators.paired import Interval, Values
-from evaluators.samples import Answers, Unpaired
-from evaluators.scores import ModelEvaluation, Score, require_comparable
-from evaluators.verdict import ALPHA, Comparison, Difference, LeftOut, Overall, Pattern, Scored, TaskVerdict
 
 MERGE = ""
 MCNEMAR, SIGN_FLIP = "McNemar, mid-p", "paired permutation"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evaluators.svg import STYLE, WIDTH, escape, shortened, text_at
+from evaluators.pictures.svg import STYLE, WIDTH, escape, shortened, text_at
 
 _LEFT, _RIGHT, _TOP, _LANE = 230, 190, 40, 30
 _NAMES = {"none": "plain, once more", "native": "transformers' generate", "prompt_lookup": "prompt lookup",

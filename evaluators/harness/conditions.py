@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluators.errors import EvaluationError
-from evaluators.suites import Suite
+from evaluators.harness.suites import Suite
 
 LIBRARIES = ("lm_eval", "transformers", "torch")
 BACKENDS = ("hf", "vllm")

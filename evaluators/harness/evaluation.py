@@ -25,24 +25,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from evaluators import results, suites, weights
-from evaluators.conditions import Conditions, content_digest, key_of
+from evaluators import weights
 from evaluators.errors import EvaluationError
-from evaluators.results import folder_of
-from evaluators.scores import ModelEvaluation
-from evaluators.suites import SUITES, Suite, SuiteTask
+from evaluators.harness import results, suites
+from evaluators.harness.conditions import Conditions, key_of
+from evaluators.harness.results import folder_of
+from evaluators.harness.scores import ModelEvaluation
+from evaluators.harness.suites import Suite
 
-__all__ = [
-    "SUITES",
-    "Conditions",
-    "Estimate",
-    "Suite",
-    "SuiteTask",
-    "content_digest",
-    "evaluate",
-    "folder_of",
-    "key_of",
-]
+_CODE = Path(__file__).resolve().parents[2]
 
 Progress = Callable[[int, int, str], None]
 
@@ -172,7 +163,7 @@ def _job(
     cache: Path,
     endpoint: str | None,
 ) -> dict[str, Any]:
-    private = {str(model.resolve().parent), str(cache.resolve()), str(Path(__file__).resolve().parent.parent)}
+    private = {str(model.resolve().parent), str(cache.resolve()), str(_CODE)}
     private |= {str(Path(path).parent.parent) for path in files.values()} | {str(Path.home()), sys.prefix}
     return {
         **asdict(conditions),
@@ -200,7 +191,7 @@ def _environment(given: Mapping[str, str], endpoint: str | None, cache: Path, sc
     made |= {name: given[name] for name in _INHERITED if name in given}
     made["HOME"] = str(scratch.resolve())
     made["HF_HOME"] = str(_hub_home(cache, endpoint))
-    made["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    made["PYTHONPATH"] = str(_CODE)
     made["HF_ENDPOINT"] = endpoint or _LIVE_HUB
     if endpoint is None:
         made |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -240,7 +231,7 @@ class _Child:
         try:
             with self._log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "evaluators.harness_process", str(job_file.resolve())],
+                    [sys.executable, "-P", "-m", "evaluators.harness.process", str(job_file.resolve())],
                     stdin=subprocess.PIPE,  # its end tells the child that we are gone
                     stdout=log,
                     stderr=subprocess.STDOUT,

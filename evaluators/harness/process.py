@@ -1,6 +1,6 @@
 """The child of `harness.evaluate`: lm-eval on one model, in a process that may be killed at any time.
 
-    python -m evaluators.harness_process JOB.json      written by harness.py; progress and errors go to its pipe
+    python -m evaluators.harness.process JOB.json      written by evaluation.py; progress and errors go to its pipe
 
 Tasks are evaluated one after the other. Each one's samples and results are written when it is done (results.py), and
 the model's answers as they come, so that an interrupted evaluation goes on where it was. A task that cannot be set up
@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluators import harness_estimate, harness_model, harness_tasks
 from evaluators.errors import EvaluationError
-from evaluators.harness_estimate import Amount
-from evaluators.harness_journal import Journal, resuming
-from evaluators.results import answers_file, samples_file
+from evaluators.harness import amounts, model_loading, task_loading
+from evaluators.harness.amounts import Amount
+from evaluators.harness.journal import Journal, resuming
+from evaluators.harness.results import answers_file, samples_file
 
 REPORT_EVERY_S = 0.2
 # lm-eval's command line draws with these seeds when it is given none; ours are counted from there.
@@ -113,7 +113,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
-    harness_model.require_backend(job["backend"])
+    model_loading.require_backend(job["backend"])
     pipe.progress(0, 1, "loading lm-eval")
     import lm_eval.evaluator  # noqa: F401 - here, so that what follows may be timed without it
 
@@ -122,7 +122,7 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
     if not tasks:
         return
     pipe.progress(0, 1, "loading the model")
-    lm = harness_model.language_model(job, resuming)
+    lm = model_loading.language_model(job, resuming)
     if job["chat_template"] and not lm.tokenizer.chat_template:
         raise EvaluationError(
             "NO_CHAT_TEMPLATE",
@@ -130,11 +130,11 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
             "Evaluate it without one, and the models it is compared with, too.",
         )
     work = {task.number: _amount(task, job, lm) for task in tasks}
-    whole = harness_estimate.together(work.values())
-    facts = {"environment": harness_model.facts(lm, job)}
-    request_bytes = harness_model.request_bytes(lm, whole.longest)
-    lm.batch_size_per_gpu = harness_model.first_batch(lm, job["batch_size"], request_bytes)
-    pipe.estimate(harness_model.estimate(lm, whole, request_bytes))
+    whole = amounts.together(work.values())
+    facts = {"environment": model_loading.facts(lm, job)}
+    request_bytes = model_loading.request_bytes(lm, whole.longest)
+    lm.batch_size_per_gpu = model_loading.first_batch(lm, job["batch_size"], request_bytes)
+    pipe.estimate(model_loading.estimate(lm, whole, request_bytes))
     done = 0
     for task in tasks:
         try:
@@ -147,12 +147,12 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
     pipe.progress(whole.requests, whole.requests, "done")
 
 
-def _prepared(job: Mapping[str, Any], pipe: Pipe) -> list[harness_tasks.Prepared]:
+def _prepared(job: Mapping[str, Any], pipe: Pipe) -> list[task_loading.Prepared]:
     """The tasks that can be set up, in the job's order; the others are reported."""
     found = []
     for asked in job["tasks"]:
         try:
-            found.append(harness_tasks.prepare(asked, _seeds(job), offline=job["offline"]))
+            found.append(task_loading.prepare(asked, _seeds(job), offline=job["offline"]))
         except EvaluationError as error:
             traceback.print_exc()
             pipe.failed(asked["name"], error)
@@ -163,16 +163,16 @@ def _seeds(job: Mapping[str, Any]) -> dict[str, int]:
     return {name: first + job["seed"] for name, first in FIRST_SEEDS.items()}
 
 
-def _amount(task: harness_tasks.Prepared, job: Mapping[str, Any], lm: Any) -> Amount:
+def _amount(task: task_loading.Prepared, job: Mapping[str, Any], lm: Any) -> Amount:
     found = []
     for leaf in task.leaves:
         with contextlib.suppress(Exception):  # a task that cannot be built says so when its turn has come
-            found.append(harness_estimate.amount(leaf, job["limit"], lm.tok_encode))
-    return harness_estimate.together(found)
+            found.append(amounts.amount(leaf, job["limit"], lm.tok_encode))
+    return amounts.together(found)
 
 
 def _ask(
-    task: harness_tasks.Prepared,
+    task: task_loading.Prepared,
     lm: Any,
     job: Mapping[str, Any],
     pipe: Pipe,
@@ -198,19 +198,19 @@ def _ask(
         if results is not None:
             break
         lm.batch_size_per_gpu //= 2
-        harness_model.free_memory()
+        model_loading.free_memory()
         asked = next(each for each in job["tasks"] if each["number"] == task.number)
-        task = harness_tasks.prepare(asked, _seeds(job), offline=job["offline"])  # the old one holds answers already
-    its_own = {"seconds": time.monotonic() - began, "batch": harness_model.batch_of(lm)}
-    harness_tasks.write(results, task, job, {**facts, **its_own})
+        task = task_loading.prepare(asked, _seeds(job), offline=job["offline"])  # the old one holds answers already
+    its_own = {"seconds": time.monotonic() - began, "batch": model_loading.batch_of(lm)}
+    task_loading.write(results, task, job, {**facts, **its_own})
     answers_file(Path(job["folder"]), task.number).unlink(missing_ok=True)
 
 
-def _results(task: harness_tasks.Prepared, lm: Any, job: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _results(task: task_loading.Prepared, lm: Any, job: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What lm-eval finds; None when memory ran out and a smaller batch may do."""
     import lm_eval.evaluator
 
-    batch = harness_model.batch_of(lm)
+    batch = model_loading.batch_of(lm)
     try:
         return lm_eval.evaluator.simple_evaluate(  # type: ignore[no-any-return]
             lm,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.results import samples_file, task_file
+from evaluators.harness.results import samples_file, task_file
 
 # What lm-eval's results say of the machine and its folders rather than of the model (hub.md 8.4).
 _PRIVATE = frozenset(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from evaluators.errors import EvaluationError
 
-OWN_TASKS = Path(__file__).parent / "tasks"
+OWN_TASKS = Path(__file__).parents[1] / "tasks"
 ANY = "any"  # in the place of a metric: the first that the task has
 
 # A task's or group's name in a task file. Task files are YAML, but what is looked for is one plain scalar at the left

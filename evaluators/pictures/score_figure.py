@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from evaluators.svg import CHARACTER, STYLE, WIDTH, escape, shortened, text_at
-from evaluators.verdict import Comparison, Difference, Outcome, Scored, short, words
+from evaluators.comparison.verdict import Comparison, Difference, Outcome, Scored, short, words
+from evaluators.pictures.svg import CHARACTER, STYLE, WIDTH, escape, shortened, text_at
 
 # Okabe and Ito's palette, so that people who see red and green alike can tell the models apart; shapes tell them, too.
 MERGE = "#0d8a78"

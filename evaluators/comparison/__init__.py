@@ -1,0 +1,5 @@
+"""A merge beside its parents, question by question: what can be said, and when asking more would not change it."""
+
+from evaluators.comparison.comparing import compare, differences
+
+__all__ = ["compare", "differences"]

@@ -1,0 +1,18 @@
+"""lm-eval on one model: which questions (suites), how they are asked (conditions), and what came of it (results)."""
+
+from evaluators.harness.conditions import Conditions, content_digest, key_of
+from evaluators.harness.evaluation import Estimate, evaluate
+from evaluators.harness.results import folder_of
+from evaluators.harness.suites import SUITES, Suite, SuiteTask
+
+__all__ = [
+    "SUITES",
+    "Conditions",
+    "Estimate",
+    "Suite",
+    "SuiteTask",
+    "content_digest",
+    "evaluate",
+    "folder_of",
+    "key_of",
+]

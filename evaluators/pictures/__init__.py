@@ -1,0 +1,1 @@
+"""What was measured as pictures: SVG text, no browser, no drawing library."""

@@ -1,0 +1,18 @@
+"""Whether a text goes round in circles, told from its tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def distinct_4grams(tokens: Sequence[int]) -> float:
+    """Share of 4-grams that are different from each other; 1.0 for texts shorter than 8 tokens."""
+    if len(tokens) < 8:
+        return 1.0
+    grams = [tuple(tokens[at : at + 4]) for at in range(len(tokens) - 3)]
+    return len(set(grams)) / len(grams)
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Looping text inflates tokens per step, so it is flagged."""
+    return distinct_4grams(tokens) < 0.5
