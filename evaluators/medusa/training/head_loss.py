@@ -21,6 +21,7 @@ from evaluators.medusa.training.data import IGNORED, Features
 
 DECAY_PER_HEAD = 0.8
 BLOCK_LOGITS = 1 << 21  # 4 MiB in bfloat16
+OWN_LOGITS = 1 << 25  # where the projection learns, too: its gradient is as large as itself, and each block adds one
 LEAST_BLOCK = 16
 SMALLEST = 1e-30  # a probability that rounds to 0 still has a logarithm
 SOFT_SHARE = 0.5
@@ -117,7 +118,7 @@ class _DraftLoss(torch.autograd.Function):
         to_rows = torch.zeros_like(rows)
         to_unembed = torch.zeros_like(unembed) if ctx.needs_input_grad[1] else None
         loss = rows.new_zeros(())
-        size = max(LEAST_BLOCK, BLOCK_LOGITS // unembed.shape[-2])
+        size = max(LEAST_BLOCK, (BLOCK_LOGITS if to_unembed is None else OWN_LOGITS) // unembed.shape[-2])
         bias = None if bias is None else bias.to(dtype)
         shared = unembed.to(dtype) if unembed.dim() == 2 else None
         for k in range(len(rows)):
@@ -130,14 +131,14 @@ class _DraftLoss(torch.autograd.Function):
                 loss += share * surprise
                 to_rows[k, block] = share * (slope @ weight).float()
                 if to_unembed is not None:
-                    to_unembed[k] += share * (slope.t() @ x).float()
+                    to_unembed[k].add_(slope.t() @ x, alpha=share)
         ctx.save_for_backward(to_rows, to_unembed)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         to_rows, to_unembed = ctx.saved_tensors
-        scaled = None if to_unembed is None else outer[0] * to_unembed
+        scaled = None if to_unembed is None else to_unembed.mul_(outer[0])
         return outer[0] * to_rows, scaled, None, None, None, None, None
 
 
