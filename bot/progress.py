@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 Show = Callable[[str, float, float], None]
 
@@ -14,3 +16,36 @@ def named(show: Show, what: str) -> Callable[[int, int, str], None]:
         show(what, done, total)
 
     return shown
+
+
+@contextmanager
+def in_lines(say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Iterator[Show]:
+    """For a log, where no bar can be drawn: a line when a step begins, and one with its seconds when it ends.
+
+    A step ends when all of it is done, when the next begins, or with the block; it is told once, however often it is
+    shown again.
+    """
+    began: dict[str, float] = {}
+    at_work = ""
+
+    def end(how: str) -> None:
+        nonlocal at_work
+        if at_work:
+            say(f"{at_work}: {how}{clock() - began[at_work]:.0f} s")
+        at_work = ""
+
+    def show(what: str, done: float, total: float) -> None:
+        nonlocal at_work
+        if what not in began:
+            end("")
+            began[what], at_work = clock(), what
+            say(f"{what} …")
+        if what == at_work and done >= total:
+            end("")
+
+    try:
+        yield show
+    except BaseException:
+        end("stopped after ")
+        raise
+    end("")

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bot.merge.execution.sizes import in_units
-from bot.progress import Show
+from bot.progress import Show, in_lines
 from evaluators.pictures.speed_figure import speed_figure
 
 if TYPE_CHECKING:
@@ -39,7 +39,14 @@ def _say(sentence: str) -> None:
 
 @contextmanager
 def progress(*, hidden: bool = False) -> Iterator[Show]:
-    """A bar a task: call the result with (what, done, total) as often as you like. `hidden` where JSON is printed."""
+    """A bar a task: call the result with (what, done, total) as often as you like. `hidden` where JSON is printed.
+
+    Without a terminal a line when a task begins and one when it ends.
+    """
+    if not (hidden or console.is_interactive):
+        with in_lines(lambda line: _say(escape(line))) as told:
+            yield told
+        return
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=hidden)
     known: dict[str, Any] = {}

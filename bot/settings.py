@@ -31,6 +31,7 @@ CLIENT_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONHASHSEED": "0",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",  # callers show their own
 }
 
 # Needed to find Python, its libraries, the GPU and a temporary folder; nothing here names a person or a secret.

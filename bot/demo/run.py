@@ -43,33 +43,63 @@ SUITE = "demo-skills"
 def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None:
     """Run the walk in `directory`, show it, write `report`, then serve the Space at `port` unless `once`."""
     started = time.monotonic()
-    seconds: dict[str, float] = {}
     directory.mkdir(parents=True, exist_ok=True)
     directory = directory.resolve()
-    with screens.progress() as shown:
-        folders = _family(directory / "family", shown, seconds)
     token = _token(directory / "token")
-    with _local_hub(directory, token, seconds, folders) as address:
+    with _local_hub(directory, token) as address:
         settings = _settings(directory, address)
         activate(settings)
-        jobs = _walk(settings)
+        seconds = _fill(directory)
+        jobs, kept = _walk(settings)
         seconds["total"] = time.monotonic() - started
-        made = _report(jobs, settings, seconds)
+        made = _report(jobs, settings, seconds, kept)
         _show(jobs, made)
         if report is not None:
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(json.dumps(made, indent=1) + "\n")
-            screens.console.print(f"The report is in {escape(str(report))}.")
+            screens.console.print(f"The report is in {escape(str(report))}.", soft_wrap=True)
         if not once:
             screens.console.print(f"[bold]The Space is at http://127.0.0.1:{port}[/bold]  (Ctrl-C ends it)")
             serving.serve(settings, "127.0.0.1", port)
 
 
-def _family(folder: Path, shown: Show, seconds: dict[str, float]) -> dict[str, Path]:
-    """Base, parents and skill datasets as `models/ns/name` and `datasets/ns/name` folders to put on the Hub."""
-    from transformers.utils import logging
+@contextmanager
+def _local_hub(directory: Path, token: str) -> Iterator[str]:
+    """The Hub, listening; yields its address."""
+    from bot.localhub import add_user, create_app
+    from bot.localhub.serve import running
 
-    logging.disable_progress_bar()  # ours are shown
+    root = directory / "hub"
+    add_user(root, BOT, token, role="write")
+    add_user(root, REQUESTER, None)
+    with running(create_app(root), "127.0.0.1", _port(directory / "port")) as address:
+        (directory / "port").write_text(address.rpartition(":")[2])
+        yield address
+
+
+def _fill(directory: Path) -> dict[str, float]:
+    """Make base, parents, their skills' datasets and the card that asks; put them on the Hub. Returns the seconds."""
+    from bot.localhub import seed
+
+    seconds: dict[str, float] = {}
+    with screens.progress() as shown:
+        folders = _family(directory / "family", shown, seconds)
+    began, content = time.monotonic(), directory / "family" / "content"
+    for repo, folder in folders.items():
+        _link(folder, content / "models" / repo)
+    for name, folder in skills.write(content / "datasets" / BOT).items():
+        assert folder.name == name
+    for name in ("README.md", "mergekit_config.yml"):
+        target = content / "models" / REQUESTER / "skills-averaged" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(_text(f"card/{name}"))
+    seed(directory / "hub", content)
+    seconds["hub"] = time.monotonic() - began
+    return seconds
+
+
+def _family(folder: Path, shown: Show, seconds: dict[str, float]) -> dict[str, Path]:
+    """The folders of base and parents by the repo they become."""
     began = time.monotonic()
     found = {base.REPO: base.build(folder, lambda done, total, what: shown("Base model", done, total))}
     seconds["base"] = time.monotonic() - began
@@ -84,31 +114,6 @@ def _family(folder: Path, shown: Show, seconds: dict[str, float]) -> dict[str, P
         found[repo] = parents.train(found[base.REPO], skill, out, trained)
     seconds["parents"] = time.monotonic() - began
     return found
-
-
-@contextmanager
-def _local_hub(directory: Path, token: str, seconds: dict[str, float], folders: dict[str, Path]) -> Iterator[str]:
-    """The Hub, filled and listening; yields its address."""
-    from bot.localhub import add_user, create_app, seed
-    from bot.localhub.serve import running
-
-    began, root = time.monotonic(), directory / "hub"
-    add_user(root, BOT, token, role="write")
-    add_user(root, REQUESTER, None)
-    content = directory / "family" / "content"
-    for repo, folder in folders.items():
-        _link(folder, content / "models" / repo)
-    for name, folder in skills.write(content / "datasets" / BOT).items():
-        assert folder.name == name
-    for name in ("README.md", "mergekit_config.yml"):
-        target = content / "models" / REQUESTER / "skills-averaged" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(_text(f"card/{name}"))
-    seed(root, content)
-    with running(create_app(root), "127.0.0.1", _port(directory / "port")) as address:
-        (directory / "port").write_text(address.rpartition(":")[2])
-        seconds["hub"] = time.monotonic() - began
-        yield address
 
 
 def _link(folder: Path, target: Path) -> None:
@@ -158,8 +163,10 @@ def _settings(directory: Path, address: str) -> Settings:
     )
 
 
-def _walk(settings: Settings) -> list[Job]:
-    """One request through each door, followed to its end. The first job is the form's."""
+def _walk(settings: Settings) -> tuple[list[Job], list[str]]:
+    """One request through each door, followed to its end. The first job is the form's; of its stages, those are named
+    that an earlier run had done.
+    """
     from bot import intake
     from bot.request import EvaluateOptions, from_form
     from bot.scheduler import Scheduler
@@ -168,6 +175,7 @@ def _walk(settings: Settings) -> list[Job]:
     options = EvaluateOptions(suite=SUITE, speed="medusa")
     request = from_form(REQUESTER, _text("form.yml"), "both-skills", options)
     form = intake.take(request, scheduler.hub, scheduler.queue, settings)
+    kept = list(_stages(form))
     scheduler.start()
     try:
         with screens.progress() as shown:
@@ -175,7 +183,13 @@ def _walk(settings: Settings) -> list[Job]:
         scheduler.tell()  # the board holds the last merge before anybody looks at it
     finally:
         scheduler.stop()
-    return jobs
+    return jobs, kept
+
+
+def _stages(job: Job) -> dict[str, float]:
+    """The seconds of each stage that is done."""
+    facts = {"merge": job.merge, "evaluate": job.evaluation, "publish": job.publication}
+    return {name: fact.seconds for name, fact in facts.items() if fact is not None}
 
 
 def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
@@ -197,8 +211,11 @@ def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
         pause.wait(WATCH_S)
 
 
-def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float]) -> dict[str, Any]:
-    """The form's merge in full, and every request's end. Raises Failed when a request did not end published."""
+def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float], kept: list[str]) -> dict[str, Any]:
+    """The form's merge in full, and every request's end; the seconds of the stages `kept` are an earlier run's.
+
+    Raises Failed when a request did not end published.
+    """
     from pydantic import TypeAdapter
 
     from bot import leaderboard
@@ -213,7 +230,6 @@ def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float]) -> d
     assert first.merge and first.evaluation and first.publication
     evaluation = TypeAdapter(Evaluation).dump_python(first.evaluation, mode="json")
     rows = leaderboard.read(Hub(settings.hub), settings)
-    stages = {"merge": first.merge.seconds, "evaluate": first.evaluation.seconds, "publish": first.publication.seconds}
     return {
         "recipe": json.loads(first.recipe),
         "plan": dict(first.plan),
@@ -227,7 +243,8 @@ def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float]) -> d
             for job in jobs
             if job.publication
         ],
-        "seconds": {name: round(value, 2) for name, value in {**seconds, **stages}.items()},
+        "seconds": {name: round(value, 2) for name, value in {**seconds, **_stages(first)}.items()},
+        "kept": kept,
     }
 
 
@@ -242,11 +259,16 @@ def _show(jobs: list[Job], made: dict[str, Any]) -> None:
     screens.scores(evaluations)
     speed = made["decode_speed"]
     if speed is not None:
-        screens.console.print(escape(str(speed["sentence"])))
+        screens.console.print(escape(str(speed["sentence"])), soft_wrap=True)
     for row in made["leaderboard"]:
-        screens.console.print(f"[green]published[/green] {escape(row['repo_url'])}")
-    took = ", ".join(f"{name} {value:.0f} s" for name, value in made["seconds"].items())
-    screens.console.print(f"[dim]{took}[/dim]")
+        screens.console.print(f"[green]published[/green] {escape(row['repo_url'])}", soft_wrap=True)
+    screens.console.print(f"[dim]{escape(_took(made['seconds'], made['kept']))}[/dim]", soft_wrap=True)
+
+
+def _took(seconds: dict[str, float], kept: list[str]) -> str:
+    """What each part of this run took, and what it found done."""
+    took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name not in kept)
+    return took + (f"; kept from an earlier run: {', '.join(kept)}" if kept else "")
 
 
 def _text(name: str) -> str:
