@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import html
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import unquote, urlsplit
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8881; --link: #2563c9; }
@@ -16,6 +20,9 @@ h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: .8rem 0 }
 td, th { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top }
 th { background: var(--soft) }
+/* a table scrolls before a figure or a name in it is broken */
+td code, td.number, td[style*="right"] { white-space: nowrap }
+img { max-width: 100%; height: auto }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
 code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
 .tag { display: inline-block; border: 1px solid var(--line); border-radius: 1rem; padding: 0 .6rem }
@@ -47,13 +54,64 @@ def moment(stamp: str) -> str:
     return f'<time datetime="{html.escape(stamp)}">{html.escape(stamp[:16].replace("T", " "))}</time>'
 
 
-_MARKDOWN = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table").disable("image")
+_MARKDOWN = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table")
+# The types a browser may show as a picture, by suffix; whatever else a file is called, it is no picture.
+PICTURES = {
+    ".gif": "image/gif",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webp": "image/webp",
+}
 
 
-def markdown(text: str) -> str:
-    """Markdown as HTML: raw HTML is shown as text, script addresses are refused by the parser, images stay links."""
-    rendered: str = _MARKDOWN.render(text)
+def markdown(text: str, files: Mapping[str, str] | None = None) -> str:
+    """Markdown as HTML: raw HTML is shown as text, script addresses are refused by the parser.
+
+    `files` are those beside the text, address by path: links to them lead there, and pictures among them are shown, as
+    `<img>` and never as a part of the page. Every other picture stays a link.
+    """
+    tokens = _MARKDOWN.parse(text)
+    for token in tokens:
+        if token.children:
+            token.children = list(_inline(token.children, files or {}))
+    rendered: str = _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})
     return rendered
+
+
+def _inline(tokens: Sequence[Token], files: Mapping[str, str]) -> Iterator[Token]:
+    within = 0
+    for token in tokens:
+        within += (token.type == "link_open") - (token.type == "link_close")
+        if token.type == "link_open":
+            token.attrSet("href", _beside(str(token.attrGet("href")), files) or str(token.attrGet("href")))
+        if token.type != "image":
+            yield token
+            continue
+        source = str(token.attrGet("src"))
+        if (address := _beside(source, files)) and _suffix(address) in PICTURES:
+            token.attrSet("src", address)
+            yield token
+            continue
+        named = Token("text", "", 0, content=token.content or source)
+        yield from (named,) if within else (Token("link_open", "a", 1, {"href": source}), named, _LINK_END)
+
+
+_LINK_END = Token("link_close", "a", -1)
+
+
+def _beside(address: str, files: Mapping[str, str]) -> str | None:
+    """Where the file is that a text speaks of by its path."""
+    try:
+        path = posixpath.normpath(unquote(urlsplit(address).path))
+    except ValueError:
+        return None
+    return files.get(path)
+
+
+def _suffix(address: str) -> str:
+    return posixpath.splitext(address)[1].lower()
 
 
 def human_size(count: int) -> str:

@@ -15,6 +15,7 @@ from bot.localhub.answers import HubError, bad_request, entry_not_found
 from bot.localhub.blobs import CHUNK_BYTES
 from bot.localhub.info import pointer_size
 from bot.localhub.names import is_number
+from bot.localhub.page import PICTURES
 from bot.localhub.routes_repos import next_page
 from bot.localhub.routing import Call, Routes
 from bot.localhub.storage import Commit, FileEntry, Repo
@@ -22,7 +23,8 @@ from bot.localhub.storage import Commit, FileEntry, Repo
 routes = Routes()
 _TREE_PAGE, _TREE_PAGE_EXPANDED, _COMMITS_PAGE, _MAX_PATHS = 1000, 50, 100, 1000
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
-_TEXT_TYPES = {".json": "application/json", ".jsonl": "text/plain; charset=utf-8", ".md": "text/plain; charset=utf-8"}
+_TEXT = "text/plain; charset=utf-8"
+_TYPES = {".json": "application/json", ".jsonl": _TEXT, ".md": _TEXT, **PICTURES}
 
 
 @routes.add("GET", "/api/{kind}/{ns}/{name}/tree/{rev}")
@@ -196,8 +198,9 @@ def resolve(call: Call) -> Response:
         "ETag": f'"{entry.sha256 or entry.oid}"',
         "Accept-Ranges": "bytes",
         "Content-Disposition": f"inline; filename*=UTF-8''{quote(path.rsplit('/', 1)[-1])}",
-        # Strangers' files come from our own origin: a browser must neither guess their type nor run them.
-        "Content-Security-Policy": "default-src 'none'; sandbox",
+        # Strangers' files come from our own origin: a browser must neither guess their type nor run them. A picture
+        # that is opened by itself may colour itself and nothing more.
+        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
         "X-Content-Type-Options": "nosniff",
     }
     if entry.sha256:
@@ -206,7 +209,7 @@ def resolve(call: Call) -> Response:
 
 
 def _file_response(call: Call, file: Path, size: int, name: str, headers: dict[str, str]) -> Response:
-    media = _TEXT_TYPES.get(Path(name).suffix, "application/octet-stream")
+    media = _TYPES.get(Path(name).suffix.lower(), "application/octet-stream")
     asked = call.request.headers.get("range")
     start, end, status = 0, size, 200
     if asked is not None and (found := _RANGE.fullmatch(asked.strip())):

@@ -101,7 +101,8 @@ def repo_page(call: Call) -> Response:
         f'<p class="soft">commit <code>{commit.oid}</code> of {moment(commit.date)} · {threads_link}'
         f"{' · ' + state if state else ''}</p>" + (f"<p>Made from {bases}.</p>" if bases else "")
     )
-    text = f"<article>{markdown(body)}</article>" if body.strip() else "<p>This repo has no card.</p>"
+    files = {path: _address(repo, commit, path) for path in commit.files}
+    text = f"<article>{markdown(body, files)}</article>" if body.strip() else "<p>This repo has no card.</p>"
     return _answer(str(repo.id), head + text + _files(repo, commit) + _history(call, repo, commit))
 
 
@@ -110,10 +111,14 @@ def _base_link(call: Call, base: str) -> str:
     return f'<a href="/{escape(quote(base))}">{escape(base)}</a>' if known else f"<code>{escape(base)}</code>"
 
 
+def _address(repo: Repo, commit: Commit, path: str) -> str:
+    return f"/{repo.id.prefix}{repo.id}/resolve/{commit.oid}/{quote(path)}"
+
+
 def _files(repo: Repo, commit: Commit) -> str:
     rows = "".join(
-        f'<tr><td><a href="/{escape(repo.id.prefix + str(repo.id))}/resolve/{commit.oid}/{escape(quote(path))}">'
-        f'{escape(path)}</a></td><td class="number">{human_size(entry.size)}</td>'
+        f'<tr><td><a href="{escape(_address(repo, commit, path))}">{escape(path)}</a></td>'
+        f'<td class="number">{human_size(entry.size)}</td>'
         f"<td><code>{(entry.sha256 or entry.oid)[:12]}</code></td></tr>"
         for path, entry in commit.files.items()
     )

@@ -211,3 +211,22 @@ def test_markdown_of_strangers_brings_no_element_that_acts(text: str) -> None:
     rendered = markdown(text + "\n\n<script>x</script>\n\n[a](javascript:x) ![b](http://c/d.png)").lower()
     for element in ("<script", "<img", "<iframe", "<style", "<form", "<input", 'href="javascript:'):
         assert element not in rendered
+
+
+def test_only_pictures_of_the_repo_are_shown_and_links_to_its_files_lead_to_them() -> None:
+    files = {path: f"/o/r/resolve/1/{path}" for path in ("results/a.svg", "b.PNG", "notes.md", "x.html")}
+    shown = markdown("![one](results/a.svg) ![two](./b.PNG?v=1 'said') [notes](notes.md)", files)
+    assert '<img src="/o/r/resolve/1/results/a.svg" alt="one"' in shown
+    assert '<img src="/o/r/resolve/1/b.PNG" alt="two" title="said"' in shown
+    assert '<a href="/o/r/resolve/1/notes.md">notes</a>' in shown
+    elsewhere = ("../results/a.svg", "/results/a.svg", "http://c/results/a.svg", "//c/b.PNG")
+    for source in ("x.html", "gone.png", *elsewhere):
+        rendered = markdown(f"![<b>]({source})", files)
+        assert "<img" not in rendered and f'<a href="{source}">&lt;b&gt;</a>' in rendered
+    assert markdown("[![x](gone.png)](notes.md)", files).count("<a ") == 1
+    assert "<img" not in markdown("![one](results/a.svg)")
+
+
+def test_a_table_keeps_the_cells_that_hold_a_bar() -> None:
+    rendered = markdown("| a | b |\n|---|---:|\n| `x\\|y` | p\\|q |\n")
+    assert "<td><code>x|y</code></td>" in rendered and ">p|q</td>" in rendered

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -331,6 +332,27 @@ def test_the_page_of_a_repo_shows_its_card_and_none_of_its_tricks(local_hub: Run
     hidden = client(local_hub).get("/alice/hidden", headers={"Accept": "text/html"})
     assert hidden.status_code == 404 and "There is nothing here" in hidden.text
     assert "alice/hidden" not in client(local_hub).get("/").text
+
+
+def test_a_card_shows_the_pictures_of_its_repo_and_no_file_runs_when_it_is_opened(local_hub: RunningHub) -> None:
+    alice = client(local_hub, "alice")
+    make_repo(alice, "alice/drawn")
+    drawing = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+    files = (small("README.md", b"![a drawing](results/my%20a.svg)"), small("results/my a.svg", drawing))
+    commit(alice, "alice/drawn", *files, small("p.png", b"\x89PNG"), small("p.html", drawing))
+    http = client(local_hub)
+    page = http.get("/alice/drawn", headers={"Accept": "text/html"}).text
+    [address] = re.findall(r'<img src="([^"]+)" alt="a drawing"', page)
+    assert drawing.decode() not in page
+    picture = http.get(address)
+    assert (picture.content, picture.headers["content-type"]) == (drawing, "image/svg+xml")
+    assert http.get("/alice/drawn/resolve/main/p.png").headers["content-type"] == "image/png"
+    assert http.get("/alice/drawn/resolve/main/p.html").headers["content-type"] == "application/octet-stream"
+    for name in ("results/my a.svg", "p.png", "p.html"):
+        headers = http.get(f"/alice/drawn/resolve/main/{name}").headers
+        rules = [rule.strip() for rule in headers["content-security-policy"].split(";")]
+        assert "sandbox" in rules and "default-src 'none'" in rules and not any("script" in rule for rule in rules)
+        assert headers["x-content-type-options"] == "nosniff"
 
 
 def test_a_login_says_who_somebody_is_and_opens_nothing(local_hub: RunningHub) -> None:
