@@ -166,7 +166,7 @@ def _speed(job: Job) -> str:
     if heads is None or heads["tokens_per_s"] is None:
         return plain(speed["sentence"])
     lines = [
-        "| | tokens/s | tokens per step |",
+        f"| {plain(_conditions(speed))} | tokens/s | tokens per step |",
         "|---|---:|---:|",
         f"| plain greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
         f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
@@ -174,6 +174,17 @@ def _speed(job: Job) -> str:
     drawn = f"![Decode speed over plain decoding]({SPEED_PICTURE})" if speed_figure(speed) else ""
     tables = [plain(speed["sentence"]), drawn, "\n".join(lines), _transfer_table(speed)]
     return "\n\n".join(table for table in tables if table)
+
+
+def _conditions(speed: Mapping[str, Any]) -> str:
+    """In which type and where decoding was timed, as far as the report says."""
+    model, machine = speed.get("model") or {}, speed.get("environment") or {}
+    dtype, device, threads = model.get("dtype"), machine.get("device"), machine.get("threads")
+    told = [str(dtype)] if dtype else []
+    if device:
+        counted = f", {threads} thread{'s' * (threads != 1)}" if device == "cpu" and threads else ""
+        told.append(f"on {device}{counted}")
+    return " ".join(told)
 
 
 def _use_heads(job: Job, repo: str) -> list[str]:

@@ -5,9 +5,11 @@ Evaluations from before there was a comparison have scores with standard errors 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bot import messages
 from bot.job import Evaluation, Job
-from bot.markdown import code, joined, plain, table
+from bot.markdown import code, joined, listed, plain, table
 from evaluators import vitals
 from evaluators.comparison import verdict
 from evaluators.comparison.verdict import Comparison, Difference, Outcome, Scored
@@ -72,15 +74,27 @@ def scores(job: Job, repo: str) -> str:
         cells += [_mean(comparison, name)] if mean else []
         rows.append([code(verdict.short(name)) if name else f"**{code(repo)}**", *cells])
     titles = ["model", *(code(task) for task in tasks), *(["mean"] if mean else [])]
-    first, environment = merged.scores[0] if merged.scores else None, merged.environment
+    environment = merged.environment
     below = (
         ("Percent ± standard error" if comparison is None else "Percent, with 95 % intervals")
         + f"; suite {code(merged.suite)}"
-        + (f", {first.samples} samples of {code(first.task)}" if first else "")
+        + _samples(merged.scores)
         + f"; lm-eval {environment.lm_eval}, {environment.dtype} on {environment.device}, "
         f"{'with' if environment.chat_template else 'no'} chat template, seed {environment.seed}."
     )
     return table(titles, rows) + "\n\n" + below
+
+
+def _samples(scores: Sequence[Score]) -> str:
+    """How many questions each task has: `, 40 samples each of a and b, 100 of c`."""
+    by_count: dict[int, list[str]] = {}
+    for score in scores:
+        by_count.setdefault(score.samples, []).append(score.task)
+    told = ""
+    for count, tasks in by_count.items():
+        unit = "" if told else " samples"
+        told += f", {count:,}{unit}{' each' if len(tasks) > 1 else ''} of {listed(tasks)}"
+    return told
 
 
 def _cell(comparison: Comparison | None, name: str, score: Score | None, task: str) -> str:

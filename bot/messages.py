@@ -33,8 +33,9 @@ USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")"""
 HEADS = (
-    "`medusa/` holds Medusa heads for exactly these weights. With them plain greedy generation writes the same text in "
-    "fewer forward passes:"
+    "`medusa/` holds Medusa heads for exactly these weights. With them greedy generation takes fewer forward passes; "
+    "its text is that of plain generation token for token in float32, and in 16 bit until rounding decides between two "
+    "nearly equal tokens:"
 )
 USE_HEADS = """inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(
@@ -43,8 +44,8 @@ output = model.generate(
 print(tokenizer.decode(output[0]))"""
 HEADS_CAUTION = (
     "`trust_remote_code=True` runs `custom_generate/generate.py` of this repo, some 200 lines to read first. Whether "
-    "fewer passes are faster depends on the machine, see the decode speed above; in 16 bit a near tie between two "
-    "tokens may fall the other way. Sampling, beams and batches are left to plain generation."
+    "fewer passes are faster depends on the machine, see the decode speed above. Sampling, beams and batches are left "
+    "to plain generation."
 )
 REPRODUCE = (
     "`mergekit_config.yml` is the recipe with every source pinned to a commit, `merge_provenance.json` lists the "

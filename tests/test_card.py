@@ -134,6 +134,17 @@ def test_a_card_says_in_words_and_intervals_what_the_merge_is_beside_its_parents
     assert not re.search(r"\*\*[-+\d.]+\*\*", text)
 
 
+def test_how_many_questions_each_task_has_is_said_of_all_of_them() -> None:
+    scores = (
+        measured("left", 0.8, 0.06),
+        measured("right", 0.3, 0.07),
+        replace(measured("up", 0.3, 0.04), samples=1100),
+    )
+    evaluation = replace(job().evaluation, merged=evaluated(*scores))  # type: ignore[type-var]
+    text = card.model_card(job(evaluation=evaluation), "mergebot/alice-both")
+    assert "suite `quick`, 40 samples each of `left` and `right`, 1,100 of `up`; lm-eval" in text
+
+
 def test_the_picture_is_published_beside_the_card_that_shows_it(tmp_path: Path) -> None:
     texts = card.publication_spec(judged(tmp_path), SETTINGS)["texts"]
     for name, files in texts.items():
@@ -179,6 +190,8 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
         "sentence": "Medusa heads run at 0.80 x plain speed: slower here.",
         "transfer": "Its parents' heads bring 1.31.",
         "plain": {"tokens_per_s": 12.0},
+        "model": {"dtype": "bfloat16"},
+        "environment": {"device": "cpu", "threads": 2},
         "candidates": [
             row("none", "none", 1.0),
             row("parent:org/a", "parent", 1.31),
@@ -192,6 +205,7 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
     section = text[text.index("## Decode speed") : text.index("## Use")]
     assert section.splitlines()[2].startswith("Medusa heads run at 0.80 x plain speed: slower here")
     assert f"({card.SPEED_PICTURE})" in section
+    assert "| bfloat16 on cpu, 2 threads | tokens/s | tokens per step |" in section
     assert "| `parent:org/a` | 0.31 0.20 | 1.31 |" in section and "| `fresh` | 0.31 0.20 | 1.40 |" in section
     assert "| `parent:org/b` | it has 5 tokens \\<b\\> too many. | – |" in section and "`none`" not in section
 
@@ -237,9 +251,10 @@ def test_a_card_shows_how_to_generate_with_the_heads_that_the_repo_carries() -> 
     assert bare.evaluation is not None and "custom_generate" not in card.model_card(bare, "mergebot/alice-both")
     files = {"medusa/medusa_lm_head.safetensors": PublishedFile(10, "e" * 64)}
     carrying = job(evaluation=replace(bare.evaluation, heads=files))
-    assert 'custom_generate="mergebot/alice-both", trust_remote_code=True' in card.model_card(
-        carrying, "mergebot/alice-both"
-    )
+    text = card.model_card(carrying, "mergebot/alice-both")
+    assert 'custom_generate="mergebot/alice-both", trust_remote_code=True' in text
+    [promised] = [sentence for sentence in text.split(". ") if "text is that of plain generation" in sentence]
+    assert "in float32" in promised and "in 16 bit until" in promised
     assert card.publication_spec(carrying, SETTINGS)["heads"] == {
         name: {"bytes": 10, "sha256": "e" * 64} for name in files
     }
