@@ -4,8 +4,9 @@
 
 The text is that of plain greedy `generate`, token for token in float32: heads guess a small tree of tokens, one forward
 pass checks all of them, and only what the model itself would have written is kept. In 16 bit a token computed among
-others can round otherwise than alone, so two nearly equal ones may change places. Whatever cannot be done that way (sampling, beams, batches,
-padding, logits processors, caches that cannot hold a tree) is left to plain `generate`, with one warning.
+others can round otherwise than alone, so that of two nearly equal tokens the other is taken. Whatever cannot be done
+that way (sampling, beams, batches, padding, logits processors, caches that cannot hold a tree) is left to plain
+`generate`, with one warning.
 
 `medusa_heads`: a repo or folder to take the heads from instead of the model's own. `medusa_tree`: the guesses to try,
 as paths of ranks, such as [(0,), (1,), (0, 0)]; `[]` guesses nothing. Paper: Medusa, arXiv 2401.10774.
