@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bot.errors import Failed, Refused
+from bot.errors import Refused
+from bot.evaluator_errors import translated
 from bot.progress import Show
 from bot.settings import Settings
 
@@ -23,13 +24,12 @@ def train(model: Path, out: Path, wanted: Wanted, settings: Settings, report: Sh
     """Train heads for the model in a folder; answers and rows are kept under the home's cache. Raises Refused
     OUTPUT_EXISTS where heads are already, Failed as the evaluator does."""
     from bot.merge.execution.engine import choose_device
-    from evaluators.errors import EvaluationError
     from evaluators.medusa.formats import WEIGHTS
     from evaluators.medusa.training import head_training
 
     if (out / WEIGHTS).exists():
         raise Refused("OUTPUT_EXISTS", f"{out} holds Medusa heads already.", "Name another folder.", value=str(out))
-    try:
+    with translated():
         return head_training.train_heads(
             model,
             out,
@@ -38,8 +38,6 @@ def train(model: Path, out: Path, wanted: Wanted, settings: Settings, report: Sh
             device=choose_device(settings.device).type,
             progress=lambda stage, done, total: report(f"Training heads: {stage}", done, total),
         )
-    except EvaluationError as error:
-        raise Failed(error.code, error.message, error.next_step) from error
 
 
 def vocabulary(text: str) -> int | None:

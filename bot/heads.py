@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from bot import merged_heads
 from bot.errors import Failed, MergebotError, Refused
+from bot.evaluator_errors import translated
 from bot.job import Source
 from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef, Recipe
@@ -201,16 +202,13 @@ def _in_our_layout(parent: Parent, scratch: Path) -> Path:
     assert parent.heads is not None
     if (parent.heads / merged_heads.WEIGHTS).is_file() or parent.model is None:
         return parent.heads
-    from evaluators.errors import EvaluationError
     from evaluators.medusa import formats
     from evaluators.medusa.model import causal_lm
 
     into = scratch / "read" / parent.name.replace("/", "--")
-    try:
+    with translated(Refused):
         heads, _ = formats.load(parent.heads, causal_lm.load(parent.model))
         formats.save(heads, into)
-    except EvaluationError as error:
-        raise Refused("NOT_SUPPORTED", error.message, error.next_step) from error
     return into
 
 

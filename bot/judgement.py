@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bot.errors import Failed
+from bot.evaluator_errors import translated
 from bot.job import Source
 from bot.measure import measures_nothing
 from bot.progress import Show
@@ -42,7 +42,7 @@ def vital_signs(
     models = [source for source in sources if not source.adapter]
     folders = {str(source): settings.source_folder(source.repo, source.revision) for source in models}
     found: dict[str, Vitals] = {}
-    try:
+    with translated():
         for place, (name, folder) in enumerate({**folders, "": out}.items()):
             report("Looking whether the models speak", place, len(folders) + 1)
             identity, cache = name or manifest, settings.evaluations
@@ -53,6 +53,4 @@ def vital_signs(
                 found[name] = signs
         parents = {name: each for name, each in found.items() if name}
         vitals.require_sound(found[""], [*parents.values()])
-    except EvaluationError as error:
-        raise Failed(error.code, error.message, error.next_step) from error
     return {"": found[""], **parents}

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bot import first_stage, kept_evaluations, leaderboard
-from bot.errors import Failed, Refused
+from bot.errors import Refused
+from bot.evaluator_errors import translated
 from bot.job import Source
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, child_environment
 from evaluators import harness
-from evaluators.errors import EvaluationError
 from evaluators.harness import Estimate, suites
 from evaluators.harness.conditions import Conditions
 from evaluators.harness.scores import ModelEvaluation
@@ -116,7 +116,7 @@ def evaluate(
 ) -> ModelEvaluation:
     """`identity` stands for the bytes (a commit, a manifest) and spares hashing them again; `reuse` are the same
     model's evaluations on fewer samples, whose questions are not asked again."""
-    try:
+    with translated(about=name):
         return harness.evaluate(
             folder,
             put.suite,
@@ -132,9 +132,6 @@ def evaluate(
             memory_limit_bytes=settings.memory_limit_bytes,
             reuse=reuse,
         )
-    except EvaluationError as error:
-        about = "" if name in error.message else f"{name}: "
-        raise Failed(error.code, f"{about}{error.message}", error.next_step) from error
 
 
 def decode_speed(
@@ -170,7 +167,7 @@ def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Sho
     from bot.merge.execution.engine import choose_device
     from evaluators import medusa
 
-    try:
+    with translated():
         measured = medusa.measure(
             folder,
             out,
@@ -186,6 +183,4 @@ def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Sho
             tree=asked.tree,
             progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
         )
-    except EvaluationError as error:
-        raise Failed(error.code, error.message, error.next_step) from error
     return {**measured, "sentence": medusa.sentence(measured)}

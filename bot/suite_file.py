@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from bot.errors import Failed, Refused, Where
+from bot.evaluator_errors import translated
 from bot.measure import suite_named
 from bot.merge.recipe.document import Node, Reader, Text
 from bot.merge.recipe.reading import read_yaml
-from evaluators.errors import EvaluationError
 from evaluators.harness import suites
 from evaluators.harness.suites import Suite, SuiteTask
 
@@ -52,10 +52,8 @@ def chosen(suite: str, tasks: Listed[str] = ()) -> Suite:
 
 
 def _one_task(task: str) -> Suite:
-    try:
+    with translated(Refused):
         return suites.of_file(Path(task)) if task.endswith((".yml", ".yaml")) else suites.own_suite([task])
-    except EvaluationError as error:
-        raise Refused(error.code, error.message, error.next_step) from error
 
 
 def read(file: Path) -> Suite:
@@ -66,10 +64,9 @@ def read(file: Path) -> Suite:
         why = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise Failed("FILE_NOT_FOUND", f"{file} cannot be read: {why}.", "Name a suite file.") from None
     try:
-        made = _suite(text, file)
-        suites.find(made.tasks)
-    except EvaluationError as error:
-        raise Refused(error.code, error.message, error.next_step, where=Where(str(file))) from error
+        with translated(Refused, where=Where(str(file))):
+            made = _suite(text, file)
+            suites.find(made.tasks)
     except Refused as error:
         if not error.code.startswith("RECIPE_"):
             raise
