@@ -86,9 +86,10 @@ def beside_parents(row: Row) -> go.Figure | None:
             "size": 10,
             "line": {"width": 2, "color": PARENTS[place % len(PARENTS)]},
         }
-        figure.add_trace(_dots(row, source, scores, look, _offset(place, len(series) + 1)))
+        figure.add_trace(_dots(row, source, scores, look, _offset(place + 1, len(series) + 1)))
     merge = {"color": MERGE, "symbol": "diamond", "size": 13}
-    figure.add_trace(_dots(row, row.model, row.scores, merge, _offset(len(series), len(series) + 1)))
+    # Drawn last, so that it lies on top; it stands first in each task and in the legend.
+    figure.add_trace(_dots(row, row.model, row.scores, merge, _offset(0, len(series) + 1)).update(legendrank=1))
     figure.update_yaxes(
         tickmode="array", tickvals=list(range(len(tasks))), ticktext=[_wrapped(task) for task in tasks],
         range=[len(tasks) - 0.5, -0.5], showgrid=False, zeroline=False,
@@ -98,7 +99,7 @@ def beside_parents(row: Row) -> go.Figure | None:
         range=[-2, 102],
         zeroline=False,
     )
-    legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left", "traceorder": "reversed"}
+    legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"}
     figure.update_layout(legend=legend)
     return _dressed(figure, height=150 + ROW_PX * len(tasks))
 

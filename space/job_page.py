@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Any
 
 from bot.job import ENDED, Failure, Job, Progress, Stage, missing, stage
-from bot.leaderboard import measured_heads, speedup
+from evaluators.pictures.speed_figure import speed_figure
 from space import verdict_page, words
 from space.markup import Markup, join, repo_link, tag
-from space.pieces import facts_table, sources_table
+from space.pieces import facts_table, picture, sources_table
 
 STEPS = (
     (Stage.MERGING, "Merge"),
@@ -42,7 +42,7 @@ def progress_bar(progress: Progress) -> Markup:
     """What the running stage says of itself, as a bar with its text under it."""
     part = min(max(progress.done / progress.total, 0.0), 1.0) if progress.total > 0 else 0.0
     bar = tag("progress", value=f"{part:.3f}", max="1", aria_label=progress.text)
-    return tag("div", bar, tag("span", f"{progress.text}, {100 * part:.0f} %", class_="fine"), class_="progress")
+    return tag("div", bar, tag("span", f"{100 * part:.0f}\u00a0%, {progress.text}", class_="fine"), class_="progress")
 
 
 def _title(job: Job, at: datetime) -> Markup:
@@ -109,7 +109,7 @@ def _facts(job: Job) -> list[tuple[str, object]]:
         rows.append(("Written", words.size(job.merge.bytes)))
         rows.append(("Manifest of the bytes", tag("code", job.merge.manifest[:16], title=job.merge.manifest)))
     elif "bytes_out" in plan:
-        rows.append(("To be written", words.size(plan["bytes_out"])))
+        rows.append(("Planned output", words.size(plan["bytes_out"])))
     asked = job.request.evaluate
     suite = ", ".join(asked.tasks) or asked.suite
     samples = f", {asked.limit} samples a task" if asked.limit else ""
@@ -118,16 +118,12 @@ def _facts(job: Job) -> list[tuple[str, object]]:
 
 
 def _speed(report: Mapping[str, Any] | None) -> Markup | None:
-    """The speed test: the report's own sentence, and the figures of the heads where some were timed."""
+    """The speed test: the report's own sentence, and its picture where decoding was timed."""
     if report is None:
         return None
-    heads = measured_heads(report)
-    told = [tag("p", report.get("sentence"))] if report.get("sentence") else []
-    if heads is not None:
-        ratio, bounds = speedup(heads)
-        if ratio is not None:
-            told.append(tag("p", speed_sentence(ratio, bounds, heads["tokens_per_step"]["measured"]), class_="fine"))
-    return join([tag("h3", "Speed"), told or tag("p", "Nothing could be measured.")])
+    drawn = speed_figure(report)
+    shown = picture(drawn, "Decode speed over plain decoding") if drawn else None
+    return join([tag("h3", "Speed"), tag("p", report.get("sentence") or "Nothing could be measured."), shown])
 
 
 def speed_sentence(speedup: float, bounds: tuple[float, float] | None, tokens_per_step: float | None) -> str:

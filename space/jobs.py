@@ -63,10 +63,10 @@ def build(desk: Desk) -> Parts:
     seen = gr.State(None)
     timer = gr.Timer(POLL_PUBLIC_S if desk.settings.public else POLL_HERE_S, active=False)
     with gr.Row(elem_classes="columns"):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=4, min_width=320):
             mine = gr.Checkbox(label="Only mine", value=False, elem_id="mine", container=False)
             table = panel(elem_id="jobs", js_on_load=_SELECT_ROW)
-        with gr.Column(scale=7, min_width=320):
+        with gr.Column(scale=8, min_width=320):
             page = panel(elem_id="job", elem_classes="panel")
             with gr.Row(elem_classes="actions"):
                 cancel = gr.Button("Cancel this job", variant="stop", visible=False, elem_id="cancel")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +65,13 @@ def rows_table(titles: tuple[str, ...], rows: list[Markup], caption: str | None 
     shown = tag("caption", caption) if caption else None
     table = tag("table", shown, tag("thead", head), tag("tbody", rows), class_="rows")
     return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption or titles[0])
+
+
+def picture(drawn: str, says: str) -> Markup:
+    """An SVG of ours as an image, which scrolls sideways where the page is narrow; `says` stands for it."""
+    data = base64.b64encode(drawn.encode()).decode()
+    image = tag("img", src=f"data:image/svg+xml;base64,{data}", alt=says, class_="picture")
+    return tag("div", image, class_="scroll", tabindex="0", role="region", aria_label=says)
 
 
 def _capital(sentence: str) -> str:

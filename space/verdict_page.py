@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 
 from bot import findings, messages
@@ -14,7 +13,7 @@ from evaluators.harness.scores import ModelEvaluation
 from evaluators.pictures.score_figure import figure
 from space import words
 from space.markup import Markup, join, tag
-from space.pieces import rows_table
+from space.pieces import picture, rows_table
 
 
 def evaluation(found: Evaluation | None, name: str) -> Markup | None:
@@ -37,13 +36,8 @@ def _verdict(found: Evaluation, name: str) -> Markup | None:
     if found.comparison is None:
         return tag("p", found.not_compared, class_="fine") if found.not_compared else None
     said, drawn = findings.said(found.comparison, str), figure(found.comparison, name)
-    picture = None
-    if drawn:
-        data = base64.b64encode(drawn.encode()).decode()
-        picture = tag(
-            "img", src=f"data:image/svg+xml;base64,{data}", alt=f"{name} beside its parents", class_="picture"
-        )
-    return join([tag("p", said, class_="verdict") if said else None, picture])
+    shown = picture(drawn, f"{name} beside its parents") if drawn else None
+    return join([tag("p", said, class_="verdict") if said else None, shown])
 
 
 def _scores(found: Evaluation, merged: ModelEvaluation) -> Markup:

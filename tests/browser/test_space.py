@@ -204,6 +204,16 @@ def test_a_telephone_is_wide_enough(space: Space, open_page: OpenPage, name: str
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_on_a_telephone_the_pictures_of_a_job_can_be_seen_to_their_end(space: Space, open_page: OpenPage) -> None:
+    page = open_page(f"{space.url}/?job={space.jobs['published']}", width=390, height=844)
+    expect(page.locator("#job .picture")).to_have_count(2)
+    for place in page.locator("#job .picture").all():
+        place.evaluate("picture => { picture.parentElement.scrollLeft = picture.scrollWidth }")
+        box = place.bounding_box()
+        assert box is not None and box["x"] < 0 and box["x"] + box["width"] <= 390
+    assert page.locator("#jobs").evaluate("list => list.clientHeight") <= 844 / 2
+
+
 def test_what_strangers_write_stays_text(space: Space, open_page: OpenPage) -> None:
     for place, text in enumerate(HOSTILE):
         job = exhibits.submit(space.queue, f"eve{place}", text, now())

@@ -201,14 +201,30 @@ def _answered(cache: Path, model: str, shares: tuple[float, float]) -> ModelEval
 
 
 def speed_report() -> dict[str, Any]:
-    heads = {
-        "id": "fresh",
-        "origin": "fresh",
-        "tokens_per_step": {"measured": 2.31},
-        "speedup": {"wall": 0.87, "wall_ci95": [0.84, 0.9], "cpu": 0.87, "cpu_ci95": [0.84, 0.9], "clock_used": "wall"},
+    told = (
+        "Medusa heads trained in 41 s on 9216 tokens of the model's own text bring 2.31 tokens per step; on this CPU "
+        "(2 threads) decoding with them runs at 0.87 x plain speed (95 % interval 0.84 to 0.90): decoding with them is "
+        "slower here."
+    )
+    candidates = [_timed("none", 1.0, (0.99, 1.01), 1.0), _timed("fresh", 0.87, (0.84, 0.9), 2.31)]
+    return {
+        "chosen": "none",
+        "refusal": None,
+        "sentence": told,
+        "plain": {"tokens_per_s": 21.4},
+        "candidates": candidates,
     }
-    told = "Plain decoding is faster here: the heads reach 0.87 of its speed."
-    return {"chosen": "none", "refusal": None, "sentence": told, "plain": {"tokens_per_s": 21.4}, "candidates": [heads]}
+
+
+def _timed(way: str, speed: float, interval: tuple[float, float], tokens_per_step: float) -> dict[str, Any]:
+    speeds = {"wall": speed, "wall_ci95": [*interval], "cpu": speed, "cpu_ci95": [*interval], "clock_used": "wall"}
+    return {
+        "id": way,
+        "origin": way,
+        "absent_because": None,
+        "tokens_per_step": {"measured": tokens_per_step},
+        "speedup": speeds,
+    }
 
 
 def _plan(sources: tuple[Source, ...]) -> dict[str, Any]:
