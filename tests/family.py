@@ -1,18 +1,24 @@
-"""A tiny real model family for tests of the whole walk: a base and two fine-tunes that load in transformers."""
+"""A tiny real model family for tests of the whole walk: a base and two fine-tunes that load in transformers.
+
+torch and transformers are imported where models are made: who only asks for the merge need not wait for them.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CARD = "---\nlicense: {licence}\nlibrary_name: transformers\n---\n# {name}\n"
 
 
 def make(folder: Path, *, licence: str = "apache-2.0") -> dict[str, Path]:
     """`base`, `left` and `right` as checkpoints with cards below `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -36,6 +42,9 @@ def make(folder: Path, *, licence: str = "apache-2.0") -> dict[str, Path]:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and three special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: number for number, character in enumerate(alphabet)}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -71,7 +71,7 @@ def run_bot(tmp_path: Path, hub: RunningHub, crash_at: str | None = None) -> int
         "MERGEBOT_HUB": hub.url,
         "MERGEBOT_PUBLISH_TOKEN_FILE": str(token),
         "MERGEBOT_DEVICE": "cpu",
-        "MERGEBOT_TICK_S": "0.05",
+        "MERGEBOT_TICK_S": "0.2",
         "MERGEBOT_LEASE_S": "2",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPO),

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators import comparison, harness
-from evaluators.comparison import comparing, samples
+from evaluators.comparison import comparing
 from evaluators.comparison.verdict import Comparison, Difference, Outcome, inheritance, words
 from evaluators.errors import EvaluationError
 from evaluators.harness.scores import ModelEvaluation
-from tests.evaluators import stored, tiny_harness
+from tests.evaluators import stored
 
 Make = Callable[..., ModelEvaluation]
 
@@ -231,24 +231,3 @@ def test_equal_models_are_called_different_in_at_most_one_of_twenty_comparisons(
         found = comparison.compare(made[0], {"a": made[1], "b": made[2]}, cache=tmp_path)
         alarms.append(any(each.outcome is not Outcome.NOT_SHOWN for task in found.tasks for each in task.differences))
     assert np.mean(alarms) <= 0.08  # 5 % and three standard errors of 150 comparisons, less what Holm is short of it
-
-
-@pytest.mark.slow
-def test_real_answers_of_the_harness_are_read_as_lm_eval_scored_them(tmp_path: Path) -> None:
-    suite = tiny_harness.suite(tmp_path / "task")
-    suite = replace(suite, tasks=(replace(suite.tasks[0], metric="acc_norm"),))
-    found = {}
-    for seed, name in enumerate(("merge", "parent")):
-        model = tiny_harness.model(tmp_path / "models" / name, seed=seed)
-        settings = {"cache": tmp_path / "cache", "scratch": tmp_path / name, "timeout_s": 240.0}
-        found[name] = harness.evaluate(model, suite, environment={"OMP_NUM_THREADS": "1"}, **settings)  # type: ignore[arg-type]
-    folder = harness.folder_of(found["merge"], tmp_path / "cache")
-    answers = samples.read(folder, found["merge"].scores[0], samples.groups(folder))
-    assert answers.choices is not None
-    logged = [json.loads(line) for line in (folder / "samples" / "which_animal.jsonl").read_text().splitlines()]
-    right = [float(choice == str(sample["target"])) for choice, sample in zip(answers.choices, logged, strict=True)]
-    assert right == answers.values.tolist()
-    [task] = comparison.compare(found["merge"], {"p": found["parent"]}, cache=tmp_path / "cache").tasks
-    assert task.merge.value == found["merge"].scores[0].value
-    assert task.differences[0].value == pytest.approx(found["merge"].scores[0].value - found["parent"].scores[0].value)
-    assert task.chance == pytest.approx(1 / 5)

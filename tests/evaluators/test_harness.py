@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bot.localhub import seed
-from evaluators import harness
+from evaluators import harness, loading
+from evaluators.comparison import samples
 from evaluators.errors import EvaluationError
 from evaluators.harness import suites
 from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData
@@ -42,7 +43,16 @@ def model(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def suite(place: Path) -> Suite:
-    return tiny_harness.suite(place / "task")
+    """A task, and a group of two others."""
+    folder = place / "task"
+    for name in ("which_bird", "which_fish"):
+        tiny_harness.task(folder, name)
+    (folder / "both.yaml").write_text(
+        "group: both\ntask: [which_bird, which_fish]\n"
+        "aggregate_metric_list:\n  - {metric: acc, aggregation: mean, weight_by_size: true}\n"
+    )
+    group = SuiteTask("both", chance=0.2, file=folder / "both.yaml")
+    return Suite("animals", 1, (tiny_harness.task(folder, "which_animal"), group))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +79,11 @@ def measured(
     return measure(model, suite, "scratch", progress=lambda *line: told.append(line))
 
 
+def logged(folder: Path, task: str) -> list[dict[str, Any]]:
+    """The samples of a task, as lm-eval logs them."""
+    return [json.loads(line) for line in (folder / "samples" / f"{task}.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_scores_are_exactly_those_of_calling_lm_eval(measured: ModelEvaluation, model: Path, suite: Suite) -> None:
     from lm_eval import simple_evaluate
@@ -90,7 +105,7 @@ def test_scores_are_exactly_those_of_calling_lm_eval(measured: ModelEvaluation, 
     )
     assert direct is not None
     expected = direct["results"]["which_animal"]
-    (score,), (normalised,) = measured.scores, measured.others
+    score, normalised = measured.scores[0], measured.others[0]
     assert (score.metric, score.value, score.stderr) == ("acc", expected["acc,none"], expected["acc_stderr,none"])
     assert (normalised.metric, normalised.value) == ("acc_norm", expected["acc_norm,none"])
     assert (score.samples, score.few_shot, score.task_version) == (24, 0, "1.0")
@@ -102,14 +117,36 @@ def test_every_sample_is_kept_and_no_path_of_this_machine(
     measured: ModelEvaluation, place: Path, model: Path, told: list[tuple[int, int, str]]
 ) -> None:
     folder = harness.folder_of(measured, place / "cache")
-    samples = [json.loads(line) for line in (folder / "samples" / "which_animal.jsonl").read_text().splitlines()]
-    assert [sample["doc_id"] for sample in samples] == list(range(24))
-    assert sum(sample["acc"] for sample in samples) / 24 == measured.scores[0].value
+    asked = logged(folder, "which_animal")
+    assert [sample["doc_id"] for sample in asked] == list(range(24))
+    assert sum(sample["acc"] for sample in asked) / 24 == measured.scores[0].value
     results = (folder / "lm_eval.json").read_text()
     assert str(place) not in results and str(REPO) not in results and str(Path.home()) + "/" not in results
     assert "pretty_env_info" not in results and "git_hash" not in results
     assert told[-1][0] == told[-1][1] > 0
     assert list((place / "cache" / "partial").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_samples_are_read_back_as_lm_eval_scored_them(measured: ModelEvaluation, place: Path) -> None:
+    folder = harness.folder_of(measured, place / "cache")
+    answers = samples.read(folder, measured.others[0], samples.groups(folder))
+    assert measured.others[0].metric == "acc_norm" and answers.choices is not None
+    asked = logged(folder, "which_animal")
+    right = [float(choice == str(sample["target"])) for choice, sample in zip(answers.choices, asked, strict=True)]
+    assert right == answers.values.tolist() == [sample["acc_norm"] for sample in asked]
+
+
+@pytest.mark.slow
+def test_a_group_is_one_score_and_each_of_its_tasks_keeps_its_samples(measured: ModelEvaluation, place: Path) -> None:
+    folder = harness.folder_of(measured, place / "cache")
+    right = [sample["acc"] for name in ("which_bird", "which_fish") for sample in logged(folder, name)]
+    score = measured.scores[1]
+    assert len(right) == 48 and score.value == pytest.approx(sum(right) / 48)
+    assert score.normalised == pytest.approx(max(0.0, (sum(right) / 48 - 0.2) / 0.8))
+    told = json.loads((folder / "lm_eval.json").read_text())
+    assert told["group_subtasks"]["both"] == ["which_bird", "which_fish"]
+    assert set(told["n-samples"]) == {"which_animal", "which_bird", "which_fish"}
 
 
 @pytest.mark.slow
@@ -125,7 +162,7 @@ def test_another_setting_another_model_or_another_suite_is_another_question(
     measured: ModelEvaluation, measure: Callable[..., ModelEvaluation], model: Path, suite: Suite, place: Path
 ) -> None:
     other_model = tiny_harness.model(place / "models" / "other", seed=1)
-    other_suite = replace(suite, tasks=(replace(suite.tasks[0], few_shot=0),))
+    other_suite = replace(suite, tasks=(replace(suite.tasks[0], few_shot=0), suite.tasks[1]))
     for asked in ((model, suite, {"limit": 3}), (other_model, suite, {}), (model, other_suite, {})):
         with pytest.raises(EvaluationError) as caught:
             measure(asked[0], asked[1], "none", timeout_s=0.0, **asked[2])
@@ -148,8 +185,8 @@ def test_the_process_dies_with_whoever_started_it(place: Path, model: Path, suit
     code = f"""
 from pathlib import Path
 from evaluators import harness
-from tests.evaluators import tiny_harness
-suite = tiny_harness.suite(Path({str(place / "task-of-the-dead")!r}))
+from evaluators.harness.suites import Suite, SuiteTask
+suite = Suite("animals", 1, (SuiteTask("which_animal", file=Path({str(suite.tasks[0].file)!r})),))
 harness.evaluate(Path({str(model)!r}), suite, cache=Path({str(place / "cache-of-the-dead")!r}),
                  scratch=Path({str(place / "scratch-of-the-dead")!r}), timeout_s=100,
                  progress=lambda done, total, what: print(what, flush=True))
@@ -162,11 +199,6 @@ harness.evaluate(Path({str(model)!r}), suite, cache=Path({str(place / "cache-of-
     assert orphans
     _gone, alive = psutil.wait_procs(orphans, timeout=30)
     assert not alive
-
-
-def _truncated(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
 
 
 def _without_a_tensor(folder: Path) -> None:
@@ -185,7 +217,6 @@ def _not_a_number(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "code", "words"),
     [
-        (_truncated, "MODEL_UNLOADABLE", "cannot be loaded"),
         (_without_a_tensor, "MODEL_UNLOADABLE", "model.layers.1.mlp.up_proj.weight"),
         (_not_a_number, "EVALUATION_FAILED", "NaN"),
     ],
@@ -204,6 +235,16 @@ def test_a_broken_model_is_refused_with_a_sentence(
         measure(folder, suite, f"scratch{spoil.__name__}")
     assert caught.value.code == code
     assert words in caught.value.message and str(place) not in caught.value.message
+
+
+def test_a_truncated_checkpoint_is_refused_with_a_sentence(place: Path) -> None:
+    folder = tiny_harness.model(place / "models" / "truncated")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(EvaluationError) as caught:
+        loading.load(folder)
+    assert caught.value.code == "MODEL_UNLOADABLE"
+    assert "cannot be loaded" in caught.value.message and str(place) not in caught.value.message
 
 
 @pytest.mark.slow
@@ -313,29 +354,6 @@ def test_cleaned_results_hold_no_private_path(value: Any) -> None:
     hidden = {"config": {"x": value, "model_args": value}, "git_hash": value, "where": ["/srv/home/x", value]}
     kept = json.dumps(cleaned(hidden, ["/srv/home"]))
     assert "/srv/home/x" not in kept and "model_args" not in kept and "git_hash" not in kept
-
-
-@pytest.mark.slow
-def test_a_group_is_one_score_and_each_of_its_tasks_keeps_its_samples(
-    measure: Callable[..., ModelEvaluation], model: Path, place: Path
-) -> None:
-    for name in ("which_animal", "which_bird"):
-        tiny_harness.task(place / "group", name)
-    (place / "group" / "both.yaml").write_text(
-        "group: both\ntask: [which_animal, which_bird]\n"
-        "aggregate_metric_list:\n  - {metric: acc, aggregation: mean, weight_by_size: true}\n"
-    )
-    suite = Suite("group", 1, (SuiteTask("both", chance=0.2, file=place / "group" / "both.yaml"),))
-    found = measure(model, suite, "group-scratch")
-    folder = harness.folder_of(found, place / "cache")
-    right = []
-    for path in sorted((folder / "samples").iterdir()):
-        right += [json.loads(line)["acc"] for line in path.read_text().splitlines()]
-    assert len(right) == 48 and found.scores[0].value == pytest.approx(sum(right) / 48)
-    assert found.average == pytest.approx(max(0.0, (sum(right) / 48 - 0.2) / 0.8))
-    told = json.loads((folder / "lm_eval.json").read_text())
-    assert told["group_subtasks"]["both"] == ["which_animal", "which_bird"]
-    assert set(told["n-samples"]) == {"which_animal", "which_bird"}
 
 
 @pytest.mark.slow
