@@ -10,7 +10,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +108,20 @@ def without_leaks(train: Sequence[Prompt], test: Sequence[Prompt]) -> tuple[list
     Equal after folding case and spaces, or Jaccard similarity of word 8-grams above 0.8.
     """
     forbidden = [_fold(turn) for prompt in test for turn in prompt.turns]
-    exact, grams = set(forbidden), [_grams(turn) for turn in forbidden]
+    exact = set(forbidden)
+    sharing: dict[tuple[str, ...], list[frozenset[tuple[str, ...]]]] = {}  # only turns that share a gram can be alike
+    for grams in map(_grams, forbidden):
+        for gram in grams:
+            sharing.setdefault(gram, []).append(grams)
+
+    def leaks(turn: str) -> bool:
+        grams = _grams(turn)
+        return turn in exact or any(_alike(grams, other) for gram in grams for other in sharing.get(gram, ()))
+
     kept: list[Prompt] = []
     dropped: list[str] = []
     for prompt in train:
-        folded = [_fold(turn) for turn in prompt.turns]
-        leaks = any(turn in exact or any(map(partial(_alike, _grams(turn)), grams)) for turn in folded)
-        if leaks:
+        if any(leaks(_fold(turn)) for turn in prompt.turns):
             dropped.append(prompt.id)
         else:
             kept.append(prompt)
@@ -132,7 +138,8 @@ def _grams(folded: str) -> frozenset[tuple[str, ...]]:
 
 
 def _alike(left: frozenset[tuple[str, ...]], right: frozenset[tuple[str, ...]]) -> bool:
-    return bool(left and right) and len(left & right) / len(left | right) > NEAR_DUPLICATE
+    """Whether two sets of grams, not both empty, are nearly the same."""
+    return len(left & right) / len(left | right) > NEAR_DUPLICATE
 
 
 def encode(base: Base, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
