@@ -1,7 +1,8 @@
 """Killed at any point of the walk, the bot ends it after a restart: nothing lost, nothing published twice.
 
 Each point is a `kill -9` of the process that reaches it: the scheduler, the worker or the publisher. A killed child is
-started again by the scheduler; a killed scheduler is started again here, as an operator's supervisor would.
+started again by the scheduler; a killed scheduler is started again here, as an operator's supervisor would. Walks take
+seconds, so most are killed twice: the scheduler first and, after its restart, a child.
 """
 
 from __future__ import annotations
@@ -27,25 +28,19 @@ from tests.verify_promises import broken_promises
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parent.parent.parent
 
-# where -> the process that dies there is the scheduler (else a child of its)
-POINTS = {
-    "intake.before_insert": True,
-    "intake.after_insert": True,
-    "claim.after_commit": True,
-    "download.after_verify": False,
-    "writer.after_rename": False,
-    "merge.after_fact": True,
-    "eval.after_fact": True,
-    "publish.after_manifest_check": False,
-    "publish.after_create_repo": False,
-    "publish.after_upload": False,
-    "publish.before_commit": False,
-    "publish.after_commit": False,
-    "publish.after_readback": False,
-    "publish.after_public": False,
-    "publish.after_fact": True,
-    "board.after_results": False,
-}
+# where the scheduler dies, if it does; then where a child of its dies
+WALKS = [
+    ("intake.before_insert", "download.after_verify"),
+    ("intake.after_insert", "writer.after_rename"),
+    ("claim.after_commit", "publish.after_manifest_check"),
+    ("merge.after_fact", "publish.after_create_repo"),
+    ("eval.after_fact", "publish.after_upload"),
+    (None, "publish.before_commit"),
+    (None, "publish.after_commit"),
+    (None, "publish.after_readback"),
+    (None, "publish.after_public"),
+    ("publish.after_fact", "board.after_results"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +57,9 @@ def hub(tmp_path: Path, content: Path) -> Iterator[RunningHub]:
         yield running
 
 
-def run_bot(tmp_path: Path, hub: RunningHub, crash_at: str | None = None) -> int:
-    """Run the driver to its end; its exit status."""
+def killed(tmp_path: Path, hub: RunningHub, point: str) -> int:
+    """Run the driver to its end, with the process that reaches `point` first killed there; its exit status."""
+    crashed = tmp_path / f"{point} was reached"
     token = tmp_path / "token"
     token.write_text(hub.token_of("mergebot"))
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ} | {
@@ -74,21 +70,23 @@ def run_bot(tmp_path: Path, hub: RunningHub, crash_at: str | None = None) -> int
         "MERGEBOT_TICK_S": "0.2",
         "MERGEBOT_LEASE_S": "2",
         "OMP_NUM_THREADS": "1",
+        "MERGEBOT_CRASH_AT": point,
+        "MERGEBOT_CRASH_ONCE": str(crashed),
         "PYTHONPATH": str(REPO),
     }
-    if crash_at is not None:
-        environment |= {"MERGEBOT_CRASH_AT": crash_at, "MERGEBOT_CRASH_ONCE": str(tmp_path / "crashed")}
     command = [sys.executable, "-m", "tests.crash.driver"]
-    return subprocess.run(command, env=environment, cwd=REPO, timeout=120).returncode
+    status = subprocess.run(command, env=environment, cwd=REPO, timeout=240).returncode
+    assert crashed.exists(), f"{point} was never reached"
+    return status
 
 
-@pytest.mark.parametrize("point", sorted(POINTS))
-def test_killed_anywhere_the_request_is_published_exactly_once(point: str, tmp_path: Path, hub: RunningHub) -> None:
-    first = run_bot(tmp_path, hub, point)
-    assert (tmp_path / "crashed").exists(), f"{point} was never reached"
-    assert first == (-signal.SIGKILL if POINTS[point] else 0)
-    if POINTS[point]:
-        assert run_bot(tmp_path, hub) == 0
+@pytest.mark.parametrize(("scheduler", "child"), WALKS)
+def test_killed_anywhere_the_request_is_published_exactly_once(
+    scheduler: str | None, child: str, tmp_path: Path, hub: RunningHub
+) -> None:
+    if scheduler is not None:
+        assert killed(tmp_path, hub, scheduler) == -signal.SIGKILL
+    assert killed(tmp_path, hub, child) == 0
 
     settings = Settings(home=tmp_path / "bot", hub=hub.url)
     queue = Queue(settings.database_url)
