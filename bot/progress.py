@@ -31,7 +31,7 @@ def in_lines(say: Callable[[str], None], clock: Callable[[], float] = time.monot
     def end(how: str) -> None:
         nonlocal at_work
         if at_work:
-            say(f"{at_work}: {how}{clock() - began[at_work]:.0f} s")
+            say(f"{at_work} … {how}{clock() - began[at_work]:.0f} s")
         at_work = ""
 
     def show(what: str, done: float, total: float) -> None:

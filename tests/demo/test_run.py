@@ -28,8 +28,8 @@ def test_in_a_log_each_step_has_a_line_when_it_begins_and_one_with_its_seconds_w
         show("crests", 2, 48)  # what another job still shows
         show("board", 0, 1)
         now = 10.0
-    assert said[:4] == ["base …", "base: 2 s", "crests …", "crests: 7 s"]
-    assert said[4:] == ["smiths …", "smiths: 0 s", "board …", "board: 1 s"]
+    assert said[:4] == ["base …", "base … 2 s", "crests …", "crests … 7 s"]
+    assert said[4:] == ["smiths …", "smiths … 0 s", "board …", "board … 1 s"]
 
 
 def test_a_step_that_fails_says_so_in_the_log() -> None:
@@ -37,7 +37,7 @@ def test_a_step_that_fails_says_so_in_the_log() -> None:
     with pytest.raises(KeyError), in_lines(said.append, lambda: 1.0) as show:
         show("base", 0, 3)
         raise KeyError
-    assert said == ["base …", "base: stopped after 0 s"]
+    assert said == ["base …", "base … stopped after 0 s"]
 
 
 _LOGGED = """
@@ -60,7 +60,7 @@ def test_without_a_terminal_nothing_but_the_lines_of_our_own_steps_is_printed() 
     name = "A step whose name is longer than the column that a bar would leave for it"
     assert done.stderr == ""
     first, last = done.stdout.splitlines()
-    assert first == f"{name} …" and last.startswith(f"{name}: ") and last.endswith(" s")
+    assert first == f"{name} …" and last.startswith(f"{name} … ") and last.endswith(" s")
 
 
 def test_seconds_that_an_earlier_run_took_are_not_told_as_this_ones() -> None:
