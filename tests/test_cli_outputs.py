@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from typer.testing import CliRunner
 from bot import outputs
 from bot.cli import app
 from bot.errors import MergebotError
+from tests import forked
 from tests.merge.tiny_checkpoints import llama_tensors, load, save
 
-REPO = Path(__file__).resolve().parent.parent
 LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: %s}}]\n"
 
 
@@ -123,20 +124,18 @@ def test_an_output_is_not_replaced_by_a_merge_of_itself(folder: Path) -> None:
     assert "is a source" in refused("OUTPUT_EXISTS", "--overwrite")
 
 
-KILLED = """
-import os, signal, sys
-from bot import cli
-moment, call, number = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-made = 0
-def profile(frame, event, argument):
-    global made
-    if event == {"before": "c_call", "after": "c_return"}[moment] and argument.__name__ == call:
-        made += 1
-        if made == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.setprofile(profile)
-cli.main()
-"""
+def die(moment: str, call: str, number: int) -> None:
+    """Have this process killed as by kill -9 when it makes, or has made, its `number`-th such call to the system."""
+    made = 0
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal made
+        if event == {"before": "c_call", "after": "c_return"}[moment] and argument.__name__ == call:
+            made += 1
+            if made == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(profile)
 
 
 @pytest.mark.slow
@@ -158,11 +157,12 @@ def test_killed_while_it_overwrites_the_old_or_the_new_one_is_there(
     (folder / "recipe.yml").write_text(LINEAR % 2)
     merge(out="fresh")
     new = bytes_of(folder / "fresh")
-    command = ["--home", "home", "merge", "recipe.yml", "out", "--device", "cpu", "--overwrite"]
-    died = subprocess.run(
-        [sys.executable, "-c", KILLED, moment, call, str(number), *command], env=dict(os.environ, PYTHONPATH=str(REPO))
-    )
-    assert died.returncode == -9
+
+    def overwrite() -> None:
+        die(moment, call, number)
+        merge("--overwrite")
+
+    assert forked.status(overwrite) == -signal.SIGKILL
     there = [bytes_of(each) for each in (folder / "out", folder / "out.replaced") if each.is_dir()]
     assert old in there or new in there
     outputs.settle(Path("out"))

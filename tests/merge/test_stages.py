@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from bot.merge.execution import stages
 from bot.merge.planning import plan
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
+from tests import forked
 
 STAGED = """
 name: one
@@ -140,44 +139,29 @@ def test_two_merges_cannot_share_the_folder_of_their_stages(models: Path) -> Non
     assert not (models / "scratch").exists()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from test_stages import STAGED, planned
-from bot.merge.execution import stages
-torch.set_num_threads(1)
-folder, out, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-made, folders = planned(STAGED, folder)
-seen = 0
-def progress(done, total, name):
-    global seen
-    seen += 1
-    if seen == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-stages.merge(made, folders, out, progress=progress, sync_bytes=600)
-print(seen)
-"""
+def merged(folder: Path, out: Path, kill_at: int = 0) -> int:
+    """Merge STAGED and count the steps told of; at the step `kill_at` the process dies as by kill -9."""
+    made, folders = planned(STAGED, folder)
+    seen = 0
 
+    def progress(done: int, total: int, name: str) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def run(folder: Path, out: Path, kill_at: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", KILLED, str(folder), str(out), str(kill_at)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=dict(os.environ))
+    stages.merge(made, folders, out, progress=progress, sync_bytes=600)
+    return seen
 
 
 @pytest.mark.slow
 def test_killed_inside_or_between_stages_it_continues_and_ends_with_the_same_bytes(models: Path) -> None:
     """Kill points: in the first stage, at its last tensor, at the start of the second, in the second, in the last."""
-    undisturbed = run(models, models / "whole", 0)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    each = int(undisturbed.stdout) // 3
+    each = merged(models, models / "whole") // 3
     out = models / "killed"
     for point in (3, each, 2, each + each // 2, 4):
-        died = run(models, out, point)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert forked.status(lambda point=point: merged(models, out, point)) == -signal.SIGKILL  # type: ignore[misc]
         assert not out.exists()
-    ended = run(models, out, 0)
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) <= 2 * each, "the first stage is not merged again"
+    assert merged(models, out) <= 2 * each, "the first stage is not merged again"
     assert digests(out) == digests(models / "whole")
     assert not (models / "killed.stages").exists()

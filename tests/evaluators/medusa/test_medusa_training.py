@@ -21,6 +21,7 @@ from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import data, head_training, joint, store, train
 from evaluators.medusa.training.head_training import Wanted, train_heads
+from tests import forked
 
 FIXED = Wanted(heads=2, vocab=64, steps=12, answers=8, answer_tokens=10, batch=4, checkpoint_s=0.0)
 
@@ -52,13 +53,7 @@ def test_a_killed_training_ends_with_the_bytes_of_an_undisturbed_one(
     wanted = replace(FIXED, joint=at[0] == "joint")
     want = train_heads(model, tmp_path / "whole", tmp_path / "cache of the whole", wanted)
     out, cache = tmp_path / "out", tmp_path / "cache"
-    child = os.fork()  # a process of its own that need not import transformers again
-    if child == 0:
-        try:
-            train_heads(model, out, cache, wanted, progress=die(at))
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert forked.status(lambda: train_heads(model, out, cache, wanted, progress=die(at))) == -signal.SIGKILL
     assert not (out / formats.WEIGHTS).exists()
     again: list[tuple[str, int]] = []
     facts = train_heads(model, out, cache, wanted, progress=lambda stage, done, total: again.append((stage, done)))
