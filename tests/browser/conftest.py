@@ -24,8 +24,9 @@ QUIET = [
 OpenPage = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """For one file only: while Playwright is there, an event loop runs, and no test can start its own."""
     found = next((path for path in map(shutil.which, BROWSERS) if path), None)
     if found is None:
         pytest.skip(f"no browser on this machine (looked for {', '.join(BROWSERS)})")

@@ -27,7 +27,7 @@ class Stage:
     log: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """A Space full of content; tests leave its jobs of other people alone."""
     root = tmp_path_factory.mktemp("space")
