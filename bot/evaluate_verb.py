@@ -17,13 +17,19 @@ def evaluate(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="A model to compare with, such as a parent; repeat it. Measured once and kept."),
     ] = None,
-    suite: Annotated[str, typer.Option(help="A suite by name, or a suite file (*.yml).")] = "quick",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="quick, offline, generative, leaderboard-v1, leaderboard-v2, demo-skills, or a suite file (*.yml)."
+        ),
+    ] = "quick",
     task: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="In place of a suite: any lm-eval task by name, or a task file; repeat it."),
     ] = None,
     limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="Write every score as JSON.", metavar="FILE")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Write JSON here, and a picture.", metavar="FILE")] = None,  # noqa: UP045
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Ask through the models' chat templates; all have to have one.")
     ] = False,
@@ -34,23 +40,28 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
 ) -> None:
     """Measure a model with lm-eval, and its parents beside it. Stopped half-way, the same command continues."""
-    from bot import judgement, operator, screens, suite_file
+    from bot import evaluation_screen, judgement, operator, screens, suite_file
     from bot.measure import Question
     from evaluators.harness.conditions import Conditions
 
     asked = suite_file.chosen(suite, task or ())
     conditions = Conditions(limit, seed, device, dtype, batch_size, chat_template, backend)
     configured = context.obj()
+    if out is not None:
+        operator.require_writable(out, overwrite=overwrite)
     try:
         with screens.progress() as shown:
-            found = operator.evaluate(
-                [model, *(against or ())], Question(asked, conditions), configured, shown, screens.estimate
+            evaluated = operator.evaluate(
+                [model, *(against or ())], Question(asked, conditions), configured, shown, evaluation_screen.estimate
             )
     except KeyboardInterrupt:
         raise Failed(
             "CANCELLED", "Stopped; what is measured so far is kept.", "Run the same command again to go on."
         ) from None
-    comparison, why_not = judgement.compared(found[model], {name: found[name] for name in against or ()}, configured)
-    screens.evaluations(found, comparison, why_not)
+    found = evaluated.found
+    comparison, why_not = judgement.compared(
+        found[model], {name: each for name, each in found.items() if name != model}, configured
+    )
+    evaluation_screen.evaluations(evaluated, comparison, why_not)
     if out is not None:
-        screens.written(operator.write_evaluations(out, found, comparison, configured))
+        evaluation_screen.written(operator.write_evaluations(out, found, comparison, configured))

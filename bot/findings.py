@@ -1,7 +1,4 @@
-"""What an evaluation found, as Markdown: scores, the verdict against the parents, vitals. Pure.
-
-Evaluations from before there was a comparison have scores with standard errors only, and are shown so.
-"""
+"""What an evaluation found, as Markdown: scores, the verdict against the parents, vitals. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +8,10 @@ from bot import messages
 from bot.job import Evaluation, Job
 from bot.markdown import code, joined, listed, plain, table
 from evaluators import vitals
-from evaluators.comparison import verdict
-from evaluators.comparison.verdict import Comparison, Difference, Outcome, Scored
-from evaluators.harness.scores import ModelEvaluation, Score
+from evaluators.comparison import report
+from evaluators.harness.scores import Score
 
 PICTURE = "results/comparison.svg"
-MISSING = "–"
 
 
 def headline(job: Job) -> str:
@@ -24,16 +19,11 @@ def headline(job: Job) -> str:
     assert job.evaluation is not None
     if job.evaluation.comparison is None:
         return _keeping_up(job.evaluation)
-    return said(job.evaluation.comparison, code)
+    return report.headline(job.evaluation.comparison, _name)
 
 
-def said(comparison: Comparison, show: verdict.Show) -> str:
-    """The verdict over all tasks in one sentence; `show` makes a parent's name safe where it stands."""
-    whole = comparison.overall
-    if whole is None or not whole.differences:
-        return ""
-    over = f"on average over {len(whole.tasks)} tasks" if len(whole.tasks) > 1 else f"on {show(whole.tasks[0])}"
-    return f"Against its parents, {over}: {verdict.words(whole.differences, show)}."
+def _name(model: str) -> str:
+    return code(report.short(model))
 
 
 def _keeping_up(evaluation: Evaluation) -> str:
@@ -43,7 +33,7 @@ def _keeping_up(evaluation: Evaluation) -> str:
     kept: list[str] = []
     lost: list[str] = []
     for score in evaluation.merged.scores:
-        rivals = [score_of(each, score.task) for each in evaluation.sources.values()]
+        rivals = [report.score_of(each, score.task) for each in evaluation.sources.values()]
         best = max((rival for rival in rivals if rival is not None), key=lambda rival: rival.value, default=None)
         if best is None:
             continue
@@ -61,23 +51,20 @@ def _keeping_up(evaluation: Evaluation) -> str:
 
 
 def scores(job: Job, repo: str) -> str:
-    """The merge and its sources, task by task, each number with its interval or its standard error."""
+    """The merge and its sources, task by task, each number with its interval."""
     assert job.evaluation is not None
-    merged, comparison = job.evaluation.merged, job.evaluation.comparison
+    merged = job.evaluation.merged
     if merged is None:
         return messages.NOT_MEASURED
-    tasks = [score.task for score in merged.scores]
-    mean = comparison is not None and comparison.overall is not None and len(comparison.overall.tasks) > 1
-    rows = []
-    for name, evaluation in {"": merged, **job.evaluation.sources}.items():
-        cells = [_cell(comparison, name, score_of(evaluation, task), task) for task in tasks]
-        cells += [_mean(comparison, name)] if mean else []
-        rows.append([code(verdict.short(name)) if name else f"**{code(repo)}**", *cells])
-    titles = ["model", *(code(task) for task in tasks), *(["mean"] if mean else [])]
+    models = {"": merged, **job.evaluation.sources}
+    found = report.scores(models, job.evaluation.comparison)
+    titles = ["model", *(code(row.title) if row.is_task else row.title for row in found)]
+    rows = [
+        [_name(name) if name else f"**{code(repo)}**", *(str(row.figures[name]) for row in found)] for name in models
+    ]
     environment = merged.environment
     below = (
-        ("Percent ± standard error" if comparison is None else "Percent, with 95 % intervals")
-        + f"; suite {code(merged.suite)}"
+        f"Percent, with 95 % intervals; suite {code(merged.suite)}"
         + _samples(merged.scores)
         + f"; lm-eval {environment.lm_eval}, {environment.dtype} on {environment.device}, "
         f"{'with' if environment.chat_template else 'no'} chat template, seed {environment.seed}."
@@ -97,39 +84,6 @@ def _samples(scores: Sequence[Score]) -> str:
     return told
 
 
-def _cell(comparison: Comparison | None, name: str, score: Score | None, task: str) -> str:
-    for judged in comparison.tasks if comparison else ():
-        for each in (judged.merge, *judged.parents):
-            if (judged.task, each.model) == (task, name):
-                return with_interval(each)
-    return with_error(score)
-
-
-def _mean(comparison: Comparison | None, name: str) -> str:
-    whole = comparison.overall if comparison else None
-    models = () if whole is None else (whole.merge, *whole.parents)
-    return next((with_interval(each) for each in models if each.model == name), MISSING)
-
-
-def score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
-    return next((score for score in evaluation.scores if score.task == task), None)
-
-
-def with_error(score: Score | None) -> str:
-    """`83.1 ± 5.9` in percent; a dash where nothing was measured."""
-    if score is None:
-        return MISSING
-    return f"{score.value:.1%}".rstrip("%") + (f" ± {score.stderr * 100:.1f}" if score.stderr is not None else "")
-
-
-def with_interval(score: Scored) -> str:
-    """`97.5 (87.1 to 99.6)` in percent, or in the metric's own unit where it is no share."""
-    low, high = score.interval
-    if 0 <= score.value <= 1:
-        return f"{100 * score.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{score.value:.3g} ({low:.3g} to {high:.3g})"
-
-
 # -- against the parents -----------------------------------------------------------------------------------------
 
 
@@ -140,13 +94,12 @@ def against_parents(job: Job, repo: str, *, pictured: bool) -> list[str]:
     title = "## Against its parents"
     if found is None:
         return [title, plain(job.evaluation.not_compared)] if job.evaluation.not_compared else []
-    rows = [_row(task.task, each) for task in found.tasks for each in task.differences]
-    if found.overall is not None and len(found.overall.tasks) > 1:
-        rows += [_row(None, each) for each in found.overall.differences]
     sections = [title, f"![{_alone(repo)} beside its parents]({PICTURE})" if pictured else ""]
-    sections.append(table(("task", "parent", "the merge is", "difference, points", "p", "seen from"), rows, words=3))
-    sections.append(messages.VERDICT.format(tests=", ".join(sorted({each.test for each in _all(found)}))))
-    sections += [_inherited(found), *(_left_out(found))]
+    rows = [_row(row) for row in report.differences(found)]
+    sections.append(table(("task", "parent", "the merge is", "difference", "p", "detectable"), rows, words=3))
+    sections.append(report.legend(found))
+    sections.append("\n".join(f"- {line}" for line in report.inherited(found, _name)))
+    sections += report.left_out(found, code, plain)
     return [section for section in sections if section]
 
 
@@ -154,51 +107,15 @@ def _alone(repo: str) -> str:
     return plain(repo.partition("/")[2])
 
 
-def _all(found: Comparison) -> list[Difference]:
-    whole = found.overall.differences if found.overall else ()
-    return [each for task in found.tasks for each in task.differences] + list(whole)
-
-
-def _row(task: str | None, found: Difference) -> list[str]:
-    low, high = found.interval
+def _row(row: report.DifferenceRow) -> list[str]:
     return [
-        "**mean**" if task is None else code(task),
-        code(verdict.short(found.parent)),
-        found.outcome.value,
-        f"{100 * found.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-        chance(found),
-        seen_from(found),
+        code(row.title) if row.is_task else row.title,
+        _name(row.parent),
+        row.outcome.value,
+        str(row.difference),
+        row.p,
+        row.detectable,
     ]
-
-
-def chance(found: Difference) -> str:
-    """The corrected p."""
-    return "< 0.001" if found.adjusted_p < 0.001 else f"{found.adjusted_p:.3f}"
-
-
-def seen_from(found: Difference) -> str:
-    """Which difference, in points, would have been shown where none was; a dash where one was."""
-    if found.outcome is not Outcome.NOT_SHOWN:
-        return MISSING
-    return "never" if found.detectable >= 1 else f"{100 * found.detectable:.1f}"
-
-
-def _inherited(found: Comparison) -> str:
-    """Whose answers the merge gives, over all tasks with right and wrong answers."""
-    lines = verdict.inheritance([each for task in found.tasks for each in task.patterns], code)
-    told = list(lines)
-    for name in found.parents:
-        known = [task for task in found.tasks if name in task.same_choice]
-        asked = sum(task.samples for task in known)
-        same = sum(task.same_choice[name] for task in known)
-        if asked:
-            whom = code(verdict.short(name))
-            told.append(f"It gives the same answer as {whom}, right or wrong, on {same} of {asked} questions.")
-    return "\n".join(f"- {line}" for line in told)
-
-
-def _left_out(found: Comparison) -> list[str]:
-    return [f"{code(each.task)} is not compared: {plain(each.because)}." for each in found.left_out]
 
 
 # -- vitals ------------------------------------------------------------------------------------------------------
@@ -210,5 +127,5 @@ def first_look(job: Job) -> list[str]:
     found = job.evaluation.vitals
     if not found:
         return []
-    rows = [[code(verdict.short(name)) if name else "this merge", *vitals.cells(each)] for name, each in found.items()]
+    rows = [[_name(name) if name else "this merge", *vitals.cells(each)] for name, each in found.items()]
     return ["## First look", table(["model", *vitals.COLUMNS], rows), messages.FIRST_LOOK]

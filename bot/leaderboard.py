@@ -17,11 +17,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bot import findings, kept_evaluations, policy
+from bot import kept_evaluations, policy
 from bot.errors import Refused
 from bot.hub import Hub
 from bot.job import Job
 from bot.settings import Settings
+from evaluators.comparison import report
 from evaluators.comparison.verdict import Comparison
 from evaluators.harness.scores import ModelEvaluation
 
@@ -149,7 +150,7 @@ def row(job: Job, settings: Settings) -> Row:
         speedup=ratio,
         speedup_ci=interval,
         published_at="" if job.ended_at is None else job.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        verdict=None if comparison is None else findings.said(comparison, str) or None,
+        verdict=None if comparison is None else report.headline(comparison) or None,
         ranking=None if merged is None else merged.board,
         asked=None if merged is None else _asked(merged),
     )

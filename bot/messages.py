@@ -19,11 +19,6 @@ CAUTION = (
     "Scores are taken by mergebot from the exact files of this repo. They say nothing about tasks that were not run, "
     "and a task that leaked into a source's training data flatters the merge as it flatters the source."
 )
-VERDICT = (
-    "Merge minus parent on the same questions, with the 95 % interval of each difference. p ({tests}) is corrected for "
-    "the number of comparisons (Holm); better and worse are said where both agree. Not shown does not mean equal: a "
-    "true difference below the last column would be missed in more than one of five such measurements."
-)
 FIRST_LOOK = (
     "One plain text that was written for this check, and the greedy continuation of four beginnings: enough to see a "
     "model that is broken, too little to rank models that are not."

@@ -155,10 +155,18 @@ def verify(
     return verification.verified(model, settings, _hub(settings), report, device=device, convert=convert)
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Evaluations by the name each model was given, the judged one's first; `known` are those that were stored."""
+
+    found: Mapping[str, ModelEvaluation]
+    known: frozenset[str]
+
+
 def evaluate(
     models: Sequence[str], put: Question, settings: Settings, report: Show, told: Callable[[str, Estimate], None]
-) -> dict[str, ModelEvaluation]:
-    """Every model's evaluation, asked alike, by the name it was given; those that are stored are not made again.
+) -> Evaluated:
+    """Every model's evaluation, asked alike; those that are stored are not made again.
 
     `told` hears what each will take. Raises Failed as the harness does; Refused for a model that is neither a folder
     nor a repo.
@@ -166,13 +174,30 @@ def evaluate(
     from bot import measure
 
     found: dict[str, ModelEvaluation] = {}
+    asked: set[str] = set()
+
+    def begun(model: str, ahead: Estimate) -> None:
+        asked.add(model)
+        told(model, ahead)
+
     for model in dict.fromkeys(models):
         folder, identity = _whole_model(model, settings, report)
         scratch = settings.scratch / "evaluate"
         found[model] = measure.evaluate(
-            folder, model, put, settings, scratch, report, identity, functools.partial(told, model)
+            folder, model, put, settings, scratch, report, identity, functools.partial(begun, model)
         )
-    return found
+    return Evaluated(found, frozenset(found) - asked)
+
+
+def require_writable(file: Path, *, overwrite: bool) -> None:
+    """Refuse to write scores where something lies already, before anything is measured. Raises OUTPUT_EXISTS."""
+    there = [path for path in (file, file.with_suffix(".svg")) if path.exists()]
+    if file.is_dir() or (there and not overwrite):
+        raise Refused(
+            "OUTPUT_EXISTS", f"{there[0]} {'is a folder' if file.is_dir() else 'exists already'}.",
+            "Name another file." if file.is_dir() else "Add --overwrite to replace it, or name another file.",
+            value=str(file),
+        )  # fmt: skip
 
 
 def write_evaluations(
@@ -183,21 +208,26 @@ def write_evaluations(
     from evaluators.harness.results import folder_of
     from evaluators.pictures.score_figure import figure
 
-    first = next(iter(found.values()))
+    model, first = next(iter(found.items()))
     told = {
-        "model": next(iter(found)),
+        "model": model,
         "against": list(found)[1:],
         "suite": first.suite,
         "suite_digest": first.suite_digest,
         "evaluations": {
-            name: {**each.as_dict(), "average": each.average, "folder": str(folder_of(each, settings.evaluations))}
+            name: {
+                **each.as_dict(),
+                "average": each.average,
+                "average_interval95": each.average_interval95,
+                "folder": str(folder_of(each, settings.evaluations)),
+            }
             for name, each in found.items()
         },
-        "comparison": None if comparison is None else comparison.as_dict(),
+        "comparison": None if comparison is None else comparison.named(model).as_dict(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(told, indent=1) + "\n")
-    drawn = "" if comparison is None else figure(comparison, next(iter(found)))
+    drawn = "" if comparison is None else figure(comparison, Path(model).name or model)
     if not drawn:
         return [file]
     picture = file.with_suffix(".svg")

@@ -22,9 +22,7 @@ from evaluators.pictures.speed_figure import speed_figure
 if TYPE_CHECKING:
     from bot.job import Job
     from bot.verification import Verdict
-    from evaluators.comparison.verdict import Comparison
-    from evaluators.harness import Estimate
-    from evaluators.harness.scores import ModelEvaluation, Score
+    from evaluators.harness.scores import ModelEvaluation
     from evaluators.medusa.decoding.decode import Trace
     from evaluators.medusa.generation import Piece
 
@@ -176,90 +174,17 @@ def verdict(found: Verdict, *, as_json: bool) -> None:
 
 
 def scores(evaluations: Mapping[str, ModelEvaluation]) -> None:
-    """Models as rows, tasks as columns, percent ± standard error."""
-    from bot.findings import with_error
+    """Models as rows, tasks as columns, percent with 95 % intervals."""
+    from evaluators.comparison import report
 
-    tasks = list(dict.fromkeys(score.task for each in evaluations.values() for score in each.scores))
-    table = Table(title="Scores, percent ± standard error", title_justify="left")
+    rows = [row for row in report.scores(evaluations, None) if row.is_task]
+    table = Table(title="Scores in percent, with 95 % intervals", title_justify="left")
     table.add_column("model")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for model, evaluation in evaluations.items():
-        by_task = {score.task: score for score in evaluation.scores}
-        table.add_row(escape(model), *(with_error(by_task.get(task)) for task in tasks))
+    for row in rows:
+        table.add_column(row.title, justify="right")
+    for model in evaluations:
+        table.add_row(escape(model), *(str(row.figures[model]) for row in rows))
     console.print(table)
-
-
-def estimate(model: str, ahead: Estimate) -> None:
-    """What an evaluation that begins will take."""
-    parts = [f"{ahead.requests:,} questions to the model", f"{ahead.tokens:,} tokens to read"]
-    if ahead.new_tokens:
-        parts.append(f"at most {ahead.new_tokens:,} to write")
-    if ahead.memory_bytes:
-        parts.append(f"{in_units(ahead.memory_bytes)} of memory")
-    time = "" if ahead.seconds is None else f"about {_duration(ahead.seconds)}: "
-    _say(escape(f"{model}: {time}{', '.join(parts)}."))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def evaluations(found: Mapping[str, ModelEvaluation], comparison: Comparison | None, why_not: str) -> None:
-    """Tasks as rows, models as columns, percent with the 95 % interval; below it a line a task on what it shows."""
-    from bot import findings
-    from evaluators.comparison import verdict
-
-    first = next(iter(found.values()))
-    table = Table(title=f"{first.suite}: percent and 95 % interval", title_justify="left")
-    for title in ("task", "metric", "samples", *(Path(name).name or name for name in found)):
-        table.add_column(escape(title), justify="left" if title in ("task", "metric") else "right", overflow="fold")
-    for score in first.scores:
-        cells = [next((each for each in other.scores if each.task == score.task), None) for other in found.values()]
-        metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
-        shots = f", {score.few_shot}-shot" if score.few_shot else ""
-        table.add_row(escape(score.task), escape(metric + shots), f"{score.samples:,}", *map(_with_interval, cells))
-    if len(first.scores) > 1:
-        averages = ("" if each.average is None else f"{each.average:.1%}".rstrip("%") for each in found.values())
-        table.add_row("average", "", "", *averages, style="bold")
-    console.print(table)
-    for task in comparison.tasks if comparison else ():
-        _say(escape(f"{task.task}: {verdict.words(task.differences, _last_name)}."))
-    for sentence in (findings.said(comparison, _last_name) if comparison else "", why_not, _conditions(first)):
-        if sentence:
-            _say(escape(sentence))
-
-
-def _last_name(model: str) -> str:
-    return Path(model).name or model
-
-
-def _with_interval(score: Score | None) -> str:
-    """`41.2  38.9 to 43.5`; a metric that is no share, such as perplexity, as it is."""
-    if score is None:
-        return "–"
-    scale = 100 if 0 <= score.value <= 1 else 1
-    if score.interval95 is None:
-        return f"{score.value * scale:.1f}"
-    low, high = score.interval95
-    return f"{score.value * scale:.1f}  [dim]{low * scale:.1f} to {high * scale:.1f}[/dim]"
-
-
-def _conditions(evaluation: ModelEvaluation) -> str:
-    here = evaluation.environment
-    asked = "through the chat template" if here.chat_template else "as plain text"
-    limit = f", the first {here.limit} samples a task" if here.limit else ""
-    return (
-        f"lm-eval {here.lm_eval}, {here.dtype} on {here.device}, batch {here.batch_size}, asked {asked}, "
-        f"seed {here.seed}{limit}."
-    )
-
-
-def written(files: Iterable[Path]) -> None:
-    """Where the scores are, and the picture of them if one was drawn."""
-    _say(f"Every score is in {', a picture in '.join(escape(str(file)) for file in files)}.")
 
 
 def speed(report: Mapping[str, Any], file: Path) -> None:

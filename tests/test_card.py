@@ -100,10 +100,11 @@ def test_the_headline_says_where_the_merge_keeps_up_and_where_not() -> None:
     assert "below its best source on `right`" in text
 
 
-def test_every_number_in_the_table_stands_with_its_error() -> None:
+def test_every_number_in_the_table_stands_with_its_interval_also_without_a_verdict() -> None:
     text = card.model_card(job(), "mergebot/alice-both")
-    assert "| **`mergebot/alice-both`** | 80.0 ± 6.0 | 30.0 ± 7.0 |" in text
-    assert "| `org/b` | 10.0 ± 5.0 | 90.0 ± 4.0 |" in text
+    assert "| model | `left` | `right` | average of 2 tasks |" in text
+    assert "| **`mergebot/alice-both`** | 80.0 (68.2 to 91.8) | 30.0 (16.3 to 43.7) | 55.0 (46.0 to 64.0) |" in text
+    assert "| `org/b` | 10.0 (0.2 to 19.8) | 90.0 (82.2 to 97.8) | 50.0 (" in text
 
 
 def judged(cache: Path) -> Job:
@@ -127,8 +128,8 @@ def test_a_card_says_in_words_and_intervals_what_the_merge_is_beside_its_parents
     assert "| `left` | `org/a` | no difference shown | +0.0 (-6.6 to +6.6) | 1.000 | " in text
     assert "| `right` | `org/a` | better | +90.0 (" in text
     assert "- Where only `org/a` is right, the merge is right on " in text
-    assert "- It gives the same answer as `org/a`, right or wrong, on 40 of 80 questions." in text
-    assert "- It gives the same answer as `org/b`, right or wrong, on 20 of 80 questions." in text
+    assert "- Same answer as `org/a`, right or wrong: 40 of 80 questions." in text
+    assert "- Same answer as `org/b`, right or wrong: 20 of 80 questions." in text
     assert "| this merge | 31 (1.43) | 72% | 0 of 4 | 22 of 22 unchanged | 21.5 (cpu, float32) |" in text
     # no number in bold but names: a figure stands with its interval
     assert not re.search(r"\*\*[-+\d.]+\*\*", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from typer.testing import CliRunner
 
 from bot import measure, worker
 from bot.cli import app
-from bot.errors import Failed
+from bot.errors import Failed, Refused
+from bot.evaluation_screen import fitted, labels
 from bot.hub import Hub
 from bot.job import Source
 from bot.request import EvaluateOptions
 from bot.settings import Settings
-from evaluators.harness import results
+from evaluators.harness import SUITES, results
 from evaluators.harness.conditions import Conditions
 from evaluators.harness.scores import ModelEvaluation
 from tests.evaluators import tiny_harness
@@ -75,15 +77,29 @@ def measured(place: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json(place: Path, shown: str) -> None:
-    words = " ".join(shown.replace("│", " ").split())
-    assert "which_animal acc 24" in words and " to " in words and "average" in words
-    assert "asked as plain text, seed 0." in words
+    words = " ".join(shown.split())
+    for title in ("which_animal acc, 24 questions", "which_bird acc, 24 questions", "average of 2 tasks"):
+        figure = r"\d+\.\d +\d+\.\d to \d+\.\d"
+        difference = r"[+-]\d+\.\d +[+-]\d+\.\d to [+-]\d+\.\d (?:\d\.\d{3}|< 0.001)"
+        block = rf"{title} merge {figure} first {figure} {difference} second {figure} {difference} "
+        assert re.search(block, words), words
+    table = shown[
+        shown.index("mine  percent") : shown.index("merge against first and second, on average over 2 tasks:")
+    ]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "would be missed in more than one of five such measurements" in words and "parent" not in words
+    assert "Same answer as first, right or wrong: " in words
+    assert "asked as plain text, seed 0." in words and "Measured now: merge, first and second." in words
     told = json.loads((place / "out.json").read_text())
     assert told["suite"] == "mine" and told["model"] == str(place / "merge") and len(told["against"]) == 2
     found = {name: ModelEvaluation.from_dict(_stored(each)) for name, each in told["evaluations"].items()}
     assert {each.suite_digest for each in found.values()} == {told["suite_digest"]}
     assert len({each.key for each in found.values()}) == 3
-    assert "which_bird: no difference shown" in words and "Against its parents, on average over 2 tasks" in words
+    assert (
+        told["comparison"]["overall"]["merge"]["model"] == told["model"] and told["model"] in told["comparison"]["keys"]
+    )
+    assert all(low <= each["average"] <= high for each in told["evaluations"].values()
+               for low, high in [each["average_interval95"]])  # fmt: skip
     assert [task["task"] for task in told["comparison"]["tasks"]] == ["which_animal", "which_bird"]
     for at, task in enumerate(told["comparison"]["tasks"]):
         merge, *parents = (found[str(place / name)].scores[at].value for name in ("merge", "first", "second"))
@@ -95,7 +111,7 @@ def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json
 
 
 def _stored(told: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in told.items() if key not in ("average", "folder")}
+    return {key: value for key, value in told.items() if key not in ("average", "average_interval95", "folder")}
 
 
 @pytest.mark.slow
@@ -103,6 +119,30 @@ def test_what_was_measured_once_is_not_measured_again(place: Path, shown: str) -
     before = len(measured(place))
     done = run(place, str(place / "first"), "--against", str(place / "merge"), "--suite", str(place / "mine.yml"))
     assert done.exit_code == 0 and len(measured(place)) == before
+    assert "Measured before and kept: first and merge." in " ".join(done.output.split())
+
+
+def test_a_file_of_scores_is_not_overwritten_unasked(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    out.write_text("mine")
+    with pytest.raises(Refused) as caught:
+        run(place, str(place / "merge"), "--suite", str(place / "mine.yml"), "--out", str(out))
+    assert caught.value.code == "OUTPUT_EXISTS" and "--overwrite" in caught.value.next_step
+    assert out.read_text() == "mine"
+
+
+def test_help_names_every_suite() -> None:
+    told = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "200"}).output
+    assert [name for name in SUITES if name not in told] == []
+
+
+def test_long_names_lose_their_middle_and_stay_different() -> None:
+    names = labels(["models/SmolLM2-135M-Instruct-crests", "org/SmolLM2-135M-Instruct-smiths@abc", "a/x", "b/x"])
+    assert [*names.values()] == ["SmolLM2-135M-Instruct-crests", "SmolLM2-135M-Instruct-smiths", "a/x", "b/x"]
+    assert [*fitted(names, 16).values()] == ["SmolLM2-…-crests", "SmolLM2-…-smiths", "a/x", "b/x"]
+    assert fitted({"1": "aaaaaaaaab1aaaaaaaa", "2": "aaaaaaaaab2aaaaaaaa"}, 6) == {
+        "1": "aaaaaaaaab1aaaaaaaa", "2": "aaaaaaaaab2aaaaaaaa"
+    }  # fmt: skip
 
 
 @pytest.mark.slow

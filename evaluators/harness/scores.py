@@ -49,8 +49,8 @@ class Score:
 
     @property
     def normalised(self) -> float:
-        """0 at chance, 1 at the best, never below 0; the plain value where the suite names no chance."""
-        return self.value if self.chance is None else max(0.0, (self.value - self.chance) / (1 - self.chance))
+        """The value from chance on."""
+        return self.from_chance(self.value)
 
     @property
     def interval95(self) -> tuple[float, float] | None:
@@ -67,6 +67,10 @@ class Score:
 
             return proportion_interval(round(share * count), count)
         return self.value - _Z95 * self.stderr, self.value + _Z95 * self.stderr
+
+    def from_chance(self, value: float) -> float:
+        """0 at chance, 1 at the best, never below 0; the value as it is where the suite names no chance."""
+        return value if self.chance is None else max(0.0, (value - self.chance) / (1 - self.chance))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,19 @@ class ModelEvaluation:
         """Mean of the primary scores (higher is better ones), from chance on where the suite counts so, or None."""
         values = [score.normalised for score in self.scores if score.higher_is_better]
         return sum(values) / len(values) if values else None
+
+    @property
+    def average_interval95(self) -> tuple[float, float] | None:
+        """Of `average`, the tasks taken as independent; None where a task has no interval."""
+        from evaluators.paired import average_interval
+
+        ranked = [score for score in self.scores if score.higher_is_better]
+        intervals = [score.interval95 for score in ranked]
+        known = [interval for interval in intervals if interval is not None]
+        if not ranked or len(known) < len(ranked):
+            return None
+        bounds = [tuple(map(score.from_chance, each)) for score, each in zip(ranked, known, strict=True)]
+        return average_interval([score.normalised for score in ranked], [(low, high) for low, high in bounds])
 
     @property
     def board(self) -> str:

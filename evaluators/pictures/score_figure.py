@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from evaluators.comparison.verdict import Comparison, Difference, Outcome, Scored, short, words
+from evaluators.comparison.report import short, words
+from evaluators.comparison.verdict import Comparison, Difference, Outcome, Scored
 from evaluators.pictures.svg import CHARACTER, STYLE, WIDTH, escape, shortened, text_at
 
 # Okabe and Ito's palette, so that people who see red and green alike can tell the models apart; shapes tell them, too.
@@ -24,7 +25,7 @@ _FOUND = {Outcome.BETTER: "▲ better", Outcome.WORSE: "▼ worse", Outcome.NOT_
 
 @dataclass(frozen=True, slots=True)
 class _Band:
-    """One task, or the mean of all: its models one under the other, the merge first."""
+    """One task, or the average of all: its models one under the other, the merge first."""
 
     title: str
     about: str
@@ -69,7 +70,7 @@ def _bands(comparison: Comparison) -> Iterator[_Band]:
             yield _Band(task.task, about, models, task.differences, task.chance)
     mean = comparison.overall
     if mean is not None and len(mean.tasks) > 1:
-        yield _Band("Mean", f"of {len(mean.tasks)} tasks", (mean.merge, *mean.parents), mean.differences, mean=True)
+        yield _Band("Average", f"of {len(mean.tasks)} tasks", (mean.merge, *mean.parents), mean.differences, mean=True)
 
 
 def _range(bands: Sequence[_Band]) -> tuple[float, float]:

@@ -36,7 +36,8 @@ def evaluation(
         lines = [json.dumps(_sample(task, at, values[at], metric, wrong_choice)) + "\n" for at in asked]
         (folder / f"{task}.jsonl").write_text("".join(lines))
         mean = sum(values) / len(values)
-        scores.append(Score(task, metric, mean, 0.0, len(values), 0, higher_is_better, "1.0"))
+        stderr = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values)) ** 0.5
+        scores.append(Score(task, metric, mean, stderr, len(values), 0, higher_is_better, "1.0"))
     return ModelEvaluation("animals", "d" * 64, tuple(scores), environment, 1.0, key=key)
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from evaluators import comparison, harness
 from evaluators.comparison import comparing
-from evaluators.comparison.verdict import Comparison, Difference, Outcome, inheritance, words
+from evaluators.comparison.report import inheritance, words
+from evaluators.comparison.verdict import Comparison, Difference, Outcome
 from evaluators.errors import EvaluationError
 from evaluators.harness.scores import ModelEvaluation
 from tests.evaluators import stored
@@ -62,8 +63,8 @@ def test_nothing_is_said_that_the_questions_cannot_show(make: Make, tmp_path: Pa
     merge, parents = make(left=first(6, 8)), {name: make(left=last(5, 8)) for name in ("org/a", "org/b")}
     [task] = comparison.compare(merge, parents, cache=tmp_path).tasks
     assert words(task.differences) == (
-        f"no difference shown (a difference under {100 * task.differences[0].detectable:.1f} points "
-        "could not have been seen)"
+        f"no difference shown (a true one under {100 * task.differences[0].detectable:.1f} points "
+        "would be missed in more than one of five such measurements)"
     )
     assert task.differences[0].detectable > 0.5
 

@@ -78,7 +78,7 @@ def test_a_real_comparison_is_drawn_with_its_mean_and_without_what_is_no_share(t
     merge, parent = (stored.evaluation(tmp_path, key, tasks) for key in ("m", "p"))
     found = comparison.compare(merge, {"org/parent@1": parent}, cache=tmp_path)
     svg = figure(found, "org/merge")
-    assert {"left", "right", "Mean", "org/parent", "guessing"} <= set(texts(svg))
+    assert {"left", "right", "Average", "org/parent", "guessing"} <= set(texts(svg))
     assert figure(found, "org/merge") == svg
     losses = {"left": [3.5, 2.0, 4.0]}
     merge, parent = (stored.evaluation(tmp_path, key, losses, metric="loss") for key in ("l", "q"))

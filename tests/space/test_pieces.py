@@ -199,7 +199,7 @@ def test_a_page_of_a_job_tells_each_failure_it_survived() -> None:
 def test_a_page_of_a_job_says_what_the_merge_is_beside_its_parents() -> None:
     page = Elements(job_page(a_job(evaluation=exhibits.evaluation()), LIVE_HUB, 0, NOW))
     assert "Against its parents, on average over 2 tasks: better than all 3." in page.text
-    assert "82.5 (72.7 to 89.3)" in page.text and "Seen from" in page.text
+    assert "82.5 (72.7 to 89.3)" in page.text and "Detectable" in page.text and "Same answer as" in page.text
     assert f"{exhibits.SMITH}31 (1.43)72%" in page.text
     for source in [value or "" for name, value in page.attributes if name == "src"]:
         head, _, data = source.partition(",")
@@ -209,10 +209,15 @@ def test_a_page_of_a_job_says_what_the_merge_is_beside_its_parents() -> None:
     assert page.text.count("2.31 tokens per step") == page.text.count("0.84 to 0.90") == 1
 
 
-def test_a_page_of_an_evaluation_without_a_verdict_shows_standard_errors_and_the_reason() -> None:
+def test_a_page_of_an_evaluation_without_a_verdict_shows_intervals_and_the_reason() -> None:
     found = replace(exhibits.evaluation(), comparison=None, vitals={}, not_compared="<b>gone</b>", decode_speed=None)
     page = Elements(job_page(a_job(evaluation=found), LIVE_HUB, 0, NOW))
-    assert "82.5 ± 0.0" in page.text and "<b>gone</b>" in page.text and "img" not in page.names
+    assert (
+        "82.5 (72.7 to 89.3)" in page.text
+        and "± " not in page.text
+        and "<b>gone</b>" in page.text
+        and "img" not in page.names
+    )
 
 
 @pytest.mark.parametrize(("done", "total"), [(0.0, 0.0), (-1.0, 2.0), (5.0, 2.0)])

@@ -1,0 +1,261 @@
+"""What an evaluation found, as rows of figures and as sentences: card, job page and command line only draw them.
+
+Nothing here is escaped: whoever draws a model's name passes `show`, which makes it short, and safe where it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from evaluators.comparison.verdict import Comparison, Difference, Outcome, Pattern
+from evaluators.harness.scores import ModelEvaluation, Score
+from evaluators.paired import Interval
+
+Show = Callable[[str], str]
+MISSING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a sentence calls the model that is judged and those it is held against."""
+
+    merge: str = "the merge"
+    others: str = "its parents"
+    other: str = "parent"
+
+
+MERGED = Terms()
+
+
+def short(name: str) -> str:
+    """A parent's name without the commit it is pinned to."""
+    return name.partition("@")[0]
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number and its 95 % interval, both ready to be read; "" where there is no interval."""
+
+    value: str
+    interval: str = ""
+
+    def __str__(self) -> str:
+        """`97.5 (87.1 to 99.6)`."""
+        return f"{self.value} ({self.interval})" if self.interval else self.value
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """A task, or an average over tasks (`is_task` false); `figures` by model, the merge's first."""
+
+    title: str
+    about: str
+    figures: Mapping[str, Figure]
+    is_task: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceRow:
+    """The merge against one parent on a task or on average, in points; `p` is the corrected one, `detectable` the
+    difference that would have been shown four times in five."""
+
+    title: str
+    parent: str
+    outcome: Outcome
+    difference: Figure
+    p: str
+    detectable: str
+    is_task: bool = True
+
+
+def scores(models: Mapping[str, ModelEvaluation], comparison: Comparison | None) -> list[ScoreRow]:
+    """The tasks of the first model and the averages; `models` by the names that `comparison` has for them.
+
+    Intervals are those of the comparison where there is one, else each score's own.
+    """
+    first = next(iter(models.values()))
+    rows = [ScoreRow(score.task, _about(score), _of_task(score, models, comparison)) for score in first.scores]
+    whole = comparison.overall if comparison else None
+    if whole is not None and len(whole.tasks) > 1:
+        figures = {each.model: _figure(each.value, each.interval) for each in (whole.merge, *whole.parents)}
+        rows.append(ScoreRow(_average_of(len(whole.tasks)), "", figures, is_task=False))
+    from_chance = any(score.chance is not None for score in first.scores)
+    if len(first.scores) > 1 and (from_chance or whole is None):
+        figures = {name: _average(each) for name, each in models.items()}
+        ranked = sum(score.higher_is_better for score in first.scores)
+        rows.append(ScoreRow("average from chance" if from_chance else _average_of(ranked), "", figures, is_task=False))
+    return rows
+
+
+def _about(score: Score) -> str:
+    """`acc_norm, 25-shot, 1,172 questions`."""
+    kind = "" if score.filter == "none" else f", {score.filter}"
+    shots = f", {score.few_shot}-shot" if score.few_shot else ""
+    return f"{score.metric}{kind}{shots}, {score.samples:,} questions"
+
+
+def _of_task(score: Score, models: Mapping[str, ModelEvaluation], comparison: Comparison | None) -> dict[str, Figure]:
+    judged = next((each for each in comparison.tasks if each.task == score.task), None) if comparison else None
+    if judged is not None:
+        return {each.model: _figure(each.value, each.interval) for each in (judged.merge, *judged.parents)}
+    found = {name: score_of(evaluation, score.task) for name, evaluation in models.items()}
+    return {
+        name: Figure(MISSING) if each is None else _figure(each.value, each.interval95) for name, each in found.items()
+    }
+
+
+def _average(evaluation: ModelEvaluation) -> Figure:
+    average = evaluation.average
+    return Figure(MISSING) if average is None else _figure(average, evaluation.average_interval95)
+
+
+def _average_of(tasks: int) -> str:
+    return f"average of {tasks} tasks"
+
+
+def score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
+    """The score the suite ranks `task` by."""
+    return next((score for score in evaluation.scores if score.task == task), None)
+
+
+def _figure(value: float, interval: Interval | None) -> Figure:
+    """In percent, or in the metric's own unit where it is no share."""
+    share = 0 <= value <= 1
+    value_text = f"{100 * value:.1f}" if share else f"{value:.3g}"
+    if interval is None:
+        return Figure(value_text)
+    low, high = interval
+    return Figure(value_text, f"{100 * low:.1f} to {100 * high:.1f}" if share else f"{low:.3g} to {high:.3g}")
+
+
+def differences(comparison: Comparison) -> list[DifferenceRow]:
+    """Every task against every parent, then the average."""
+    rows = [_difference(task.task, each) for task in comparison.tasks for each in task.differences]
+    whole = comparison.overall
+    if whole is not None and len(whole.tasks) > 1:
+        rows += [_difference(_average_of(len(whole.tasks)), each, is_task=False) for each in whole.differences]
+    return rows
+
+
+def _difference(title: str, found: Difference, *, is_task: bool = True) -> DifferenceRow:
+    low, high = found.interval
+    figure = Figure(f"{100 * found.value:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}")
+    chance = "< 0.001" if found.adjusted_p < 0.001 else f"{found.adjusted_p:.3f}"
+    return DifferenceRow(title, found.parent, found.outcome, figure, chance, _detectable(found), is_task)
+
+
+def _detectable(found: Difference) -> str:
+    """In points; a dash where a difference was shown."""
+    if found.outcome is not Outcome.NOT_SHOWN:
+        return MISSING
+    return "none" if found.detectable >= 1 else f"{100 * found.detectable:.1f}"
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------
+
+
+def headline(comparison: Comparison, show: Show = short, terms: Terms = MERGED) -> str:
+    """The verdict over all tasks in one sentence; "" where nothing can be averaged."""
+    whole = comparison.overall
+    if whole is None or not whole.differences:
+        return ""
+    over = f"on average over {len(whole.tasks)} tasks" if len(whole.tasks) > 1 else f"on {show(whole.tasks[0])}"
+    return f"Against {terms.others}, {over}: {words(whole.differences, show)}."
+
+
+def legend(comparison: Comparison, terms: Terms = MERGED) -> str:
+    """What the columns of `differences` are."""
+    whole = comparison.overall.differences if comparison.overall else ()
+    every = [each for task in comparison.tasks for each in task.differences] + list(whole)
+    tests = ", ".join(sorted({each.test for each in every}))
+    averaged = " Averages count every task the same; their figures are of the averages, not of a task."
+    return (
+        f"Difference: {terms.merge} minus the {terms.other} on the same questions, in points, with its 95 % interval. "
+        f"p ({tests}) is corrected for the number of comparisons (Holm); better and worse are said where both agree. "
+        "Not shown does not mean equal: a true difference under the detectable one would be missed in more than one "
+        "of five such measurements." + averaged * (comparison.overall is not None and len(comparison.overall.tasks) > 1)
+    )
+
+
+def words(differences: Sequence[Difference], show: Show = short, *, brief: bool = False) -> str:
+    """`better than both`, `better than A, no difference to B shown (a true one under 8.2 points ...)`, and so on.
+
+    `brief` leaves what the detectable difference means to the legend.
+    """
+    found = {outcome: [each for each in differences if each.outcome is outcome] for outcome in Outcome}
+    said = []
+    for outcome, start in ((Outcome.BETTER, "better than"), (Outcome.WORSE, "worse than")):
+        if found[outcome]:
+            said.append(f"{start} {_whom(found[outcome], len(differences), show)}")
+    if unseen := found[Outcome.NOT_SHOWN]:
+        everywhere = len(unseen) == len(differences) > 1
+        to = "" if everywhere else f" to {_whom(unseen, len(differences), show)}"
+        said.append(f"no difference{to} shown ({_unseen([each.detectable for each in unseen], brief)})")
+    return ", ".join(said)
+
+
+def _whom(some: Sequence[Difference], of: int, show: Show) -> str:
+    if len(some) == of > 1:
+        return "both" if of == 2 else f"all {of}"
+    return joined([show(each.parent) for each in some])
+
+
+def _unseen(detectable: Sequence[float], brief: bool) -> str:
+    if min(detectable) >= 1:
+        return "there are too few questions to show any"
+    least, most = (f"{100 * min(1.0, each):.1f}" for each in (min(detectable), max(detectable)))
+    points = f"{least} points" if least == most else f"{least} to {most} points"
+    if brief:
+        return f"detectable: {points}"
+    points += "" if least == most else ", by model,"
+    return f"a true one under {points} would be missed in more than one of five such measurements"
+
+
+def inherited(comparison: Comparison, show: Show = short, terms: Terms = MERGED) -> list[str]:
+    """Whose answers the merge gives, over all tasks: right where who is right, and whose very answers."""
+    lines = list(inheritance([each for task in comparison.tasks for each in task.patterns], show, terms))
+    for name in comparison.parents:
+        known = [task for task in comparison.tasks if name in task.same_choice]
+        asked = sum(task.samples for task in known)
+        same = sum(task.same_choice[name] for task in known)
+        if asked:
+            lines.append(f"Same answer as {show(name)}, right or wrong: {same} of {asked} questions.")
+    return lines
+
+
+def inheritance(patterns: Sequence[Pattern], show: Show = short, terms: Terms = MERGED) -> tuple[str, ...]:
+    """A sentence for each kind of question that occurred."""
+    total: dict[tuple[str, ...], tuple[int, int]] = {}
+    for each in patterns:
+        questions, kept = total.get(each.right, (0, 0))
+        total[each.right] = questions + each.questions, kept + each.kept
+    parents = max((len(right) for right in total), default=0)
+    return tuple(
+        f"Where {_who(right, parents, show, terms)}, {terms.merge} is right on {kept} of {questions}."
+        for right, (questions, kept) in sorted(total.items(), key=lambda item: -len(item[0]))
+        if questions
+    )
+
+
+def _who(right: tuple[str, ...], parents: int, show: Show, terms: Terms) -> str:
+    if not right:
+        return f"no {terms.other} is right" if parents > 1 else f"the {terms.other} is wrong"
+    if len(right) == parents:
+        return {1: f"the {terms.other} is right", 2: f"both {terms.other}s are right"}.get(
+            parents, f"all {terms.other}s are right"
+        )
+    return f"only {joined([show(name) for name in right])} {'is' if len(right) == 1 else 'are'} right"
+
+
+def left_out(comparison: Comparison, show: Show = short, said: Show = str) -> list[str]:
+    """Why a task that is scored is not compared; `said` makes the reason safe."""
+    return [f"{show(each.task)} is not compared: {said(each.because)}." for each in comparison.left_out]
+
+
+def joined(names: Sequence[str]) -> str:
+    """`A`, `A and B`, `A, B and C`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
