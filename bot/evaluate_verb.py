@@ -41,8 +41,7 @@ def evaluate(
 ) -> None:
     """Measure a model with lm-eval, and its parents beside it. Stopped half-way, the same command continues."""
     from bot import evaluation_screen, judgement, operator, screens, suite_file
-    from bot.measure import Question
-    from evaluators.harness.conditions import Conditions
+    from evaluators.harness.conditions import Conditions, Question
 
     asked = suite_file.chosen(suite, task or ())
     conditions = Conditions(limit, seed, device, dtype, batch_size, chat_template, backend)

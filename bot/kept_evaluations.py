@@ -30,7 +30,7 @@ from evaluators.harness.scores import ModelEvaluation
 
 if TYPE_CHECKING:
     from bot.hub import Hub
-    from bot.measure import Question
+    from evaluators.harness.conditions import Question
 
 RECENT_JOBS = 20  # older ones were written by earlier refreshes
 LIMIT_BYTES = 32 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""Between the job and the evaluators: which folders to measure, with which suite, for how long.
+"""Between the job and lm-eval: which folders to measure, with which suite, under which conditions.
 
 A source is evaluated once for all merges that share it: the harness keeps its results by content, suite and settings.
 """
@@ -6,9 +6,9 @@ A source is evaluated once for all merges that share it: the harness keeps its r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bot import first_stage, kept_evaluations, leaderboard
 from bot.errors import Refused
@@ -19,12 +19,11 @@ from bot.request import EvaluateOptions
 from bot.settings import Settings, child_environment
 from evaluators import harness
 from evaluators.harness import Estimate, suites
-from evaluators.harness.conditions import Conditions
+from evaluators.harness.conditions import Conditions, Question
 from evaluators.harness.scores import ModelEvaluation
 
 if TYPE_CHECKING:
     from bot.hub import Hub
-    from evaluators.medusa import Given
 
 NO_SUITE = "none"
 
@@ -41,18 +40,6 @@ def suite_named(name: str) -> suites.Suite:
 def measures_nothing(asked: EvaluateOptions) -> bool:
     """Whether no model is to be scored at all."""
     return asked.suite == NO_SUITE and not asked.tasks
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What every model of one comparison is asked: a suite, and the conditions it is asked under."""
-
-    suite: suites.Suite
-    conditions: Conditions
-
-    def key(self, identity: str) -> str:
-        """Names the stored evaluation of the model `identity`."""
-        return self.conditions.key(identity, self.suite.digest)
 
 
 def question(asked: EvaluateOptions, settings: Settings) -> Question:
@@ -132,55 +119,3 @@ def evaluate(
             memory_limit_bytes=settings.memory_limit_bytes,
             reuse=reuse,
         )
-
-
-def decode_speed(
-    out: Path, sources: tuple[Source, ...], settings: Settings, scratch: Path, report: Show, seed: int = 0
-) -> dict[str, Any]:
-    """The Medusa report of the merged model, with its sentence for people; its sources' heads are tried where there
-    are any."""
-    from bot import heads
-    from bot.hub import Hub
-
-    given = heads.of_job(out, sources, scratch / "medusa", settings, Hub(settings.hub), seed)
-    asked = Speed(None, settings.speed_budget_s, settings.speed_questions, settings.speed_new_tokens, given=given)
-    return bench(out, scratch / "medusa", asked, settings, report, seed=seed)
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """What to time: questions (built in without a file), how many, of how many turns, which heads there are, and the
-    file of the tree to time, if it is not to be chosen."""
-
-    prompts: Path | None = None
-    budget_s: float = 600.0
-    questions: int = 16
-    new_tokens: int = 48
-    turns: int = 1
-    given: tuple[Given, ...] = ()
-    dtype: str = "auto"
-    tree: Path | None = None
-
-
-def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Show, *, seed: int = 0) -> dict[str, Any]:
-    """Train heads on the model in `folder`, unless some are given, and time decoding with them. Raises Failed."""
-    from bot.merge.execution.engine import choose_device
-    from evaluators import medusa
-
-    with translated():
-        measured = medusa.measure(
-            folder,
-            out,
-            prompts=asked.prompts,
-            budget_s=asked.budget_s,
-            questions=asked.questions,
-            max_new_tokens=asked.new_tokens,
-            turns=asked.turns,
-            seed=seed,
-            device=choose_device(settings.device).type,
-            given=asked.given,
-            dtype=asked.dtype,
-            tree=asked.tree,
-            progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
-        )
-    return {**measured, "sentence": medusa.sentence(measured)}

@@ -34,7 +34,7 @@ def bench(
     seed: Seed = 0,
 ) -> None:
     """Compare decoding with Medusa heads to plain greedy decoding, honestly: fresh heads, given ones, the parents'."""
-    from bot import measure, operator, screens
+    from bot import decode_speed, operator, screens
     from bot.head_training import precision
     from bot.heads import by_hand
 
@@ -43,8 +43,8 @@ def bench(
     with screens.progress() as shown:
         folder = operator.model_folder(model, configured, shown)
         given = by_hand(folder, heads or (), parent or (), beside, configured, seed)
-        asked = measure.Speed(prompts, budget_s, questions, new_tokens, turns, given, precision(dtype), tree)
-        report = measure.bench(folder, beside, asked, configured, shown, seed=seed)
+        asked = decode_speed.Speed(prompts, budget_s, questions, new_tokens, turns, given, precision(dtype), tree)
+        report = decode_speed.bench(folder, beside, asked, configured, shown, seed=seed)
     written = beside / "decode_speed.json"
     screens.speed(report, written.replace(out) if out.suffix == ".json" else written)
 

@@ -23,10 +23,10 @@ from bot.verification import Verdict
 
 if TYPE_CHECKING:
     from bot.hub import Hub
-    from bot.measure import Question
     from bot.merge.execution.engine import Merged
     from evaluators.comparison.verdict import Comparison
     from evaluators.harness import Estimate
+    from evaluators.harness.conditions import Question
     from evaluators.harness.scores import ModelEvaluation
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from bot import carried_heads, judgement, measure, sources
+from bot import carried_heads, decode_speed, judgement, measure, sources
 from bot.errors import Failed
 from bot.executors import child
 from bot.job import Evaluation, Merge, PublishedFile, Source
@@ -129,7 +129,7 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
     merged, parents = measure.scores(out, spec["manifest"], parts, asked, settings, scratch, report)
     verdict, not_compared = judgement.compared(merged, parents, settings)
     crashpoint("eval.after_task")
-    speed = measure.decode_speed(out, parts, settings, scratch, report) if asked.speed == "medusa" else None
+    speed = decode_speed.of_merge(out, parts, settings, scratch, report) if asked.speed == "medusa" else None
     heads = {} if speed is None else carried_heads.carry(scratch / "medusa", speed, scratch / "carried")
     took = time.monotonic() - started
     fact = Evaluation(spec["manifest"], merged, parents, speed, took, heads, verdict, not_compared, signs)

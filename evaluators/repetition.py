@@ -16,3 +16,12 @@ def distinct_4grams(tokens: Sequence[int]) -> float:
 def loops(tokens: Sequence[int]) -> bool:
     """Looping text inflates tokens per step, so it is flagged."""
     return distinct_4grams(tokens) < 0.5
+
+
+def ends_in_a_loop(tokens: Sequence[int]) -> bool:
+    """Whether the last 12 tokens or more are one passage three times over, or more often."""
+    for period in range(1, len(tokens) // 3 + 1):
+        tail = tokens[-max(3 * period, 12) :]
+        if len(tail) >= 12 and list(tail[period:]) == list(tail[:-period]):
+            return True
+    return False

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.repetition import distinct_4grams
+from evaluators.repetition import distinct_4grams, ends_in_a_loop, loops
 
-VERSION = 1
+VERSION = 2
 HELD_TEXT = Path(__file__).parent / "texts" / "held.txt"
 PROMPTS = (
     "The train was late again, so Anna",
@@ -57,7 +57,8 @@ class Vitals:
 
     `missing_rows` are ids that the tokenizer gives and the model has no embedding for; with any, nothing is run.
     `distinct` is the mean share of different 4-grams in the continuations, `broken` counts those that are empty, one
-    character over and over, or hold control or replacement characters. `survived` of `texts` and added tokens came
+    character over and over, or hold control or replacement characters; `looping` those that go round in circles, from
+    the start or at their end (None where nobody looked for that). `survived` of `texts` and added tokens came
     back from the tokenizer unchanged.
     """
 
@@ -74,6 +75,7 @@ class Vitals:
     tokens_per_s: float | None
     device: str
     dtype: str
+    looping: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
@@ -164,6 +166,7 @@ def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: fl
         tokens_per_s=written / seconds if seconds > 0 and written else None,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        looping=sum(loops(output) or ends_in_a_loop(output) for output in outputs),
     )
 
 
@@ -295,17 +298,18 @@ def _strange(merge: Vitals, parents: Sequence[Vitals]) -> str | None:
     return None
 
 
-COLUMNS = ("perplexity (bits a byte)", "4-grams that differ", "broken texts", "tokenizer", "tokens/s")
+COLUMNS = ("perplexity (bits a byte)", "4-grams that differ", "texts it writes", "tokenizer", "tokens/s")
 
 
 def cells(vitals: Vitals) -> tuple[str, ...]:
     """The vitals under COLUMNS, for people: what was not measured is a dash."""
     absent = "\N{EN DASH}"
+    loop = "" if vitals.looping is None else f", {vitals.looping} looping"
     lost, at = vitals.bits_per_byte is None or vitals.perplexity is None, f"{vitals.device}, {vitals.dtype}"
     return (
         absent if lost else f"{vitals.perplexity:.3g} ({vitals.bits_per_byte:.2f})",
         absent if vitals.distinct is None else f"{vitals.distinct:.0%}",
-        f"{vitals.broken} of {vitals.continuations}",
+        f"{vitals.broken} broken{loop} of {vitals.continuations}",
         f"{vitals.survived} of {vitals.texts} unchanged",
         absent if vitals.tokens_per_s is None else f"{vitals.tokens_per_s:.1f} ({at})",
     )

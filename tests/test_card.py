@@ -116,7 +116,7 @@ def judged(cache: Path) -> Job:
     )
     parents = {f"org/a@{A}": first, f"org/b@{B}": second}
     compared = comparison.compare(merged, parents, cache=cache)
-    looked = Vitals(True, 1.43, 31.0, 49152, 0, 4, 0.72, 0, 22, 22, 21.5, "cpu", "float32")
+    looked = Vitals(True, 1.43, 31.0, 49152, 0, 4, 0.72, 0, 22, 22, 21.5, "cpu", "float32", 1)
     signs = dict.fromkeys(("", *parents), looked)
     return job(evaluation=Evaluation("f" * 64, merged, parents, None, 1.0, {}, compared, "", signs))
 
@@ -130,7 +130,7 @@ def test_a_card_says_in_words_and_intervals_what_the_merge_is_beside_its_parents
     assert "- Where only `org/a` is right, the merge is right on " in text
     assert "- Same answer as `org/a`, right or wrong: 40 of 80 questions." in text
     assert "- Same answer as `org/b`, right or wrong: 20 of 80 questions." in text
-    assert "| this merge | 31 (1.43) | 72% | 0 of 4 | 22 of 22 unchanged | 21.5 (cpu, float32) |" in text
+    assert "| this merge | 31 (1.43) | 72% | 0 broken, 1 looping of 4 | 22 of 22 unchanged | 21.5 (" in text
     # no number in bold but names: a figure stands with its interval
     assert not re.search(r"\*\*[-+\d.]+\*\*", text)
 

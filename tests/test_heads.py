@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from bot import heads, measure
+from bot import decode_speed, heads
 from bot.cli import app
 from bot.errors import Failed, Refused
 from bot.hub import Hub
@@ -154,5 +154,5 @@ def test_the_bot_tries_the_heads_that_parents_carry(place: Path) -> None:
         only = (Source("alice/base", pinned["base"].revision, "mit", 0),)
         assert heads.of_job(place / "merged", only, place / "scratch", settings, hub, 0) == ()
         quick = settings.model_copy(update={"speed_budget_s": 12, "speed_questions": 2, "speed_new_tokens": 12})
-        report = measure.decode_speed(place / "merged", sources, quick, place / "scratch", lambda *_: None)
+        report = decode_speed.of_merge(place / "merged", sources, quick, place / "scratch", lambda *_: None)
     assert "its parents' heads as they are bring" in report["sentence"]

@@ -15,11 +15,10 @@ import pytest
 from bot import kept_evaluations, measure
 from bot.hub import Hub
 from bot.localhub import seed
-from bot.measure import Question
 from bot.request import EvaluateOptions
 from bot.settings import Settings
 from evaluators.harness import results
-from evaluators.harness.conditions import LIBRARIES
+from evaluators.harness.conditions import LIBRARIES, Question
 from evaluators.harness.scores import Environment, ModelEvaluation, Score
 from tests.localhub.server import RunningHub, running_hub
 

@@ -12,7 +12,6 @@ from typing import Any
 QUESTIONS = 8  # of each task are looked at
 PROBE_TOKENS = 64
 NEW_TOKENS = 256  # what lm-eval lets a model write where a task names no limit
-CPU_BATCH, GPU_BATCH = 16, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,33 +78,3 @@ def seconds(work: Amount, model: Any, batch: int) -> float:
             model(input_ids=token[:, :length]).logits[0, -1, 0].item()
             took[length] = time.perf_counter() - began
     return work.tokens * took[PROBE_TOKENS] / PROBE_TOKENS + work.new_tokens * took[1] / max(1, batch)
-
-
-def bytes_a_request(config: Any, longest: int, item_bytes: int) -> int:
-    """Memory one request of a batch takes at most beside the weights: logits and their logarithms, and the cache of
-    keys and values."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    width = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
-    cache = 2 * text.num_hidden_layers * heads * width
-    return int(max(1, longest) * item_bytes * (3 * text.vocab_size + cache + 8 * text.hidden_size))
-
-
-def batch(asked: str, device: str, free_bytes: int, request_bytes: int) -> int:
-    """The batch to begin with. "auto": 16 on a CPU, where larger ones gain nothing, and on a GPU the largest power of
-    two whose requests fit into half of what is free. Memory that runs out all the same halves it later."""
-    if asked != "auto":
-        return int(asked)
-    if device == "cpu":
-        return CPU_BATCH
-    fits = free_bytes // 2 // max(1, request_bytes)
-    return max(1, min(GPU_BATCH, 1 << (int(fits).bit_length() - 1) if fits else 1))
-
-
-def free_bytes(device: str) -> int:
-    """Free memory of a GPU; 0 for a CPU, where the batch does not depend on it."""
-    if not device.startswith("cuda"):
-        return 0
-    import torch
-
-    return int(torch.cuda.mem_get_info(torch.device(device))[0])

@@ -65,6 +65,18 @@ class Conditions:
         return hashlib.sha256(json.dumps([2, identity, suite_digest, *asked, *versions]).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What every model of one comparison is asked: a suite, and the conditions it is asked under."""
+
+    suite: Suite
+    conditions: Conditions
+
+    def key(self, identity: str) -> str:
+        """Names the stored evaluation of the model `identity`."""
+        return self.conditions.key(identity, self.suite.digest)
+
+
 def key_of(model: Path, suite: Suite, conditions: Conditions, identity: str | None = None) -> str:
     """The key of one evaluation; `identity` spares hashing the weights. Raises MODEL_UNLOADABLE."""
     return conditions.key(identity or content_digest(model), suite.digest)

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from evaluators import weights
+from evaluators import memory
 from evaluators.errors import EvaluationError
 from evaluators.harness import results, suites
 from evaluators.harness.conditions import Conditions, key_of
@@ -120,7 +120,7 @@ def evaluate(
             return found
         missing = results.unfinished(folder, suite)
         if missing:
-            weights.require_memory(model, dtype, device, memory_limit_bytes)
+            memory.require_memory(model, dtype, device, memory_limit_bytes)
             scratch.mkdir(parents=True, exist_ok=True)
             job = _job(model, suite, files, conditions, folder, cache, endpoint)
             job["tasks"] = [each for each in _ordered(job["tasks"], order) if each["number"] in missing]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluators import loading, weights
+from evaluators import loading, memory
 from evaluators.errors import EvaluationError
 from evaluators.harness import amounts
 from evaluators.harness.amounts import Amount
@@ -87,15 +87,15 @@ def _spreads(folder: Path, device: str, dtype: str) -> bool:
     if device != "cuda":
         return False
     free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
-    return weights.spreads(weights.loaded_bytes(folder, dtype, device), free)
+    return memory.spreads(memory.loaded_bytes(folder, dtype, device), free)
 
 
 def request_bytes(lm: Any, longest: int) -> int:
-    """Memory one request of a batch takes at most (`amounts.bytes_a_request`)."""
+    """Memory one request of a batch takes at most (`memory.bytes_a_request`)."""
     model: Any = getattr(lm, "model", None)
     if not hasattr(model, "dtype"):
         return 0
-    return amounts.bytes_a_request(model.config, longest, model.dtype.itemsize)
+    return memory.bytes_a_request(model.config, longest, model.dtype.itemsize)
 
 
 def first_batch(lm: Any, asked: str, request_bytes: int) -> Any:
@@ -103,7 +103,7 @@ def first_batch(lm: Any, asked: str, request_bytes: int) -> Any:
     if not hasattr(lm, "batch_size_per_gpu"):
         return None
     device = str(lm.device)
-    return amounts.batch(asked, device, amounts.free_bytes(device), request_bytes)
+    return memory.batch(asked, device, memory.free_bytes(device), request_bytes)
 
 
 def batch_of(lm: Any) -> int | None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from evaluators import harness, weights
+from evaluators import harness, memory
 from evaluators.errors import EvaluationError
 from evaluators.harness import Estimate, amounts
 from evaluators.harness.amounts import Amount
@@ -39,7 +39,7 @@ def test_memory_that_runs_out_halves_the_batch_and_the_scores_are_the_same(model
     assert large.environment.batch_size == "512"
     assert told[0].requests == 1500 and told[0].tokens == pytest.approx(600 * 9.5, rel=0.2)
     assert told[0].seconds is not None and told[0].memory_bytes is not None
-    assert told[0].memory_bytes > weights.loaded_bytes(model, "float32", "cpu")
+    assert told[0].memory_bytes > memory.loaded_bytes(model, "float32", "cpu")
 
 
 def test_weights_that_cannot_fit_are_refused_before_a_process_starts(model: Path, tmp_path: Path) -> None:
@@ -54,27 +54,27 @@ def test_weights_that_cannot_fit_are_refused_before_a_process_starts(model: Path
 
 def test_loaded_weights_are_counted_from_headers(model: Path, tmp_path: Path) -> None:
     count = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
-    assert weights.loaded_bytes(model, "auto", "cpu") == 4 * count
-    assert weights.loaded_bytes(model, "bfloat16", "cpu") == 2 * count
-    assert weights.loaded_bytes(model, "auto", "cuda") == 4 * count  # it is stored in float32
+    assert memory.loaded_bytes(model, "auto", "cpu") == 4 * count
+    assert memory.loaded_bytes(model, "bfloat16", "cpu") == 2 * count
+    assert memory.loaded_bytes(model, "auto", "cuda") == 4 * count  # it is stored in float32
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
-    assert weights.loaded_bytes(tmp_path, "auto", "cpu") == 0
+    assert memory.loaded_bytes(tmp_path, "auto", "cpu") == 0
 
 
 def test_a_model_is_laid_over_several_gpus_only_where_one_is_too_small() -> None:
-    assert not weights.spreads(60, [100])
-    assert not weights.spreads(1000, [100])
-    assert not weights.spreads(60, [100, 100])
-    assert weights.spreads(80, [100, 100])
+    assert not memory.spreads(60, [100])
+    assert not memory.spreads(1000, [100])
+    assert not memory.spreads(60, [100, 100])
+    assert memory.spreads(80, [100, 100])
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**10))
 def test_an_automatic_batch_on_a_gpu_fits_and_is_a_power_of_two(free: int, request: int) -> None:
-    batch = amounts.batch("auto", "cuda", free, request)
-    assert batch & (batch - 1) == 0 and 1 <= batch <= amounts.GPU_BATCH
+    batch = memory.batch("auto", "cuda", free, request)
+    assert batch & (batch - 1) == 0 and 1 <= batch <= memory.GPU_BATCH
     assert batch == 1 or batch * request <= free / 2
-    assert amounts.batch("auto", "cpu", free, request) == 16
-    assert amounts.batch("7", "cuda", free, request) == 7
+    assert memory.batch("auto", "cpu", free, request) == 16
+    assert memory.batch("7", "cuda", free, request) == 7
 
 
 def test_answers_of_one_token_to_one_question_are_counted_as_one_pass() -> None:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evaluators import vitals
 from evaluators.errors import EvaluationError
+from evaluators.repetition import ends_in_a_loop
 from evaluators.vitals import HELD_TEXT, Vitals, examine, is_broken, require_sound
 from tests import family
 
@@ -83,6 +84,34 @@ def test_a_model_that_speaks_passes_with_and_without_parents(healthy: Vitals) ->
     assert healthy.bits_per_byte is not None and healthy.bits_per_byte < 3
     assert healthy.survived == healthy.texts and (healthy.tokens_per_s or 0) > 0
     assert len(vitals.cells(healthy)) == len(vitals.COLUMNS) and "–" not in vitals.cells(healthy)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "circles"),
+    [
+        ([*range(20), *[1, 2, 3, 4] * 3], True),
+        ([*range(20), *[7] * 12], True),
+        ([*range(2), *[*range(50, 60)] * 3], True),
+        ([*range(20), *[7] * 11], False),
+        ([*range(20), *[1, 2, 3, 4] * 2, 1, 2, 3], False),
+        ([7] * 8, False),
+        ([], False),
+    ],
+)
+def test_a_text_that_ends_in_circles_is_seen(tokens: list[int], circles: bool) -> None:
+    assert ends_in_a_loop(tokens) is circles
+
+
+def test_texts_that_loop_are_counted_where_people_look(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    def deaf(made: LlamaForCausalLM) -> None:
+        made.lm_head.weight.zero_()
+
+    found = examine(spoiled(model, deaf), tokenizer, text=text)
+    assert found.looping == found.continuations == 4
+    assert any("4 looping of 4" in cell for cell in vitals.cells(found))
+    assert any(cell == "4 broken of 4" for cell in vitals.cells(replace(found, looping=None)))  # facts of before
 
 
 def test_the_loss_over_windows_is_the_sum_over_single_predictions(

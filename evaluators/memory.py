@@ -1,4 +1,5 @@
-"""How much memory a checkpoint takes once it is loaded, from its headers alone."""
+"""Memory: what a checkpoint takes once it is loaded, from its headers alone, what a request of a batch takes beside it,
+and how many requests fit."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from evaluators.errors import EvaluationError
 
 _HEADER_LIMIT_BYTES = 100 * 1000 * 1000  # the format's own cap
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+CPU_BATCH, GPU_BATCH = 16, 256
 _DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -65,3 +67,33 @@ def spreads(need_bytes: int, free_bytes: Sequence[int]) -> bool:
     A quarter of a GPU is left for activations and the cache of keys and values.
     """
     return len(free_bytes) > 1 and need_bytes > 0.75 * free_bytes[0]
+
+
+def bytes_a_request(config: Any, longest: int, item_bytes: int) -> int:
+    """Memory one request of a batch takes at most beside the weights: logits and their logarithms, and the cache of
+    keys and values."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
+    cache = 2 * text.num_hidden_layers * heads * width
+    return int(max(1, longest) * item_bytes * (3 * text.vocab_size + cache + 8 * text.hidden_size))
+
+
+def batch(asked: str, device: str, free_bytes: int, request_bytes: int) -> int:
+    """The batch to begin with. "auto": 16 on a CPU, where larger ones gain nothing, and on a GPU the largest power of
+    two whose requests fit into half of what is free. Memory that runs out all the same halves it later."""
+    if asked != "auto":
+        return int(asked)
+    if device == "cpu":
+        return CPU_BATCH
+    fits = free_bytes // 2 // max(1, request_bytes)
+    return max(1, min(GPU_BATCH, 1 << (int(fits).bit_length() - 1) if fits else 1))
+
+
+def free_bytes(device: str) -> int:
+    """Free memory of a GPU; 0 for a CPU, where the batch does not depend on it."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
