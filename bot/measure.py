@@ -17,7 +17,7 @@ from bot.job import Source
 from bot.progress import Show, named
 from bot.request import EvaluateOptions
 from bot.settings import Settings, child_environment
-from evaluators import harness
+from evaluators import comparison, harness
 from evaluators.harness import Estimate, suites
 from evaluators.harness.conditions import Conditions, Question
 from evaluators.harness.scores import ModelEvaluation
@@ -64,7 +64,9 @@ def scores(
 ) -> tuple[ModelEvaluation | None, dict[str, ModelEvaluation]]:
     """The merged model's scores, and its sources' by `repo@revision`.
 
-    Raises Failed as the harness does, and NOT_BETTER where the operator lets hopeless merges be stopped early.
+    The merge is asked first what tells its sources apart most a second, so that what is known early, or when time runs
+    out, is what counts most. Raises Failed as the harness does, and NOT_BETTER where the operator lets hopeless merges
+    be stopped early.
     """
     if measures_nothing(asked):
         return None, {}
@@ -74,10 +76,14 @@ def scores(
         folder = settings.source_folder(source.repo, source.revision)
         found[str(source)] = evaluate(folder, source.repo, put, settings, scratch, report, str(source))
     looks: list[ModelEvaluation] = []
+    order = comparison.most_telling(found, cache=settings.evaluations)
 
     def of_merge(limit: int | None) -> ModelEvaluation:
         here = replace(put, conditions=replace(put.conditions, limit=limit))
-        looks.append(evaluate(out, "the merge", here, settings, scratch, report, manifest, reuse=looks[-1:]))
+        found_here = evaluate(
+            out, "the merge", here, settings, scratch, report, manifest, reuse=looks[-1:], order=order
+        )
+        looks.append(found_here)
         return looks[-1]
 
     first_stage.require_hope(of_merge, found, settings)
@@ -100,9 +106,10 @@ def evaluate(
     identity: str | None,
     estimated: Callable[[Estimate], None] | None = None,
     reuse: Sequence[ModelEvaluation] = (),
+    order: Sequence[str] = (),
 ) -> ModelEvaluation:
     """`identity` stands for the bytes (a commit, a manifest) and spares hashing them again; `reuse` are the same
-    model's evaluations on fewer samples, whose questions are not asked again."""
+    model's evaluations on fewer samples, whose questions are not asked again; `order` names tasks to begin with."""
     with translated(about=name):
         return harness.evaluate(
             folder,
@@ -118,4 +125,5 @@ def evaluate(
             estimated=estimated,
             memory_limit_bytes=settings.memory_limit_bytes,
             reuse=reuse,
+            order=order,
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from bot.hub import Hub
 from bot.job import Source
 from bot.request import EvaluateOptions
 from bot.settings import Settings
+from evaluators import comparison
 from evaluators.harness import SUITES, results
 from evaluators.harness.conditions import Conditions
 from evaluators.harness.scores import ModelEvaluation
@@ -194,15 +197,25 @@ def test_a_merge_whose_parent_is_known_costs_one_model_and_no_download(place: Pa
     def report(what: str, done: float, total: float) -> None:
         heard.append(what)
 
-    measure.evaluate(place / "first", parent.repo, put, settings, place / "scratch", report, str(parent))
+    first = measure.evaluate(place / "first", parent.repo, put, settings, place / "scratch", report, str(parent))
+    twin = Source("alice/b", "0" * 39 + "b", "mit", 1)  # the same answers, stored under another name
+    stored = settings.evaluations / "results" / put.key(str(twin))
+    shutil.copytree(results.folder_of(first, settings.evaluations), stored)
+    (stored / "evaluation.json").write_text(json.dumps(replace(first, key=stored.name).as_dict()))
     assert measure.is_known(parent, asked, settings, hub)
-    sources = worker._SOURCES.dump_python((parent,), mode="json")
+    sources = worker._SOURCES.dump_python((parent, twin), mode="json")
     spec = {"evaluate": {"suite": "offline", "limit": 2}, "sources": sources}
     assert worker._measured(spec, settings, hub) == set()
     heard.clear()
-    merged, found = measure.scores(place / "merge", "m" * 64, (parent,), asked, settings, place / "scratch", report)
+    merged, found = measure.scores(
+        place / "merge", "m" * 64, (parent, twin), asked, settings, place / "scratch", report
+    )
     assert set(heard) == {"Evaluating the merge"} and merged is not None
-    assert list(found) == [str(parent)]
+    assert list(found) == [str(parent), str(twin)]
+    assert all(len(each.task_seconds) == 3 and min(each.task_seconds) > 0 for each in found.values())
+    begun = json.loads((place / "scratch" / "lm-eval" / "harness.job.json").read_text())["tasks"]
+    order = comparison.most_telling(found, cache=settings.evaluations)
+    assert len(order) == 3 and [task["name"] for task in begun] == order
     assert results.stored(
         settings.evaluations, Conditions(2, 0, "auto", "auto", "auto").key("m" * 64, put.suite.digest)
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluators import harness, paired
-from evaluators.comparison import samples
+from evaluators.comparison import samples, stopping
 from evaluators.comparison.samples import Answers, Unpaired
 from evaluators.comparison.verdict import ALPHA, Comparison, Difference, LeftOut, Overall, Pattern, Scored, TaskVerdict
 from evaluators.errors import EvaluationError
@@ -56,6 +56,28 @@ def differences(
     tasks = [task for task in _paired(merge, alike, cache, partly=True)[0] if _is_share(task)]
     orders = [samples.in_turn(task.answers[MERGE].questions) for task in tasks]
     return {name: [task.difference(name)[order] for task, order in zip(tasks, orders, strict=True)] for name in parents}
+
+
+def most_telling(models: Mapping[str, ModelEvaluation], *, cache: Path) -> list[str]:
+    """The tasks in the order in which they tell such models apart, a second of measuring, from what is stored of them.
+
+    A merge differs from its parents about where they differ from each other. Empty where nothing can be said: of fewer
+    than two models, or where times or answers were not kept.
+    """
+    if len(models) < 2:
+        return []
+    first, *others = models
+    try:
+        tasks, _ = _paired(models[first], {name: models[name] for name in others}, cache)
+    except EvaluationError:
+        return []
+    paces = {}
+    for task in tasks:
+        seconds = [took for each in models.values() if (took := each.seconds_of(task.score.task)) is not None]
+        if seconds:
+            differences = [task.difference(name) for name in others]
+            paces[task.score.task] = stopping.pace(differences, sum(seconds) / len(seconds))
+    return stopping.by_information(paces)
 
 
 def _paired(

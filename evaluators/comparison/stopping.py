@@ -51,47 +51,47 @@ class Decision:
         return self.beaten_by is not None
 
 
-def decide(differences: Mapping[str, Values], questions: int, rule: Rule, *, widest: float = 1.0) -> Decision:
+def decide(differences: Mapping[str, Values], questions: int, rule: Rule) -> Decision:
     """Whether to stop, after the same `seen` questions of `questions` against each parent.
 
-    `differences`: merge minus parent [seen] in the order the questions were asked, which must be random (`drawn`);
-    their sizes are at most `widest`. Over several tasks they carry `weights`, so that their mean is the overall one.
+    `differences`: merge minus parent [seen], each from -1 to 1, in the order the questions were asked, which must
+    be random. Over several tasks they are `rounds`, so that their mean is the overall one.
     """
     error = rule.error / max(1, len(differences))
     seen = max((len(found) for found in differences.values()), default=0)
-    lowest, beaten_by = widest, None
+    lowest, beaten_by = 1.0, None
     for name, found in differences.items():
-        bound = upper_bound(found, questions, error, widest=widest)
-        if log_capital(found, questions, rule.margin, widest=widest).max(initial=0.0) >= math.log(1 / error):
+        bound = upper_bound(found, questions, error)
+        if log_capital(found, questions, rule.margin).max(initial=0.0) >= math.log(1 / error):
             bound = min(bound, rule.margin)
             beaten_by = name if beaten_by is None or bound < lowest else beaten_by
         lowest = min(lowest, bound)
     return Decision(beaten_by, seen, questions, lowest)
 
 
-def log_capital(differences: Values, questions: int, margin: float, *, widest: float = 1.0) -> Values:
+def log_capital(differences: Values, questions: int, margin: float) -> Values:
     """The logarithm of the capital staked against "the mean over all `questions` is at least `margin`" [seen].
 
     Infinite from where on the questions left cannot bring the mean to the margin, whatever their answers.
     """
-    path: Values = _log_capitals(differences, questions, np.array([margin]), widest)[0]
+    path: Values = _log_capitals(differences, questions, np.array([margin]))[0]
     return path
 
 
-def upper_bound(differences: Values, questions: int, error: float, *, widest: float = 1.0) -> float:
-    """The largest mean over all `questions` that was never refused, at most a hundredth of `widest` too large."""
-    margins = np.linspace(-widest, widest, _GRID)
-    reached = _log_capitals(differences, questions, margins, widest).max(axis=1, initial=0.0)
+def upper_bound(differences: Values, questions: int, error: float) -> float:
+    """The largest mean over all `questions` that was never refused, at most a hundredth too large."""
+    margins = np.linspace(-1.0, 1.0, _GRID)
+    reached = _log_capitals(differences, questions, margins).max(axis=1, initial=0.0)
     left = np.flatnonzero(reached < math.log(1 / error))
     if not len(left):
-        return -widest
+        return -1.0
     return float(margins[min(_GRID - 1, int(left[-1]) + 1)])
 
 
-def _log_capitals(differences: Values, questions: int, margins: Values, widest: float) -> Values:
+def _log_capitals(differences: Values, questions: int, margins: Values) -> Values:
     """[margins, seen]. Everything is moved to 0..1 first; each bet rests on the questions before it only."""
-    found = (differences + widest) / (2 * widest)
-    wanted = ((margins + widest) / (2 * widest))[:, None]
+    found = (differences + 1) / 2
+    wanted = ((margins + 1) / 2)[:, None]
     asked = np.arange(len(found))
     sums = np.concatenate([[0.0], np.cumsum(found)])
     means = (0.5 + sums) / (np.arange(len(found) + 1) + 1)
@@ -107,23 +107,12 @@ def _log_capitals(differences: Values, questions: int, margins: Values, widest: 
     return np.where(np.maximum.accumulate(lacking, axis=1), np.inf, grown)
 
 
-def drawn(sizes: Mapping[str, int], seed: int = 0) -> list[tuple[str, int]]:
-    """All questions (task, number) of the tasks in a random order; every first part of it is a fair sample."""
-    everything = [(task, number) for task, size in sizes.items() for number in range(size)]
-    return [everything[at] for at in np.random.default_rng(seed).permutation(len(everything))]
-
-
-def weights(sizes: Mapping[str, int]) -> dict[str, float]:
-    """What a question of each task counts, so that the mean over all questions is the mean over tasks."""
-    total = sum(sizes.values())
-    return {task: total / (len(sizes) * size) for task, size in sizes.items()}
-
-
 def rounds(tasks: Sequence[Values]) -> Values:
     """One question of each task a round: the mean of their differences [rounds], as far as all tasks go.
 
     Where every task is in random order, and `questions` of `decide` is the number of the largest task's, the error
-    rate holds for the mean over tasks: smaller tasks only bring a good merge back to it sooner.
+    rate holds for the mean over tasks: exactly for tasks of one size. Smaller ones are used up sooner, which brings a
+    merge back to its mean sooner, too; that the rate holds there is what the tests simulate, not a theorem.
     """
     if not tasks:
         return np.zeros(0)
@@ -133,7 +122,7 @@ def rounds(tasks: Sequence[Values]) -> Values:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a task tells and costs: the variance of its paired differences, and seconds a question."""
+    """What a task tells and costs: the mean square of its paired differences, and seconds a question."""
 
     variance: float
     seconds: float
@@ -149,7 +138,7 @@ def by_information(tasks: Mapping[str, Pace]) -> list[str]:
 
 
 def pace(differences: Sequence[Values], seconds: float) -> Pace:
-    """Of a task from its paired differences, one array a parent, and what it took in all.
+    """Of a task from its paired differences, one array a pair of models, and what it took in all.
 
     Two questions of disagreement are added, so that a task without any yet is not given up.
     """

@@ -118,6 +118,7 @@ def read(folder: Path, suite: Suite, key: str) -> ModelEvaluation:
         sum(part["seconds"] for part in parts),
         others=tuple(others),
         key=key,
+        task_seconds=tuple(part["seconds"] for part in parts),
         smallest_batch=min((part["batch"] for part in parts if part["batch"] is not None), default=None),
     )
 

@@ -98,7 +98,8 @@ class ModelEvaluation:
 
     `scores` holds the one metric of each task that the suite ranks by, in the suite's order; `others` every other
     metric that lm-eval computed on the way. `key` names the stored result: the model's content, the suite and every
-    setting (64 hex). `smallest_batch` is what memory left of the batch size that was asked for.
+    setting (64 hex). `smallest_batch` is what memory left of the batch size that was asked for. `task_seconds` are what
+    each task took, in the order of `scores`; empty where that was not kept.
     """
 
     suite: str
@@ -109,6 +110,7 @@ class ModelEvaluation:
     others: tuple[Score, ...] = ()
     key: str = ""
     smallest_batch: int | None = None
+    task_seconds: tuple[float, ...] = ()
 
     @property
     def average(self) -> float | None:
@@ -128,6 +130,11 @@ class ModelEvaluation:
             return None
         bounds = [tuple(map(score.from_chance, each)) for score, each in zip(ranked, known, strict=True)]
         return average_interval([score.normalised for score in ranked], [(low, high) for low, high in bounds])
+
+    def seconds_of(self, task: str) -> float | None:
+        """What a task took where it was measured; None where that was not kept."""
+        names = [score.task for score in self.scores]
+        return dict(zip(names, self.task_seconds, strict=False)).get(task)
 
     @property
     def board(self) -> str:
@@ -155,6 +162,7 @@ class ModelEvaluation:
             "scores": read(values["scores"]),
             "others": read(values.get("others", ())),
             "environment": Environment(**values["environment"]),
+            "task_seconds": tuple(values.get("task_seconds", ())),
         }
         return cls(**{**values, **parts})
 

@@ -23,6 +23,7 @@ def evaluation(
     higher_is_better: bool = True,
     order: Sequence[int] | None = None,
     environment: Environment = ENVIRONMENT,
+    task_seconds: Sequence[float] = (),
 ) -> ModelEvaluation:
     """A model whose value on question i of each task is given; a right answer is choice 0, a wrong one `wrong_choice`.
 
@@ -38,7 +39,9 @@ def evaluation(
         mean = sum(values) / len(values)
         stderr = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values)) ** 0.5
         scores.append(Score(task, metric, mean, stderr, len(values), 0, higher_is_better, "1.0"))
-    return ModelEvaluation("animals", "d" * 64, tuple(scores), environment, 1.0, key=key)
+    return ModelEvaluation(
+        "animals", "d" * 64, tuple(scores), environment, 1.0, key=key, task_seconds=tuple(task_seconds)
+    )
 
 
 def _sample(task: str, at: int, value: float, metric: str, wrong_choice: int) -> dict[str, object]:

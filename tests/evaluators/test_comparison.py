@@ -232,3 +232,18 @@ def test_equal_models_are_called_different_in_at_most_one_of_twenty_comparisons(
         found = comparison.compare(made[0], {"a": made[1], "b": made[2]}, cache=tmp_path)
         alarms.append(any(each.outcome is not Outcome.NOT_SHOWN for task in found.tasks for each in task.differences))
     assert np.mean(alarms) <= 0.08  # 5 % and three standard errors of 150 comparisons, less what Holm is short of it
+
+
+def test_tasks_that_tell_the_parents_apart_in_little_time_come_first(make: Make, tmp_path: Path) -> None:
+    """`left` tells them apart, `right` as much at ten times the price, `third` not at all."""
+    tasks = {"left": first(60, 80), "right": first(60, 80), "third": first(60, 80)}
+    one = make(**tasks, task_seconds=(4.0, 40.0, 4.0))
+    two = make(left=last(60, 80), right=last(60, 80), third=first(60, 80), task_seconds=(4.0, 40.0, 4.0))
+    order = comparison.most_telling({"a": one, "b": two}, cache=tmp_path)
+    assert order == ["left", "right", "third"]
+    quick = replace(one, task_seconds=(4.0, 4000.0, 4.0))
+    assert comparison.most_telling({"a": quick, "b": two}, cache=tmp_path) == ["left", "third", "right"]
+    untimed = {"a": replace(one, task_seconds=()), "b": replace(two, task_seconds=())}
+    other = replace(two, environment=replace(two.environment, dtype="bfloat16"))
+    for models in (untimed, {"a": one}, {}, {"a": one, "b": other}):
+        assert comparison.most_telling(models, cache=tmp_path) == []
