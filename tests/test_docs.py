@@ -1,7 +1,8 @@
-"""The documents tell the truth: every command in docs/merging.md runs as it stands, every path in them is there."""
+"""The documents tell the truth: every command in them runs as it stands, every path they name is there."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -12,12 +13,18 @@ import pytest
 from typer.testing import CliRunner
 
 from bot.cli import app
+from bot.localhub import seed
+from bot.suite_file import chosen
 from tests import family
+from tests.evaluators import tiny_harness
+from tests.localhub.server import running_hub
 from tests.merge.tiny_checkpoints import llama_tensors, save
 
 REPO = Path(__file__).resolve().parent.parent
 MERGING = (REPO / "docs" / "merging.md").read_text()
 MEDUSA = (REPO / "docs" / "medusa.md").read_text()
+EVALUATION = (REPO / "docs" / "evaluation.md").read_text()
+VERDICT = (REPO / "docs" / "verdict.md").read_text()
 README = (REPO / "README.md").read_text()
 QUESTION = '{"question_id": 1, "category": "math", "turns": ["one two"]}\n'
 RECIPE = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
@@ -77,11 +84,39 @@ def test_every_command_of_the_medusa_page_runs(workplace: Path) -> None:
         assert done.exit_code == 0, f"{line}: {done.output}"
 
 
+@pytest.mark.slow
+def test_every_command_and_the_suite_file_of_the_evaluation_pages_run(workplace: Path, shared: Path) -> None:
+    """As they stand, but on two questions a task; with the real datasets, from a local Hub."""
+    for number, name in enumerate(("MERGE", "PARENT")):
+        tiny_harness.model(workplace / name, seed=number, positions=512)
+    tiny_harness.task(workplace, "our_own")
+    datasets = workplace / "content" / "datasets"
+    for repo in ("allenai/ai2_arc", "baber/piqa", "allenai/openbookqa", "EleutherAI/lambada_openai"):
+        (datasets / repo).parent.mkdir(parents=True, exist_ok=True)
+        (datasets / repo).symlink_to(shared / "hub_seed" / "datasets" / repo)
+    seed(workplace / "hub", workplace / "content")
+    found = commands(EVALUATION) + commands(VERDICT)
+    assert len(found) == 3
+    with running_hub(workplace / "hub") as hub:
+        for line in found:
+            words = [*shlex.split(line)[1:], "--limit", "2"]
+            done = CliRunner().invoke(app, ["--home", "home", "--hub", hub.url, *words], catch_exceptions=False)
+            assert done.exit_code == 0, f"{line}: {done.output}"
+    assert json.loads((workplace / "scores.json").read_text())["comparison"] and (workplace / "scores.svg").is_file()
+    assert "Measured before and kept: MERGE and PARENT." in done.output  # by the first of the pages
+    [suite] = re.findall(r"^```yaml\n(.*?)^```", EVALUATION, re.MULTILINE | re.DOTALL)
+    (workplace / "ours.yml").write_text(suite)
+    assert [task.name for task in chosen("ours.yml").tasks] == ["arc_easy", "arc_challenge", "our_own"]
+
+
 def test_every_verb_and_path_the_documents_name_is_there() -> None:
     for line in commands(README):
         for part in line.partition("#")[0].split(";"):
             verb = part.split()[1]
             assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0, line
-    paths = re.findall(r"(?:bot|tests|docs|space|evaluators|benchmarks)/[\w./-]*[\w/]", README + MERGING + MEDUSA)
+    paths = re.findall(
+        r"(?:bot|tests|docs|space|evaluators|benchmarks)/[\w./-]*[\w/]",
+        README + MERGING + MEDUSA + EVALUATION + VERDICT,
+    )
     assert len(paths) > 10
     assert [path for path in paths if not any(REPO.glob(f"{path.rstrip('/')}*"))] == []
