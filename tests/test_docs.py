@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bot import localhub
 from bot.cli import app
-from bot.localhub import seed
 from bot.suite_file import chosen
 from tests import family
 from tests.evaluators import tiny_harness
@@ -94,7 +94,7 @@ def test_every_command_and_the_suite_file_of_the_evaluation_pages_run(workplace:
     for repo in ("allenai/ai2_arc", "baber/piqa", "allenai/openbookqa", "EleutherAI/lambada_openai"):
         (datasets / repo).parent.mkdir(parents=True, exist_ok=True)
         (datasets / repo).symlink_to(shared / "hub_seed" / "datasets" / repo)
-    seed(workplace / "hub", workplace / "content")
+    localhub.seed(workplace / "hub", workplace / "content")
     found = commands(EVALUATION) + commands(VERDICT)
     assert len(found) == 3
     with running_hub(workplace / "hub") as hub:
