@@ -43,7 +43,7 @@ tags:
 ---
 # Merges published by mergebot
 
-One line a merge: what it was made of, what lm-eval measured with standard errors, how fast it decodes with Medusa
+One line a merge: what it was made of, what lm-eval measured with 95 % intervals, how fast it decodes with Medusa
 heads, and the commit that holds exactly the measured bytes. Only rows with equal `ranking` are
 comparable: the same questions, asked the same way by the same version of lm-eval.
 """
@@ -51,10 +51,8 @@ comparable: the same questions, asked the same way by the same version of lm-eva
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One task's primary score of one model; a fraction, with its standard error where the harness gives one.
-
-    `interval` is its 95 % interval where the merge was compared with its parents.
-    """
+    """One task's primary score of one model; a fraction, with its standard error and its 95 % interval where the
+    harness gives a standard error."""
 
     model: str
     task: str
@@ -90,6 +88,7 @@ class Row:
     verdict: str | None = None  # what the merge is beside its parents, in words
     ranking: str | None = None  # `ModelEvaluation.board`; rows that lack it are told apart by their suite
     asked: str | None = None  # how, in words
+    average_interval: tuple[float, float] | None = None  # 95 %
 
     @property
     def ranked_in(self) -> str | None:
@@ -153,6 +152,7 @@ def row(job: Job, settings: Settings) -> Row:
         verdict=None if comparison is None else report.headline(comparison) or None,
         ranking=None if merged is None else merged.board,
         asked=None if merged is None else _asked(merged),
+        average_interval=None if merged is None else merged.average_interval95,
     )
 
 
@@ -196,7 +196,8 @@ def _measured(
     model: str, evaluation: ModelEvaluation, intervals: Mapping[str, tuple[float, float]]
 ) -> Iterable[Measured]:
     for score in evaluation.scores:
-        yield Measured(model, score.task, score.metric, score.value, score.stderr, intervals.get(score.task))
+        interval = intervals.get(score.task, score.interval95)
+        yield Measured(model, score.task, score.metric, score.value, score.stderr, interval)
 
 
 def _average(evaluation: ModelEvaluation) -> tuple[float | None, float | None]:

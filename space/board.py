@@ -22,7 +22,7 @@ WIDTHS = {
     "Model": "205px",
     "Method": "140px",
     "Sources": "180px",
-    "Average %": "110px",
+    "Average %": "140px",
     "Tokens / step": "96px",
     "Speedup": "150px",
     "Parameters": "116px",
@@ -216,7 +216,7 @@ def table_value(rows: Sequence[Row]) -> dict[str, Any]:
         "value": {"headers": headers, "data": values, "metadata": {"display_value": displayed}},
         "headers": headers,
         "datatype": types,
-        "column_widths": [WIDTHS.get(header, "112px") for header in headers],
+        "column_widths": [WIDTHS.get(header, "140px") for header in headers],
     }
 
 
@@ -229,13 +229,13 @@ def _cells(row: Row, tasks: Sequence[str]) -> list[tuple[Any, str]]:
     """Each cell as what it is sorted by and what is shown."""
     model = _model_cell(row)
     sources = ", ".join(source.rpartition("/")[2] for source in row.sources)
-    scores = [row.scores.get(task, (None, None)) for task in tasks]
+    scores = [(*row.scores.get(task, (None, None)), row.intervals.get((row.model, task))) for task in tasks]
     return [
         (model, model),
         (row.method, row.method),
         (sources, sources),
-        (_sorted(row.average), words.percent(row.average, row.average_stderr)),
-        *((_sorted(value), words.percent(value, stderr)) for value, stderr in scores),
+        (_sorted(row.average), words.scored(row.average, row.average_interval, row.average_stderr)),
+        *((_sorted(value), words.scored(value, interval, stderr)) for value, stderr, interval in scores),
         (_sorted(row.tokens_per_step), words.MISSING if row.tokens_per_step is None else f"{row.tokens_per_step:.2f}"),
         (_sorted(row.speedup), words.interval(row.speedup, row.speedup_ci)),
         (row.parameters, words.count(row.parameters)),
@@ -268,7 +268,7 @@ def _summary(board: Board, kept: int) -> Markup:
     picked = f"{kept} of {told}" if kept != len(board.rows) else told
     several = len(rankings(board.rows)) > 1
     mixed = " Merges that were measured otherwise stand in a table of their own." if several else ""
-    note = tag("p", picked, ". Scores by lm-eval, percent ± one standard error.", mixed, class_="fine")
+    note = tag("p", picked, ". Scores by lm-eval, percent with 95\u00a0% intervals.", mixed, class_="fine")
     return join([refused(board.stale) if board.stale else None, note if board.rows else None])
 
 

@@ -20,7 +20,7 @@ ROW_PX = 62
 
 
 def quality_speed(rows: Sequence[Row], chosen: Row | None) -> go.Figure | None:
-    """Average score against speedup, with both uncertainties; None when no row has both."""
+    """Average score against speedup, with the 95 % intervals of both; None when no row has both."""
     shown = [row for row in rows if row.average is not None and row.speedup is not None]
     if not shown:
         return None
@@ -37,17 +37,23 @@ def quality_speed(rows: Sequence[Row], chosen: Row | None) -> go.Figure | None:
 
 def _points(rows: Sequence[Row], name: str, colour: str, size: int) -> go.Scatter:
     bounds = [row.speedup_ci or (row.speedup or 0.0, row.speedup or 0.0) for row in rows]
-    speeds = [row.speedup or 0.0 for row in rows]
+    speeds, averages = [row.speedup or 0.0 for row in rows], [row.average or 0.0 for row in rows]
+    ends = [row.average_interval or (at, at) for row, at in zip(rows, averages, strict=True)]
     return go.Scatter(
         x=speeds,
-        y=[100 * (row.average or 0.0) for row in rows],
+        y=[100 * at for at in averages],
         error_x={
             "type": "data",
             "array": [high - at for at, (_, high) in zip(speeds, bounds, strict=True)],
             "arrayminus": [at - low for at, (low, _) in zip(speeds, bounds, strict=True)],
             **_whisker(colour),
         },
-        error_y={"type": "data", "array": [100 * (row.average_stderr or 0.0) for row in rows], **_whisker(colour)},
+        error_y={
+            "type": "data",
+            "array": [100 * (high - at) for at, (_, high) in zip(averages, ends, strict=True)],
+            "arrayminus": [100 * (at - low) for at, (low, _) in zip(averages, ends, strict=True)],
+            **_whisker(colour),
+        },
         mode="markers",
         name=name,
         marker={
@@ -66,7 +72,7 @@ def _hover(row: Row) -> str:
     lines = (
         f"<b>{escape(row.model)}</b>",
         escape(row.method),
-        f"average {words.percent(row.average, row.average_stderr)} %",
+        f"average {words.scored(row.average, row.average_interval, row.average_stderr)} %",
         f"speed {words.interval(row.speedup, row.speedup_ci)}",
     )
     return "<br>".join(lines)

@@ -18,6 +18,11 @@ def percent(value: float | None, stderr: float | None = None) -> str:
     return shown if stderr is None else f"{shown} ± {100 * stderr:.1f}"
 
 
+def scored(value: float | None, interval: tuple[float, float] | None, stderr: float | None) -> str:
+    """A fraction as percent with its 95 % interval, else with its standard error: `97.5 (87.1–99.6)`, `83.1 ± 2.2`."""
+    return percent(value, stderr) if value is None or interval is None else within(value, interval)
+
+
 def within(value: float, interval: tuple[float, float]) -> str:
     """A fraction as percent with its 95 % interval: `97.5 (87.1–99.6)`."""
     return f"{100 * value:.1f} ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"

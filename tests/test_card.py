@@ -280,6 +280,9 @@ def test_the_board_is_a_function_of_the_facts() -> None:
     assert first == second
     row = leaderboard.row(job(), SETTINGS)
     assert row.average == pytest.approx(0.55)
+    half = 1.959964 * (0.06**2 + 0.07**2) ** 0.5 / 2
+    assert row.average_interval == pytest.approx((0.55 - half, 0.55 + half))
+    assert row.intervals["org/b", "right"] == pytest.approx((0.8216, 0.9784), abs=1e-4)
     assert row.average_stderr == pytest.approx((0.06**2 + 0.07**2) ** 0.5 / 2)
     assert row.scores == {"left": (0.8, 0.06), "right": (0.3, 0.07)}
     assert row.source_scores["org/b"]["right"] == (0.9, 0.04)

@@ -68,7 +68,7 @@ def test_every_tab_shows_its_content(space: Space, open_page: OpenPage) -> None:
     expect(page.locator("#jobs")).to_contain_text("weighted-early-layers")
     expect(page.locator("#jobs progress").first).to_be_visible()
     tab(page, "Leaderboard")
-    expect(page.locator("#board")).to_contain_text("70.5 ± 3.5")
+    expect(page.locator("#board")).to_contain_text("70.5 (63.5–76.5)")
     expect(page.locator("#quality-speed .js-plotly-plot")).to_be_visible()
     expect(page.locator("#parents .js-plotly-plot")).to_be_visible()
 

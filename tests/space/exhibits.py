@@ -15,6 +15,7 @@ from bot.queue import Queue
 from bot.request import EvaluateOptions, MergeRequest, Origin
 from evaluators import comparison
 from evaluators.harness.scores import Environment, ModelEvaluation
+from evaluators.paired import proportion_interval
 from evaluators.vitals import Vitals
 from tests.evaluators import stored
 from tests.merge.tiny_checkpoints import llama_tensors, save
@@ -100,6 +101,7 @@ def _row(
         device="cpu" if scores else None,
         average=sum(scores) / 2 if scores else None,
         average_stderr=0.035 if scores else None,
+        average_interval=(sum(scores) / 2 - 0.07, sum(scores) / 2 + 0.06) if scores else None,
         results=tuple(results),
         tokens_per_step=tokens_per_step,
         plain_tokens_per_s=21.4 if speedup else None,
@@ -111,7 +113,14 @@ def _row(
 
 def _measured(model: str, scores: tuple[float, float]) -> list[Measured]:
     return [
-        Measured(model, task, "acc", value, round((value * (1 - value) / 80) ** 0.5, 4))
+        Measured(
+            model,
+            task,
+            "acc",
+            value,
+            round((value * (1 - value) / 80) ** 0.5, 4),
+            proportion_interval(round(80 * value), 80),
+        )
         for task, value in zip(TASKS, scores, strict=True)
     ]
 

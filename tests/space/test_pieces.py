@@ -75,6 +75,9 @@ def test_only_web_addresses_become_links(address: str | None) -> None:
     ("told", "expected"),
     [
         (words.percent(0.831, 0.0223), "83.1 ± 2.2"),
+        (words.scored(0.831, (0.75, 0.9), 0.0223), "83.1 (75.0–90.0)"),
+        (words.scored(0.831, None, 0.0223), "83.1 ± 2.2"),
+        (words.scored(None, (0.75, 0.9), None), "–"),
         (words.percent(None), "–"),
         (words.interval(1.84, (1.79, 1.9)), "1.84× (1.79–1.90)"),
         (words.count(134_515_008), "134.5 M"),
@@ -149,7 +152,7 @@ def test_the_table_sorts_by_numbers_and_shows_them_with_their_errors() -> None:
     assert len(headers) == len(value["datatype"]) == len(value["column_widths"]) == len(rows[0]) == len(shown[0])
     at = headers.index("Average %")
     assert rows[0][at] == pytest.approx(0.705)
-    assert shown[0][at] == "70.5 ± 3.5"
+    assert shown[0][at] == "70.5 (63.5–76.5)"
     assert all(isinstance(row[at], float) for row in rows)
 
 
