@@ -30,6 +30,9 @@ def evaluate(
     limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Write JSON here, and a picture.", metavar="FILE")] = None,  # noqa: UP045
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    first_look: Annotated[
+        bool, typer.Option(help="Look whether the models speak, and refuse one that talks nonsense.")
+    ] = True,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Ask through the models' chat templates; all have to have one.")
     ] = False,
@@ -41,18 +44,29 @@ def evaluate(
 ) -> None:
     """Measure a model with lm-eval, and its parents beside it. Stopped half-way, the same command continues."""
     from bot import evaluation_screen, judgement, operator, screens, suite_file
+    from bot.evaluator_errors import translated
     from evaluators.harness.conditions import Conditions, Question
 
     asked = suite_file.chosen(suite, task or ())
     conditions = Conditions(limit, seed, device, dtype, batch_size, chat_template, backend)
+    with translated():
+        conditions.check()
     configured = context.obj()
     if out is not None:
         operator.require_writable(out, overwrite=overwrite)
     try:
         with screens.progress() as shown:
-            evaluated = operator.evaluate(
-                [model, *(against or ())], Question(asked, conditions), configured, shown, evaluation_screen.estimate
-            )
+            models = operator.whole_models([model, *(against or ())], configured, shown)
+            looks = {}
+            if first_look:
+                looks = judgement.first_look(models, model, configured, shown, device=device, dtype=dtype)
+            question = Question(asked, conditions)
+            evaluated = operator.evaluate(models, question, configured, shown, evaluation_screen.estimate)
+    except Failed as failed:
+        if failed.code != "MODEL_NONSENSE":
+            raise
+        advice = "Merge with smaller weights or another method, or add --no-first-look to measure it all the same."
+        raise Failed(failed.code, failed.message, advice) from failed
     except KeyboardInterrupt:
         raise Failed(
             "CANCELLED", "Stopped; what is measured so far is kept.", "Run the same command again to go on."
@@ -61,6 +75,7 @@ def evaluate(
     comparison, why_not = judgement.compared(
         found[model], {name: each for name, each in found.items() if name != model}, configured
     )
+    evaluation_screen.first_look(looks)
     evaluation_screen.evaluations(evaluated, comparison, why_not)
     if out is not None:
-        evaluation_screen.written(operator.write_evaluations(out, found, comparison, configured))
+        evaluation_screen.written(operator.write_evaluations(out, found, comparison, looks, configured))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bot.merge.execution.sizes import in_units
 from bot.screens import console
+from evaluators import vitals
 from evaluators.comparison import report
 from evaluators.comparison.verdict import Outcome
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from evaluators.comparison.verdict import Comparison
     from evaluators.harness import Estimate
     from evaluators.harness.scores import ModelEvaluation
+    from evaluators.vitals import Vitals
 
 _SCORE = (("score", 7), ("95 % interval", 16))
 _DIFFERENCE = (("difference", 12), ("95 % interval", 18), ("p", 9))
@@ -41,6 +43,20 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def first_look(looks: Mapping[str, Vitals]) -> None:
+    """What was seen before the tasks, a column a model."""
+    if not looks:
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("first look", no_wrap=True)
+    for name in labels(list(looks)).values():
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for title, *cells in zip(vitals.COLUMNS, *map(vitals.cells, looks.values()), strict=True):
+        table.add_row(title, *cells)
+    console.print(table)
+    console.print()
 
 
 def evaluations(evaluated: Evaluated, comparison: Comparison | None, why_not: str) -> None:

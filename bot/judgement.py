@@ -11,7 +11,7 @@ from bot.measure import measures_nothing
 from bot.progress import Show
 from bot.request import EvaluateOptions
 from bot.settings import Settings
-from evaluators import comparison, vitals
+from evaluators import comparison, memory, vitals
 from evaluators.comparison.verdict import Comparison
 from evaluators.errors import EvaluationError
 from evaluators.harness.scores import ModelEvaluation
@@ -40,17 +40,35 @@ def vital_signs(
     if measures_nothing(asked):
         return {}
     models = [source for source in sources if not source.adapter]
-    folders = {str(source): settings.source_folder(source.repo, source.revision) for source in models}
+    folders = {str(source): (settings.source_folder(source.repo, source.revision), str(source)) for source in models}
+    found = first_look({**folders, "": (out, manifest)}, "", settings, report, device=settings.device)
+    return {"": found.pop(""), **found}
+
+
+def first_look(
+    models: Mapping[str, tuple[Path, str]],
+    judged: str,
+    settings: Settings,
+    report: Show,
+    *,
+    device: str,
+    dtype: str = "auto",
+) -> dict[str, Vitals]:
+    """A look at each model, by name its folder and what stands for its bytes; those known from before are not loaded.
+
+    Raises Failed as `vital_signs` where `judged` is not fit for tasks, measured by the others, and MEMORY_LIMIT.
+    """
     found: dict[str, Vitals] = {}
     with translated():
-        for place, (name, folder) in enumerate({**folders, "": out}.items()):
-            report("Looking whether the models speak", place, len(folders) + 1)
-            identity, cache = name or manifest, settings.evaluations
-            signs = vitals.stored(cache, identity, device=settings.device)
+        for place, (name, (folder, identity)) in enumerate(models.items()):
+            report("Looking whether the models speak", place, len(models))
+            cache = settings.evaluations
+            signs = vitals.stored(cache, identity, device=device, dtype=dtype)
             if signs is None and (folder / "config.json").is_file():  # a source that was measured before may be gone
-                signs = vitals.of_folder(folder, cache=cache, device=settings.device, model_identity=identity)
+                memory.require_memory(folder, dtype, device, settings.memory_limit_bytes)
+                signs = vitals.of_folder(folder, cache=cache, device=device, dtype=dtype, model_identity=identity)
             if signs is not None:
                 found[name] = signs
-        parents = {name: each for name, each in found.items() if name}
-        vitals.require_sound(found[""], [*parents.values()])
-    return {"": found[""], **parents}
+        report("Looking whether the models speak", len(models), len(models))
+        vitals.require_sound(found[judged], [signs for name, signs in found.items() if name != judged])
+    return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from bot import outputs, sources, verification
 from bot.errors import Failed, Refused
+from bot.evaluator_errors import translated
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.pickled import pickles
 from bot.merge.planning import plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from evaluators.harness import Estimate
     from evaluators.harness.conditions import Question
     from evaluators.harness.scores import ModelEvaluation
+    from evaluators.vitals import Vitals
 
 
 def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
@@ -163,13 +165,31 @@ class Evaluated:
     known: frozenset[str]
 
 
-def evaluate(
-    models: Sequence[str], put: Question, settings: Settings, report: Show, told: Callable[[str, Estimate], None]
-) -> Evaluated:
-    """Every model's evaluation, asked alike; those that are stored are not made again.
+def whole_models(names: Sequence[str], settings: Settings, report: Show) -> dict[str, tuple[Path, str]]:
+    """By name each model's folder, and what stands for its bytes: a commit, or a digest of them.
 
-    `told` hears what each will take. Raises Failed as the harness does; Refused for a model that is neither a folder
-    nor a repo.
+    Raises Refused for a name that is neither a folder nor a repo, Failed MODEL_UNLOADABLE for a folder without one.
+    """
+    from evaluators.harness.conditions import content_digest
+
+    found = {}
+    for name in dict.fromkeys(names):
+        folder, identity = _whole_model(name, settings, report)
+        with translated():
+            found[name] = folder, identity or content_digest(folder)
+    return found
+
+
+def evaluate(
+    models: Mapping[str, tuple[Path, str]],
+    put: Question,
+    settings: Settings,
+    report: Show,
+    told: Callable[[str, Estimate], None],
+) -> Evaluated:
+    """The evaluation of every one of `whole_models`, asked alike; those that are stored are not made again.
+
+    `told` hears what each will take. Raises Failed as the harness does.
     """
     from bot import measure
 
@@ -180,8 +200,7 @@ def evaluate(
         asked.add(model)
         told(model, ahead)
 
-    for model in dict.fromkeys(models):
-        folder, identity = _whole_model(model, settings, report)
+    for model, (folder, identity) in models.items():
         scratch = settings.scratch / "evaluate"
         found[model] = measure.evaluate(
             folder, model, put, settings, scratch, report, identity, functools.partial(begun, model)
@@ -201,10 +220,14 @@ def require_writable(file: Path, *, overwrite: bool) -> None:
 
 
 def write_evaluations(
-    file: Path, found: Mapping[str, ModelEvaluation], comparison: Comparison | None, settings: Settings
+    file: Path,
+    found: Mapping[str, ModelEvaluation],
+    comparison: Comparison | None,
+    looks: Mapping[str, Vitals],
+    settings: Settings,
 ) -> list[Path]:
-    """The evaluations as JSON, the model's own first, each with the folder of its samples; and the comparison, which
-    is also drawn, beside the file. Returns what was written."""
+    """The evaluations as JSON, the model's own first, each with the folder of its samples; the first looks, and the
+    comparison, which is also drawn, beside the file. Returns what was written."""
     from evaluators.harness.results import folder_of
     from evaluators.pictures.score_figure import figure
 
@@ -223,6 +246,7 @@ def write_evaluations(
             }
             for name, each in found.items()
         },
+        "first_look": {name: signs.as_dict() for name, signs in looks.items()},
         "comparison": None if comparison is None else comparison.named(model).as_dict(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -93,8 +93,13 @@ def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json
     assert max(map(len, table.splitlines())) <= 80
     assert "would be missed in more than one of five such measurements" in words and "parent" not in words
     assert "Same answer as first, right or wrong: " in words
-    assert "asked as plain text, seed 0." in words and "Measured now: merge, first and second." in words
+    assert re.search(r"first look merge first second perplexity \(bits a byte\) \d", words) and "looping" in words
+    assert (
+        "asked as plain text, seed 0." in words
+        and "Measured now: merge and second. Measured before and kept: first." in words
+    )
     told = json.loads((place / "out.json").read_text())
+    assert list(told["first_look"]) == [told["model"], *told["against"]]
     assert told["suite"] == "mine" and told["model"] == str(place / "merge") and len(told["against"]) == 2
     found = {name: ModelEvaluation.from_dict(_stored(each)) for name, each in told["evaluations"].items()}
     assert {each.suite_digest for each in found.values()} == {told["suite_digest"]}
@@ -124,6 +129,16 @@ def test_what_was_measured_once_is_not_measured_again(place: Path, shown: str) -
     done = run(place, str(place / "first"), "--against", str(place / "merge"), "--suite", str(place / "mine.yml"))
     assert done.exit_code == 0 and len(measured(place)) == before
     assert "Measured before and kept: first and merge." in " ".join(done.output.split())
+
+
+def test_a_model_that_talks_nonsense_is_refused_before_any_task_and_measured_only_when_asked(place: Path) -> None:
+    words = (str(place / "merge"), "--suite", str(place / "mine.yml"))
+    with pytest.raises(Failed) as caught:  # random weights: alone, no better than a blind guess
+        run(place, *words)
+    assert caught.value.code == "MODEL_NONSENSE" and "--no-first-look" in caught.value.next_step
+    with pytest.raises(Failed) as caught:
+        run(place, *words, "--against", str(place))
+    assert caught.value.code != "MODEL_NONSENSE"  # a name that is no model is found before anything is looked at
 
 
 def test_a_file_of_scores_is_not_overwritten_unasked(place: Path, tmp_path: Path) -> None:
@@ -174,7 +189,7 @@ def asking(parent: psutil.Process) -> list[psutil.Process]:
 @pytest.mark.slow
 def test_ctrl_c_ends_the_process_that_evaluates_and_says_how_to_go_on(place: Path) -> None:
     command = [sys.executable, "-m", "bot.cli", "--home", str(place / "stopped"), "--hub", "http://127.0.0.1:9"]
-    command += ["evaluate", str(place / "merge"), "--suite", str(place / "mine.yml")]
+    command += ["evaluate", str(place / "merge"), "--suite", str(place / "mine.yml"), "--no-first-look"]
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         parent = psutil.Process(process.pid)
         while not (children := asking(parent)) and process.poll() is None:
