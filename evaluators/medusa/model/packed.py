@@ -7,8 +7,9 @@ decoding loops gain. Every weight is then there twice. Measured in benchmarks/RE
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def pack(base: Base, free_bytes: int | None = None) -> str | None:
         return f"oneDNN packs no weights of type {str(base.dtype).removeprefix('torch.')}"
     layers = [module for module in base.model.modules() if _kind(module) is not None]
     needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    free = _free_bytes() if free_bytes is None else free_bytes
+    free = free_memory(base.device) if free_bytes is None else free_bytes
     if free is not None and needed > LARGEST_SHARE * free:
         return f"packed weights need {needed >> 20} MiB more, and {free >> 20} MiB are free"
     try:
@@ -71,6 +72,18 @@ def unpack(base: Base) -> None:
         if _kind(module) is not None:
             module.__dict__.pop("forward", None)
     base.execution = "eager"
+
+
+@contextlib.contextmanager
+def unpacked(base: Base) -> Iterator[None]:
+    """While it lasts the base multiplies by torch's own products; what was laid out before is kept."""
+    layers = [module for module in base.model.modules() if _kind(module) is not None]
+    kept = [(layer, layer.__dict__.pop("forward")) for layer in layers if "forward" in vars(layer)]
+    try:
+        yield
+    finally:
+        for layer, forward in kept:
+            layer.forward = forward
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:
@@ -104,7 +117,10 @@ def _agrees(layer: Any) -> bool:
     return close(layer(x).float(), type(layer).forward(layer, x).float(), tolerance)
 
 
-def _free_bytes() -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that nobody uses on the device; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

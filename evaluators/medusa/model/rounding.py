@@ -1,57 +1,103 @@
-"""How near two logits must be for rounding alone to decide between them.
+"""Whether rounding alone can have chosen a token that plain decoding did not choose.
 
-The same token computed alone and among others goes through other kernels. In float32 that moves its logits by less than
-a constant; in 16 bit it can move them by more than the distance between the two best, so there it is measured.
+In 16 bit a token that is computed among others goes through other kernels than alone, and two logits that lie near one
+another may change places. How near cannot be asked of the computation that is under suspicion: the judge is the same
+model with the same weights in float32, over the whole text at once, without a cache and without a tree.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 
-TIE_GAP = 1e-3
-NOISE_TOKENS = 8
+FLOAT32_TIE = 1e-3
+# Standard deviations of the difference of two errors: measured over all pairs, the largest was under three.
+REACH = 4 * math.sqrt(2)
+LARGEST_SHARE = 0.8  # of the free memory
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def tie_limit(base: Base, ids: Sequence[int]) -> float:
-    """The largest gap between the two best logits after `ids` that counts as a tie.
+def doubts(
+    base: Base, prompt: Sequence[int], chosen: Sequence[int], since: int = 0, rival: int | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """How far below the best token in float32 each token of the answer `chosen` lies from index `since` on [n], and
+    how far rounding reaches there [n]. A `rival` is a token that another way of decoding chose at `since`: there the
+    worse of the two counts.
 
-    In 16 bit: twice what it changes here in the gap of the two best to read the last tokens together instead of one by
-    one; twice, because the gap that is held against it is itself computed in one of these ways. At least the step of
-    the type at the best logit, by which a single rounding moves it.
+    Rounding chose only what lies within its reach: what separates two tokens whose errors are each as large as those
+    of this model are here. That is the standard deviation, over the vocabulary, of what 16 bit changes in the logits
+    of plain text (one shift of all decides nothing), four times that of a difference of two; and one step of the type
+    at the best logit. A wrong mask, cache or acceptance changes neither pass over plain text, so it cannot widen the
+    reach that it is held against. In float32 the reach is a constant.
+
+    None where nobody can tell: float32 weights do not fit into memory, or the text reaches the line at which the rope
+    changes its angles, and one pass over all of it is another computation than step after step.
     """
-    if base.dtype == torch.float32:
-        return TIE_GAP
-    rest, last = list(ids[:-NOISE_TOKENS]), torch.tensor([list(ids[-NOISE_TOKENS:])], device=base.device)
-    together = base.run(last, past_key_values=_read(base, rest), use_cache=True)[1][0].float()
-    cache = _read(base, rest)
-    singly = torch.stack(
-        [base.run(last[:, [at]], past_key_values=cache, use_cache=True)[1][0, -1] for at in range(last.shape[1])]
-    ).float()
-    best = singly.topk(2).indices
-    moved = (_apart(together, best) - _apart(singly, best)).abs().max()
-    return max(TIE_GAP, 2 * float(moved), _last_place(float(singly[-1].max()), base.dtype))
+    text = [*prompt, *chosen[:-1]]
+    kind, line = base.rope
+    if kind in ("longrope", "dynamic") and line is not None and len(text) >= line:
+        return None
+    ids = torch.tensor([text], device=base.device)
+    first = len(prompt) + since - 1
+    as_run = _logits(base, ids, first) if base.dtype in HALVES else None
+    try:
+        with in_float32(base):
+            exact = _logits(base, ids, first)
+    except MemoryError:
+        return None
+    best = exact.max(-1).values
+    tokens = torch.tensor(list(chosen[since:]), device=base.device)
+    gaps = best - exact.gather(-1, tokens[:, None])[:, 0]
+    if rival is not None:
+        gaps[0] = torch.maximum(gaps[0], best[0] - exact[0, rival])
+    if as_run is None:
+        return gaps, torch.full_like(gaps, FLOAT32_TIE)
+    return gaps, REACH * (as_run - exact).std(-1) + step(best, base.dtype)
 
 
-def _last_place(value: float, dtype: torch.dtype) -> float:
-    """The distance of the numbers of this type next to `value`: two that are no further apart may be one number
-    rounded twice."""
-    return 0.0 if value == 0 else 2.0 ** math.floor(math.log2(abs(value))) * torch.finfo(dtype).eps
+@contextlib.contextmanager
+def in_float32(base: Base, free_bytes: int | None = None) -> Iterator[None]:
+    """While it lasts the base computes in float32, by torch's own products, with the weights that it has.
+
+    `free_bytes` is the memory there is, None asks the system. Raises MemoryError where the copies do not fit.
+    """
+    tensors = [
+        tensor for tensor in itertools.chain(base.model.parameters(), base.model.buffers()) if tensor.dtype in HALVES
+    ]
+    needed = sum(4 * tensor.numel() for tensor in tensors)
+    free = packed.free_memory(base.device) if free_bytes is None else free_bytes
+    if free is not None and needed > LARGEST_SHARE * free:
+        raise MemoryError(f"float32 weights need {needed >> 20} MiB, and {free >> 20} MiB are free")
+    narrow = [tensor.data for tensor in tensors]
+    try:
+        with packed.unpacked(base):
+            for tensor in tensors:
+                tensor.data = tensor.data.float()
+            yield
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
+    finally:
+        for tensor, data in zip(tensors, narrow, strict=True):
+            tensor.data = data
 
 
-def _apart(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """[N, V] and two token ids a row [N, 2] -> how far the first lies above the second [N]."""
-    found = logits.gather(-1, best)
-    return found[:, 0] - found[:, 1]
+def _logits(base: Base, ids: Tensor, first: int) -> Tensor:
+    """Logits [n, V] in float32 after the tokens of `ids` from index `first` on, in one pass over plain text."""
+    hidden, _ = base.run(ids, project=False, use_cache=False)
+    return base.logits(hidden[0, first:]).float()
 
 
-def _read(base: Base, ids: Sequence[int]) -> object:
-    cache = base.new_cache()
-    if ids:
-        base.run(torch.tensor([list(ids)], device=base.device), project=False, past_key_values=cache, use_cache=True)
-    return cache
+def step(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between numbers of this type next to each of `values`."""
+    return torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=1e-30))))

@@ -20,7 +20,6 @@ from evaluators.medusa.decoding.decode import Clock, Limits, Trace, medusa, plai
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.model.rounding import tie_limit
 from evaluators.medusa.speed.report import sentence as sentence
 from evaluators.medusa.training.data import Dialogue
 from evaluators.medusa.training.prompt_sets import Prompt
@@ -61,16 +60,6 @@ class Block:
     question: Question
     plain: tuple[Trace, ...]
     runs: dict[str, tuple[Trace, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """Where a candidate first left the plain text. `gap` is plain's top-1 minus top-2 logit there."""
-
-    prompt: str
-    index: int
-    gap: float
-    tie: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,26 +277,3 @@ def clocks_disagree(blocks: Sequence[Block], candidate: str) -> bool:
     traces = [trace for block in blocks for trace in (*block.plain, *block.runs[candidate])]
     outside_s = sum(t.decode.wall_s - t.draft_s - t.forward_s - t.accept_s for t in traces)
     return error is not None and error >= IDENTITY_LIMIT and outside_s > IDENTITY_FLOOR_S
-
-
-def divergences(base: Base, blocks: Sequence[Block], candidate: str, tie_gap: float | None = None) -> list[Divergence]:
-    """First differences between candidate and plain, each judged by how near plain's choice was to a tie."""
-    found = []
-    for block in blocks:
-        want = block.plain[0].tokens
-        for got in (trace.tokens for trace in block.runs[candidate]):
-            if got != want:
-                index = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
-                at = min(len(got), len(want)) if index is None else index
-                before = [*block.question.ids, *want[:at]]
-                gap, limit = _gap(base, before), tie_limit(base, before) if tie_gap is None else tie_gap
-                found.append(Divergence(block.question.prompt.id, at, gap, gap <= limit))
-                break
-    return found
-
-
-@torch.no_grad()
-def _gap(base: Base, ids: Sequence[int]) -> float:
-    _, logits = base.run(torch.tensor([list(ids)], device=base.device), last_only=True, use_cache=False)
-    best = logits[0, -1].float().topk(2).values
-    return float(best[0] - best[1])

@@ -181,6 +181,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         versus=versus,
         max_new_tokens=limits.max_new_tokens,
         seed=run.seed,
+        deadline=run.started + run.budget_s,
     )
     head_rows.write(run.report, measured)
 

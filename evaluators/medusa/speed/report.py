@@ -157,10 +157,12 @@ def sentence(report: Mapping[str, Any]) -> str:
 
 def _exactness(exact: Mapping[str, Any], dtype: str | None) -> str:
     said = f"Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} questions"
-    ties = sum(each["tie"] for each in exact["divergences"])
-    if not ties:
-        return f"{said}."
-    return f"{said}; on {ties} it left it where rounding in {dtype} decides between two tokens."
+    ties, unjudged = ({each["prompt"] for each in exact["divergences"] if each["tie"] is tie} for tie in (True, None))
+    if ties:
+        said += f"; on {len(ties)} it left it where rounding in {dtype} decides between two tokens"
+    if unjudged:
+        said += f"; on {len(unjudged)} it left it, and whether rounding in {dtype} explains that was not checked"
+    return f"{said}."
 
 
 def _trained(training: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from evaluators import repetition
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench, calibrate, report
+from evaluators.medusa.speed import baselines, bench, calibrate, exactness, report
 from evaluators.medusa.speed.transfer import HeadSet
 from evaluators.medusa.training import data
 from evaluators.medusa.trees.tree import Tree
@@ -32,7 +32,7 @@ class Measured:
     """Everything a report is written from. `features` has the splits timed, and held_out: with the calibration's.
 
     `reference` is the set made for this model, `floor` untrained heads of its shape, `common` the tree all are
-    compared at.
+    compared at. Past `deadline` (time.monotonic) no more than must be is still looked at.
     """
 
     base: Base
@@ -46,6 +46,7 @@ class Measured:
     versus: Sequence[baselines.Versus]
     max_new_tokens: int
     seed: int
+    deadline: float | None = None
 
     @property
     def best(self) -> Scored:
@@ -230,19 +231,27 @@ def _flag_loops(into: Row, blocks: Sequence[bench.Block]) -> None:
 
 
 def _exact(into: Row, m: Measured, name: str) -> Row:
-    found = bench.divergences(m.base, m.blocks, name)
-    wrong = [divergence for divergence in found if not divergence.tie]
+    found = exactness.divergences(m.base, m.blocks, name, m.deadline)
+    wrong = {each.question for each in found if each.tie is False}
     if wrong:
         into["refusal"] = (
-            f"speculating changed the greedy text of {len(wrong)} of {len(m.blocks)} questions without a tie."
+            f"speculating changed the greedy text of {len(wrong)} of {len(m.blocks)} questions, and rounding does not "
+            "explain it."
         )
     return {
         "prompts": len(m.blocks),
-        "equal": len(m.blocks) - len(found),
+        "equal": len(m.blocks) - len({each.question for each in found}),
         "divergences": [
-            {"prompt": d.prompt, "index": d.index, "gap": round(d.gap, 6), "tie": d.tie} for d in found
+            {
+                "prompt": each.prompt,
+                "index": each.index,
+                "gap": rounded(each.gap),
+                "limit": rounded(each.limit),
+                "tie": each.tie,
+            }
+            for each in found
         ],
-    }  # fmt: skip
+    }
 
 
 def _categories(m: Measured, candidate: str, clock: bench.ClockName) -> list[Row]:

@@ -16,11 +16,12 @@ from torch import Tensor
 from evaluators.errors import EvaluationError
 from evaluators.medusa.model import growing
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.model.rounding import tie_limit
+from evaluators.medusa.model.rounding import doubts, step
 from evaluators.medusa.training.store import Rows
 
 LEAST_AGREEMENT = 0.995
 NEAR_TIE = 1e-2
+UNJUDGED_STEPS = 4
 IGNORED = -100
 PILOT_ROWS = 12
 PILOT_TOKENS = 24
@@ -217,13 +218,16 @@ def replay(base: Base, dialogue: Dialogue) -> tuple[Tensor, float, float]:
     text = torch.tensor([[*dialogue.prompt, *dialogue.output[:-1]]], device=base.device)
     hidden, _ = base.run(text, project=False, use_cache=False)
     rows = hidden[0, len(dialogue.prompt) - 1 :]
-    near = max(NEAR_TIE, tie_limit(base, text[0].tolist()))
-    logits = base.logits(rows).float()
-    said = torch.tensor(dialogue.output, device=base.device)
-    behind = logits.max(-1).values - logits.gather(-1, said[:, None])[:, 0]
+    known = doubts(base, dialogue.prompt, dialogue.output)
+    if known is None:  # the model's own arithmetic has to do
+        logits = base.logits(rows).float()
+        best = logits.max(-1).values
+        said = torch.tensor(dialogue.output, device=base.device)
+        known = best - logits.gather(-1, said[:, None])[:, 0], UNJUDGED_STEPS * step(best, base.dtype)
+    behind, near = known
     kept = dialogue.hidden.to(rows)
     difference = float((rows - kept).abs().max() / kept.std().clamp_min(1e-6))
-    return rows, float((behind <= near).float().mean()), difference
+    return rows, float((behind <= near.clamp_min(NEAR_TIE)).float().mean()), difference
 
 
 def check(base: Base, dialogues: Sequence[Dialogue], sample: int = 2) -> float:

@@ -20,7 +20,6 @@ from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.model.rounding import TIE_GAP, tie_limit
 from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, report, rows, transfer
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.training import data, prompt_sets, simulation, train
@@ -158,22 +157,6 @@ def test_the_second_turn_continues_the_plain_answer_and_counts_with_its_first() 
     both = [block("a", (2.0, 2.0), 1.0), block("a", (2.0, 2.0), 3.0)]
     ratio = bench.speedup(both, "fresh", "wall")
     assert ratio is not None and ratio.interval is None, "two turns of one prompt are one question"
-
-
-class Rounding(Base):
-    """In 16 bit; tokens that are read together get other logits, as kernels for several rows may give."""
-
-    def run(self, ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, logits = super().run(ids, **kwargs)
-        return hidden, logits + 0.25 * (torch.arange(logits.shape[-1]) % 7 if ids.shape[1] > 1 else 0.0)
-
-
-def test_a_tie_in_sixteen_bits_is_what_this_machine_rounds_by() -> None:
-    assert tie_limit(tiny.base("llama"), (1, 2, 3)) == TIE_GAP
-    made = tiny.model("llama").to(torch.bfloat16)
-    assert TIE_GAP <= tie_limit(Base(made, tiny.tokenizer()), range(1, 12)) < 1
-    limit = tie_limit(Rounding(made, tiny.tokenizer()), range(1, 12))
-    assert 0.5 <= limit <= 2 * 0.25 * 6 + 0.5, "twice what reading together changes in the gap of the two best"
 
 
 def test_what_is_spoken_while_timing_is_text_to_judge_any_heads_on() -> None:
