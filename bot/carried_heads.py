@@ -27,17 +27,15 @@ def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, Pub
     `measured` is the folder of the speed test. Returns the files by their names in the repo; none where no heads were
     trained, where the report is refused, or where they are larger than anybody would fetch.
     """
-    shutil.rmtree(into, ignore_errors=True)
-    if speed.get("refusal"):
-        return {}
-    rows = {row["id"]: row for row in speed["candidates"]}
-    name = speed["chosen"] if speed["chosen"] in FOLDERS else "fresh"
-    source = measured / FOLDERS[name]
-    if not _worth_carrying(source, rows.get(name)):
-        return {}
     from evaluators.medusa.formats import write_json
     from evaluators.medusa.formats.carried import put_code
+    from evaluators.medusa.speed import conclusions
 
+    shutil.rmtree(into, ignore_errors=True)
+    name = conclusions.carried(speed, FOLDERS)
+    if name is None or not _fetchable(measured / FOLDERS[name] / WEIGHTS):
+        return {}
+    source = measured / FOLDERS[name]
     heads = into / CARRIED
     heads.mkdir(parents=True)
     for file in (WEIGHTS, *SMALL_FILES):
@@ -45,18 +43,16 @@ def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, Pub
             shutil.copyfile(source / file, heads / file)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("base_model_name_or_path", None)  # a path of this machine; the base is the repo they stand in
-    if paths := rows[name]["tree"]["paths"]:
+    row = next(row for row in speed["candidates"] if row["id"] == name)
+    if paths := row["tree"]["paths"]:
         config["mergebot_tree"] = paths
     write_json(heads / "config.json", config)
     put_code(into)
     return {path.relative_to(into).as_posix(): _fact(path) for path in sorted(into.rglob("*")) if path.is_file()}
 
 
-def _worth_carrying(source: Path, row: Mapping[str, Any] | None) -> bool:
-    if row is None or row["absent_because"] is not None or not (source / WEIGHTS).is_file():
-        return False
-    learnt = row["training"]["steps"]  # null for heads that were merged, not trained
-    return learnt != 0 and (source / WEIGHTS).stat().st_size <= LIMIT_BYTES
+def _fetchable(weights: Path) -> bool:
+    return weights.is_file() and weights.stat().st_size <= LIMIT_BYTES
 
 
 def _fact(path: Path) -> PublishedFile:

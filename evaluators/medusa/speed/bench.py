@@ -29,7 +29,6 @@ RESAMPLES = 10_000
 IDENTITY_LIMIT = 0.02
 IDENTITY_FLOOR_S = 0.1
 AA_WIDTH = 0.10
-LEAST_FOR_A_VERDICT = 8  # questions: a bootstrap over fewer is too narrow (equal methods were called faster too often)
 AA_SLACK = 0.02
 ClockName = Literal["wall", "cpu"]
 Interval = tuple[float, float]
@@ -234,14 +233,6 @@ def _resampled(table: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 def _interval(values: NDArray[np.float64]) -> Interval:
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
-
-
-def verdict(ratio: Ratio | None, machine_ok: bool) -> str:
-    """`faster` only where the whole interval lies above 1, nothing from fewer than eight questions."""
-    if ratio is None or ratio.interval is None or not machine_ok or ratio.questions < LEAST_FOR_A_VERDICT:
-        return "inconclusive"
-    low, high = ratio.interval
-    return "faster" if low > 1 else "slower" if high < 1 else "same"
 
 
 def end_to_end_s(trace: Trace, clock: ClockName = "wall") -> float:

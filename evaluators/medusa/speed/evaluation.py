@@ -138,7 +138,7 @@ def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: st
     rows.describe(run.report, blocks, limits.max_new_tokens)
     run.report["candidates"] = [
         rows.none_row(blocks, run.seed, machine),
-        rows.native_row(run.report, versus, machine),
+        rows.native_row(versus, machine),
         report.blank_row("prompt_lookup", "prompt_lookup", reason),
     ]
     run.report["refusal"] = reason

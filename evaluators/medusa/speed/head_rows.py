@@ -1,12 +1,13 @@
-"""The rows of sets of heads in the speed report, and what the report concludes from them. No timing happens here."""
+"""The rows of sets of heads in the speed report. No timing happens here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.speed import bench, report, rows, transfer
+from evaluators.medusa.speed import baselines, bench, conclusions, report, rows, transfer
 from evaluators.medusa.speed.rows import GOOD_OVERHEAD, Machine, Measured, Row, Scored, over, rounded
 from evaluators.medusa.training import data, simulation
 
@@ -14,44 +15,26 @@ SIMULATION_LIMIT = 0.01
 
 
 def write(into: Row, m: Measured) -> None:
-    """Fill the report `into` with the baselines, all candidates, the verdict and what follows from it."""
-    baselines, machine = rows.baseline_rows(into, m)
+    """Fill the report `into` with the baselines, all candidates and what follows from them."""
+    others, machine = rows.baseline_rows(into, m)
     found = [_row(into, each, m, machine) for each in m.scored]
-    into["candidates"] = [*baselines, _identity(m), *found]
+    into["candidates"] = [*others, _identity(m), *found]
+    into["warnings"] += transfer.unequal_training([each.set for each in m.scored], m.reference.set)
+    into |= asdict(conclusions.drawn(_facts(into["candidates"], m, machine)))
+
+
+def _facts(candidates: Sequence[Row], m: Measured, machine: Machine) -> conclusions.Facts:
     best, choice = m.best, m.best.choice
     assert choice is not None  # the reference always has heads, so the best of all has
-    verdicts = {row["id"]: row["speedup"]["verdict"] for row in found}
-    # What was measured overrules what the calibration text promised.
-    wins = choice.speculate and not _lost(next(row for row in found if row["id"] == best.set.id))
-    into["chosen"] = best.set.id if wins else "none"
-    into["recommendation"] = f"speculate with {choice.tree.nodes} nodes" if wins else "do not speculate"
-    into["verdict"] = verdicts[best.set.id if choice.speculate else m.reference.set.id]
-    into["warnings"] += transfer.unequal_training([each.set for each in m.scored], m.reference.set)
-    into["transfer"] = sentence(found)
-    if into["refusal"] is not None:  # what is refused recommends nothing
-        into |= {"chosen": "none", "recommendation": None, "verdict": None}
-
-
-def _lost(row: Row) -> bool:
-    """Whether it was timed and was no faster, even if too few questions were asked for a verdict."""
-    speed = row["speedup"]
-    ratio = None if speed["clock_used"] is None else speed[speed["clock_used"]]
-    return ratio is not None and ratio < 1
-
-
-def sentence(found: Sequence[Row]) -> str | None:
-    """What the transfer test says, for people: tokens per step of every kind of heads at the same tree."""
-    at = {row["id"]: row["tokens_per_step"]["common_tree"] for row in found}
-    parents = [rate for name, rate in at.items() if name.startswith("parent:") and rate is not None]
-    own = next((row["tokens_per_step"]["common_tree"] for row in found if row["origin"] == "fresh"), None)
-    if not parents or own is None:
-        return None
-    span = f"{min(parents):.2f}" if len(parents) == 1 else f"{min(parents):.2f} to {max(parents):.2f}"
-    merged = "" if at.get("merged") is None else f", those heads merged by the same recipe {at['merged']:.2f}"
-    tuned = "" if at.get("merged_tuned") is None else f" ({at['merged_tuned']:.2f} after a short fine-tune)"
-    return (
-        f"With one tree of {transfer.COMMON_NODES} nodes for all, its parents' heads as they are bring {span} tokens "
-        f"per step{merged}{tuned}, heads made for this model {own:.2f}."
+    timed = dict.fromkeys(name for block in m.blocks for name in block.runs)
+    return conclusions.Facts(
+        candidates,
+        reference=m.reference.set.id,
+        best=best.set.id,
+        promised=choice.speculate,
+        slow_plain=baselines.plain_is_slow(m.versus, machine.clock),
+        torn=[name for name in timed if bench.clocks_disagree(m.blocks, name)],
+        common_nodes=transfer.COMMON_NODES,
     )
 
 
@@ -81,7 +64,7 @@ def _row(into: Row, scored: Scored, m: Measured, machine: Machine) -> Row:
     }
     row["speedup"]["predicted_here"] = rounded((choice.expected if simulated is None else simulated) / choice.overhead)
     if all(each.id in block.runs for block in m.blocks):
-        rows.timed(into, row, m, machine)
+        rows.timed(row, m, machine)
         _compare_with_simulation(into, row, m)
     else:
         row["overhead"] = rounded(choice.overhead)

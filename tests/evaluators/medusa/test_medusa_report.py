@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from evaluators import medusa
 from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding.decode import Clock, Limits, Trace
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench, exactness, report
+from evaluators.medusa.speed import baselines, bench, conclusions, exactness, report
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import chain, full
 
@@ -49,11 +50,45 @@ def test_speedup_is_the_ratio_of_summed_tokens_per_second() -> None:
 )
 def test_a_verdict_needs_the_whole_interval_and_a_steady_machine(fast_s: float, machine_ok: bool, says: str) -> None:
     blocks = [block(name, (2.0, 2.0), fast_s) for name in "abcdefgh"]
-    assert bench.verdict(bench.speedup(blocks, "fresh", "wall"), machine_ok) == says
-    assert bench.verdict(bench.speedup(blocks[:7], "fresh", "wall"), machine_ok) == "inconclusive", "too few"
     mixed = [block(name, (2.0, 2.0), each) for name, each in zip("abcdefgh", (1.0, 3.0, 2.0, 2.0) * 2, strict=True)]
-    assert bench.verdict(bench.speedup(mixed, "fresh", "wall"), True) == "same"
-    assert bench.verdict(bench.speedup(mixed[:1], "fresh", "wall"), True) == "inconclusive"
+
+    def verdict(asked: list[bench.Block], machine_ok: bool) -> str:
+        ratio = bench.speedup(asked, "fresh", "wall")
+        assert ratio is not None
+        return conclusions.verdict(ratio.interval, ratio.questions, machine_ok)
+
+    assert verdict(blocks, machine_ok) == says
+    assert verdict(blocks[:7], machine_ok) == "inconclusive", "too few"
+    assert verdict(mixed, True) == "same" and verdict(mixed[:1], True) == "inconclusive"
+
+
+def facts(**changes: Any) -> conclusions.Facts:
+    """Heads that promised much and were timed at 1.2 x plain speed, on text that a tie changed once."""
+    native, fresh = report.blank_row("native", "native"), report.blank_row("fresh", "fresh")
+    native["speedup"] |= {"cpu": 2.0, "clock_used": "cpu"}
+    fresh["speedup"] |= {"wall": 1.2, "clock_used": "wall", "verdict": "faster"}
+    fresh["tree"]["nodes"], fresh["identity_error"] = 4, 0.031
+    fresh["exact"] |= {"prompts": 5, "divergences": [{"prompt": "a", "tie": True}, {"prompt": "b", "tie": None}]}
+    return replace(conclusions.Facts([native, fresh], "fresh", "fresh", True, False, (), 8), **changes)
+
+
+def test_a_speed_is_recommended_and_what_makes_it_doubtful_recommends_nothing() -> None:
+    assert asdict(conclusions.drawn(facts())) == {
+        "refusal": None, "verdict": "faster", "recommendation": "speculate with 4 nodes", "chosen": "fresh",
+        "transfer": None,
+    }  # fmt: skip
+    hesitant = conclusions.drawn(facts(promised=False))
+    assert (hesitant.verdict, hesitant.recommendation, hesitant.chosen) == ("faster", conclusions.DO_NOT, "none")
+    doubtful = {"torn": ["fresh"], "slow_plain": True}
+    told = [conclusions.drawn(facts(torn=["fresh"])), conclusions.drawn(facts(**doubtful))]
+    changed = facts(**doubtful)
+    changed.candidates[1]["exact"]["divergences"].append({"prompt": "b", "tie": False})
+    told.append(conclusions.drawn(changed))
+    for found, reason in zip(
+        told, ("clocks disagree by 3.1%", "ran at 0.50 x the speed", "text of 1 of 5"), strict=True
+    ):
+        assert reason in (found.refusal or "")
+        assert (found.verdict, found.recommendation, found.chosen) == (None, None, "none")
 
 
 def test_equal_work_that_takes_unequal_time_makes_the_machine_unfit() -> None:
