@@ -21,7 +21,7 @@ from bot.request import MergeRequest
 from bot.settings import Settings
 from evaluators.harness.scores import Score
 from evaluators.pictures.score_figure import figure
-from evaluators.pictures.speed_figure import speed_figure
+from evaluators.pictures.speed_figure import speed_figure, way_of
 
 OUTPUT_TAG = "made-with-mergebot"
 NAME_LIMIT = 96
@@ -203,13 +203,13 @@ def _transfer_table(speed: Mapping[str, Any]) -> str:
         if row["origin"] not in ("identity", "parent", "merged", "fresh"):
             continue
         if row["absent_because"] is not None:
-            lines.append(f"| {code(row['id'])} | {plain(row['absent_because'])} | – |")
+            lines.append(f"| {plain(way_of(row['id']))} | {plain(row['absent_because'])} | – |")
             continue
         shares, rate = (
             " ".join(f"{head['top1']:.2f}" for head in row["accuracy"]),
             row["tokens_per_step"]["common_tree"],
         )
-        lines.append(f"| {code(row['id'])} | {shares} | {'–' if rate is None else format(rate, '.2f')} |")
+        lines.append(f"| {plain(way_of(row['id']))} | {shares} | {'–' if rate is None else format(rate, '.2f')} |")
     return "\n".join(lines)
 
 

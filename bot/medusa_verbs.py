@@ -20,15 +20,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 def bench(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
-    out: Annotated[Path, typer.Option(help="The report (*.json), or a folder for it.")] = Path("medusa"),
-    heads: Annotated[Optional[list[Path]], typer.Option(help="Time these instead of training some; repeat it.")] = None,  # noqa: UP045
+    out: Annotated[
+        Path, typer.Option(help="The report (NAME.json), or a folder for it; trained heads lie beside it.")
+    ] = Path("medusa"),
+    heads: Annotated[Optional[list[Path]], typer.Option(help="Time these, train none; repeat it.")] = None,  # noqa: UP045
     parent: Annotated[Optional[list[str]], typer.Option(help="NAME=DIR: heads of a parent; repeat it.")] = None,  # noqa: UP045
-    tree: Annotated[Optional[Path], typer.Option(help="A list of paths to time, not to choose a tree.")] = None,  # noqa: UP045
+    tree: Annotated[Optional[Path], typer.Option(help="A file of the tree to time, .json or .py.")] = None,  # noqa: UP045
     prompts: Annotated[Optional[Path], typer.Option(help="Questions, JSON lines as in MT-bench.")] = None,  # noqa: UP045
-    questions: Annotated[int, typer.Option(help="How many of them.", min=1)] = 16,
+    questions: Annotated[int, typer.Option(help="How many of them; a verdict needs 8.", min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.", min=8)] = 48,
     turns: Annotated[int, typer.Option(help="2 also asks each question's second turn.", min=1, max=2)] = 1,
-    budget_s: Annotated[float, typer.Option(help="Seconds for training, calibration and the test.", min=10)] = 600.0,
+    budget_s: Annotated[
+        float, typer.Option(help="Seconds for all of it, loading included; one question is always timed.", min=10)
+    ] = 600.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -45,8 +49,18 @@ def bench(
         given = by_hand(folder, heads or (), parent or (), beside, configured, seed)
         asked = decode_speed.Speed(prompts, budget_s, questions, new_tokens, turns, given, precision(dtype), tree)
         report = decode_speed.bench(folder, beside, asked, configured, shown, seed=seed)
+    screens.speed(report, _at(out, beside))
+
+
+def _at(out: Path, beside: Path) -> Path:
+    """The report where it was asked for; the folder beside a file is left only if heads lie in it."""
     written = beside / "decode_speed.json"
-    screens.speed(report, written.replace(out) if out.suffix == ".json" else written)
+    if out == beside:
+        return written
+    written.replace(out)
+    if not any(beside.iterdir()):
+        beside.rmdir()
+    return out
 
 
 @app.command("generate")

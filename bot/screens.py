@@ -17,7 +17,7 @@ from rich.text import Text
 
 from bot.merge.execution.sizes import in_units
 from bot.progress import Show, in_lines
-from evaluators.pictures.speed_figure import speed_figure
+from evaluators.pictures.speed_figure import speed_figure, way_of
 
 if TYPE_CHECKING:
     from bot.job import Job
@@ -191,19 +191,24 @@ def speed(report: Mapping[str, Any], file: Path) -> None:
     """The report of the speed test: one row a way of decoding, one a category of questions."""
     _say(escape(str(report["sentence"])))
     columns = ("decoding", "first guesses", "nodes", "a step", "cost", "a second", "speed (95 %)")
-    table = _table("Ways of decoding this model", columns)
+    table = _table(f"Ways of decoding this model, {_precision(report)}", columns)
     for row in report["candidates"]:
         if row["absent_because"] is None:
             cost = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
             rate = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
             nodes = "" if row["tree"]["nodes"] is None else str(row["tree"]["nodes"])
             shares = " ".join(f"{head['top1']:.2f}" for head in row["accuracy"])
-            table.add_row(escape(row["id"]), shares, nodes, _steps(row["tokens_per_step"]), cost, rate, _ratio(row))
+            table.add_row(
+                escape(way_of(row["id"])), shares, nodes, _steps(row["tokens_per_step"]), cost, rate, _ratio(row)
+            )
     console.print(table)
-    _say("First guesses: how often each head is right. Tokens a step and a second; cost: a step over a plain one.")
+    _say(
+        "First guesses: how often each head is right. Tokens a step and a second; cost: a step over a plain one; "
+        "speed: over plain decoding, which was run once more to see what equal work takes."
+    )
     for row in report["candidates"]:
         if row["absent_because"] is not None:
-            _say(escape(f"Not timed: {row['id']}: {row['absent_because']}"))
+            _say(escape(f"Not timed: {way_of(row['id'])}: {row['absent_because']}"))
     asked = {row["id"]: row["categories"] for row in report["candidates"] if row["categories"]}
     if asked:
         console.print(_categories(asked))
@@ -243,11 +248,18 @@ def _table(title: str, columns: Iterable[str]) -> Table:
 
 def _categories(asked: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
     """Tokens per step and speed of each timed candidate, by category of questions."""
-    table = _table("By category: tokens/step, speed", ("category", "questions", *map(escape, asked)))
+    table = _table(
+        "By category: tokens/step, speed", ("category", "questions", *(escape(way_of(name)) for name in asked))
+    )
     for rows in zip(*asked.values(), strict=True):
         cells = [" ".join("–" if x is None else f"{x:.2f}" for x in (r["tokens_per_step"], r["speedup"])) for r in rows]
         table.add_row(escape(rows[0]["name"]), str(rows[0]["prompts"]), *cells)
     return table
+
+
+def _precision(report: Mapping[str, Any]) -> str:
+    """`bfloat16 on cpu`: what all of them computed in, plain decoding included."""
+    return f"{report['model']['dtype']} on {report['environment']['device']}"
 
 
 def _steps(rate: Mapping[str, Any]) -> str:

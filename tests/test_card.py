@@ -207,8 +207,9 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
     assert section.splitlines()[2].startswith("Medusa heads run at 0.80 x plain speed: slower here")
     assert f"({card.SPEED_PICTURE})" in section
     assert "| bfloat16 on cpu, 2 threads | tokens/s | tokens per step |" in section
-    assert "| `parent:org/a` | 0.31 0.20 | 1.31 |" in section and "| `fresh` | 0.31 0.20 | 1.40 |" in section
-    assert "| `parent:org/b` | it has 5 tokens \\<b\\> too many. | – |" in section and "`none`" not in section
+    assert "| heads of org/a | 0.31 0.20 | 1.31 |" in section
+    assert "| heads trained for it | 0.31 0.20 | 1.40 |" in section
+    assert "| heads of org/b | it has 5 tokens \\<b\\> too many. | – |" in section and "once more" not in section
 
 
 @pytest.mark.parametrize("hostile", INJECTIONS)

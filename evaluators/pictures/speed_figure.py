@@ -9,9 +9,10 @@ from typing import Any
 from evaluators.pictures.svg import STYLE, WIDTH, escape, shortened, text_at
 
 _LEFT, _RIGHT, _TOP, _LANE = 230, 190, 40, 30
-_NAMES = {"none": "plain, once more", "native": "transformers' generate", "prompt_lookup": "prompt lookup",
-          "fresh": "heads trained for it", "merged": "its parents' heads, merged",
-          "merged_tuned": "merged heads, tuned"}  # fmt: skip
+_WAYS = {"none": "plain, once more", "native": "transformers' generate", "prompt_lookup": "prompt lookup",
+         "identity": "untrained heads", "fresh": "heads trained for it", "merged": "its parents' heads, merged",
+         "merged_tuned": "merged heads, tuned"}  # fmt: skip
+_KINDS = {"parent:": "heads of ", "heads:": "given heads "}
 _MARGIN = 0.05
 
 
@@ -47,6 +48,14 @@ def speed_figure(report: Mapping[str, Any]) -> str:
     )
 
 
+def way_of(row_id: str) -> str:
+    """A way of decoding as people call it; `row_id` is that of its row in a speed report."""
+    for kind, words in _KINDS.items():
+        if row_id.startswith(kind):
+            return words + row_id.removeprefix(kind)
+    return _WAYS.get(row_id, row_id)
+
+
 def _lane(row: Mapping[str, Any]) -> _Lane | None:
     speed, rate = row["speedup"], row["tokens_per_step"]
     clock = speed["clock_used"]
@@ -55,9 +64,8 @@ def _lane(row: Mapping[str, Any]) -> _Lane | None:
         return None
     span = None if clock is None else speed[f"{clock}_ci95"]
     brought = rate["measured"] if rate["measured"] is not None else rate.get("simulated")
-    name = _NAMES.get(row["id"]) or row["id"].replace("parent:", "heads of ")
     told = ("" if brought is None else f"{brought:.2f}") + ("" if clock is not None else ", speed predicted")
-    return _Lane(name, told, value, None if span is None else (span[0], span[1]), clock is not None)
+    return _Lane(way_of(row["id"]), told, value, None if span is None else (span[0], span[1]), clock is not None)
 
 
 def _x(speed: float, low: float, high: float) -> float:
