@@ -29,6 +29,7 @@ RESAMPLES = 10_000
 IDENTITY_LIMIT = 0.02
 IDENTITY_FLOOR_S = 0.1
 AA_WIDTH = 0.10
+WARM_UP_TOKENS = 6
 AA_SLACK = 0.02
 ClockName = Literal["wall", "cpu"]
 Interval = tuple[float, float]
@@ -81,15 +82,16 @@ def run_blocks(
     next_turn: Callable[[Question, Sequence[int]], Question | None] = lambda question, answer: None,
     deadline: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    warm: bool = False,
 ) -> list[Block]:
     """Run the questions in order until all are done or the next would not fit before `deadline` (time.monotonic).
 
-    At least one block is always run. The first question is run once beforehand to warm up every width. `next_turn`
-    makes the question that follows an answer, if there is one; each is run `repeats` times.
+    At least one block is always run. `warm` says that `warm_up` was called. `next_turn` makes the question that follows
+    an answer, if there is one; each is run `repeats` times.
     """
     runner = runner or EagerRunner(base)
-    if questions:
-        _round(runner, candidates, questions[0], Limits(min(6, limits.max_new_tokens), limits.stop_ids), False)
+    if questions and not warm:
+        warm_up(runner, candidates, questions[0], limits)
     blocks: list[Block] = []
     longest_s = 0.0
     for number, question in enumerate(questions):
@@ -105,6 +107,17 @@ def run_blocks(
         if progress is not None:
             progress(number + 1, len(questions))
     return blocks
+
+
+def warm_up(
+    runner: Runner, candidates: Sequence[Candidate], question: Question, limits: Limits, tokens: int = WARM_UP_TOKENS
+) -> list[Trace]:
+    """A few tokens plainly and with each candidate, so that nothing is done for the first time under the clock."""
+    few = Limits(min(tokens, limits.max_new_tokens), limits.stop_ids)
+    return [
+        plain(runner, question.ids, few),
+        *(medusa(runner, each.drafter, each.tree, question.ids, few) for each in candidates),
+    ]
 
 
 _Round = tuple[tuple[Trace, Trace], dict[str, tuple[Trace, Trace]]]

@@ -14,6 +14,8 @@ Row = Mapping[str, Any]
 Interval = tuple[float, float]
 Verdict = Literal["faster", "slower", "same", "inconclusive"]
 LEAST_FOR_A_VERDICT = 8  # questions: a bootstrap over fewer is too narrow (equal methods were called faster too often)
+# less text, or fewer steps, than heads have learnt anything from
+LEAST_LEARNT_TOKENS, LEAST_STEPS = 1000, 20
 DO_NOT = "do not speculate"
 
 
@@ -85,6 +87,12 @@ def carried(report: Mapping[str, Any], able: Collection[str]) -> str | None:
     if row is None or row["absent_because"] is not None or row["training"]["steps"] == 0:
         return None
     return str(name)
+
+
+def hardly_trained(training: Mapping[str, Any]) -> bool:
+    """Whether heads had so little text or time that their figures say nothing of what heads can bring."""
+    steps, tokens = training["steps"], training["tokens"]
+    return steps is not None and (steps < LEAST_STEPS or (tokens is not None and tokens < LEAST_LEARNT_TOKENS))
 
 
 def _refusal(facts: Facts, rows: Mapping[str, Row]) -> str | None:

@@ -44,7 +44,6 @@ TUNING_SHARE = 0.3
 ANSWER_TOKENS = 96
 BATCH = 48
 HELD_OUT = 16
-LEAST_POSITIONS = 64
 COMPARED_TEXTS = 4
 TUNING = train.Recipe(1e-3, 128, 1)
 
@@ -79,9 +78,10 @@ def measure(
 
     `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are dropped.
     `given` heads are compared with those trained here; with some of origin "fresh" among them none are trained.
-    `budget_s` bounds everything from loading to writing; fewer questions or tokens are timed if it is short, never less
-    than one question. `dtype` is auto, float32, bfloat16 or float16. `tree` is a file with the tree to time instead of
-    the one that promises most (tree_files). `progress` gets (stage, done, total). Returns the report. Raises
+    `budget_s` bounds everything from loading to writing. Where it is short, less text is learnt from, and fewer
+    questions or tokens are timed; never less than one question of 16 tokens, plainly and with the heads, twice each.
+    `dtype` is auto, float32, bfloat16 or float16. `tree` is a file with the tree to time instead of the one that
+    promises most (tree_files). `progress` gets (stage, done, total). Returns the report. Raises
     EvaluationError for a checkpoint that cannot be loaded or whose logits are not finite, and for fresh heads or a tree
     that do not fit; a model that cannot take trees gives a report with `refusal`.
     """
@@ -100,7 +100,8 @@ def measure(
 
 def _written(run: Run) -> dict[str, Any]:
     run.report["environment"]["load_after"] = report.load()
-    run.report["seconds"]["total"] = round(time.monotonic() - run.started, 2)
+    total_s, spent = time.monotonic() - run.started, run.report["seconds"]
+    spent |= {"write": round(total_s - sum(spent.values()), 2), "total": round(total_s, 2)}
     run.out.mkdir(parents=True, exist_ok=True)
     formats.write_json(run.out / "decode_speed.json", run.report)
     return run.report
@@ -171,7 +172,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     said = bench.spoken(base, blocks)
     measured = rows.Measured(
         base=base,
-        scored=[_with_cosine(each, base, said) for each in scored],
+        scored=[_with_cosine(run, each, base, said) for each in scored],
         reference=next(each for each in scored if each.set is reference),
         floor=identity_heads(reference.heads.spec, base),
         common=transfer.common_tree(reference.heads, features["calibration"]),
@@ -181,7 +182,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         versus=versus,
         max_new_tokens=limits.max_new_tokens,
         seed=run.seed,
-        deadline=run.started + run.budget_s,
+        deadline=run.deadline,
     )
     head_rows.write(run.report, measured)
 
@@ -270,15 +271,10 @@ def _fit(run: Run, base: Base, features: dict[str, data.Features], budget_s: flo
     pace = "quick" if run.budget_s < LONG_BUDGET_S else "long"
     size = DRAFT_VOCABULARY
     keep = None if base.vocab <= size else vocabulary_cut(counted, size, base)
-    usable = features["train"]
-    if len(usable.tokens) < LEAST_POSITIONS:
-        run.report["warnings"].append(
-            f"the model wrote only {len(usable.tokens)} tokens to learn from, so its heads are hardly trained"
-        )
     return train.fit(
         HeadSpec("shared", heads, 1, conditioned=True, keep=keep),
         base,
-        usable,
+        features["train"],
         budget_s=budget_s,
         seed=run.seed,
         recipe=train.QUICK if pace == "quick" else train.LONG,
@@ -313,8 +309,8 @@ def _scored(
     return Scored(each, calibrate.choose_tree(each.heads, held_out, own, shape))
 
 
-def _with_cosine(each: Scored, base: Base, said: Sequence[data.Dialogue]) -> Scored:
-    if each.set.model is None:
+def _with_cosine(run: Run, each: Scored, base: Base, said: Sequence[data.Dialogue]) -> Scored:
+    if each.set.model is None or time.monotonic() > run.deadline:  # a parent is loaded for it
         return each
     return replace(each, cosine=transfer.hidden_cosine(each.set.model, base, said[:COMPARED_TEXTS]))
 

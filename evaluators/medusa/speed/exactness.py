@@ -50,7 +50,7 @@ def _judged(base: Base, block: Block, got: Sequence[int], found: Divergence, lat
     if known is None:
         return replace(found, index=index)
     gaps, limits = known
-    worst = int((gaps - limits).argmax())
+    worst = int((gaps / limits).argmax())
     return replace(
         found, index=index, gap=float(gaps[worst]), limit=float(limits[worst]), tie=bool((gaps <= limits).all())
     )

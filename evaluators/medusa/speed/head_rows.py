@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.speed import baselines, bench, conclusions, report, rows, transfer
 from evaluators.medusa.speed.rows import GOOD_OVERHEAD, Machine, Measured, Row, Scored, over, rounded
-from evaluators.medusa.training import data, simulation
+from evaluators.medusa.training import simulation
 
 SIMULATION_LIMIT = 0.01
+FLOOR = "identity"  # the row of untrained heads
+Known = Mapping[str, simulation.Accuracy]
 
 
 def write(into: Row, m: Measured) -> None:
     """Fill the report `into` with the baselines, all candidates and what follows from them."""
     others, machine = rows.baseline_rows(into, m)
-    found = [_row(into, each, m, machine) for each in m.scored]
-    into["candidates"] = [*others, _identity(m), *found]
+    heads = {FLOOR: m.floor} | {each.set.id: each.set.heads for each in m.scored if each.set.heads is not None}
+    known = {name: simulation.accuracy(each, m.features["held_out"], 5) for name, each in heads.items()}
+    found = [_row(into, each, m, machine, known) for each in m.scored]
+    into["candidates"] = [*others, _identity(m, known[FLOOR]), *found]
     into["warnings"] += transfer.unequal_training([each.set for each in m.scored], m.reference.set)
     into |= asdict(conclusions.drawn(_facts(into["candidates"], m, machine)))
 
@@ -38,7 +42,7 @@ def _facts(candidates: Sequence[Row], m: Measured, machine: Machine) -> conclusi
     )
 
 
-def _row(into: Row, scored: Scored, m: Measured, machine: Machine) -> Row:
+def _row(into: Row, scored: Scored, m: Measured, machine: Machine, known: Known) -> Row:
     each = scored.set
     row = report.blank_row(each.id, each.origin, each.absent_because)
     row["source"] = each.source
@@ -47,9 +51,9 @@ def _row(into: Row, scored: Scored, m: Measured, machine: Machine) -> Row:
     if heads is None or choice is None:
         return row
     row["heads"] = _heads(heads, m)
-    row["accuracy"] = _accuracy(heads, m.features["held_out"])
-    floor, best = (_top1(one, m) for one in (m.floor, m.reference.set.heads))
-    row["retention"] = [rounded(share) for share in transfer.retention(_top1(heads, m), floor, best)]
+    row["accuracy"] = _accuracy(known[each.id])
+    mine, floor, best = (_top1(known[name]) for name in (each.id, FLOOR, m.reference.set.id))
+    row["retention"] = [rounded(share) for share in transfer.retention(mine, floor, best)]
     row["tree"] = {
         "nodes": choice.tree.nodes,
         "depth": choice.tree.max_depth,
@@ -90,11 +94,11 @@ def _compare_with_simulation(into: Row, row: Row, m: Measured) -> None:
         )
 
 
-def _identity(m: Measured) -> Row:
+def _identity(m: Measured, known: simulation.Accuracy) -> Row:
     """Untrained heads on the same answers: what the trained ones are held against, by arithmetic alone."""
-    row = report.blank_row("identity", "identity")
+    row = report.blank_row(FLOOR, "identity")
     row["heads"] = _heads(m.floor, m) | {"parameters": 0, "bytes": 0}
-    row["accuracy"] = _accuracy(m.floor, m.features["held_out"])
+    row["accuracy"] = _accuracy(known)
     choice = m.reference.choice
     row["tokens_per_step"] |= {
         "simulated": None if choice is None else _simulated(m.floor, m, choice.tree),
@@ -123,18 +127,15 @@ def _heads(heads: Heads, m: Measured) -> Row:
     }
 
 
-def _accuracy(heads: Heads, features: data.Features) -> list[Row]:
-    found = simulation.accuracy(heads, features, 5)
+def _accuracy(known: simulation.Accuracy) -> list[Row]:
     return [
         {"head": head, "top1": rounded(shares[0]), "top5": rounded(sum(shares)), "positions": count}
-        for head, (shares, count) in enumerate(zip(found.shares, found.positions, strict=True), start=1)
+        for head, (shares, count) in enumerate(zip(known.shares, known.positions, strict=True), start=1)
     ]
 
 
-def _top1(heads: Heads | None, m: Measured) -> list[float]:
-    if heads is None:
-        return []
-    return [shares[0] for shares in simulation.accuracy(heads, m.features["held_out"], 1).shares]
+def _top1(known: simulation.Accuracy) -> list[float]:
+    return [shares[0] for shares in known.shares]
 
 
 def _simulated(heads: Heads, m: Measured, tree: Any) -> float | None:

@@ -48,6 +48,11 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     report: dict[str, Any] = field(default_factory=lambda: report.blank("quick"))
 
+    @property
+    def deadline(self) -> float:
+        """The monotonic time at which the budget is spent."""
+        return self.started + self.budget_s
+
     def until(self, share: float) -> float:
         """The monotonic time at which `share` of what loading left of the budget is gone."""
         loaded = self.started + self.report["seconds"].get("load", 0.0)

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from evaluators.medusa.model.causal_lm import Base
+from evaluators.medusa.speed.conclusions import DO_NOT, hardly_trained
 
 SCHEMA = "mergebot.decode_speed/1"
 VERDICTS = {
@@ -146,7 +147,7 @@ def sentence(report: Mapping[str, Any]) -> str:
     exact = row["exact"]
     looping, asked = report["suite"]["looping"], report["suite"]["questions"]
     flattered = f" {looping} of {asked} answers repeat themselves, which flatters this figure." if looping else ""
-    advice = " Do not speculate here." if report["recommendation"] == "do not speculate" else ""
+    advice = " Do not speculate here." if report["recommendation"] == DO_NOT else ""
     return (
         f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
         f"on {_where(machine)} decoding with them runs at {ratio:.2f} {unit} ({span}): {VERDICTS[speed['verdict']]}."
@@ -171,7 +172,11 @@ def _trained(training: Mapping[str, Any]) -> str:
     if not training["steps"]:
         return "Untrained Medusa heads (there was no time, or no text, to train them)"
     seconds = sum(training[key] or 0.0 for key in ("generate_s", "features_s", "fit_s"))
-    return f"Medusa heads trained in {seconds:.0f} s on {training['tokens']} tokens of the model's own text"
+    learnt = f"trained in {seconds:.0f} s on {training['tokens']} tokens of the model's own text"
+    if hardly_trained(training):
+        steps = "step" if training["steps"] == 1 else "steps"
+        return f"Medusa heads that are hardly trained ({training['steps']} {steps}; {learnt}; give it more time)"
+    return f"Medusa heads {learnt}"
 
 
 def _where(machine: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, calibrate
+from evaluators.medusa.speed.conclusions import LEAST_FOR_A_VERDICT
 from evaluators.medusa.speed.measurement import Run
 from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.training import prompt_sets
@@ -19,8 +20,9 @@ from evaluators.medusa.trees.tree import chain
 # Shares of the budget at which timing must have ended, with and without other models to compare afterwards.
 TIMED_BY = 0.92
 FINISHED_BY = 0.97
-LEAST_TIMED_TOKENS = 12
-LEAST_QUESTIONS = 4
+WRITTEN_WITHIN = 0.2
+LEAST_TIMED_TOKENS = 16  # rather fewer questions than shorter answers
+LOOKUP_QUESTIONS = 4
 LOOKUP_TOKENS = 4
 NATIVE_QUESTIONS = 3
 PREFILL_STEPS = 3  # reading a prompt of ordinary length, in plain steps
@@ -34,25 +36,36 @@ def timed(
     cost: calibrate.CostCurve,
     runner: Runner,
 ) -> tuple[decode.Limits, list[bench.Block]]:
-    """Time the heads made for this model, the best transferred ones, and prompt lookup if there is time."""
+    """Time the heads made for this model, the best transferred ones, and prompt lookup if there is time.
+
+    Answers are as long as lets enough questions for a verdict be asked, from 16 tokens on; then there are fewer
+    questions, in the end one, whatever that takes. What is left of the budget has to last for the report, too.
+    """
     worth = _worth(scored)
     candidates = [bench.Candidate(name, HeadDrafter(heads), choice.tree) for name, heads, choice in worth]
-    ends = run.until(TIMED_BY if any(each.set.model for each in scored) else FINISHED_BY)
+    share = TIMED_BY if any(each.set.model for each in scored) else FINISHED_BY
+    writing_s = min(run.report["seconds"]["calibrate"], WRITTEN_WITHIN * run.budget_s)  # they do much the same
+    ends = min(run.until(share), run.deadline - writing_s)
     # Seconds that a token takes with each candidate, in plain steps.
     prices = [choice.overhead / max(choice.expected, 1.0) for _, _, choice in worth]
+    most = decode.Limits(run.asked.max_new_tokens, base.stop_ids)
+    overheads = [1.0, *(choice.overhead for _, _, choice in worth)]
+    slower = _slower(bench.warm_up(runner, candidates, test[0], most), [cost.plain_wall_s * each for each in overheads])
     lookup_price = cost.overhead(LOOKUP_TOKENS + 1)
-    fewest, most = min(LEAST_QUESTIONS, len(test)), run.asked.max_new_tokens
-    if _question_s(run, cost, [*prices, lookup_price], most) * fewest < ends - time.monotonic():
+    whole_s = slower * _question_s(run, cost, [*prices, lookup_price], most.max_new_tokens)
+    if whole_s * min(LOOKUP_QUESTIONS, len(test)) < ends - time.monotonic():
         prices.append(lookup_price)
         candidates.append(bench.Candidate("prompt_lookup", PromptLookup(base.device), chain(LOOKUP_TOKENS)))
-    limits = decode.Limits(_affordable(run, cost, prices, (ends - time.monotonic()) / fewest), base.stop_ids)
+        bench.warm_up(runner, candidates[-1:], test[0], most)
+    question_s = (ends - time.monotonic()) / min(LEAST_FOR_A_VERDICT, len(test))
+    limits = decode.Limits(_affordable(run, cost, prices, question_s / slower), base.stop_ids)
 
     def next_turn(question: bench.Question, answer: Sequence[int]) -> bench.Question | None:
         return _next_turn(base, question, answer) if run.asked.turns > 1 else None
 
     blocks = bench.run_blocks(
         base, candidates, test, limits, runner=runner, repeats=run.asked.repeats, next_turn=next_turn, deadline=ends,
-        progress=run.named("bench"),
+        progress=run.named("bench"), warm=True,
     )  # fmt: skip
     return limits, blocks
 
@@ -81,8 +94,14 @@ def _question_s(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], to
     return runs * cost.plain_wall_s * (PREFILL_STEPS * (1 + len(prices)) + tokens * (1 + sum(prices)))
 
 
+def _slower(traces: Sequence[decode.Trace], promised_s: Sequence[float]) -> float:
+    """How much longer steps take than the fastest passes promise, by a trace each; several times where others work."""
+    whole_s = sum(trace.steps * step_s for trace, step_s in zip(traces, promised_s, strict=True))
+    return max(1.0, sum(trace.decode.wall_s for trace in traces) / whole_s) if whole_s else 1.0
+
+
 def _affordable(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], question_s: float) -> int:
-    """As many tokens as answer a question in `question_s`, from a dozen up to what was asked for."""
+    """As many tokens as answer a question in `question_s`, from sixteen up to what was asked for."""
     reading_s = _question_s(run, cost, prices, 0)
     each_s = _question_s(run, cost, prices, 1) - reading_s
     most = run.asked.max_new_tokens
@@ -95,7 +114,6 @@ def native(
     """transformers' own loop on the first questions, as far as it still fits into the budget."""
     likely_s = 2.5 * max(bench.end_to_end_s(trace) for trace in blocks[0].plain)
     questions = [block.question for block in blocks[:NATIVE_QUESTIONS]]
-    ends = run.started + run.budget_s
-    if time.monotonic() + likely_s > ends:
+    if time.monotonic() + likely_s > run.deadline:
         return []
-    return baselines.against_native(base, questions, limits, runner=runner, deadline=ends)
+    return baselines.against_native(base, questions, limits, runner=runner, deadline=run.deadline)

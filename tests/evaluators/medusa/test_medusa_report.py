@@ -140,12 +140,17 @@ def test_a_report_says_in_words_what_its_figures_say() -> None:
     made["environment"] |= {"device": "cpu", "threads": 2}
     row["tokens_per_step"]["measured"] = 1.3
     row["speedup"] |= {"wall": 0.82, "wall_ci95": [0.7, 0.9], "clock_used": "wall", "verdict": "slower"}
-    row["training"] |= {"steps": 9, "tokens": 2421, "generate_s": 30.0, "features_s": 1.0, "fit_s": 9.0}
+    row["training"] |= {"steps": 57, "tokens": 2421, "generate_s": 30.0, "features_s": 1.0, "fit_s": 9.0}
     row["exact"] |= {"prompts": 5, "equal": 5}
     assert report.sentence(made) == (
         "Medusa heads trained in 40 s on 2421 tokens of the model's own text bring 1.30 tokens per step; on this CPU "
         "(2 threads) decoding with them runs at 0.82 x plain speed (95 % interval 0.70 to 0.90): decoding with them is "
         "slower here. Do not speculate here. Greedy text was equal to plain decoding on 5 of 5 questions."
+    )
+    row["training"]["steps"] = 9
+    assert report.sentence(made).startswith(
+        "Medusa heads that are hardly trained (9 steps; trained in 40 s on 2421 tokens of the model's own text; give "
+        "it more time) bring 1.30 tokens per step; "
     )
     row["training"]["steps"] = 0
     assert report.sentence(made).startswith("Untrained Medusa heads")
