@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 from evaluators.medusa.decoding.decode import Clock, Limits, plain, timed
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed.bench import ClockName, Question, end_to_end_s, seconds
+from evaluators.medusa.speed.bench import Question, end_to_end_s, seconds
+from evaluators.medusa.speed.document import ClockName
 
 NATIVE_SLACK = 1.1
 

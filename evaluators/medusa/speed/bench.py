@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from evaluators.medusa.decoding.decode import Clock, Limits, Trace, medusa, plai
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed.report import sentence as sentence
+from evaluators.medusa.speed.document import ClockName, Interval
 from evaluators.medusa.training.data import Dialogue
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import Tree
@@ -31,8 +30,6 @@ IDENTITY_FLOOR_S = 0.1
 AA_WIDTH = 0.10
 WARM_UP_TOKENS = 6
 AA_SLACK = 0.02
-ClockName = Literal["wall", "cpu"]
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,13 @@ from evaluators.medusa.decoding.decode import Clock, timed
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads
+from evaluators.medusa.speed.document import ClockName
 from evaluators.medusa.training.data import Features
 from evaluators.medusa.training.simulation import accuracy, simulate_each
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
 
 LEAST_GAIN = 1.02
 WIDTHS = (1, 4, 8, 2, 16, 6, 12, 32, 64)  # in the order they are timed: the telling ones first
-ClockName = Literal["wall", "cpu"]
 
 
 @dataclass(frozen=True, slots=True)

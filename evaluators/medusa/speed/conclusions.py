@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Row = Mapping[str, Any]
-Interval = tuple[float, float]
-Verdict = Literal["faster", "slower", "same", "inconclusive"]
+from evaluators.medusa.speed.document import Interval, Row, Verdict
+
 LEAST_FOR_A_VERDICT = 8  # questions: a bootstrap over fewer is too narrow (equal methods were called faster too often)
 # less text, or fewer steps, than heads have learnt anything from
 LEAST_LEARNT_TOKENS, LEAST_STEPS = 1000, 20
@@ -50,7 +49,7 @@ class Conclusions:
 
 def drawn(facts: Facts) -> Conclusions:
     """What is refused recommends nothing. What was measured overrules what the calibration text promised."""
-    rows = {str(row["id"]): row for row in facts.candidates}
+    rows = {row.id: row for row in facts.candidates}
     said = transfer_sentence(facts.candidates, facts.common_nodes)
     reason = _refusal(facts, rows)
     if reason is not None:
@@ -58,8 +57,8 @@ def drawn(facts: Facts) -> Conclusions:
     wins = facts.promised and not _lost(rows[facts.best])
     judged = rows[facts.best if facts.promised else facts.reference]
     return Conclusions(
-        verdict=judged["speedup"]["verdict"],
-        recommendation=f"speculate with {rows[facts.best]['tree']['nodes']} nodes" if wins else DO_NOT,
+        verdict=judged.speedup.verdict,
+        recommendation=f"speculate with {rows[facts.best].tree.nodes} nodes" if wins else DO_NOT,
         chosen=facts.best if wins else "none",
         transfer=said,
     )
@@ -98,38 +97,36 @@ def hardly_trained(training: Mapping[str, Any]) -> bool:
 def _refusal(facts: Facts, rows: Mapping[str, Row]) -> str | None:
     """Why no speed may be stated, the gravest reason first."""
     for row in rows.values():
-        wrong = {each["prompt"] for each in row["exact"]["divergences"] if each["tie"] is False}
+        wrong = {each.prompt for each in row.exact.divergences if each.tie is False}
         if wrong:
             return (
-                f"speculating changed the greedy text of {len(wrong)} of {row['exact']['prompts']} questions, and "
+                f"speculating changed the greedy text of {len(wrong)} of {row.exact.prompts} questions, and "
                 "rounding does not explain it."
             )
-    if facts.slow_plain:
-        speed = rows["native"]["speedup"]
+    if facts.slow_plain and (over_native := rows["native"].speedup.counting):
         return (
-            f"plain decoding ran at {1 / speed[speed['clock_used']]:.2f} x the speed of transformers' own `generate` "
-            "here, and a speedup over a slow baseline is none."
+            f"plain decoding ran at {1 / over_native:.2f} x the speed of transformers' own `generate` here, and a "
+            "speedup over a slow baseline is none."
         )
     for name in facts.torn:
         return (
-            f"the clocks disagree by {rows[name]['identity_error']:.1%}: speedup is not tokens per step over overhead, "
-            "so no speed is stated."
+            f"the clocks disagree by {rows[name].identity_error:.1%}: speedup is not tokens per step over overhead, so "
+            "no speed is stated."
         )
     return None
 
 
 def _lost(row: Row) -> bool:
     """Whether it was timed and was no faster, even if too few questions were asked for a verdict."""
-    speed = row["speedup"]
-    ratio = None if speed["clock_used"] is None else speed[speed["clock_used"]]
+    ratio = row.speedup.counting
     return ratio is not None and ratio < 1
 
 
 def transfer_sentence(candidates: Sequence[Row], nodes: int) -> str | None:
     """What the transfer test says, for people: tokens per step of every kind of heads at the same tree."""
-    at = {row["id"]: row["tokens_per_step"]["common_tree"] for row in candidates}
+    at = {row.id: row.tokens_per_step.common_tree for row in candidates}
     parents = [rate for name, rate in at.items() if name.startswith("parent:") and rate is not None]
-    own = next((row["tokens_per_step"]["common_tree"] for row in candidates if row["origin"] == "fresh"), None)
+    own = next((row.tokens_per_step.common_tree for row in candidates if row.origin == "fresh"), None)
     if not parents or own is None:
         return None
     span = f"{min(parents):.2f}" if len(parents) == 1 else f"{min(parents):.2f} to {max(parents):.2f}"

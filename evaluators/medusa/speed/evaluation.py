@@ -25,6 +25,7 @@ from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
 from evaluators.medusa.speed import bench, calibrate, head_rows, report, rows, timing, transfer
+from evaluators.medusa.speed.document import Row, Suite, as_json
 from evaluators.medusa.speed.measurement import Asked, Progress, Run
 from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.speed.transfer import Given, HeadSet
@@ -88,7 +89,7 @@ def measure(
     shape = None if tree is None else tree_files.read(tree)
     asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, dtype, shape, runner)
     run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
-    run.report["mode"] = "full" if turns > 1 else "quick"
+    run.note(mode="full" if turns > 1 else "quick")
     run.progress("load", 0, 1)
     test = prompt_sets.in_turns(
         prompt_sets.builtin("test", seed) if prompts is None else prompt_sets.read(prompts), asked.questions
@@ -99,25 +100,30 @@ def measure(
 
 
 def _written(run: Run) -> dict[str, Any]:
-    run.report["environment"]["load_after"] = report.load()
-    total_s, spent = time.monotonic() - run.started, run.report["seconds"]
-    spent |= {"write": round(total_s - sum(spent.values()), 2), "total": round(total_s, 2)}
+    total_s, spent = time.monotonic() - run.started, run.report.seconds
+    run.note(
+        environment=replace(run.report.environment, load_after=report.load()),
+        seconds={**spent, "write": round(total_s - sum(spent.values()), 2), "total": round(total_s, 2)},
+    )
     run.out.mkdir(parents=True, exist_ok=True)
-    formats.write_json(run.out / "decode_speed.json", run.report)
-    return run.report
+    written = as_json(run.report)
+    formats.write_json(run.out / "decode_speed.json", written)
+    return written
 
 
 def _loaded(run: Run, device: str) -> Base:
     base, reason = packed.load(run.folder, device, run.asked.dtype)
     if reason is not None and device == "cpu":
-        run.report["warnings"].append(f"plain and speculative decoding both ran with unpacked weights: {reason}")
+        run.warn(f"plain and speculative decoding both ran with unpacked weights: {reason}")
     return base
 
 
 def _examine(run: Run, base: Base, asked: Sequence[prompt_sets.Prompt], prompts: Path | None) -> None:
     able = capability(base)
-    run.report["model"] = report.describe_model(base, run.folder)
-    run.report["environment"] = report.describe_environment(base, able.kernel, run.seed)
+    run.note(
+        model=report.describe_model(base, run.folder),
+        environment=report.describe_environment(base, able.kernel, run.seed),
+    )
     test = [bench.Question(prompt, tuple(prompt_sets.encode(base, prompt.turns[0]))) for prompt in asked]
     _describe_suite(run, base, test, prompts)
     now = run.stage("load", run.started)
@@ -135,20 +141,22 @@ def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: st
     runner = _runner(run, base)
     blocks = bench.run_blocks(base, [], test, limits, runner=runner, deadline=run.until(REFUSED_BY))
     versus = timing.native(run, base, blocks, limits, runner)
-    machine = rows.machine_of(run.report, base, blocks, run.seed)
-    rows.describe(run.report, blocks, limits.max_new_tokens)
-    run.report["candidates"] = [
-        rows.none_row(blocks, run.seed, machine),
-        rows.native_row(versus, machine),
-        report.blank_row("prompt_lookup", "prompt_lookup", reason),
-    ]
-    run.report["refusal"] = reason
+    machine = rows.machine_of(base, blocks, run.seed)
+    run.report = rows.described(run.report, blocks, limits.max_new_tokens, machine)
+    run.note(
+        candidates=(
+            rows.none_row(blocks, run.seed, machine),
+            rows.native_row(versus, machine),
+            Row("prompt_lookup", "prompt_lookup", absent_because=reason),
+        ),
+        refusal=reason,
+    )
 
 
 def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float) -> None:
     given, warnings = transfer.load(run.asked.given, base)
     given, shape = transfer.filling(given, run.asked.tree), run.asked.tree
-    run.report["warnings"] += warnings
+    run.warn(*warnings)
     texts = _generate(run, base, test, learning=all(each.origin != "fresh" for each in given))
     now = run.stage("generate", now)
     data.check(base, texts.train or texts.calibration)
@@ -184,13 +192,14 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         seed=run.seed,
         deadline=run.deadline,
     )
-    head_rows.write(run.report, measured)
+    run.report = head_rows.written(run.report, measured)
 
 
 def _runner(run: Run, base: Base) -> Runner:
     """The runner of every timed loop; the report says how it runs."""
     runner = run.asked.runner(base)
-    run.report["environment"] |= {"execution": runner.execution, "attention": base.model.config._attn_implementation}
+    attention = base.model.config._attn_implementation
+    run.note(environment=replace(run.report.environment, execution=runner.execution, attention=attention))
     return runner
 
 
@@ -199,7 +208,7 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     asked = [question.prompt for question in test]
     sources, dropped = prompt_sets.without_leaks(prompt_sets.builtin("train", run.seed), asked)
     if dropped:
-        run.report["warnings"].append(f"{len(dropped)} training prompts were too close to a test prompt: {dropped}")
+        run.warn(f"{len(dropped)} training prompts were too close to a test prompt: {dropped}")
     held_out = prompt_sets.without_leaks(prompt_sets.builtin("calibration", run.seed), asked)[0][:HELD_OUT]
     learnt = [("train", prompt_sets.encode(base, prompt.turns[0])) for prompt in sources] if learning else []
     queues = [iter(learnt)] * 4
@@ -238,7 +247,7 @@ def _sets(
     """The given sets, merged ones also after a short fine-tune, and fresh ones unless such are given."""
     if any(each.origin == "fresh" for each in given):
         return list(given)
-    spent = run.report["seconds"]
+    spent = run.report.seconds
     known = {"prompts": prompts, "tokens": len(features["train"].tokens), "generate_s": spent["generate"],
              "features_s": spent["features"]}  # fmt: skip
     merged = next((each.heads for each in given if each.id == "merged" and each.heads is not None), None)
@@ -317,11 +326,13 @@ def _with_cosine(run: Run, each: Scored, base: Base, said: Sequence[data.Dialogu
 
 def _describe_suite(run: Run, base: Base, test: Sequence[bench.Question], given: Path | None) -> None:
     text = "\n".join("\x1f".join(question.prompt.turns) for question in test)
-    run.report["suite"] |= {
-        "name": "built-in" if given is None else given.stem,
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "chat_template": bool(getattr(base.tokenizer, "chat_template", None)),
-        "turns": run.asked.turns,
-        "repeats": 2 * run.asked.repeats,
-        "order": "ABBA",
-    }
+    run.note(
+        suite=Suite(
+            name="built-in" if given is None else given.stem,
+            sha256=hashlib.sha256(text.encode()).hexdigest(),
+            chat_template=bool(getattr(base.tokenizer, "chat_template", None)),
+            turns=run.asked.turns,
+            repeats=2 * run.asked.repeats,
+            order="ABBA",
+        )
+    )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import report
+from evaluators.medusa.speed.document import Report
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.trees.tree import Tree
 
@@ -46,7 +46,7 @@ class Run:
     asked: Asked
     progress: Progress
     started: float = field(default_factory=time.monotonic)
-    report: dict[str, Any] = field(default_factory=lambda: report.blank("quick"))
+    report: Report = field(default_factory=Report)
 
     @property
     def deadline(self) -> float:
@@ -55,7 +55,7 @@ class Run:
 
     def until(self, share: float) -> float:
         """The monotonic time at which `share` of what loading left of the budget is gone."""
-        loaded = self.started + self.report["seconds"].get("load", 0.0)
+        loaded = self.started + self.report.seconds.get("load", 0.0)
         return float(loaded + share * (self.started + self.budget_s - loaded))
 
     def named(self, stage: str) -> Callable[[int, int], None]:
@@ -65,5 +65,13 @@ class Run:
     def stage(self, name: str, began: float) -> float:
         """Note the seconds since `began` as those of stage `name`; returns now."""
         now = time.monotonic()
-        self.report["seconds"][name] = round(now - began, 2)
+        self.note(seconds={**self.report.seconds, name: round(now - began, 2)})
         return now
+
+    def note(self, **parts: Any) -> None:
+        """Put parts of the report in their places."""
+        self.report = replace(self.report, **parts)
+
+    def warn(self, *sentences: str) -> None:
+        """Add warnings to the report."""
+        self.note(warnings=(*self.report.warnings, *sentences))

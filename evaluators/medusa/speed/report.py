@@ -1,7 +1,4 @@
-"""The speed report `mergebot.decode_speed/1`: every key is always there, null means not measured.
-
-`sentence` says it to a person in one paragraph.
-"""
+"""What a speed report says of the model and the machine, and the report in one paragraph for people."""
 
 from __future__ import annotations
 
@@ -16,100 +13,43 @@ import transformers
 
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.conclusions import DO_NOT, hardly_trained
+from evaluators.medusa.speed.document import Environment, Model
 
-SCHEMA = "mergebot.decode_speed/1"
 VERDICTS = {
     "faster": "decoding with them is faster here",
     "slower": "decoding with them is slower here",
     "same": "the difference to plain decoding is within the noise",
     "inconclusive": "the machine was too unsteady, or the questions too few, for a verdict",
 }
-TRAINING = ("prompts", "tokens", "positions", "generate_s", "features_s", "fit_s", "steps", "seed")
-Row = dict[str, Any]
 
 
-def blank(mode: str) -> Row:
-    """A report with all its keys and nothing measured."""
-    return {
-        "schema": SCHEMA,
-        "mode": mode,
-        "chosen": "none",
-        "recommendation": None,
-        "verdict": None,
-        "refusal": None,
-        "transfer": None,
-        "warnings": [],
-        "seconds": {},
-        "model": _nulls("weights_sha256 architecture parameters layers hidden_size vocab_size dtype"),
-        "environment": _nulls(
-            "device cores threads torch transformers attention execution load_before load_after seed"
-        ),
-        "suite": _nulls(
-            "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order looping"
-        ),
-        "cost_curve": {"context_tokens": None, "clock": None, "points": []},
-        "aa": _nulls("ratio ci95 ok"),
-        "plain": _nulls("tokens steps wall_s cpu_s tokens_per_s step_ms prefill_ms end_to_end_tokens_per_s"),
-        "candidates": [],
-    }
-
-
-def blank_row(row_id: str, origin: str, absent_because: str | None = None) -> Row:
-    """A candidate's row with all its keys and nothing measured."""
-    return {
-        "id": row_id,
-        "origin": origin,
-        "source": None,
-        "absent_because": absent_because,
-        "overhead": None,
-        "identity_error": None,
-        "tokens_per_s": None,
-        "heads": _nulls("kind count layers conditioned kept_vocab vocab_coverage parameters bytes"),
-        "hidden_cosine": None,
-        "retention": None,
-        "accuracy": [],
-        "tree": _nulls("nodes depth paths") | {"chosen": "none"},
-        "step_ms": _nulls("draft forward accept"),
-        "tokens_per_step": _nulls("expected simulated measured ci95 common_tree without_loops"),
-        "macro": _nulls("tokens_per_step speedup"),
-        "end_to_end": _nulls("tokens_per_s speedup"),
-        "speedup": _nulls("wall wall_ci95 cpu cpu_ci95 clock_used predicted_here predicted_at_1_2 verdict"),
-        "exact": {"prompts": None, "equal": None, "divergences": []},
-        "categories": [],
-        "training": dict.fromkeys((*TRAINING, "break_even_tokens")),
-    }
-
-
-def _nulls(keys: str) -> Row:
-    return dict.fromkeys(keys.split())
-
-
-def describe_model(base: Base, folder: Path) -> Row:
+def describe_model(base: Base, folder: Path) -> Model:
+    """The checkpoint in `folder` as it was loaded."""
     config = base.config
-    return {
-        "weights_sha256": weights_sha256(folder),
-        "architecture": type(base.model).__name__,
-        "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
-        "layers": getattr(config, "num_hidden_layers", None),
-        "hidden_size": base.hidden,
-        "vocab_size": base.vocab,
-        "dtype": str(base.dtype).removeprefix("torch."),
-    }
+    return Model(
+        weights_sha256=weights_sha256(folder),
+        architecture=type(base.model).__name__,
+        parameters=sum(parameter.numel() for parameter in base.model.parameters()),
+        layers=getattr(config, "num_hidden_layers", None),
+        hidden_size=base.hidden,
+        vocab_size=base.vocab,
+        dtype=str(base.dtype).removeprefix("torch."),
+    )
 
 
-def describe_environment(base: Base, kernel: str | None, seed: int) -> Row:
-    return {
-        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "attention": kernel,
-        "execution": base.execution,
-        "load_before": load(),
-        "load_after": None,
-        "seed": seed,
-    }
+def describe_environment(base: Base, kernel: str | None, seed: int) -> Environment:
+    """The machine, and how the base runs on it."""
+    return Environment(
+        device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        attention=kernel,
+        execution=base.execution,
+        load_before=load(),
+        seed=seed,
+    )
 
 
 def load() -> float | None:

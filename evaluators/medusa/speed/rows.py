@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from evaluators import repetition
+from evaluators.medusa.decoding.decode import Trace
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench, calibrate, conclusions, exactness, report
+from evaluators.medusa.speed import baselines, bench, calibrate, conclusions, exactness
+from evaluators.medusa.speed.document import (
+    Category,
+    ClockName,
+    Curve,
+    EndToEnd,
+    Exact,
+    Interval,
+    Macro,
+    Parting,
+    Plain,
+    Point,
+    Report,
+    Row,
+    Speedup,
+    Steadiness,
+    StepMs,
+    TokensPerStep,
+    TreeFacts,
+)
 from evaluators.medusa.speed.transfer import HeadSet
 from evaluators.medusa.training import data
 from evaluators.medusa.trees.tree import Tree
 
-Row = dict[str, Any]
 GOOD_OVERHEAD = 1.2
 
 
@@ -57,159 +75,173 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The clock that counts, and whether equal work took equal time on it."""
+    """The clock that counts, and equal work against equal work on it."""
 
-    clock: bench.ClockName
-    ok: bool
+    clock: ClockName
+    steadiness: Steadiness
+
+    @property
+    def ok(self) -> bool:
+        """Whether equal work took equal time."""
+        return self.steadiness.ok is True
 
 
-def baseline_rows(into: Row, m: Measured) -> tuple[list[Row], Machine]:
+def baseline_rows(m: Measured, machine: Machine) -> tuple[Row, Row, Row]:
     """What stands beside any heads: plain decoding, transformers' own loop, prompt lookup."""
-    machine = machine_of(into, m.base, m.blocks, m.seed)
-    describe(into, m.blocks, m.max_new_tokens)
-    into["cost_curve"] = {
-        "context_tokens": m.cost.context,
-        "clock": m.cost.clock,
-        "points": [
-            {"n": n, "forward_ms": round(ms, 2), "ratio": round(ms / m.cost.points[0][1], 3)} for n, ms in m.cost.points
-        ],
-    }
-    lookup = report.blank_row("prompt_lookup", "prompt_lookup")
+    lookup = Row("prompt_lookup", "prompt_lookup")
     if all("prompt_lookup" in block.runs for block in m.blocks):
-        lookup["tree"] |= {"chosen": "common"}
-        timed(lookup, m, machine)
+        lookup = timed(replace(lookup, tree=TreeFacts(chosen="common")), m, machine)
     else:
-        lookup["absent_because"] = "the budget was too short to time it."
-    return [none_row(m.blocks, m.seed, machine), native_row(m.versus, machine), lookup], machine
+        lookup = replace(lookup, absent_because="the budget was too short to time it.")
+    return none_row(m.blocks, m.seed, machine), native_row(m.versus, machine), lookup
 
 
-def describe(into: Row, blocks: Sequence[bench.Block], max_new_tokens: int) -> None:
-    """The suite as it was run, plain decoding, and answers that repeat themselves."""
-    into["suite"] |= {
-        "questions": len({block.question.prompt.id for block in blocks}),
-        "max_new_tokens": max_new_tokens,
-        "mean_context_tokens": round(
-            sum(len(b.question.ids) + len(b.plain[0].tokens) / 2 for b in blocks) / max(len(blocks), 1), 1
-        ),
-    }
-    into["plain"] = plain_figures(blocks)
-    _flag_loops(into, blocks)
+def described(report: Report, blocks: Sequence[bench.Block], max_new_tokens: int, machine: Machine) -> Report:
+    """The report with the suite as it was run, plain decoding, the machine, and a word on answers that repeat
+    themselves."""
+    looping = [block.question.prompt.id for block in blocks if repetition.loops(block.plain[0].tokens)]
+    context = sum(len(b.question.ids) + len(b.plain[0].tokens) / 2 for b in blocks) / max(len(blocks), 1)
+    suite = replace(
+        report.suite,
+        questions=len({block.question.prompt.id for block in blocks}),
+        max_new_tokens=max_new_tokens,
+        mean_context_tokens=round(context, 1),
+        looping=len(looping),
+    )
+    flattered = (
+        f"{len(looping)} of {len(blocks)} answers repeat themselves (fewer than half of their 4-grams differ), which "
+        f"inflates tokens per step: {', '.join(looping)}"
+    )
+    warnings = (*report.warnings, flattered) if looping else report.warnings
+    return replace(report, suite=suite, plain=plain_figures(blocks), aa=machine.steadiness, warnings=warnings)
 
 
-def machine_of(into: Row, base: Base, blocks: Sequence[bench.Block], seed: int) -> Machine:
+def machine_of(base: Base, blocks: Sequence[bench.Block], seed: int) -> Machine:
     """The wall clock if equal work took equal time on it; else, the machine being shared, this process's CPU clock."""
-    clock: bench.ClockName = "wall"
+    clock: ClockName = "wall"
     ratio = bench.a_a(blocks, clock, seed)
     if not bench.a_a_ok(ratio) and base.device.type == "cpu":
         clock = "cpu"
         ratio = bench.a_a(blocks, clock, seed)
-    ok = bench.a_a_ok(ratio)
-    into["aa"] = {"ratio": value(ratio), "ci95": ci(ratio), "ok": ok}
-    return Machine(clock, ok)
+    return Machine(clock, Steadiness(value(ratio), ci(ratio), bench.a_a_ok(ratio)))
 
 
-def plain_figures(blocks: Sequence[bench.Block]) -> Row:
+def curve_of(cost: calibrate.CostCurve) -> Curve:
+    """The cost curve, each point also as a ratio to one token."""
+    points = (Point(n, round(ms, 2), round(ms / cost.points[0][1], 3)) for n, ms in cost.points)
+    return Curve(cost.context, cost.clock, tuple(points))
+
+
+def plain_figures(blocks: Sequence[bench.Block]) -> Plain:
+    """Plain decoding, all its runs together."""
     traces = [trace for block in blocks for trace in block.plain]
     tokens = bench.decoded(traces)
     wall, cpu = sum(t.decode.wall_s for t in traces), sum(t.decode.cpu_s for t in traces)
     prefill = sum(t.prefill.wall_s for t in traces)
     steps = sum(t.steps for t in traces)
-    return {
-        "tokens": tokens,
-        "steps": steps,
-        "wall_s": round(wall, 4),
-        "cpu_s": round(cpu, 4),
-        "tokens_per_s": over(tokens, wall),
-        "step_ms": over(1000 * wall, steps),
-        "prefill_ms": over(1000 * prefill, len(traces)),
-        "end_to_end_tokens_per_s": over(sum(len(t.tokens) for t in traces), wall + prefill),
-    }
+    return Plain(
+        tokens=tokens,
+        steps=steps,
+        wall_s=round(wall, 4),
+        cpu_s=round(cpu, 4),
+        tokens_per_s=over(tokens, wall),
+        step_ms=over(1000 * wall, steps),
+        prefill_ms=over(1000 * prefill, len(traces)),
+        end_to_end_tokens_per_s=over(sum(len(t.tokens) for t in traces), wall + prefill),
+    )
 
 
 def none_row(blocks: Sequence[bench.Block], seed: int, machine: Machine) -> Row:
     """Not speculating is plain decoding, so its speedup is that of the first plain runs over the second: A/A."""
-    row = report.blank_row("none", "none")
     wall, cpu = bench.a_a(blocks, "wall", seed), bench.a_a(blocks, "cpu", seed)
-    row["overhead"] = 1.0
-    row["tokens_per_s"] = plain_figures(blocks)["tokens_per_s"]
-    row["tree"] |= {"nodes": 1, "depth": 0, "paths": []}
-    row["tokens_per_step"] |= {"expected": 1.0, "simulated": 1.0, "measured": 1.0, "common_tree": 1.0}
-    row["speedup"] |= _on_both_clocks(wall, cpu, machine) | {
-        "predicted_here": 1.0,
-        "verdict": "same" if machine.ok else "inconclusive",
-    }
-    return row
+    speed = replace(_on_both_clocks(wall, cpu, machine), predicted_here=1.0)
+    return Row(
+        "none",
+        "none",
+        overhead=1.0,
+        tokens_per_s=plain_figures(blocks).tokens_per_s,
+        tree=TreeFacts(1, 0, ()),
+        tokens_per_step=TokensPerStep(expected=1.0, simulated=1.0, measured=1.0, common_tree=1.0),
+        speedup=replace(speed, verdict="same" if machine.ok else "inconclusive"),
+    )
 
 
-def _on_both_clocks(wall: bench.Ratio | None, cpu: bench.Ratio | None, machine: Machine) -> Row:
+def _on_both_clocks(wall: bench.Ratio | None, cpu: bench.Ratio | None, machine: Machine) -> Speedup:
     """A speedup by each clock with its interval, and which of them counts."""
-    return {"wall": value(wall), "wall_ci95": ci(wall), "cpu": value(cpu), "cpu_ci95": ci(cpu),
-            "clock_used": machine.clock}  # fmt: skip
+    return Speedup(value(wall), ci(wall), value(cpu), ci(cpu), machine.clock)
 
 
 def native_row(versus: Sequence[baselines.Versus], machine: Machine) -> Row:
     """Against plain decoding end to end, prefill included. A plain loop that was made slow shows here."""
     if not versus:
-        return report.blank_row("native", "native", "there was no time left to run it.")
-    row = report.blank_row("native", "native")
+        return Row("native", "native", absent_because="there was no time left to run it.")
     plain_s, native_s = (sum(getattr(each, side).wall_s for each in versus) for side in ("plain", "native"))
-    tokens = sum(len(each.tokens) for each in versus)
-    row["tokens_per_s"] = over(tokens, native_s)
-    row["end_to_end"] |= {"tokens_per_s": over(tokens, native_s), "speedup": over(plain_s, native_s)}
-    row["tree"] |= {"nodes": 1, "depth": 0, "paths": []}
-    row["tokens_per_step"]["measured"] = 1.0
-    row["speedup"] |= {
-        "wall": over(plain_s, native_s),
-        "cpu": over(sum(each.plain.cpu_s for each in versus), sum(each.native.cpu_s for each in versus)),
-        "clock_used": machine.clock,
-    }
-    equal = sum(each.tokens == each.plain_tokens for each in versus)
-    row["exact"] = {"prompts": len(versus), "equal": equal, "divergences": []}
-    return row
+    plain_cpu_s, native_cpu_s = (sum(getattr(each, side).cpu_s for each in versus) for side in ("plain", "native"))
+    wall, rate = over(plain_s, native_s), over(sum(len(each.tokens) for each in versus), native_s)
+    return Row(
+        "native",
+        "native",
+        tokens_per_s=rate,
+        tree=TreeFacts(1, 0, ()),
+        tokens_per_step=TokensPerStep(measured=1.0),
+        end_to_end=EndToEnd(rate, wall),
+        speedup=Speedup(wall=wall, cpu=over(plain_cpu_s, native_cpu_s), clock_used=machine.clock),
+        exact=Exact(len(versus), sum(each.tokens == each.plain_tokens for each in versus)),
+    )
 
 
-def timed(row: Row, m: Measured, machine: Machine) -> None:
-    """What the blocks say about the candidate of this row: speed, rate, exactness, and whether the clocks agree."""
-    name = row["id"]
+def timed(row: Row, m: Measured, machine: Machine) -> Row:
+    """The row with what the blocks say about its candidate: speed, rate, exactness, and whether the clocks agree."""
+    name = row.id
     runs = [trace for block in m.blocks for trace in block.runs[name]]
     steps = sum(trace.steps for trace in runs)
-    wall, cpu = bench.speedup(m.blocks, name, "wall", m.seed), bench.speedup(m.blocks, name, "cpu", m.seed)
     rate = bench.rate(m.blocks, name, m.seed)
     overhead, error = bench.identity_error(m.blocks, name)
-    row |= {"overhead": rounded(overhead), "identity_error": rounded(error)}
-    row["tokens_per_s"] = over(bench.decoded(runs), sum(t.decode.wall_s for t in runs))
-    row["end_to_end"] = _end_to_end(m.blocks, name, machine.clock)
-    row["step_ms"] = {
-        "draft": over(1000 * sum(t.draft_s for t in runs), steps),
-        "forward": over(1000 * sum(t.forward_s for t in runs), steps),
-        "accept": over(1000 * sum(t.accept_s for t in runs), steps),
-    }
-    row["tokens_per_step"] |= {"measured": value(rate), "ci95": ci(rate), "without_loops": _without_loops(m, name)}
-    row["speedup"] |= _on_both_clocks(wall, cpu, machine) | {
-        "predicted_at_1_2": None if rate is None else rounded(rate.value / GOOD_OVERHEAD),
-        "verdict": _verdict(wall if machine.clock == "wall" else cpu, machine),
-    }
-    row["exact"] = _exact(m, name)
-    row["categories"] = _categories(m, name, machine.clock)
-    row["macro"] = {key: _mean([each[key] for each in row["categories"]]) for key in ("tokens_per_step", "speedup")}
+    categories = _categories(m, name, machine.clock)
+    return replace(
+        row,
+        overhead=rounded(overhead),
+        identity_error=rounded(error),
+        tokens_per_s=over(bench.decoded(runs), sum(t.decode.wall_s for t in runs)),
+        end_to_end=_end_to_end(m.blocks, name, machine.clock),
+        step_ms=StepMs(
+            draft=over(1000 * sum(t.draft_s for t in runs), steps),
+            forward=over(1000 * sum(t.forward_s for t in runs), steps),
+            accept=over(1000 * sum(t.accept_s for t in runs), steps),
+        ),
+        tokens_per_step=replace(
+            row.tokens_per_step, measured=value(rate), ci95=ci(rate), without_loops=_without_loops(m, name)
+        ),
+        speedup=_speedup(row.speedup, m, name, machine, rate),
+        exact=_exact(m, name),
+        categories=categories,
+        macro=Macro(_mean([each.tokens_per_step for each in categories]), _mean([each.speedup for each in categories])),
+    )
 
 
-def _verdict(ratio: bench.Ratio | None, machine: Machine) -> conclusions.Verdict:
-    if ratio is None:
-        return "inconclusive"
-    return conclusions.verdict(ratio.interval, ratio.questions, machine.ok)
+def _speedup(known: Speedup, m: Measured, name: str, machine: Machine, rate: bench.Ratio | None) -> Speedup:
+    wall, cpu = bench.speedup(m.blocks, name, "wall", m.seed), bench.speedup(m.blocks, name, "cpu", m.seed)
+    counts = wall if machine.clock == "wall" else cpu
+    return replace(
+        _on_both_clocks(wall, cpu, machine),
+        predicted_here=known.predicted_here,
+        predicted_at_1_2=None if rate is None else rounded(rate.value / GOOD_OVERHEAD),
+        verdict="inconclusive"
+        if counts is None
+        else conclusions.verdict(counts.interval, counts.questions, machine.ok),
+    )
 
 
-def _end_to_end(blocks: Sequence[bench.Block], name: str, clock: bench.ClockName) -> Row:
+def _end_to_end(blocks: Sequence[bench.Block], name: str, clock: ClockName) -> EndToEnd:
     """With reading the prompt, as a user waits for it."""
     runs = [trace for block in blocks for trace in block.runs[name]]
     plain = [trace for block in blocks for trace in block.plain]
 
-    def rate(traces: Sequence[Any], by: bench.ClockName) -> float | None:
+    def rate(traces: Sequence[Trace], by: ClockName) -> float | None:
         return over(sum(len(t.tokens) for t in traces), sum(bench.end_to_end_s(t, by) for t in traces))
 
     mine, theirs = rate(runs, clock), rate(plain, clock)
-    return {"tokens_per_s": rate(runs, "wall"), "speedup": over(mine, theirs) if mine and theirs else None}
+    return EndToEnd(rate(runs, "wall"), over(mine, theirs) if mine and theirs else None)
 
 
 def _without_loops(m: Measured, name: str) -> float | None:
@@ -217,48 +249,30 @@ def _without_loops(m: Measured, name: str) -> float | None:
     return value(bench.rate(straight, name, m.seed))
 
 
-def _flag_loops(into: Row, blocks: Sequence[bench.Block]) -> None:
-    looping = [block.question.prompt.id for block in blocks if repetition.loops(block.plain[0].tokens)]
-    into["suite"]["looping"] = len(looping)
-    if looping:
-        into["warnings"].append(
-            f"{len(looping)} of {len(blocks)} answers repeat themselves (fewer than half of their 4-grams differ), "
-            f"which inflates tokens per step: {', '.join(looping)}"
-        )
-
-
-def _exact(m: Measured, name: str) -> Row:
+def _exact(m: Measured, name: str) -> Exact:
     found = exactness.divergences(m.base, m.blocks, name, m.deadline)
-    return {
-        "prompts": len(m.blocks),
-        "equal": len(m.blocks) - len({each.question for each in found}),
-        "divergences": [
-            {
-                "prompt": each.prompt,
-                "index": each.index,
-                "gap": rounded(each.gap),
-                "limit": rounded(each.limit),
-                "tie": each.tie,
-            }
-            for each in found
-        ],
-    }
+    return Exact(
+        prompts=len(m.blocks),
+        equal=len(m.blocks) - len({each.question for each in found}),
+        divergences=tuple(
+            Parting(each.prompt, each.index, rounded(each.gap), rounded(each.limit), each.tie) for each in found
+        ),
+    )
 
 
-def _categories(m: Measured, candidate: str, clock: bench.ClockName) -> list[Row]:
-    names = list(dict.fromkeys(block.question.prompt.category for block in m.blocks))
-    rows = []
-    for name in names:
-        blocks = [block for block in m.blocks if block.question.prompt.category == name]
-        rows.append(
-            {
-                "name": name,
-                "prompts": len(blocks),
-                "tokens_per_step": value(bench.rate(blocks, candidate, m.seed)),
-                "speedup": value(bench.speedup(blocks, candidate, clock, m.seed)),
-            }
+def _categories(m: Measured, candidate: str, clock: ClockName) -> tuple[Category, ...]:
+    found: dict[str, list[bench.Block]] = {}
+    for block in m.blocks:
+        found.setdefault(block.question.prompt.category, []).append(block)
+    return tuple(
+        Category(
+            name,
+            len(blocks),
+            value(bench.rate(blocks, candidate, m.seed)),
+            value(bench.speedup(blocks, candidate, clock, m.seed)),
         )
-    return rows
+        for name, blocks in found.items()
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -271,8 +285,11 @@ def value(ratio: bench.Ratio | None) -> float | None:
     return None if ratio is None else round(ratio.value, 4)
 
 
-def ci(ratio: bench.Ratio | None) -> list[float] | None:
-    return None if ratio is None or ratio.interval is None else [round(bound, 4) for bound in ratio.interval]
+def ci(ratio: bench.Ratio | None) -> Interval | None:
+    if ratio is None or ratio.interval is None:
+        return None
+    low, high = ratio.interval
+    return round(low, 4), round(high, 4)
 
 
 def rounded(number: float | None) -> float | None:

@@ -44,7 +44,7 @@ def timed(
     worth = _worth(scored)
     candidates = [bench.Candidate(name, HeadDrafter(heads), choice.tree) for name, heads, choice in worth]
     share = TIMED_BY if any(each.set.model for each in scored) else FINISHED_BY
-    writing_s = min(run.report["seconds"]["calibrate"], WRITTEN_WITHIN * run.budget_s)  # they do much the same
+    writing_s = min(run.report.seconds["calibrate"], WRITTEN_WITHIN * run.budget_s)  # they do much the same
     ends = min(run.until(share), run.deadline - writing_s)
     # Seconds that a token takes with each candidate, in plain steps.
     prices = [choice.overhead / max(choice.expected, 1.0) for _, _, choice in worth]

@@ -20,7 +20,7 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import report
+from evaluators.medusa.speed.document import TRAINING
 from evaluators.medusa.training import data, simulation
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree, greedy_tree
@@ -211,7 +211,7 @@ def known_training(folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict):
         return None
-    known: dict[str, Any] = {key: value[key] for key in report.TRAINING if _counts(value.get(key))}
+    known: dict[str, Any] = {key: value[key] for key in TRAINING if _counts(value.get(key))}
     shares = value.get("accuracy")
     if isinstance(shares, list) and 0 < len(shares) <= MOST_HEADS and all(_are_shares(row) for row in shares):
         known["accuracy"] = shares

@@ -12,6 +12,7 @@ from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.rounding import in_float32
 from evaluators.medusa.speed import bench, exactness, report
+from evaluators.medusa.speed.document import Report, Row, as_json
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import Tree, chain
 
@@ -129,14 +130,14 @@ def test_the_judge_leaves_the_model_as_it_was_and_is_not_asked_where_it_does_not
 
 
 def test_what_was_not_judged_is_called_so() -> None:
-    row = report.blank_row("fresh", "fresh")
+    row = as_json(Row("fresh", "fresh"))
     row["exact"] |= {"prompts": 5, "equal": 2, "divergences": [
         {"prompt": name, "index": 1, "gap": gap, "limit": gap, "tie": tie}
         for name, gap, tie in (("a", 0.1, True), ("a", 0.1, True), ("b", None, None), ("c", None, None))
     ]}  # fmt: skip
     row["tokens_per_step"]["measured"] = 1.3
     row["speedup"] |= {"wall": 1.0, "clock_used": "wall", "verdict": "same"}
-    made = report.blank("quick") | {"candidates": [row]}
+    made = as_json(Report()) | {"candidates": [row]}
     made["model"]["dtype"] = "bfloat16"
     assert report.sentence(made).endswith(
         "on 2 of 5 questions; on 1 it left it where rounding in bfloat16 decides between two tokens; on 2 it left it, "

@@ -17,6 +17,7 @@ from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding.decode import Clock, Limits, Trace
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, conclusions, exactness, report
+from evaluators.medusa.speed.document import Exact, Parting, Report, Row, Speedup, TreeFacts, as_json
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import chain, full
 
@@ -62,14 +63,15 @@ def test_a_verdict_needs_the_whole_interval_and_a_steady_machine(fast_s: float, 
     assert verdict(mixed, True) == "same" and verdict(mixed[:1], True) == "inconclusive"
 
 
-def facts(**changes: Any) -> conclusions.Facts:
+def facts(ties: tuple[bool | None, ...] = (True, None), **changes: Any) -> conclusions.Facts:
     """Heads that promised much and were timed at 1.2 x plain speed, on text that a tie changed once."""
-    native, fresh = report.blank_row("native", "native"), report.blank_row("fresh", "fresh")
-    native["speedup"] |= {"cpu": 2.0, "clock_used": "cpu"}
-    fresh["speedup"] |= {"wall": 1.2, "clock_used": "wall", "verdict": "faster"}
-    fresh["tree"]["nodes"], fresh["identity_error"] = 4, 0.031
-    fresh["exact"] |= {"prompts": 5, "divergences": [{"prompt": "a", "tie": True}, {"prompt": "b", "tie": None}]}
-    return replace(conclusions.Facts([native, fresh], "fresh", "fresh", True, False, (), 8), **changes)
+    partings = tuple(Parting(str(at), 1, 0.1, 0.2, tie) for at, tie in enumerate(ties))
+    fresh = Row(
+        "fresh", "fresh", identity_error=0.031, tree=TreeFacts(nodes=4), exact=Exact(5, 3, partings),
+        speedup=Speedup(wall=1.2, clock_used="wall", verdict="faster"),
+    )  # fmt: skip
+    native = Row("native", "native", speedup=Speedup(cpu=2.0, clock_used="cpu"))
+    return replace(conclusions.Facts((native, fresh), "fresh", "fresh", True, False, (), 8), **changes)
 
 
 def test_a_speed_is_recommended_and_what_makes_it_doubtful_recommends_nothing() -> None:
@@ -79,11 +81,9 @@ def test_a_speed_is_recommended_and_what_makes_it_doubtful_recommends_nothing() 
     }  # fmt: skip
     hesitant = conclusions.drawn(facts(promised=False))
     assert (hesitant.verdict, hesitant.recommendation, hesitant.chosen) == ("faster", conclusions.DO_NOT, "none")
-    doubtful = {"torn": ["fresh"], "slow_plain": True}
+    doubtful: dict[str, Any] = {"torn": ["fresh"], "slow_plain": True}
     told = [conclusions.drawn(facts(torn=["fresh"])), conclusions.drawn(facts(**doubtful))]
-    changed = facts(**doubtful)
-    changed.candidates[1]["exact"]["divergences"].append({"prompt": "b", "tie": False})
-    told.append(conclusions.drawn(changed))
+    told.append(conclusions.drawn(facts((True, False), **doubtful)))
     for found, reason in zip(
         told, ("clocks disagree by 3.1%", "ran at 0.50 x the speed", "text of 1 of 5"), strict=True
     ):
@@ -134,8 +134,8 @@ def test_transformers_own_greedy_loop_gives_the_same_text() -> None:
 
 
 def test_a_report_says_in_words_what_its_figures_say() -> None:
-    made = report.blank("quick")
-    row = report.blank_row("fresh", "fresh")
+    made = as_json(Report())
+    row = as_json(Row("fresh", "fresh"))
     made["candidates"], made["recommendation"] = [row], "do not speculate"
     made["environment"] |= {"device": "cpu", "threads": 2}
     row["tokens_per_step"]["measured"] = 1.3

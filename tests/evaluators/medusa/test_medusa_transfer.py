@@ -20,7 +20,8 @@ from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, report, rows, timing, transfer
+from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, rows, timing, transfer
+from evaluators.medusa.speed.document import Report
 from evaluators.medusa.speed.measurement import Asked, Run
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.training import data, prompt_sets, simulation, train
@@ -75,7 +76,7 @@ def test_where_no_tree_can_win_nothing_is_speculated_and_nothing_is_lost() -> No
 @pytest.mark.parametrize(("fast_s", "chosen"), [(3.0, "none"), (1.0, "fresh")])
 def test_what_was_measured_overrules_what_calibration_promised(fast_s: float, chosen: str) -> None:
     base = tiny.base("gqa")
-    heads, report_ = identity_heads(SPEC, base), report.blank("quick")
+    heads = identity_heads(SPEC, base)
     text = data.gather(base, data.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=20))
     cheap = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1, 0.01)
     promised = calibrate.Choice(chain(2), 1.9, 1.1, 1.7, True)
@@ -87,10 +88,10 @@ def test_what_was_measured_overrules_what_calibration_promised(fast_s: float, ch
     measured = rows.Measured(
         base, [scored], scored, heads, chain(2), {"timed": text, "held_out": text}, cheap, blocks, (), 20, 0
     )
-    head_rows.write(report_, measured)
-    assert report_["chosen"] == chosen
-    assert report_["verdict"] == ("faster" if chosen == "fresh" else "slower")
-    assert (report_["recommendation"] == "do not speculate") is (chosen == "none")
+    made = head_rows.written(Report(), measured)
+    assert made.chosen == chosen
+    assert made.verdict == ("faster" if chosen == "fresh" else "slower")
+    assert (made.recommendation == "do not speculate") is (chosen == "none")
 
 
 def test_a_machine_slower_than_its_calibration_gets_short_answers_and_fewer_questions(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_machine_slower_than_its_calibration_gets_short_answers_and_fewer_ques
     scored = [rows.Scored(transfer.HeadSet("fresh", "fresh", heads), calibrate.Choice(chain(2), 1.0, 1.1, 0.9, False))]
     swift = calibrate.CostCurve(10, "wall", ((1, 1e-6), (4, 1e-6)), 1e-6, 1e-9)
     run = Run(tmp_path, tmp_path, 0.05, 0, Asked(questions=8, max_new_tokens=48), lambda stage, done, total: None)
-    run.report["seconds"] |= {"load": 0.0, "calibrate": 0.0}
+    run.note(seconds={"load": 0.0, "calibrate": 0.0})
     limits, blocks = timing.timed(run, base, asked(8), scored, swift, EagerRunner(base))
     assert limits.max_new_tokens == timing.LEAST_TIMED_TOKENS == 16 and 1 <= len(blocks) < 8
     assert list(blocks[0].runs) == ["fresh"], "no time for prompt lookup that calibration had promised"
