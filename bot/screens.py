@@ -190,7 +190,7 @@ def scores(evaluations: Mapping[str, ModelEvaluation]) -> None:
 def speed(report: Mapping[str, Any], file: Path) -> None:
     """The report of the speed test: one row a way of decoding, one a category of questions."""
     _say(escape(str(report["sentence"])))
-    columns = ("decoding", "first guesses", "nodes", "a step", "cost", "a second", "speed (95 %)")
+    columns = ("decoding", "heads right", "nodes", "a step", "cost", "tok/s", "speed (95 %)")
     table = _table(f"Ways of decoding this model, {_precision(report)}", columns)
     for row in report["candidates"]:
         if row["absent_because"] is None:
@@ -203,8 +203,8 @@ def speed(report: Mapping[str, Any], file: Path) -> None:
             )
     console.print(table)
     _say(
-        "First guesses: how often each head is right. Tokens a step and a second; cost: a step over a plain one; "
-        "speed: over plain decoding, which was run once more to see what equal work takes."
+        "Heads right: how often the first guess of each is. Tokens a step and a second (tok/s); cost: a step over a "
+        "plain one; speed: over plain decoding, which was run once more to see what equal work takes."
     )
     for row in report["candidates"]:
         if row["absent_because"] is not None:
@@ -242,7 +242,7 @@ def _table(title: str, columns: Iterable[str]) -> Table:
     """Words on the left in the first two columns, figures on the right in the others."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right")
+        table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
     return table
 
 
