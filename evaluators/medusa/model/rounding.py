@@ -19,7 +19,8 @@ from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 
 FLOAT32_TIE = 1e-3
-# Standard deviations of the difference of two errors: measured over all pairs, the largest was under three.
+# Measured on a 135 M Llama in bfloat16: however its tokens are read, one by one or five together, the two best moved
+# against one another by at most 2.4 of these deviations and a step.
 REACH = 4 * math.sqrt(2)
 LARGEST_SHARE = 0.8  # of the free memory
 HALVES = (torch.bfloat16, torch.float16)
