@@ -35,8 +35,6 @@ def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
     results: dict[str, str] = {}
     if job.evaluation.merged is not None:
         results["results/lm_eval.json"] = _json(_lm_eval(job))
-    if job.evaluation.comparison is not None:
-        results["results/comparison.json"] = _json(job.evaluation.comparison.as_dict())
     if job.evaluation.decode_speed is not None:
         results["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
         if drawn := speed_figure(job.evaluation.decode_speed):
@@ -48,15 +46,20 @@ def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
         "files": {name: asdict(file) for name, file in job.merge.files.items()},
         "heads": {name: asdict(file) for name, file in job.evaluation.heads.items()},
         # A card speaks of the repo it stands in, so there is one for each name that may be taken.
-        "texts": {name: {"README.md": model_card(job, name), **_picture(job, name), **results} for name in names},
+        "texts": {name: {"README.md": model_card(job, name), **_comparison(job, name), **results} for name in names},
         "sources": [asdict(source) for source in job.sources],
     }
 
 
-def _picture(job: Job, repo: str) -> dict[str, str]:
+def _comparison(job: Job, repo: str) -> dict[str, str]:
+    """The verdict as data, and as a picture where there is something to draw; both call the merge `repo`."""
     assert job.evaluation is not None
-    drawn = figure(job.evaluation.comparison, repo) if job.evaluation.comparison else ""
-    return {findings.PICTURE: drawn} if drawn else {}
+    found = job.evaluation.comparison
+    if found is None:
+        return {}
+    drawn = figure(found, repo)
+    data = {"results/comparison.json": _json(found.named(repo).as_dict())}
+    return {**data, findings.PICTURE: drawn} if drawn else data
 
 
 def output_names(job: Job, namespace: str) -> list[str]:
@@ -76,7 +79,7 @@ def model_card(job: Job, repo: str) -> str:
         findings.headline(job),
         "## Scores",
         findings.scores(job, repo),
-        *findings.against_parents(job, repo, pictured=bool(_picture(job, repo))),
+        *findings.against_parents(job, repo, pictured=findings.PICTURE in _comparison(job, repo)),
         *findings.first_look(job),
         "## Decode speed",
         _speed(job),

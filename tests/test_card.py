@@ -151,7 +151,8 @@ def test_the_picture_is_published_beside_the_card_that_shows_it(tmp_path: Path) 
     for name, files in texts.items():
         assert f"]({findings.PICTURE})" in files["README.md"]
         assert files[findings.PICTURE].startswith("<svg ") and name in files[findings.PICTURE]
-        assert Comparison.from_dict(json.loads(files["results/comparison.json"])).suite == "animals"
+        told = Comparison.from_dict(json.loads(files["results/comparison.json"]))
+        assert told.suite == "animals" and told.tasks[0].merge.model == name and name in told.keys
     before = card.publication_spec(job(), SETTINGS)["texts"]["mergebot/alice-both"]
     assert findings.PICTURE not in before and "results/comparison.json" not in before
     assert "comparison.svg" not in before["README.md"]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators import comparison, harness
-from evaluators.comparison import comparing
+from evaluators.comparison import comparing, report
 from evaluators.comparison.report import inheritance, words
 from evaluators.comparison.verdict import Comparison, Difference, Outcome
 from evaluators.errors import EvaluationError
@@ -247,3 +247,31 @@ def test_tasks_that_tell_the_parents_apart_in_little_time_come_first(make: Make,
     other = replace(two, environment=replace(two.environment, dtype="bfloat16"))
     for models in (untimed, {"a": one}, {}, {"a": one, "b": other}):
         assert comparison.most_telling(models, cache=tmp_path) == []
+
+
+def test_an_average_from_chance_stands_beside_the_plain_one_and_no_figure_without_its_interval(
+    make: Make, tmp_path: Path
+) -> None:
+    merge, parent = (make(left=first(at, 40), right=first(at - 10, 40)) for at in (30, 20))
+    chanced = {
+        name: replace(each, scores=tuple(replace(score, chance=0.25) for score in each.scores))
+        for name, each in (("", merge), ("org/a@1", parent))
+    }
+    found = comparison.compare(merge, {"org/a@1": parent}, cache=tmp_path)
+    rows = report.scores(chanced, found)
+    assert [row.title for row in rows] == ["left", "right", "average of 2 tasks", "average from chance"]
+    assert all(each.interval for row in rows for each in row.figures.values())
+    assert rows[2].figures[""].value == "62.5" and rows[3].figures[""].value == "50.0"
+    alone = report.scores({"": merge}, None)
+    assert [row.title for row in alone] == ["left", "right", "average of 2 tasks"]
+    assert str(alone[0].figures[""]) == "75.0 (59.8 to 85.8)" and alone[2].figures[""].interval
+
+
+def test_what_would_be_missed_is_said_for_all_models_at_once() -> None:
+    def unseen(*detectable: float) -> str:
+        return words([Difference(name, 0.0, (-0.1, 0.1), 1.0, 1.0, each, "") for name, each in zip("ab", detectable)])  # noqa: B905
+
+    end = "would be missed in more than one of five such measurements)"
+    assert unseen(0.1) == f"no difference to a shown (a true one under 10.0 points {end}"
+    assert unseen(0.1, 0.2) == f"no difference shown (a true one under 10.0 to 20.0 points, by model, {end}"
+    assert unseen(1.0, 1.2) == "no difference shown (there are too few questions to show any)"
