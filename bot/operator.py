@@ -252,9 +252,10 @@ def write_evaluations(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(told, indent=1) + "\n")
     drawn = "" if comparison is None else figure(comparison, Path(model).name or model)
-    if not drawn:
-        return [file]
     picture = file.with_suffix(".svg")
+    if not drawn:
+        picture.unlink(missing_ok=True)  # of what the file told before
+        return [file]
     picture.write_text(drawn, encoding="utf-8")
     return [file, picture]
 

@@ -129,6 +129,12 @@ def test_what_was_measured_once_is_not_measured_again(place: Path, shown: str) -
     done = run(place, str(place / "first"), "--against", str(place / "merge"), "--suite", str(place / "mine.yml"))
     assert done.exit_code == 0 and len(measured(place)) == before
     assert "Measured before and kept: first and merge." in " ".join(done.output.split())
+    out = place / "again.json"
+    out.write_text("old")
+    out.with_suffix(".svg").write_text("old")
+    words = (str(place / "first"), "--suite", str(place / "mine.yml"), "--out", str(out), "--overwrite")
+    assert run(place, *words).exit_code == 0 and json.loads(out.read_text())["comparison"] is None
+    assert not out.with_suffix(".svg").exists()  # nothing was compared: an old picture would tell of other figures
 
 
 def test_a_model_that_talks_nonsense_is_refused_before_any_task_and_measured_only_when_asked(place: Path) -> None:
