@@ -41,9 +41,10 @@ if TYPE_CHECKING:
 
 WEIGHTS = "medusa_lm_head.safetensors"
 PROJECTION = "lm_head"
+MOST_TOKENS = 1 << 21  # no vocabulary is larger
 _MAIN_MODULES = ("default", "text_decoder", "language_model", "text_model", "decoder")
-_BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
-_OWN = re.compile(r"(\d+)\.(\d+)\.weight")
+_BLOCK = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})\.linear\.(weight|bias)")
+_OWN = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})\.weight")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
@@ -182,18 +183,30 @@ def _read(folder: Path) -> _Heads:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         _refuse(f"{WEIGHTS} in {folder.name} cannot be read: {error}")
+    if (odd := next((name for name, tensor in tensors.items() if not _is_plain(name, tensor)), None)) is not None:
+        _refuse(f"{odd[:80]} in {folder.name} has a shape or a type that heads do not have")
     blocks = {(int(m[1]), int(m[2]), m[3]): t.float() for n, t in tensors.items() if (m := _BLOCK.fullmatch(n))}
     own = {int(m[1]): t.float() for n, t in tensors.items() if (m := _OWN.fullmatch(n))}
     heads, layers = {head for head, _, _ in blocks}, {block for _, block, _ in blocks}
     for head in heads:
         for block in layers:
             weight = blocks.get((head, block, "weight"))
-            if weight is None or weight.ndim != 2:
+            if weight is None:
                 _refuse(f"the heads in {folder.name} lack {head}.{block}.linear.weight")
             blocks.setdefault((head, block, "bias"), weight.new_zeros(weight.shape[0]))
     if heads != set(range(len(heads))) or layers != set(range(len(layers))) or not heads or (own and set(own) != heads):
         _refuse(f"the heads in {folder.name} are not whole")
     return _Heads(blocks, own, tensors.get("keep"))
+
+
+def _is_plain(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a stranger's file, if it is one of heads, is what its name says."""
+    if name == "keep":
+        return tensor.ndim == 1 and not tensor.is_floating_point() and 0 < len(tensor) <= MOST_TOKENS
+    block = _BLOCK.fullmatch(name)
+    if block is None and _OWN.fullmatch(name) is None:
+        return True
+    return tensor.is_floating_point() and tensor.ndim == (1 if block is not None and block[3] == "bias" else 2)
 
 
 def _untrained(

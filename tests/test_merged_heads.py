@@ -204,6 +204,36 @@ def test_heads_that_do_not_fit_each_other_are_refused_by_what_differs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("keep", torch.zeros(2, 2, dtype=torch.long)),
+        ("keep", torch.tensor(3)),
+        ("keep", torch.tensor([1.5, 2.0])),
+        ("keep", torch.zeros(0, dtype=torch.long)),
+        ("0.0.linear.bias", torch.zeros(2, 3)),
+        ("1.0.linear.weight", torch.zeros(6, 6, dtype=torch.int8)),
+        ("0.1.weight", torch.tensor(1.0)),
+        ("0.1.weight", torch.zeros(9)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{list(value.shape)}-{value.dtype}",
+)
+def test_a_strangers_tensor_that_is_not_what_its_name_says_is_refused_by_name(
+    name: str, tensor: torch.Tensor, tmp_path: Path
+) -> None:
+    given = family(tmp_path)
+    save_file({**tensors(2), name: tensor}, given[RIGHT] / merged_heads.WEIGHTS)
+    with pytest.raises(Refused, match=f"{name} in right has a shape or a type"):
+        merged(linear(0.5, 0.5), given, tmp_path / "out")
+
+
+def test_names_that_only_look_like_heads_are_not_read_as_such(tmp_path: Path) -> None:
+    given = family(tmp_path)
+    foreign = {f"{'9' * 5000}.0.linear.weight": torch.zeros(6, 6), "\u0661.0.linear.weight": torch.zeros(6, 6)}
+    save_file({**tensors(2), **foreign}, given[RIGHT] / merged_heads.WEIGHTS)
+    assert merged(linear(0.5, 0.5), given, tmp_path / "out").keys() == tensors(2).keys()
+
+
 def test_a_source_without_heads_is_named(tmp_path: Path) -> None:
     given = {LEFT: heads(tmp_path / "left", tensors(1))}
     with pytest.raises(Refused, match="there are no heads of org/right"):
