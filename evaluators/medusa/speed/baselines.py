@@ -67,7 +67,8 @@ def plain_is_slow(found: Sequence[Versus], clock: ClockName) -> bool:
 def native(base: Base, question: Question, limits: Limits, cache: str | None = None) -> tuple[list[int], Clock]:
     """transformers' own greedy `generate`: its tokens, and what it took end to end.
 
-    With the cache "static" it compiles the model on a GPU, in the first call.
+    Nothing but the stop ids is taken from the model's generation config, as in the plain loop. With the cache "static"
+    it compiles the model on a GPU, in the first call.
     """
     ids = torch.tensor([list(question.ids)], device=base.device)
     stops = sorted(base.stop_ids & limits.stop_ids)
@@ -79,6 +80,11 @@ def native(base: Base, question: Question, limits: Limits, cache: str | None = N
         cache_implementation=cache,
     )
     clock = Clock()
-    with timed(clock, base.device):
-        out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    # What a config leaves open `generate` takes from the model's own, such as a repetition penalty: another text.
+    own, base.model.generation_config = base.model.generation_config, GenerationConfig()
+    try:
+        with timed(clock, base.device):
+            out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    finally:
+        base.model.generation_config = own
     return out[0, len(question.ids) :].tolist(), clock

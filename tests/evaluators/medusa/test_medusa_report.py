@@ -133,6 +133,17 @@ def test_transformers_own_greedy_loop_gives_the_same_text() -> None:
     assert clock.wall_s > 0 and clock.cpu_s > 0
 
 
+def test_a_repetition_penalty_in_the_models_own_settings_makes_no_other_baseline() -> None:
+    made = tiny.model("gqa")
+    made.generation_config.repetition_penalty, made.generation_config.no_repeat_ngram_size = 1.5, 2
+    made.generation_config.eos_token_id = [7, tiny.EOS]
+    base, question = Base(made, tiny.tokenizer()), bench.Question(Prompt("1", "x", ("?",)), (4, 5, 9))
+    for limits in (Limits(25, base.stop_ids), Limits(25)):
+        (versus,) = baselines.against_native(base, [question], limits)
+        assert versus.tokens == versus.plain_tokens
+    assert made.generation_config.repetition_penalty == 1.5
+
+
 def test_a_report_says_in_words_what_its_figures_say() -> None:
     made = as_json(Report())
     row = as_json(Row("fresh", "fresh"))
