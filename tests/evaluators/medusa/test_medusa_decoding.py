@@ -185,6 +185,8 @@ def test_at_the_end_of_the_context_decoding_stays_exact_and_stops(kind: str, lef
         ("qwen3-next", "Qwen3Next.* recurrent state"),
         ("lfm2", "Lfm2.* recurrent state"),
         ("bloom", "Bloom.* ALiBi"),
+        ("mpt", "Mpt.* ALiBi"),
+        ("mrope", r"three-dimensional rotary positions \(mrope\)"),
         ("falcon-alibi", "Falcon.* ALiBi"),
     ],
 )

@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from evaluators import medusa
 from evaluators.errors import EvaluationError
+from evaluators.medusa.decoding.acceptance import Rule
 from evaluators.medusa.decoding.decode import Clock, Limits, Trace
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, conclusions, exactness, report
 from evaluators.medusa.speed.document import Exact, Parting, Report, Row, Speedup, TreeFacts, as_json
 from evaluators.medusa.training.prompt_sets import Prompt
-from evaluators.medusa.trees.tree import chain, full
+from evaluators.medusa.trees.tree import Tree, chain, full
 
 
 def trace(tokens: int, steps: int, seconds: float, step_s: float | None = None) -> Trace:
@@ -107,16 +110,30 @@ def test_the_identity_of_speedup_rate_and_overhead_holds_and_a_hidden_cost_break
     assert bench.clocks_disagree(hiding, "fresh") and not bench.clocks_disagree(honest, "fresh")
 
 
+class Noting(EagerRunner):
+    """Notes what is run, by the nodes of its tree."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__(base)
+        self.order: list[int] = []
+
+    def prepare(self, drafter: Drafter | None, tree: Tree, rule: Rule, lengths: range) -> None:
+        self.order.append(tree.nodes)
+
+
 def test_blocks_alternate_run_everything_twice_and_stay_exact() -> None:
     base = tiny.base("gqa")
+    runner = Noting(base)
     questions = [bench.Question(Prompt(str(n), "x", ("?",)), (n, 5, 9)) for n in range(3)]
     limits = Limits(20, base.stop_ids)
     candidates = [
         bench.Candidate("fresh", tiny.Always(3), full((1, 2))),
         bench.Candidate("b", tiny.Always(0), chain(2)),
     ]
-    blocks = bench.run_blocks(base, candidates, questions, limits)
+    blocks = bench.run_blocks(base, candidates, questions, limits, runner=runner)
     assert [b.question.prompt.id for b in blocks] == ["0", "1", "2"]
+    outside_in, inside_out = [1, 4, 3, 3, 4, 1], [4, 3, 1, 1, 3, 4]
+    assert runner.order == [*outside_in, *outside_in, *inside_out, *outside_in], "the first of them warms up"
     for b in blocks:
         assert b.plain[0].tokens == b.plain[1].tokens == b.runs["fresh"][0].tokens == b.runs["b"][1].tokens
         assert min(t.decode.wall_s for t in (*b.plain, *b.runs["fresh"])) > 0

@@ -11,20 +11,28 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
     Cohere2Config,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     GptOssConfig,
+    HyperCLOVAXConfig,
     Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    MiniCPM3Config,
     MistralConfig,
+    MixtralConfig,
+    MptConfig,
+    NanoChatConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
@@ -71,6 +79,7 @@ _LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 16}
 _MIXED = ["sliding_attention", "full_attention"]
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
@@ -122,6 +131,30 @@ CONFIGS: dict[str, Any] = {
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
     ),
     "lfm2": lambda: Lfm2Config(**_LLAMA, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
+    "latent": lambda: DeepseekV3Config(
+        **_LLAMA, **_LATENT, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1
+    ),
+    "minicpm3": lambda: MiniCPM3Config(**_LLAMA, **_LATENT, dim_model_base=8, scale_depth=1.4, scale_emb=3.0),
+    "hyperclovax": lambda: HyperCLOVAXConfig(**_LLAMA, logits_scaling=0.3, embedding_multiplier=2.0),
+    "nanochat": lambda: NanoChatConfig(**_LLAMA, num_key_value_heads=2, final_logit_softcapping=2.0),
+    "mixtral": lambda: MixtralConfig(**_LLAMA, num_key_value_heads=2, num_local_experts=4),
+    "gptj": lambda: GPTJConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=128, initializer_range=0.35,
+        bos_token_id=None, eos_token_id=EOS,
+    ),
+    "opt-projected": lambda: OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, init_std=0.35,
+        max_position_embeddings=64, word_embed_proj_dim=16, do_layer_norm_before=False, bos_token_id=None,
+        eos_token_id=EOS, pad_token_id=None,
+    ),
+    "bert": lambda: BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128, initializer_range=0.35, is_decoder=True, eos_token_id=EOS,
+    ),
+    "mrope": lambda: LlamaConfig(
+        **_LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    ),
+    "mpt": lambda: MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=2),
     "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
     "falcon-alibi": lambda: FalconConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True

@@ -1,0 +1,91 @@
+"""Models of many families: the row that heads read is found, text is that of `generate`, and what ends it is known."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_causal_lms as tiny
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from evaluators.errors import EvaluationError
+from evaluators.medusa.decoding.acceptance import Exact
+from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.drafting.drafters import HeadDrafter
+from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
+from evaluators.medusa.model.causal_lm import Base
+from evaluators.medusa.speed import baselines
+from evaluators.medusa.speed.bench import Question
+from evaluators.medusa.training.prompt_sets import Prompt
+from evaluators.medusa.trees.tree import chain, full
+
+PROMPT = [7, 42, 99, 3, 250, 7, 42]
+FAMILIES = (
+    "latent",  # DeepSeek: keys and values of unlike widths
+    "minicpm3",  # divides the row before the output embedding
+    "hyperclovax",  # multiplies the logits
+    "nanochat",  # caps them
+    "mixtral",
+    "gptj",  # an output embedding with a bias
+    "opt-projected",  # an output embedding narrower than the layers
+    "bert",  # layers between the backbone and the output embedding
+)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_heads_and_trees_work_on_any_decoder_and_leave_its_text_as_it_is(kind: str) -> None:
+    base, limits = tiny.base(kind), Limits(24)
+    assert capability(base).reason is None
+    ids = torch.arange(9)[None]
+    hidden, logits = base.run(ids, use_cache=False)
+    torch.testing.assert_close(logits, base.model(input_ids=ids).logits)
+    torch.testing.assert_close(base.logits(hidden), logits)
+    torch.testing.assert_close(identity_heads(HeadSpec(), base)(hidden[0], ids[0])[0], logits[0])
+    want = plain(EagerRunner(base), PROMPT, limits)
+    assert len(set(want.tokens)) > 2, "a model that repeats itself proves little"
+    assert baselines.native(base, Question(Prompt("1", "x", ("?",)), tuple(PROMPT)), limits)[0] == want.tokens
+    oracle = tiny.Oracle([*PROMPT, *want.tokens], base.vocab)
+    heads = tiny.random_heads(base, HeadSpec("shared", 3, conditioned=True))
+    for drafter in (oracle, HeadDrafter(heads)):
+        got = medusa(EagerRunner(base), drafter, full((2, 2, 2)), PROMPT, limits)
+        assert got.tokens == want.tokens
+        assert drafter is not oracle or got.steps < want.steps / 2
+    drawn = plain(EagerRunner(base), PROMPT, limits, Exact(seed=2)).tokens
+    assert medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *drawn]), chain(3), PROMPT, limits, Exact(2)).tokens == drawn
+
+
+def test_the_row_behind_further_layers_is_taken_where_it_enters_the_output_embedding() -> None:
+    base = tiny.base("bert")
+    ids = torch.arange(9)[None]
+    hidden, _ = base.run(ids, use_cache=False)
+    assert not torch.allclose(hidden, base.model.base_model(input_ids=ids).last_hidden_state, atol=1e-2)
+
+
+def test_whatever_any_config_calls_the_end_ends_the_text() -> None:
+    made, words = tiny.model("llama"), tiny.tokenizer()
+    text = plain(EagerRunner(tiny.base("llama")), PROMPT, Limits(30)).tokens
+    ends = list(dict.fromkeys(text[4:]))[:4]
+    made.generation_config.eos_token_id, made.config.eos_token_id = ends[:2], ends[2]
+    words.eos_token = words.convert_ids_to_tokens(ends[3])
+    base = Base(made, words)
+    assert base.stop_ids == set(ends)
+    for rest in (ends, ends[1:], ends[2:], ends[3:]):
+        limits = Limits(30, base.stop_ids & set(rest))
+        want = plain(EagerRunner(base), PROMPT, limits).tokens
+        assert want[-1] in rest and not set(want[:-1]) & set(rest)
+        assert medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), full((2, 2, 2)), PROMPT, limits).tokens == want
+
+
+def test_an_encoder_decoder_is_refused_by_name() -> None:
+    config = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(EvaluationError, match="T5ForConditionalGeneration is not a decoder-only"):
+        Base(T5ForConditionalGeneration(config), tiny.tokenizer())
+
+
+def test_an_attention_kernel_that_takes_no_mask_is_refused() -> None:
+    base = Base(tiny.model("llama"), tiny.tokenizer())
+    assert capability(base).tree
+    base.model.config._attn_implementation = "flash_attention_2"
+    reason = capability(base).reason
+    assert reason is not None and "the attention kernel flash_attention_2, which takes no tree mask" in reason
