@@ -56,6 +56,19 @@ def test_greedy_text_equals_plain_decoding_token_for_token(kind: str, shape: str
             assert got.steps < want.steps
 
 
+def test_the_answers_to_test_questions_stay_plain_over_128_tokens() -> None:
+    base, limits = tiny.base("gqa"), Limits(128, tiny.base("gqa").stop_ids)
+    heads = tiny.random_heads(base, HeadSpec("shared", 4, 1, conditioned=True, keep=tuple(range(0, tiny.VOCAB, 2))))
+    lengths = set()
+    for question in prompt_sets.builtin("test")[:4]:
+        ids = prompt_sets.encode(base, question.turns[0])
+        want = plain(EagerRunner(base), ids, limits).tokens
+        for drafter in (HeadDrafter(heads), tiny.Oracle([*ids, *want])):
+            assert medusa(EagerRunner(base), drafter, SPARSE.first(16), ids, limits).tokens == want
+        lengths.add((len(ids), len(want)))
+    assert len(lengths) == 4 and max(length for _, length in lengths) == 128
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_fast_loop_takes_the_paths_of_the_slow_reference(kind: str) -> None:
     base, limits, tree = tiny.base(kind), Limits(12), SPARSE.first(12)
@@ -137,10 +150,20 @@ def test_token_zero_after_a_short_leaf_is_not_accepted_by_a_padding_alias() -> N
             following = want.tokens[len(seen) - len(PROMPT)] if len(seen) - len(PROMPT) < len(want.tokens) else 5
             return torch.tensor([(following + 1) % tiny.VOCAB, following, 0, 1][: tree.nodes - 1])
 
-    assert 0 in want.tokens
     got = medusa(EagerRunner(base), ShortLeaf(), tree, PROMPT, Limits(12))
     assert got.tokens == want.tokens
-    assert any(path == (0, 2) for path in got.paths), "the short leaf was never taken"
+    assert any(path == (0, 2) and got.tokens[2 * step + 2] == 0 for step, path in enumerate(got.paths))
+    # After such a step the cache holds what plain steps would hold: the next logits are the same.
+    at = [*PROMPT, *want.tokens[:1]]
+    fast, slow = EagerRunner(base), EagerRunner(base)
+    fast.prefill(PROMPT)
+    drafted = torch.tensor([at[-1], (want.tokens[1] + 1) % tiny.VOCAB, want.tokens[1], 0, 1])
+    path, following = Greedy().accept(tree, drafted.tolist(), fast.forward(drafted, tree)[1], len(PROMPT))
+    assert (path, following) == ((0, 2), want.tokens[2]) and following == 0
+    fast.keep(path)
+    slow.prefill([*at, want.tokens[1]])
+    following_logits = [runner.forward(torch.tensor([0]), ROOT_ONLY)[1] for runner in (fast, slow)]
+    torch.testing.assert_close(*following_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stop_id_inside_an_accepted_path_ends_the_text_there() -> None:
@@ -197,14 +220,21 @@ def test_a_model_that_cannot_hold_a_tree_is_refused_by_name(kind: str, says: str
     assert re.search(says, able.reason) and able.reason.endswith(".")
 
 
-def test_sampling_with_trees_gives_the_tokens_of_plain_sampling_with_the_same_noise() -> None:
-    base, limits = tiny.base("llama"), Limits(40)
-    for seed in range(3):
+@pytest.mark.parametrize("shape", TREES)
+def test_sampling_with_trees_gives_the_tokens_of_plain_sampling_with_the_same_noise(shape: str) -> None:
+    base, limits, tree = tiny.base("llama"), Limits(30), TREES[shape]
+    heads = HeadDrafter(tiny.random_heads(base, HeadSpec("shared", 4, conditioned=True)))
+    for seed in range(2):
         rule = Exact(seed=seed, temperature=1.5, top_k=50, top_p=0.95)
         want = plain(EagerRunner(base), PROMPT, limits, rule)
-        got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *want.tokens]), full((2, 2)), PROMPT, limits, rule)
-        assert got.tokens == want.tokens
-        assert got.steps < want.steps
+        for drafter in (tiny.Oracle([*PROMPT, *want.tokens]), heads, tiny.Always(tiny.EOS), tiny.Always(0)):
+            got = medusa(EagerRunner(base), drafter, tree, PROMPT, limits, rule)
+            assert got.tokens == want.tokens
+            assert not isinstance(drafter, tiny.Oracle) or shape == "n=1" or got.steps < want.steps
+
+
+def test_each_seed_draws_its_own_text() -> None:
+    base = tiny.base("llama")
     drawn = {tuple(plain(EagerRunner(base), PROMPT, Limits(8), Exact(seed, temperature=1.5)).tokens)
              for seed in (0, 1, 2, -1, 1 << 32, 1 << 40)}  # fmt: skip
     assert len(drawn) == 6, "two seeds gave one text"

@@ -132,7 +132,8 @@ CONFIGS: dict[str, Any] = {
     ),
     "lfm2": lambda: Lfm2Config(**_LLAMA, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
     "latent": lambda: DeepseekV3Config(
-        **_LLAMA, **_LATENT, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1
+        **_LLAMA, **_LATENT, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+        topk_group=1,
     ),
     "minicpm3": lambda: MiniCPM3Config(**_LLAMA, **_LATENT, dim_model_base=8, scale_depth=1.4, scale_emb=3.0),
     "hyperclovax": lambda: HyperCLOVAXConfig(**_LLAMA, logits_scaling=0.3, embedding_multiplier=2.0),
