@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -342,6 +343,44 @@ def test_bytes_of_any_kind_are_refused_with_a_sentence(
         (folder / name).write_bytes(start + data)
         error = refusal(lambda: formats.load(folder, tiny.base("gqa")))
         assert error.code == "BAD_HEADS" and error.message.count("\n") == 0 and error.next_step
+
+
+@pytest.fixture(scope="module")
+def whole_files(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
+    """A head file of every layout: its name and its bytes."""
+    found = []
+    for fmt, spec in (("ours", CUT), ("v1", OWN), ("v2", DEEP), ("vllm", CUT)):
+        folder = tmp_path_factory.mktemp("whole")
+        formats.save(tiny.random_heads(base, spec), folder, fmt)  # type: ignore[arg-type]
+        (file,) = folder.glob("*.safetensors")
+        found.append((file.name, file.read_bytes()))
+        if fmt == "v1":
+            torch.save(load_file(file), folder / "medusa_lm_head.pt")
+            found.append(("medusa_lm_head.pt", (folder / "medusa_lm_head.pt").read_bytes()))
+    return found
+
+
+@given(st.integers(0, 4), st.randoms(use_true_random=False))
+@settings(max_examples=120, deadline=None)
+def test_a_file_with_some_bytes_changed_is_read_or_refused_with_a_sentence(
+    whole_files: list[tuple[str, bytes]], tmp_path_factory: pytest.TempPathFactory, number: int, draw: Random
+) -> None:
+    name, whole = whole_files[number]
+    data = bytearray(whole)
+    head = 8 + int.from_bytes(whole[:8], "little") if name.endswith("safetensors") else 3000
+    for _ in range(draw.choice((1, 2, 5))):
+        tail = len(data) - 1 - draw.randrange(2500)
+        data[draw.choice((draw.randrange(head), draw.randrange(head), tail))] = draw.choice(
+            b'0123456789{}[]",:. FI\x00\xff'
+        )
+    folder = tmp_path_factory.mktemp("changed")
+    (folder / name).write_bytes(data[: draw.choice((len(data), len(data), len(data) - 7))])
+    try:
+        heads, _ = formats.load(folder, tiny.base("gqa"))
+    except EvaluationError as error:
+        assert error.code == "BAD_HEADS" and "\n" not in error.message and error.next_step
+    else:
+        assert all(bool(parameter.isfinite().all()) for parameter in heads.parameters())
 
 
 def test_an_empty_folder_and_a_pickled_model_are_refused(base: Base, tmp_path: Path) -> None:

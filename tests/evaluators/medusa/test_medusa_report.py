@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_causal_lms as tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from evaluators import medusa
@@ -21,6 +22,7 @@ from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, conclusions, exactness, report
 from evaluators.medusa.speed.document import Exact, Parting, Report, Row, Speedup, TreeFacts, as_json
+from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import Tree, chain, full
 
@@ -262,13 +264,20 @@ def test_a_measurement_is_whole_exact_and_on_disk(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_given_prompts_are_timed_and_none_of_them_is_trained_on(shared: Path, tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("llama", max_position_embeddings=512), template=None)
+    leaked = prompt_sets.builtin("train")[0]
+    asked = {"category": "leaked", "turns": ["Something else.", leaked.turns[0].upper()]}
+    published = (shared / "hub_seed" / "mt_bench" / "question.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "question.jsonl").write_text("\n".join([json.dumps(asked), *published]))
     measured = medusa.measure(
-        folder, tmp_path / "out", prompts=shared / "hub_seed" / "mt_bench" / "question.jsonl",
-        budget_s=4, questions=3, max_new_tokens=16,
-    )  # fmt: skip
+        folder, tmp_path / "out", prompts=tmp_path / "question.jsonl", budget_s=4, questions=3, max_new_tokens=16
+    )
     assert_whole(measured)
     assert measured["suite"]["name"] == "question" and measured["suite"]["chat_template"] is False
     assert 1 <= measured["suite"]["questions"] <= 3
+    assert f"1 training prompts were too close to a test prompt: {[leaked.id]}" in measured["warnings"]
+    where = measured["environment"]
+    assert (where["torch"], where["transformers"]) == (torch.__version__, transformers.__version__)
+    assert where["threads"] >= 1 and where["cores"] >= 1 and where["load_after"] is not None and where["seed"] == 0
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import data, head_training, joint, store, train
+from evaluators.medusa.training.head_loss import Targets, draft_loss
 from evaluators.medusa.training.head_training import Wanted, train_heads
+from evaluators.medusa.trees.tree import greedy_tree
 from tests import forked
 
 FIXED = Wanted(heads=2, vocab=64, steps=12, answers=8, answer_tokens=10, batch=4, checkpoint_s=0.0)
@@ -77,6 +79,7 @@ def test_one_seed_gives_one_set_of_heads_and_answers_are_computed_once(model: Pa
     train_heads(model, tmp_path / "c", cache, replace(FIXED, seed=1))
     assert weights(tmp_path / "c") != weights(tmp_path / "a")
     assert [point["step"] for point in first["curve"]] == [point["step"] for point in second["curve"]]
+    assert greedy_tree(first["accuracy"], 16).paths == greedy_tree(second["accuracy"], 16).paths
     written = json.loads((tmp_path / "a" / "training.json").read_text())
     assert written == json.loads(json.dumps(first)) and written["steps"] == 12 and written["prompts"] == 8
     assert 0 < written["coverage"] <= 1 and {"load", "generate", "fit", "total"} <= set(written["seconds"])
@@ -130,7 +133,7 @@ def test_joint_training_changes_the_model_by_an_adapter_that_peft_would_load(mod
     assert "lm_head" not in config["target_modules"]
 
 
-def test_an_adapter_switched_off_is_the_original_and_kl_holds_the_base_where_it_was() -> None:
+def test_an_adapter_switched_off_is_the_original() -> None:
     base = Base(tiny.model("gqa"), tiny.tokenizer())
     ids = torch.tensor([[5, 6, 7, 8]])
     before = base.run(ids, use_cache=False)[1]
@@ -140,6 +143,35 @@ def test_an_adapter_switched_off_is_the_original_and_kl_holds_the_base_where_it_
     assert not torch.equal(base.run(ids, use_cache=False)[1], before)
     made.adapter.switch(False)
     assert torch.equal(base.run(ids, use_cache=False)[1], before)
+
+
+def test_the_joint_loss_is_the_divergence_from_the_original_and_a_growing_share_of_the_heads_loss() -> None:
+    base = Base(tiny.model("gqa"), tiny.tokenizer())
+    dialogues = data.self_distil(base, [[n, *range(20, 21 + n)] for n in range(5)], max_new_tokens=9)
+    features, heads = data.gather(base, dialogues), identity_heads(HeadSpec("shared", 2), base)
+    adapter = joint.Adapter(base, seed=0)
+    task, every = joint._JointTask(base, adapter, heads, dialogues), torch.arange(len(dialogues))
+
+    def loss(done: float) -> float:
+        return float(task.loss(every, done).detach())
+
+    assert loss(0.0) == pytest.approx(0, abs=1e-4), "nothing is changed, the heads do not count yet"
+    guesses = draft_loss(heads, features.hidden[:], features.tokens, Targets.certain(features.labels(2)))
+    for done, share in ((0.2, 0.1), (0.4, 0.2), (1.0, 0.2)):
+        assert loss(done) == pytest.approx(share * float(guesses.detach()), rel=1e-3)
+    draw = torch.Generator().manual_seed(0)
+    for layer in adapter.layers.values():
+        layer.b.data.normal_(std=0.05, generator=draw)
+    apart = []
+    for text in dialogues:  # each alone and without padding
+        said = []
+        for changed in (False, True):
+            adapter.switch(changed)
+            logits = base.run(torch.tensor([[*text.prompt, *text.output[:-1]]]), use_cache=False)[1]
+            said.append(logits[0, len(text.prompt) - 1 :].log_softmax(-1))
+        apart.append((said[0].exp() * (said[0] - said[1])).sum(-1))
+    divergence = float(torch.cat(apart).mean())
+    assert divergence > 0.01 and loss(0.0) == pytest.approx(divergence, rel=1e-3)
 
 
 def test_the_merge_engine_applies_the_adapter(model: Path, tmp_path: Path) -> None:
