@@ -85,8 +85,9 @@ def merge(
     """Merge the heads in the folders `heads`, by source of the recipe, into the new folder `out`; returns it.
 
     `models` are folders of the sources themselves: only the base's is read, and only where heads with projections of
-    their own start from untrained ones. Everything is computed and stored in float32. Raises Refused NOT_SUPPORTED with
-    the reason where heads are missing or do not fit each other.
+    their own start from untrained ones. Everything is computed in float64 and stored in float32, so that equal heads
+    give those heads again, bit for bit, whatever their weights. Raises Refused NOT_SUPPORTED with the reason where
+    heads are missing or do not fit each other.
     """
     recipe = for_heads(asked)
     found = {_one(ref): _read(folder) for ref, folder in heads.items()}
@@ -120,7 +121,7 @@ def for_heads(asked: Recipe) -> Recipe:
         modules=(_last_slice(main),),
         base=None if asked.base is None else _one(asked.base),
         parameters=_parameters(asked.parameters),
-        dtype="float32",
+        dtype="float64",
         out_dtype=None,
         vocabulary=None,
         chat_template=None,
@@ -274,7 +275,7 @@ def _staged(heads: _Heads, count: int, folder: Path) -> Path:
     folder.mkdir()
     tensors = {f"heads.{i}.block_{j}.{kind}": t for (i, j, kind), t in heads.blocks.items() if i < count}
     tensors |= {f"heads.{i}.{PROJECTION}.weight": t for i, t in heads.projections.items() if i < count}
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file({name: tensor.double().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     config = {"model_type": "medusa_heads", "num_hidden_layers": count, "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -302,7 +303,7 @@ def _write(made: Mapping[str, Tensor], keep: list[int] | None, folder: Path, ask
     blocks = {(int(i), int(part.removeprefix("block_"))) for _, i, part, _ in names if part != PROJECTION}
     layers, own = 1 + max(j for _, j in blocks), any(part == PROJECTION for _, _, part, _ in names)
     tensors = {}
-    for name, tensor in made.items():
+    for name, tensor in ((name, tensor.float()) for name, tensor in made.items()):
         _, head, part, kind = name.split(".")
         block = part.removeprefix("block_")
         tensors[f"{head}.{layers}.weight" if part == PROJECTION else f"{head}.{block}.linear.{kind}"] = tensor

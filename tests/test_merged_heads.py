@@ -62,7 +62,12 @@ dtype: bfloat16
 
 SELF = {
     "linear": linear(0.5, 0.5),
+    "unequal": linear(0.3, 0.7),
+    "thirds": linear(1, 2),
+    "slerp aside": "{merge_method: slerp, base_model: org/left, models: [{model: org/right}], parameters: {t: 0.3}}",
     "slerp": "{merge_method: slerp, base_model: org/left, models: [{model: org/right}], parameters: {t: 0.5}}",
+    "ties aside": """{merge_method: ties, base_model: org/base, models: [
+             {model: org/left, parameters: {weight: 0.2}}, {model: org/right, parameters: {weight: 0.7}}]}""",
     "ties": """{merge_method: ties, base_model: org/base, models: [{model: org/left, parameters: {weight: 0.5}},
              {model: org/right, parameters: {weight: 0.5}}]}""",
     "task_arithmetic": """{merge_method: task_arithmetic, base_model: org/base, models: [

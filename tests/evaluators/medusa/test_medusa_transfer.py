@@ -10,6 +10,9 @@ import tiny_causal_lms as tiny
 import torch
 from test_medusa_report import assert_whole, block, trace
 
+from bot import merged_heads
+from bot.merge.recipe import reading
+from bot.merge.recipe.spec import ModelRef
 from evaluators import medusa
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
@@ -119,6 +122,26 @@ def test_retention_is_one_for_the_reference_itself_and_nothing_where_nothing_was
     assert transfer.retention(fresh, floor, fresh) == [1.0, 1.0, None]
     assert transfer.retention(floor, floor, fresh) == [0.0, 0.0, None]
     assert transfer.retention([0.25], floor, fresh) == [pytest.approx(0.5)]
+
+
+def test_heads_merged_with_themselves_by_the_recipe_of_the_models_keep_all_they_gained(tmp_path: Path) -> None:
+    base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
+    text = data.gather(base, data.self_distil(base, [[n, 2 * n, 7] for n in range(1, 14)], max_new_tokens=30))
+    fresh, _ = train.fit(SPEC, base, text, budget_s=60, recipe=train.Recipe(2e-3, 64, 8))
+    parents = {ModelRef(name): tmp_path / name for name in ("left", "right")}
+    for folder in parents.values():
+        formats.save(fresh, folder)
+    recipe = "{merge_method: slerp, base_model: left, models: [{model: right}], parameters: {t: 0.3}}"
+    merged, warnings = formats.load(merged_heads.merge(reading.parse(recipe), parents, tmp_path / "out"), base)
+    assert warnings == [] and merged.spec == fresh.spec
+    for mine, theirs in zip(merged.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    of_merged, of_fresh, floor = (
+        [shares[0] for shares in simulation.accuracy(heads, text, 1).shares]
+        for heads in (merged, fresh, identity_heads(SPEC, base))
+    )
+    kept = transfer.retention(of_merged, floor, of_fresh)
+    assert kept[0] == 1.0 and set(kept) <= {1.0, None}
 
 
 def test_hidden_cosine_is_one_to_the_model_itself_and_missing_where_models_cannot_be_compared(tmp_path: Path) -> None:
