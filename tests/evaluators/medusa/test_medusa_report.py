@@ -56,7 +56,6 @@ def test_speedup_is_the_ratio_of_summed_tokens_per_second() -> None:
 )
 def test_a_verdict_needs_the_whole_interval_and_a_steady_machine(fast_s: float, machine_ok: bool, says: str) -> None:
     blocks = [block(name, (2.0, 2.0), fast_s) for name in "abcdefgh"]
-    mixed = [block(name, (2.0, 2.0), each) for name, each in zip("abcdefgh", (1.0, 3.0, 2.0, 2.0) * 2, strict=True)]
 
     def verdict(asked: list[bench.Block], machine_ok: bool) -> str:
         ratio = bench.speedup(asked, "fresh", "wall")
@@ -65,7 +64,12 @@ def test_a_verdict_needs_the_whole_interval_and_a_steady_machine(fast_s: float, 
 
     assert verdict(blocks, machine_ok) == says
     assert verdict(blocks[:7], machine_ok) == "inconclusive", "too few"
-    assert verdict(mixed, True) == "same" and verdict(mixed[:1], True) == "inconclusive"
+    for seconds in ((1.0, 3.0, 1.5, 2.0), (1.0, 3.0, 2.5, 2.0)):  # better and worse than plain, by no certain margin
+        mixed = [block(name, (2.0, 2.0), each) for name, each in zip("abcdefgh", seconds * 2, strict=True)]
+        ratio = bench.speedup(mixed, "fresh", "wall")
+        assert ratio is not None and ratio.interval is not None and ratio.value != 1
+        assert ratio.interval[0] < 1 < ratio.interval[1] and verdict(mixed, True) == "same"
+        assert verdict(mixed[:1], True) == "inconclusive"
 
 
 def facts(ties: tuple[bool | None, ...] = (True, None), **changes: Any) -> conclusions.Facts:
@@ -102,6 +106,8 @@ def test_equal_work_that_takes_unequal_time_makes_the_machine_unfit() -> None:
     assert bench.a_a_ok(bench.a_a(steady, "wall"))
     assert not bench.a_a_ok(bench.a_a(drifting, "wall"))
     assert not bench.a_a_ok(bench.a_a(steady[:1], "wall"))
+    unsteady = [block(name, plain_s, 1.0) for name, plain_s in zip("abcd", ((2.0, 2.6), (2.6, 2.0)) * 2, strict=True)]
+    assert not bench.a_a_ok(bench.a_a(unsteady, "wall")), "it holds 1.0, but is wider than a tenth"
 
 
 def test_the_identity_of_speedup_rate_and_overhead_holds_and_a_hidden_cost_breaks_it() -> None:

@@ -86,6 +86,8 @@ def test_figures_over_tokens_over_categories_and_end_to_end_are_each_their_own()
     assert made["plain"]["end_to_end_tokens_per_s"] == pytest.approx(62 / 8, abs=1e-3)
     assert made["plain"]["tokens_per_s"] == 10.0 and made["plain"]["step_ms"] == 100.0
     assert row["exact"] == {"prompts": 2, "equal": 2, "divergences": []}
+    # These generations were made up, so they are not what the arithmetic on the base's own text says.
+    assert made["warnings"] == ["fresh: decoding brought 1.200 tokens per step where the simulation says 1.000"]
 
 
 def test_training_is_won_back_after_as_many_tokens_as_save_its_seconds() -> None:
@@ -125,6 +127,14 @@ def test_plain_decoding_slower_than_generate_refuses_the_report_and_as_fast_does
         assert ("transformers' own `generate`" in (made["refusal"] or "")) is refused
         native = next(row for row in made["candidates"] if row["id"] == "native")
         assert native["speedup"]["wall"] == ours_s and native["exact"]["equal"] == 2
+        assert not any("another text" in warning for warning in made["warnings"])
+
+
+def test_a_plain_text_that_is_never_that_of_generate_is_said() -> None:
+    question = bench.Question(Prompt("a", "x", ("?",)), IDS)
+    other = baselines.Versus(question, [1, 3], Clock(1.0, 1.0), [1, 2], Clock(1.0, 1.0))
+    made = reported(eight(generation(text()[:21], 10, 1.0)), versus=[other])
+    assert any("another text than transformers' own `generate`" in warning for warning in made["warnings"])
 
 
 def test_where_two_equal_plain_runs_differ_nothing_is_called_faster() -> None:
