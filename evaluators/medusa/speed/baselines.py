@@ -16,6 +16,8 @@ from evaluators.medusa.speed.bench import Question, end_to_end_s, seconds
 from evaluators.medusa.speed.document import ClockName
 
 NATIVE_SLACK = 1.1
+# What makes a token depend on the text before it in other ways than through the model, and its value for "off".
+HISTORY = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,15 @@ def plain_is_slow(found: Sequence[Versus], clock: ClockName) -> bool:
     return bool(found) and all(
         seconds(each.plain, clock) > NATIVE_SLACK * seconds(each.native, clock) for each in found
     )
+
+
+def unapplied_settings(base: Base) -> str | None:
+    """In a sentence, what the model's own generation config asks for and no loop here applies; None without any."""
+    own = {name: getattr(base.model.generation_config, name, None) for name in HISTORY}
+    asked = [f"{name} {value}" for name, value in own.items() if value not in (None, HISTORY[name])]
+    if not asked:
+        return None
+    return f"the model's own settings ask for {' and '.join(asked)}, which no decoding here applies: all are greedy"
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vo
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
-from evaluators.medusa.speed import bench, calibrate, head_rows, report, rows, timing, transfer
+from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, report, rows, timing, transfer
 from evaluators.medusa.speed.document import Row, Suite, as_json
 from evaluators.medusa.speed.measurement import Asked, Progress, Run
 from evaluators.medusa.speed.rows import Scored
@@ -126,6 +126,8 @@ def _examine(run: Run, base: Base, asked: Sequence[prompt_sets.Prompt], prompts:
     )
     test = [bench.Question(prompt, tuple(prompt_sets.encode(base, prompt.turns[0]))) for prompt in asked]
     _describe_suite(run, base, test, prompts)
+    if (unapplied := baselines.unapplied_settings(base)) is not None:
+        run.warn(unapplied)
     now = run.stage("load", run.started)
     run.progress("load", 1, 1)
     if able.reason is None:

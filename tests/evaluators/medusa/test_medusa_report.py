@@ -163,6 +163,9 @@ def test_a_repetition_penalty_in_the_models_own_settings_makes_no_other_baseline
     made.generation_config.repetition_penalty, made.generation_config.no_repeat_ngram_size = 1.5, 2
     made.generation_config.eos_token_id = [7, tiny.EOS]
     base, question = Base(made, tiny.tokenizer()), bench.Question(Prompt("1", "x", ("?",)), (4, 5, 9))
+    said = baselines.unapplied_settings(base)
+    assert said is not None and "repetition_penalty 1.5 and no_repeat_ngram_size 2, which no decoding here" in said
+    assert baselines.unapplied_settings(tiny.base("gqa")) is None
     for limits in (Limits(25, base.stop_ids), Limits(25)):
         (versus,) = baselines.against_native(base, [question], limits)
         assert versus.tokens == versus.plain_tokens
@@ -269,7 +272,9 @@ def test_a_measurement_is_whole_exact_and_on_disk(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_given_prompts_are_timed_and_none_of_them_is_trained_on(shared: Path, tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "model", tiny.model("llama", max_position_embeddings=512), template=None)
+    model = tiny.model("llama", max_position_embeddings=512)
+    model.generation_config.repetition_penalty = 1.3
+    folder = tiny.write(tmp_path / "model", model, template=None)
     leaked = prompt_sets.builtin("train")[0]
     asked = {"category": "leaked", "turns": ["Something else.", leaked.turns[0].upper()]}
     published = (shared / "hub_seed" / "mt_bench" / "question.jsonl").read_text().splitlines()[:2]
@@ -281,6 +286,9 @@ def test_given_prompts_are_timed_and_none_of_them_is_trained_on(shared: Path, tm
     assert measured["suite"]["name"] == "question" and measured["suite"]["chat_template"] is False
     assert 1 <= measured["suite"]["questions"] <= 3
     assert f"1 training prompts were too close to a test prompt: {[leaked.id]}" in measured["warnings"]
+    assert any("ask for repetition_penalty 1.3, which no decoding here" in warning for warning in measured["warnings"])
+    native = next(row for row in measured["candidates"] if row["id"] == "native")
+    assert native["absent_because"] or native["exact"]["equal"] == native["exact"]["prompts"]
     where = measured["environment"]
     assert (where["torch"], where["transformers"]) == (torch.__version__, transformers.__version__)
     assert where["threads"] >= 1 and where["cores"] >= 1 and where["load_after"] is not None and where["seed"] == 0

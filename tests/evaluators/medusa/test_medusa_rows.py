@@ -26,6 +26,12 @@ def text() -> tuple[int, ...]:
     return tuple(plain(EagerRunner(tiny.base("gqa")), IDS, Limits(41)).tokens)
 
 
+@cache
+def answers() -> data.Features:
+    base = tiny.base("gqa")
+    return data.gather(base, data.self_distil(base, [[1, 2, 3]], max_new_tokens=8))
+
+
 def generation(tokens: Sequence[int], steps: int, seconds: float, inside_s: float | None = None) -> Trace:
     """A generation of so many steps in so many seconds on both clocks, `inside_s` of them by the clocks of steps."""
     made = Trace(tokens=list(tokens), emitted=[1] * steps)
@@ -51,7 +57,7 @@ def reported(
 ) -> dict[str, Any]:
     base = tiny.base("gqa")
     heads = identity_heads(HeadSpec("shared", 2), base)
-    features = data.gather(base, data.self_distil(base, [[1, 2, 3]], max_new_tokens=8))
+    features = answers()
     cost = calibrate.CostCurve(10, "wall", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1, 0.01)
     promised = calibrate.Choice(chain(2), 1.9, 1.1, 1.7, True)
     scored = rows.Scored(transfer.HeadSet("fresh", "fresh", heads, training=training), promised)
