@@ -165,6 +165,26 @@ def test_batched_answers_and_their_states_are_those_of_plain_decoding() -> None:
         assert data.check(base, found, sample=len(found)) == 1.0
 
 
+@pytest.mark.parametrize("kind", ["gqa", "gpt2"])
+def test_an_answer_in_a_batch_ends_with_its_first_stop_id_which_is_learnt_and_leaves_the_others_as_they_were(
+    kind: str,
+) -> None:
+    base = Base(tiny.model(kind), tiny.tokenizer())
+    endless = answers(base, 6, 25)
+    base.stop_ids = frozenset(each.output[3 + 3 * number] for number, each in enumerate(endless[:5]))
+    found = answers(base, 6, 25)
+    assert len({len(each.output) for each in found}) > 2 and min(len(each.output) for each in found) > 1
+    for each, whole in zip(found, endless, strict=True):
+        want = plain(EagerRunner(base), each.prompt, Limits(25, base.stop_ids), keep_hidden=True)
+        assert list(each.output) == want.tokens == list(whole.output[: len(want.tokens)])
+        assert not base.stop_ids & set(each.output[:-1])
+        torch.testing.assert_close(each.hidden, torch.stack(want.hidden), atol=1e-3, rtol=1e-3)
+    features = data.gather(base, found)
+    lasts = torch.tensor(features.lengths).cumsum(0) - 1
+    assert features.labels(1)[0, lasts - 1].tolist() == [each.output[-1] for each in found]
+    assert features.labels(1)[0, lasts].tolist() == [data.IGNORED] * len(found)
+
+
 def test_prompts_with_a_common_beginning_get_the_answers_they_get_alone() -> None:
     base = tiny.base("gqa")
     begin = [9, 8, 7, 6, 5]
