@@ -102,6 +102,14 @@ def test_the_config_for_tgi_names_no_architecture_and_vllm_gets_every_key_it_rea
     assert {name for name in tensors if name.startswith("lm_heads")} == {"lm_heads.0.weight"}
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("hyperclovax", 0.3), ("nanochat", 1.0), ("gqa", 1.0)])
+def test_the_config_for_vllm_says_what_the_model_multiplies_its_logits_by(
+    kind: str, scale: float, tmp_path: Path
+) -> None:
+    formats.save(tiny.random_heads(tiny.base(kind), SHARED), tmp_path, "vllm")
+    assert json.loads((tmp_path / "config.json").read_text())["logit_scale"] == pytest.approx(scale)
+
+
 def pickled(base: Base, folder: Path, change: Callable[[dict[str, Any]], Any] = lambda tensors: tensors) -> Heads:
     """V1 heads as the reference saves them."""
     heads = tiny.random_heads(base, OWN)

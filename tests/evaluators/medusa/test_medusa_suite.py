@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import tiny_causal_lms as tiny
+import torch
 
 from evaluators import repetition
 from evaluators.errors import EvaluationError
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import prompt_sets, prompts
+from evaluators.medusa.speed import evaluation
+from evaluators.medusa.training import data, head_training, prompt_sets, prompts
 
 LONG = "Describe in a few words how the old harbour of the town looks when the first ships come home in spring"
 
@@ -99,3 +101,13 @@ def test_looping_text_is_told_from_plain_text() -> None:
     assert repetition.loops([1, 2, 3, 4] * 10)
     assert not repetition.loops(list(range(40)))
     assert not repetition.loops([1] * 5)
+
+
+def test_answers_that_repeat_themselves_neither_teach_nor_choose_a_tree_unless_all_do() -> None:
+    looping = data.Dialogue((1,), (1, 2, 3, 4) * 10, torch.zeros(40, 4))
+    straight = data.Dialogue((1,), tuple(range(30)), torch.zeros(30, 4))
+    assert [each is straight for each in evaluation._straight([looping, straight, looping])] == [True]
+    assert len(evaluation._straight([looping, looping])) == 2
+    base = tiny.base("gqa")
+    assert head_training._features(base, [looping, straight]).lengths == (30,)
+    assert head_training._features(base, [looping]).lengths == (40,)
