@@ -281,6 +281,14 @@ def test_no_speculation_where_the_cost_curve_cannot_win() -> None:
     assert not calibrate.choose_tree(heads, features, dear).speculate
     best = calibrate.choose_tree(heads, features, cheap)
     assert best.speculate and best.tree.nodes == 8 and best.gain == best.expected
+    between = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 1.01), (4, 1.02), (8, 3.0)), 0.0, 0.001)
+    smaller = calibrate.choose_tree(heads, features, between)
+    assert smaller.speculate and smaller.tree.nodes == 4 and smaller.expected < best.expected
+    assert smaller.gain == pytest.approx(smaller.expected / 1.02)
+    for gain, speculate in ((1.03, True), (1.01, False)):  # a hundredth is not worth it
+        expected = calibrate.choose_tree(heads, features, cheap, chain(1)).expected
+        only = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, expected / gain)), 0.0, 0.001)
+        assert calibrate.choose_tree(heads, features, only, chain(1)).speculate is speculate
 
 
 def test_the_cost_curve_leaves_the_cache_as_it_was_and_interpolates() -> None:
