@@ -224,15 +224,15 @@ def test_training_learns_and_one_seed_gives_one_set_of_heads() -> None:
 
 
 def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
-    base = tiny.base("gqa")
-    dialogues = answers(base)
+    base, _ = teachable()
+    dialogues = answers(base, 16)
     learn, held_out = data.gather(base, dialogues[:8]), data.gather(base, dialogues[8:])
-    spec = HeadSpec("shared", 3, conditioned=True)
-    heads, training = train.fit(spec, base, learn, budget_s=600, recipe=TEN, held_out=held_out)
+    spec, too_fast = HeadSpec("shared", 3, conditioned=True), train.Recipe(1e-2, 64, 8)
+    heads, training = train.fit(spec, base, learn, budget_s=600, recipe=too_fast, held_out=held_out)
     tree = greedy_tree(simulation.accuracy(heads, held_out).shares, train.COMMON_NODES)
     assert training.best_epoch is not None
     assert simulation.simulate(heads, held_out, tree) == pytest.approx(max(training.held_out))
-    assert training.held_out[training.best_epoch] == max(training.held_out)
+    assert training.held_out[training.best_epoch] == max(training.held_out) > training.held_out[-1] + 0.05
 
 
 def test_a_model_that_wrote_nothing_to_learn_from_leaves_the_heads_untrained() -> None:
