@@ -93,6 +93,11 @@ def test_the_config_for_tgi_names_no_architecture_and_vllm_gets_every_key_it_rea
     told = json.loads((tmp_path / "tgi" / "config.json").read_text())
     assert "architectures" not in told and told["base_model_name_or_path"] == "somebody/model"
     assert [path.name for path in (tmp_path / "tgi").glob("*.safetensors")] == ["medusa_lm_head.safetensors"]
+    shallow = load_file(tmp_path / "tgi" / formats.WEIGHTS)
+    assert told["version"] == "2" and all(".linear." in name for name in shallow)
+    formats.save(tiny.random_heads(base, DEEP), tmp_path / "deep", "tgi")  # its V2 reader takes one block a head
+    deep = load_file(tmp_path / "deep" / formats.WEIGHTS)
+    assert {name for name in deep if ".linear." not in name} == {"0.2.weight", "1.2.weight"}
     formats.save(tiny.random_heads(base, CUT), tmp_path / "vllm", "vllm")
     told = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert (told["model_type"], told["num_heads"], told["truncated_vocab_size"]) == ("medusa", 2, len(KEEP))

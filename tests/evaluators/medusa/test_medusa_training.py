@@ -170,7 +170,7 @@ def test_the_joint_loss_is_the_divergence_from_the_original_and_a_growing_share_
             logits = base.run(torch.tensor([[*text.prompt, *text.output[:-1]]]), use_cache=False)[1]
             said.append(logits[0, len(text.prompt) - 1 :].log_softmax(-1))
         apart.append((said[0].exp() * (said[0] - said[1])).sum(-1))
-    divergence = float(torch.cat(apart).mean())
+    divergence = float(torch.cat(apart).mean().detach())
     assert divergence > 0.01 and loss(0.0) == pytest.approx(divergence, rel=1e-3)
 
 

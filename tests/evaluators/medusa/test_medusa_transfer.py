@@ -74,14 +74,20 @@ def test_where_no_tree_can_win_nothing_is_speculated_and_nothing_is_lost() -> No
     choice = calibrate.choose_tree(identity_heads(SPEC, base), text, dear)
     assert not choice.speculate and choice.gain < 1
     nothing = bench.Candidate("nothing", Unasked(), ROOT_ONLY)
-    ratios = []
-    while len(ratios) < 6 and not any(abs(ratio - 1) <= 0.02 for ratio in ratios):  # others use this machine too
-        blocks = bench.run_blocks(base, [nothing], asked(4), Limits(60))
-        assert all(trace.steps == len(trace.tokens) - 1 for each in blocks for trace in each.runs["nothing"])
-        found = bench.speedup(blocks, "nothing", "cpu")
-        assert found is not None
-        ratios.append(found.value)
-    assert abs(ratios[-1] - 1) <= 0.02, ratios
+    least: dict[tuple[str, int], float] = {}
+    ratio = 0.0
+    for _ in range(16):  # others use this machine, too; the least of many runs is what the work itself takes
+        blocks = bench.run_blocks(base, [nothing], asked(2), Limits(50))
+        for number, each in enumerate(blocks):
+            assert all(trace.steps == len(trace.tokens) - 1 for trace in each.runs["nothing"])
+            for name, traces in (("plain", each.plain), ("nothing", each.runs["nothing"])):
+                seconds = min(trace.decode.cpu_s for trace in traces)
+                least[name, number] = min(seconds, least.get((name, number), seconds))
+        plainly, nothing_s = (sum(least[name, number] for number in (0, 1)) for name in ("plain", "nothing"))
+        ratio = plainly / nothing_s
+        if abs(ratio - 1) <= 0.02:
+            break
+    assert ratio == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize(("fast_s", "chosen"), [(3.0, "none"), (1.0, "fresh")])
