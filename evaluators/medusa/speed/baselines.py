@@ -65,6 +65,14 @@ def plain_is_slow(found: Sequence[Versus], clock: ClockName) -> bool:
     )
 
 
+def never_equal(found: Sequence[Versus]) -> str | None:
+    """In a sentence, that the two texts differ everywhere, as those of a model do that keeps its state elsewhere than
+    in the cache; None where they do not."""
+    if not found or any(each.tokens == each.plain_tokens for each in found):
+        return None
+    return "plain decoding gave another text than transformers' own `generate` on every question they were compared on"
+
+
 def unapplied_settings(base: Base) -> str | None:
     """In a sentence, what the model's own generation config asks for and no loop here applies; None without any."""
     own = {name: getattr(base.model.generation_config, name, None) for name in HISTORY}

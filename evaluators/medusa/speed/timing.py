@@ -116,4 +116,7 @@ def native(
     questions = [block.question for block in blocks[:NATIVE_QUESTIONS]]
     if time.monotonic() + likely_s > run.deadline:
         return []
-    return baselines.against_native(base, questions, limits, runner=runner, deadline=run.deadline)
+    versus = baselines.against_native(base, questions, limits, runner=runner, deadline=run.deadline)
+    if (different := baselines.never_equal(versus)) is not None:
+        run.warn(different)
+    return versus
