@@ -143,25 +143,35 @@ def test_the_promises_hold_from_the_database_and_the_hub_alone(walk: Walk) -> No
     assert broken_promises(walk.settings, walk.hub.root) == []
 
 
-def test_the_published_model_loads_and_is_the_sum_the_recipe_asks_for(walk: Walk) -> None:
-    gap = walk.hub.client(
-        """
+@pytest.fixture(scope="module")
+def in_transformers(walk: Walk) -> dict[str, Any]:
+    """What somebody finds who has transformers and the repo's name: they wait for transformers once."""
+    code = """
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         def weights(name):
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
             return {key: value.float() for key, value in model.state_dict().items()}
         base, left, right = (weights("alice/" + name) for name in ("base", "left", "right"))
-        got = weights("mergebot/visitor-both")
-        assert AutoTokenizer.from_pretrained("mergebot/visitor-both")("ab")["input_ids"]
-        result = max(
+        repo = "mergebot/visitor-both"
+        got = weights(repo)
+        gap = max(
             float((got[key] - (base[key] + (left[key] - base[key]) + 0.5 * (right[key] - base[key]))).abs().max())
             for key in got
         )
-        """,
-        walk.home,
-    )
-    assert gap <= 2**-7
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(repo), AutoTokenizer.from_pretrained(repo)
+        asked = dict(**tokenizer("The crest", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+        asked.pop("token_type_ids", None)
+        own = model.float().generate(**asked).tolist()
+        with_heads = model.generate(**asked, custom_generate=repo, trust_remote_code=True).tolist()
+        used = getattr(model, "_medusa_heads", None) is not None
+        result = dict(gap=gap, own=own, with_heads=with_heads, used=used)
+    """
+    return dict(walk.hub.client(code, walk.home))
+
+
+def test_the_published_model_loads_and_is_the_sum_the_recipe_asks_for(in_transformers: dict[str, Any]) -> None:
+    assert in_transformers["gap"] <= 2**-7
 
 
 def test_anybody_can_verify_what_was_published(walk: Walk, tmp_path: Path) -> None:
@@ -204,22 +214,15 @@ def test_the_evaluated_and_the_published_bytes_are_the_same(walk: Walk) -> None:
     assert {"mergekit_config.yml", "merge_provenance.json", ".mergebot.json", "results/lm_eval.json"} <= set(tree)
 
 
-def test_the_repo_carries_the_heads_it_was_measured_with_and_generate_uses_them(walk: Walk) -> None:
+def test_the_repo_carries_the_heads_it_was_measured_with_and_generate_uses_them(
+    walk: Walk, in_transformers: dict[str, Any]
+) -> None:
     assert walk.form.evaluation and walk.form.publication
     repo, heads = walk.form.publication.repo, walk.form.evaluation.heads
     assert {"medusa/medusa_lm_head.safetensors", "custom_generate/generate.py"} <= set(heads)
     tree = Hub(walk.hub.url).tree(repo, walk.form.publication.commit)
     assert {name: tree[name].size for name in heads} == {name: file.bytes for name, file in heads.items()}
-    code = f"""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        model, tokenizer = AutoModelForCausalLM.from_pretrained({repo!r}), AutoTokenizer.from_pretrained({repo!r})
-        asked = dict(**tokenizer("The crest", return_tensors="pt"), max_new_tokens=20, do_sample=False)
-        asked.pop("token_type_ids", None)
-        own = model.float().generate(**asked).tolist()
-        with_heads = model.generate(**asked, custom_generate={repo!r}, trust_remote_code=True).tolist()
-        result = own == with_heads and getattr(model, "_medusa_heads", None) is not None
-    """
-    assert walk.hub.client(code, walk.home) is True
+    assert in_transformers["own"] == in_transformers["with_heads"] and in_transformers["used"]
 
 
 def test_every_model_was_measured_on_the_same_questions(walk: Walk) -> None:

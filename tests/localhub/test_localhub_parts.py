@@ -72,9 +72,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_card_made_to_hurt_is_refused_quickly(bomb: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     found = complaints(f"---\n{BOMBS[bomb]}\n---\n")
-    assert found and time.monotonic() - started < 1
+    assert found and time.process_time() - started < 1
 
 
 def test_card_metadata_becomes_the_tags_a_filter_matches() -> None:

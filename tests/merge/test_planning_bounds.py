@@ -46,11 +46,11 @@ def planned(text: str, layers: int = 2, limits: Limits = STRANGER) -> plan.Plan:
 
 @pytest.mark.parametrize("times", [(600, 600), (600, 1), (30, 500)])
 def test_a_text_that_multiplies_a_model_is_refused_before_its_tensors_are_built(times: tuple[int, int]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(Refused, match="layers; the limit is 1,000") as caught:
         planned(repeated(*times))
     assert caught.value.code == "TOO_LARGE"
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_an_operator_may_ask_for_more_and_has_a_limit_too() -> None:
@@ -86,10 +86,10 @@ def test_thousands_of_tensors_outside_the_layers_are_placed_in_no_time(tmp_path:
     tensors = llama_tensors(0)
     tensors |= {f"model.norm{i}.weight": torch.ones(1) for i in range(12_000)}
     save(tmp_path / "a", tensors)
-    start = time.perf_counter()
+    start = time.process_time()
     made, _ = plan_of("merge_method: passthrough\nmodels: [{model: a}]\n", tmp_path, limits=STRANGER)
     assert len(made.steps) == len(tensors)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_an_intermediate_larger_than_the_result_counts_in_disk_and_memory(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_a_row_number_that_no_matrix_has_is_refused_with_its_path(row: str) -> N
 
 
 def test_a_key_as_long_as_the_recipe_gets_its_hint_in_no_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert nearest("merge_methud", ["merge_method", "models"]) == "Did you mean `merge_method`?"
     assert nearest("merge_method" * 5_000, ["merge_method", "models" * 5_000]).startswith("Valid here")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 class _Counted(HeldView):
