@@ -8,9 +8,15 @@ from __future__ import annotations
 import threading
 
 from bot.settings import Settings, activate
-from tests import family
 
 REQUESTER, NAME = "alice", "killed"
+# copies layers, for which no process of the walk has to load torch
+RECIPE = """merge_method: passthrough
+slices:
+- sources: [{model: alice/left, layer_range: [0, 1]}]
+- sources: [{model: alice/right, layer_range: [1, 2]}]
+dtype: bfloat16
+"""
 
 
 def main() -> None:
@@ -22,7 +28,7 @@ def main() -> None:
     from bot.scheduler import Scheduler
 
     scheduler = Scheduler(settings)
-    request = from_form(REQUESTER, family.RECIPE, NAME, EvaluateOptions(suite="none"))
+    request = from_form(REQUESTER, RECIPE, NAME, EvaluateOptions(suite="none"))
     job = intake.take(request, scheduler.hub, scheduler.queue, settings)
     scheduler.start()
     pause = threading.Event()
