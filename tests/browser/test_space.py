@@ -168,6 +168,15 @@ def test_the_leaderboard_sorts_by_figures_and_shows_them_whole(space: Space, ope
     expect(page.locator("#detail")).to_contain_text("slower than it on this machine")
 
 
+def test_a_board_of_two_tasks_is_as_wide_as_a_desks_page(space: Space, open_page: OpenPage) -> None:
+    page = open_page(f"{space.url}/?tab=leaderboard")
+    last = page.locator("#board [role=gridcell][data-col='8']").first
+    expect(last).to_have_text("134.5 M")
+    cell, board = last.bounding_box(), page.locator("#board").bounding_box()
+    assert cell is not None and board is not None
+    assert cell["x"] + cell["width"] <= board["x"] + board["width"] + 1
+
+
 def test_the_leaderboard_filters_by_word_source_and_average(space: Space, open_page: OpenPage) -> None:
     page = open_page(f"{space.url}/?tab=leaderboard")
     expect(page.locator("#board-summary")).to_contain_text("8 published merges")
