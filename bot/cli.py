@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 
 from bot import __version__, evaluate_verb, medusa_verbs
-from bot.errors import Failed, MergebotError
+from bot.errors import MergebotError
 from bot.flags import Verb, Verbs, bytes_of
 
 if TYPE_CHECKING:
@@ -184,7 +182,7 @@ def merge(
 
     asked, limit = operator.read_recipe(recipe, unknown_keys=unknown_keys), bytes_of(shard_size)
     configured = settings()
-    with resumable(), screens.progress() as shown:
+    with screens.progress() as shown:
         merged = operator.merge(
             asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle,
             hash_sources=hash_sources, overwrite=overwrite, shard_limit_bytes=limit, threads=threads,
@@ -238,7 +236,7 @@ def classic(
         Arguments(merge, density or (), weight or (), layer_gradient, method, base_model, normalize, bf16,
                   naive_count, copy_tokenizer)
     )  # fmt: skip
-    with resumable(), screens.progress() as shown:
+    with screens.progress() as shown:
         device = "cuda" if cuda else "cpu"
         merged = operator.merge(
             asked, out, settings(), shown, device=device, allow_pickle=allow_pickle, overwrite=overwrite
@@ -258,7 +256,7 @@ def bakllama(
     from bot.merge.recipe.classic import bakllama as recipe
 
     asked = recipe(operator.read_text(config), file=str(config))
-    with resumable(), screens.progress() as shown:
+    with screens.progress() as shown:
         merged = operator.merge(
             asked, out, settings(), shown, device="cpu", allow_pickle=allow_pickle, overwrite=overwrite
         )
@@ -303,17 +301,6 @@ def status(
         screens.jobs(queue.jobs())
     else:
         screens.job(queue.job(job_id))
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Say what Ctrl-C leaves behind."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Failed(
-            "CANCELLED", "Stopped; what is finished lies beside the output.", "Run the same command again to go on."
-        ) from None
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from bot.errors import Failed
-
 
 def evaluate(
     context: typer.Context,
@@ -67,10 +65,6 @@ def evaluate(
             raise
         advice = "Merge with smaller weights or another method, or add --no-first-look to measure it all the same."
         raise Failed(failed.code, failed.message, advice) from failed
-    except KeyboardInterrupt:
-        raise Failed(
-            "CANCELLED", "Stopped; what is measured so far is kept.", "Run the same command again to go on."
-        ) from None
     found = evaluated.found
     comparison, why_not = judgement.compared(
         found[model], {name: each for name, each in found.items() if name != model}, configured

@@ -1,4 +1,5 @@
-"""Flags of the command line beyond what typer knows: those of mergekit, and those that stand behind the verb.
+"""Flags of the command line beyond what typer knows: those of mergekit, those that stand behind the verb, and values
+that are refused at once, before anything heavy is imported or any model read.
 
 A flag of mergekit that a verb lacks is answered with what to do here instead. `--home`, `--hub` and `--debug` belong
 before the verb and are found behind it as well.
@@ -8,14 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
 from bot.errors import Refused
+from bot.interruption import stopped
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKmMgGtT][iI]?[bB])", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?", re.ASCII)
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _COMMON = {"--home": True, "--hub": True, "--debug": False}  # whether a value follows
 
 # flag of mergekit -> what to do; where that is another flag, it is the first word with two dashes
@@ -49,7 +54,7 @@ _OF_MERGEKIT = {
 
 
 class Verb(TyperCommand):
-    """A command that answers flags of mergekit which it has not."""
+    """A command that answers flags of mergekit which it has not, and says on Ctrl-C what is left of its work."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {flag for param in self.params for flag in (*param.opts, *param.secondary_opts)}
@@ -61,6 +66,12 @@ class Verb(TyperCommand):
                     advice = f"Leave it out: `mergebot {self.name}` has no use for it."
                 ctx.fail(f"{flag} is a flag of mergekit. {advice}")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise stopped(self.name or "") from None
 
 
 class Verbs(TyperGroup):
@@ -80,6 +91,43 @@ def bytes_of(size: str) -> int:
             value=size,
         )  # fmt: skip
     return number
+
+
+def one_of(option: str, value: str, known: Sequence[str]) -> str:
+    """`value`, if it is one of `known`. Raises Refused VALUE_OUT_OF_RANGE."""
+    if value not in known:
+        choice = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise Refused("VALUE_OUT_OF_RANGE", f"{option} {value[:40]!r} is not known.", f"Write {choice}.", value=value)
+    return value
+
+
+def device(value: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises Refused DEVICE_UNAVAILABLE."""
+    if not _DEVICE.fullmatch(value):
+        raise Refused("DEVICE_UNAVAILABLE", f"{value[:40]!r} is not a device.", "Write auto, cpu or cuda.", value=value)
+    return value
+
+
+def vocabulary(value: str) -> int | None:
+    """`full` (None) or how many tokens heads may propose. Raises Refused VALUE_OUT_OF_RANGE."""
+    if value == "full":
+        return None
+    if not value.isascii() or not value.isdigit() or not 2 <= int(value[:12]) < 2**31:
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"--vocab {value[:40]!r} is neither `full` nor a number of tokens from 2.",
+            "Write one such as 8192.", value=value,
+        )  # fmt: skip
+    return int(value)
+
+
+def new_folder(path: Path) -> Path:
+    """A folder that is not there yet, or empty. Raises Refused OUTPUT_EXISTS."""
+    if path.is_dir() and not any(path.iterdir()):
+        return path
+    if path.exists():
+        what = "is there and not empty" if path.is_dir() else "is a file"
+        raise Refused("OUTPUT_EXISTS", f"{path} {what}.", "Name a new folder.", value=str(path))
+    return path
 
 
 def _advice(flag: str) -> str | None:

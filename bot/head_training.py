@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bot import flags
 from bot.errors import Refused
 from bot.evaluator_errors import translated
+from bot.merged_heads import WEIGHTS
 from bot.progress import Show
 from bot.settings import Settings
 
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from evaluators.medusa.decoding.acceptance import Rule
     from evaluators.medusa.training.head_training import Wanted
 
+SAMPLING = ("greedy", "exact", "typical")
+LAYOUTS = ("v1", "v2", "tgi", "vllm", "ours")  # the formats of evaluators.medusa.formats, known without torch
+FEW_STEPS = 100
 CHANGES_THE_MODEL = (
     "Joint training changed the model: these heads fit only the base with the adapter in {folder} applied, "
     "whose answers differ from the base's."
@@ -22,13 +28,11 @@ CHANGES_THE_MODEL = (
 
 def train(model: Path, out: Path, wanted: Wanted, settings: Settings, report: Show) -> dict[str, Any]:
     """Train heads for the model in a folder; answers and rows are kept under the home's cache. Raises Refused
-    OUTPUT_EXISTS where heads are already, Failed as the evaluator does."""
+    OUTPUT_EXISTS as `require_room`, Failed as the evaluator does."""
     from bot.merge.execution.engine import choose_device
-    from evaluators.medusa.formats import WEIGHTS
     from evaluators.medusa.training import head_training
 
-    if (out / WEIGHTS).exists():
-        raise Refused("OUTPUT_EXISTS", f"{out} holds Medusa heads already.", "Name another folder.", value=str(out))
+    require_room(out)
     with translated():
         return head_training.train_heads(
             model,
@@ -40,48 +44,47 @@ def train(model: Path, out: Path, wanted: Wanted, settings: Settings, report: Sh
         )
 
 
-def vocabulary(text: str) -> int | None:
-    """`full` (None) or how many tokens the heads may propose. Raises Refused VALUE_OUT_OF_RANGE."""
-    if text == "full":
-        return None
-    if not text.isascii() or not text.isdigit() or not 2 <= int(text) < 2**31:
-        raise Refused(
-            "VALUE_OUT_OF_RANGE", f"--vocab {text[:40]!r} is neither `full` nor a number of tokens from 2.",
-            "Write one such as 8192.", value=text,
-        )  # fmt: skip
-    return int(text)
+def require_room(out: Path) -> None:
+    """Raises Refused OUTPUT_EXISTS unless `out` is new, empty, or holds a training that was stopped."""
+    if (out / WEIGHTS).exists():
+        raise Refused("OUTPUT_EXISTS", f"{out} holds Medusa heads already.", "Name a new folder.", value=str(out))
+    if not (out / "unfinished").is_dir():
+        flags.new_folder(out)
 
 
-def precision(text: str) -> str:
-    """`auto` or a floating-point type. Raises Refused VALUE_OUT_OF_RANGE."""
-    if text not in ("auto", "float32", "bfloat16", "float16"):
-        raise Refused(
-            "VALUE_OUT_OF_RANGE", f"No model is run in {text[:40]!r}.", "Choose auto, float32, bfloat16 or float16.",
-            value=text,
-        )  # fmt: skip
-    return text
+def require_readable(prompts: Path | None, other: Path | None, tree: Path | None = None) -> None:
+    """Raises Failed for files of prompts, or of a tree, that are not there or hold none."""
+    from evaluators.medusa.training import prompt_sets
+    from evaluators.medusa.trees import tree_files
+
+    with translated():
+        for file in (prompts, other):
+            if file is not None:
+                prompt_sets.read(file)
+        if tree is not None:
+            tree_files.read(tree)
 
 
 def rule(name: str, temperature: float, seed: int) -> Rule:
-    """The way tokens are accepted. Raises Refused VALUE_OUT_OF_RANGE."""
+    """The way tokens are accepted that has this name in SAMPLING."""
     from evaluators.medusa.decoding.acceptance import GREEDY, Exact, Typical
 
     known: dict[str, Rule] = {"greedy": GREEDY, "typical": Typical(temperature), "exact": Exact(seed, temperature)}
-    if name not in known:
-        raise Refused(
-            "VALUE_OUT_OF_RANGE", f"There is no way of sampling {name[:40]!r}.", "Choose greedy, exact or typical.",
-            value=name,
-        )  # fmt: skip
     return known[name]
 
 
-def told(facts: dict[str, Any], out: Path) -> list[str]:
-    """What came of a training, a sentence each."""
+def told(facts: dict[str, Any], model: str, out: Path) -> list[str]:
+    """What came of a training, a sentence each, and the commands that use its heads."""
     held_out, spent = facts["held_out"], facts["seconds"]
     said = [
         f"Heads in {out}: {facts['steps']} steps over {facts['positions']} positions of {facts['prompts']} answers in "
         f"{spent['total']:.0f} s, of which {facts['generate_s']:.0f} s went into answers."
     ]
+    if facts["steps"] < FEW_STEPS or facts["epochs"] < 1:
+        said.append(
+            f"So few steps ({facts['epochs']:.1f} passes over the answers) leave heads barely trained, and they will "
+            "hardly speed anything up: train again, longer (--budget-s)."
+        )
     if held_out["best"] is not None:
         said.append(
             f"{held_out['best']:.2f} tokens per step on {held_out['answers']} held-out answers with a tree of "
@@ -94,4 +97,28 @@ def told(facts: dict[str, Any], out: Path) -> list[str]:
         made = facts["joint"]
         said.append(CHANGES_THE_MODEL.format(folder=out / "adapter"))
         said.append(f"Its choice is the base's at {made['same_choice']:.1%} of positions (KL {made['kl']:.4f} nats).")
+    return [*said, *_next_commands(facts, model, out)]
+
+
+def _next_commands(facts: dict[str, Any], model: str, out: Path) -> list[str]:
+    """What to do with the heads, as it is typed."""
+    said, place = ["Next:"], str(out)
+    if "joint" in facts:
+        changed = f"{place}-model"
+        adapted = f"{model}+{out / 'adapter'}"
+        words = ("--merge", adapted, "--weight", "1", "--method", "linear", "--no-bf16")
+        said.append(_typed("mergebot", "classic", changed, *words))
+        model = changed
+    said.append(_typed("mergebot", "medusa", "generate", model, "Describe a lighthouse.", "--heads", place))
+    said.append(_typed("mergebot", "medusa", "bench", model, "--heads", place))
+    layouts = [name for name in LAYOUTS if name in facts["heads"]["formats"] and name != "ours"]
+    if layouts:
+        export = _typed("mergebot", "medusa", "export", place, f"{place}-{layouts[-1]}", "--model", model)
+        said.append(f"{export} --format {layouts[-1]}" + f"   (or {', '.join(layouts[:-1])})" * (len(layouts) > 1))
+    else:
+        said.append("Only mergebot reads such heads; for TGI or vLLM train with --no-conditioned.")
     return said
+
+
+def _typed(*words: str) -> str:
+    return f"  {shlex.join(words)}"

@@ -51,12 +51,12 @@ def by_hand(
     DIR holds heads, or is a model's folder that carries them. Raises Refused for names that the recipe in `model` does
     not have, Failed FILE_NOT_FOUND for folders that are not there.
     """
-    from evaluators.medusa import Given
-
     for folder in own:
-        _require_folder(folder)
+        require_folder(folder)
     asked = recipe_of(model)
     found = tuple(_named(text, asked, settings) for text in parents)
+    from evaluators.medusa import Given
+
     names = _told_apart([folder.name for folder in own])
     rows = tuple(
         Given(f"heads:{name}", "fresh", _heads_in(folder), source=folder.name)
@@ -161,7 +161,7 @@ def _named(text: str, asked: Recipe | None, settings: Settings) -> Parent:
     if not equals or not name or not place:
         raise Refused("VALUE_OUT_OF_RANGE", f"--parent {text[:60]!r} names no folder.", "Write --parent NAME=DIR.")
     folder = Path(place)
-    _require_folder(folder)
+    require_folder(folder)
     ref = ModelRef(name) if asked is None else _source(asked, name)
     return Parent(name, ref, _heads_in(folder), _model_of(ref, folder, settings))
 
@@ -212,6 +212,7 @@ def _in_our_layout(parent: Parent, scratch: Path) -> Path:
     return into
 
 
-def _require_folder(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
+    """Raises Failed FILE_NOT_FOUND."""
     if not folder.is_dir():
         raise Failed("FILE_NOT_FOUND", f"There is no folder {folder}.", "Name a folder that holds Medusa heads.")

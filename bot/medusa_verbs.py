@@ -1,4 +1,4 @@
-"""The verbs of `mergebot medusa`. Nothing heavy is imported before one needs it.
+"""The verbs of `mergebot medusa`. Options are looked at first; nothing heavy is imported before all of them hold.
 
 `context.obj` is the function of bot.cli that makes settings of options.
 """
@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional, cast
 
 import typer
+
+from bot import flags
+from bot.flags import Verb
 
 app = typer.Typer(no_args_is_help=True, help="Medusa heads: train them on a model and measure how fast it decodes.")
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
@@ -16,7 +19,7 @@ Dtype = Annotated[str, typer.Option(help="auto: what the machine multiplies fast
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-@app.command("bench")
+@app.command("bench", cls=Verb)
 def bench(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
@@ -38,17 +41,20 @@ def bench(
     seed: Seed = 0,
 ) -> None:
     """Compare decoding with Medusa heads to plain greedy decoding, honestly: fresh heads, given ones, the parents'."""
-    from bot import decode_speed, operator, screens
-    from bot.head_training import precision
-    from bot.heads import by_hand
+    from bot import decode_speed, head_training, operator, screens
+    from bot.heads import by_hand, require_folder
 
-    configured = context.obj(device=device)
+    kind = flags.one_of("--dtype", dtype, flags.PRECISIONS)
+    for folder in heads or ():
+        require_folder(folder)
+    head_training.require_readable(prompts, None, tree)
+    configured = context.obj(device=flags.device(device))
     beside = out.with_suffix("") if out.suffix == ".json" else out
     with screens.progress() as shown:
-        folder = operator.model_folder(model, configured, shown)
-        given = by_hand(folder, heads or (), parent or (), beside, configured, seed)
-        asked = decode_speed.Speed(prompts, budget_s, questions, new_tokens, turns, given, precision(dtype), tree)
-        report = decode_speed.bench(folder, beside, asked, configured, shown, seed=seed)
+        found = operator.model_folder(model, configured, shown)
+        given = by_hand(found, heads or (), parent or (), beside, configured, seed)
+        asked = decode_speed.Speed(prompts, budget_s, questions, new_tokens, turns, given, kind, tree)
+        report = decode_speed.bench(found, beside, asked, configured, shown, seed=seed)
     screens.speed(report, _at(out, beside))
 
 
@@ -63,7 +69,7 @@ def _at(out: Path, beside: Path) -> Path:
     return out
 
 
-@app.command("generate")
+@app.command("generate", cls=Verb)
 def generate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
@@ -80,46 +86,63 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Answer a prompt with Medusa heads, as it is decoded; what the heads had guessed stands in green."""
-    from bot import operator, screens
-    from bot.head_training import precision, rule
+    from bot import head_training, operator, screens
+    from bot.heads import require_folder
+
+    kind = flags.one_of("--dtype", dtype, flags.PRECISIONS)
+    flags.one_of("--sample", sample, head_training.SAMPLING)
+    if heads is not None:
+        require_folder(heads)
+    configured = context.obj(device=flags.device(device))
+    with screens.progress() as shown:
+        folder = operator.model_folder(model, configured, shown)
     from bot.merge.execution.engine import choose_device
     from evaluators.medusa import generation
     from evaluators.medusa.model import threads
 
-    configured = context.obj(device=device)
-    how, kind = rule(sample, temperature, seed), precision(dtype)
+    how = head_training.rule(sample, temperature, seed)
     chosen = choose_device(configured.device).type
-    with screens.progress() as shown:
-        folder = operator.model_folder(model, configured, shown)
     with threads.steadiest_threads(chosen):
         speaker = generation.load(folder, heads, device=chosen, dtype=kind)
         screens.speech(speaker.say(prompt, new_tokens, how, [text for text in stop or () if text]))
     screens.spoken(speaker.trace, speaker.tree.nodes, speaker.notes)
 
 
-@app.command("export")
+@app.command("export", cls=Verb)
 def export(
     context: typer.Context,
     heads: Annotated[Path, typer.Argument(help="Heads of any format, or a model's folder that carries them.")],
     out: Annotated[Path, typer.Argument(help="The new folder.", metavar="OUT")],
     model: Annotated[str, typer.Option(help="The model they belong to, a folder or a Hub repo.")],
-    layout: Annotated[str, typer.Option("--format", help="v1, v2, tgi, vllm or ours.")] = "v2",
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="v1, v2, tgi or vllm, which carry no conditioned heads (train with --no-conditioned), or ours.",
+        ),
+    ],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Write Medusa heads in the layout of another program, or read another program's into ours."""
-    from bot import operator, screens
-    from evaluators.medusa import formats
+    from bot import head_training, operator, screens
+    from bot.heads import require_folder
 
+    flags.one_of("--format", layout, head_training.LAYOUTS)
+    flags.one_of("--dtype", dtype, flags.PRECISIONS[1:])
+    require_folder(heads)
+    flags.new_folder(out)
     configured = context.obj(device="cpu")
     with screens.progress() as shown:
         folder = operator.model_folder(model, configured, shown)
+        from evaluators.medusa import formats
+
         notes = formats.export(heads, out, layout, folder, base_model=model, dtype=dtype)
     for note in notes:
         screens.console.print(f"Note: {note}.", soft_wrap=True, markup=False)
     screens.console.print(f"{layout} heads lie in {out}.", soft_wrap=True, markup=False)
 
 
-@app.command("train")
+@app.command("train", cls=Verb)
 def train(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
@@ -128,7 +151,9 @@ def train(
     kind: Annotated[str, typer.Option(help="shared: the model's own projection; own: one a head.")] = "shared",
     heads: Annotated[int, typer.Option(help="How many tokens ahead.", min=1, max=16)] = 3,
     layers: Annotated[int, typer.Option(help="Residual blocks a head.", min=1, max=8)] = 1,
-    conditioned: Annotated[bool, typer.Option(help="The first block reads the next token, too.")] = True,
+    conditioned: Annotated[
+        bool, typer.Option(help="The first block reads the next token, too: better guesses, for mergebot alone.")
+    ] = True,
     vocab: Annotated[str, typer.Option(help="Tokens the heads may propose, or full.", metavar="N|full")] = "8192",
     prompts: Annotated[Optional[Path], typer.Option(help="Train on these, JSON lines as in MT-bench.")] = None,  # noqa: UP045
     test: Annotated[Optional[Path], typer.Option(help="Never train on these.")] = None,  # noqa: UP045
@@ -141,18 +166,20 @@ def train(
 ) -> None:
     """Train Medusa heads on a model's own answers. A run that was stopped goes on when asked again."""
     from bot import head_training, operator, screens
-    from bot.errors import Refused
-    from evaluators.medusa.training.head_training import Wanted
 
-    if kind not in ("shared", "own"):
-        raise Refused("VALUE_OUT_OF_RANGE", f"There is no kind of heads {kind[:40]!r}.", "Choose shared or own.")
-    configured = context.obj(device=device)
-    wanted = Wanted(
-        budget_s, "own" if kind == "own" else "shared", heads, layers, conditioned, head_training.vocabulary(vocab),
-        prompts, test, seed, joint, steps, answers, dtype=head_training.precision(dtype),
-    )  # fmt: skip
+    made = cast("Literal['shared', 'own']", flags.one_of("--kind", kind, ("shared", "own")))
+    precision, kept = flags.one_of("--dtype", dtype, flags.PRECISIONS), flags.vocabulary(vocab)
+    head_training.require_room(out)
+    head_training.require_readable(prompts, test)
+    configured = context.obj(device=flags.device(device))
     with screens.progress() as shown:
         folder = operator.model_folder(model, configured, shown)
+        from evaluators.medusa.training.head_training import Wanted
+
+        wanted = Wanted(
+            budget_s, made, heads, layers, conditioned, kept, prompts, test, seed, joint, steps, answers,
+            dtype=precision,
+        )  # fmt: skip
         facts = head_training.train(folder, out, wanted, configured, shown)
-    for sentence in head_training.told(facts, out):
-        screens.console.print(sentence, soft_wrap=True, markup=False)
+    for sentence in head_training.told(facts, model, out):
+        screens.console.print(sentence, soft_wrap=True, markup=False, highlight=False)

@@ -269,6 +269,8 @@ def _whole_model(model: str, settings: Settings, report: Show) -> tuple[Path, st
     """Its folder and, for a Hub repo, `repo@commit`, which names its bytes."""
     folder = Path(model)
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise Failed("MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Name a folder with a model in it.")
         return sources.whole_folder(folder).resolve(), None
     pinned = sources.operators_repo(model, None, _hub(settings))
     hub = _hub(settings)()

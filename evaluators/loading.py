@@ -10,6 +10,8 @@ from typing import Any
 
 from evaluators.errors import EvaluationError
 
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # what one is made of
+
 
 def load(folder: Path, **options: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of `folder`; `options` are those of transformers' `from_pretrained`.
@@ -29,6 +31,8 @@ def load(folder: Path, **options: Any) -> tuple[Any, Any]:
     except Exception as error:  # transformers raises whatever the files provoke; the caller gets one sentence
         if "out of memory" in str(error) or "allocate memory" in str(error):
             raise
+        if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+            raise unloadable("its folder holds no tokenizer, such as a tokenizer.json") from error
         raise unloadable(sentence(error, folder)) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -49,4 +53,4 @@ def sentence(error: Exception, folder: Path) -> str:
     """The first line of what a library says, without our paths and without its final dot."""
     lines = [line.strip() for line in str(error).replace(str(folder), "the model's folder").splitlines()]
     first = next((line for line in lines if line), type(error).__name__)
-    return first[:300].rstrip(".")
+    return first[:300].rstrip(".:")

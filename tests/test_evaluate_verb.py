@@ -192,11 +192,18 @@ def asking(parent: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+def heeds_ctrl_c() -> None:
+    """A shell starts what runs in the background (`make test &`) deaf to it, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_process_that_evaluates_and_says_how_to_go_on(place: Path) -> None:
     command = [sys.executable, "-m", "bot.cli", "--home", str(place / "stopped"), "--hub", "http://127.0.0.1:9"]
     command += ["evaluate", str(place / "merge"), "--suite", str(place / "mine.yml"), "--no-first-look"]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c
+    ) as process:
         parent = psutil.Process(process.pid)
         while not (children := asking(parent)) and process.poll() is None:
             psutil.wait_procs([parent], timeout=0.05)

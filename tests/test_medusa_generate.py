@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from bot.cli import app
-from bot.errors import Refused
+from evaluators.errors import EvaluationError
 from evaluators.medusa import formats, generation
 from evaluators.medusa.decoding.acceptance import Exact, Typical
 from evaluators.medusa.decoding.decode import Limits, plain
@@ -61,7 +60,7 @@ def test_the_answer_is_the_models_own_and_what_it_took_is_said(place: Path) -> N
 
 def test_a_model_without_heads_speaks_one_token_at_a_time(place: Path) -> None:
     done = generate("base", "one", "--new-tokens", "5")
-    assert "there are no heads, so one token comes at a time" in done.output
+    assert "there are no heads, so one token comes at a time" in done.output and "medusa train" in done.output
 
 
 @pytest.mark.parametrize("rule", [Exact(3, 0.9), Typical(0.7)], ids=["exact", "typical"])
@@ -92,9 +91,13 @@ def test_a_stop_string_ends_the_answer(place: Path) -> None:
     assert whole.startswith(cut) and wanted in cut and len(cut) < len(whole) and speaker.trace.finish == "stop"
 
 
-def test_what_cannot_be_is_refused_in_a_sentence(place: Path) -> None:
-    with pytest.raises(Refused, match="no way of sampling 'beam'"):
-        generate("base", "one", "--sample", "beam")
-    with pytest.raises(Refused, match="No model is run in 'int4'"):
-        generate("base", "one", "--dtype", "int4")
-    assert torch.get_num_threads() >= 1
+def test_a_model_in_the_place_of_heads_is_said_to_be_one(place: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"left is a model, not heads: none of its \d+ tensors"):
+        generate("base", "one", "--heads", "left")
+
+
+def test_a_model_without_a_tokenizer_is_refused_for_that(place: Path) -> None:
+    for file in (place / "base").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(EvaluationError, match=r"its folder holds no tokenizer, such as a tokenizer\.json"):
+        generate("base", "one")

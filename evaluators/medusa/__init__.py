@@ -11,8 +11,23 @@ arXiv 2401.10774. Knows directories, never jobs; no network, no subprocess, no e
 Each imports only those before it in the order trees, model, drafting, formats, decoding, training, speed, generation.
 """
 
-from evaluators.medusa.speed.evaluation import measure
-from evaluators.medusa.speed.report import sentence
-from evaluators.medusa.speed.transfer import Given
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaluators.medusa.speed.evaluation import measure
+    from evaluators.medusa.speed.report import sentence
+    from evaluators.medusa.speed.transfer import Given
 
 __all__ = ["Given", "measure", "sentence"]
+
+_HOMES = {"Given": "speed.transfer", "measure": "speed.evaluation", "sentence": "speed.report"}
+
+
+def __getattr__(name: str) -> Any:
+    """What is asked for and no more: torch takes seconds, and files of prompts and trees are read without it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

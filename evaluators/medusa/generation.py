@@ -27,6 +27,7 @@ from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, expected_tokens, greedy_tree
 
 CONTEXT = 128
+NO_HEADS = "there are no heads, so one token comes at a time; `mergebot medusa train MODEL HEADS` makes some"
 UNKNOWN = "\ufffd"
 
 
@@ -79,7 +80,7 @@ def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "
     able = capability(base)
     runner = fastest(base)
     if found is None or able.reason is not None:
-        notes.append(able.reason or "there are no heads, so one token comes at a time")
+        notes.append(able.reason or NO_HEADS)
         return Speaker(base, runner, None, ROOT_ONLY, notes)
     made, warnings = formats.load(found, base)
     shares = _accuracy(found, made.spec.heads)

@@ -27,8 +27,8 @@ def choose_devices(name: str) -> list[torch.device]:
         raise Refused("DEVICE_UNAVAILABLE", f"{name[:40]!r} is not a device.", "Use cpu, cuda or auto.", value=name)
     if kind == "cuda" and (not cuda or int(number or 0) >= torch.cuda.device_count()):
         raise Refused(
-            "DEVICE_UNAVAILABLE", "no CUDA device is to be seen here.",
-            "Compute on the CPU: `--device cpu`, or leave out --cuda.", value=name,
+            "DEVICE_UNAVAILABLE", "There is no such CUDA device here.",
+            "Compute on the CPU: `--device cpu`; with `mergebot classic`, leave out --cuda.", value=name,
         )  # fmt: skip
     if not cuda or kind == "cpu":
         return [torch.device("cpu")]

@@ -23,11 +23,11 @@ from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.formats import reading
 from evaluators.medusa.formats.layout import Holding, examine
 from evaluators.medusa.formats.reading import WEIGHTS
-from evaluators.medusa.formats.writing import CONFIG, FORMATS, Format, block, save, write_json
+from evaluators.medusa.formats.writing import CONFIG, FORMATS, Format, block, formats_of, save, write_json
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 
-__all__ = ["CONFIG", "FORMATS", "WEIGHTS", "Format", "block", "export", "load", "save", "write_json"]
+__all__ = ["CONFIG", "FORMATS", "WEIGHTS", "Format", "block", "export", "formats_of", "load", "save", "write_json"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,7 +81,7 @@ def export(
         choice = FORMATS if known is None else tuple(DTYPES)
         raise EvaluationError("HEADS_UNSUPPORTED", f"Heads have no {names}.", f"Choose one of {', '.join(choice)}.")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise EvaluationError("HEADS_UNSUPPORTED", f"{out} is there and not empty.", "Choose a new folder.")
+        raise EvaluationError("OUTPUT_EXISTS", f"{out} is there and not empty.", "Choose a new folder.")
     base = causal_lm.load(model)
     heads, warnings = load(source, base)
     return [*warnings, *save(heads, out, known, base_model=base_model, dtype=DTYPES[dtype])]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evaluators.medusa.drafting.heads import HeadSpec
-from evaluators.medusa.formats.reading import INSIDE, Stored, refused
+from evaluators.medusa.formats.reading import INSIDE, MODEL, Stored, refused
 from evaluators.medusa.model.causal_lm import Base
 
 Layout = Literal["medusa", "vllm"]
@@ -61,7 +61,7 @@ class Holding:
 def examine(stored: Stored, config: Mapping[str, Any], base: Base) -> Holding:
     """Raises EvaluationError BAD_HEADS with the reason why these heads do not fit `base`."""
     names, warnings = _unwrapped(stored)
-    layout = _layout(names)
+    layout = _layout(names, stored)
     block, projection = _NAMES[layout]
     parts = {name: match for name in names if (match := block.fullmatch(name))}
     places = {name: (int(match[1]), int(match[2])) for name, match in parts.items()}
@@ -106,10 +106,15 @@ def _unwrapped(stored: Stored) -> tuple[dict[str, str], list[str]]:
     return names, []
 
 
-def _layout(names: Mapping[str, str]) -> Layout:
+def _layout(names: Mapping[str, str], stored: Stored) -> Layout:
     found: list[Layout] = [
         layout for layout, (block, _) in _NAMES.items() if any(block.fullmatch(name) for name in names)
     ]
+    if not found and stored.file == MODEL:
+        raise refused(
+            f"{stored.folder.name} is a model, not heads: none of its {len(names)} tensors belongs to a head.",
+            "Train heads on it (`mergebot medusa train`), or name a folder that holds heads.",
+        )
     if not found:
         raise refused("The head file holds no `{i}.{j}.linear.weight` and no `blocks.{i}.layers.{j}.weight`.")
     if len(found) == 2:

@@ -47,13 +47,14 @@ def save(
     """Write the heads; each file appears whole or not at all. Returns what a user should know, a sentence each.
 
     `base_model` is the repo of the base (TGI downloads it by that name), `tree` the one chosen for these heads; only
-    ours has a place for it. Raises EvaluationError HEADS_UNSUPPORTED for a variant that `fmt` cannot carry.
+    ours has a place for it. Raises EvaluationError HEADS_UNSUPPORTED for a variant that `fmt` cannot carry,
+    OUTPUT_EXISTS for another program's format in a folder that is not empty.
     """
     copied = _copies_output(heads, fmt)
-    _check(heads, fmt, copied)
+    _check(heads, fmt)
     if fmt != "ours" and folder.is_dir() and any(folder.iterdir()):
         raise EvaluationError(
-            "HEADS_UNSUPPORTED", f"{folder} is not empty, and {fmt} heads need a folder of their own.",
+            "OUTPUT_EXISTS", f"{folder} is not empty, and {fmt} heads need a folder of their own.",
             "Choose a new folder.",
         )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,24 +110,37 @@ def _copies_output(heads: Heads, fmt: Format) -> bool:
     return fmt in ("v1", "vllm") or (fmt == "tgi" and heads.spec.layers > 1)
 
 
-def _check(heads: Heads, fmt: Format, copied: bool) -> None:
+def formats_of(heads: Heads) -> list[Format]:
+    """The formats that can carry these heads."""
+    return [fmt for fmt in FORMATS if _obstacle(heads, fmt) is None]
+
+
+def _obstacle(heads: Heads, fmt: Format) -> tuple[str, str] | None:
+    """What about these heads `fmt` cannot carry, a clause, and what to do; None if it carries them."""
     spec = heads.spec
     if fmt == "ours":
-        return
-    reason = None
+        return None
     if spec.conditioned:
-        reason = f"reads the base's next token (conditioned), for which {fmt} has no place"
-    elif spec.kind == "own" and spec.keep is not None and fmt != "vllm":
-        reason = f"has its own projection onto {len(spec.keep)} tokens, and {fmt} knows only the whole vocabulary"
-    elif spec.kind == "own" and fmt == "v2":
-        reason = "has its own projection, and v2 uses the base's"
-    elif copied and heads.unembed_bias is not None:
-        reason = f"shares an output embedding that has a bias, which {fmt} cannot carry"
-    if reason is not None:
-        raise EvaluationError(
-            "HEADS_UNSUPPORTED", f"A head of this set {reason}.",
-            "Train another kind of heads for that server, or keep these in mergebot's own format.",
-        )  # fmt: skip
+        return (
+            f"reads the base's next token (conditioned), for which {fmt} has no place",
+            "Train others with --no-conditioned, or keep these in mergebot's own format.",
+        )
+    if spec.kind == "own" and spec.keep is not None and fmt != "vllm":
+        return (
+            f"has its own projection onto {len(spec.keep)} tokens, and {fmt} knows only the whole vocabulary",
+            "Train others with --vocab full, or export these for vllm.",
+        )
+    if spec.kind == "own" and fmt == "v2":
+        return "has its own projection, and v2 uses the base's", "Export for v1, tgi or vllm."
+    if _copies_output(heads, fmt) and heads.unembed_bias is not None:
+        return f"shares an output embedding that has a bias, which {fmt} cannot carry", "Export for v2."
+    return None
+
+
+def _check(heads: Heads, fmt: Format) -> None:
+    if (found := _obstacle(heads, fmt)) is not None:
+        reason, next_step = found
+        raise EvaluationError("HEADS_UNSUPPORTED", f"A head of this set {reason}.", next_step)
 
 
 def _medusa_tensors(heads: Heads, fmt: Format, copied: bool) -> dict[str, Tensor]:

@@ -11,11 +11,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evaluators.errors import EvaluationError
-from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training.prompts import FORMS, PASSAGES, PEOPLE, PLACES, ROLES, TOPICS, Split
+
+if TYPE_CHECKING:
+    from evaluators.medusa.model.causal_lm import Base
 
 FILE_LIMIT_BYTES = 16 << 20
 NEAR_DUPLICATE = 0.8

@@ -1,0 +1,25 @@
+"""What Ctrl-C leaves of a verb's work, and how to go on: said alike by every verb that may take long."""
+
+from __future__ import annotations
+
+from bot.errors import Failed
+
+AGAIN = "Run the same command again to go on."
+ANEW = "Run the same command again to begin anew."
+
+# verb -> what is left of its work, what to do
+_LEFT = {
+    "merge": ("what is finished lies beside the output", AGAIN),
+    "classic": ("what is finished lies beside the output", AGAIN),
+    "bakllama": ("what is finished lies beside the output", AGAIN),
+    "evaluate": ("what is measured so far is kept", AGAIN),
+    "train": ("what is answered and trained so far is kept", AGAIN),
+    "bench": ("a speed test that is cut short says nothing, so nothing is kept", ANEW),
+    "export": ("the heads are not whole", "Remove the new folder and run the same command again."),
+}
+
+
+def stopped(verb: str) -> Failed:
+    """What a verb that was interrupted ends with: CANCELLED."""
+    left, next_step = _LEFT.get(verb, ("nothing is changed", ""))
+    return Failed("CANCELLED", f"Stopped; {left}.", next_step)
