@@ -97,6 +97,8 @@ def told(facts: dict[str, Any], model: str, out: Path) -> list[str]:
         made = facts["joint"]
         said.append(CHANGES_THE_MODEL.format(folder=out / "adapter"))
         said.append(f"Its choice is the base's at {made['same_choice']:.1%} of positions (KL {made['kl']:.4f} nats).")
+        if made["tokens_per_step"] is not None:
+            said.append(f"{made['tokens_per_step']:.2f} tokens per step with the changed model and heads.")
     return [*said, *_next_commands(facts, model, out)]
 
 

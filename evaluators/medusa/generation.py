@@ -12,7 +12,7 @@ from pathlib import Path
 
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.acceptance import GREEDY, Rule
-from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, Trace, stream
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
@@ -73,14 +73,14 @@ def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "
 
     Raises EvaluationError for a checkpoint that cannot be loaded and for heads that do not fit it.
     """
-    base, reason = packed.load(model, device, dtype)
-    notes = [reason] if reason is not None and device == "cpu" else []
+    base, unpacked = packed.load(model, device, dtype)
+    notes = [unpacked] if unpacked is not None and device == "cpu" else []
     carried = model / CARRIED
     found = heads or (carried if carried.is_dir() else None)
-    able = capability(base)
+    reason = reason_against_trees(base)
     runner = fastest(base)
-    if found is None or able.reason is not None:
-        notes.append(able.reason or NO_HEADS)
+    if found is None or reason is not None:
+        notes.append(reason or NO_HEADS)
         return Speaker(base, runner, None, ROOT_ONLY, notes)
     made, warnings = formats.load(found, base)
     shares = _accuracy(found, made.spec.heads)

@@ -47,8 +47,9 @@ class Request:
 def decode(base: Base, requests: Sequence[Request], tree: Tree) -> list[Trace]:
     """One trace for each request: what `decode.medusa` and `decode.plain` give it alone, in float32.
 
-    The base must be able to hold a tree (`capability`). The clocks of the traces stay at zero: time is the batch's.
-    Raises ValueError for an empty prompt or nothing to generate, EvaluationError for logits that are not finite.
+    The base must be able to hold a tree (`reason_against_trees`). The clocks of the traces stay at zero: time is the
+    batch's. Raises ValueError for an empty prompt or nothing to generate, EvaluationError for logits that are not
+    finite.
     """
     if any(not request.ids or request.limits.max_new_tokens < 1 for request in requests):
         raise ValueError("decoding needs at least one prompt token and one token to generate")

@@ -17,7 +17,7 @@ from typing import Any
 from evaluators import repetition
 from evaluators.medusa import formats
 from evaluators.medusa.decoding import decode
-from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
@@ -119,10 +119,11 @@ def _loaded(run: Run, device: str) -> Base:
 
 
 def _examine(run: Run, base: Base, asked: Sequence[prompt_sets.Prompt], prompts: Path | None) -> None:
-    able = capability(base)
+    reason = reason_against_trees(base)
+    kernel = getattr(base.model.config, "_attn_implementation", None)
     run.note(
         model=report.describe_model(base, run.folder),
-        environment=report.describe_environment(base, able.kernel, run.seed),
+        environment=report.describe_environment(base, kernel, run.seed),
     )
     test = [bench.Question(prompt, tuple(prompt_sets.encode(base, prompt.turns[0]))) for prompt in asked]
     _describe_suite(run, base, test, prompts)
@@ -130,10 +131,10 @@ def _examine(run: Run, base: Base, asked: Sequence[prompt_sets.Prompt], prompts:
         run.warn(unapplied)
     now = run.stage("load", run.started)
     run.progress("load", 1, 1)
-    if able.reason is None:
+    if reason is None:
         _speculate(run, base, test, now)
     else:
-        _only_plain(run, base, test, able.reason)
+        _only_plain(run, base, test, reason)
 
 
 def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:

@@ -159,7 +159,7 @@ def train_heads(
     facts |= {"prompts": len(learnt), "dropped_prompts": encoded.dropped,
               "looping_answers": sum(repetition.loops(each.output) for each in learnt)}  # fmt: skip
     if wanted.joint:
-        facts["joint"] = _jointly(work, base, heads, learnt, encoded.held_out)
+        facts |= _jointly(work, base, heads, learnt, encoded.held_out)
     facts["seconds"] = {name: round(value, 2) for name, value in work.seconds.items()}
     facts["seconds"]["total"] = round(work.used_s(), 2)
     facts |= {"resumed": work.resumed, "chat_template": bool(getattr(base.tokenizer, "chat_template", None))}
@@ -301,7 +301,10 @@ def _fitted(work: Work, base: Base, features: Mapping[str, data.Features]) -> tu
 def _jointly(
     work: Work, base: Base, heads: Heads, learnt: Sequence[data.Dialogue], held_out: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """Train base and heads together and write the change to the base; the heads then fit only the changed base."""
+    """Train base and heads together and write the change to the base; the heads then fit only the changed base.
+
+    Returns the facts of that, and the heads' accuracy anew.
+    """
     began, wanted = time.monotonic(), work.wanted
     limits = train.Limits(max(1.0, work.left_s(0.95)), wanted.seed, wanted.steps, checkpoint=work.checkpoint("joint"))
     made = joint.fit(
@@ -310,8 +313,10 @@ def _jointly(
     made.adapter.save(work.out / "adapter", base_model=work.folder.name)
     _noted(work, "joint", began)
     answers = data.self_distil(base, held_out, max_new_tokens=wanted.answer_tokens) if held_out else []
-    return {
+    said = _features(base, answers)
+    told = {
         "changes_the_model": True, "rank": joint.RANK, "steps": made.training.steps,
-        "kl": made.divergence, "same_choice": made.agreement,
-        "tokens_per_step": train.held_out_rate(heads, data.gather(base, answers)),
+        "kl": made.divergence, "same_choice": made.agreement, "tokens_per_step": train.held_out_rate(heads, said),
     }  # fmt: skip
+    # Who decodes with them has the changed base, so what they guess there is what counts.
+    return {"joint": told, "accuracy": simulation.accuracy(drafters.drafting(heads), said).shares}

@@ -8,6 +8,7 @@ Files are memory-mapped, never read whole. Beyond the limit the files used longe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,11 +75,10 @@ class Store:
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         file = self._file(key)
+        with contextlib.suppress(OSError):  # another process may be making room, or the folder be somebody else's
+            os.utime(file)  # used last: goes last
         found = load(file)
-        if found is None:
-            return None
-        os.utime(file)  # used last: goes last
-        return found[0]
+        return None if found is None else found[0]
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         self._make_room(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding import reference
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
-from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, Trace, medusa, plain, stream
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.decoding.stops import StopStrings
@@ -110,7 +110,7 @@ class Wander:
 )
 def test_the_cache_after_200_scattered_paths_equals_a_fresh_prefill(kind: str, positions: str) -> None:
     base = Base(tiny.model(kind, **{positions: 1000}), tiny.tokenizer())
-    assert capability(base).reason is None
+    assert reason_against_trees(base) is None
     runner, drafts = EagerRunner(base), HeadDrafter(tiny.random_heads(base, HeadSpec(heads=3)))
     trace = medusa(runner, drafts, full((2, 2, 2)), PROMPT, Limits(900), Wander())
     assert trace.steps >= 200
@@ -214,10 +214,9 @@ def test_at_the_end_of_the_context_decoding_stays_exact_and_stops(kind: str, lef
     ],
 )
 def test_a_model_that_cannot_hold_a_tree_is_refused_by_name(kind: str, says: str) -> None:
-    able = capability(tiny.base(kind))
-    assert not able.tree
-    assert able.reason is not None
-    assert re.search(says, able.reason) and able.reason.endswith(".")
+    reason = reason_against_trees(tiny.base(kind))
+    assert reason is not None
+    assert re.search(says, reason) and reason.endswith(".")
 
 
 @pytest.mark.parametrize("shape", TREES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_causal_lms as tiny
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators import medusa
-from evaluators.medusa.decoding.capability import PROBE, disagreement
+from evaluators.medusa.decoding.capability import PROBE, disagreement, reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, plain
 from evaluators.medusa.decoding.decode import medusa as speculate
 from evaluators.medusa.decoding.runners import EagerRunner
@@ -147,6 +148,25 @@ def test_in_bfloat16_rounding_is_told_from_a_wrong_mask(seed: int) -> None:
     with torch.inference_mode():
         assert disagreement(EagerRunner(base), ids, tokens) is None
         assert "inside a tree" in (disagreement(Chained(base), ids, tokens) or "")
+
+
+class Blind(Base):
+    """Gives the model no positions, so that GPT-2 counts the columns of its cache."""
+
+    def run(self, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        options.pop("position_ids", None)
+        return super().run(ids, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bit_a_wrong_place_in_a_table_of_positions_is_seen_however_alike_its_rows_are(dtype: torch.dtype) -> None:
+    model, draw = tiny.model("gpt2"), torch.Generator().manual_seed(1)
+    table = model.transformer.wpe.weight
+    drift = torch.randn(table.shape, generator=draw).cumsum(0)  # neighbours are alike, as after a real training
+    table.data.copy_(drift * 0.03 * model.transformer.wte.weight.std())
+    model.to(dtype)
+    assert reason_against_trees(Base(model, tiny.tokenizer())) is None
+    assert "inside a tree" in (reason_against_trees(Blind(model, tiny.tokenizer())) or "")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from evaluators.medusa.decoding.acceptance import Exact
-from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
@@ -28,7 +28,7 @@ def prompt_of(tokens: int) -> list[int]:
 @pytest.mark.parametrize("start", STARTS)
 def test_across_the_switch_the_text_is_that_of_plain_decoding_and_of_generate(kind: str, start: int) -> None:
     base, prompt, limits = tiny.base(kind), prompt_of(start), Limits(NEW)
-    assert capability(base).reason is None
+    assert reason_against_trees(base) is None
     want = plain(EagerRunner(base), prompt, limits)
     for shape in (full((2, 2, 2)), chain(4)):
         got = medusa(EagerRunner(base), tiny.Oracle([*prompt, *want.tokens]), shape, prompt, limits)

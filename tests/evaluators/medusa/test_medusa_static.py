@@ -15,7 +15,7 @@ from recorded import Recorded
 from evaluators import medusa as evaluator
 from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
-from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.decoding.static_runner import StaticRunner, fastest, reason_against_static
@@ -254,7 +254,7 @@ def test_grouped_attention_gives_the_text_and_the_logits_of_repeated_keys(kind: 
     tokens = torch.arange(SPARSE.nodes)
     _, repeated = eager.forward(tokens, SPARSE)
     use_grouped(base)
-    assert base.model.config._attn_implementation == GROUPED and capability(base).reason is None
+    assert base.model.config._attn_implementation == GROUPED and reason_against_trees(base) is None
     for runner in (EagerRunner(base), StaticRunner(base), StaticRunner(base, Recorded())):
         runner.prefill(PROMPT)
         torch.testing.assert_close(runner.forward(tokens, SPARSE)[1], repeated, atol=1e-4, rtol=1e-4)

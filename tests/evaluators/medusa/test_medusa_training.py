@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,9 @@ def test_joint_training_changes_the_model_by_an_adapter_that_peft_would_load(mod
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and {"q_proj", "down_proj"} <= set(config["target_modules"])
     assert "lm_head" not in config["target_modules"]
+    frozen = train_heads(model, tmp_path / "frozen", tmp_path / "cache", FIXED)
+    assert facts["held_out"] == frozen["held_out"], "the heads began the same"
+    assert facts["accuracy"] != frozen["accuracy"], "what they guess of the changed model is another thing"
 
 
 def test_an_adapter_switched_off_is_the_original() -> None:
@@ -205,6 +209,26 @@ def test_the_store_is_bounded_and_a_damaged_file_counts_as_absent(tmp_path: Path
     assert sorted(file.stem for file in tmp_path.iterdir()) == ["new", "used"]
     (tmp_path / "new.safetensors").write_bytes(b"\x10" * 99)
     assert kept.get("new") is None and kept.get("old") is None
+
+
+def test_what_another_process_makes_room_for_is_there_or_absent_and_never_an_error(tmp_path: Path) -> None:
+    kept, greedy = store.Store(tmp_path), store.Store(tmp_path, limit_bytes=0)
+    done = threading.Event()
+
+    def make_room() -> None:
+        while not done.is_set():
+            greedy.put("another", {"x": torch.zeros(1)})
+
+    other = threading.Thread(target=make_room)
+    other.start()
+    try:
+        for number in range(200):
+            kept.put("mine", {"x": torch.full((9,), float(number))})
+            found = kept.get("mine")
+            assert found is None or found["x"][0] == number
+    finally:
+        done.set()
+        other.join()
 
 
 def test_rows_on_disk_are_those_in_memory() -> None:

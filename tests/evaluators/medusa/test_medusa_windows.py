@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from evaluators.medusa.decoding import reference
 from evaluators.medusa.decoding.acceptance import Exact
-from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
@@ -27,7 +27,7 @@ DEEP = chain(11)  # deeper than the window of eight
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_past_its_window_a_model_decodes_the_text_of_its_own_generate(kind: str) -> None:
     base, limits = tiny.base(kind), Limits(40)
-    assert capability(base).reason is None
+    assert reason_against_trees(base) is None
     assert base.window is not None and base.window.size == 8
     want = plain(EagerRunner(base), PROMPT, limits)
     assert len(set(want.tokens)) > 8, "a model that repeats itself proves little"
@@ -80,7 +80,7 @@ def test_a_node_sees_what_is_visible_and_fewer_than_the_window_back(
 def test_the_probe_leaves_the_window_as_it_was_and_tells_an_ineffective_one() -> None:
     made = tiny.model("window")
     base = Base(made, tiny.tokenizer())
-    assert capability(base).tree
+    assert reason_against_trees(base) is None
     assert made.config.sliding_window == 8 and base.window == Window(8, hybrid=False)
 
     class Deaf(Base):
@@ -93,7 +93,7 @@ def test_the_probe_leaves_the_window_as_it_was_and_tells_an_ineffective_one() ->
             finally:
                 self.config.sliding_window = said
 
-    reason = capability(Deaf(tiny.model("window"), tiny.tokenizer())).reason
+    reason = reason_against_trees(Deaf(tiny.model("window"), tiny.tokenizer()))
     assert reason is not None and "takes no attention window from its config" in reason
 
 
