@@ -1,6 +1,7 @@
 """lm-eval on one model: which questions (suites), how they are asked (conditions), and what came of it (results)."""
 
-from evaluators.harness.conditions import Conditions, Question, content_digest, key_of
+from evaluators.content import content_digest
+from evaluators.harness.conditions import Conditions, Question, key_of
 from evaluators.harness.evaluation import Estimate, evaluate
 from evaluators.harness.results import folder_of
 from evaluators.harness.suites import SUITES, Suite, SuiteTask

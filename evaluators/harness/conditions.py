@@ -13,16 +13,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluators.content import content_digest
 from evaluators.errors import EvaluationError
 from evaluators.harness.suites import Suite
 
 LIBRARIES = ("lm_eval", "transformers", "torch")
 BACKENDS = ("hf", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-# The files of a model folder that decide its answers.
-_CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-_NOT_CONTENT = frozenset({"manifest.json", "merge_provenance.json", "decode_speed.json", "lm_eval.json"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +77,3 @@ class Question:
 def key_of(model: Path, suite: Suite, conditions: Conditions, identity: str | None = None) -> str:
     """The key of one evaluation; `identity` spares hashing the weights. Raises MODEL_UNLOADABLE."""
     return conditions.key(identity or content_digest(model), suite.digest)
-
-
-def content_digest(model: Path) -> str:
-    """64 hex over the names and bytes of the files that decide a model's answers. Raises MODEL_UNLOADABLE."""
-    paths = {path.name: path for pattern in _CONTENT for path in model.glob(pattern) if path.name not in _NOT_CONTENT}
-    if "config.json" not in paths:
-        raise EvaluationError(
-            "MODEL_UNLOADABLE", f"{model.name} holds no config.json.", "Name a folder with a model in it."
-        )
-    content = hashlib.sha256()
-    for name in sorted(paths):
-        with paths[name].open("rb") as file:
-            content.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return content.hexdigest()

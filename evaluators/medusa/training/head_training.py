@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from evaluators import repetition
+from evaluators.content import content_digest
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting import drafters
@@ -28,7 +29,7 @@ from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vo
 from evaluators.medusa.model import causal_lm, packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import data, joint, prompt_sets, simulation, train
-from evaluators.medusa.training.store import Checkpoint, Store, content_of, key_of
+from evaluators.medusa.training.store import Checkpoint, Store, key_of
 
 GENERATED_BY = {False: 0.78, True: 0.4}  # share of the budget, by whether the base is trained, too
 HEADS_BY = {False: 0.97, True: 0.6}
@@ -138,7 +139,7 @@ def train_heads(
     Raises EvaluationError for a checkpoint that cannot be loaded or does not take left padding.
     """
     began = time.monotonic()
-    content = content_of(model)
+    content = content_digest(model)
     asked = {name: value for name, value in asdict(wanted).items() if name not in ("checkpoint_s", "prompts", "test")}
     prompts = _prompts(wanted)
     texts = [[prompt.turns[0] for prompt in split] for split in prompts[:2]]

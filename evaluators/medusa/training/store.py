@@ -24,18 +24,6 @@ from torch import Tensor
 
 LIMIT_BYTES = 8 << 30
 ABANDONED_S = 24 * 3600.0
-WEIGHTS = (".safetensors",)
-DESCRIBING = (".json", ".jinja", ".model", ".txt")
-
-
-def content_of(folder: Path) -> str:
-    """A hash of all that decides what the checkpoint in `folder` says: weights, config, tokenizer, template."""
-    whole = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name.endswith(WEIGHTS + DESCRIBING):
-            with file.open("rb") as stream:
-                whole.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
 
 
 def key_of(value: Any) -> str:

@@ -15,6 +15,7 @@ import tiny_causal_lms as tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from evaluators.content import content_digest
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
@@ -241,7 +242,7 @@ def test_rows_on_disk_are_those_in_memory() -> None:
 
 def test_features_of_another_model_are_never_taken(model: Path, tmp_path: Path) -> None:
     other = tiny.write(tmp_path / "other", tiny.model("gqa", seed=1, initializer_range=0.15))
-    assert store.content_of(model) != store.content_of(other)
+    assert content_digest(model) != content_digest(other)
     cache = tmp_path / "cache"
     train_heads(model, tmp_path / "a", cache, FIXED)
     before = len(list(cache.iterdir()))

@@ -1,0 +1,25 @@
+"""What decides a model's answers, as one digest: it names stored evaluations and stored answers alike."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from evaluators.errors import EvaluationError
+
+_CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+_NOT_CONTENT = frozenset({"manifest.json", "merge_provenance.json", "decode_speed.json", "lm_eval.json"})
+
+
+def content_digest(model: Path) -> str:
+    """64 hex over the names and bytes of the files that decide a model's answers. Raises MODEL_UNLOADABLE."""
+    paths = {path.name: path for pattern in _CONTENT for path in model.glob(pattern) if path.name not in _NOT_CONTENT}
+    if "config.json" not in paths:
+        raise EvaluationError(
+            "MODEL_UNLOADABLE", f"{model.name} holds no config.json.", "Name a folder with a model in it."
+        )
+    content = hashlib.sha256()
+    for name in sorted(paths):
+        with paths[name].open("rb") as file:
+            content.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return content.hexdigest()
