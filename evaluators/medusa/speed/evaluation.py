@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluators import repetition
 from evaluators.medusa import formats
 from evaluators.medusa.decoding import decode
 from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
-from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
@@ -29,7 +28,7 @@ from evaluators.medusa.speed.document import Row, Suite, as_json
 from evaluators.medusa.speed.measurement import Asked, Progress, Run
 from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.speed.transfer import Given, HeadSet
-from evaluators.medusa.training import data, prompt_sets, simulation, train
+from evaluators.medusa.training import data, fitting, prompt_sets, train
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree
 
@@ -38,11 +37,8 @@ GENERATED_BY = 0.46
 FITTED_BY = 0.58
 CALIBRATED_BY = 0.62
 REFUSED_BY = 0.5
-HEADS = 3
 LONG_BUDGET_S = 180
-DRAFT_VOCABULARY = 8192
 TUNING_SHARE = 0.3
-ANSWER_TOKENS = 96
 BATCH = 48
 HELD_OUT = 16
 COMPARED_TEXTS = 4
@@ -209,10 +205,10 @@ def _runner(run: Run, base: Base) -> Runner:
 def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning: bool) -> _Texts:
     """Answers for both splits in the same batches, so that a short budget thins them alike."""
     asked = [question.prompt for question in test]
-    sources, dropped = prompt_sets.without_leaks(prompt_sets.builtin("train", run.seed), asked)
+    sources, held_out = (prompt_sets.builtin(split, run.seed) for split in ("train", "calibration"))
+    sources, held_out, dropped = prompt_sets.apart(sources, held_out, asked, HELD_OUT)
     if dropped:
-        run.warn(f"{len(dropped)} training prompts were too close to a test prompt: {dropped}")
-    held_out = prompt_sets.without_leaks(prompt_sets.builtin("calibration", run.seed), asked)[0][:HELD_OUT]
+        run.warn(f"{len(dropped)} of our prompts were too close to a test prompt: {dropped}")
     learnt = [("train", prompt_sets.encode(base, prompt.turns[0])) for prompt in sources] if learning else []
     queues = [iter(learnt)] * 4
     queues.append(iter([("calibration", prompt_sets.encode(base, prompt.turns[0])) for prompt in held_out]))
@@ -220,7 +216,7 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     dialogues = data.self_distil(
         base,
         [ids for _, ids in mixed],
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=fitting.ANSWER_TOKENS,
         batch=BATCH,
         deadline=run.until(GENERATED_BY),
         progress=run.named("generate"),
@@ -228,13 +224,7 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     texts = _Texts([], [])
     for (split, _), dialogue in zip(mixed, dialogues, strict=False):
         getattr(texts, split).append(dialogue)
-    # An answer that repeats itself is easy to guess: a tree chosen on it would promise too much, heads learn little.
-    return _Texts(*(_straight(split) for split in (texts.train, texts.calibration)))
-
-
-def _straight(dialogues: list[data.Dialogue]) -> list[data.Dialogue]:
-    """The answers that do not repeat themselves; all where every one does."""
-    return [dialogue for dialogue in dialogues if not repetition.loops(dialogue.output)] or dialogues
+    return _Texts(data.straight(texts.train), data.straight(texts.calibration))
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
@@ -250,66 +240,31 @@ def _sets(
     """The given sets, merged ones also after a short fine-tune, and fresh ones unless such are given."""
     if any(each.origin == "fresh" for each in given):
         return list(given)
-    spent = run.report.seconds
-    known = {"prompts": prompts, "tokens": len(features["train"].tokens), "generate_s": spent["generate"],
-             "features_s": spent["features"]}  # fmt: skip
     merged = next((each.heads for each in given if each.id == "merged" and each.heads is not None), None)
     left_s = max(1.0, run.until(FITTED_BY) - time.monotonic())
     sets = list(given)
-    if merged is not None:
-        tuned, tuning = _tune(run, base, merged, features, TUNING_SHARE * left_s)
-        facts = _made(run, "merged_tuned", tuned, tuning, known, features["calibration"])
+    if merged is not None:  # one pass over the merged model's own text
+        limits = train.Limits(TUNING_SHARE * left_s, run.seed)
+        course = fitting.Course(merged.spec, TUNING, limits, None, merged)
+        tuned, facts = _learnt(run, base, "merged_tuned", course, features, prompts)
         sets.append(HeadSet("merged_tuned", "merged", tuned, "the merged heads, trained a little further", None, facts))
-    heads, training = _fit(run, base, features, left_s * (1.0 if merged is None else 1.0 - TUNING_SHARE))
-    facts = _made(run, "heads", heads, training, known, features["calibration"])
+        left_s *= 1.0 - TUNING_SHARE
+    count = fitting.HEADS if run.asked.tree is None else max(fitting.HEADS, run.asked.tree.max_depth)
+    recipe = train.QUICK if run.budget_s < LONG_BUDGET_S else train.LONG
+    course = fitting.Course(HeadSpec("shared", count, 1, conditioned=True), recipe, train.Limits(left_s, run.seed))
+    heads, facts = _learnt(run, base, "heads", course, features, prompts)
     return [*sets, HeadSet("fresh", "fresh", heads, training=facts)]
 
 
-def _made(
-    run: Run, name: str, heads: Heads, training: train.Training, known: dict[str, Any], held_out: data.Features
-) -> dict[str, Any]:
-    """Write heads and how they were made under `out`; returns the latter."""
-    facts = known | {"positions": training.positions, "fit_s": round(training.seconds, 2),
-                     "steps": training.steps, "seed": training.seed,
-                     "accuracy": simulation.accuracy(heads, held_out).shares}  # fmt: skip
-    formats.save(heads, run.out / name, base_model=run.folder.name)
-    formats.write_json(run.out / name / transfer.TRAINING_FILE, facts)
-    return facts
-
-
-def _fit(run: Run, base: Base, features: dict[str, data.Features], budget_s: float) -> tuple[Heads, train.Training]:
-    counted: list[int] = features["train"].tokens.tolist()
-    heads = HEADS if run.asked.tree is None else max(HEADS, run.asked.tree.max_depth)
-    pace = "quick" if run.budget_s < LONG_BUDGET_S else "long"
-    size = DRAFT_VOCABULARY
-    keep = None if base.vocab <= size else vocabulary_cut(counted, size, base)
-    return train.fit(
-        HeadSpec("shared", heads, 1, conditioned=True, keep=keep),
-        base,
-        features["train"],
-        budget_s=budget_s,
-        seed=run.seed,
-        recipe=train.QUICK if pace == "quick" else train.LONG,
-        held_out=features["calibration"],
-        progress=run.named("fit"),
-    )
-
-
-def _tune(
-    run: Run, base: Base, merged: Heads, features: dict[str, data.Features], budget_s: float
-) -> tuple[Heads, train.Training]:
-    """One pass of the merged heads over the merged model's own text."""
-    return train.fit(
-        merged.spec,
-        base,
-        features["train"],
-        budget_s=budget_s,
-        seed=run.seed,
-        recipe=TUNING,
-        held_out=features["calibration"],
-        initial=merged,
-        progress=run.named("fit"),
-    )
+def _learnt(
+    run: Run, base: Base, name: str, course: fitting.Course, features: dict[str, data.Features], prompts: int
+) -> tuple[Heads, dict[str, Any]]:
+    """Heads and the facts of their training, both written under `out`."""
+    heads, _, facts = fitting.learn(course, base, features["train"], features["calibration"], run.named("fit"))
+    spent = run.report.seconds
+    facts |= {"prompts": prompts, "generate_s": spent["generate"], "features_s": spent["features"]}
+    fitting.write(heads, facts, run.out / name, base_model=run.folder.name)
+    return heads, facts
 
 
 def _scored(

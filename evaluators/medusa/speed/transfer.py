@@ -22,13 +22,13 @@ from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.document import TRAINING
 from evaluators.medusa.training import data, simulation
+from evaluators.medusa.training.fitting import TRAINING_FILE
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree, greedy_tree
 
 COMMON_NODES = 8
 LEAST_TO_RETAIN = 0.02
 UNEQUAL_TRAINING = 0.1
-TRAINING_FILE = "training.json"
 TRAINING_LIMIT_BYTES = 1 << 20
 MOST_HEADS, MOST_RANKS, MOST_COUNTED = 64, 256, 1e15
 Origin = Literal["parent", "merged", "fresh"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluators import repetition
 from evaluators.errors import EvaluationError
 from evaluators.medusa.model import growing
 from evaluators.medusa.model.causal_lm import Base
@@ -71,6 +72,14 @@ def gather(base: Base, dialogues: Sequence[Dialogue]) -> Features:
         torch.tensor(tokens, dtype=torch.long, device=base.device),
         tuple(len(dialogue.output) for dialogue in dialogues),
     )
+
+
+def straight(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+    """The answers that do not repeat themselves; all where every one does.
+
+    Heads learn little from loops, which are easy to guess, and a tree chosen on them would promise too much.
+    """
+    return [dialogue for dialogue in dialogues if not repetition.loops(dialogue.output)] or list(dialogues)
 
 
 def on_disk(base: Base, dialogues: Sequence[Dialogue]) -> Features:

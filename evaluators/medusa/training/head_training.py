@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,10 @@ from evaluators.content import content_digest
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting import drafters
-from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
+from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.model import causal_lm, packed
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, joint, prompt_sets, simulation, train
+from evaluators.medusa.training import data, fitting, joint, prompt_sets, simulation, train
 from evaluators.medusa.training.store import Checkpoint, Store, key_of
 
 GENERATED_BY = {False: 0.78, True: 0.4}  # share of the budget, by whether the base is trained, too
@@ -38,7 +38,6 @@ LEAST_SHARE = 8  # of given prompts one in so many is held out
 SCORES = 16
 PATIENCE = 8  # the rate falls to the end, and that is where most is won
 RECIPE = train.LONG
-SCHEMA = "mergebot.head_training/1"
 Progress = Callable[[str, int, int], None]
 
 
@@ -53,17 +52,17 @@ class Wanted:
 
     budget_s: float = 600.0
     kind: Literal["shared", "own"] = "shared"
-    heads: int = 3
+    heads: int = fitting.HEADS
     layers: int = 1
     conditioned: bool = True
-    vocab: int | None = 8192
+    vocab: int | None = fitting.DRAFT_VOCABULARY
     prompts: Path | None = None
     test: Path | None = None
     seed: int = 0
     joint: bool = False
     steps: int | None = None
     answers: int | None = None
-    answer_tokens: int = 96
+    answer_tokens: int = fitting.ANSWER_TOKENS
     batch: int = 96
     checkpoint_s: float = 30.0
     dtype: str = "auto"
@@ -149,14 +148,14 @@ def train_heads(
     work.progress("load", 0, 1)
     # A change to the base is trained through its layers, and in full precision.
     base = causal_lm.load(model, device) if wanted.joint else packed.load(model, device, wanted.dtype)[0]
-    learn, apart = ([prompt_sets.encode(base, text) for text in split] for split in texts)
-    encoded = Prompts(learn, apart, prompts[2])
+    known, unseen = ([prompt_sets.encode(base, text) for text in split] for split in texts)
+    encoded = Prompts(known, unseen, prompts[2])
     work.progress("load", 1, 1)
     _noted(work, "load", began)
     held_out, learnt = _answers(work, base, encoded, content)
     data.check(base, learnt or held_out)
-    features = {"train": _features(base, learnt), "held_out": _features(base, held_out)}
-    heads, facts = _fitted(work, base, features)
+    learn, apart = (data.on_disk(base, data.straight(answers)) for answers in (learnt, held_out))
+    heads, facts = _fitted(work, base, learn, apart)
     facts |= {"prompts": len(learnt), "dropped_prompts": encoded.dropped,
               "looping_answers": sum(repetition.loops(each.output) for each in learnt)}  # fmt: skip
     if wanted.joint:
@@ -164,9 +163,7 @@ def train_heads(
     facts["seconds"] = {name: round(value, 2) for name, value in work.seconds.items()}
     facts["seconds"]["total"] = round(work.used_s(), 2)
     facts |= {"resumed": work.resumed, "chat_template": bool(getattr(base.tokenizer, "chat_template", None))}
-    formats.write_json(out / "training.json", facts)
-    # The weights come last: heads that are there are whole, with all that was said of them.
-    formats.save(heads, out, base_model=model.name)
+    fitting.write(heads, facts, out, base_model=model.name)
     shutil.rmtree(work.unfinished, ignore_errors=True)
     return facts
 
@@ -175,22 +172,18 @@ def _prompts(wanted: Wanted) -> tuple[list[prompt_sets.Prompt], list[prompt_sets
     """(training, calibration, dropped): no two of training, calibration and test prompts alike."""
     test = prompt_sets.builtin("test", wanted.seed) if wanted.test is None else prompt_sets.read(wanted.test)
     if wanted.prompts is None:
-        learnt, held_out = (
-            prompt_sets.builtin("train", wanted.seed),
-            prompt_sets.builtin("calibration", wanted.seed)[:HELD_OUT],
-        )
+        learnt, held_out = (prompt_sets.builtin(split, wanted.seed) for split in ("train", "calibration"))
     else:
         given = prompt_sets.read(wanted.prompts)
-        apart = min(HELD_OUT, max(1, len(given) // LEAST_SHARE))
-        held_out, learnt = given[:apart], given[apart:] or given
-    held_out, leaked = prompt_sets.without_leaks(held_out, test)
-    learnt, dropped = prompt_sets.without_leaks(learnt, [*test, *held_out])
+        first = min(HELD_OUT, max(1, len(given) // LEAST_SHARE))
+        held_out, learnt = given[:first], given[first:] or given
+    learnt, held_out, dropped = prompt_sets.apart(learnt, held_out, test, HELD_OUT)
     if not learnt:
         raise EvaluationError(
             "SPEED_CHECK_FAILED", "No training prompt is left that is not also a test or calibration prompt.",
             "Give more prompts, one a line.",
         )  # fmt: skip
-    return learnt[: wanted.answers], held_out, [*leaked, *dropped]
+    return learnt[: wanted.answers], held_out, dropped
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
@@ -231,11 +224,6 @@ def _answers(work: Work, base: Base, prompts: Prompts, content: str) -> tuple[li
     return held_out, [dialogue for group in found for dialogue in group]
 
 
-def _features(base: Base, answers: Sequence[data.Dialogue]) -> data.Features:
-    """Without answers that repeat themselves: they teach little, and a tree chosen on them would promise too much."""
-    return data.on_disk(base, [each for each in answers if not repetition.loops(each.output)] or answers)
-
-
 def _settings(base: Base) -> list[str | int]:
     """What else the last bit of an answer's rows depends on."""
     versions = [torch.__version__, transformers.__version__]
@@ -257,46 +245,22 @@ def _batch(
     return data.unpack(work.store.get(key) or data.pack(dialogues)), key
 
 
-def _fitted(work: Work, base: Base, features: Mapping[str, data.Features]) -> tuple[Heads, dict[str, Any]]:
+def _fitted(work: Work, base: Base, learn: data.Features, apart: data.Features) -> tuple[Heads, dict[str, Any]]:
     """Heads on the frozen base, and the facts of their training."""
-    wanted, began = work.wanted, time.monotonic()
-    counted: list[int] = features["train"].tokens.tolist()
-    whole = wanted.vocab is None or wanted.vocab >= base.vocab
-    keep = None if whole else vocabulary_cut(counted, wanted.vocab or base.vocab, base)
-    spec = HeadSpec(wanted.kind, wanted.heads, wanted.layers, wanted.conditioned, keep)
-    before_s = work.used_s()
+    wanted, began, before_s = work.wanted, time.monotonic(), work.used_s()
     limits = train.Limits(
         max(1.0, wanted.fit_s or work.left_s(HEADS_BY[wanted.joint])), wanted.seed, wanted.steps, SCORES,
         None if wanted.steps else PATIENCE, work.checkpoint("heads"),
     )  # fmt: skip
-    heads, training = train.fit(
-        spec, base, features["train"], budget_s=limits.budget_s, recipe=wanted.recipe, held_out=features["held_out"],
-        progress=lambda done, total: work.progress("fit", done, total), limits=limits,
+    spec = HeadSpec(wanted.kind, wanted.heads, wanted.layers, wanted.conditioned)
+    heads, training, facts = fitting.learn(
+        fitting.Course(spec, wanted.recipe, limits, wanted.vocab), base, learn, apart,
+        lambda done, total: work.progress("fit", done, total),
     )  # fmt: skip
     _noted(work, "fit", began)
-    kept = set(keep or ())
-    said = features["held_out"].tokens.tolist()
     start_s = max(0.0, before_s if not training.resumed else work.used_s() - training.seconds)
-    return heads, {
-        "schema": SCHEMA, "seed": wanted.seed, "tokens": len(counted), "positions": training.positions,
-        "steps": training.steps, "planned_steps": training.planned_steps, "epochs": round(training.epochs, 2),
-        "recipe": asdict(wanted.recipe),
-        "generate_s": round(work.seconds["generate"], 2), "features_s": 0.0, "fit_s": round(training.seconds, 2),
-        "heads": {"kind": wanted.kind, "count": wanted.heads, "layers": wanted.layers,
-                  "conditioned": wanted.conditioned, "kept_vocab": None if keep is None else len(keep),
-                  "parameters": heads.trained_parameters(), "bytes": heads.size_bytes(),
-                  "formats": formats.formats_of(heads)},
-        "coverage": 1.0 if keep is None else round(sum(token in kept for token in said) / max(1, len(said)), 4),
-        "held_out": {"answers": len(features["held_out"].lengths), "tokens": len(said), "nodes": train.COMMON_NODES,
-                     "untrained": train.held_out_rate(identity_heads(spec, base), features["held_out"]),
-                     "best": max(training.held_out, default=None)},
-        "accuracy": simulation.accuracy(drafters.drafting(heads), features["held_out"]).shares,
-        "curve": [
-            {"step": step, "minutes": round((start_s + seconds) / 60, 3), "fit_minutes": round(seconds / 60, 3),
-             "tokens_per_step": round(rate, 4)}
-            for step, seconds, rate in training.curve
-        ],
-    }  # fmt: skip
+    curve = [{**point, "minutes": round(start_s / 60 + point["fit_minutes"], 3)} for point in facts["curve"]]
+    return heads, facts | {"generate_s": round(work.seconds["generate"], 2), "curve": curve}
 
 
 def _jointly(
@@ -314,7 +278,7 @@ def _jointly(
     made.adapter.save(work.out / "adapter", base_model=work.folder.name)
     _noted(work, "joint", began)
     answers = data.self_distil(base, held_out, max_new_tokens=wanted.answer_tokens) if held_out else []
-    said = _features(base, answers)
+    said = data.gather(base, data.straight(answers))
     told = {
         "changes_the_model": True, "rank": joint.RANK, "steps": made.training.steps,
         "kl": made.divergence, "same_choice": made.agreement, "tokens_per_step": train.held_out_rate(heads, said),

@@ -104,6 +104,16 @@ def in_turns(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     return [queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)][:count]
 
 
+def apart(
+    learnt: Sequence[Prompt], held_out: Sequence[Prompt], test: Sequence[Prompt], most_held_out: int
+) -> tuple[list[Prompt], list[Prompt], list[str]]:
+    """(training, held-out, ids of the dropped): no two of training, held-out and test prompts alike."""
+    others, leaked = without_leaks(held_out, test)
+    others = others[:most_held_out]
+    kept, dropped = without_leaks(learnt, [*test, *others])
+    return kept, others, [*leaked, *dropped]
+
+
 def without_leaks(train: Sequence[Prompt], test: Sequence[Prompt]) -> tuple[list[Prompt], list[str]]:
     """Training prompts none of whose turns is, or nearly is, a turn of the test set; and the ids of the dropped ones.
 

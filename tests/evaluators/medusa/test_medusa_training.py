@@ -21,7 +21,7 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, head_training, joint, store, train
+from evaluators.medusa.training import data, fitting, joint, store, train
 from evaluators.medusa.training.head_loss import Targets, draft_loss
 from evaluators.medusa.training.head_training import Wanted, train_heads
 from evaluators.medusa.trees.tree import greedy_tree
@@ -248,4 +248,4 @@ def test_features_of_another_model_are_never_taken(model: Path, tmp_path: Path) 
     before = len(list(cache.iterdir()))
     train_heads(other, tmp_path / "b", cache, FIXED)
     assert len(list(cache.iterdir())) == 2 * before
-    assert json.loads((tmp_path / "b" / "training.json").read_text())["schema"] == head_training.SCHEMA
+    assert json.loads((tmp_path / "b" / "training.json").read_text())["schema"] == fitting.SCHEMA
