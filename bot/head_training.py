@@ -65,12 +65,13 @@ def require_readable(prompts: Path | None, other: Path | None, tree: Path | None
             tree_files.read(tree)
 
 
-def rule(name: str, temperature: float, seed: int) -> Rule:
-    """The way tokens are accepted that has this name in SAMPLING."""
+def rule(name: str, temperature: float, seed: int, top_k: int = 0, top_p: float = 1.0) -> Rule:
+    """The way tokens are accepted that has this name in SAMPLING; the cuts are those of exact sampling."""
     from evaluators.medusa.decoding.acceptance import GREEDY, Exact, Typical
 
-    known: dict[str, Rule] = {"greedy": GREEDY, "typical": Typical(temperature), "exact": Exact(seed, temperature)}
-    return known[name]
+    if name == "greedy":
+        return GREEDY
+    return Typical(temperature) if name == "typical" else Exact(seed, temperature, top_k, top_p)
 
 
 def told(facts: dict[str, Any], model: str, out: Path) -> list[str]:

@@ -81,6 +81,8 @@ def generate(
         str, typer.Option(help="greedy and exact keep the model's own text; typical is Medusa's approximate rule.")
     ] = "greedy",
     temperature: Annotated[float, typer.Option(help="Of exact and typical sampling.", min=0.01, max=10)] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Of exact sampling: only the k likeliest tokens; 0: all.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(help="Of exact sampling: only the likeliest, to this sum.", min=0.01, max=1)] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -100,7 +102,7 @@ def generate(
     from evaluators.medusa import generation
     from evaluators.medusa.model import threads
 
-    how = head_training.rule(sample, temperature, seed)
+    how = head_training.rule(sample, temperature, seed, top_k, top_p)
     chosen = choose_device(configured.device).type
     with threads.steadiest_threads(chosen):
         speaker = generation.load(folder, heads, device=chosen, dtype=kind)

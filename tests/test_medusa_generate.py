@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from bot import head_training
 from bot.cli import app
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats, generation
@@ -89,6 +90,23 @@ def test_a_stop_string_ends_the_answer(place: Path) -> None:
     wanted = whole[3:5]
     cut = "".join(piece.text for piece in speaker.say("one two", 25, stop=[wanted]))
     assert whole.startswith(cut) and wanted in cut and len(cut) < len(whole) and speaker.trace.finish == "stop"
+
+
+def test_several_answers_together_are_those_that_each_prompt_gets_alone(place: Path) -> None:
+    speaker = generation.load(place / "base", place / "heads", dtype="float32")
+    prompts = ["one two", "a much longer beginning than that", "three"]
+    alone = ["".join(piece.text for piece in speaker.say(each, 12)) for each in prompts]
+    together = [each.rstrip(generation.UNKNOWN) for each in speaker.answers(prompts, 12)]
+    assert together == [each.rstrip(generation.UNKNOWN) for each in alone] and len(set(together)) == 3
+
+
+def test_of_the_likeliest_token_alone_every_draw_is_the_greedy_one(place: Path) -> None:
+    speaker = generation.load(place / "base", place / "heads", dtype="float32")
+    greedy = list(speaker.say("one two", 12))
+    for cut in (head_training.rule("exact", 2.0, 3, top_k=1), head_training.rule("exact", 2.0, 3, top_p=1e-6)):
+        assert list(speaker.say("one two", 12, cut)) == greedy
+    done = generate("base", "one", "--sample", "exact", "--top-k", "5", "--top-p", "0.9", "--new-tokens", "4")
+    assert done.exit_code == 0 and "4 tokens in" in done.output
 
 
 def test_a_model_in_the_place_of_heads_is_said_to_be_one(place: Path) -> None:

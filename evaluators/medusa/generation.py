@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluators.medusa import formats
+from evaluators.medusa.decoding import batch
 from evaluators.medusa.decoding.acceptance import GREEDY, Rule
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, Trace, stream
+from evaluators.medusa.decoding.decode import Limits, Trace, plain, stream
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
 from evaluators.medusa.decoding.stops import StopStrings
@@ -41,22 +42,22 @@ class Piece:
 
 @dataclass(slots=True)
 class Speaker:
-    """A model with its heads, ready to speak. `notes` are sentences on what is not as one might expect."""
+    """A model with its heads, ready to speak. `notes` are clauses on what is not as one might expect; `trees` says
+    whether the model can take a tree at all."""
 
     base: Base
     runner: Runner
     drafter: HeadDrafter | None
     tree: Tree
     notes: list[str]
+    trees: bool = True
     trace: Trace = field(default_factory=Trace)
 
     def say(self, prompt: str, max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()) -> Iterator[Piece]:
         """The answer to `prompt`, token by token, up to the first of the strings `stop`; `trace` then tells what it
         took."""
-        ids = prompt_sets.encode(self.base, prompt)
+        ids, limits = prompt_sets.encode(self.base, prompt), self._limits(max_new_tokens, stop)
         self.trace = Trace()
-        strings = StopStrings(self.base.tokenizer, stop) if stop else None
-        limits = Limits(max_new_tokens, self.base.stop_ids, strings)
         said: list[int] = []
         shown = ""
         for block in stream(self.runner, self.drafter, self.tree, ids, limits, rule, trace=self.trace):
@@ -66,6 +67,22 @@ class Speaker:
                 fresh = text[len(shown) :] if not text.endswith(UNKNOWN) else ""
                 shown += fresh
                 yield Piece(fresh, number < len(self.trace.paths[-1]) - 1 if self.trace.paths else False)
+
+    def answers(
+        self, prompts: Sequence[str], max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """The whole answers to several prompts, decoded together where the model can take trees: each is the text
+        that its prompt gets alone, in float32 to the token."""
+        limits = self._limits(max_new_tokens, stop)
+        asked = [batch.Request(prompt_sets.encode(self.base, each), limits, self.drafter, rule) for each in prompts]
+        if self.trees:
+            traces = batch.decode(self.base, asked, self.tree)
+        else:
+            traces = [plain(self.runner, each.ids, limits, rule) for each in asked]
+        return [self.base.tokenizer.decode(trace.tokens, skip_special_tokens=True) for trace in traces]
+
+    def _limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
+        return Limits(max_new_tokens, self.base.stop_ids, StopStrings(self.base.tokenizer, stop) if stop else None)
 
 
 def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "auto") -> Speaker:
@@ -80,8 +97,8 @@ def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "
     reason = reason_against_trees(base)
     runner = fastest(base)
     if found is None or reason is not None:
-        notes.append(reason or NO_HEADS)
-        return Speaker(base, runner, None, ROOT_ONLY, notes)
+        notes.append(reason.removesuffix(".") if reason else NO_HEADS)
+        return Speaker(base, runner, None, ROOT_ONLY, notes, reason is None)
     made, warnings = formats.load(found, base)
     shares = _accuracy(found, made.spec.heads)
     if shares is None:
@@ -112,6 +129,7 @@ def _accuracy(folder: Path, heads: int) -> Sequence[Sequence[float]] | None:
 def _best(shares: Sequence[Sequence[float]], cost: calibrate.CostCurve) -> Tree:
     """The tree of most expected tokens over its cost; the root alone unless that gains something."""
     trees = [greedy_tree(shares, width) for width, _ in cost.points]
-    gains = [expected_tokens(shares, tree) / cost.overhead(tree.nodes) for tree in trees]
+    # More tokens never cost less than one: where the clock says so, it was disturbed.
+    gains = [expected_tokens(shares, tree) / max(1.0, cost.overhead(tree.nodes)) for tree in trees]
     best = max(range(len(trees)), key=lambda at: gains[at])
     return trees[best] if gains[best] >= calibrate.LEAST_GAIN else ROOT_ONLY

@@ -131,7 +131,7 @@ def stream(
 ) -> Iterator[list[int]]:
     """Yield the tokens of the prefill, then of each step, as they are decided; `trace` is filled on the way."""
     fused = _prepared(runner, drafter, tree, ids, limits, rule)
-    with timed(trace.prefill, runner.base.device):
+    with clocked(trace.prefill, runner.base.device):
         h, logits = runner.prefill(ids)
         require_finite(logits, 0)
         root = rule.pick(logits, len(ids))
@@ -143,7 +143,7 @@ def stream(
     yield [root]
     trees = Cuts(tree)
     while finish is None and not past_context(runner.base, runner.length):
-        with timed(trace.decode, runner.base.device):
+        with clocked(trace.decode, runner.base.device):
             room = runner.base.depth_room(runner.length)
             if fused is not None:  # the tree stays whole to the last token: a shape more would cost more than it saves
                 h, block = _fused_step(fused, trees.at(room), trace)
@@ -246,7 +246,7 @@ def require_finite(logits: Tensor, step: int) -> None:
         raise not_finite(f"at decoding step {step}")
 
 
-class timed:
+class clocked:
     """Adds the block's seconds to a clock; on a GPU the queue is drained first and last."""
 
     def __init__(self, clock: Clock, device: torch.device) -> None:

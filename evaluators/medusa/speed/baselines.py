@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
-from evaluators.medusa.decoding.decode import Clock, Limits, plain, timed
+from evaluators.medusa.decoding.decode import Clock, Limits, clocked, plain
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.bench import Question, end_to_end_s, seconds
@@ -102,7 +102,7 @@ def native(base: Base, question: Question, limits: Limits, cache: str | None = N
     # What a config leaves open `generate` takes from the model's own, such as a repetition penalty: another text.
     own, base.model.generation_config = base.model.generation_config, GenerationConfig()
     try:
-        with timed(clock, base.device):
+        with clocked(clock, base.device):
             out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     finally:
         base.model.generation_config = own

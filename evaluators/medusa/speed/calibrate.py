@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evaluators.medusa.decoding.decode import Clock, timed
+from evaluators.medusa.decoding.decode import Clock, clocked
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads
@@ -132,7 +132,7 @@ def _least(call: Callable[[], object], repeats: int, device: torch.device) -> Cl
     spent = []
     for _ in range(repeats):
         clock = Clock()
-        with timed(clock, device):
+        with clocked(clock, device):
             call()
         spent.append(clock)
     return Clock(min(clock.wall_s for clock in spent), min(clock.cpu_s for clock in spent))
