@@ -82,7 +82,9 @@ def generate(
     ] = "greedy",
     temperature: Annotated[float, typer.Option(help="Of exact and typical sampling.", min=0.01, max=10)] = 0.7,
     top_k: Annotated[int, typer.Option(help="Of exact sampling: only the k likeliest tokens; 0: all.", min=0)] = 0,
-    top_p: Annotated[float, typer.Option(help="Of exact sampling: only the likeliest, to this sum.", min=0.01, max=1)] = 1,
+    top_p: Annotated[
+        float, typer.Option(help="Of exact sampling: only the likeliest, to this sum.", min=0.01, max=1)
+    ] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,

@@ -232,7 +232,8 @@ def speech(pieces: Iterable[Piece]) -> None:
 def spoken(trace: Trace, nodes: int, notes: Iterable[str]) -> None:
     """What an answer took."""
     seconds = trace.prefill.wall_s + trace.decode.wall_s
-    rate = "" if trace.tokens_per_step is None else f", {trace.tokens_per_step:.2f} a step with {nodes} nodes"
+    guessing = trace.tokens_per_step is not None and nodes > 1
+    rate = f", {trace.tokens_per_step:.2f} a step with a tree of {nodes}" if guessing else ""
     console.print(f"{len(trace.tokens)} tokens in {seconds:.1f} s{rate}.", style="dim", highlight=False)
     for note in notes:
         _say(escape(f"Note: {note}."))

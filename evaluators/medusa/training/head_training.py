@@ -34,6 +34,7 @@ from evaluators.medusa.training.store import Checkpoint, Store, key_of
 GENERATED_BY = {False: 0.78, True: 0.4}  # share of the budget, by whether the base is trained, too
 HEADS_BY = {False: 0.97, True: 0.6}
 HELD_OUT = 32
+HELD_OUT_SHARE = 0.2  # of the time for answers, at most
 LEAST_SHARE = 8  # of given prompts one in so many is held out
 SCORES = 16
 PATIENCE = 8  # the rate falls to the end, and that is where most is won
@@ -195,33 +196,42 @@ def _noted(work: Work, stage: str, began: float) -> None:
 
 
 def _answers(work: Work, base: Base, prompts: Prompts, content: str) -> tuple[list[data.Dialogue], list[data.Dialogue]]:
-    """(held-out, training) answers, batch by batch; each batch is computed once and kept."""
+    """(held-out, training) answers, batch by batch; each batch is computed once and kept.
+
+    Within a budget the held-out answers take a fifth of the time at most, as in the speed test, and batches are as
+    large as leaves most of what is left for writing.
+    """
     wanted = work.wanted
-    groups = [prompts.held_out] if prompts.held_out else []
-    groups += [prompts.train[at : at + wanted.batch] for at in range(0, len(prompts.train), wanted.batch)]
-    fixed = wanted.answers is not None
-    deadline = None if fixed else work.began - work.spent_s + GENERATED_BY[wanted.joint] * wanted.budget_s
-    found: list[list[data.Dialogue]] = []
-    took_s = 0.0
-    for number, group in enumerate(groups):
+    started = work.began - work.spent_s
+    time_s = GENERATED_BY[wanted.joint] * wanted.budget_s
+    deadline = None if wanted.answers is not None else started + time_s
+    held_out: list[data.Dialogue] = []
+    learnt: list[data.Dialogue] = []
+    rows, took_s, number = wanted.batch, 0.0, 0
+    while len(learnt) < len(prompts.train):
         began = time.monotonic()
+        apart = number == 0 and bool(prompts.held_out)
+        group = prompts.held_out if apart else prompts.train[len(learnt) : len(learnt) + rows]
         begun = number < len(work.batches)
         # Half answers are all beginnings, so none is begun that would be cut.
-        late = deadline is not None and bool(found[1:]) and began + took_s > deadline
+        late = deadline is not None and bool(learnt) and began + took_s > deadline
         if not begun and (work.answered or late):
             break
         key = work.batches[number] if begun else key_of([content, group, wanted.answer_tokens, *_settings(base)])
-        dialogues, key = _batch(work, base, group, key, deadline)
-        found.append(dialogues)
+        until = began + HELD_OUT_SHARE * time_s if apart and deadline is not None else deadline
+        dialogues, key, reading_s = _batch(work, base, group, key, until)
+        (held_out if apart else learnt).extend(dialogues)
         if not begun:
             work.batches.append(key)
-        took_s = time.monotonic() - began
+        number, took_s = number + 1, time.monotonic() - began
+        if apart and deadline is not None and reading_s:
+            fits = data.READING_SHARE * (deadline - time.monotonic()) * len(group) / reading_s
+            rows = max(data.LEAST_ROWS, min(rows, int(fits)))
         _noted(work, "generate", began)
-        work.progress("generate", sum(map(len, found)), len(prompts.train) + len(prompts.held_out))
+        work.progress("generate", len(held_out) + len(learnt), len(prompts.train) + len(prompts.held_out))
     work.answered = True
     work.note()
-    held_out = found.pop(0) if prompts.held_out else []
-    return held_out, [dialogue for group in found for dialogue in group]
+    return held_out, learnt
 
 
 def _settings(base: Base) -> list[str | int]:
@@ -232,17 +242,20 @@ def _settings(base: Base) -> list[str | int]:
 
 def _batch(
     work: Work, base: Base, group: Sequence[Sequence[int]], key: str, deadline: float | None
-) -> tuple[list[data.Dialogue], str]:
-    """The answers to one batch and their key; those that the deadline cut short are kept under a key of their own."""
+) -> tuple[list[data.Dialogue], str, float]:
+    """The answers to one batch, their key, and the seconds that reading the prompts took, 0 for answers that were kept.
+
+    Those that the deadline cut short are kept under a key of their own.
+    """
     known = work.store.get(key)
     if known is not None:
-        return data.unpack(known), key
+        return data.unpack(known), key, 0.0
     limit = work.wanted.answer_tokens
-    dialogues, _ = data.answer(base, group, limit, deadline)
+    dialogues, reading_s = data.answer(base, group, limit, deadline)
     if any(len(each.output) < limit and each.output[-1] not in base.stop_ids for each in dialogues):
         key = key_of([key, [each.output for each in dialogues]])
     work.store.put(key, data.pack(dialogues))
-    return data.unpack(work.store.get(key) or data.pack(dialogues)), key
+    return data.unpack(work.store.get(key) or data.pack(dialogues)), key, reading_s
 
 
 def _fitted(work: Work, base: Base, learn: data.Features, apart: data.Features) -> tuple[Heads, dict[str, Any]]:
