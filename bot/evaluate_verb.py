@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from bot.errors import Failed
+
 
 def evaluate(
     context: typer.Context,

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 SAMPLING = ("greedy", "exact", "typical")
 LAYOUTS = ("v1", "v2", "tgi", "vllm", "ours")  # the formats of evaluators.medusa.formats, known without torch
-FEW_STEPS = 100
 CHANGES_THE_MODEL = (
     "Joint training changed the model: these heads fit only the base with the adapter in {folder} applied, "
     "whose answers differ from the base's."
@@ -76,15 +75,17 @@ def rule(name: str, temperature: float, seed: int, top_k: int = 0, top_p: float 
 
 def told(facts: dict[str, Any], model: str, out: Path) -> list[str]:
     """What came of a training, a sentence each, and the commands that use its heads."""
+    from evaluators.medusa.speed.conclusions import hardly_trained
+
     held_out, spent = facts["held_out"], facts["seconds"]
     said = [
         f"Heads in {out}: {facts['steps']} steps over {facts['positions']} positions of {facts['prompts']} answers in "
         f"{spent['total']:.0f} s, of which {facts['generate_s']:.0f} s went into answers."
     ]
-    if facts["steps"] < FEW_STEPS or facts["epochs"] < 1:
+    if hardly_trained(facts):
         said.append(
-            f"So few steps ({facts['epochs']:.1f} passes over the answers) leave heads barely trained, and they will "
-            "hardly speed anything up: train again, longer (--budget-s)."
+            f"So few steps on {facts['tokens']} tokens leave heads hardly trained, and they will hardly speed anything "
+            "up: train again, longer (--budget-s)."
         )
     if held_out["best"] is not None:
         said.append(

@@ -22,7 +22,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 @app.command("bench", cls=Verb)
 def bench(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
+    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.", metavar="MODEL")],
     out: Annotated[
         Path, typer.Option(help="The report (NAME.json), or a folder for it; trained heads lie beside it.")
     ] = Path("medusa"),
@@ -72,8 +72,8 @@ def _at(out: Path, beside: Path) -> Path:
 @app.command("generate", cls=Verb)
 def generate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
-    prompt: Annotated[str, typer.Argument(help="What you say to the model.")],
+    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.", metavar="MODEL")],
+    prompt: Annotated[str, typer.Argument(help="What you say to the model.", metavar="PROMPT")],
     heads: Annotated[Optional[Path], typer.Option(help="Heads of any format; else those it carries.")] = None,  # noqa: UP045
     new_tokens: Annotated[int, typer.Option(help="Tokens of the answer, at most.", min=1)] = 256,
     stop: Annotated[Optional[list[str]], typer.Option(help="End the answer with this text; repeat it.")] = None,  # noqa: UP045
@@ -115,7 +115,9 @@ def generate(
 @app.command("export", cls=Verb)
 def export(
     context: typer.Context,
-    heads: Annotated[Path, typer.Argument(help="Heads of any format, or a model's folder that carries them.")],
+    heads: Annotated[
+        Path, typer.Argument(help="Heads of any format, or a model's folder that carries them.", metavar="HEADS")
+    ],
     out: Annotated[Path, typer.Argument(help="The new folder.", metavar="OUT")],
     model: Annotated[str, typer.Option(help="The model they belong to, a folder or a Hub repo.")],
     layout: Annotated[
@@ -149,7 +151,7 @@ def export(
 @app.command("train", cls=Verb)
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.")],
+    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="The folder for the heads.", metavar="OUT")],
     budget_s: Annotated[float, typer.Option(help="Seconds for answers and training.", min=5)] = 600.0,
     kind: Annotated[str, typer.Option(help="shared: the model's own projection; own: one a head.")] = "shared",

@@ -170,7 +170,7 @@ def whole_models(names: Sequence[str], settings: Settings, report: Show) -> dict
 
     Raises Refused for a name that is neither a folder nor a repo, Failed MODEL_UNLOADABLE for a folder without one.
     """
-    from evaluators.harness.conditions import content_digest
+    from evaluators.content import content_digest
 
     found = {}
     for name in dict.fromkeys(names):

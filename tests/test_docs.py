@@ -82,6 +82,9 @@ def test_every_command_of_the_medusa_page_runs(workplace: Path) -> None:
         more = [*shlex.split(quick.get(words[1], "")), *(["--device", "cpu"] if words[1] != "export" else [])]
         done = CliRunner().invoke(app, ["--home", "home", *words, *more], catch_exceptions=False)
         assert done.exit_code == 0, f"{line}: {done.output}"
+    code = re.search(r"^```python\n(.*?)^```", MEDUSA, re.MULTILINE | re.DOTALL)
+    assert code is not None
+    exec(compile(code[1], "docs/medusa.md", "exec"), {})
 
 
 @pytest.mark.slow

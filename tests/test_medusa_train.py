@@ -61,7 +61,7 @@ def test_the_command_writes_heads_and_says_what_it_took(place: Path) -> None:
     assert (heads.spec.heads, heads.spec.layers, heads.spec.conditioned) == (2, 2, False)
     assert json.loads((place / "out" / "training.json").read_text())["joint"]["changes_the_model"] is True
     assert list((place / "home" / "cache" / "medusa").glob("*.safetensors"))
-    assert "So few steps" in said and "barely trained" in said
+    assert "So few steps" in said and "hardly trained" in said
     for command in (
         "classic out-model --merge base+out/adapter --weight 1 --method linear --no-bf16",
         "medusa generate out-model 'Describe a lighthouse.' --heads out",
@@ -79,12 +79,12 @@ def test_the_command_writes_heads_and_says_what_it_took(place: Path) -> None:
 def test_conditioned_heads_are_said_to_be_for_mergebot_alone() -> None:
     held_out = {"best": None, "answers": 0, "nodes": 8, "untrained": None}
     facts = {
-        "steps": 900, "epochs": 3.0, "positions": 9, "prompts": 9, "seconds": {"total": 9.0}, "generate_s": 1.0,
+        "steps": 900, "tokens": 9000, "positions": 9000, "prompts": 9, "seconds": {"total": 9.0}, "generate_s": 1.0,
         "held_out": held_out, "dropped_prompts": [], "heads": {"formats": ["ours"]},
     }  # fmt: skip
     said = head_training.told(facts, "a model", Path("out"))
     assert "  mergebot medusa generate 'a model' 'Describe a lighthouse.' --heads out" in said
-    assert said[-1].endswith("train with --no-conditioned.") and not any("barely" in each for each in said)
+    assert said[-1].endswith("train with --no-conditioned.") and not any("hardly" in each for each in said)
 
 
 WRONG = (
