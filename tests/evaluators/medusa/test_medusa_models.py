@@ -9,7 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding.acceptance import Exact
-from evaluators.medusa.decoding.capability import capability
+from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
@@ -36,7 +36,7 @@ FAMILIES = (
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_heads_and_trees_work_on_any_decoder_and_leave_its_text_as_it_is(kind: str) -> None:
     base, limits = tiny.base(kind), Limits(24)
-    assert capability(base).reason is None
+    assert reason_against_trees(base) is None
     ids = torch.arange(9)[None]
     hidden, logits = base.run(ids, use_cache=False)
     torch.testing.assert_close(logits, base.model(input_ids=ids).logits)
@@ -85,7 +85,7 @@ def test_an_encoder_decoder_is_refused_by_name() -> None:
 
 def test_an_attention_kernel_that_takes_no_mask_is_refused() -> None:
     base = Base(tiny.model("llama"), tiny.tokenizer())
-    assert capability(base).tree
+    assert reason_against_trees(base) is None
     base.model.config._attn_implementation = "flash_attention_2"
-    reason = capability(base).reason
+    reason = reason_against_trees(base)
     assert reason is not None and "the attention kernel flash_attention_2, which takes no tree mask" in reason
