@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -138,6 +139,11 @@ def die(moment: str, call: str, number: int) -> None:
     sys.setprofile(profile)
 
 
+def overwrite_and_die(moment: str, call: str, number: int) -> None:
+    die(moment, call, number)
+    merge("--overwrite")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "call", "number"),
@@ -157,12 +163,7 @@ def test_killed_while_it_overwrites_the_old_or_the_new_one_is_there(
     (folder / "recipe.yml").write_text(LINEAR % 2)
     merge(out="fresh")
     new = bytes_of(folder / "fresh")
-
-    def overwrite() -> None:
-        die(moment, call, number)
-        merge("--overwrite")
-
-    assert forked.status(overwrite) == -signal.SIGKILL
+    assert forked.status(partial(overwrite_and_die, moment, call, number)) == -signal.SIGKILL
     there = [bytes_of(each) for each in (folder / "out", folder / "out.replaced") if each.is_dir()]
     assert old in there or new in there
     outputs.settle(Path("out"))

@@ -233,7 +233,8 @@ def test_a_folder_that_is_not_there_is_named_and_no_hub_is_asked(tmp_path: Path)
 
 
 def test_a_folder_that_may_be_a_repo_is_told_as_both_when_the_hub_is_away(tmp_path: Path) -> None:
+    waits: list[float] = []
     asked = recipe.parse("merge_method: linear\nmodels: [{model: parents/gone, parameters: {weight: 1}}]")
     with pytest.raises(Failed, match="no folder parents/gone here") as told:
-        sources.opened(asked, lambda: Hub("http://127.0.0.1:9"))
+        sources.opened(asked, lambda: Hub("http://127.0.0.1:9", sleep=waits.append))
     assert told.value.code == "HUB_UNAVAILABLE"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,7 @@ def test_killed_inside_or_between_stages_it_continues_and_ends_with_the_same_byt
     each = merged(models, models / "whole") // 3
     out = models / "killed"
     for point in (3, each, 2, each + each // 2, 4):
-        assert forked.status(lambda point=point: merged(models, out, point)) == -signal.SIGKILL  # type: ignore[misc]
+        assert forked.status(partial(merged, models, out, point)) == -signal.SIGKILL
         assert not out.exists()
     assert merged(models, out) <= 2 * each, "the first stage is not merged again"
     assert digests(out) == digests(models / "whole")

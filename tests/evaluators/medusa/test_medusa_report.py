@@ -285,7 +285,7 @@ def test_given_prompts_are_timed_and_none_of_them_is_trained_on(shared: Path, tm
     assert_whole(measured)
     assert measured["suite"]["name"] == "question" and measured["suite"]["chat_template"] is False
     assert 1 <= measured["suite"]["questions"] <= 3
-    assert f"1 training prompts were too close to a test prompt: {[leaked.id]}" in measured["warnings"]
+    assert f"1 of our prompts were too close to a test prompt: {[leaked.id]}" in measured["warnings"]
     assert any("ask for repetition_penalty 1.3, which no decoding here" in warning for warning in measured["warnings"])
     native = next(row for row in measured["candidates"] if row["id"] == "native")
     assert native["absent_because"] or native["exact"]["equal"] == native["exact"]["prompts"]

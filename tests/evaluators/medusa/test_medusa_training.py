@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,14 +39,10 @@ def weights(folder: Path) -> bytes:
     return (folder / formats.WEIGHTS).read_bytes()
 
 
-def die(at: tuple[str, int]) -> Callable[[str, int, int], None]:
+def die(at: tuple[str, int], stage: str, done: int, _total: int) -> None:
     """A progress that kills its own process, as kill -9 does, at a point of the training."""
-
-    def told(stage: str, done: int, _total: int) -> None:
-        if (stage, done) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return told
+    if (stage, done) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -57,7 +53,7 @@ def test_a_killed_training_ends_with_the_bytes_of_an_undisturbed_one(
     wanted = replace(FIXED, joint=at[0] == "joint")
     want = train_heads(model, tmp_path / "whole", tmp_path / "cache of the whole", wanted)
     out, cache = tmp_path / "out", tmp_path / "cache"
-    assert forked.status(lambda: train_heads(model, out, cache, wanted, progress=die(at))) == -signal.SIGKILL
+    assert forked.status(partial(train_heads, model, out, cache, wanted, progress=partial(die, at))) == -signal.SIGKILL
     assert not (out / formats.WEIGHTS).exists()
     again: list[tuple[str, int]] = []
     facts = train_heads(model, out, cache, wanted, progress=lambda stage, done, total: again.append((stage, done)))
