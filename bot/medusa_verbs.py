@@ -28,7 +28,9 @@ def bench(
     ] = Path("medusa"),
     heads: Annotated[Optional[list[Path]], typer.Option(help="Time these, train none; repeat it.")] = None,  # noqa: UP045
     parent: Annotated[Optional[list[str]], typer.Option(help="NAME=DIR: heads of a parent; repeat it.")] = None,  # noqa: UP045
-    tree: Annotated[Optional[Path], typer.Option(help="A file of the tree to time, .json or .py.")] = None,  # noqa: UP045
+    tree: Annotated[
+        Path | None, typer.Option(help="A file of the tree to time, .json or .py; FILE.py:NAME for one of several.")
+    ] = None,
     prompts: Annotated[Optional[Path], typer.Option(help="Questions, JSON lines as in MT-bench.")] = None,  # noqa: UP045
     questions: Annotated[int, typer.Option(help="How many of them; a verdict needs 8.", min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.", min=8)] = 48,

@@ -2,6 +2,8 @@
 
 [[0], [1], [0, 0]]
 mc_sim_7b_63 = [(0,), (1,), (0, 0)]
+
+Of a file with several, such as Medusa's medusa_choices.py, one is named: medusa_choices.py:vicuna_7b_stage2.
 """
 
 from __future__ import annotations
@@ -20,13 +22,20 @@ LARGEST_RANK = 255
 
 
 def read(path: Path) -> Tree:
-    """The tree in the file. Raises EvaluationError that says what is no tree about it. Nothing in it is executed."""
+    """The tree in FILE, or the one that FILE:NAME names there. Nothing in it is executed.
+
+    Raises EvaluationError that says what is no tree about it.
+    """
+    chosen = ""
+    if not path.is_file():
+        file, _, chosen = path.name.rpartition(":")
+        path = path.with_name(file) if file else path
     if not path.is_file():
         raise unfit(f"There is no tree file {path.name}.")
     if path.stat().st_size > LIMIT_BYTES:
         raise unfit(f"The tree file {path.name} is larger than {LIMIT_BYTES >> 10} KiB.")
     try:
-        paths = _literal(path.read_text(encoding="utf-8"))
+        paths = _literal(path.read_text(encoding="utf-8"), chosen)
         return Tree(tuple(_checked(each) for each in paths))
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         what = str(error) if type(error) is ValueError else "it is neither JSON nor a Python list"
@@ -38,21 +47,32 @@ def unfit(message: str) -> EvaluationError:
     return EvaluationError("SPEED_CHECK_FAILED", message, "Give a list of paths such as [[0], [1], [0, 0]].")
 
 
-def _literal(text: str) -> list[Any]:
-    """The only list of a text that says nothing but it, or gives it a name."""
+def _literal(text: str, chosen: str) -> list[Any]:
+    """The list named `chosen`, or else the only one, of a text that says nothing but lists and their names."""
     found = [
-        _value(statement.value)
+        (_name(statement), _value(statement.value))
         for statement in ast.parse(text).body
         if isinstance(statement, ast.Expr | ast.Assign | ast.AnnAssign) and statement.value is not None
     ]
-    lists = [value for value in found if isinstance(value, list | tuple)]
-    if len(lists) != 1:
-        raise ValueError(f"it holds {len(lists)} lists where one is a tree")
-    if not lists[0]:
+    lists = [(name, value) for name, value in found if isinstance(value, list | tuple)]
+    named = [value for name, value in lists if name == chosen] if chosen else [value for _, value in lists]
+    if len(named) != 1:
+        names = ", ".join(name for name, _ in lists if name)[:100]
+        choose = f": name one of {names} behind a colon" if names and len(lists) > 1 else ""
+        raise ValueError(f"it holds {len(named)} lists{f' {chosen[:40]}' * bool(chosen)} where one is a tree{choose}")
+    [only] = named
+    if not only:
         raise ValueError("its list is empty")
-    if len(lists[0]) > MOST_PATHS:
-        raise ValueError(f"it has {len(lists[0])} paths, more than {MOST_PATHS}")
-    return list(lists[0])
+    if len(only) > MOST_PATHS:
+        raise ValueError(f"it has {len(only)} paths, more than {MOST_PATHS}")
+    return list(only)
+
+
+def _name(statement: ast.Expr | ast.Assign | ast.AnnAssign) -> str:
+    if isinstance(statement, ast.Expr):
+        return ""
+    target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+    return target.id if isinstance(target, ast.Name) else ""
 
 
 def _value(expression: ast.expr) -> Any:

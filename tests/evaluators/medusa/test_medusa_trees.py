@@ -111,6 +111,16 @@ def test_a_published_list_of_paths_is_the_tree_it_names(text: str, tmp_path: Pat
     assert set(tree.paths) == {path for path, _ in grow(PUBLISHED, 11)}
 
 
+def test_one_of_several_published_lists_is_named_behind_a_colon(tmp_path: Path) -> None:
+    (tmp_path / "medusa_choices.py").write_text(f"{PUBLISHED_CHOICES}\nvicuna_7b_stage2 = [(0,), (0, 0)]\n")
+    assert tree_files.read(tmp_path / "medusa_choices.py:vicuna_7b_stage2").paths == ((0,), (0, 0))
+    assert tree_files.read(tmp_path / "medusa_choices.py:mc_sim_7b_63").nodes == 12
+    with pytest.raises(EvaluationError, match="name one of mc_sim_7b_63, vicuna_7b_stage2 behind a colon"):
+        tree_files.read(tmp_path / "medusa_choices.py")
+    with pytest.raises(EvaluationError, match="0 lists zephyr where one is a tree: name one of mc_sim_7b_63"):
+        tree_files.read(tmp_path / "medusa_choices.py:zephyr")
+
+
 @given(
     st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=4), min_size=1, max_size=4),
     st.integers(2, 30),
