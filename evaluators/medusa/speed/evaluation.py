@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.decoding import decode
 from evaluators.medusa.decoding.capability import reason_against_trees
@@ -87,12 +88,24 @@ def measure(
     run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
     run.note(mode="full" if turns > 1 else "quick")
     run.progress("load", 0, 1)
-    test = prompt_sets.in_turns(
-        prompt_sets.builtin("test", seed) if prompts is None else prompt_sets.read(prompts), asked.questions
-    )
+    test = prompt_sets.in_turns(_unlearnt(run, prompts), asked.questions)
     with steadiest_threads(device):
         _examine(run, _loaded(run, device), test, prompts)
     return _written(run)
+
+
+def _unlearnt(run: Run, prompts: Path | None) -> list[prompt_sets.Prompt]:
+    """The test questions on which none of the given heads were trained, as far as these say."""
+    test = prompt_sets.builtin("test", run.seed) if prompts is None else prompt_sets.read(prompts)
+    left, known = prompt_sets.unlearnt(test, transfer.learnt_prompts(run.asked.given))
+    if not left:
+        raise EvaluationError(
+            "SPEED_CHECK_FAILED", "The given heads were trained on every one of these questions.",
+            "Give questions that they have not seen.",
+        )  # fmt: skip
+    if known:
+        run.warn(f"{len(known)} questions are left out because the given heads were trained on them: {known[:20]}")
+    return left
 
 
 def _written(run: Run) -> dict[str, Any]:

@@ -198,24 +198,36 @@ def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
     return said
 
 
+def learnt_prompts(given: Sequence[Given]) -> frozenset[str]:
+    """The fingerprints of the prompts that given heads say they were trained on; heads of unknown origin say none."""
+    read = (_training_file(each.folder) for each in given if each.folder is not None)
+    said = (value.get("prompt_fingerprints") for value in read if value is not None)
+    return frozenset(print_ for text in said if isinstance(text, str) for print_ in text.split())
+
+
 def known_training(folder: Path) -> dict[str, Any] | None:
     """What the file beside heads says of their training, as far as it can be meant: it may be a stranger's.
 
     Counts and seconds that are finite numbers from 0; `accuracy` as shares by head and rank. None without such a file.
     """
-    try:
-        with (folder / TRAINING_FILE).open("rb") as file:
-            text = file.read(TRAINING_LIMIT_BYTES + 1)
-        value = json.loads(text) if len(text) <= TRAINING_LIMIT_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict):
+    value = _training_file(folder)
+    if value is None:
         return None
     known: dict[str, Any] = {key: value[key] for key in TRAINING if _counts(value.get(key))}
     shares = value.get("accuracy")
     if isinstance(shares, list) and 0 < len(shares) <= MOST_HEADS and all(_are_shares(row) for row in shares):
         known["accuracy"] = shares
     return known
+
+
+def _training_file(folder: Path) -> dict[str, Any] | None:
+    try:
+        with (folder / TRAINING_FILE).open("rb") as file:
+            text = file.read(TRAINING_LIMIT_BYTES + 1)
+        value = json.loads(text) if len(text) <= TRAINING_LIMIT_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _counts(value: object) -> bool:

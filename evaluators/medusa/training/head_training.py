@@ -158,6 +158,7 @@ def train_heads(
     learn, apart = (data.on_disk(base, data.straight(answers)) for answers in (learnt, held_out))
     heads, facts = _fitted(work, base, learn, apart)
     facts |= {"prompts": len(learnt), "dropped_prompts": encoded.dropped,
+              "prompt_fingerprints": " ".join(map(prompt_sets.fingerprint, texts[0][: len(learnt)])),
               "looping_answers": sum(repetition.loops(each.output) for each in learnt)}  # fmt: skip
     if wanted.joint:
         facts |= _jointly(work, base, heads, learnt, encoded.held_out)

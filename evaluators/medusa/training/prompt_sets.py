@@ -6,9 +6,10 @@ timed. The built-in sets share neither form nor topic (prompts). A file of promp
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,18 @@ def without_leaks(train: Sequence[Prompt], test: Sequence[Prompt]) -> tuple[list
         else:
             kept.append(prompt)
     return kept, dropped
+
+
+def fingerprint(turn: str) -> str:
+    """What tells a question again without saying it: 16 hexadecimal digits, case and spaces folded."""
+    return hashlib.sha256(_fold(turn).encode()).hexdigest()[:16]
+
+
+def unlearnt(test: Sequence[Prompt], learnt: Collection[str]) -> tuple[list[Prompt], list[str]]:
+    """The questions of which no turn has one of the fingerprints `learnt`, and the ids of the others."""
+    known = [any(fingerprint(turn) in learnt for turn in prompt.turns) for prompt in test]
+    marked = list(zip(test, known, strict=True))
+    return [prompt for prompt, seen in marked if not seen], [prompt.id for prompt, seen in marked if seen]
 
 
 def _fold(text: str) -> str:

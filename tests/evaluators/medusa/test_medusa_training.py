@@ -21,9 +21,13 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, fitting, joint, store, train
+from evaluators.medusa.speed import transfer
+from evaluators.medusa.speed.evaluation import measure
+from evaluators.medusa.speed.transfer import Given
+from evaluators.medusa.training import data, fitting, joint, prompt_sets, store, train
 from evaluators.medusa.training.head_loss import Targets, draft_loss
 from evaluators.medusa.training.head_training import Wanted, train_heads
+from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import greedy_tree
 from tests import forked
 
@@ -65,6 +69,20 @@ def test_a_killed_training_ends_with_the_bytes_of_an_undisturbed_one(
     if wanted.joint:
         name = "adapter/adapter_model.safetensors"
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_questions_that_given_heads_were_trained_on_are_not_timed(model: Path, tmp_path: Path) -> None:
+    asked = [f"How does a {thing} work?" for thing in ("lock", "loom", "lens", "lever")]
+    lines = [json.dumps({"turns": [each]}) for each in asked]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
+    train_heads(model, tmp_path / "heads", tmp_path / "cache", replace(FIXED, prompts=tmp_path / "asked.jsonl"))
+    given = [Given("heads", "fresh", tmp_path / "heads")]
+    learnt = transfer.learnt_prompts(given)
+    seen, unseen = Prompt("seen", "", ("Else.", " how does A  lens work?")), Prompt("unseen", "", ("Else.",))
+    assert prompt_sets.unlearnt([seen, unseen], learnt) == ([unseen], ["seen"])
+    (tmp_path / "asked.jsonl").write_text(lines[2])
+    with pytest.raises(EvaluationError, match="trained on every one of these questions"):
+        measure(model, tmp_path / "out", prompts=tmp_path / "asked.jsonl", given=given)
 
 
 def test_one_seed_gives_one_set_of_heads_and_answers_are_computed_once(model: Path, tmp_path: Path) -> None:
