@@ -89,6 +89,7 @@ class Row:
     ranking: str | None = None  # `ModelEvaluation.board`; rows that lack it are told apart by their suite
     asked: str | None = None  # how, in words
     average_interval: tuple[float, float] | None = None  # 95 %
+    speed_verdict: str | None = None  # the speed test's own: an interval from too few questions has none
 
     @property
     def ranked_in(self) -> str | None:
@@ -153,6 +154,7 @@ def row(job: Job, settings: Settings) -> Row:
         ranking=None if merged is None else merged.board,
         asked=None if merged is None else _asked(merged),
         average_interval=None if merged is None else merged.average_interval95,
+        speed_verdict=None if heads is None else heads["speedup"].get("verdict"),
     )
 
 

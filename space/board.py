@@ -11,7 +11,6 @@ import gradio as gr
 from bot.leaderboard import Row
 from space import figures, words
 from space.desk import Board, Desk
-from space.job_page import speed_sentence
 from space.markup import Markup, join, link, plain, repo_link, tag
 from space.pieces import facts_table, panel, refused
 
@@ -309,10 +308,27 @@ def _detail(row: Row | None, hub: str) -> tuple[Markup, Any, Markup]:
     if row.verdict:
         rows.append(("Verdict", row.verdict))
     if row.speedup is not None:
-        rows.append(("Speed", speed_sentence(row.speedup, row.speedup_ci, row.tokens_per_step)))
+        rows.append(("Speed", speed_sentence(row)))
     if row.plain_tokens_per_s is not None:
         rows.append(("Plain greedy", f"{row.plain_tokens_per_s:,.1f} tokens a second"))
     name = row.model.rpartition("/")[2]
     figure = figures.beside_parents(row)
     heading = tag("h3", name, ", ", row.method, ", beside its parents" if figure else None)
     return heading, gr.Plot(figure, visible=figure is not None), facts_table(rows)
+
+
+SPEED_VERDICTS = {
+    "faster": "faster",
+    "slower": "slower",
+    "same": "not clearly different",
+    "inconclusive": "too few questions, or too unsteady a machine, for a verdict",
+}
+
+
+def speed_sentence(row: Row) -> str:
+    """What the speed test found, and what it concluded from that."""
+    steps = f"{row.tokens_per_step:.2f} tokens a step; " if row.tokens_per_step else ""
+    low, high = row.speedup_ci or (None, None)
+    spread = "" if low is None else f", 95\u00a0% interval {low:.2f} to {high:.2f}"
+    verdict = SPEED_VERDICTS.get(row.speed_verdict or "", "no verdict was kept")
+    return f"{steps}{words.times(row.speedup)} the speed of plain greedy decoding{spread}: {verdict}."

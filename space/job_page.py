@@ -126,15 +126,6 @@ def _speed(report: Mapping[str, Any] | None) -> Markup | None:
     return join([tag("h3", "Speed"), tag("p", report.get("sentence") or "Nothing could be measured."), shown])
 
 
-def speed_sentence(speedup: float, bounds: tuple[float, float] | None, tokens_per_step: float | None) -> str:
-    """What the speed test found, honestly."""
-    steps = f"{tokens_per_step:.2f} tokens a step; " if tokens_per_step else ""
-    low, high = bounds or (speedup, speedup)
-    verdict = "faster than" if low > 1 else "slower than" if high < 1 else "not clearly different from"
-    spread = f", 95\u00a0% interval {low:.2f} to {high:.2f}" if bounds else ""
-    return f"{steps}{words.times(speedup)} the speed of plain greedy decoding{spread}: {verdict} it on this machine."
-
-
 def _failures(failures: tuple[Failure, ...]) -> Markup | None:
     if not failures or (len(failures) == 1 and failures[0].retry_at is None):
         return None  # the headline says it

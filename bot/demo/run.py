@@ -35,7 +35,7 @@ from evaluators.harness.scores import ModelEvaluation
 REQUESTER = "visitor"
 BOT = "mergebot"
 FAMILY = base.REPO.partition("/")[0]
-SPEED_BUDGET_S = 50.0
+SPEED_BUDGET_S = 60.0
 WATCH_S = 0.2
 SUITE = "demo-skills"
 
@@ -158,7 +158,7 @@ def _settings(directory: Path, address: str) -> Settings:
         suite=SUITE,
         examples=Path(str(importlib.resources.files("bot.demo") / "texts" / "examples")),
         speed_budget_s=SPEED_BUDGET_S,
-        speed_questions=6,
+        speed_questions=8,  # the fewest that allow a verdict
         speed_new_tokens=32,
     )
 

@@ -107,6 +107,13 @@ def _row(
         plain_tokens_per_s=21.4 if speedup else None,
         speedup=speedup,
         speedup_ci=interval,
+        speed_verdict=None
+        if interval is None
+        else "faster"
+        if interval[0] > 1
+        else "slower"
+        if interval[1] < 1
+        else "same",
         published_at=at.strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
 

@@ -21,7 +21,7 @@ from bot.request import MergeRequest, Origin
 from bot.settings import LIVE_HUB, Settings
 from space import board, figures, words
 from space.desk import Refusal, attempt, read_form
-from space.job_page import job_page, speed_sentence
+from space.job_page import job_page
 from space.limits import BODY_LIMIT_BYTES, BodyLimit
 from space.markup import escape, link, plain, tag
 from space.submit import EXAMPLES, examples
@@ -94,10 +94,13 @@ def test_figures_are_told_as_people_read_them(told: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "verdict"), [((1.1, 1.3), "faster than"), ((0.8, 0.9), "slower than"), ((0.9, 1.1), "not clearly")]
-)
-def test_a_speedup_is_called_one_only_when_its_interval_says_so(interval: tuple[float, float], verdict: str) -> None:
-    assert verdict in speed_sentence(sum(interval) / 2, interval, 2.0)
+    ("verdict", "said"),
+    [("faster", ": faster."), ("slower", ": slower."), ("same", "not clearly"), ("inconclusive", "too few questions"),
+     (None, "no verdict was kept")],
+)  # fmt: skip
+def test_the_board_says_of_a_speedup_what_its_speed_test_concluded(verdict: str | None, said: str) -> None:
+    row = replace(exhibits.board_rows("http://hub")[0], speedup_ci=(1.1, 1.3), speed_verdict=verdict)
+    assert said in board.speed_sentence(row)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from evaluators.medusa.trees.tree import chain
 TIMED_BY = 0.92
 FINISHED_BY = 0.97
 WRITTEN_WITHIN = 0.2
+JUDGED_WITHIN = 0.05  # texts that left plain decoding's, in float32
 LEAST_TIMED_TOKENS = 16  # rather fewer questions than shorter answers
 LOOKUP_QUESTIONS = 4
 LOOKUP_TOKENS = 4
@@ -45,7 +46,7 @@ def timed(
     candidates = [bench.Candidate(name, HeadDrafter(heads), choice.tree) for name, heads, choice in worth]
     share = TIMED_BY if any(each.set.model for each in scored) else FINISHED_BY
     writing_s = min(run.report.seconds["calibrate"], WRITTEN_WITHIN * run.budget_s)  # they do much the same
-    ends = min(run.until(share), run.deadline - writing_s)
+    ends = min(run.until(share), run.deadline - writing_s - JUDGED_WITHIN * run.budget_s)
     # Seconds that a token takes with each candidate, in plain steps.
     prices = [choice.overhead / max(choice.expected, 1.0) for _, _, choice in worth]
     most = decode.Limits(run.asked.max_new_tokens, base.stop_ids)
@@ -114,9 +115,10 @@ def native(
     """transformers' own loop on the first questions, as far as it still fits into the budget."""
     likely_s = 2.5 * max(bench.end_to_end_s(trace) for trace in blocks[0].plain)
     questions = [block.question for block in blocks[:NATIVE_QUESTIONS]]
-    if time.monotonic() + likely_s > run.deadline:
+    ends = run.deadline - JUDGED_WITHIN * run.budget_s
+    if time.monotonic() + likely_s > ends:
         return []
-    versus = baselines.against_native(base, questions, limits, runner=runner, deadline=run.deadline)
+    versus = baselines.against_native(base, questions, limits, runner=runner, deadline=ends)
     if (different := baselines.never_equal(versus)) is not None:
         run.warn(different)
     return versus
