@@ -76,8 +76,8 @@ def measure(
 
     `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are dropped.
     `given` heads are compared with those trained here; with some of origin "fresh" among them none are trained.
-    `budget_s` bounds everything from loading to writing, but that texts which left plain decoding's are judged may take
-    a twentieth more. Where it is short, less text is learnt from, and fewer
+    `budget_s` bounds everything from loading to writing, but judging texts that left plain decoding may take a
+    twentieth more. Where it is short, less text is learnt from, and fewer
     questions or tokens are timed; never less than one question of 16 tokens, plainly and with the heads, twice each.
     `dtype` is auto, float32, bfloat16 or float16. `tree` is a file with the tree to time instead of the one that
     promises most (tree_files). `progress` gets (stage, done, total). Returns the report. Raises
