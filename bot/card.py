@@ -26,6 +26,7 @@ from evaluators.pictures.speed_figure import speed_figure, way_of
 OUTPUT_TAG = "made-with-mergebot"
 NAME_LIMIT = 96
 SPEED_PICTURE = "results/decode_speed.svg"
+CONCLUSIVE = ("faster", "slower", "same")  # verdicts of a speed test that are one
 
 
 def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
@@ -132,12 +133,13 @@ def _model_index(job: Job) -> list[dict[str, Any]]:
         }
         results.append({"task": task, "dataset": _dataset(score), "metrics": [metric]})
     heads = leaderboard.measured_heads(job.evaluation.decode_speed)
-    ratio = None if heads is None else leaderboard.speedup(heads)[0]
-    if ratio is not None:
+    ratio, interval = (None, None) if heads is None else leaderboard.speedup(heads)
+    # Figures of the metadata travel without the page around them: one that allows no verdict stays here.
+    if heads is not None and ratio is not None and interval is not None and heads["speedup"].get("verdict") in CONCLUSIVE:
         metric = {
             "type": "medusa_speedup",
             "value": round(ratio, 4),
-            "name": "tokens per second, Medusa / plain greedy",
+            "name": f"tokens per second, Medusa / plain greedy, 95 % interval {interval[0]:.2f} to {interval[1]:.2f}",
         }
         results.append(
             {"task": task, "dataset": {"type": "prompts", "name": "Speed test prompts"}, "metrics": [metric]}

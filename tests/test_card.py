@@ -185,10 +185,17 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
     def row(name: str, origin: str, rate: float | None, absent: str | None = None) -> dict[str, Any]:
         made = {"id": name, "origin": origin, "absent_because": absent, "accuracy": [{"top1": 0.31}, {"top1": 0.2}]}
         steps = {"measured": rate if origin == "fresh" else None, "common_tree": rate}
-        speeds = {"wall": 0.8, "wall_ci95": [0.7, 0.9], "cpu": 0.8, "cpu_ci95": None, "clock_used": "wall"}
+        speeds = {
+            "wall": 0.8,
+            "wall_ci95": [0.7, 0.9],
+            "cpu": 0.8,
+            "cpu_ci95": None,
+            "clock_used": "wall",
+            "verdict": "slower",
+        }
         return {**made, "tokens_per_step": steps, "speedup": speeds, "tokens_per_s": 9.5}
 
-    speed = {
+    speed: dict[str, Any] = {
         "sentence": "Medusa heads run at 0.80 x plain speed: slower here.",
         "transfer": "Its parents' heads bring 1.31.",
         "plain": {"tokens_per_s": 12.0},
@@ -204,6 +211,10 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
     evaluation = job().evaluation
     assert evaluation is not None
     text = card.model_card(job(evaluation=replace(evaluation, decode_speed=speed)), "mergebot/alice-both")
+    assert _speedups(text) == [(0.8, "tokens per second, Medusa / plain greedy, 95 % interval 0.70 to 0.90")]
+    speed["candidates"][-1]["speedup"]["verdict"] = "inconclusive"
+    unsure = card.model_card(job(evaluation=replace(evaluation, decode_speed=speed)), "mergebot/alice-both")
+    assert _speedups(unsure) == []
     section = text[text.index("## Decode speed") : text.index("## Use")]
     assert section.splitlines()[2].startswith("Medusa heads run at 0.80 x plain speed: slower here")
     assert f"({card.SPEED_PICTURE})" in section
@@ -211,6 +222,12 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
     assert "| heads of org/a | 0.31 0.20 | 1.31 |" in section
     assert "| heads trained for it | 0.31 0.20 | 1.40 |" in section
     assert "| heads of org/b | it has 5 tokens \\<b\\> too many. | – |" in section and "once more" not in section
+
+
+def _speedups(text: str) -> list[tuple[float, str]]:
+    results = yaml.safe_load(front_matter(text) or "")["model-index"][0]["results"]
+    metrics = [metric for result in results for metric in result["metrics"]]
+    return [(metric["value"], metric["name"]) for metric in metrics if metric["type"] == "medusa_speedup"]
 
 
 @pytest.mark.parametrize("hostile", INJECTIONS)
