@@ -134,8 +134,9 @@ def _model_index(job: Job) -> list[dict[str, Any]]:
         results.append({"task": task, "dataset": _dataset(score), "metrics": [metric]})
     heads = leaderboard.measured_heads(job.evaluation.decode_speed)
     ratio, interval = (None, None) if heads is None else leaderboard.speedup(heads)
+    verdict = None if heads is None else heads["speedup"].get("verdict")
     # Figures of the metadata travel without the page around them: one that allows no verdict stays here.
-    if heads is not None and ratio is not None and interval is not None and heads["speedup"].get("verdict") in CONCLUSIVE:
+    if ratio is not None and interval is not None and verdict in CONCLUSIVE:
         metric = {
             "type": "medusa_speedup",
             "value": round(ratio, 4),
