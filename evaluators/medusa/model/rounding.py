@@ -40,8 +40,9 @@ def doubts(
     at the best logit. A wrong mask, cache or acceptance changes neither pass over plain text, so it cannot widen the
     reach that it is held against. In float32 the reach is a constant.
 
-    None where nobody can tell: float32 weights do not fit into memory, or the text reaches the line at which the rope
-    changes its angles, and one pass over all of it is another computation than step after step.
+    None where nobody can tell: float32 weights do not fit into memory, logits overflow or are no numbers, or the text
+    reaches the line at which the rope changes its angles, and one pass over all of it is another computation than step
+    after step.
     """
     text = [*prompt, *chosen[:-1]]
     kind, line = base.rope
@@ -49,11 +50,14 @@ def doubts(
         return None
     ids = torch.tensor([text], device=base.device)
     first = len(prompt) + since - 1
-    as_run = _logits(base, ids, first) if base.dtype in HALVES else None
     try:
+        with _memory_said_as_such():
+            as_run = _logits(base, ids, first) if base.dtype in HALVES else None
         with in_float32(base):
             exact = _logits(base, ids, first)
     except MemoryError:
+        return None
+    if not bool(exact.isfinite().all()) or not (as_run is None or bool(as_run.isfinite().all())):
         return None
     best = exact.max(-1).values
     tokens = torch.tensor(list(chosen[since:]), device=base.device)
@@ -80,17 +84,24 @@ def in_float32(base: Base, free_bytes: int | None = None) -> Iterator[None]:
         raise MemoryError(f"float32 weights need {needed >> 20} MiB, and {free >> 20} MiB are free")
     narrow = [tensor.data for tensor in tensors]
     try:
-        with packed.unpacked(base):
+        with _memory_said_as_such(), packed.unpacked(base):
             for tensor in tensors:
                 tensor.data = tensor.data.float()
             yield
+    finally:
+        for tensor, data in zip(tensors, narrow, strict=True):
+            tensor.data = data
+
+
+@contextlib.contextmanager
+def _memory_said_as_such() -> Iterator[None]:
+    """torch raises RuntimeError where memory runs out; raise MemoryError."""
+    try:
+        yield
     except RuntimeError as error:
         if "out of memory" in str(error) or "allocate memory" in str(error):
             raise MemoryError(str(error)) from error
         raise
-    finally:
-        for tensor, data in zip(tensors, narrow, strict=True):
-            tensor.data = data
 
 
 def _logits(base: Base, ids: Tensor, first: int) -> Tensor:

@@ -129,6 +129,24 @@ def test_the_judge_leaves_the_model_as_it_was_and_is_not_asked_where_it_does_not
     assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16}
 
 
+def test_logits_that_overflow_judge_nothing_and_memory_that_runs_out_judges_nothing() -> None:
+    """A gap that is no number would also make a report that no JSON can hold."""
+    base = twins(torch.float16)
+    block = timed(base, EagerRunner(base))[1]
+    wrong = [*block.plain[0].tokens[:-1], (block.plain[0].tokens[-1] + 10) % TWINS]
+    own = base.post
+    base.post = lambda logits: own(logits) * (7e4 if logits.dtype == torch.float16 else 1.0)
+    assert [(each.tie, each.gap) for each in exactness.divergences(base, [forged(block, wrong)], "fresh")] == [
+        (None, None)
+    ]
+
+    def too_large(logits: torch.Tensor) -> torch.Tensor:
+        return logits.new_empty(1 << 60)
+
+    base.post = too_large
+    assert [each.tie for each in exactness.divergences(base, [forged(block, wrong)], "fresh")] == [None]
+
+
 def test_what_was_not_judged_is_called_so() -> None:
     row = as_json(Row("fresh", "fresh"))
     row["exact"] |= {"prompts": 5, "equal": 2, "divergences": [
