@@ -13,7 +13,12 @@ _NOT_CONTENT = frozenset({"manifest.json", "merge_provenance.json", "decode_spee
 
 def content_digest(model: Path) -> str:
     """64 hex over the names and bytes of the files that decide a model's answers. Raises MODEL_UNLOADABLE."""
-    paths = {path.name: path for pattern in _CONTENT for path in model.glob(pattern) if path.name not in _NOT_CONTENT}
+    paths = {
+        path.name: path
+        for pattern in _CONTENT
+        for path in model.glob(pattern)
+        if path.name not in _NOT_CONTENT and path.is_file()
+    }
     if "config.json" not in paths:
         raise EvaluationError(
             "MODEL_UNLOADABLE", f"{model.name} holds no config.json.", "Name a folder with a model in it."

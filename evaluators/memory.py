@@ -29,17 +29,21 @@ def loaded_bytes(model: Path, dtype: str, device: str) -> int:
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> dtype, shape (github.com/huggingface/safetensors, "Format"); empty where it cannot be read."""
+    """Tensor name -> dtype, shape (github.com/huggingface/safetensors, "Format"); empty where it cannot be read, or
+    names more than the file can hold."""
     try:
+        most = 8 * file.stat().st_size  # no type has less than a bit
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             found = json.loads(stream.read(min(size, _HEADER_LIMIT_BYTES)))
         return {
-            name: tensor
+            name: {"dtype": str(tensor["dtype"]), "shape": tensor["shape"]}
             for name, tensor in found.items()
-            if name != "__metadata__" and all(isinstance(n, int) and n >= 0 for n in tensor["shape"])
+            if name != "__metadata__"
+            and all(isinstance(n, int) and n >= 0 for n in tensor["shape"])
+            and math.prod(tensor["shape"]) <= most
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # whoever loads it says what is wrong
 
 

@@ -318,6 +318,8 @@ def test_a_models_content_is_its_weights_configuration_and_tokenizer(tmp_path: P
         (folder / name).write_bytes(whole[:-1] + b" ")
         assert harness.content_digest(folder) != before
         (folder / name).write_bytes(whole)
+    (folder / "notes.json").mkdir()
+    (folder / "vocab.txt").symlink_to("gone.txt")
     assert harness.content_digest(folder) == before
 
 

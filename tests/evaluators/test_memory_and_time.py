@@ -61,6 +61,21 @@ def test_loaded_weights_are_counted_from_headers(model: Path, tmp_path: Path) ->
     assert memory.loaded_bytes(tmp_path, "auto", "cpu") == 0
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["[" * 100_000, '{"a": {"shape": [2]}}', '{"a": {"dtype": [], "shape": [%s, 2]}}' % (10**400)],
+    ids=["deep", "no type", "larger than any number"],
+)
+def test_a_strangers_header_that_lies_takes_no_memory_and_is_refused_by_whoever_loads_it(
+    header: str, tmp_path: Path
+) -> None:
+    text = header.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    for dtype, device in (("auto", "cpu"), ("auto", "cuda")):
+        assert memory.loaded_bytes(tmp_path, dtype, device) == 0
+    memory.require_memory(tmp_path, "auto", "cpu", 1000)
+
+
 def test_a_model_is_laid_over_several_gpus_only_where_one_is_too_small() -> None:
     assert not memory.spreads(60, [100])
     assert not memory.spreads(1000, [100])

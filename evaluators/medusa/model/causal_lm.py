@@ -41,7 +41,8 @@ class Base:
             )
         self.vocab: int = self.output.weight.shape[0]
         self.hidden: int = self.output.weight.shape[1]
-        self.stop_ids = _stop_ids(model, tokenizer)
+        # A tokenizer may have more tokens than the model, and some configs write -1 for none.
+        self.stop_ids = frozenset(each for each in _stop_ids(model, tokenizer) if 0 <= each < self.vocab)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         self.rope = _rope(self.config)
         self.execution = "eager"

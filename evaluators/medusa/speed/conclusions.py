@@ -54,7 +54,7 @@ def drawn(facts: Facts) -> Conclusions:
     reason = _refusal(facts, rows)
     if reason is not None:
         return Conclusions(refusal=reason, transfer=said)
-    wins = facts.promised and not _lost(rows[facts.best])
+    wins = facts.promised and _no_slower(rows[facts.best])
     judged = rows[facts.best if facts.promised else facts.reference]
     return Conclusions(
         verdict=judged.speedup.verdict,
@@ -116,10 +116,10 @@ def _refusal(facts: Facts, rows: Mapping[str, Row]) -> str | None:
     return None
 
 
-def _lost(row: Row) -> bool:
-    """Whether it was timed and was no faster, even if too few questions were asked for a verdict."""
+def _no_slower(row: Row) -> bool:
+    """Whether it was timed and was no slower, even if too few questions were asked for a verdict."""
     ratio = row.speedup.counting
-    return ratio is not None and ratio < 1
+    return ratio is not None and ratio >= 1
 
 
 def transfer_sentence(candidates: Sequence[Row], nodes: int) -> str | None:

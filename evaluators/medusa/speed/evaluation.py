@@ -24,7 +24,7 @@ from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
-from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, report, rows, timing, transfer
+from evaluators.medusa.speed import baselines, bench, calibrate, conclusions, head_rows, report, rows, timing, transfer
 from evaluators.medusa.speed.document import Row, Suite, as_json
 from evaluators.medusa.speed.measurement import Asked, Progress, Run
 from evaluators.medusa.speed.rows import Scored
@@ -98,7 +98,9 @@ def measure(
 def _unlearnt(run: Run, prompts: Path | None) -> list[prompt_sets.Prompt]:
     """The test questions on which none of the given heads were trained, as far as these say."""
     test = prompt_sets.builtin("test", run.seed) if prompts is None else prompt_sets.read(prompts)
-    left, known = prompt_sets.unlearnt(test, transfer.learnt_prompts(run.asked.given))
+    least = min(run.asked.questions, conclusions.LEAST_FOR_A_VERDICT)
+    left, known, given = transfer.unlearnt(test, run.asked.given, least)
+    run.asked = replace(run.asked, given=given)
     if not left:
         raise EvaluationError(
             "SPEED_CHECK_FAILED", "The given heads were trained on every one of these questions.",
@@ -302,7 +304,7 @@ def _describe_suite(run: Run, base: Base, test: Sequence[bench.Question], given:
         suite=Suite(
             name="built-in" if given is None else given.stem,
             sha256=hashlib.sha256(text.encode()).hexdigest(),
-            chat_template=bool(getattr(base.tokenizer, "chat_template", None)),
+            chat_template=prompt_sets.takes_turns(base),
             turns=run.asked.turns,
             repeats=2 * run.asked.repeats,
             order="ABBA",

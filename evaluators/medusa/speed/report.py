@@ -85,8 +85,10 @@ def sentence(report: Mapping[str, Any]) -> str:
     unit = "x plain speed in CPU time" if clock == "cpu" else "x plain speed"
     span = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "from one question, no interval"
     exact = row["exact"]
-    looping, asked = report["suite"]["looping"], report["suite"]["questions"]
-    flattered = f" {looping} of {asked} answers repeat themselves, which flatters this figure." if looping else ""
+    looping = report["suite"]["looping"]
+    flattered = (
+        f" {looping} of {exact['prompts']} answers repeat themselves, which flatters this figure." if looping else ""
+    )
     advice = " Do not speculate here." if report["recommendation"] == DO_NOT else ""
     return (
         f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
@@ -99,6 +101,7 @@ def sentence(report: Mapping[str, Any]) -> str:
 def _exactness(exact: Mapping[str, Any], dtype: str | None) -> str:
     said = f"Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} questions"
     ties, unjudged = ({each["prompt"] for each in exact["divergences"] if each["tie"] is tie} for tie in (True, None))
+    ties -= unjudged  # one of its runs was not checked
     if ties:
         said += f"; on {len(ties)} it left it where rounding in {dtype} decides between two tokens"
     if unjudged:

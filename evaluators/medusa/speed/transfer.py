@@ -21,15 +21,16 @@ from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.document import TRAINING
-from evaluators.medusa.training import data, simulation
+from evaluators.medusa.training import data, prompt_sets, simulation
 from evaluators.medusa.training.fitting import TRAINING_FILE
+from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree, greedy_tree
 
 COMMON_NODES = 8
 LEAST_TO_RETAIN = 0.02
 UNEQUAL_TRAINING = 0.1
-TRAINING_LIMIT_BYTES = 1 << 20
+TRAINING_LIMIT_BYTES = 16 << 20  # the fingerprints of a million prompts
 MOST_HEADS, MOST_RANKS, MOST_COUNTED = 64, 256, 1e15
 Origin = Literal["parent", "merged", "fresh"]
 
@@ -196,6 +197,33 @@ def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
                 f"the heads of {each.id} learnt from {positions} positions, those of {reference.id} from {wanted}"
             )
     return said
+
+
+def unlearnt(test: Sequence[Prompt], given: Sequence[Given], least: int) -> tuple[list[Prompt], list[str], list[Given]]:
+    """(questions on which no heads were trained, ids of the others, the given heads), as far as heads say.
+
+    What stands beside heads of a parent is a stranger's word: where it would leave fewer than `least` questions, those
+    heads are left out in place of the questions, and those merged from them.
+    """
+    left, known = prompt_sets.unlearnt(test, learnt_prompts([each for each in given if each.origin == "fresh"]))
+    knowing: set[str] = set()
+    for each in given:
+        rest, seen = prompt_sets.unlearnt(left, learnt_prompts([each]))
+        if seen and len(rest) < min(least, len(left)):
+            knowing |= {each.id, "merged"}
+        else:
+            left, known = rest, [*known, *seen]
+    absent = "they, or heads they are merged from, were trained on the questions that are asked here."
+    return (
+        left,
+        known,
+        [
+            replace(each, folder=None, absent_because=absent)
+            if each.folder is not None and each.origin != "fresh" and each.id in knowing
+            else each
+            for each in given
+        ],
+    )
 
 
 def learnt_prompts(given: Sequence[Given]) -> frozenset[str]:

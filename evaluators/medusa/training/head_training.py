@@ -164,7 +164,7 @@ def train_heads(
         facts |= _jointly(work, base, heads, learnt, encoded.held_out)
     facts["seconds"] = {name: round(value, 2) for name, value in work.seconds.items()}
     facts["seconds"]["total"] = round(work.used_s(), 2)
-    facts |= {"resumed": work.resumed, "chat_template": bool(getattr(base.tokenizer, "chat_template", None))}
+    facts |= {"resumed": work.resumed, "chat_template": prompt_sets.takes_turns(base)}
     fitting.write(heads, facts, out, base_model=model.name)
     shutil.rmtree(work.unfinished, ignore_errors=True)
     return facts

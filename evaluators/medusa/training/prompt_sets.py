@@ -167,20 +167,29 @@ def _alike(left: frozenset[tuple[str, ...]], right: frozenset[tuple[str, ...]]) 
     return len(left & right) / len(left | right) > NEAR_DUPLICATE
 
 
+def takes_turns(base: Base) -> bool:
+    """Whether there is a chat template, and it works: `encode` asks in plain text otherwise."""
+    return _rendered(base.tokenizer, "Hello.", ()) is not None
+
+
+def _rendered(tokenizer: Any, text: str, history: Sequence[tuple[str, str]]) -> str | None:
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    said = [(role, part) for turn in history for role, part in zip(("user", "assistant"), turn, strict=True)]
+    messages = [{"role": role, "content": part} for role, part in (*said, ("user", text))]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) or None
+    except Exception:  # a stranger's template may raise anything; plain text is the documented fallback
+        return None
+
+
 def encode(base: Base, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
     """The token ids the model sees for one user turn: its chat template if it has one that works, else plain text.
 
     `history` holds the turns before it, each with its answer.
     """
     tokenizer = base.tokenizer
-    rendered = None
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            said = [(role, part) for turn in history for role, part in zip(("user", "assistant"), turn, strict=True)]
-            messages = [{"role": role, "content": part} for role, part in (*said, ("user", text))]
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a stranger's template may raise anything; plain text is the documented fallback
-            rendered = None
+    rendered = _rendered(tokenizer, text, history)
     text = "\n".join([part for turn in history for part in turn] + [text])
     ids: list[int] = tokenizer(rendered or text, add_special_tokens=rendered is None)["input_ids"]
     ids = ids or ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [0])

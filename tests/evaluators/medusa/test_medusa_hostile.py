@@ -16,6 +16,7 @@ from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.model.attention import GROUPED, use_grouped
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import transfer
+from evaluators.medusa.training.prompt_sets import Prompt, fingerprint
 from evaluators.medusa.trees.tree import full
 from evaluators.pictures.speed_figure import speed_figure
 
@@ -25,20 +26,41 @@ from evaluators.pictures.speed_figure import speed_figure
     [
         ('{"positions": "many", "steps": 3}', {"steps": 3}),
         ('{"positions": [1], "seed": NaN, "fit_s": 1e999, "generate_s": -1, "tokens": true}', {}),
-        ('{"seed": "' + "A" * 2_000_000 + '"}', None),
+        ('{"seed": "' + "A" * (17 << 20) + '"}', None),
+        ('{"prompt_fingerprints": "' + "0123456789abcdef " * 100_000 + '", "steps": 2}', {"steps": 2}),
         ("[" * 100_000, None),
         ("[1, 2]", None),
         ('{"accuracy": [[1e400]], "steps": 2}', {"steps": 2}),
         ('{"accuracy": [[0.5, 0.25]], "positions": 7}', {"positions": 7, "accuracy": [[0.5, 0.25]]}),
         (json.dumps({"accuracy": [[10**400]]}), {}),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_of_a_strangers_training_file_only_what_can_be_meant_is_known(
     text: str, known: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     (tmp_path / "training.json").write_text(text)
     assert transfer.known_training(tmp_path) == known
+
+
+def test_a_parents_word_on_what_its_heads_learnt_takes_no_verdict_from_the_others(tmp_path: Path) -> None:
+    """Built-in questions are public: a stranger could name all of them, and no merge of that parent be measured."""
+    test = [Prompt(str(n), "x", (f"Question {n}?",)) for n in range(20)]
+
+    def given(name: str, origin: transfer.Origin, known: range) -> transfer.Given:
+        folder = tmp_path / name.replace(":", "-")
+        folder.mkdir()
+        prints = " ".join(fingerprint(test[n].turns[0]) for n in known)
+        (folder / "training.json").write_text(json.dumps({"prompt_fingerprints": prints}))
+        return transfer.Given(name, origin, folder)
+
+    honest, greedy = given("parent:a", "parent", range(2)), given("parent:b", "parent", range(20))
+    merged, own = given("merged", "merged", range(0)), given("heads", "fresh", range(2, 6))
+    left, known, kept = transfer.unlearnt(test, [honest, greedy, merged, own], 8)
+    assert [prompt.id for prompt in left] == [str(n) for n in range(6, 20)] and sorted(known) == list("012345")
+    assert kept[0] == honest and kept[3] == own
+    assert [(each.folder, "were trained on" in (each.absent_because or "")) for each in kept[1:3]] == [(None, True)] * 2
+    assert transfer.unlearnt(test, [given("all", "fresh", range(20))], 8)[0] == []
 
 
 def test_a_refused_report_draws_nothing() -> None:

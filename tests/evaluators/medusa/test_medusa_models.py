@@ -13,7 +13,7 @@ from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
-from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
+from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines
 from evaluators.medusa.speed.bench import Question
@@ -75,6 +75,16 @@ def test_whatever_any_config_calls_the_end_ends_the_text() -> None:
         want = plain(EagerRunner(base), PROMPT, limits).tokens
         assert want[-1] in rest and not set(want[:-1]) & set(rest)
         assert medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), full((2, 2, 2)), PROMPT, limits).tokens == want
+
+
+def test_an_end_that_the_model_cannot_say_is_no_end() -> None:
+    """Some configs write -1, and a tokenizer may have more tokens than the model: a draft vocabulary has neither."""
+    made, words = tiny.model("llama", vocab_size=40), tiny.tokenizer()
+    made.generation_config.eos_token_id, made.config.eos_token_id = -1, 7
+    words.eos_token = words.convert_ids_to_tokens(200)
+    base = Base(made, words)
+    assert base.stop_ids == {7}
+    Heads(HeadSpec("shared", 1, keep=vocabulary_cut([5, 5], 4, base)), base)
 
 
 def test_an_encoder_decoder_is_refused_by_name() -> None:

@@ -90,6 +90,9 @@ def test_a_speed_is_recommended_and_what_makes_it_doubtful_recommends_nothing() 
     }  # fmt: skip
     hesitant = conclusions.drawn(facts(promised=False))
     assert (hesitant.verdict, hesitant.recommendation, hesitant.chosen) == ("faster", conclusions.DO_NOT, "none")
+    native, fresh = facts().candidates
+    silent = conclusions.drawn(facts(candidates=(native, replace(fresh, speedup=Speedup(verdict="inconclusive")))))
+    assert (silent.recommendation, silent.chosen) == (conclusions.DO_NOT, "none"), "nothing was decoded"
     doubtful: dict[str, Any] = {"torn": ["fresh"], "slow_plain": True}
     told = [conclusions.drawn(facts(torn=["fresh"])), conclusions.drawn(facts(**doubtful))]
     told.append(conclusions.drawn(facts((True, False), **doubtful)))

@@ -80,9 +80,11 @@ def test_the_template_is_used_where_it_works_and_plain_text_elsewhere() -> None:
     with_template = tiny.base("gqa")
     text = with_template.tokenizer.decode(prompt_sets.encode(with_template, "Hi"))
     assert text == "[user] Hi\n[assistant] "
-    for template in (None, "{{ raise_exception('no') }}", "{% broken"):
+    assert prompt_sets.takes_turns(with_template)
+    for template in (None, "{{ raise_exception('no') }}", "{% broken", "{{ '' }}"):
         base = Base(tiny.model("gqa"), tiny.tokenizer(template))
         assert base.tokenizer.decode(prompt_sets.encode(base, "Hi")) == "Hi"
+        assert not prompt_sets.takes_turns(base), "a report would call plain text a chat"
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
