@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from evaluators.harness.scores import ModelEvaluation
     from evaluators.vitals import Vitals
 
+LEAST_NAME = 8  # characters, however narrow the screen
 _SCORE = (("score", 7), ("95 % interval", 16))
 _DIFFERENCE = (("difference", 12), ("95 % interval", 18), ("p", 9))
 _STYLES = {Outcome.BETTER: "green", Outcome.WORSE: "red"}
@@ -89,6 +90,7 @@ def labels(models: Sequence[str]) -> dict[str, str]:
 
 def fitted(names: Mapping[str, str], room: int) -> dict[str, str]:
     """Names of at most `room` characters, the middle of long ones left out where that leaves them different."""
+    room = max(room, LEAST_NAME)
     cut = {
         model: name if len(name) <= room else f"{name[: room // 2]}…{name[len(name) - (room - 1) // 2 :]}"
         for model, name in names.items()
@@ -109,7 +111,7 @@ class _Blocks:
         self._rows = report.differences(comparison) if comparison else []
         self._tasks = {task.task: task.differences for task in comparison.tasks} if comparison else {}
         wide = console.width - sum(wide for _, wide in self._columns)
-        self._width = min(wide, 2 + max(map(len, names.values())))
+        self._width = min(max(wide, 2 + LEAST_NAME), 2 + max(map(len, names.values())))
         heads = self._table()
         heads.add_row("", *(title for title, _ in self._columns), style="dim")
         console.print(heads)

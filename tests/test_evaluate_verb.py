@@ -19,7 +19,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from bot import measure, worker
+from bot import evaluation_screen, measure, operator, screens, worker
 from bot.cli import app
 from bot.errors import Failed, Refused
 from bot.evaluation_screen import fitted, labels
@@ -31,7 +31,7 @@ from evaluators import comparison
 from evaluators.harness import SUITES, results
 from evaluators.harness.conditions import Conditions
 from evaluators.harness.scores import ModelEvaluation
-from tests.evaluators import tiny_harness
+from tests.evaluators import stored, tiny_harness
 
 REPO = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -168,6 +168,27 @@ def test_long_names_lose_their_middle_and_stay_different() -> None:
     assert fitted({"1": "aaaaaaaaab1aaaaaaaa", "2": "aaaaaaaaab2aaaaaaaa"}, 6) == {
         "1": "aaaaaaaaab1aaaaaaaa", "2": "aaaaaaaaab2aaaaaaaa"
     }  # fmt: skip
+
+
+def test_a_narrow_screen_cuts_no_figure_and_no_name_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right = {"merge": 20, "other": 10}
+    found = {
+        f"models/{name}-with-a-long-name": stored.evaluation(
+            tmp_path, f"{count:064x}", {"left": [1.0] * count + [0.0] * (40 - count)}
+        )
+        for name, count in right.items()
+    }
+    merge, other = found
+    judged = comparison.compare(found[merge], {other: found[other]}, cache=tmp_path)
+    size = screens.console.width
+    try:
+        screens.console.width = 64
+        evaluation_screen.evaluations(operator.Evaluated(found, frozenset()), judged, "")
+    finally:
+        screens.console.width = size
+    told = capsys.readouterr().out
+    [row] = [" ".join(line.split()) for line in told.splitlines() if " 25.0 " in line]
+    assert row.startswith("othe") and row.endswith("25.0 14.2 to 40.2 +25.0 +9.3 to +38.3 < 0.001")
 
 
 @pytest.mark.slow

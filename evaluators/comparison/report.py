@@ -100,12 +100,15 @@ def _about(score: Score) -> str:
 
 def _of_task(score: Score, models: Mapping[str, ModelEvaluation], comparison: Comparison | None) -> dict[str, Figure]:
     judged = next((each for each in comparison.tasks if each.task == score.task), None) if comparison else None
+    known: dict[str, tuple[float, Interval | None]]
     if judged is not None:
-        return {each.model: _figure(each.value, each.interval) for each in (judged.merge, *judged.parents)}
-    found = {name: score_of(evaluation, score.task) for name, evaluation in models.items()}
-    return {
-        name: Figure(MISSING) if each is None else _figure(each.value, each.interval95) for name, each in found.items()
-    }
+        known = {each.model: (each.value, each.interval) for each in (judged.merge, *judged.parents)}
+    else:
+        scored = {name: score_of(evaluation, score.task) for name, evaluation in models.items()}
+        known = {name: (each.value, each.interval95) for name, each in scored.items() if each is not None}
+    # Bits a byte may lie below 1, and are no share; all figures of a task have one unit.
+    share = score.higher_is_better and all(0 <= value <= 1 for value, _ in known.values())
+    return {name: _figure(*known[name], share=share) if name in known else Figure(MISSING) for name in models}
 
 
 def _average(evaluation: ModelEvaluation) -> Figure:
@@ -122,9 +125,8 @@ def score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
     return next((score for score in evaluation.scores if score.task == task), None)
 
 
-def _figure(value: float, interval: Interval | None) -> Figure:
+def _figure(value: float, interval: Interval | None, *, share: bool = True) -> Figure:
     """In percent, or in the metric's own unit where it is no share."""
-    share = 0 <= value <= 1
     value_text = f"{100 * value:.1f}" if share else f"{value:.3g}"
     if interval is None:
         return Figure(value_text)

@@ -267,6 +267,22 @@ def test_an_average_from_chance_stands_beside_the_plain_one_and_no_figure_withou
     assert str(alone[0].figures[""]) == "75.0 (59.8 to 85.8)" and alone[2].figures[""].interval
 
 
+def test_a_score_that_is_no_share_is_shown_in_its_own_unit_by_every_model(make: Make) -> None:
+    def bits(evaluation: Any, value: float, better: bool) -> Any:
+        return replace(
+            evaluation,
+            scores=tuple(
+                replace(each, value=value, stderr=0.01, higher_is_better=better) for each in evaluation.scores
+            ),
+        )
+
+    one = make(left=first(30, 40))
+    [row] = report.scores({"": bits(one, 0.62, False), "a": bits(one, 1.1, False)}, None)
+    assert [str(each) for each in row.figures.values()] == ["0.62 (0.6 to 0.64)", "1.1 (1.08 to 1.12)"]
+    [row] = report.scores({"": bits(one, 0.62, True), "a": bits(one, 1.1, True)}, None)
+    assert row.figures[""].value == "0.62", "not 62.0 beside 1.1"
+
+
 def test_what_would_be_missed_is_said_for_all_models_at_once() -> None:
     def unseen(*detectable: float) -> str:
         return words([Difference(name, 0.0, (-0.1, 0.1), 1.0, 1.0, each, "") for name, each in zip("ab", detectable)])  # noqa: B905

@@ -200,9 +200,10 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
             if "scaled_dot_product_attention" not in str(error):
                 raise
             model, tokenizer = loading.load(folder, dtype=dtype, attn_implementation="eager")
-    except (MemoryError, RuntimeError, OSError) as error:  # memory ran out
+        model = model.to(device)
+    except (MemoryError, RuntimeError, OSError) as error:  # memory ran out, here or on the device
         raise loading.unloadable(loading.sentence(error, folder)) from error
-    return Base(model.to(device), tokenizer)
+    return Base(model, tokenizer)
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -48,10 +48,11 @@ TUNING = train.Recipe(1e-3, 128, 1)
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """The model's own answers by split."""
+    """The model's own answers by split, and the fingerprints of the prompts that those for training answer."""
 
     train: list[data.Dialogue]
     calibration: list[data.Dialogue]
+    prompts: str
 
 
 def measure(
@@ -177,7 +178,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     data.check(base, texts.train or texts.calibration)
     features = {"train": data.gather(base, texts.train), "calibration": data.gather(base, texts.calibration)}
     now = run.stage("features", now)
-    sets = transfer.filling(_sets(run, base, features, given, len(texts.train)), shape)
+    sets = transfer.filling(_sets(run, base, features, given, texts), shape)
     now = run.stage("fit", now)
     run.progress("calibrate", 0, 1)
     reference = next(each for each in sets if each.origin == "fresh")
@@ -237,10 +238,11 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
         deadline=run.until(GENERATED_BY),
         progress=run.named("generate"),
     )
-    texts = _Texts([], [])
+    texts: dict[str, list[data.Dialogue]] = {"train": [], "calibration": []}
     for (split, _), dialogue in zip(mixed, dialogues, strict=False):
-        getattr(texts, split).append(dialogue)
-    return _Texts(data.straight(texts.train), data.straight(texts.calibration))
+        texts[split].append(dialogue)
+    prints = " ".join(prompt_sets.fingerprint(prompt.turns[0]) for prompt in sources[: len(texts["train"])])
+    return _Texts(data.straight(texts["train"]), data.straight(texts["calibration"]), prints)
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
@@ -251,7 +253,7 @@ def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tup
 
 
 def _sets(
-    run: Run, base: Base, features: dict[str, data.Features], given: Sequence[HeadSet], prompts: int
+    run: Run, base: Base, features: dict[str, data.Features], given: Sequence[HeadSet], texts: _Texts
 ) -> list[HeadSet]:
     """The given sets, merged ones also after a short fine-tune, and fresh ones unless such are given."""
     if any(each.origin == "fresh" for each in given):
@@ -262,23 +264,24 @@ def _sets(
     if merged is not None:  # one pass over the merged model's own text
         limits = train.Limits(TUNING_SHARE * left_s, run.seed)
         course = fitting.Course(merged.spec, TUNING, limits, None, merged)
-        tuned, facts = _learnt(run, base, "merged_tuned", course, features, prompts)
+        tuned, facts = _learnt(run, base, "merged_tuned", course, features, texts)
         sets.append(HeadSet("merged_tuned", "merged", tuned, "the merged heads, trained a little further", None, facts))
         left_s *= 1.0 - TUNING_SHARE
     count = fitting.HEADS if run.asked.tree is None else max(fitting.HEADS, run.asked.tree.max_depth)
     recipe = train.QUICK if run.budget_s < LONG_BUDGET_S else train.LONG
     course = fitting.Course(HeadSpec("shared", count, 1, conditioned=True), recipe, train.Limits(left_s, run.seed))
-    heads, facts = _learnt(run, base, "heads", course, features, prompts)
+    heads, facts = _learnt(run, base, "heads", course, features, texts)
     return [*sets, HeadSet("fresh", "fresh", heads, training=facts)]
 
 
 def _learnt(
-    run: Run, base: Base, name: str, course: fitting.Course, features: dict[str, data.Features], prompts: int
+    run: Run, base: Base, name: str, course: fitting.Course, features: dict[str, data.Features], texts: _Texts
 ) -> tuple[Heads, dict[str, Any]]:
     """Heads and the facts of their training, both written under `out`."""
     heads, _, facts = fitting.learn(course, base, features["train"], features["calibration"], run.named("fit"))
     spent = run.report.seconds
-    facts |= {"prompts": prompts, "generate_s": spent["generate"], "features_s": spent["features"]}
+    facts |= {"prompts": len(texts.train), "prompt_fingerprints": texts.prompts, "generate_s": spent["generate"],
+              "features_s": spent["features"]}  # fmt: skip
     fitting.write(heads, facts, run.out / name, base_model=run.folder.name)
     return heads, facts
 

@@ -20,7 +20,7 @@ from evaluators.medusa.decoding.decode import Clock, Limits, Trace
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench, conclusions, exactness, report
+from evaluators.medusa.speed import baselines, bench, conclusions, exactness, report, transfer
 from evaluators.medusa.speed.document import Exact, Parting, Report, Row, Speedup, TreeFacts, as_json
 from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.training.prompt_sets import Prompt
@@ -249,6 +249,9 @@ def test_a_measurement_is_whole_exact_and_on_disk(tmp_path: Path) -> None:
         "config.json",
         "training.json",
     }
+    learnt = transfer.learnt_prompts([transfer.Given("heads", "fresh", tmp_path / "out" / "heads")])
+    built_in = {prompt_sets.fingerprint(prompt.turns[0]) for prompt in prompt_sets.builtin("train")}
+    assert learnt and learnt <= built_in
     rows = {row["id"]: row for row in measured["candidates"]}
     assert list(rows) == ["none", "native", "prompt_lookup", "identity", "fresh"]
     fresh = rows["fresh"]

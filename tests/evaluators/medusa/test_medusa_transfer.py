@@ -169,6 +169,9 @@ def test_hidden_cosine_is_one_to_the_model_itself_and_missing_where_models_canno
     assert away is not None and abs(away) < 0.9
     assert transfer.hidden_cosine(narrow, base, texts) is None
     assert transfer.hidden_cosine(tmp_path, base, texts) is None
+    with pytest.raises(EvaluationError) as refused:  # as one that has no memory left for a parent's model
+        causal_lm.load(folder, "mps")
+    assert refused.value.code == "MODEL_UNLOADABLE"
 
 
 def test_training_goes_on_from_where_heads_were() -> None:
