@@ -178,3 +178,12 @@ def test_a_measurement_in_bfloat16_is_whole_and_leaves_plain_text_only_at_ties(t
     row = next(row for row in report["candidates"] if row["id"] == "fresh")
     assert all(each["tie"] for each in row["exact"]["divergences"])
     assert row["exact"]["equal"] + len(row["exact"]["divergences"]) == row["exact"]["prompts"]
+
+
+def test_memory_that_holds_files_which_were_read_counts_as_free() -> None:
+    """Else a checkpoint that was just read takes the memory for its own packed weights."""
+    told = "MemTotal:       16316412 kB\nMemFree:          204800 kB\nMemAvailable:   12582912 kB\n"
+    assert packed.available(told) == 12 << 30
+    assert packed.available("MemFree: 204800 kB\n") is None
+    free = packed.free_memory(torch.device("cpu"))
+    assert free is not None and 0 < free < 1 << 50
