@@ -5,7 +5,8 @@
 Each kind gets what `mergebot medusa train` gets in that time on this machine: the same answers (written once, their
 seconds count for every kind), then training for what is left. The figures are tokens per step of the exact simulation
 on the model's own answers to the questions, with trees that were grown on the calibration answers: nothing is chosen
-on the questions. OUT is a section in markdown, rewritten after each kind; heads.json in the cache holds all figures.
+on the questions. OUT is a page whose section `heads` is rewritten after each kind; heads.json in the cache holds all
+figures.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.sections import with_section
 from evaluators.medusa import formats
 from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, identity_heads
@@ -75,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (asked.cache / "heads.json").write_text(json.dumps({"rows": rows, "machine": machine}, indent=1) + "\n")
         section = _section(asked, rows, test, machine)
         if asked.out is not None:
-            asked.out.write_text(section)
+            page = asked.out.read_text() if asked.out.exists() else ""
+            asked.out.write_text(with_section(page, "heads", f"## Heads by minute of training\n\n{section}"))
     console.print(section, soft_wrap=True, markup=False)
     return 0
 

@@ -173,7 +173,7 @@ def fastest_dtype(folder: Path, device: str = "cpu") -> torch.dtype:
         return torch.float32
     stored = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None
     if torch.device(device).type == "cuda":
-        if stored == "bfloat16" and not torch.cuda.is_bf16_supported():
+        if stored == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.float16
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
     return torch.bfloat16 if stored == "bfloat16" and cpu_multiplies_bfloat16() else torch.float32

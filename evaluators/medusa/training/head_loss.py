@@ -66,7 +66,7 @@ def frozen_unembedding(heads: Heads) -> Tensor | None:
 def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and causal_lm.cpu_multiplies_bfloat16() else torch.float32
 
 

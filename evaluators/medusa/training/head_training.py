@@ -111,7 +111,7 @@ class Work:
             facts = json.loads((self.unfinished / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
-        if facts["identity"] != self.identity:
+        if not isinstance(facts, dict) or facts.get("identity") != self.identity:
             return
         self.spent_s, self.batches, self.answered = facts["spent_s"], facts["batches"], facts["answered"]
         self.resumed, self.seconds = facts["resumed"] + 1, facts["seconds"]
@@ -297,5 +297,7 @@ def _jointly(
         "changes_the_model": True, "rank": joint.RANK, "steps": made.training.steps,
         "kl": made.divergence, "same_choice": made.agreement, "tokens_per_step": train.held_out_rate(heads, said),
     }  # fmt: skip
+    if not said.lengths:
+        return {"joint": told}
     # Who decodes with them has the changed base, so what they guess there is what counts.
     return {"joint": told, "accuracy": simulation.accuracy(drafters.drafting(heads), said).shares}
