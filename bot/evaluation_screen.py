@@ -109,7 +109,7 @@ class _Blocks:
         self._names = names
         self._columns = _columns(comparison is not None)
         self._rows = report.differences(comparison) if comparison else []
-        self._tasks = {task.task: task.differences for task in comparison.tasks} if comparison else {}
+        self._tasks = {task.task: task for task in comparison.tasks} if comparison else {}
         wide = console.width - sum(wide for _, wide in self._columns)
         self._width = min(max(wide, 2 + LEAST_NAME), 2 + max(map(len, names.values())))
         heads = self._table()
@@ -136,7 +136,8 @@ class _Blocks:
             table.add_row(Padding(escape(self._names[model]), (0, 0, 0, 2)), *cells, style=style)
         console.print(table)
         if found := self._tasks.get(row.title) if row.is_task else None:
-            said = report.words(found, self._names.__getitem__, brief=True)
+            share = report.is_share(found)
+            said = report.words(found.differences, self._names.__getitem__, brief=True, share=share)
             told = said if said.startswith("no ") else f"{self._names['']} is {said}"
             console.print(Padding(escape(told), (0, 0, 0, 2), expand=False), highlight=False)
         console.print()

@@ -18,7 +18,7 @@ def headline(job: Job) -> str:
     """The point of the merge in one sentence."""
     assert job.evaluation is not None
     if job.evaluation.comparison is None:
-        return _keeping_up(job.evaluation)
+        return "" if job.evaluation.not_compared else _keeping_up(job.evaluation)
     return report.headline(job.evaluation.comparison, _name)
 
 
@@ -32,7 +32,7 @@ def _keeping_up(evaluation: Evaluation) -> str:
         return ""
     kept: list[str] = []
     lost: list[str] = []
-    for score in evaluation.merged.scores:
+    for score in (score for score in evaluation.merged.scores if score.higher_is_better):
         rivals = [report.score_of(each, score.task) for each in evaluation.sources.values()]
         best = max((rival for rival in rivals if rival is not None), key=lambda rival: rival.value, default=None)
         if best is None:

@@ -100,6 +100,12 @@ def test_the_headline_says_where_the_merge_keeps_up_and_where_not() -> None:
     assert "below its best source on `right`" in text
 
 
+def test_nothing_is_claimed_of_scores_that_cannot_be_compared() -> None:
+    why = "they were measured in float32 and in bfloat16."
+    text = card.model_card(job(evaluation=replace(job().evaluation, not_compared=why)), "mergebot/alice-both")
+    assert why in text and "best source" not in text
+
+
 def test_every_number_in_the_table_stands_with_its_interval_also_without_a_verdict() -> None:
     text = card.model_card(job(), "mergebot/alice-both")
     assert "| model | `left` | `right` | average of 2 tasks |" in text

@@ -5,10 +5,11 @@ Nothing here is escaped: whoever draws a model's name passes `show`, which makes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluators.comparison.verdict import Comparison, Difference, Outcome, Pattern
+from evaluators.comparison.verdict import Comparison, Difference, Outcome, Pattern, TaskVerdict
 from evaluators.harness.scores import ModelEvaluation, Score
 from evaluators.paired import Interval
 
@@ -111,9 +112,22 @@ def _of_task(score: Score, models: Mapping[str, ModelEvaluation], comparison: Co
     return {name: _figure(*known[name], share=share) if name in known else Figure(MISSING) for name in models}
 
 
+def is_share(task: TaskVerdict) -> bool:
+    """Whether a task's scores are shares of 100 %, so that differences are points.
+
+    Of less that is better the differences are turned round: a loss is no share, wherever it lies.
+    """
+    if not all(0 <= each.value <= 1 for each in (task.merge, *task.parents)):
+        return False
+    pairs = zip(task.differences, task.parents, strict=True)
+    return all(each.value * (task.merge.value - parent.value) >= 0 for each, parent in pairs)
+
+
 def _average(evaluation: ModelEvaluation) -> Figure:
     average = evaluation.average
-    return Figure(MISSING) if average is None else _figure(average, evaluation.average_interval95)
+    return (
+        Figure(MISSING) if average is None else _figure(average, evaluation.average_interval95)
+    )
 
 
 def _average_of(tasks: int) -> str:
@@ -136,25 +150,32 @@ def _figure(value: float, interval: Interval | None, *, share: bool = True) -> F
 
 def differences(comparison: Comparison) -> list[DifferenceRow]:
     """Every task against every parent, then the average."""
-    rows = [_difference(task.task, each) for task in comparison.tasks for each in task.differences]
+    rows = [_difference(task.task, each, is_share(task)) for task in comparison.tasks for each in task.differences]
     whole = comparison.overall
     if whole is not None and len(whole.tasks) > 1:
         rows += [_difference(_average_of(len(whole.tasks)), each, is_task=False) for each in whole.differences]
     return rows
 
 
-def _difference(title: str, found: Difference, *, is_task: bool = True) -> DifferenceRow:
-    low, high = found.interval
-    figure = Figure(f"{100 * found.value:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}")
+def _difference(title: str, found: Difference, share: bool = True, *, is_task: bool = True) -> DifferenceRow:
+    value, low, high = (f"{100 * each:+.1f}" if share else f"{each:+.3g}" for each in (found.value, *found.interval))
+    figure = Figure(value, f"{low} to {high}")
     chance = "< 0.001" if found.adjusted_p < 0.001 else f"{found.adjusted_p:.3f}"
-    return DifferenceRow(title, found.parent, found.outcome, figure, chance, _detectable(found), is_task)
+    return DifferenceRow(title, found.parent, found.outcome, figure, chance, _detectable(found, share), is_task)
 
 
-def _detectable(found: Difference) -> str:
-    """In points; a dash where a difference was shown."""
+def _detectable(found: Difference, share: bool) -> str:
+    """In points or in the metric's own unit; a dash where a difference was shown."""
     if found.outcome is not Outcome.NOT_SHOWN:
         return MISSING
-    return "none" if found.detectable >= 1 else f"{100 * found.detectable:.1f}"
+    if _none_is(found.detectable, share):
+        return "none"
+    return f"{100 * found.detectable:.1f}" if share else f"{found.detectable:.3g}"
+
+
+def _none_is(detectable: float, share: bool) -> bool:
+    """Whether no difference could have been shown: a share differs by 1 at most."""
+    return detectable >= (1 if share else math.inf)
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------
@@ -175,18 +196,19 @@ def legend(comparison: Comparison, terms: Terms = MERGED) -> str:
     every = [each for task in comparison.tasks for each in task.differences] + list(whole)
     tests = ", ".join(sorted({each.test for each in every}))
     averaged = " Averages count every task the same; their figures are of the averages, not of a task."
+    unit = "in points" if all(map(is_share, comparison.tasks)) else "in points or in the metric's own unit"
     return (
-        f"Difference: {terms.merge} minus the {terms.other} on the same questions, in points, with its 95 % interval. "
+        f"Difference: {terms.merge} minus the {terms.other} on the same questions, {unit}, with its 95 % interval. "
         f"p ({tests}) is corrected for the number of comparisons (Holm); better and worse are said where both agree. "
         "Not shown does not mean equal: a true difference under the detectable one would be missed in more than one "
         "of five such measurements." + averaged * (comparison.overall is not None and len(comparison.overall.tasks) > 1)
     )
 
 
-def words(differences: Sequence[Difference], show: Show = short, *, brief: bool = False) -> str:
+def words(differences: Sequence[Difference], show: Show = short, *, brief: bool = False, share: bool = True) -> str:
     """`better than both`, `better than A, no difference to B shown (a true one under 8.2 points ...)`, and so on.
 
-    `brief` leaves what the detectable difference means to the legend.
+    `brief` leaves what the detectable difference means to the legend; `share`: of a task of which `is_share` is true.
     """
     found = {outcome: [each for each in differences if each.outcome is outcome] for outcome in Outcome}
     said = []
@@ -196,7 +218,7 @@ def words(differences: Sequence[Difference], show: Show = short, *, brief: bool 
     if unseen := found[Outcome.NOT_SHOWN]:
         everywhere = len(unseen) == len(differences) > 1
         to = "" if everywhere else f" to {_whom(unseen, len(differences), show)}"
-        said.append(f"no difference{to} shown ({_unseen([each.detectable for each in unseen], brief)})")
+        said.append(f"no difference{to} shown ({_unseen([each.detectable for each in unseen], brief, share)})")
     return ", ".join(said)
 
 
@@ -206,11 +228,13 @@ def _whom(some: Sequence[Difference], of: int, show: Show) -> str:
     return joined([show(each.parent) for each in some])
 
 
-def _unseen(detectable: Sequence[float], brief: bool) -> str:
-    if min(detectable) >= 1:
+def _unseen(detectable: Sequence[float], brief: bool, share: bool) -> str:
+    if _none_is(min(detectable), share):
         return "there are too few questions to show any"
-    least, most = (f"{100 * min(1.0, each):.1f}" for each in (min(detectable), max(detectable)))
-    points = f"{least} points" if least == most else f"{least} to {most} points"
+    least, most = (
+        f"{100 * min(1.0, each):.1f}" if share else f"{each:.3g}" for each in (min(detectable), max(detectable))
+    )
+    points = (least if least == most else f"{least} to {most}") + " points" * share
     if brief:
         return f"detectable: {points}"
     points += "" if least == most else ", by model,"

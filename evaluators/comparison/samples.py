@@ -21,6 +21,8 @@ from evaluators.harness.results import samples_file
 from evaluators.harness.scores import Score
 from evaluators.paired import Values
 
+# What reading answers ends in that no evaluation has written: a torn file, or another machine's.
+_BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _CHOSEN = frozenset({"acc", "acc_norm"})  # metrics of which a blind guess among the choices has a known mean
 
 
@@ -52,25 +54,24 @@ def groups(folder: Path) -> dict[str, list[str]]:
     """The tasks and groups within each group, from the results folder of an evaluation made here."""
     try:
         results = json.loads((folder / "lm_eval.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return {name: list(within) for name, within in (results.get("group_subtasks") or {}).items()}
+    except (FileNotFoundError, *_BROKEN):
         return {}
-    return dict(results.get("group_subtasks") or {})
 
 
 def read(folder: Path, score: Score, subtasks: Mapping[str, Sequence[str]]) -> Answers:
     """The answers that `score` was made of, from the results folder of its evaluation; `subtasks` are its `groups`.
 
     Raises Unpaired when the score is not the mean of its questions' values, EvaluationError NOT_COMPARABLE when the
-    answers are gone.
+    answers are gone or cannot be read.
     """
     files = _files(folder, score.task, subtasks)
     if not files:
-        raise EvaluationError(
-            "NOT_COMPARABLE",
-            f"The answers to task `{score.task}` were not kept.",
-            "Remove the stored evaluation and measure again.",
-        )
-    rows = [row for task, path in files for row in _rows(task, path, score)]
+        raise _unusable(score.task, "were not kept")
+    try:
+        rows = [row for task, path in files for row in _rows(task, path, score)]
+    except _BROKEN as error:
+        raise _unusable(score.task, "cannot be read") from error
     values = np.array([row.value for row in rows])
     if not rows or not math.isclose(values.mean(), score.value, abs_tol=1e-6):
         raise Unpaired("its score is not the mean of its questions' values")
@@ -80,6 +81,12 @@ def read(folder: Path, score: Score, subtasks: Mapping[str, Sequence[str]]) -> A
     choices = [row.choice for row in rows if row.choice is not None]
     return Answers(
         tuple(row.question for row in rows), values, tuple(choices) if len(choices) == len(rows) else None, chance
+    )
+
+
+def _unusable(task: str, how: str) -> EvaluationError:
+    return EvaluationError(
+        "NOT_COMPARABLE", f"The answers to task `{task}` {how}.", "Remove the stored evaluation and measure again."
     )
 
 
