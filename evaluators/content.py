@@ -7,14 +7,17 @@ from pathlib import Path
 
 from evaluators.errors import EvaluationError
 
-_CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+_CONTENT = (
+    "*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "merges.txt",
+    "vocab.*",
+)  # fmt: skip
 _NOT_CONTENT = frozenset({"manifest.json", "merge_provenance.json", "decode_speed.json", "lm_eval.json"})
 
 
 def content_digest(model: Path) -> str:
     """64 hex over the names and bytes of the files that decide a model's answers. Raises MODEL_UNLOADABLE."""
     paths = {
-        path.name: path
+        path.relative_to(model).as_posix(): path
         for pattern in _CONTENT
         for path in model.glob(pattern)
         if path.name not in _NOT_CONTENT and path.is_file()

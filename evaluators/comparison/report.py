@@ -119,15 +119,13 @@ def is_share(task: TaskVerdict) -> bool:
     """
     if not all(0 <= each.value <= 1 for each in (task.merge, *task.parents)):
         return False
-    pairs = zip(task.differences, task.parents, strict=True)
+    pairs = zip(task.differences, task.parents, strict=False)
     return all(each.value * (task.merge.value - parent.value) >= 0 for each, parent in pairs)
 
 
 def _average(evaluation: ModelEvaluation) -> Figure:
     average = evaluation.average
-    return (
-        Figure(MISSING) if average is None else _figure(average, evaluation.average_interval95)
-    )
+    return Figure(MISSING) if average is None else _figure(average, evaluation.average_interval95)
 
 
 def _average_of(tasks: int) -> str:

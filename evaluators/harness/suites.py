@@ -27,9 +27,12 @@ _NAME = re.compile(
     rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([A-Za-z0-9][^\s"'#\[\]{}]*)["']?[ \t]*(?:\#.*)?\r?$""",
     re.MULTILINE,
 )
-# What a task file draws in: another one, and functions of a Python file beside it.
-_INCLUDE = re.compile(rb"^include[ \t]*:[ \t]*([^\s#]+)", re.MULTILINE)
-_FUNCTION = re.compile(rb"!function[ \t]+(\w+)\.\w+")
+# What a task file draws in: functions of Python files beside it, and whatever else it names, in any YAML of a list.
+_FUNCTION = re.compile(rb"!function[ \t]+[\"']?([\w.]+)\.\w+")
+_IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+\.?|import[ \t]+)(\w[\w.]*)", re.MULTILINE)
+_WORD = re.compile(rb"[^\s\"',\[\]{}#]+")
+_PART_BYTES = 1 << 20
+_FOLDER = re.compile(rb"^[ \t]*(?:dataset_path|data_dir)[ \t]*:[ \t]*[\"']?(/[^\s\"'#]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +117,45 @@ def _names(folder: Path) -> dict[str, Path]:
 
 
 def _own_text(task: SuiteTask) -> str | None:
-    """Digest of a task file that is not part of lm-eval, whose version says what its files hold; with the code and the
-    files that it names."""
+    """Digest of a task file that is not part of lm-eval, whose version says what its files hold; with the files that
+    it draws in: others of its kind, the tasks of a group, Python code, and data that lie on this disk."""
     path = task.file or _names(OWN_TASKS).get(task.name)
     if path is None:
         return None
-    content, waiting = hashlib.sha256(), [path]
+    content, waiting = hashlib.sha256(), [path.resolve()]
     for file in waiting:
-        text = file.read_bytes()
-        content.update(text)
-        named = [name.decode() for name in _INCLUDE.findall(text)]
-        named += [f"{name.decode()}.py" for name in sorted(set(_FUNCTION.findall(text)))]
-        waiting += [found for name in named if (found := file.parent / name).is_file() and found not in waiting]
+        with file.open("rb") as stream:
+            for part in iter(lambda stream=stream: stream.read(_PART_BYTES), b""):  # type: ignore[misc]
+                content.update(part)
+        waiting += [found for found in _drawn_in(file) if found not in waiting]
     return content.hexdigest()
+
+
+def _drawn_in(file: Path) -> list[Path]:
+    """The files that a task file, or a Python file beside one, names, each once."""
+    text = file.read_bytes() if file.suffix in (".py", ".yaml", ".yml") else b""
+    if file.suffix == ".py":
+        named = [file.parent / f"{_text(name).replace('.', '/')}.py" for name in _IMPORT.findall(text)]
+    else:
+        words = [_text(word) for word in _WORD.findall(text)]
+        named = [file.parent / word for word in words]
+        named += [_names(file.parent)[word] for word in words if word in _names(file.parent)]
+        named += [
+            file.parent / f"{name.replace('.', '/')}.py" for name in sorted({*map(_text, _FUNCTION.findall(text))})
+        ]
+        named += [each for folder in _FOLDER.findall(text) for each in sorted(Path(_text(folder)).rglob("*"))]
+    return list(dict.fromkeys(each.resolve() for each in named if _is_file(each)))
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors="replace")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a word that is no name of a file at all
+        return False
 
 
 def _suite(name: str, version: int, about: str, *tasks: SuiteTask) -> Suite:
