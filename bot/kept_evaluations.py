@@ -26,7 +26,8 @@ from bot.job import Job
 from bot.settings import Settings
 from evaluators.harness import results
 from evaluators.harness.conditions import LIBRARIES
-from evaluators.harness.scores import ModelEvaluation
+from evaluators.harness.scores import ModelEvaluation, Score
+from evaluators.harness.suites import ANY, SuiteTask
 
 if TYPE_CHECKING:
     from bot.hub import Hub
@@ -36,6 +37,7 @@ RECENT_JOBS = 20  # older ones were written by earlier refreshes
 LIMIT_BYTES = 32 * 1024 * 1024
 _EVALUATION = TypeAdapter(ModelEvaluation)
 _STRUCTURE = TypeAdapter(dict[str, dict[str, list[str] | dict[str, int]]])
+_GROUPS = TypeAdapter(dict[str, list[str]])
 _TASK = re.compile(r"[A-Za-z0-9][\w.\-]{0,127}", re.ASCII)
 
 
@@ -94,9 +96,9 @@ def take(hub: Hub, repo: str, put: Question, model: str, settings: Settings) -> 
             samples[task] = read(f"samples/{task}.jsonl")
             if _sha256(samples[task]) != digest:
                 return False
-        if not results.agrees(found, samples):
+        if not results.agrees(found, samples, _GROUPS.validate_python(structure.get("group_subtasks", {}))):
             return False
-    except (MergebotError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ZeroDivisionError):
+    except (MergebotError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError):
         return False
     results.adopt(found, samples, settings.evaluations, {**structure})
     return True
@@ -109,11 +111,20 @@ def _answers(found: ModelEvaluation, put: Question, key: str) -> bool:
     return (
         found.key == key
         and found.suite_digest == put.suite.digest
-        and [score.task for score in found.scores] == [task.name for task in put.suite.tasks]
+        and len(found.scores) == len(put.suite.tasks)
+        and all(map(_ranked, put.suite.tasks, found.scores))
         and all(getattr(here, name) == conditions[name] for name in same)
+        and put.conditions.fits(here.device, here.dtype)
         and all(getattr(here, name) == importlib.metadata.version(name) for name in LIBRARIES)
         and all(math.isfinite(score.value) for score in found.scores)
     )
+
+
+def _ranked(task: SuiteTask, score: Score) -> bool:
+    """Whether it is the score that the suite ranks the task by."""
+    asked = ANY if task.metric == ANY else (task.metric, task.filter)
+    shots = task.few_shot in (None, score.few_shot)
+    return score.task == task.name and asked in (ANY, (score.metric, score.filter)) and shots
 
 
 def _sha256(text: str) -> str:

@@ -16,11 +16,23 @@ _HEADER_LIMIT_BYTES = 100 * 1000 * 1000  # the format's own cap
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 CPU_BATCH, GPU_BATCH = 16, 256
 _DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_GPU_DRIVERS = ("nvidiactl", "nvmap", "kfd", "dxg")  # NVIDIA's, Jetson's, AMD's, that of Windows under Linux
+
+
+def computed_on(device: str) -> str:
+    """The device that "auto" is on this machine; every other one itself. Loads torch only where a GPU may be."""
+    if device != "auto":
+        return device
+    if not any(Path("/dev", driver).exists() for driver in _GPU_DRIVERS):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def loaded_bytes(model: Path, dtype: str, device: str) -> int:
     """Bytes of the weights in memory: in `dtype`, where "auto" is float32 on a CPU and the stored type elsewhere."""
-    item = _DTYPES.get(dtype, 4 if device == "cpu" else None)
+    item = _DTYPES.get(dtype, 4 if computed_on(device) == "cpu" else None)
     total = 0
     for file in sorted(model.glob("*.safetensors")):
         for tensor in _header(file).values():
@@ -52,7 +64,7 @@ def require_memory(model: Path, dtype: str, device: str, limit_bytes: int | None
 
     On a GPU the weights pass through main memory file by file, so only a CPU is asked for all of them.
     """
-    if device != "cpu":
+    if computed_on(device) != "cpu":
         return
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = there if limit_bytes is None else min(there, limit_bytes)

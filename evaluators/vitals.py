@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluators import memory
 from evaluators.errors import EvaluationError
 from evaluators.repetition import distinct_4grams, ends_in_a_loop, loops
 
@@ -124,7 +125,8 @@ def stored(cache: Path, identity: str, *, device: str = "cpu", dtype: str = "aut
 
 
 def _file(cache: Path, identity: str, device: str, dtype: str) -> Path:
-    asked = json.dumps([VERSION, hashlib.sha256(HELD_TEXT.read_bytes()).hexdigest(), identity, device, dtype])
+    text, here = hashlib.sha256(HELD_TEXT.read_bytes()).hexdigest(), memory.computed_on(device)
+    asked = json.dumps([VERSION, text, identity, here, dtype])
     return cache / "vitals" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
 
 

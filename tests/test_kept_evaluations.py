@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -49,7 +50,7 @@ def stored(settings: Settings) -> ModelEvaluation:
         share = sum(values) / 5
         stderr = math.sqrt(share * (1 - share) / 4)
         scores.append(Score(task.name, task.metric, share, stderr, 5, task.few_shot or 0, True, "1.0"))
-        shown = {"target": 0, "filtered_resps": [[0.0, True]], "filter": "none", "metrics": [task.metric]}
+        shown = {"target": 0, "filtered_resps": ["a\u2028b"], "filter": "none", "metrics": [task.metric]}
         hidden = {"doc": {"secret": 1}, "arguments": [["the question", "b"]], "resps": [[[0.0, True]]]}
         rows = ({"doc_id": place, **hidden, **shown, task.metric: value} for place, value in enumerate(values))
         samples[task.name] = "".join(json.dumps(row) + "\n" for row in rows)
@@ -81,7 +82,7 @@ def test_what_one_machine_measured_another_one_takes_with_its_samples(hub: Runni
     publish(tmp_path / "content", files, hub)
     assert kept_evaluations.take(Hub(hub.url), REPO, asked(there), MODEL, there)
     assert results.stored(there.evaluations, made.key) == made
-    lines = (results.folder_of(made, there.evaluations) / "samples" / "offline_sums.jsonl").read_text().splitlines()
+    lines = (results.folder_of(made, there.evaluations) / "samples" / "offline_sums.jsonl").read_text().split("\n")[:-1]
     assert [json.loads(line)["acc"] for line in lines] == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert kept_evaluations._files_of(MODEL, made, there) == files
 
@@ -122,10 +123,45 @@ def _without_samples(evaluation: dict[str, Any]) -> None:
     evaluation["samples"] = {}
 
 
+def _beyond_the_whole(evaluation: dict[str, Any]) -> None:
+    evaluation["evaluation"]["scores"][0]["value"] = 60.0
+
+
+def _of_another_metric(evaluation: dict[str, Any]) -> None:
+    evaluation["evaluation"]["scores"][0]["metric"] = "acc_norm"
+
+
+def _with_other_shots(evaluation: dict[str, Any]) -> None:
+    evaluation["evaluation"]["scores"][1]["few_shot"] = 0
+
+
+def _without_the_samples_of_a_task(evaluation: dict[str, Any]) -> None:
+    del evaluation["samples"]["offline_echo"]
+
+
+def _as_a_group_of_nothing(evaluation: dict[str, Any]) -> None:
+    del evaluation["samples"]["offline_echo"]
+    evaluation["structure"] = {"group_subtasks": {"offline_echo": ["offline_echo", "inner"], "inner": ["offline_echo"]}}
+
+
+def _of_another_device(evaluation: dict[str, Any]) -> None:
+    evaluation["evaluation"]["environment"]["device"] = "cuda:0"
+
+
+def _of_another_type(evaluation: dict[str, Any]) -> None:
+    evaluation["evaluation"]["environment"]["dtype"] = "bfloat16"
+
+
+def _too_large_for_a_number(evaluation: dict[str, Any]) -> None:
+    evaluation["evaluation"]["scores"][0]["value"] = 10**400
+
+
 @pytest.mark.parametrize(
     "spoil",
-    [_scores_raised, _of_another_model, _of_other_versions, _of_another_limit, _without_a_task, _not_a_number,
-     _of_another_kind, _out_of_its_folder, _without_samples],
+    [_beyond_the_whole, _of_another_metric, _with_other_shots, _without_the_samples_of_a_task, _as_a_group_of_nothing,
+     _of_another_device, _of_another_type, _too_large_for_a_number, _scores_raised, _of_another_model,
+     _of_other_versions, _of_another_limit, _without_a_task, _not_a_number, _of_another_kind, _out_of_its_folder,
+     _without_samples],
 )  # fmt: skip
 def test_an_evaluation_that_does_not_hold_good_is_left(
     spoil: Callable[[dict[str, Any]], None], hub: RunningHub, tmp_path: Path
@@ -145,6 +181,21 @@ def test_samples_that_were_changed_or_are_gone_are_not_taken(hub: RunningHub, tm
     files = kept_evaluations._files_of(MODEL, stored(here), here)
     path = next(path for path in files if path.endswith("offline_sums.jsonl"))
     publish(tmp_path / "changed", files | {path: files[path].replace("0.0", "1.0")}, hub)
+    assert not kept_evaluations.take(Hub(hub.url), REPO, asked(there), MODEL, there)
+
+
+@pytest.mark.parametrize("value", [f"{10**400}", "1e999", "NaN", '"much"', "[1]"])
+def test_samples_that_are_no_numbers_are_not_taken(value: str, hub: RunningHub, tmp_path: Path) -> None:
+    """Their digest is right: whoever wrote them wrote it, too."""
+    here, there = settings_of(hub, tmp_path / "here"), settings_of(hub, tmp_path / "there")
+    files = kept_evaluations._files_of(MODEL, stored(here), here)
+    path = next(path for path in files if path.endswith("offline_sums.jsonl"))
+    text = files[path].replace('"acc": 1.0', f'"acc": {value}', 1)
+    assert text != files[path]
+    evaluation = told(files)
+    evaluation["samples"]["offline_sums"] = hashlib.sha256(text.encode()).hexdigest()
+    whole = next(path for path in files if path.endswith("evaluation.json"))
+    publish(tmp_path / "content", files | {path: text, whole: json.dumps(evaluation)}, hub)
     assert not kept_evaluations.take(Hub(hub.url), REPO, asked(there), MODEL, there)
 
 

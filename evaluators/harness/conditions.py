@@ -16,8 +16,10 @@ from pathlib import Path
 from evaluators.content import content_digest
 from evaluators.errors import EvaluationError
 from evaluators.harness.suites import Suite
+from evaluators.memory import computed_on
 
 LIBRARIES = ("lm_eval", "transformers", "torch")
+_BESIDE = ("tokenizers", "datasets")  # a change of theirs can change a number, too
 BACKENDS = ("hf", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -48,6 +50,7 @@ class Conditions:
             ),
             ("dtype", self.dtype, self.dtype in DTYPES, ", ".join(DTYPES)),
             ("backend", self.backend, self.backend in BACKENDS, " or ".join(BACKENDS)),
+            ("seed", str(self.seed), 0 <= self.seed < 1 << 31, "a number from 0 to 2147483647"),
             ("batch size", self.batch_size, re.fullmatch(r"auto|[1-9]\d{0,4}", self.batch_size), "a number, or auto"),
         ):
             if not allowed:
@@ -57,9 +60,24 @@ class Conditions:
 
     def key(self, identity: str, suite_digest: str) -> str:
         """64 hex: the name of the evaluation of the model `identity` (a commit, a manifest or a content digest)."""
-        versions = [importlib.metadata.version(name) for name in LIBRARIES]
-        asked = [self.limit, self.seed, self.device, self.dtype, self.batch_size, self.chat_template, self.backend]
-        return hashlib.sha256(json.dumps([2, identity, suite_digest, *asked, *versions]).encode()).hexdigest()
+        libraries = (*LIBRARIES, *_BESIDE, *(("vllm",) if self.backend == "vllm" else ()))
+        versions = [_version(name) for name in libraries]
+        device = computed_on(self.device)
+        asked = [self.limit, self.seed, device, self.dtype, self.batch_size, self.chat_template, self.backend]
+        return hashlib.sha256(json.dumps([3, identity, suite_digest, *asked, *versions]).encode()).hexdigest()
+
+    def fits(self, device: str, dtype: str) -> bool:
+        """Whether what was computed on `device` in `dtype` is what would be computed here."""
+        here = computed_on(self.device)
+        expected = "float32" if self.dtype == "auto" and here == "cpu" else self.dtype
+        return device.partition(":")[0] == here.partition(":")[0] and expected in ("auto", dtype)
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,43 +26,59 @@ class Told(Protocol):
 
 
 class Journal:
-    """Answers of the model, one JSON line a batch, by request. A torn last line is dropped."""
+    """Answers of the model, one JSON line a batch, by request; equal requests in the order they were answered, for
+    a task may have a question drawn several times. What a torn or a broken line held is asked again."""
 
     def __init__(self, path: Path) -> None:
-        self._known: dict[str, Any] = {}
+        self._known: dict[str, list[Any]] = {}
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    self._known |= json.loads(line)
-        self._waiting: dict[str, Any] = {}
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with contextlib.suppress(ValueError, TypeError):
+                    self._learn([(key, answer) for key, answer in json.loads(line)])
+        self._waiting: list[tuple[str, Any]] = []
         self._file = path.open("a", encoding="utf-8")
         self._file.write("\n")  # ends a torn line
 
     def __len__(self) -> int:
-        return len(self._known)
+        return sum(map(len, self._known.values()))
 
-    def get(self, arguments: Sequence[Any]) -> Any:
-        answer = self._known.get(_key(arguments))
-        return tuple(answer) if isinstance(answer, list) else answer
+    def known(self, requests: Sequence[Sequence[Any]]) -> list[Any]:
+        """The answer to each request, by its arguments; None where there is none yet."""
+        asked: Counter[str] = Counter()
+        found = []
+        for key in map(_key, requests):
+            answers = self._known.get(key, [])
+            answer = answers[asked[key]] if asked[key] < len(answers) else None
+            asked[key] += 1
+            found.append(tuple(answer) if isinstance(answer, list) else answer)
+        return found
 
     def add(self, arguments: Sequence[Any], answer: Any) -> None:
         """Hold the answer until its batch is whole."""
-        self._waiting[_key(arguments)] = answer
+        self._waiting.append((_key(arguments), answer))
 
     def batch_ended(self) -> None:
         if self._waiting:
             self._file.write(json.dumps(self._waiting) + "\n")
             self._file.flush()
-            self._known |= self._waiting
-            self._waiting = {}
+            self._learn(self._waiting)
+            self._waiting = []
 
     def take_samples(self, path: Path) -> None:
         """Know what the samples of an earlier evaluation hold, for instance one of fewer questions."""
-        with contextlib.suppress(FileNotFoundError):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                sample = json.loads(line)
-                for arguments, answers in zip(sample["arguments"], sample["resps"], strict=True):
-                    self._known.setdefault(_key(arguments), answers[0])
+        earlier: dict[str, list[Any]] = {}
+        first = None
+        with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as lines:
+            for sample in map(json.loads, lines):
+                first = first or sample["filter"]
+                if sample["filter"] == first:  # each filter has a line of the same answers
+                    for arguments, answers in zip(sample["arguments"], sample["resps"], strict=True):
+                        earlier.setdefault(_key(arguments), []).extend(answers)
+        self._known = earlier | self._known
+
+    def _learn(self, answers: Iterable[tuple[str, Any]]) -> None:
+        for key, answer in answers:
+            self._known.setdefault(key, []).append(answer)
 
 
 def _key(arguments: Sequence[Any]) -> str:
@@ -110,7 +127,7 @@ def resuming(model_class: type[Any]) -> type[Any]:
             return super()._model_generate(*args, **kwargs)
 
         def _resumed(self, requests: list[Any], ask: Callable[..., list[Any]]) -> list[Any]:
-            answers = [self._journal.get(request.args) for request in requests]
+            answers = self._journal.known([request.args for request in requests])
             missing = [i for i, answer in enumerate(answers) if answer is None]
             self._done += len(requests) - len(missing)
             self._told(self._done)

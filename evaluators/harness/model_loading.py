@@ -70,8 +70,7 @@ def _device(asked: str) -> str:
     """Raises EvaluationError DEVICE_UNAVAILABLE."""
     import torch
 
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    asked = memory.computed_on(asked)
     number = int(asked.partition(":")[2] or 0)
     if asked.startswith("cuda") and number >= torch.cuda.device_count():
         raise EvaluationError(

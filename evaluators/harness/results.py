@@ -46,7 +46,7 @@ def stored(cache: Path, key: str) -> ModelEvaluation | None:
         return ModelEvaluation.from_dict(json.loads(text))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # Not what we wrote, or written by another version: measured again and replaced.
         shutil.rmtree(cache / "results" / key, ignore_errors=True)
         return None
@@ -56,21 +56,42 @@ def stored(cache: Path, key: str) -> ModelEvaluation | None:
 def under_way(cache: Path, key: str, deadline: float) -> Iterator[Path]:
     """The folder of an evaluation under way, for this process alone; waits for another one's. Raises TIME_LIMIT."""
     folder = cache / "partial" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    with (cache / "partial" / f"{key}.lock").open("a") as lock:
-        while True:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = cache / "partial" / f"{key}.lock"
+    with _locked(lock, deadline):
+        for name in ("tasks", "samples", "answers"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        yield folder
+        if stored(cache, key) is not None:  # by another process, or just now
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path, deadline: float) -> Iterator[None]:
+    """Hold the lock file at `path`, which its holder may remove. Raises TIME_LIMIT."""
+    while True:
+        with path.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise EvaluationError(
                         "TIME_LIMIT", "Another process evaluates the same model and is not done.", "Try again later."
                     ) from None
                 time.sleep(_LOOK_EVERY_S)
-        for name in ("tasks", "samples", "answers"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        yield folder
+                continue
+            if not _is_at(lock.fileno(), path):
+                continue  # the file was removed while it was waited for, and another one may be held by now
+            yield
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def samples_file(folder: Path, task: str) -> Path:
@@ -89,8 +110,15 @@ def answers_file(folder: Path, number: int) -> Path:
 
 
 def unfinished(folder: Path, suite: Suite) -> list[int]:
-    """The numbers of the suite's tasks that have no results yet."""
-    return [number for number in range(len(suite.tasks)) if not task_file(folder, number).is_file()]
+    """The numbers of the suite's tasks that have no results yet, or none that a disk has kept whole."""
+    return [number for number in range(len(suite.tasks)) if not _is_whole(task_file(folder, number))]
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def read(folder: Path, suite: Suite, key: str) -> ModelEvaluation:
@@ -130,18 +158,17 @@ def keep(folder: Path, found: ModelEvaluation, cache: Path) -> None:
         json.dumps(_together(parts), indent=1, ensure_ascii=False, default=str), encoding="utf-8"
     )
     (folder / "evaluation.json").write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
-    for name in ("tasks", "answers"):
-        shutil.rmtree(folder / name)
     for path in folder.rglob("*.json*"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    (cache / "results").mkdir(exist_ok=True)
-    try:
-        folder.rename(cache / "results" / found.key)
-    except OSError:
-        if stored(cache, found.key) is None:
-            raise
-    (cache / "partial" / f"{found.key}.lock").unlink(missing_ok=True)
+    whole = cache / "results" / found.key
+    whole.parent.mkdir(exist_ok=True)
+    if stored(cache, found.key) is None:  # else another machine's was adopted meanwhile
+        shutil.rmtree(whole, ignore_errors=True)
+        folder.rename(whole)
+        # Last: a process that is killed before has every finished task still where it is looked for.
+        for name in ("tasks", "answers"):
+            shutil.rmtree(whole / name, ignore_errors=True)
 
 
 _SHOWN = ("doc_id", "target", "filtered_resps", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash")
@@ -164,23 +191,35 @@ def short_samples(evaluation: ModelEvaluation, cache: Path) -> dict[str, str]:
     return found
 
 
-def agrees(evaluation: ModelEvaluation, samples: Mapping[str, str]) -> bool:
+def agrees(evaluation: ModelEvaluation, samples: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> bool:
     """Whether the samples, by the stem of their file, are those the scores were taken from: as many, and with their
-    mean where it is one.
+    mean where it is one. Of a group, one of `groups`, they stand under the names of its tasks.
 
-    Raises ValueError, KeyError or TypeError for what are no samples.
+    Raises ValueError, KeyError, TypeError or ArithmeticError for what are no samples.
     """
     for score in evaluation.scores:
         name = samples_file(Path(), score.task).stem
         if name not in samples:
-            continue  # a group: its samples are under the names of its tasks
-        rows = [json.loads(line) for line in samples[name].splitlines()]
-        values = [row[score.metric] for row in rows if row["filter"] == score.filter]
+            if not _has_samples(score.task, samples, groups, {score.task}):
+                return False
+            continue
+        rows = [json.loads(line) for line in samples[name].split("\n") if line]
+        values = [float(row[score.metric]) for row in rows if row["filter"] == score.filter]
         if len(values) != score.samples:
             return False
-        if 0 <= score.value <= 1 and not math.isclose(sum(values) / len(values), score.value, abs_tol=1e-9):
+        share = 0 <= score.value <= 1 or all(0 <= each <= 1 for each in values)
+        if share and not math.isclose(sum(values) / len(values), score.value, abs_tol=1e-9):
             return False
-    return bool(samples)
+    return True
+
+
+def _has_samples(task: str, samples: Mapping[str, str], groups: Mapping[str, Sequence[str]], seen: set[str]) -> bool:
+    """Whether those of a task, or of every task within a group, are there."""
+    if samples_file(Path(), task).stem in samples:
+        return True
+    within = [each for each in groups.get(task, ()) if each not in seen]
+    seen.update(within)
+    return bool(within) and all(_has_samples(each, samples, groups, seen) for each in within)
 
 
 def structure(evaluation: ModelEvaluation, cache: Path) -> dict[str, Any]:
@@ -230,13 +269,12 @@ def _ranks(task: SuiteTask, score: Score) -> bool:
 def _scores(task: SuiteTask, results: Mapping[str, Any], data: Mapping[str, Any]) -> list[Score]:
     found = results["results"][task.name]
     samples = results.get("n-samples", {}).get(task.name, {}).get("effective") or found.get("sample_len") or 0
-    made = []
+    its_data, made = _data(task.name, data), []
     for label, value in found.items():
         metric, comma, kind = label.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         stderr = found.get(f"{metric}_stderr,{kind}")
-        its_data = data.get(task.name)
         made.append(
             Score(
                 task=task.name,
@@ -248,8 +286,19 @@ def _scores(task: SuiteTask, results: Mapping[str, Any], data: Mapping[str, Any]
                 higher_is_better=results.get("higher_is_better", {}).get(task.name, {}).get(metric) is not False,
                 task_version=str(results.get("versions", {}).get(task.name)),
                 filter=kind,
-                data=None if its_data is None else TaskData(**its_data),
+                data=its_data,
                 chance=task.chance if metric == task.metric else None,
             )
         )
     return made
+
+
+def _data(task: str, data: Mapping[str, Any]) -> TaskData | None:
+    """A task's data; of a group, what the data of all its tasks have in common."""
+    if task in data:
+        return None if data[task] is None else TaskData(**data[task])
+    parts = list(data.values())
+    if not parts or None in parts or len({part["repo"] for part in parts}) > 1:
+        return None
+    common = {name: value for name, value in parts[0].items() if all(part[name] == value for part in parts)}
+    return TaskData(**{"config": None, "split": None, "revision": None, **common})

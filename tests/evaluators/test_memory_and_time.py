@@ -42,12 +42,16 @@ def test_memory_that_runs_out_halves_the_batch_and_the_scores_are_the_same(model
     assert told[0].memory_bytes > memory.loaded_bytes(model, "float32", "cpu")
 
 
-def test_weights_that_cannot_fit_are_refused_before_a_process_starts(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_weights_that_cannot_fit_are_refused_before_a_process_starts(device: str, model: Path, tmp_path: Path) -> None:
+    if memory.computed_on(device) != "cpu":
+        pytest.skip("there is a GPU")
     suite = Suite("animals", 1, (tiny_harness.task(tmp_path / "task", "which_animal"),))
     with pytest.raises(EvaluationError) as caught:
         harness.evaluate(
-            model, suite, cache=tmp_path / "cache", scratch=tmp_path / "scratch", memory_limit_bytes=1000, **SETTINGS
-        )
+            model, suite, cache=tmp_path / "cache", scratch=tmp_path / "scratch", memory_limit_bytes=1000,
+            device=device, **SETTINGS,
+        )  # fmt: skip
     assert caught.value.code == "MEMORY_LIMIT" and "GB of memory" in caught.value.message
     assert not (tmp_path / "scratch" / "harness.log").exists()
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,9 @@ from evaluators import harness
 from evaluators.errors import EvaluationError
 from evaluators.harness import results
 from evaluators.harness.journal import Journal
-from evaluators.harness.scores import ModelEvaluation
-from evaluators.harness.suites import Suite
-from tests.evaluators import tiny_harness
+from evaluators.harness.scores import ModelEvaluation, TaskData
+from evaluators.harness.suites import Suite, SuiteTask
+from tests.evaluators import stored, tiny_harness
 
 SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}, "batch_size": 4}
 ROWS = {"which_animal": 30, "which_bird": 600}  # the second long enough to be interrupted
@@ -158,16 +162,123 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(
 
 def test_a_torn_line_of_the_journal_costs_one_batch(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
+    text = ("a", {"until": ["."]})
     first = Journal(path)
     first.add(("a", " b"), (-1.5, True))
     first.batch_ended()
-    first.add(("a", {"until": ["."]}), "text")
+    first.add(text, "text")
     first.batch_ended()
     path.write_bytes(path.read_bytes()[:-5])
     second = Journal(path)
-    assert second.get(("a", " b")) == (-1.5, True)
-    assert second.get(("a", {"until": ["."]})) is None
-    second.add(("a", {"until": ["."]}), "text")
-    assert Journal(path).get(("a", {"until": ["."]})) is None
+    assert second.known([("a", " b"), text]) == [(-1.5, True), None]
+    second.add(text, "text")
+    assert Journal(path).known([text]) == [None]
     second.batch_ended()
-    assert Journal(path).get(("a", {"until": ["."]})) == "text"
+    assert Journal(path).known([text]) == ["text"]
+    path.write_bytes(path.read_bytes() + b'\xff\0\n[1]\n7\n{"a": 1}\n')
+    assert Journal(path).known([("a", " b"), text]) == [(-1.5, True), "text"]
+
+
+def test_a_question_drawn_several_times_keeps_every_draw(tmp_path: Path) -> None:
+    drawn = ("a", {"do_sample": True})
+    journal = Journal(tmp_path / "journal.jsonl")
+    for answer in ("one", "two"):
+        journal.add(drawn, answer)
+    journal.batch_ended()
+    assert Journal(tmp_path / "journal.jsonl").known([drawn, ("b", {}), drawn, drawn]) == ["one", None, "two", None]
+
+
+def test_what_samples_hold_is_known_whatever_letters_are_in_them(tmp_path: Path) -> None:
+    """A line separator of Unicode is no end of a line of JSON; each filter tells of the same answers."""
+    asked = ("one\u2028two\x85", {"do_sample": True})
+    row = {"arguments": [asked], "resps": [["first", "second"]]}
+    lines = [json.dumps({**row, "filter": name}, ensure_ascii=False) + "\n" for name in ("strict", "loose")]
+    (tmp_path / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.take_samples(tmp_path / "samples.jsonl")
+    assert journal.known([asked] * 3) == ["first", "second", None]
+
+
+# -- the folders of an evaluation, without a model --------------------------------------------------------------------
+
+
+FINISHED = Suite("one", 1, (SuiteTask("pets", "acc"),))
+KEY = "0" * 64
+
+
+def finished(cache: Path) -> Path:
+    """An evaluation under way whose only task, a group of two, is finished."""
+    with results.under_way(cache, KEY, time.monotonic() + 9) as folder:
+        where = {"repo": "org/pets", "split": "test", "revision": "c" * 40}
+        told = {
+            "results": {"results": {"pets": {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 9}}},
+            "data": {"cats": {**where, "config": "cats"}, "dogs": {**where, "config": "dogs"}},
+            "environment": asdict(stored.ENVIRONMENT), "seconds": 1.0, "batch": 4,
+        }  # fmt: skip
+        results.task_file(folder, 0).write_text(json.dumps(told))
+    return folder
+
+
+def test_a_group_tells_what_the_data_of_its_tasks_have_in_common(tmp_path: Path) -> None:
+    [score] = results.read(finished(tmp_path), FINISHED, KEY).scores
+    assert score.data == TaskData("org/pets", None, "test", "c" * 40)
+
+
+def test_until_an_evaluation_has_its_name_no_finished_task_is_let_go(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    (tmp_path / "results").write_text("a file in the place of the folder")
+    with pytest.raises(OSError, match="results"):
+        results.keep(folder, results.read(folder, FINISHED, KEY), tmp_path)
+    assert results.unfinished(folder, FINISHED) == []
+    (tmp_path / "results").unlink()
+    (tmp_path / "results" / KEY / "samples").mkdir(parents=True)  # what a clumsy hand left of an earlier one
+    found = results.read(folder, FINISHED, KEY)
+    results.keep(folder, found, tmp_path)
+    assert results.stored(tmp_path, KEY) == found
+    assert sorted(path.name for path in (tmp_path / "results" / KEY).iterdir()) == [
+        "evaluation.json", "lm_eval.json", "samples",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", '{"results": ', "[]", "[" * 100_000])
+def test_what_a_disk_did_not_keep_whole_is_measured_again(text: str, tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    results.task_file(folder, 0).write_text(text)
+    assert results.unfinished(folder, FINISHED) == [0]
+    (tmp_path / "results" / KEY).mkdir(parents=True)
+    (tmp_path / "results" / KEY / "evaluation.json").write_text(text)
+    assert results.stored(tmp_path, KEY) is None
+
+
+def test_one_at_a_time_is_under_way_also_where_the_first_removed_its_lock(tmp_path: Path) -> None:
+    """Two wait for the first, which ends and removes the lock they wait for; then only one of them goes on."""
+    inside: list[int] = []
+    entered, most = threading.Event(), [0]
+
+    def work(number: int, hold: threading.Event) -> None:
+        with results.under_way(tmp_path, KEY, time.monotonic() + 9):
+            inside.append(number)
+            most[0] = max(most[0], len(inside))
+            entered.set()
+            hold.wait(5)
+            if number == 0:
+                (tmp_path / "partial" / f"{KEY}.lock").unlink()
+            inside.remove(number)
+
+    holds = [threading.Event() for _ in range(3)]
+    threads = [threading.Thread(target=work, args=each) for each in enumerate(holds)]
+    threads[0].start()
+    entered.wait(5)
+    entered.clear()
+    threads[1].start()
+    threads[1].join(0.3)  # it waits
+    holds[0].set()
+    threads[0].join()
+    threads[2].start()
+    entered.wait(5)
+    threads[2].join(0.5)
+    for hold in holds:
+        hold.set()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
