@@ -225,14 +225,12 @@ class _Child:
     def __init__(self, job: Mapping[str, Any], scratch: Path, environment: Mapping[str, str]) -> None:
         self._log_path = scratch / "harness.log"
         reader, writer = os.pipe()
-        job_file = scratch / "harness.job.json"
-        job_file.write_text(json.dumps({**job, "pipe": writer}), encoding="utf-8")
         self._pipe: IO[bytes] = os.fdopen(reader, "rb", buffering=0)
         try:
             with self._log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "evaluators.harness.process", str(job_file.resolve())],
-                    stdin=subprocess.PIPE,  # its end tells the child that we are gone
+                    [sys.executable, "-P", "-m", "evaluators.harness.process"],
+                    stdin=subprocess.PIPE,  # the job, and then its end tells the child that we are gone
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=dict(environment),
@@ -242,6 +240,13 @@ class _Child:
                 )
         finally:
             os.close(writer)
+        self._send({**job, "pipe": writer})
+
+    def _send(self, job: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died already: `wait` says of what
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
 
     def __enter__(self) -> _Child:
         return self
@@ -252,7 +257,8 @@ class _Child:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         self._pipe.close()
 
     def wait(self, deadline: float, timeout_s: float, heard: _Heard) -> None:

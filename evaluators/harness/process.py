@@ -1,6 +1,6 @@
 """The child of `harness.evaluate`: lm-eval on one model, in a process that may be killed at any time.
 
-    python -m evaluators.harness.process JOB.json      written by evaluation.py; progress and errors go to its pipe
+    python -m evaluators.harness.process < JOB     a line of JSON from evaluation.py; progress and errors go to its pipe
 
 Tasks are evaluated one after the other. Each one's samples and results are written when it is done (results.py), and
 the model's answers as they come, so that an interrupted evaluation goes on where it was. A task that cannot be set up
@@ -61,9 +61,9 @@ class Pipe:
         self._file.flush()
 
 
-def main(job_file: Path) -> int:
+def main() -> int:
     """Do the job; 0 when every task is finished or reported, 1 when the reason was sent to the parent."""
-    job = json.loads(job_file.read_text(encoding="utf-8"))
+    job = json.loads(_first_line())
     pipe = Pipe(job["pipe"])
     _die_with_parent()
     try:
@@ -85,6 +85,17 @@ def main(job_file: Path) -> int:
         )
         return 1
     return 0
+
+
+def _first_line() -> bytes:
+    """Of standard input, on which nothing follows while the parent lives."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 65536)
+        if not part:
+            os._exit(1)  # the parent died before it had said what to do
+        line += part
+    return line
 
 
 def _die_with_parent() -> None:
@@ -245,7 +256,7 @@ def _task_failed(name: str, error: Exception) -> EvaluationError:
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]))
+    status = main()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # every file is closed, and taking torch apart takes seconds

@@ -195,24 +195,32 @@ def differences(first: ModelEvaluation, second: ModelEvaluation) -> tuple[str, .
         else:
             words = _WORDS.get(name, f"with {name} {{}}")
             found.append(f"{words.format(_shown(value))} and {words.format(_shown(other))}")
-    data = {score.task: score.data for score in second.scores}
-    moved = [score.task for score in first.scores if data.get(score.task, score.data) != score.data]
-    if moved:
-        found.append(f"on different versions of the data of {', '.join(moved)}")
-    return tuple(found)
+    return (*found, *_moved(first, second))
 
 
 def require_comparable(evaluations: Mapping[str, ModelEvaluation]) -> None:
     """Refuse to hold models against each other that were not asked alike. Raises NOT_COMPARABLE."""
     names = list(evaluations)
     for name in names[1:]:
-        found = differences(evaluations[names[0]], evaluations[name])
+        first, second = evaluations[names[0]], evaluations[name]
+        found = differences(first, second)
         if found:
+            anew = "Evaluate both anew under the same conditions."
+            if found == _moved(first, second):  # under the same conditions what is stored is the answer
+                stored = f"results/{first.key[:12]}… and results/{second.key[:12]}…"
+                anew = f"Remove the one on older data from the stored evaluations, {stored}, and measure again."
             raise EvaluationError(
                 "NOT_COMPARABLE",
                 f"{names[0]} and {name} cannot be compared: they were measured {'; '.join(found)}.",
-                "Evaluate both anew under the same conditions.",
+                anew,
             )
+
+
+def _moved(first: ModelEvaluation, second: ModelEvaluation) -> tuple[str, ...]:
+    """The clause on tasks whose data were of another commit, if there are such."""
+    data = {score.task: score.data for score in second.scores}
+    moved = [score.task for score in first.scores if data.get(score.task, score.data) != score.data]
+    return (f"on different versions of the data of {', '.join(moved)}",) if moved else ()
 
 
 def _shown(value: object) -> str:

@@ -143,7 +143,7 @@ def _data(task: Any, hub_cache: Path) -> dict[str, Any] | None:
 def _unloaded(name: str, error: Exception, offline: bool) -> EvaluationError:
     """A task whose data cannot be had, or whose file lm-eval does not understand."""
     chain = list(_causes(error))
-    if any("gated" in f"{type(cause).__name__} {cause}".casefold() for cause in chain if _is_about_data(cause)):
+    if any(type(cause).__name__ == "GatedRepoError" or "is a gated dataset" in str(cause) for cause in chain):
         return EvaluationError(
             "DATASET_GATED",
             f"The data of task `{name}` are gated: their owner gives them to people who accept terms.",

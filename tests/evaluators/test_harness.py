@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bot.localhub import seed
-from evaluators import harness, loading
+from evaluators import harness, loading, memory
 from evaluators.comparison import samples
 from evaluators.errors import EvaluationError
 from evaluators.harness import suites
+from evaluators.harness.conditions import Conditions
 from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData
 from evaluators.harness.suites import SUITES, Suite, SuiteTask
 from evaluators.harness.task_loading import cleaned
@@ -214,27 +216,23 @@ def _not_a_number(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("spoil", "code", "words"),
-    [
-        (_without_a_tensor, "MODEL_UNLOADABLE", "model.layers.1.mlp.up_proj.weight"),
-        (_not_a_number, "EVALUATION_FAILED", "NaN"),
-    ],
-)
-def test_a_broken_model_is_refused_with_a_sentence(
-    spoil: Callable[[Path], None],
-    code: str,
-    words: str,
-    measure: Callable[..., ModelEvaluation],
-    suite: Suite,
-    place: Path,
+def test_broken_models_are_refused_each_with_its_sentence_also_side_by_side(
+    measure: Callable[..., ModelEvaluation], suite: Suite, place: Path
 ) -> None:
-    folder = tiny_harness.model(place / "models" / spoil.__name__)
-    spoil(folder)
-    with pytest.raises(EvaluationError) as caught:
-        measure(folder, suite, f"scratch{spoil.__name__}")
-    assert caught.value.code == code
-    assert words in caught.value.message and str(place) not in caught.value.message
+    """Two processes with one scratch folder, as two commands in one home: each does its own job."""
+
+    def refused(spoil: Callable[[Path], None]) -> EvaluationError:
+        folder = tiny_harness.model(place / "models" / spoil.__name__)
+        spoil(folder)
+        with pytest.raises(EvaluationError) as caught:
+            measure(folder, suite, "scratch-of-two")
+        assert str(place) not in caught.value.message
+        return caught.value
+
+    with ThreadPoolExecutor(2) as pool:
+        lacking, mad = pool.map(refused, (_without_a_tensor, _not_a_number))
+    assert lacking.code == "MODEL_UNLOADABLE" and "model.layers.1.mlp.up_proj.weight" in lacking.message
+    assert mad.code == "EVALUATION_FAILED" and "NaN" in mad.message
 
 
 def test_a_truncated_checkpoint_is_refused_with_a_sentence(place: Path) -> None:
@@ -251,11 +249,11 @@ def test_a_truncated_checkpoint_is_refused_with_a_sentence(place: Path) -> None:
 def test_data_that_the_hub_does_not_have_are_named(
     measure: Callable[..., ModelEvaluation], model: Path, place: Path
 ) -> None:
-    suite = tiny_harness.suite(place / "absent", repo="nobody/no-such-data")
+    suite = tiny_harness.suite(place / "absent", repo="nobody/aggregated-data")
     with running_hub(place / "hub-without-data") as hub, pytest.raises(EvaluationError) as caught:
         measure(model, suite, "absent-scratch", endpoint=hub.url)
     assert caught.value.code == "DATASET_UNAVAILABLE"
-    assert "nobody/no-such-data" in caught.value.message
+    assert "nobody/aggregated-data" in caught.value.message
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name(
@@ -307,6 +305,48 @@ def test_a_suites_digest_follows_everything_that_changes_a_question(tmp_path: Pa
     assert replace(suite, about="said otherwise").digest == suite.digest
 
 
+GROUP = "group: all\ntask: [one, two]\n"
+
+
+def test_a_suites_digest_follows_every_file_that_its_task_file_draws_in(tmp_path: Path) -> None:
+    folder, data = tmp_path / "tasks", tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    (data / "more").mkdir(parents=True)
+    texts = {
+        "all.yaml": GROUP,
+        "one.yaml": 'task: one\ninclude: ["../tasks/base.yaml", \'more.yml\']\n',
+        "two.yaml": f"task: two\nprocess_docs: !function deep.code.docs\ndataset_path: {data}\n",
+        "base.yaml": "include: all.yaml\ndoc_to_text: !function 'words.text'\n",
+        "more.yml": f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n",
+        "words.py": "import helper\n", "helper.py": "A = 1\n", "deep/code.py": "B = 1\n",
+        "../data/more/part.jsonl": "{}\n", "../rows.jsonl": "{}\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "beside.yaml").write_text("task: beside\n")
+    suite = suites.of_file(folder / "all.yaml")
+    before = suite.digest
+    for name, text in texts.items():
+        (folder / name).write_text(text + "# another\n")
+        assert suite.digest != before, name
+        (folder / name).write_text(text)
+    (folder / "beside.yaml").write_text("task: beside\n# another\n")
+    assert suite.digest == before
+
+
+def test_an_evaluations_name_follows_every_condition() -> None:
+    """Each of them can change a number; "auto" is the device there is."""
+    here = Conditions(device="cpu")
+    other = {"limit": 3, "seed": 1, "device": "cuda", "dtype": "bfloat16", "batch_size": "8", "chat_template": True,
+             "backend": "vllm"}  # fmt: skip
+    assert set(other) == {field.name for field in fields(Conditions)}
+    keys = [here.key("m", "s"), here.key("n", "s"), here.key("m", "t")]
+    keys += [replace(here, **{name: value}).key("m", "s") for name, value in other.items()]  # type: ignore[arg-type]
+    assert len(set(keys)) == len(keys)
+    there = Conditions(device=memory.computed_on("auto"))
+    assert Conditions(device="auto").key("m", "s") == there.key("m", "s")
+
+
 def test_a_models_content_is_its_weights_configuration_and_tokenizer(tmp_path: Path) -> None:
     folder = tiny_harness.model(tmp_path / "model")
     before = harness.content_digest(folder)
@@ -318,6 +358,11 @@ def test_a_models_content_is_its_weights_configuration_and_tokenizer(tmp_path: P
         (folder / name).write_bytes(whole[:-1] + b" ")
         assert harness.content_digest(folder) != before
         (folder / name).write_bytes(whole)
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/default.jinja", "chat_template.jinja", "vocab.bpe", "qwen.tiktoken"):
+        (folder / name).write_text("x")
+        assert harness.content_digest(folder) != before
+        (folder / name).unlink()
     (folder / "notes.json").mkdir()
     (folder / "vocab.txt").symlink_to("gone.txt")
     assert harness.content_digest(folder) == before

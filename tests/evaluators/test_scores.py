@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData, differences
+from evaluators.errors import EvaluationError
+from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData, differences, require_comparable
 from evaluators.paired import quantile
 
 ENVIRONMENT = Environment("cpu", "float32", "16", False, 0, "0.4.13", "5.23.0", "2.13.0")
@@ -83,6 +84,11 @@ def test_other_questions_and_other_data_keep_models_apart() -> None:
     assert differences(EVALUATION, replace(EVALUATION, scores=(moved,))) == (
         "on different versions of the data of arc",
     )
+    with pytest.raises(EvaluationError) as caught:
+        require_comparable(
+            {"a": replace(EVALUATION, key="1" * 64), "b": replace(EVALUATION, scores=(moved,), key="2" * 64)}
+        )
+    assert "results/111111111111… and results/222222222222…" in caught.value.next_step
     assert differences(EVALUATION, replace(EVALUATION, seconds=9.0, key="other", smallest_batch=1)) == ()
 
 
