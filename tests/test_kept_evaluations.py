@@ -180,7 +180,7 @@ def test_samples_that_were_changed_or_are_gone_are_not_taken(hub: RunningHub, tm
     here, there = settings_of(hub, tmp_path / "here"), settings_of(hub, tmp_path / "there")
     files = kept_evaluations._files_of(MODEL, stored(here), here)
     path = next(path for path in files if path.endswith("offline_sums.jsonl"))
-    publish(tmp_path / "changed", files | {path: files[path].replace("0.0", "1.0")}, hub)
+    publish(tmp_path / "changed", files | {path: files[path].replace('"doc_id": 0', '"doc_id": 7')}, hub)
     assert not kept_evaluations.take(Hub(hub.url), REPO, asked(there), MODEL, there)
 
 

@@ -83,6 +83,17 @@ def test_the_more_is_compared_the_more_it_takes(make: Make, tmp_path: Path) -> N
     assert among_three.detectable > alone.detectable
 
 
+def test_the_average_is_corrected_for_the_number_of_parents(make: Make, tmp_path: Path) -> None:
+    merge, parent = (make(left=first(at, 100), right=first(at, 80)) for at in (60, 56))
+    alone, of_two = (
+        comparison.compare(merge, dict.fromkeys(names, parent), cache=tmp_path).overall for names in ("a", "ab")
+    )
+    assert alone is not None and of_two is not None
+    [single], [each, _] = alone.differences, of_two.differences
+    assert each.p == single.p == single.adjusted_p and each.adjusted_p == pytest.approx(2 * single.p)
+    assert each.detectable > single.detectable
+
+
 def test_whose_answers_a_merge_gives_is_counted(make: Make, tmp_path: Path) -> None:
     first_parent, second_parent = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
     merge = make(left=[1.0, 0.0, 1.0, 0.0, 1.0, 0.0], wrong_choice=2)

@@ -91,6 +91,11 @@ def test_neither_the_order_of_questions_nor_the_side_changes_a_p_value(found: li
     assert paired.sign_flip([np.array(shuffled)]) == first == paired.sign_flip([-np.array(found)])
 
 
+def test_no_draw_makes_anything_impossible() -> None:
+    """Of ten thousand orders with the observed one among them, the least that can be said is one."""
+    assert paired.sign_flip([np.ones(40)]) == 1 / (1 + paired.RESAMPLES)
+
+
 @pytest.mark.parametrize("decimals", [0, 9])
 def test_the_bootstrap_is_that_of_scipy(decimals: int) -> None:
     found = np.round(np.random.default_rng(3).normal(0.4, 1.5, 120), decimals)

@@ -70,6 +70,16 @@ def test_the_rate_holds_over_parents_margins_and_tasks_together() -> None:
     assert wrong / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 
 
+def test_the_rate_is_shared_by_the_parents() -> None:
+    """Two parents have two chances to stop a merge: each gets half of the error."""
+    found, stops = population(np.random.default_rng(5), 60, 140, 1000), []
+    for seen in range(25, 601, 25):
+        one, two = {"a": found[:seen]}, {"a": found[:seen], "b": found[:seen]}
+        assert decide(two, 1000, Rule(error=0.1)).stop == decide(one, 1000, Rule(error=0.05)).stop
+        stops.append((decide(one, 1000, Rule()).stop, decide(two, 1000, Rule()).stop))
+    assert (True, False) in stops and (False, True) not in stops
+
+
 def test_the_rate_holds_for_rounds_over_tasks_of_different_sizes() -> None:
     rng, wrong = np.random.default_rng(11), 0
     for _ in range(600):
