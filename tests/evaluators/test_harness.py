@@ -21,7 +21,7 @@ from bot.localhub import seed
 from evaluators import harness, loading, memory
 from evaluators.comparison import samples
 from evaluators.errors import EvaluationError
-from evaluators.harness import suites
+from evaluators.harness import evaluation, suites
 from evaluators.harness.conditions import Conditions
 from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData
 from evaluators.harness.suites import SUITES, Suite, SuiteTask
@@ -347,6 +347,13 @@ def test_an_evaluations_name_follows_every_condition() -> None:
     assert Conditions(device="auto").key("m", "s") == there.key("m", "s")
 
 
+def test_the_process_inherits_nothing_but_what_is_on_the_list(tmp_path: Path) -> None:
+    given = {"HF_TOKEN": "hf_x", "MERGEBOT_DATABASE": "x", "HOME": "/x", "PYTHONPATH": "/x", "OMP_NUM_THREADS": "3"}
+    made = evaluation._environment(given, None, tmp_path, tmp_path)
+    assert made["OMP_NUM_THREADS"] == "3" and made["HF_HUB_OFFLINE"] == "1"
+    assert not {"HF_TOKEN", "MERGEBOT_DATABASE"} & set(made) and "/x" not in made.values()
+
+
 def test_a_models_content_is_its_weights_configuration_and_tokenizer(tmp_path: Path) -> None:
     folder = tiny_harness.model(tmp_path / "model")
     before = harness.content_digest(folder)
@@ -392,8 +399,8 @@ environments = st.builds(
         texts,
     )
 )
-def test_an_evaluation_survives_its_own_json(evaluation: ModelEvaluation) -> None:
-    assert ModelEvaluation.from_dict(json.loads(json.dumps(evaluation.as_dict()))) == evaluation
+def test_an_evaluation_survives_its_own_json(found: ModelEvaluation) -> None:
+    assert ModelEvaluation.from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 
 @given(st.recursive(st.text(alphabet="ab/ /srv/home", max_size=20), lambda inner: st.lists(inner, max_size=3)))
