@@ -132,11 +132,15 @@ def test_the_order_of_questions_does_not_matter_and_sides_mirror(values: list[fl
     assert mirror.interval == pytest.approx((-difference.interval[1], -difference.interval[0]))
 
 
-def test_graded_answers_are_judged_by_flipped_signs_and_less_can_be_better(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", [1.0, 0.02])  # a loss below 1 is no share either
+def test_graded_answers_are_judged_by_flipped_signs_and_less_can_be_better(
+    unit: float, make: Make, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(2)
-    base = rng.gamma(2.0, 1.0, 60)
+    base = unit * rng.gamma(2.0, 1.0, 60)
+    worse = base + unit * rng.normal(0.4, 0.3, 60)
     merge = make(left=base.tolist(), metric="loss", higher_is_better=False)
-    parent = make(left=(base + rng.normal(0.4, 0.3, 60)).tolist(), metric="loss", higher_is_better=False)
+    parent = make(left=worse.tolist(), metric="loss", higher_is_better=False)
     found = comparison.compare(merge, {"p": parent}, cache=tmp_path)
     [difference] = found.tasks[0].differences
     assert difference.test == comparing.SIGN_FLIP and difference.outcome is Outcome.BETTER
