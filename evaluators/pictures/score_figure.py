@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from evaluators.comparison.report import short, words
+from evaluators.comparison.report import is_share, short, words
 from evaluators.comparison.verdict import Comparison, Difference, Outcome, Scored
 from evaluators.pictures.svg import CHARACTER, STYLE, WIDTH, escape, shortened, text_at
 
@@ -65,7 +65,7 @@ def figure(comparison: Comparison, name: str) -> str:
 def _bands(comparison: Comparison) -> Iterator[_Band]:
     for task in comparison.tasks:
         models = (task.merge, *task.parents)
-        if all(0 <= each.value <= 1 for each in models):
+        if is_share(task):
             about = f"{task.metric}, {task.samples} questions"
             yield _Band(task.task, about, models, task.differences, task.chance)
     mean = comparison.overall
