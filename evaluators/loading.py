@@ -20,6 +20,9 @@ def load(folder: Path, **options: Any) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers would apply it, on a base that the adapter's file names; the merge engine takes the plain weights.
+    if (folder / "adapter_config.json").exists():
+        raise unloadable("its folder holds an adapter, adapter_config.json, and whose scores it would get is unclear")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)

@@ -235,6 +235,15 @@ def test_broken_models_are_refused_each_with_its_sentence_also_side_by_side(
     assert mad.code == "EVALUATION_FAILED" and "NaN" in mad.message
 
 
+def test_a_checkpoint_beside_an_adapter_is_refused(place: Path) -> None:
+    """With PEFT at hand transformers would apply it, to whatever base its file names."""
+    folder = tiny_harness.model(place / "models" / "adapted")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/b"}))
+    with pytest.raises(EvaluationError, match="holds an adapter") as caught:
+        loading.load(folder)
+    assert caught.value.code == "MODEL_UNLOADABLE"
+
+
 def test_a_truncated_checkpoint_is_refused_with_a_sentence(place: Path) -> None:
     folder = tiny_harness.model(place / "models" / "truncated")
     weights = folder / "model.safetensors"
