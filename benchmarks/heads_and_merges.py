@@ -279,13 +279,15 @@ def _time(family: Family, cache: Path, prompts: Path | None, budget_s: float) ->
 def _row(
     heads: Heads, calibration: data.Features, test: data.Features, common: Tree, cost: calibrate.CostCurve | None
 ) -> dict[str, Any]:
-    found, right = transfer.figures(heads, calibration, test, common), simulation.accuracy(heads, test)
+    right = simulation.accuracy(heads, test)
+    trees = [common.shallow(heads.spec.heads), transfer.common_tree(heads, calibration)]
+    at_common, at_own = simulation.simulate_each(heads, test, trees)
     row: dict[str, Any] = {
         "top1": [round(shares[0], 4) for shares in right.shares],
         "top5": [round(sum(shares[:5]), 4) for shares in right.shares],
         "positions": right.positions,
-        "common_8": found.common,
-        "own_8": found.own,
+        "common_8": at_common,
+        "own_8": at_own,
         "hidden_cosine": None,
     }
     if cost is not None:

@@ -1,7 +1,7 @@
 """The transfer test: which heads still fit a merged model? Its parents', as they are or merged, against fresh ones.
 
 One pass of the merged model over held-out text serves every set of heads: accuracy and tokens per step of a greedy
-decoder are arithmetic on its hidden states (simulation.simulate). Design: section 8 of the decode-speed evaluator.
+decoder are arithmetic on its hidden states (simulation.simulate).
 """
 
 from __future__ import annotations
@@ -63,24 +63,6 @@ class HeadSet:
     model: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What a set of heads is worth on text of the measured model, without decoding.
-
-    `common` and `own` are tokens per step on the test text, with a tree that is equal for all sets and with the set's
-    best of the same size; `trees` were chosen on the calibration text.
-    """
-
-    accuracy: simulation.Accuracy
-    common: float | None
-    own: float | None
-    tree: Tree
-
-    @property
-    def top1(self) -> tuple[float, ...]:
-        return tuple(shares[0] for shares in self.accuracy.shares)
-
-
 def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
     """The sets that are given, in order, and warnings.
 
@@ -125,19 +107,6 @@ def _too_small(heads: Heads, tree: Tree) -> str | None:
     if tree.topk > tokens:
         return f"The given tree asks for the {tree.topk} best guesses of heads that choose among {tokens} tokens."
     return None
-
-
-def figures(
-    heads: Heads, calibration: data.Features, test: data.Features, common: Tree, nodes: int = COMMON_NODES
-) -> Figures:
-    """Accuracy on the calibration text, tokens per step on the test text."""
-    accuracy = simulation.accuracy(heads, calibration)
-    tree = greedy_tree(accuracy.shares, nodes)
-    if not test.lengths:
-        return Figures(accuracy, None, None, tree)
-    shared = common.shallow(heads.spec.heads)
-    first, second = simulation.simulate_each(heads, test, [shared, tree])
-    return Figures(accuracy, first, second, tree)
 
 
 def common_tree(heads: Heads, calibration: data.Features, nodes: int = COMMON_NODES) -> Tree:
