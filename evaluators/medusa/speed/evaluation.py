@@ -156,7 +156,7 @@ def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: st
     base.window = None  # what was not proven is left to the cache that transformers gives the model
     runner = _runner(run, base)
     blocks = bench.run_blocks(base, [], test, limits, runner=runner, deadline=run.until(REFUSED_BY))
-    versus = timing.native(run, base, blocks, limits, runner)
+    versus = timing.time_native(run, base, blocks, limits, runner)
     machine = rows.machine_of(base, blocks, run.seed)
     run.report = rows.described(run.report, blocks, limits.max_new_tokens, machine)
     run.note(
@@ -190,8 +190,8 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     scored = [_scored(each, reference, features["calibration"], cost, shape) for each in sets]
     now = run.stage("calibrate", now)
     run.progress("calibrate", 1, 1)
-    limits, blocks = timing.timed(run, base, test, scored, cost, runner)
-    versus = timing.native(run, base, blocks, limits, runner)
+    limits, blocks = timing.time_candidates(run, base, test, scored, cost, runner)
+    versus = timing.time_native(run, base, blocks, limits, runner)
     run.stage("bench", now)
     said = bench.spoken(base, blocks)
     measured = rows.Measured(
@@ -208,7 +208,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         seed=run.seed,
         deadline=run.deadline + timing.JUDGED_WITHIN * run.budget_s,
     )
-    run.report = head_rows.written(run.report, measured)
+    run.report = head_rows.completed(run.report, measured)
 
 
 def _runner(run: Run, base: Base) -> Runner:

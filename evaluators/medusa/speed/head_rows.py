@@ -27,7 +27,7 @@ FLOOR = "identity"  # the row of untrained heads
 Known = Mapping[str, simulation.Accuracy]
 
 
-def written(report: Report, m: Measured) -> Report:
+def completed(report: Report, m: Measured) -> Report:
     """The report with the baselines, all candidates and what follows from them."""
     machine = rows.machine_of(m.base, m.blocks, m.seed)
     report = rows.described(report, m.blocks, m.max_new_tokens, machine)
@@ -48,14 +48,14 @@ def written(report: Report, m: Measured) -> Report:
 def _facts(candidates: Sequence[Row], m: Measured, machine: Machine) -> conclusions.Facts:
     best, choice = m.best, m.best.choice
     assert choice is not None  # the reference always has heads, so the best of all has
-    timed = dict.fromkeys(name for block in m.blocks for name in block.runs)
+    names = dict.fromkeys(name for block in m.blocks for name in block.runs)
     return conclusions.Facts(
         candidates,
         reference=m.reference.set.id,
         best=best.set.id,
         promised=choice.speculate,
         slow_plain=baselines.plain_is_slow(m.versus, machine.clock),
-        torn=[name for name in timed if bench.clocks_disagree(m.blocks, name)],
+        torn=[name for name in names if bench.clocks_disagree(m.blocks, name)],
         common_nodes=transfer.COMMON_NODES,
     )
 
@@ -86,7 +86,7 @@ def _row(scored: Scored, m: Measured, machine: Machine, known: Known) -> Row:
     )
     ratio = None
     if all(each.id in block.runs for block in m.blocks):
-        row = rows.timed(row, m, machine)
+        row = rows.with_timings(row, m, machine)
         ratio = bench.speedup(m.blocks, each.id, machine.clock, m.seed)
     if all(len(block.plain[0].tokens) < 2 for block in m.blocks):
         row = replace(row, absent_because="the model ended every answer with its first token, so nothing was decoded.")

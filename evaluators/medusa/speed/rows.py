@@ -90,7 +90,7 @@ def baseline_rows(m: Measured, machine: Machine) -> tuple[Row, Row, Row]:
     """What stands beside any heads: plain decoding, transformers' own loop, prompt lookup."""
     lookup = Row("prompt_lookup", "prompt_lookup")
     if all("prompt_lookup" in block.runs for block in m.blocks):
-        lookup = timed(replace(lookup, tree=TreeFacts(chosen="common")), m, machine)
+        lookup = with_timings(replace(lookup, tree=TreeFacts(chosen="common")), m, machine)
     else:
         lookup = replace(lookup, absent_because="the budget was too short to time it.")
     return none_row(m.blocks, m.seed, machine), native_row(m.versus, machine), lookup
@@ -190,7 +190,7 @@ def native_row(versus: Sequence[baselines.Versus], machine: Machine) -> Row:
     )
 
 
-def timed(row: Row, m: Measured, machine: Machine) -> Row:
+def with_timings(row: Row, m: Measured, machine: Machine) -> Row:
     """The row with what the blocks say about its candidate: speed, rate, exactness, and whether the clocks agree."""
     name = row.id
     runs = [trace for block in m.blocks for trace in block.runs[name]]

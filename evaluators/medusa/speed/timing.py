@@ -29,7 +29,7 @@ NATIVE_QUESTIONS = 3
 PREFILL_STEPS = 3  # reading a prompt of ordinary length, in plain steps
 
 
-def timed(
+def time_candidates(
     run: Run,
     base: Base,
     test: Sequence[bench.Question],
@@ -109,7 +109,7 @@ def _affordable(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], qu
     return max(min(LEAST_TIMED_TOKENS, most), min(most, int((question_s - reading_s) / each_s)))
 
 
-def native(
+def time_native(
     run: Run, base: Base, blocks: Sequence[bench.Block], limits: decode.Limits, runner: Runner
 ) -> list[baselines.Versus]:
     """transformers' own loop on the first questions, as far as it still fits into the budget."""

@@ -65,7 +65,7 @@ def reported(
     measured = rows.Measured(
         base, [scored], scored, heads, chain(2), {"timed": features, "held_out": features}, cost, blocks, versus, 40, 0
     )
-    return as_json(head_rows.written(Report(), measured))
+    return as_json(head_rows.completed(Report(), measured))
 
 
 def test_figures_over_tokens_over_categories_and_end_to_end_are_each_their_own() -> None:

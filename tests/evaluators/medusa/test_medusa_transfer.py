@@ -105,7 +105,7 @@ def test_what_was_measured_overrules_what_calibration_promised(fast_s: float, ch
     measured = rows.Measured(
         base, [scored], scored, heads, chain(2), {"timed": text, "held_out": text}, cheap, blocks, (), 20, 0
     )
-    made = head_rows.written(Report(), measured)
+    made = head_rows.completed(Report(), measured)
     assert made.chosen == chosen
     assert made.verdict == ("faster" if chosen == "fresh" else "slower")
     assert (made.recommendation == "do not speculate") is (chosen == "none")
@@ -118,7 +118,7 @@ def test_a_machine_slower_than_its_calibration_gets_short_answers_and_fewer_ques
     swift = calibrate.CostCurve(10, "wall", ((1, 1e-6), (4, 1e-6)), 1e-6, 1e-9)
     run = Run(tmp_path, tmp_path, 0.05, 0, Asked(questions=8, max_new_tokens=48), lambda stage, done, total: None)
     run.note(seconds={"load": 0.0, "calibrate": 0.0})
-    limits, blocks = timing.timed(run, base, asked(8), scored, swift, EagerRunner(base))
+    limits, blocks = timing.time_candidates(run, base, asked(8), scored, swift, EagerRunner(base))
     assert limits.max_new_tokens == timing.LEAST_TIMED_TOKENS == 16 and 1 <= len(blocks) < 8
     assert list(blocks[0].runs) == ["fresh"], "no time for prompt lookup that calibration had promised"
 
