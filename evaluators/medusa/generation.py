@@ -25,7 +25,7 @@ from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate
 from evaluators.medusa.speed.transfer import known_training
 from evaluators.medusa.training import prompt_sets
-from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, expected_tokens, greedy_tree
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 CONTEXT = 128
 NO_HEADS = "there are no heads, so one token comes at a time; `mergebot medusa train MODEL HEADS` makes some"
@@ -104,7 +104,7 @@ def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "
     if shares is None:
         notes.append("the heads come without their accuracy, so a tree of ordinary heads is tried")
         shares = USUAL[: made.spec.heads]
-    tree = _best(shares, calibrate.cost_curve(runner, made, CONTEXT))
+    tree = calibrate.tree_by_accuracy(shares, calibrate.cost_curve(runner, made, CONTEXT))
     if tree.nodes == 1:
         notes.append("no tree pays on this machine, so one token comes at a time")
     return Speaker(base, runner, HeadDrafter(made), tree, [*notes, *warnings])
@@ -124,12 +124,3 @@ def _accuracy(folder: Path, heads: int) -> Sequence[Sequence[float]] | None:
     """What `mergebot medusa train` wrote down of heads: shares of right guesses by head and rank."""
     known = known_training(folder / CARRIED if (folder / CARRIED).is_dir() else folder) or {}
     return known["accuracy"][:heads] if "accuracy" in known else None
-
-
-def _best(shares: Sequence[Sequence[float]], cost: calibrate.CostCurve) -> Tree:
-    """The tree of most expected tokens over its cost; the root alone unless that gains something."""
-    trees = [greedy_tree(shares, width) for width, _ in cost.points]
-    # More tokens never cost less than one: where the clock says so, it was disturbed.
-    gains = [expected_tokens(shares, tree) / max(1.0, cost.overhead(tree.nodes)) for tree in trees]
-    best = max(range(len(trees)), key=lambda at: gains[at])
-    return trees[best] if gains[best] >= calibrate.LEAST_GAIN else ROOT_ONLY

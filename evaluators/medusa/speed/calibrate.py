@@ -22,7 +22,7 @@ from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.speed.document import ClockName
 from evaluators.medusa.training.data import Features
 from evaluators.medusa.training.simulation import accuracy, simulate_each
-from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, full, greedy_tree
+from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, expected_tokens, full, greedy_tree
 
 LEAST_GAIN = 1.02
 WIDTHS = (1, 4, 8, 2, 16, 6, 12, 32, 64)  # in the order they are timed: the telling ones first
@@ -145,9 +145,28 @@ def choose_tree(heads: Heads, features: Features, cost: CostCurve, given: Tree |
     tree there is nothing to choose.
     """
     shares = accuracy(heads, features).shares
-    trees = [greedy_tree(shares, width) for width, _ in cost.points if width > 1] if given is None else [given]
+    trees = _grown(shares, cost) if given is None else [given]
     candidates = list(zip(trees, simulate_each(heads, features, trees), strict=True))
     tree, expected = max(candidates, key=lambda pair: pair[1] / cost.overhead(pair[0].nodes))
     overhead = cost.overhead(tree.nodes)
     gain = expected / overhead
     return Choice(tree, expected, overhead, gain, gain >= LEAST_GAIN, "cost" if given is None else "given")
+
+
+def tree_by_accuracy(shares: Sequence[Sequence[float]], cost: CostCurve) -> Tree:
+    """As `choose_tree` where there are no answers to simulate on, only shares of right guesses by head and rank.
+
+    The root alone where nothing gains 1.02.
+    """
+
+    def gain(tree: Tree) -> float:
+        # More tokens never cost less than one: where the clock says so, it was disturbed.
+        return expected_tokens(shares, tree) / max(1.0, cost.overhead(tree.nodes))
+
+    best = max(_grown(shares, cost), key=gain)
+    return best if gain(best) >= LEAST_GAIN else ROOT_ONLY
+
+
+def _grown(shares: Sequence[Sequence[float]], cost: CostCurve) -> list[Tree]:
+    """The best tree of each width that was timed, plain decoding aside."""
+    return [greedy_tree(shares, width) for width, _ in cost.points if width > 1]
