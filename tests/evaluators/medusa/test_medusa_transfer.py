@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tiny_causal_lms as tiny
 import torch
-from test_medusa_report import assert_whole, block, trace
+from test_medusa_bench import block, trace
+from test_medusa_report import assert_whole
 
 from bot import merged_heads
 from bot.merge.recipe import reading

@@ -193,6 +193,13 @@ def random_heads(on: Base, spec: HeadSpec, seed: int = 0) -> Heads:
     return heads.eval().requires_grad_(False)
 
 
+def draft_logits(heads: Heads, on: Base) -> torch.Tensor:
+    """What the heads say after seven hidden rows, always the same: [K, 7, V']."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        return heads(torch.randn(7, on.hidden, generator=generator), torch.arange(7))
+
+
 class Oracle:
     """Knows the text. Each step one branch of the tree, another each time, carries the truth down to some depth."""
 
