@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from bot import findings, leaderboard, messages, policy
+from bot import evaluation_markdown, leaderboard, messages, policy
 from bot.job import Job, Source
 from bot.markdown import code, fenced, listed, plain
 from bot.merge.recipe import reading as recipe
@@ -60,7 +60,7 @@ def _comparison(job: Job, repo: str) -> dict[str, str]:
         return {}
     drawn = figure(found, repo)
     data = {"results/comparison.json": _json(found.named(repo).as_dict())}
-    return {**data, findings.PICTURE: drawn} if drawn else data
+    return {**data, evaluation_markdown.PICTURE: drawn} if drawn else data
 
 
 def output_names(job: Job, namespace: str) -> list[str]:
@@ -77,11 +77,11 @@ def model_card(job: Job, repo: str) -> str:
         f"# {repo.partition('/')[2]}",
         f"A **{method}** merge of {listed([source.repo for source in job.sources])}, made, measured and published by "
         f"mergebot for {code(job.request.requester)}.",
-        findings.headline(job),
+        evaluation_markdown.headline(job),
         "## Scores",
-        findings.scores(job, repo),
-        *findings.against_parents(job, repo, pictured=findings.PICTURE in _comparison(job, repo)),
-        *findings.first_look(job),
+        evaluation_markdown.scores(job, repo),
+        *evaluation_markdown.against_parents(job, repo, pictured=evaluation_markdown.PICTURE in _comparison(job, repo)),
+        *evaluation_markdown.first_look(job),
         "## Decode speed",
         _speed(job),
         "## Use",
@@ -259,7 +259,7 @@ def _ending(job: Job | None, refusal: Mapping[str, Any] | None, settings: Settin
         return "refused", messages.REFUSED.format(**said)
     if job.publication is not None:
         repo = job.publication.repo
-        scores = findings.scores(job, repo)
+        scores = evaluation_markdown.scores(job, repo)
         url = f"{settings.hub}/{repo}"
         return "published", messages.PUBLISHED.format(repo=repo, url=url, commit=job.publication.commit, scores=scores)
     if job.cancelled_at is not None:

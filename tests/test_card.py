@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from bot import card, findings, leaderboard, markdown
+from bot import card, evaluation_markdown, leaderboard, markdown
 from bot.job import Evaluation, Failure, Job, Merge, Publication, PublishedFile, Source, Stage
 from bot.merge.recipe import reading as recipe
 from bot.request import EvaluateOptions, MergeRequest, Origin, from_form, front_matter
@@ -155,12 +155,12 @@ def test_how_many_questions_each_task_has_is_said_of_all_of_them() -> None:
 def test_the_picture_is_published_beside_the_card_that_shows_it(tmp_path: Path) -> None:
     texts = card.publication_spec(judged(tmp_path), SETTINGS)["texts"]
     for name, files in texts.items():
-        assert f"]({findings.PICTURE})" in files["README.md"]
-        assert files[findings.PICTURE].startswith("<svg ") and name in files[findings.PICTURE]
+        assert f"]({evaluation_markdown.PICTURE})" in files["README.md"]
+        assert files[evaluation_markdown.PICTURE].startswith("<svg ") and name in files[evaluation_markdown.PICTURE]
         told = Comparison.from_dict(json.loads(files["results/comparison.json"]))
         assert told.suite == "animals" and told.tasks[0].merge.model == name and name in told.keys
     before = card.publication_spec(job(), SETTINGS)["texts"]["mergebot/alice-both"]
-    assert findings.PICTURE not in before and "results/comparison.json" not in before
+    assert evaluation_markdown.PICTURE not in before and "results/comparison.json" not in before
     assert "comparison.svg" not in before["README.md"]
 
 

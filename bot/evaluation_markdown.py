@@ -1,4 +1,4 @@
-"""What an evaluation found, as Markdown: scores, the verdict against the parents, vitals. Pure."""
+"""What an evaluation found, as Markdown for a model card: scores, the verdict against the parents, vitals. Pure."""
 
 from __future__ import annotations
 
