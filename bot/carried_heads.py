@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bot.heads import CARRIED, LIMIT_BYTES, SMALL_FILES
+from bot.candidate_heads import CARRIED, LIMIT_BYTES, SMALL_FILES
 from bot.job import PublishedFile
 from bot.merged_heads import WEIGHTS
 

@@ -20,10 +20,10 @@ def of_merge(
 ) -> dict[str, Any]:
     """The Medusa report of the merged model, with its sentence for people; its sources' heads are tried where there
     are any."""
-    from bot import heads
+    from bot import candidate_heads
     from bot.hub import Hub
 
-    given = heads.of_job(out, sources, scratch / "medusa", settings, Hub(settings.hub), seed)
+    given = candidate_heads.of_job(out, sources, scratch / "medusa", settings, Hub(settings.hub), seed)
     asked = Speed(None, settings.speed_budget_s, settings.speed_questions, settings.speed_new_tokens, given=given)
     return bench(out, scratch / "medusa", asked, settings, report, seed=seed)
 

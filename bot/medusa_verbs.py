@@ -44,7 +44,7 @@ def bench(
 ) -> None:
     """Compare decoding with Medusa heads to plain greedy decoding, honestly: fresh heads, given ones, the parents'."""
     from bot import decode_speed, head_training, operator, screens
-    from bot.heads import by_hand, require_folder
+    from bot.candidate_heads import by_hand, require_folder
 
     kind = flags.one_of("--dtype", dtype, flags.PRECISIONS)
     for folder in heads or ():
@@ -93,7 +93,7 @@ def generate(
 ) -> None:
     """Answer a prompt with Medusa heads, as it is decoded; what the heads had guessed stands in green."""
     from bot import head_training, operator, screens
-    from bot.heads import require_folder
+    from bot.candidate_heads import require_folder
 
     kind = flags.one_of("--dtype", dtype, flags.PRECISIONS)
     flags.one_of("--sample", sample, head_training.SAMPLING)
@@ -133,7 +133,7 @@ def export(
 ) -> None:
     """Write Medusa heads in the layout of another program, or read another program's into ours."""
     from bot import head_training, operator, screens
-    from bot.heads import require_folder
+    from bot.candidate_heads import require_folder
 
     flags.one_of("--format", layout, head_training.LAYOUTS)
     flags.one_of("--dtype", dtype, flags.PRECISIONS[1:])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from bot import decode_speed, heads
+from bot import candidate_heads, decode_speed
 from bot.cli import app
 from bot.errors import Failed, Refused
 from bot.hub import Hub
@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     before = dict(os.environ)
     for number, (name, folder) in enumerate(family.make(tmp_path).items()):
         if name != "base":
-            draw(folder, folder / heads.CARRIED, number)
+            draw(folder, folder / candidate_heads.CARRIED, number)
     (tmp_path / "recipe.yml").write_text(LINEAR)
     asked = [{"question_id": n, "category": "x", "turns": [f"Say {n}.", "And then?"]} for n in range(3)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
@@ -126,9 +126,14 @@ def test_what_cannot_be_compared_is_said_by_name(place: Path) -> None:
     with pytest.raises(Failed, match="no folder nowhere"):
         bench("merged", "--parent", "left=nowhere")
     settings = Settings(home=place / "home")
-    rows = {each.id: each for each in heads.by_hand(place / "merged", (), ["left=left"], place / "out", settings, 0)}
+    rows = {
+        each.id: each
+        for each in candidate_heads.by_hand(place / "merged", (), ["left=left"], place / "out", settings, 0)
+    }
     assert rows["merged"].absent_because == "The heads cannot be merged: there are no heads of right."
-    rows = {each.id: each for each in heads.by_hand(place / "base", (), ["left=left"], place / "out", settings, 0)}
+    rows = {
+        each.id: each for each in candidate_heads.by_hand(place / "base", (), ["left=left"], place / "out", settings, 0)
+    }
     assert "mergekit_config.yml" in (rows["merged"].absent_because or "")
 
 
@@ -142,21 +147,24 @@ def test_the_bot_tries_the_heads_that_parents_carry(place: Path) -> None:
         settings = Settings(home=place / "bot", hub=running.url, device="cpu")
         hub = Hub(running.url)
         pinned = {name: hub.resolve(f"alice/{name}") for name in ("base", "left", "right")}
-        assert heads.fetched(hub, "alice/base", pinned["base"].revision, place / "none") is None
+        assert candidate_heads.fetched(hub, "alice/base", pinned["base"].revision, place / "none") is None
         sources = tuple(Source(f"alice/{name}", pinned[name].revision, "mit", 0) for name in ("left", "right"))
-        config = place / "merged" / heads.RECIPE
+        config = place / "merged" / candidate_heads.RECIPE
         config.chmod(0o644)
         text = config.read_text()
         for source in sources:
             text = text.replace(f"model: {source.repo.partition('/')[2]}\n", f"model: {source}\n")
         config.write_text(text)
-        rows = {each.id: each for each in heads.of_job(place / "merged", sources, place / "scratch", settings, hub, 0)}
+        rows = {
+            each.id: each
+            for each in candidate_heads.of_job(place / "merged", sources, place / "scratch", settings, hub, 0)
+        }
         assert list(rows) == ["parent:alice/left", "parent:alice/right", "merged"]
         fetched = rows["parent:alice/left"].folder
         assert fetched is not None and rows["merged"].absent_because is None
         assert (fetched / WEIGHTS).read_bytes() == (content / "left" / "medusa" / WEIGHTS).read_bytes()
         only = (Source("alice/base", pinned["base"].revision, "mit", 0),)
-        assert heads.of_job(place / "merged", only, place / "scratch", settings, hub, 0) == ()
+        assert candidate_heads.of_job(place / "merged", only, place / "scratch", settings, hub, 0) == ()
         quick = settings.model_copy(update={"speed_budget_s": 12, "speed_questions": 2, "speed_new_tokens": 12})
         report = decode_speed.of_merge(place / "merged", sources, quick, place / "scratch", lambda *_: None)
     assert "its parents' heads as they are bring" in report["sentence"]
