@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from bot import measure, policy, sources
+from bot import policy, scoring, sources
 from bot.errors import Failed, Refused, Transient
 from bot.hub import Hub, PinnedRepo
 from bot.job import ENDED, Job, Source, Stage, stage
@@ -120,7 +120,7 @@ def check_evaluation(asked: EvaluateOptions) -> None:
     """Refuse suites and tasks that are not on the bot's list. Raises Refused UNKNOWN_TASK with the nearest name."""
     listed = {task.name for suite in suites.SUITES.values() for task in suite.tasks}
     for kind, name, names in (
-        ("suite", asked.suite, {*suites.SUITES, measure.NO_SUITE}),
+        ("suite", asked.suite, {*suites.SUITES, scoring.NO_SUITE}),
         *(("task", task, listed) for task in asked.tasks),
     ):
         if name not in names:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from bot.evaluator_errors import translated
 from bot.job import Source
-from bot.measure import measures_nothing
 from bot.progress import Show
 from bot.request import EvaluateOptions
+from bot.scoring import measures_nothing
 from bot.settings import Settings
 from evaluators import comparison, memory, vitals
 from evaluators.comparison.verdict import Comparison

@@ -68,10 +68,10 @@ def _files_of(model: str, evaluation: ModelEvaluation, settings: Settings) -> di
     return {f"{folder}/evaluation.json": json.dumps(told, indent=1) + "\n", **made}
 
 
-def take(hub: Hub, repo: str, put: Question, model: str, settings: Settings) -> bool:
+def take(hub: Hub, repo: str, question: Question, model: str, settings: Settings) -> bool:
     """Bring the evaluation of `model` (repo@commit) from the dataset `repo` into the local cache, if it is there and
     holds good. Never raises: without it the model is measured."""
-    key = put.key(model)
+    key = question.key(model)
     if results.stored(settings.evaluations, key) is not None:
         return True
     folder = f"evaluations/{key}"
@@ -87,7 +87,7 @@ def take(hub: Hub, repo: str, put: Question, model: str, settings: Settings) -> 
         told = json.loads(read("evaluation.json"))
         found = _EVALUATION.validate_python(told["evaluation"])
         structure = _STRUCTURE.validate_python(told["structure"])
-        if told["model"] != model or not _answers(found, put, key):
+        if told["model"] != model or not _answers(found, question, key):
             return False
         samples = {}
         for task, digest in told["samples"].items():
@@ -104,17 +104,17 @@ def take(hub: Hub, repo: str, put: Question, model: str, settings: Settings) -> 
     return True
 
 
-def _answers(found: ModelEvaluation, put: Question, key: str) -> bool:
+def _answers(found: ModelEvaluation, question: Question, key: str) -> bool:
     """Whether an evaluation is the answer to exactly this question, by these versions of the libraries."""
-    here, conditions = found.environment, asdict(put.conditions)
+    here, conditions = found.environment, asdict(question.conditions)
     same = ("limit", "seed", "batch_size", "chat_template", "backend")
     return (
         found.key == key
-        and found.suite_digest == put.suite.digest
-        and len(found.scores) == len(put.suite.tasks)
-        and all(map(_ranked, put.suite.tasks, found.scores))
+        and found.suite_digest == question.suite.digest
+        and len(found.scores) == len(question.suite.tasks)
+        and all(map(_ranked, question.suite.tasks, found.scores))
         and all(getattr(here, name) == conditions[name] for name in same)
-        and put.conditions.fits(here.device, here.dtype)
+        and question.conditions.fits(here.device, here.dtype)
         and all(getattr(here, name) == importlib.metadata.version(name) for name in LIBRARIES)
         and all(math.isfinite(score.value) for score in found.scores)
     )

@@ -182,7 +182,7 @@ def whole_models(names: Sequence[str], settings: Settings, report: Show) -> dict
 
 def evaluate(
     models: Mapping[str, tuple[Path, str]],
-    put: Question,
+    question: Question,
     settings: Settings,
     report: Show,
     told: Callable[[str, Estimate], None],
@@ -191,7 +191,7 @@ def evaluate(
 
     `told` hears what each will take. Raises Failed as the harness does.
     """
-    from bot import measure
+    from bot import scoring
 
     found: dict[str, ModelEvaluation] = {}
     asked: set[str] = set()
@@ -202,8 +202,8 @@ def evaluate(
 
     for model, (folder, identity) in models.items():
         scratch = settings.scratch / "evaluate"
-        found[model] = measure.evaluate(
-            folder, model, put, settings, scratch, report, identity, functools.partial(begun, model)
+        found[model] = scoring.evaluate(
+            folder, model, question, settings, scratch, report, identity, functools.partial(begun, model)
         )
     return Evaluated(found, frozenset(found) - asked)
 

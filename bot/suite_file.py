@@ -26,9 +26,9 @@ from typing import TypeVar
 
 from bot.errors import Failed, Refused, Where
 from bot.evaluator_errors import translated
-from bot.measure import suite_named
 from bot.merge.recipe.document import Node, Reader, Text
 from bot.merge.recipe.reading import read_yaml
+from bot.scoring import suite_named
 from evaluators.harness import suites
 from evaluators.harness.suites import Suite, SuiteTask
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from bot import carried_heads, decode_speed, judgement, measure, sources
+from bot import carried_heads, decode_speed, judgement, scoring, sources
 from bot.errors import Failed
 from bot.executors import child
 from bot.job import Evaluation, Merge, PublishedFile, Source
@@ -75,12 +75,12 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
 def _measured(spec: Mapping[str, Any], settings: Settings, hub: Hub) -> set[tuple[str, str]]:
     """Repo and commit of the sources that will be evaluated beside their merge: those that never were."""
     asked = _EVALUATE.validate_python(spec["evaluate"])
-    if measure.measures_nothing(asked):
+    if scoring.measures_nothing(asked):
         return set()
     return {
         (source.repo, source.revision)
         for source in _SOURCES.validate_python(spec["sources"])
-        if not (source.adapter or measure.is_known(source, asked, settings, hub))
+        if not (source.adapter or scoring.is_known(source, asked, settings, hub))
     }
 
 
@@ -126,7 +126,7 @@ def evaluate(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[
     asked = _EVALUATE.validate_python(spec["evaluate"])
     parts = _SOURCES.validate_python(spec["sources"])
     signs = judgement.vital_signs(out, spec["manifest"], parts, asked, settings, report)
-    merged, parents = measure.scores(out, spec["manifest"], parts, asked, settings, scratch, report)
+    merged, parents = scoring.scores(out, spec["manifest"], parts, asked, settings, scratch, report)
     verdict, not_compared = judgement.compared(merged, parents, settings)
     crashpoint("eval.after_task")
     speed = decode_speed.of_merge(out, parts, settings, scratch, report) if asked.speed == "medusa" else None

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from bot import evaluation_screen, measure, operator, screens, worker
+from bot import evaluation_screen, operator, scoring, screens, worker
 from bot.cli import app
 from bot.errors import Failed, Refused
 from bot.evaluation_screen import fitted, labels
@@ -256,7 +256,7 @@ def test_a_merge_whose_parent_is_known_costs_one_model_and_no_download(place: Pa
     """The parent's folder does not even exist: what is stored under its commit is enough."""
     settings = Settings(home=place / "bot", hub="http://127.0.0.1:9")
     asked = EvaluateOptions(suite="offline", limit=2)
-    put = measure.question(asked, settings)
+    put = scoring.question_of(asked, settings)
     parent = Source("alice/parent", "0" * 40, "mit", 1)
     heard: list[str] = []
     hub = Hub(settings.hub, deadline_s=1.0)
@@ -264,17 +264,17 @@ def test_a_merge_whose_parent_is_known_costs_one_model_and_no_download(place: Pa
     def report(what: str, done: float, total: float) -> None:
         heard.append(what)
 
-    first = measure.evaluate(place / "first", parent.repo, put, settings, place / "scratch", report, str(parent))
+    first = scoring.evaluate(place / "first", parent.repo, put, settings, place / "scratch", report, str(parent))
     twin = Source("alice/b", "0" * 39 + "b", "mit", 1)  # the same answers, stored under another name
     stored = settings.evaluations / "results" / put.key(str(twin))
     shutil.copytree(results.folder_of(first, settings.evaluations), stored)
     (stored / "evaluation.json").write_text(json.dumps(replace(first, key=stored.name).as_dict()))
-    assert measure.is_known(parent, asked, settings, hub)
+    assert scoring.is_known(parent, asked, settings, hub)
     sources = worker._SOURCES.dump_python((parent, twin), mode="json")
     spec = {"evaluate": {"suite": "offline", "limit": 2}, "sources": sources}
     assert worker._measured(spec, settings, hub) == set()
     heard.clear()
-    merged, found = measure.scores(
+    merged, found = scoring.scores(
         place / "merge", "m" * 64, (parent, twin), asked, settings, place / "scratch", report
     )
     assert set(heard) == {"Evaluating the merge"} and merged is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bot import kept_evaluations, measure
+from bot import kept_evaluations, scoring
 from bot.hub import Hub
 from bot.localhub import seed
 from bot.request import EvaluateOptions
@@ -35,7 +35,7 @@ def hub(tmp_path: Path) -> Iterator[RunningHub]:
 
 
 def asked(settings: Settings) -> Question:
-    return measure.question(EvaluateOptions(suite="offline", limit=5), settings)
+    return scoring.question_of(EvaluateOptions(suite="offline", limit=5), settings)
 
 
 def settings_of(hub: RunningHub, home: Path) -> Settings:

@@ -42,7 +42,7 @@ def measures_nothing(asked: EvaluateOptions) -> bool:
     return asked.suite == NO_SUITE and not asked.tasks
 
 
-def question(asked: EvaluateOptions, settings: Settings) -> Question:
+def question_of(asked: EvaluateOptions, settings: Settings) -> Question:
     """The question of a request. Raises Refused UNKNOWN_TASK."""
     suite = suites.own_suite(asked.tasks) if asked.tasks else suite_named(asked.suite)
     return Question(
@@ -70,16 +70,16 @@ def scores(
     """
     if measures_nothing(asked):
         return None, {}
-    put = question(asked, settings)
+    question = question_of(asked, settings)
     found = {}
     for source in (source for source in sources if not source.adapter):
         folder = settings.source_folder(source.repo, source.revision)
-        found[str(source)] = evaluate(folder, source.repo, put, settings, scratch, report, str(source))
+        found[str(source)] = evaluate(folder, source.repo, question, settings, scratch, report, str(source))
     looks: list[ModelEvaluation] = []
     order = comparison.most_telling(found, cache=settings.evaluations)
 
     def of_merge(limit: int | None) -> ModelEvaluation:
-        here = replace(put, conditions=replace(put.conditions, limit=limit))
+        here = replace(question, conditions=replace(question.conditions, limit=limit))
         found_here = evaluate(
             out, "the merge", here, settings, scratch, report, manifest, reuse=looks[-1:], order=order
         )
@@ -93,13 +93,13 @@ def scores(
 def is_known(source: Source, asked: EvaluateOptions, settings: Settings, hub: Hub) -> bool:
     """Whether a source was measured before, here or for the results dataset, so that its weights need not be here."""
     repo = f"{settings.namespace}/{leaderboard.RESULTS}"
-    return kept_evaluations.take(hub, repo, question(asked, settings), str(source), settings)
+    return kept_evaluations.take(hub, repo, question_of(asked, settings), str(source), settings)
 
 
 def evaluate(
     folder: Path,
     name: str,
-    put: Question,
+    question: Question,
     settings: Settings,
     scratch: Path,
     report: Show,
@@ -113,8 +113,8 @@ def evaluate(
     with translated(about=name):
         return harness.evaluate(
             folder,
-            put.suite,
-            **asdict(put.conditions),
+            question.suite,
+            **asdict(question.conditions),
             endpoint=settings.hub,
             cache=settings.evaluations,
             scratch=scratch / "lm-eval",
