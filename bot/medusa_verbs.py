@@ -43,7 +43,7 @@ def bench(
     seed: Seed = 0,
 ) -> None:
     """Compare decoding with Medusa heads to plain greedy decoding, honestly: fresh heads, given ones, the parents'."""
-    from bot import decode_speed, head_training, operator, screens
+    from bot import decode_speed, head_training, operator, screens, speed_screen
     from bot.candidate_heads import by_hand, require_folder
 
     kind = flags.one_of("--dtype", dtype, flags.PRECISIONS)
@@ -57,7 +57,7 @@ def bench(
         given = by_hand(found, heads or (), parent or (), beside, configured, seed)
         asked = decode_speed.Speed(prompts, budget_s, questions, new_tokens, turns, given, kind, tree)
         report = decode_speed.bench(found, beside, asked, configured, shown, seed=seed)
-    screens.speed(report, _at(out, beside))
+    speed_screen.speed(report, _at(out, beside))
 
 
 def _at(out: Path, beside: Path) -> Path:
@@ -92,7 +92,7 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Answer a prompt with Medusa heads, as it is decoded; what the heads had guessed stands in green."""
-    from bot import head_training, operator, screens
+    from bot import head_training, operator, screens, speed_screen
     from bot.candidate_heads import require_folder
 
     kind = flags.one_of("--dtype", dtype, flags.PRECISIONS)
@@ -110,8 +110,8 @@ def generate(
     chosen = choose_device(configured.device).type
     with threads.steadiest_threads(chosen):
         speaker = generation.load(folder, heads, device=chosen, dtype=kind)
-        screens.speech(speaker.say(prompt, new_tokens, how, [text for text in stop or () if text]))
-    screens.spoken(speaker.trace, speaker.tree.nodes, speaker.notes)
+        speed_screen.speech(speaker.say(prompt, new_tokens, how, [text for text in stop or () if text]))
+    speed_screen.spoken(speaker.trace, speaker.tree.nodes, speaker.notes)
 
 
 @app.command("export", cls=Verb)

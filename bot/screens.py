@@ -13,24 +13,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
-from rich.text import Text
 
 from bot.merge.execution.sizes import in_units
 from bot.progress import Show, in_lines
-from evaluators.pictures.speed_figure import speed_figure, way_of
 
 if TYPE_CHECKING:
     from bot.job import Job
     from bot.verification import Verdict
     from evaluators.harness.scores import ModelEvaluation
-    from evaluators.medusa.decoding.decode import Trace
-    from evaluators.medusa.generation import Piece
 
 console = Console()
 _INPUT = ("model", "tensor", "dtype", "base", "adapter")  # what `Plan.values_of` says of an input beside its parameters
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
     """A line a sentence, however long: a terminal wraps it itself, and a log should not."""
     console.print(sentence, soft_wrap=True)
 
@@ -42,7 +38,7 @@ def progress(*, hidden: bool = False) -> Iterator[Show]:
     Without a terminal a line when a task begins and one when it ends.
     """
     if not (hidden or console.is_interactive):
-        with in_lines(lambda line: _say(escape(line))) as told:
+        with in_lines(lambda line: say(escape(line))) as told:
             yield told
         return
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
@@ -91,7 +87,7 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
             table.add_row(name, escape(value))
     console.print(table)
     for notice in summary["notices"]:
-        _say(f"[yellow]note[/yellow] {escape(notice['text'])}")
+        say(f"[yellow]note[/yellow] {escape(notice['text'])}")
 
 
 def _stage(told: Mapping[str, Any]) -> str:
@@ -132,7 +128,7 @@ def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
         stage = f"{each['stage']}: " if "stage" in each else ""
         shared = ", ".join(f"{name} {_value(value)}" for name, value in each["parameters"].items())
         title = f"{stage}{each['tensor']}  {each['shape']} {each['dtype']}: {each['does']}"
-        _say(escape(title + f" ({shared})" * bool(shared)))
+        say(escape(title + f" ({shared})" * bool(shared)))
         console.print(_inputs(each))
 
 
@@ -151,11 +147,11 @@ def _inputs(values: Mapping[str, Any]) -> Table:
 def merged(result: Any, out: Path) -> None:
     """`result` is None where `out` holds the merge already."""
     if result is None:
-        _say(f"[green]Already done[/green]: {escape(str(out))} holds this merge; nothing was changed.")
+        say(f"[green]Already done[/green]: {escape(str(out))} holds this merge; nothing was changed.")
         return
-    _say(f"[green]Merged[/green] {in_units(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
+    say(f"[green]Merged[/green] {in_units(result.bytes)} into {escape(str(out))} in {result.seconds:.1f} s.")
     for notice in result.notices:
-        _say(f"[yellow]note[/yellow] {escape(notice.text)}")
+        say(f"[yellow]note[/yellow] {escape(notice.text)}")
 
 
 def verdict(found: Verdict, *, as_json: bool) -> None:
@@ -164,13 +160,13 @@ def verdict(found: Verdict, *, as_json: bool) -> None:
         console.print_json(json.dumps(found.as_dict()))
         return
     if not found.differences:
-        _say(f"[green]{escape(found.sentence)}[/green]")
+        say(f"[green]{escape(found.sentence)}[/green]")
     for each in found.differences[:20]:
-        _say(f"[red]{each.what}[/red] {escape(each.sentence)}")
+        say(f"[red]{each.what}[/red] {escape(each.sentence)}")
     if len(found.differences) > 20:
-        _say(f"... and {len(found.differences) - 20:,} more; `--json` names them all.")
+        say(f"... and {len(found.differences) - 20:,} more; `--json` names them all.")
     for remark in found.remarks:
-        _say(f"[yellow]note[/yellow] {escape(remark)}")
+        say(f"[yellow]note[/yellow] {escape(remark)}")
 
 
 def scores(evaluations: Mapping[str, ModelEvaluation]) -> None:
@@ -185,99 +181,6 @@ def scores(evaluations: Mapping[str, ModelEvaluation]) -> None:
     for model in evaluations:
         table.add_row(escape(model), *(str(row.figures[model]) for row in rows))
     console.print(table)
-
-
-def speed(report: Mapping[str, Any], file: Path) -> None:
-    """The report of the speed test: one row a way of decoding, one a category of questions."""
-    _say(escape(str(report["sentence"])))
-    columns = ("decoding", "heads right", "nodes", "a step", "cost", "tok/s", "speed (95 %)")
-    table = _table(f"Ways of decoding this model, {_precision(report)}", columns)
-    for row in report["candidates"]:
-        if row["absent_because"] is None:
-            cost = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
-            rate = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
-            nodes = "" if row["tree"]["nodes"] is None else str(row["tree"]["nodes"])
-            shares = " ".join(f"{head['top1']:.2f}" for head in row["accuracy"])
-            table.add_row(
-                escape(way_of(row["id"])), shares, nodes, _steps(row["tokens_per_step"]), cost, rate, _ratio(row)
-            )
-    console.print(table)
-    _say(
-        "Heads right: how often the first guess of each is. Tokens a step and a second (tok/s); cost: a step over a "
-        "plain one; speed: over plain decoding, which was run once more to see what equal work takes."
-    )
-    for row in report["candidates"]:
-        if row["absent_because"] is not None:
-            _say(escape(f"Not timed: {way_of(row['id'])}: {row['absent_because']}"))
-    asked = {row["id"]: row["categories"] for row in report["candidates"] if row["categories"]}
-    if asked:
-        console.print(_categories(asked))
-    for warning in report["warnings"]:
-        _say(escape(f"Note: {warning}."))
-    drawn = speed_figure(report)
-    if drawn:
-        file.with_suffix(".svg").write_text(drawn, encoding="utf-8")
-    beside = f", its picture in {escape(str(file.with_suffix('.svg')))}" if drawn else ""
-    _say(f"The whole report is in {escape(str(file))}{beside}.")
-
-
-def speech(pieces: Iterable[Piece]) -> None:
-    """Text as it comes, the tokens that heads had guessed in green. A model may say what steers a terminal."""
-    for piece in pieces:
-        harmless = "".join(letter for letter in piece.text if letter.isprintable() or letter in "\n\t")
-        console.print(Text(harmless, "green" if piece.guessed else ""), end="", soft_wrap=True)
-    console.print()
-
-
-def spoken(trace: Trace, nodes: int, notes: Iterable[str]) -> None:
-    """What an answer took."""
-    seconds = trace.prefill.wall_s + trace.decode.wall_s
-    guessing = trace.tokens_per_step is not None and nodes > 1
-    rate = f", {trace.tokens_per_step:.2f} a step with a tree of {nodes}" if guessing else ""
-    console.print(f"{len(trace.tokens)} tokens in {seconds:.1f} s{rate}.", style="dim", highlight=False)
-    for note in notes:
-        _say(escape(f"Note: {note}."))
-
-
-def _table(title: str, columns: Iterable[str]) -> Table:
-    """Words on the left in the first two columns, figures on the right in the others."""
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
-    return table
-
-
-def _categories(asked: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
-    """Tokens per step and speed of each timed candidate, by category of questions."""
-    table = _table(
-        "By category: tokens/step, speed", ("category", "questions", *(escape(way_of(name)) for name in asked))
-    )
-    for rows in zip(*asked.values(), strict=True):
-        cells = [" ".join("–" if x is None else f"{x:.2f}" for x in (r["tokens_per_step"], r["speedup"])) for r in rows]
-        table.add_row(escape(rows[0]["name"]), str(rows[0]["prompts"]), *cells)
-    return table
-
-
-def _precision(report: Mapping[str, Any]) -> str:
-    """`bfloat16 on cpu`: what all of them computed in, plain decoding included."""
-    return f"{report['model']['dtype']} on {report['environment']['device']}"
-
-
-def _steps(rate: Mapping[str, Any]) -> str:
-    found = rate["simulated"] if rate["measured"] is None else rate["measured"]
-    return "" if found is None else f"{found:.2f}"
-
-
-def _ratio(row: Mapping[str, Any]) -> str:
-    """The measured ratio to plain decoding on the clock that counts; a prediction is marked as one."""
-    found = row["speedup"]
-    clock = found["clock_used"]
-    if clock is None:
-        return "" if found["predicted_here"] is None else f"{found['predicted_here']:.2f} predicted"
-    if found[clock] is None:
-        return ""
-    interval = found[f"{clock}_ci95"]
-    return f"{found[clock]:.2f}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
 
 
 def jobs(found: Iterable[Job]) -> None:
@@ -297,7 +200,7 @@ def jobs(found: Iterable[Job]) -> None:
         row = (each.id, each.request.name, each.request.requester, stage(each, now).value, done, result)
         table.add_row(*(escape(cell) for cell in row))
     if not table.row_count:
-        _say("No jobs yet. Ask for a merge with `mergebot submit RECIPE --name NAME`.")
+        say("No jobs yet. Ask for a merge with `mergebot submit RECIPE --name NAME`.")
         return
     console.print(table)
 
@@ -305,7 +208,7 @@ def jobs(found: Iterable[Job]) -> None:
 def job(found: Job) -> None:
     jobs([found])
     for failure in found.failures:
-        _say(
+        say(
             f"[red]{failure.stage.value} failed[/red] {escape(failure.sentence)} "
             f"{escape(failure.next_step)} ({failure.code})"
         )
