@@ -34,7 +34,7 @@ from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vo
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate, transfer
-from evaluators.medusa.training import data, fitting, prompt_sets, simulation, train
+from evaluators.medusa.training import data, prompt_sets, simulation, train, training_file
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 HERE = Path(__file__).resolve().parent
@@ -183,7 +183,7 @@ def _at_home(model: Path, folder: Path, prompts: Prompts, console: Console) -> d
     texts = _answers(base, prompts)
     heads, training = _fit(base, texts, FULL)
     formats.save(heads, folder, base_model=model.name)
-    formats.write_json(folder / fitting.TRAINING_FILE, {"positions": training.positions, "steps": training.steps})
+    formats.write_json(folder / training_file.NAME, {"positions": training.positions, "steps": training.steps})
     calibration, test = data.gather(base, texts.calibration), data.gather(base, texts.test)
     common = transfer.common_tree(heads, calibration)
     return _row(heads, calibration, test, common, None) | {

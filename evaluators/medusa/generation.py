@@ -23,8 +23,7 @@ from evaluators.medusa.formats.reading import CARRIED
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate
-from evaluators.medusa.speed.transfer import known_training
-from evaluators.medusa.training import prompt_sets
+from evaluators.medusa.training import prompt_sets, training_file
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 CONTEXT = 128
@@ -122,5 +121,5 @@ USUAL: tuple[tuple[float, ...], ...] = (
 
 def _accuracy(folder: Path, heads: int) -> Sequence[Sequence[float]] | None:
     """What `mergebot medusa train` wrote down of heads: shares of right guesses by head and rank."""
-    known = known_training(folder / CARRIED if (folder / CARRIED).is_dir() else folder) or {}
+    known = training_file.read(folder / CARRIED if (folder / CARRIED).is_dir() else folder) or {}
     return known["accuracy"][:heads] if "accuracy" in known else None

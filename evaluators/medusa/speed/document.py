@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 SCHEMA = "mergebot.decode_speed/1"
@@ -284,9 +284,6 @@ class Report:
     aa: Steadiness = Steadiness()
     plain: Plain = Plain()
     candidates: tuple[Row, ...] = ()
-
-
-TRAINING = tuple(each.name for each in fields(Made) if each.name != "break_even_tokens")
 
 
 def as_json(value: Report | Row) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from evaluators.medusa.speed.document import Row, Suite, as_json
 from evaluators.medusa.speed.measurement import Asked, Progress, Run
 from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.speed.transfer import Given, HeadSet
-from evaluators.medusa.training import data, fitting, prompt_sets, train
+from evaluators.medusa.training import data, fitting, prompt_sets, train, training_file
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree
 
@@ -282,7 +282,7 @@ def _learnt(
     spent = run.report.seconds
     facts |= {"prompts": len(texts.train), "prompt_fingerprints": texts.prompts, "generate_s": spent["generate"],
               "features_s": spent["features"]}  # fmt: skip
-    fitting.write(heads, facts, run.out / name, base_model=run.folder.name)
+    training_file.write(heads, facts, run.out / name, base_model=run.folder.name)
     return heads, facts
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.speed import baselines, bench, conclusions, rows, transfer
 from evaluators.medusa.speed.document import (
-    TRAINING,
     HeadAccuracy,
     HeadFacts,
     Made,
@@ -20,6 +19,7 @@ from evaluators.medusa.speed.document import (
 )
 from evaluators.medusa.speed.rows import GOOD_OVERHEAD, Machine, Measured, Scored, over, rounded
 from evaluators.medusa.training import simulation
+from evaluators.medusa.training.training_file import COSTS
 from evaluators.medusa.trees.tree import Tree
 
 SIMULATION_LIMIT = 0.01
@@ -157,7 +157,7 @@ def _simulated(heads: Heads, m: Measured, tree: Tree) -> float | None:
 
 def _training(each: transfer.HeadSet, ratio: bench.Ratio | None, m: Measured) -> Made:
     """What it cost to make the heads, and after how many tokens that is won back at the measured speed."""
-    known = Made(**{key: (each.training or {}).get(key) for key in TRAINING})
+    known = Made(**{key: (each.training or {}).get(key) for key in COSTS})
     spent = [part for part in (known.generate_s, known.features_s, known.fit_s) if part is not None]
     speed = rows.plain_figures(m.blocks).tokens_per_s
     if ratio is None or ratio.value <= 1 or not speed or len(spent) < 3:

@@ -6,7 +6,6 @@ decoder are arithmetic on its hidden states (simulation.simulate).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +19,7 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed.document import TRAINING
-from evaluators.medusa.training import data, prompt_sets, simulation
-from evaluators.medusa.training.fitting import TRAINING_FILE
+from evaluators.medusa.training import data, prompt_sets, simulation, training_file
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree, greedy_tree
@@ -30,8 +27,6 @@ from evaluators.medusa.trees.tree import Tree, greedy_tree
 COMMON_NODES = 8
 LEAST_TO_RETAIN = 0.02
 UNEQUAL_TRAINING = 0.1
-TRAINING_LIMIT_BYTES = 16 << 20  # the fingerprints of a million prompts
-MOST_HEADS, MOST_RANKS, MOST_COUNTED = 64, 256, 1e15
 Origin = Literal["parent", "merged", "fresh"]
 
 
@@ -80,7 +75,7 @@ def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
                 if each.origin == "fresh":
                     raise
                 reason = error.message
-        training = None if each.folder is None else known_training(each.folder)
+        training = None if each.folder is None else training_file.read(each.folder)
         sets.append(HeadSet(each.id, each.origin, heads, each.source, reason, training, each.model))
     return sets, warnings
 
@@ -197,41 +192,5 @@ def unlearnt(test: Sequence[Prompt], given: Sequence[Given], least: int) -> tupl
 
 def learnt_prompts(given: Sequence[Given]) -> frozenset[str]:
     """The fingerprints of the prompts that given heads say they were trained on; heads of unknown origin say none."""
-    read = (_training_file(each.folder) for each in given if each.folder is not None)
-    said = (value.get("prompt_fingerprints") for value in read if value is not None)
-    return frozenset(print_ for text in said if isinstance(text, str) for print_ in text.split())
-
-
-def known_training(folder: Path) -> dict[str, Any] | None:
-    """What the file beside heads says of their training, as far as it can be meant: it may be a stranger's.
-
-    Counts and seconds that are finite numbers from 0; `accuracy` as shares by head and rank. None without such a file.
-    """
-    value = _training_file(folder)
-    if value is None:
-        return None
-    known: dict[str, Any] = {key: value[key] for key in TRAINING if _counts(value.get(key))}
-    shares = value.get("accuracy")
-    if isinstance(shares, list) and 0 < len(shares) <= MOST_HEADS and all(_are_shares(row) for row in shares):
-        known["accuracy"] = shares
-    return known
-
-
-def _training_file(folder: Path) -> dict[str, Any] | None:
-    try:
-        with (folder / TRAINING_FILE).open("rb") as file:
-            text = file.read(TRAINING_LIMIT_BYTES + 1)
-        value = json.loads(text) if len(text) <= TRAINING_LIMIT_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < MOST_COUNTED
-
-
-def _are_shares(row: object) -> bool:
-    return (
-        isinstance(row, list) and 0 < len(row) <= MOST_RANKS and all(_counts(share) and share <= 1 for share in row)
-    )  # fmt: skip
+    folders = [each.folder for each in given if each.folder is not None]
+    return frozenset(print_ for folder in folders for print_ in training_file.learnt_prompts(folder))

@@ -1,15 +1,14 @@
-"""From answers to files of heads: what `mergebot medusa train` and the speed test do alike.
+"""From answers to heads: what `mergebot medusa train` and the speed test do alike.
 
 Which prompts (prompt_sets.apart), which answers teach (data.straight), which draft vocabulary, how heads learn, and
-what is written down of it. How answers are got is each one's own: a training keeps batches that it can find again, a
-speed test has seconds and thins all its splits alike.
+what is written down of it (training_file). How answers are got is each one's own: a training keeps batches that it can
+find again, a speed test has seconds and thins all its splits alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from evaluators.medusa import formats
@@ -18,9 +17,8 @@ from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vo
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import simulation, train
 from evaluators.medusa.training.data import Features
+from evaluators.medusa.training.training_file import SCHEMA
 
-SCHEMA = "mergebot.head_training/1"
-TRAINING_FILE = "training.json"
 HEADS = 3
 DRAFT_VOCABULARY = 8192
 ANSWER_TOKENS = 96
@@ -76,11 +74,3 @@ def learn(
             for step, seconds, rate in training.curve
         ],
     }  # fmt: skip
-
-
-def write(heads: Heads, facts: dict[str, Any], folder: Path, *, base_model: str) -> None:
-    """The heads and what is known of them. The weights come last: heads that are there are whole, with all that was
-    said of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    formats.write_json(folder / TRAINING_FILE, facts)
-    formats.save(heads, folder, base_model=base_model)

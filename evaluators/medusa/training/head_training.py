@@ -28,7 +28,7 @@ from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.model import causal_lm, packed
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, fitting, joint, prompt_sets, simulation, train
+from evaluators.medusa.training import data, fitting, joint, prompt_sets, simulation, train, training_file
 from evaluators.medusa.training.store import Checkpoint, Store, key_of
 
 GENERATED_BY = {False: 0.78, True: 0.4}  # share of the budget, by whether the base is trained, too
@@ -165,7 +165,7 @@ def train_heads(
     facts["seconds"] = {name: round(value, 2) for name, value in work.seconds.items()}
     facts["seconds"]["total"] = round(work.used_s(), 2)
     facts |= {"resumed": work.resumed, "chat_template": prompt_sets.takes_turns(base)}
-    fitting.write(heads, facts, out, base_model=model.name)
+    training_file.write(heads, facts, out, base_model=model.name)
     shutil.rmtree(work.unfinished, ignore_errors=True)
     return facts
 

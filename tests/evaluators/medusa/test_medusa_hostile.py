@@ -16,6 +16,7 @@ from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.model.attention import GROUPED, use_grouped
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import transfer
+from evaluators.medusa.training import training_file
 from evaluators.medusa.training.prompt_sets import Prompt, fingerprint
 from evaluators.medusa.trees.tree import full
 from evaluators.pictures.speed_figure import speed_figure
@@ -40,7 +41,7 @@ def test_of_a_strangers_training_file_only_what_can_be_meant_is_known(
     text: str, known: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     (tmp_path / "training.json").write_text(text)
-    assert transfer.known_training(tmp_path) == known
+    assert training_file.read(tmp_path) == known
 
 
 def test_a_parents_word_on_what_its_heads_learnt_takes_no_verdict_from_the_others(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import transfer
 from evaluators.medusa.speed.evaluation import measure
 from evaluators.medusa.speed.transfer import Given
-from evaluators.medusa.training import data, fitting, joint, prompt_sets, store, train
+from evaluators.medusa.training import data, joint, prompt_sets, store, train, training_file
 from evaluators.medusa.training.head_loss import Targets, draft_loss
 from evaluators.medusa.training.head_training import Wanted, train_heads
 from evaluators.medusa.training.prompt_sets import Prompt
@@ -262,4 +262,4 @@ def test_features_of_another_model_are_never_taken(model: Path, tmp_path: Path) 
     before = len(list(cache.iterdir()))
     train_heads(other, tmp_path / "b", cache, FIXED)
     assert len(list(cache.iterdir())) == 2 * before
-    assert json.loads((tmp_path / "b" / "training.json").read_text())["schema"] == fitting.SCHEMA
+    assert json.loads((tmp_path / "b" / "training.json").read_text())["schema"] == training_file.SCHEMA
