@@ -29,7 +29,7 @@ from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, identity_heads
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, prompt_sets, simulation
+from evaluators.medusa.training import distillation, prompt_sets, simulation
 from evaluators.medusa.training.head_training import HEADS_BY, Wanted, train_heads
 from evaluators.medusa.trees.tree import greedy_tree
 
@@ -96,14 +96,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _own_answers(base: Base, questions: Path, tokens: int) -> data.Features:
+def _own_answers(base: Base, questions: Path, tokens: int) -> distillation.Features:
     """The model's own answers to the first turns."""
     ids = sorted((prompt_sets.encode(base, prompt.turns[0]) for prompt in prompt_sets.read(questions)), key=len)
-    return data.gather(base, data.self_distil(base, ids, max_new_tokens=tokens, batch=20))
+    return distillation.gather(base, distillation.self_distil(base, ids, max_new_tokens=tokens, batch=20))
 
 
 def _row(
-    asked: argparse.Namespace, name: str, base: Base, test: data.Features, first: Row | None, console: Console
+    asked: argparse.Namespace, name: str, base: Base, test: distillation.Features, first: Row | None, console: Console
 ) -> Row:
     """One kind of heads: trained, then scored on the questions."""
     out = asked.cache / f"{name.replace(', ', '-')}-{time.time_ns()}"
@@ -145,7 +145,7 @@ class _Told:
             self._console.print(f"{self._name}: {now - self._began:.0f} s, {stage} {done} of {total}")
 
 
-def _rates(heads: Heads, test: data.Features, facts: Row) -> list[float]:
+def _rates(heads: Heads, test: distillation.Features, facts: Row) -> list[float]:
     """Tokens per step by tree size, with the trees that the calibration accuracies of the trained heads grow."""
     trees = [greedy_tree(facts["accuracy"], size) for size in SIZES]
     return [round(rate, 4) for rate in simulation.simulate_each(heads, test, trees)]
@@ -159,7 +159,7 @@ def _machine(base: Base, spent: Clocks) -> Row:
     }  # fmt: skip
 
 
-def _section(asked: argparse.Namespace, rows: dict[str, Row], test: data.Features, machine: Row) -> str:
+def _section(asked: argparse.Namespace, rows: dict[str, Row], test: distillation.Features, machine: Row) -> str:
     """All figures as a section for RESULTS.md."""
     one = next(iter(rows.values()))["facts"]
     said = [

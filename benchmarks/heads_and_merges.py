@@ -34,7 +34,7 @@ from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vo
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate, transfer
-from evaluators.medusa.training import data, prompt_sets, simulation, train, training_file
+from evaluators.medusa.training import distillation, prompt_sets, simulation, train, training_file
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 HERE = Path(__file__).resolve().parent
@@ -71,9 +71,9 @@ RECIPES = {
 class Texts:
     """A model's own greedy answers, by what they are for."""
 
-    train: list[data.Dialogue]
-    calibration: list[data.Dialogue]
-    test: list[data.Dialogue]
+    train: list[distillation.Dialogue]
+    calibration: list[distillation.Dialogue]
+    test: list[distillation.Dialogue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +162,14 @@ def _answers(base: Base, prompts: Prompts) -> Texts:
     learnt = [prompt_sets.encode(base, prompt.turns[0]) for prompt in prompts.train]
     held_out = [prompt_sets.encode(base, prompt.turns[0]) for prompt in prompts.calibration]
     asked = [ids for prompt in prompts.test if len(ids := prompt_sets.encode(base, prompt.turns[0])) <= LONGEST_PROMPT]
-    first = data.self_distil(base, learnt, max_new_tokens=TRAIN_TOKENS)
-    second = data.self_distil(base, held_out + asked[:TESTED_ON], max_new_tokens=TEST_TOKENS)
-    data.check(base, first)
+    first = distillation.self_distil(base, learnt, max_new_tokens=TRAIN_TOKENS)
+    second = distillation.self_distil(base, held_out + asked[:TESTED_ON], max_new_tokens=TEST_TOKENS)
+    distillation.check(base, first)
     return Texts(first, second[:CALIBRATED_ON], second[CALIBRATED_ON:])
 
 
 def _fit(base: Base, texts: Texts, recipe: train.Recipe, initial: Heads | None = None) -> tuple[Heads, train.Training]:
-    learnt, held_out = data.gather(base, texts.train), data.gather(base, texts.calibration)
+    learnt, held_out = distillation.gather(base, texts.train), distillation.gather(base, texts.calibration)
     keep = vocabulary_cut(learnt.tokens.tolist(), KEPT, base)
     spec = HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep) if initial is None else initial.spec
     return train.fit(spec, base, learnt, budget_s=3600, recipe=recipe, held_out=held_out, initial=initial)
@@ -184,7 +184,7 @@ def _at_home(model: Path, folder: Path, prompts: Prompts, console: Console) -> d
     heads, training = _fit(base, texts, FULL)
     formats.save(heads, folder, base_model=model.name)
     formats.write_json(folder / training_file.NAME, {"positions": training.positions, "steps": training.steps})
-    calibration, test = data.gather(base, texts.calibration), data.gather(base, texts.test)
+    calibration, test = distillation.gather(base, texts.calibration), distillation.gather(base, texts.test)
     common = transfer.common_tree(heads, calibration)
     return _row(heads, calibration, test, common, None) | {
         "positions": training.positions, "steps": training.steps, "fit_s": round(training.seconds, 1),
@@ -227,7 +227,7 @@ def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[
     texts = _answers(base, family.prompts)
     sets, training = _sets(base, texts, heads, family)
     fresh = sets["fresh"]
-    calibration, test = data.gather(base, texts.calibration), data.gather(base, texts.test)
+    calibration, test = distillation.gather(base, texts.calibration), distillation.gather(base, texts.test)
     cost = calibrate.cost_curve(EagerRunner(base), fresh, 100, widths=WIDTHS, repeats=TIMED)
     common = transfer.common_tree(fresh, calibration)
     rows = {key: _row(each, calibration, test, common, cost) for key, each in sets.items()}
@@ -277,7 +277,11 @@ def _time(family: Family, cache: Path, prompts: Path | None, budget_s: float) ->
 
 
 def _row(
-    heads: Heads, calibration: data.Features, test: data.Features, common: Tree, cost: calibrate.CostCurve | None
+    heads: Heads,
+    calibration: distillation.Features,
+    test: distillation.Features,
+    common: Tree,
+    cost: calibrate.CostCurve | None,
 ) -> dict[str, Any]:
     right = simulation.accuracy(heads, test)
     trees = [common.shallow(heads.spec.heads), transfer.common_tree(heads, calibration)]

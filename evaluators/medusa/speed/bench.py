@@ -20,7 +20,7 @@ from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.document import ClockName, Interval
-from evaluators.medusa.training.data import Dialogue
+from evaluators.medusa.training.distillation import Dialogue
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import Tree
 

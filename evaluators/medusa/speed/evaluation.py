@@ -29,7 +29,8 @@ from evaluators.medusa.speed.document import Row, Suite, as_json
 from evaluators.medusa.speed.measurement import Asked, Progress, Run
 from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.speed.transfer import Given, HeadSet
-from evaluators.medusa.training import data, fitting, prompt_sets, train, training_file
+from evaluators.medusa.training import distillation, fitting, prompt_sets, train, training_file
+from evaluators.medusa.training.distillation import gather
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree
 
@@ -50,8 +51,8 @@ TUNING = train.Recipe(1e-3, 128, 1)
 class _Texts:
     """The model's own answers by split, and the fingerprints of the prompts that those for training answer."""
 
-    train: list[data.Dialogue]
-    calibration: list[data.Dialogue]
+    train: list[distillation.Dialogue]
+    calibration: list[distillation.Dialogue]
     prompts: str
 
 
@@ -175,8 +176,8 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     run.warn(*warnings)
     texts = _generate(run, base, test, learning=all(each.origin != "fresh" for each in given))
     now = run.stage("generate", now)
-    data.check(base, texts.train or texts.calibration)
-    features = {"train": data.gather(base, texts.train), "calibration": data.gather(base, texts.calibration)}
+    distillation.check(base, texts.train or texts.calibration)
+    features = {"train": gather(base, texts.train), "calibration": gather(base, texts.calibration)}
     now = run.stage("features", now)
     sets = transfer.filling(_sets(run, base, features, given, texts), shape)
     now = run.stage("fit", now)
@@ -200,7 +201,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         reference=next(each for each in scored if each.set is reference),
         floor=identity_heads(reference.heads.spec, base),
         common=transfer.common_tree(reference.heads, features["calibration"]),
-        features={"timed": data.gather(base, said), "held_out": data.gather(base, [*texts.calibration, *said])},
+        features={"timed": gather(base, said), "held_out": gather(base, [*texts.calibration, *said])},
         cost=cost,
         blocks=blocks,
         versus=versus,
@@ -230,7 +231,7 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     queues = [iter(learnt)] * 4
     queues.append(iter([("calibration", prompt_sets.encode(base, prompt.turns[0])) for prompt in held_out]))
     mixed = _taking_turns(queues)
-    dialogues = data.self_distil(
+    dialogues = distillation.self_distil(
         base,
         [ids for _, ids in mixed],
         max_new_tokens=fitting.ANSWER_TOKENS,
@@ -238,11 +239,11 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
         deadline=run.until(GENERATED_BY),
         progress=run.named("generate"),
     )
-    texts: dict[str, list[data.Dialogue]] = {"train": [], "calibration": []}
+    texts: dict[str, list[distillation.Dialogue]] = {"train": [], "calibration": []}
     for (split, _), dialogue in zip(mixed, dialogues, strict=False):
         texts[split].append(dialogue)
     prints = " ".join(prompt_sets.fingerprint(prompt.turns[0]) for prompt in sources[: len(texts["train"])])
-    return _Texts(data.straight(texts["train"]), data.straight(texts["calibration"]), prints)
+    return _Texts(distillation.straight(texts["train"]), distillation.straight(texts["calibration"]), prints)
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
@@ -253,7 +254,7 @@ def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tup
 
 
 def _sets(
-    run: Run, base: Base, features: dict[str, data.Features], given: Sequence[HeadSet], texts: _Texts
+    run: Run, base: Base, features: dict[str, distillation.Features], given: Sequence[HeadSet], texts: _Texts
 ) -> list[HeadSet]:
     """The given sets, merged ones also after a short fine-tune, and fresh ones unless such are given."""
     if any(each.origin == "fresh" for each in given):
@@ -275,7 +276,7 @@ def _sets(
 
 
 def _learnt(
-    run: Run, base: Base, name: str, course: fitting.Course, features: dict[str, data.Features], texts: _Texts
+    run: Run, base: Base, name: str, course: fitting.Course, features: dict[str, distillation.Features], texts: _Texts
 ) -> tuple[Heads, dict[str, Any]]:
     """Heads and the facts of their training, both written under `out`."""
     heads, _, facts = fitting.learn(course, base, features["train"], features["calibration"], run.named("fit"))
@@ -287,7 +288,7 @@ def _learnt(
 
 
 def _scored(
-    each: HeadSet, reference: HeadSet, held_out: data.Features, cost: calibrate.CostCurve, shape: Tree | None
+    each: HeadSet, reference: HeadSet, held_out: distillation.Features, cost: calibrate.CostCurve, shape: Tree | None
 ) -> Scored:
     if each.heads is None:
         return Scored(each, None)
@@ -295,7 +296,7 @@ def _scored(
     return Scored(each, calibrate.choose_tree(each.heads, held_out, own, shape))
 
 
-def _with_cosine(run: Run, each: Scored, base: Base, said: Sequence[data.Dialogue]) -> Scored:
+def _with_cosine(run: Run, each: Scored, base: Base, said: Sequence[distillation.Dialogue]) -> Scored:
     if each.set.model is None or time.monotonic() > run.deadline:  # a parent is loaded for it
         return each
     return replace(each, cosine=transfer.hidden_cosine(each.set.model, base, said[:COMPARED_TEXTS]))

@@ -30,7 +30,7 @@ from evaluators.medusa.speed.document import (
     TreeFacts,
 )
 from evaluators.medusa.speed.transfer import HeadSet
-from evaluators.medusa.training import data
+from evaluators.medusa.training import distillation
 from evaluators.medusa.trees.tree import Tree
 
 GOOD_OVERHEAD = 1.2
@@ -58,7 +58,7 @@ class Measured:
     reference: Scored
     floor: Heads
     common: Tree
-    features: Mapping[str, data.Features]
+    features: Mapping[str, distillation.Features]
     cost: calibrate.CostCurve
     blocks: Sequence[bench.Block]
     versus: Sequence[baselines.Versus]

@@ -19,7 +19,7 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, prompt_sets, simulation, training_file
+from evaluators.medusa.training import distillation, prompt_sets, simulation, training_file
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree, greedy_tree
@@ -104,7 +104,7 @@ def _too_small(heads: Heads, tree: Tree) -> str | None:
     return None
 
 
-def common_tree(heads: Heads, calibration: data.Features, nodes: int = COMMON_NODES) -> Tree:
+def common_tree(heads: Heads, calibration: distillation.Features, nodes: int = COMMON_NODES) -> Tree:
     """The tree all sets are compared at: the best of that size for `heads`, the reference."""
     return greedy_tree(simulation.accuracy(heads, calibration).shares, nodes)
 
@@ -123,7 +123,7 @@ def retention(top1: Sequence[float], untrained: Sequence[float], reference: Sequ
 
 
 @torch.no_grad()
-def hidden_cosine(model: Path, base: Base, texts: Sequence[data.Dialogue]) -> float | None:
+def hidden_cosine(model: Path, base: Base, texts: Sequence[distillation.Dialogue]) -> float | None:
     """Mean cosine between the hidden rows of another model and of `base` on the same tokens, over all output tokens.
 
     None where the two cannot be compared: other width, other vocabulary, or a model that cannot be loaded.

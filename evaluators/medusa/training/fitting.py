@@ -1,8 +1,8 @@
 """From answers to heads: what `mergebot medusa train` and the speed test do alike.
 
-Which prompts (prompt_sets.apart), which answers teach (data.straight), which draft vocabulary, how heads learn, and
-what is written down of it (training_file). How answers are got is each one's own: a training keeps batches that it can
-find again, a speed test has seconds and thins all its splits alike.
+Which prompts (prompt_sets.apart), which answers teach (distillation.straight), which draft vocabulary, how heads learn,
+and what is written down of it (training_file). How answers are got is each one's own: a training keeps batches that it
+can find again, a speed test has seconds and thins all its splits alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import simulation, train
-from evaluators.medusa.training.data import Features
+from evaluators.medusa.training.distillation import Features
 from evaluators.medusa.training.training_file import SCHEMA
 
 HEADS = 3

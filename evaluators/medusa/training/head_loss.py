@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model import causal_lm
-from evaluators.medusa.training.data import IGNORED, Features
+from evaluators.medusa.training.distillation import IGNORED, Features
 
 DECAY_PER_HEAD = 0.8
 BLOCK_LOGITS = 1 << 21  # 4 MiB in bfloat16

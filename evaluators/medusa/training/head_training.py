@@ -28,7 +28,7 @@ from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.model import causal_lm, packed
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, fitting, joint, prompt_sets, simulation, train, training_file
+from evaluators.medusa.training import distillation, fitting, joint, prompt_sets, simulation, train, training_file
 from evaluators.medusa.training.store import Checkpoint, Store, key_of
 
 GENERATED_BY = {False: 0.78, True: 0.4}  # share of the budget, by whether the base is trained, too
@@ -154,8 +154,8 @@ def train_heads(
     work.progress("load", 1, 1)
     _noted(work, "load", began)
     held_out, learnt = _answers(work, base, encoded, content)
-    data.check(base, learnt or held_out)
-    learn, apart = (data.on_disk(base, data.straight(answers)) for answers in (learnt, held_out))
+    distillation.check(base, learnt or held_out)
+    learn, apart = (distillation.on_disk(base, distillation.straight(answers)) for answers in (learnt, held_out))
     heads, facts = _fitted(work, base, learn, apart)
     facts |= {"prompts": len(learnt), "dropped_prompts": encoded.dropped,
               "prompt_fingerprints": " ".join(map(prompt_sets.fingerprint, texts[0][: len(learnt)])),
@@ -196,7 +196,9 @@ def _noted(work: Work, stage: str, began: float) -> None:
     work.note()
 
 
-def _answers(work: Work, base: Base, prompts: Prompts, content: str) -> tuple[list[data.Dialogue], list[data.Dialogue]]:
+def _answers(
+    work: Work, base: Base, prompts: Prompts, content: str
+) -> tuple[list[distillation.Dialogue], list[distillation.Dialogue]]:
     """(held-out, training) answers, batch by batch; each batch is computed once and kept.
 
     Within a budget the held-out answers take a fifth of the time at most, as in the speed test, and batches are as
@@ -206,8 +208,8 @@ def _answers(work: Work, base: Base, prompts: Prompts, content: str) -> tuple[li
     started = work.began - work.spent_s
     time_s = GENERATED_BY[wanted.joint] * wanted.budget_s
     deadline = None if wanted.answers is not None else started + time_s
-    held_out: list[data.Dialogue] = []
-    learnt: list[data.Dialogue] = []
+    held_out: list[distillation.Dialogue] = []
+    learnt: list[distillation.Dialogue] = []
     rows, took_s, number = wanted.batch, 0.0, 0
     while len(learnt) < len(prompts.train):
         began = time.monotonic()
@@ -226,8 +228,8 @@ def _answers(work: Work, base: Base, prompts: Prompts, content: str) -> tuple[li
             work.batches.append(key)
         number, took_s = number + 1, time.monotonic() - began
         if apart and deadline is not None and reading_s:
-            fits = data.READING_SHARE * (deadline - time.monotonic()) * len(group) / reading_s
-            rows = max(data.LEAST_ROWS, min(rows, int(fits)))
+            fits = distillation.READING_SHARE * (deadline - time.monotonic()) * len(group) / reading_s
+            rows = max(distillation.LEAST_ROWS, min(rows, int(fits)))
         _noted(work, "generate", began)
         work.progress("generate", len(held_out) + len(learnt), len(prompts.train) + len(prompts.held_out))
     work.answered = True
@@ -243,23 +245,25 @@ def _settings(base: Base) -> list[str | int]:
 
 def _batch(
     work: Work, base: Base, group: Sequence[Sequence[int]], key: str, deadline: float | None
-) -> tuple[list[data.Dialogue], str, float]:
+) -> tuple[list[distillation.Dialogue], str, float]:
     """The answers to one batch, their key, and the seconds that reading the prompts took, 0 for answers that were kept.
 
     Those that the deadline cut short are kept under a key of their own.
     """
     known = work.store.get(key)
     if known is not None:
-        return data.unpack(known), key, 0.0
+        return distillation.unpack(known), key, 0.0
     limit = work.wanted.answer_tokens
-    dialogues, reading_s = data.answer(base, group, limit, deadline)
+    dialogues, reading_s = distillation.answer(base, group, limit, deadline)
     if any(len(each.output) < limit and each.output[-1] not in base.stop_ids for each in dialogues):
         key = key_of([key, [each.output for each in dialogues]])
-    work.store.put(key, data.pack(dialogues))
-    return data.unpack(work.store.get(key) or data.pack(dialogues)), key, reading_s
+    work.store.put(key, distillation.pack(dialogues))
+    return distillation.unpack(work.store.get(key) or distillation.pack(dialogues)), key, reading_s
 
 
-def _fitted(work: Work, base: Base, learn: data.Features, apart: data.Features) -> tuple[Heads, dict[str, Any]]:
+def _fitted(
+    work: Work, base: Base, learn: distillation.Features, apart: distillation.Features
+) -> tuple[Heads, dict[str, Any]]:
     """Heads on the frozen base, and the facts of their training."""
     wanted, began, before_s = work.wanted, time.monotonic(), work.used_s()
     limits = train.Limits(
@@ -278,7 +282,7 @@ def _fitted(work: Work, base: Base, learn: data.Features, apart: data.Features) 
 
 
 def _jointly(
-    work: Work, base: Base, heads: Heads, learnt: Sequence[data.Dialogue], held_out: Sequence[Sequence[int]]
+    work: Work, base: Base, heads: Heads, learnt: Sequence[distillation.Dialogue], held_out: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
     """Train base and heads together and write the change to the base; the heads then fit only the changed base.
 
@@ -291,8 +295,8 @@ def _jointly(
     )  # fmt: skip
     made.adapter.save(work.out / "adapter", base_model=work.folder.name)
     _noted(work, "joint", began)
-    answers = data.self_distil(base, held_out, max_new_tokens=wanted.answer_tokens) if held_out else []
-    said = data.gather(base, data.straight(answers))
+    answers = distillation.self_distil(base, held_out, max_new_tokens=wanted.answer_tokens) if held_out else []
+    said = distillation.gather(base, distillation.straight(answers))
     told = {
         "changes_the_model": True, "rank": joint.RANK, "steps": made.training.steps,
         "kl": made.divergence, "same_choice": made.agreement, "tokens_per_step": train.held_out_rate(heads, said),

@@ -22,7 +22,7 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import store, train
-from evaluators.medusa.training.data import IGNORED, Dialogue, Features
+from evaluators.medusa.training.distillation import IGNORED, Dialogue, Features
 from evaluators.medusa.training.head_loss import Targets, draft_loss
 
 RANK = 8

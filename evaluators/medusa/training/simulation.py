@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.training.data import Features
+from evaluators.medusa.training.distillation import Features
 from evaluators.medusa.trees.tree import Tree
 
 RANKS = 10

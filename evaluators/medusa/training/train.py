@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training.data import IGNORED, Features
+from evaluators.medusa.training.distillation import IGNORED, Features
 from evaluators.medusa.training.head_loss import SoftTargets, draft_loss, frozen_unembedding
 from evaluators.medusa.training.simulation import accuracy, simulate
 from evaluators.medusa.training.store import Checkpoint

@@ -20,7 +20,7 @@ from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate
-from evaluators.medusa.training import data, simulation, train
+from evaluators.medusa.training import distillation, simulation, train
 from evaluators.medusa.trees.tree import ROOT_ONLY, chain, full, greedy_tree
 
 TEN, THIRTY = train.Recipe(1e-3, 256, 10), train.Recipe(1e-3, 256, 30)
@@ -35,16 +35,16 @@ SPECS = {
 }
 
 
-def answers(base: Base, count: int = 12, tokens: int = 40) -> list[data.Dialogue]:
+def answers(base: Base, count: int = 12, tokens: int = 40) -> list[distillation.Dialogue]:
     prompts = [[(seed * 31 + step * 7) % 290 for step in range(3 + seed % 5)] for seed in range(count)]
-    return data.self_distil(base, prompts, max_new_tokens=tokens, batch=5)
+    return distillation.self_distil(base, prompts, max_new_tokens=tokens, batch=5)
 
 
 @cache
-def teachable() -> tuple[Base, data.Features]:
+def teachable() -> tuple[Base, distillation.Features]:
     """A base whose text varies but can be learnt, and its answers."""
     base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
-    return base, data.gather(base, answers(base, 16))
+    return base, distillation.gather(base, answers(base, 16))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -162,7 +162,7 @@ def test_batched_answers_and_their_states_are_those_of_plain_decoding() -> None:
             want = plain(EagerRunner(base), dialogue.prompt, Limits(25, base.stop_ids), keep_hidden=True)
             assert list(dialogue.output) == want.tokens
             torch.testing.assert_close(dialogue.hidden, torch.stack(want.hidden), atol=1e-3, rtol=1e-3)
-        assert data.check(base, found, sample=len(found)) == 1.0
+        assert distillation.check(base, found, sample=len(found)) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["gqa", "gpt2"])
@@ -179,31 +179,31 @@ def test_an_answer_in_a_batch_ends_with_its_first_stop_id_which_is_learnt_and_le
         assert list(each.output) == want.tokens == list(whole.output[: len(want.tokens)])
         assert not base.stop_ids & set(each.output[:-1])
         torch.testing.assert_close(each.hidden, torch.stack(want.hidden), atol=1e-3, rtol=1e-3)
-    features = data.gather(base, found)
+    features = distillation.gather(base, found)
     lasts = torch.tensor(features.lengths).cumsum(0) - 1
     assert features.labels(1)[0, lasts - 1].tolist() == [each.output[-1] for each in found]
-    assert features.labels(1)[0, lasts].tolist() == [data.IGNORED] * len(found)
+    assert features.labels(1)[0, lasts].tolist() == [distillation.IGNORED] * len(found)
 
 
 def test_prompts_with_a_common_beginning_get_the_answers_they_get_alone() -> None:
     base = tiny.base("gqa")
     begin = [9, 8, 7, 6, 5]
     prompts = [[*begin, *range(20, 20 + extra)] for extra in (1, 4, 2)] + [begin]
-    together = data.self_distil(base, prompts, max_new_tokens=20)
-    alone = [data.self_distil(base, [prompt], max_new_tokens=20)[0] for prompt in prompts]
+    together = distillation.self_distil(base, prompts, max_new_tokens=20)
+    alone = [distillation.self_distil(base, [prompt], max_new_tokens=20)[0] for prompt in prompts]
     assert [dialogue.output for dialogue in together] == [dialogue.output for dialogue in alone]
 
 
 def test_answers_that_are_not_the_models_own_are_noticed() -> None:
     base = tiny.base("gqa")
     real = answers(base, 1)[0]
-    forged = data.Dialogue(real.prompt, tuple((token + 1) % 290 for token in real.output), real.hidden)
+    forged = distillation.Dialogue(real.prompt, tuple((token + 1) % 290 for token in real.output), real.hidden)
     with pytest.raises(EvaluationError, match="are its own choice when replayed"):
-        data.check(base, [forged])
+        distillation.check(base, [forged])
 
 
 def test_labels_end_with_their_answer() -> None:
-    features = data.Features(torch.zeros(7, 2), torch.arange(10, 17), (4, 1, 2))
+    features = distillation.Features(torch.zeros(7, 2), torch.arange(10, 17), (4, 1, 2))
     assert features.labels(2).tolist() == [
         [11, 12, 13, -100, -100, 16, -100],
         [12, 13, -100, -100, -100, -100, -100],
@@ -226,7 +226,7 @@ def test_training_learns_and_one_seed_gives_one_set_of_heads() -> None:
 def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
     base, _ = teachable()
     dialogues = answers(base, 16)
-    learn, held_out = data.gather(base, dialogues[:8]), data.gather(base, dialogues[8:])
+    learn, held_out = distillation.gather(base, dialogues[:8]), distillation.gather(base, dialogues[8:])
     spec, too_fast = HeadSpec("shared", 3, conditioned=True), train.Recipe(1e-2, 64, 8)
     heads, training = train.fit(spec, base, learn, budget_s=600, recipe=too_fast, held_out=held_out)
     tree = greedy_tree(simulation.accuracy(heads, held_out).shares, train.COMMON_NODES)
@@ -237,7 +237,7 @@ def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
 
 def test_a_model_that_wrote_nothing_to_learn_from_leaves_the_heads_untrained() -> None:
     base = tiny.base("gqa")
-    heads, training = train.fit(HeadSpec(), base, data.gather(base, []), budget_s=1)
+    heads, training = train.fit(HeadSpec(), base, distillation.gather(base, []), budget_s=1)
     assert training.steps == 0 and not heads.first.any()
 
 
@@ -245,7 +245,7 @@ def test_a_model_that_wrote_nothing_to_learn_from_leaves_the_heads_untrained() -
 def test_simulation_without_the_base_predicts_the_real_tokens_per_step() -> None:
     base = tiny.base("gqa")
     dialogues = answers(base, 5, 30)
-    features = data.gather(base, dialogues)
+    features = distillation.gather(base, dialogues)
     heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, budget_s=600, recipe=TEN)
     for tree in (ROOT_ONLY, chain(1), chain(3), full((2, 2))):
         steps = tokens = 0
@@ -258,7 +258,7 @@ def test_simulation_without_the_base_predicts_the_real_tokens_per_step() -> None
 
 def test_a_target_outside_the_draft_vocabulary_is_a_miss_but_not_in_the_loss() -> None:
     base = tiny.base("gqa")
-    features = data.gather(base, answers(base, 3))
+    features = distillation.gather(base, answers(base, 3))
     absent = set(features.tokens.tolist())
     keep = tuple(token for token in range(tiny.VOCAB) if token not in absent)
     spec = HeadSpec("shared", 2, keep=keep)

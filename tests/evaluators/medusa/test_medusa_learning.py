@@ -20,7 +20,7 @@ from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import growing
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, train
+from evaluators.medusa.training import distillation, train
 from evaluators.medusa.training.head_loss import CHOICES, SOFT_SHARE, SoftTargets, Targets, draft_loss, product_dtype
 
 
@@ -75,7 +75,9 @@ def test_heads_say_the_same_whatever_the_scale_their_embeddings_enter_at() -> No
 
 def test_embeddings_enter_training_at_the_size_of_hidden_rows() -> None:
     base, other = tiny.base("gqa"), Base(tiny.model("gqa"), tiny.tokenizer())
-    features = data.gather(base, data.self_distil(base, [[n, n + 1] for n in range(4)], max_new_tokens=9))
+    features = distillation.gather(
+        base, distillation.self_distil(base, [[n, n + 1] for n in range(4)], max_new_tokens=9)
+    )
     with torch.no_grad():
         other.model.get_input_embeddings().weight.mul_(1 / 64)
     ratio = train.embedding_scale(other, features) / train.embedding_scale(base, features)
@@ -86,8 +88,8 @@ def test_embeddings_enter_training_at_the_size_of_hidden_rows() -> None:
 
 def test_soft_targets_are_what_came_and_what_the_base_held_possible_at_the_guessed_place() -> None:
     base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
-    dialogues = data.self_distil(base, [[n, n + 1] for n in range(6)], max_new_tokens=9)
-    features = data.gather(base, dialogues)
+    dialogues = distillation.self_distil(base, [[n, n + 1] for n in range(6)], max_new_tokens=9)
+    features = distillation.gather(base, dialogues)
     heads = identity_heads(HeadSpec("shared", 2, keep=tuple(range(0, 300, 2))), base)
     came, guessed = (train.draft_targets(each, heads) for each in (features.tokens, features.labels(2)))
     targets = SoftTargets(heads, features, came, guessed).at(torch.arange(len(features.tokens)))

@@ -12,7 +12,7 @@ from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data
+from evaluators.medusa.training import distillation
 from evaluators.medusa.trees.tree import chain, full
 
 SWITCH, NEW = 32, 20
@@ -67,7 +67,7 @@ def test_the_room_of_a_tree_ends_where_its_angles_would_change() -> None:
 def test_answers_generated_in_a_batch_end_before_the_switch(kind: str) -> None:
     base = tiny.base(kind)
     prompts = [prompt_of(tokens)[::-1] for tokens in (5, 12, 20)]
-    for prompt, dialogue in zip(prompts, data.self_distil(base, prompts, max_new_tokens=30), strict=True):
+    for prompt, dialogue in zip(prompts, distillation.self_distil(base, prompts, max_new_tokens=30), strict=True):
         want = plain(EagerRunner(base), prompt, Limits(30, base.stop_ids)).tokens
         assert list(dialogue.output) == want[: len(dialogue.output)]
-        assert data.replay(base, dialogue)[1] == 1.0
+        assert distillation.replay(base, dialogue)[1] == 1.0

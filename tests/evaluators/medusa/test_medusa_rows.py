@@ -14,7 +14,7 @@ from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, rows, transfer
 from evaluators.medusa.speed.document import Report, as_json
-from evaluators.medusa.training import data
+from evaluators.medusa.training import distillation
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import chain
 
@@ -28,9 +28,9 @@ def text() -> tuple[int, ...]:
 
 
 @cache
-def answers() -> data.Features:
+def answers() -> distillation.Features:
     base = tiny.base("gqa")
-    return data.gather(base, data.self_distil(base, [[1, 2, 3]], max_new_tokens=8))
+    return distillation.gather(base, distillation.self_distil(base, [[1, 2, 3]], max_new_tokens=8))
 
 
 def generation(tokens: Sequence[int], steps: int, seconds: float, inside_s: float | None = None) -> Trace:

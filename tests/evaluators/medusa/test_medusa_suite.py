@@ -11,7 +11,7 @@ import torch
 from evaluators import repetition
 from evaluators.errors import EvaluationError
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import data, prompt_sets, prompts
+from evaluators.medusa.training import distillation, prompt_sets, prompts
 
 LONG = "Describe in a few words how the old harbour of the town looks when the first ships come home in spring"
 
@@ -105,7 +105,7 @@ def test_looping_text_is_told_from_plain_text() -> None:
 
 
 def test_answers_that_repeat_themselves_neither_teach_nor_choose_a_tree_unless_all_do() -> None:
-    looping = data.Dialogue((1,), (1, 2, 3, 4) * 10, torch.zeros(40, 4))
-    straight = data.Dialogue((1,), tuple(range(30)), torch.zeros(30, 4))
-    assert [each is straight for each in data.straight([looping, straight, looping])] == [True]
-    assert len(data.straight([looping, looping])) == 2
+    looping = distillation.Dialogue((1,), (1, 2, 3, 4) * 10, torch.zeros(40, 4))
+    straight = distillation.Dialogue((1,), tuple(range(30)), torch.zeros(30, 4))
+    assert [each is straight for each in distillation.straight([looping, straight, looping])] == [True]
+    assert len(distillation.straight([looping, looping])) == 2

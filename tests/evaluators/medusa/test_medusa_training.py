@@ -24,7 +24,7 @@ from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import transfer
 from evaluators.medusa.speed.evaluation import measure
 from evaluators.medusa.speed.transfer import Given
-from evaluators.medusa.training import data, joint, prompt_sets, store, train, training_file
+from evaluators.medusa.training import distillation, joint, prompt_sets, store, train, training_file
 from evaluators.medusa.training.head_loss import Targets, draft_loss
 from evaluators.medusa.training.head_training import Wanted, train_heads
 from evaluators.medusa.training.prompt_sets import Prompt
@@ -128,8 +128,8 @@ def test_a_training_prompt_that_is_a_test_prompt_is_dropped_and_named(model: Pat
 
 def test_a_training_stops_early_once_held_out_answers_gain_nothing() -> None:
     base = tiny.base("gqa")
-    dialogues = data.self_distil(base, [[n, n + 1, n + 2] for n in range(12)], max_new_tokens=20)
-    learn, held_out = data.gather(base, dialogues[:8]), data.gather(base, dialogues[8:])
+    dialogues = distillation.self_distil(base, [[n, n + 1, n + 2] for n in range(12)], max_new_tokens=20)
+    learn, held_out = distillation.gather(base, dialogues[:8]), distillation.gather(base, dialogues[8:])
     limits = train.Limits(600, scores=40, patience=3)
     _, made = train.fit(
         HeadSpec("shared", 2), base, learn, budget_s=600, recipe=train.Recipe(1e-2, 16, 40), held_out=held_out,
@@ -156,7 +156,7 @@ def test_an_adapter_switched_off_is_the_original() -> None:
     base = Base(tiny.model("gqa"), tiny.tokenizer())
     ids = torch.tensor([[5, 6, 7, 8]])
     before = base.run(ids, use_cache=False)[1]
-    dialogues = data.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
+    dialogues = distillation.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
     heads = identity_heads(HeadSpec("shared", 2), base)
     made = joint.fit(base, heads, dialogues, train.Limits(600, steps=10))
     assert not torch.equal(base.run(ids, use_cache=False)[1], before)
@@ -166,8 +166,8 @@ def test_an_adapter_switched_off_is_the_original() -> None:
 
 def test_the_joint_loss_is_the_divergence_from_the_original_and_a_growing_share_of_the_heads_loss() -> None:
     base = Base(tiny.model("gqa"), tiny.tokenizer())
-    dialogues = data.self_distil(base, [[n, *range(20, 21 + n)] for n in range(5)], max_new_tokens=9)
-    features, heads = data.gather(base, dialogues), identity_heads(HeadSpec("shared", 2), base)
+    dialogues = distillation.self_distil(base, [[n, *range(20, 21 + n)] for n in range(5)], max_new_tokens=9)
+    features, heads = distillation.gather(base, dialogues), identity_heads(HeadSpec("shared", 2), base)
     adapter = joint.Adapter(base, seed=0)
     task, every = joint._JointTask(base, adapter, heads, dialogues), torch.arange(len(dialogues))
 
@@ -201,7 +201,7 @@ def test_the_merge_engine_applies_the_adapter(model: Path, tmp_path: Path) -> No
     from bot.merge.recipe import reading
 
     base = causal_lm.load(model)
-    dialogues = data.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
+    dialogues = distillation.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
     made = joint.fit(base, identity_heads(HeadSpec("shared", 2), base), dialogues, train.Limits(600, steps=10))
     made.adapter.save(tmp_path / "adapter", base_model="model")
     text = f"{{merge_method: passthrough, models: [{{model: {model}+{tmp_path / 'adapter'}}}], dtype: float32}}"

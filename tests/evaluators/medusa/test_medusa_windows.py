@@ -16,7 +16,7 @@ from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.windows import Window, window_of
-from evaluators.medusa.training import data
+from evaluators.medusa.training import distillation
 from evaluators.medusa.trees.tree import Tree, chain, full
 
 PROMPT = [(7 * index * index + 3 * index) % 290 for index in range(11)]
@@ -107,8 +107,8 @@ def test_answers_generated_in_a_batch_past_the_window_are_those_of_plain_decodin
     base = tiny.base(kind)
     begin = PROMPT[:6]
     prompts = [[*begin, *range(10, 10 + more)] for more in (1, 4, 9)]
-    for prompt, dialogue in zip(prompts, data.self_distil(base, prompts, max_new_tokens=16), strict=True):
+    for prompt, dialogue in zip(prompts, distillation.self_distil(base, prompts, max_new_tokens=16), strict=True):
         want = plain(EagerRunner(base), prompt, Limits(16, base.stop_ids))
         assert list(dialogue.output) == want.tokens
-        rows, agreed, difference = data.replay(base, dialogue)
+        rows, agreed, difference = distillation.replay(base, dialogue)
         assert agreed == 1.0 and difference < 1e-3 and len(rows) == len(want.tokens)
