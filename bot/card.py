@@ -20,7 +20,7 @@ from bot.merge.recipe import reading as recipe
 from bot.request import MergeRequest
 from bot.settings import Settings
 from evaluators.harness.scores import Score
-from evaluators.pictures.score_figure import figure
+from evaluators.pictures.score_figure import score_figure
 from evaluators.pictures.speed_figure import speed_figure, way_of
 
 OUTPUT_TAG = "made-with-mergebot"
@@ -58,7 +58,7 @@ def _comparison(job: Job, repo: str) -> dict[str, str]:
     found = job.evaluation.comparison
     if found is None:
         return {}
-    drawn = figure(found, repo)
+    drawn = score_figure(found, repo)
     data = {"results/comparison.json": _json(found.named(repo).as_dict())}
     return {**data, evaluation_markdown.PICTURE: drawn} if drawn else data
 

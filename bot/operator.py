@@ -229,7 +229,7 @@ def write_evaluations(
     """The evaluations as JSON, the model's own first, each with the folder of its samples; the first looks, and the
     comparison, which is also drawn, beside the file. Returns what was written."""
     from evaluators.harness.results import folder_of
-    from evaluators.pictures.score_figure import figure
+    from evaluators.pictures.score_figure import score_figure
 
     model, first = next(iter(found.items()))
     told = {
@@ -251,7 +251,7 @@ def write_evaluations(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(told, indent=1) + "\n")
-    drawn = "" if comparison is None else figure(comparison, Path(model).name or model)
+    drawn = "" if comparison is None else score_figure(comparison, Path(model).name or model)
     picture = file.with_suffix(".svg")
     if not drawn:
         picture.unlink(missing_ok=True)  # of what the file told before

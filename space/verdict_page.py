@@ -10,7 +10,7 @@ from evaluators import vitals
 from evaluators.comparison import report
 from evaluators.comparison.verdict import Comparison, Outcome
 from evaluators.harness.scores import ModelEvaluation
-from evaluators.pictures.score_figure import figure
+from evaluators.pictures.score_figure import score_figure
 from space.markup import Markup, join, tag
 from space.pieces import picture, rows_table
 
@@ -34,7 +34,7 @@ def _verdict(found: Evaluation, name: str) -> Markup | None:
     """The sentence first, then the picture."""
     if found.comparison is None:
         return tag("p", found.not_compared, class_="fine") if found.not_compared else None
-    said, drawn = report.headline(found.comparison), figure(found.comparison, name)
+    said, drawn = report.headline(found.comparison), score_figure(found.comparison, name)
     shown = picture(drawn, f"{name} beside its parents") if drawn else None
     return join([tag("p", said, class_="verdict") if said else None, shown])
 

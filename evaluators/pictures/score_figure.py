@@ -35,7 +35,7 @@ class _Band:
     mean: bool = False
 
 
-def figure(comparison: Comparison, name: str) -> str:
+def score_figure(comparison: Comparison, name: str) -> str:
     """The picture of `comparison` as the text of an SVG file; `name` is the merge's. "" when no score is a share.
 
     Beside each parent stands what was shown of the merge. Tasks whose scores are no shares of 100 % are not drawn.

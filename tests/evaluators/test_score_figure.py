@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evaluators import comparison
 from evaluators.comparison.verdict import Comparison, Difference, Overall, Scored, TaskVerdict
-from evaluators.pictures.score_figure import figure
+from evaluators.pictures.score_figure import score_figure
 from tests.evaluators import stored
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -43,7 +43,7 @@ def texts(svg: str) -> list[str]:
 def test_the_picture_is_well_formed_and_holds_nothing_but_itself(
     task: str, name: str, parents: dict[str, float], merge: float
 ) -> None:
-    root = ElementTree.fromstring(figure(compared(task, merge, parents), name))
+    root = ElementTree.fromstring(score_figure(compared(task, merge, parents), name))
     allowed = {"svg", "title", "desc", "style", "rect", "line", "path", "circle", "text"}
     assert {str(node.tag).removeprefix(SVG) for node in root.iter()} <= allowed
     assert not any(key.startswith("on") or "href" in key for node in root.iter() for key in node.attrib)
@@ -54,9 +54,9 @@ def test_the_picture_is_well_formed_and_holds_nothing_but_itself(
 
 @pytest.mark.parametrize("hostile", ["</text><script>alert(1)</script>", '" onload="alert(1)', "a\u202eb\x00c\ud800d"])
 def test_names_of_strangers_are_shown_and_do_nothing(hostile: str) -> None:
-    svg = figure(compared(hostile, 0.5, {hostile: 0.4}), hostile)
+    svg = score_figure(compared(hostile, 0.5, {hostile: 0.4}), hostile)
     assert "<script" not in svg and 'onload="' not in svg and "\u202e" not in svg
-    assert figure(compared("t", 0.5, {hostile: 0.4}), "m").encode()
+    assert score_figure(compared("t", 0.5, {hostile: 0.4}), "m").encode()
 
 
 def places(svg: str) -> Sequence[tuple[float, float]]:
@@ -66,7 +66,7 @@ def places(svg: str) -> Sequence[tuple[float, float]]:
 
 
 def test_a_dot_lies_where_its_number_says() -> None:
-    svg = figure(compared("t", 0.5, {"a": 0.3, "b": 0.7}), "m")
+    svg = score_figure(compared("t", 0.5, {"a": 0.3, "b": 0.7}), "m")
     (merge, low, high) = places(svg)[:3]
     assert low[0] < merge[0] < high[0] and merge[0] - low[0] == pytest.approx(high[0] - merge[0], abs=0.2)
     assert [text for text in texts(svg) if text in ("50.0", "30.0", "70.0")][:3] == ["50.0", "30.0", "70.0"]
@@ -77,9 +77,9 @@ def test_a_real_comparison_is_drawn_with_its_mean_and_without_what_is_no_share(t
     tasks = {"left": [1.0, 0.0, 1.0, 1.0] * 10, "right": [0.0, 1.0, 0.0, 1.0] * 10}
     merge, parent = (stored.evaluation(tmp_path, key, tasks) for key in ("m", "p"))
     found = comparison.compare(merge, {"org/parent@1": parent}, cache=tmp_path)
-    svg = figure(found, "org/merge")
+    svg = score_figure(found, "org/merge")
     assert {"left", "right", "Average", "org/parent", "guessing"} <= set(texts(svg))
-    assert figure(found, "org/merge") == svg
+    assert score_figure(found, "org/merge") == svg
     losses = {"left": [3.5, 2.0, 4.0]}
     merge, parent = (stored.evaluation(tmp_path, key, losses, metric="loss") for key in ("l", "q"))
-    assert figure(comparison.compare(merge, {"p": parent}, cache=tmp_path), "m") == ""
+    assert score_figure(comparison.compare(merge, {"p": parent}, cache=tmp_path), "m") == ""
