@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny_causal_lms as tiny
 import torch
@@ -53,6 +55,33 @@ def test_heads_and_trees_work_on_any_decoder_and_leave_its_text_as_it_is(kind: s
         assert drafter is not oracle or got.steps < want.steps / 2
     drawn = plain(EagerRunner(base), PROMPT, limits, Exact(seed=2)).tokens
     assert medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *drawn]), chain(3), PROMPT, limits, Exact(2)).tokens == drawn
+
+
+def test_hidden_rows_are_found_where_logits_are_scaled_capped_or_hidden_behind_the_model() -> None:
+    for name, change in (("granite", "divides"), ("cohere", "multiplies"), ("gemma2-like", "caps")):
+        base = scaled(name)
+        ids = torch.arange(10)[None]
+        hidden, logits = base.run(ids, use_cache=False)
+        torch.testing.assert_close(logits, base.model(input_ids=ids).logits, msg=f"{name} {change}")
+        torch.testing.assert_close(base.logits(hidden), logits)
+
+
+def scaled(name: str) -> Base:
+    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    }  # fmt: skip
+    configs: dict[str, Any] = {
+        "granite": lambda: GraniteConfig(**sizes, logits_scaling=7.0),
+        "cohere": lambda: CohereConfig(**sizes, logit_scale=0.3),
+        "gemma2-like": lambda: Gemma2Config(
+            **sizes, head_dim=8, final_logit_softcapping=0.5, attn_logit_softcapping=None
+        ),
+    }
+    torch.manual_seed(0)
+    return Base(AutoModelForCausalLM.from_config(configs[name]()), tiny.tokenizer())
 
 
 def test_the_row_behind_further_layers_is_taken_where_it_enters_the_output_embedding() -> None:

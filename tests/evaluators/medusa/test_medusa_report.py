@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from evaluators import medusa
 from evaluators.errors import EvaluationError
-from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import conclusions, report, transfer
 from evaluators.medusa.speed.document import Exact, Parting, Report, Row, Speedup, TreeFacts, as_json
 from evaluators.medusa.training import prompt_sets
@@ -248,30 +247,3 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         medusa.measure(tmp_path, tmp_path / "out", budget_s=4)
     assert refused.value.code == "MODEL_UNLOADABLE"
     assert not (tmp_path / "out").exists()
-
-
-def test_hidden_rows_are_found_where_logits_are_scaled_capped_or_hidden_behind_the_model() -> None:
-    for name, change in (("granite", "divides"), ("cohere", "multiplies"), ("gemma2-like", "caps")):
-        base = scaled(name)
-        ids = torch.arange(10)[None]
-        hidden, logits = base.run(ids, use_cache=False)
-        torch.testing.assert_close(logits, base.model(input_ids=ids).logits, msg=f"{name} {change}")
-        torch.testing.assert_close(base.logits(hidden), logits)
-
-
-def scaled(name: str) -> Base:
-    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
-
-    sizes: dict[str, Any] = {
-        "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
-    }  # fmt: skip
-    configs: dict[str, Any] = {
-        "granite": lambda: GraniteConfig(**sizes, logits_scaling=7.0),
-        "cohere": lambda: CohereConfig(**sizes, logit_scale=0.3),
-        "gemma2-like": lambda: Gemma2Config(
-            **sizes, head_dim=8, final_logit_softcapping=0.5, attn_logit_softcapping=None
-        ),
-    }
-    torch.manual_seed(0)
-    return Base(AutoModelForCausalLM.from_config(configs[name]()), tiny.tokenizer())
