@@ -26,8 +26,8 @@ from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
 from evaluators.medusa.speed import baselines, bench, calibrate, conclusions, head_rows, report, rows, timing, transfer
 from evaluators.medusa.speed.document import Row, Suite, as_json
-from evaluators.medusa.speed.measurement import Asked, Progress, Run
 from evaluators.medusa.speed.rows import Scored
+from evaluators.medusa.speed.run import Asked, Progress, Run
 from evaluators.medusa.speed.transfer import Given, HeadSet
 from evaluators.medusa.training import distillation, fitting, prompt_sets, train, training_file
 from evaluators.medusa.training.distillation import gather

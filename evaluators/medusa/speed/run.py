@@ -1,4 +1,4 @@
-"""One measurement on its way: what was asked for, how its time is shared, what it has found so far."""
+"""A speed test on its way: what was asked for, how its time is shared, what it has found so far."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, calibrate
 from evaluators.medusa.speed.conclusions import LEAST_FOR_A_VERDICT
-from evaluators.medusa.speed.measurement import Run
 from evaluators.medusa.speed.rows import Scored
+from evaluators.medusa.speed.run import Run
 from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.trees.tree import chain
 

@@ -27,7 +27,7 @@ from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, rows, timing, transfer
 from evaluators.medusa.speed.document import Report
-from evaluators.medusa.speed.measurement import Asked, Run
+from evaluators.medusa.speed.run import Asked, Run
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.training import distillation, prompt_sets, simulation, train
 from evaluators.medusa.training.prompt_sets import Prompt
