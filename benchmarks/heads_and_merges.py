@@ -172,7 +172,7 @@ def _fit(base: Base, texts: Texts, recipe: train.Recipe, initial: Heads | None =
     learnt, held_out = distillation.gather(base, texts.train), distillation.gather(base, texts.calibration)
     keep = vocabulary_cut(learnt.tokens.tolist(), KEPT, base)
     spec = HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep) if initial is None else initial.spec
-    return train.fit(spec, base, learnt, budget_s=3600, recipe=recipe, held_out=held_out, initial=initial)
+    return train.fit(spec, base, learnt, limits=train.Limits(3600), recipe=recipe, held_out=held_out, initial=initial)
 
 
 def _at_home(model: Path, folder: Path, prompts: Prompts, console: Console) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def learn(
     if spec.keep is None and course.vocab is not None and course.vocab < base.vocab:
         spec = replace(spec, keep=vocabulary_cut(counted, course.vocab, base))
     heads, training = train.fit(
-        spec, base, features, budget_s=limits.budget_s, recipe=course.recipe, held_out=held_out,
-        initial=course.initial, progress=progress, limits=limits,
+        spec, base, features, limits=limits, recipe=course.recipe, held_out=held_out,
+        initial=course.initial, progress=progress,
     )  # fmt: skip
     said = held_out.tokens.tolist()
     kept = set(spec.keep or ())

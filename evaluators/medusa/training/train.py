@@ -105,19 +105,17 @@ def fit(
     base: Base,
     features: Features,
     *,
-    budget_s: float,
-    seed: int = 0,
+    limits: Limits,
     recipe: Recipe = QUICK,
     held_out: Features | None = None,
     initial: Heads | None = None,
     progress: Callable[[int, int], None] | None = None,
-    limits: Limits | None = None,
 ) -> tuple[Heads, Training]:
     """Train `spec` on `features`. The same seed gives the same heads as long as the budget does not cut the plan.
 
     The heads start untrained, or where `initial`, which has that spec, has got to. The number of steps is fixed after
     a few have been timed (`planned_steps` if the budget allows all), so the schedule never depends on the clock again.
-    `limits` stands for `budget_s` and `seed` and says more. `progress` gets (steps done, steps).
+    `progress` gets (steps done, steps).
     """
     began = time.monotonic()
     heads = Heads(spec, base)
@@ -125,7 +123,6 @@ def fit(
         heads.load_state_dict(initial.state_dict())
     heads.take_embeddings_at(embedding_scale(base, features))
     task = HeadTask(heads, features, held_out)
-    limits = limits or Limits(budget_s, seed)
     prepared_s = time.monotonic() - began
     training = optimise(task, recipe, task.usable, replace(limits, budget_s=limits.budget_s - prepared_s), progress)
     heads.take_embeddings_at(1.0)

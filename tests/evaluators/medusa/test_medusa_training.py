@@ -132,7 +132,7 @@ def test_a_training_stops_early_once_held_out_answers_gain_nothing() -> None:
     learn, held_out = distillation.gather(base, dialogues[:8]), distillation.gather(base, dialogues[8:])
     limits = train.Limits(600, scores=40, patience=3)
     _, made = train.fit(
-        HeadSpec("shared", 2), base, learn, budget_s=600, recipe=train.Recipe(1e-2, 16, 40), held_out=held_out,
+        HeadSpec("shared", 2), base, learn, recipe=train.Recipe(1e-2, 16, 40), held_out=held_out,
         limits=limits,
     )  # fmt: skip
     assert made.best_epoch is not None and made.steps < made.planned_steps
