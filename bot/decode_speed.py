@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from evaluators.medusa import Given
 
 
-def of_merge(
-    out: Path, sources: tuple[Source, ...], settings: Settings, scratch: Path, report: Show, seed: int = 0
-) -> dict[str, Any]:
+SEED = 0  # of every merge, so that their speed tests draw alike
+
+
+def of_merge(out: Path, sources: tuple[Source, ...], settings: Settings, scratch: Path, report: Show) -> dict[str, Any]:
     """The Medusa report of the merged model, with its sentence for people; its sources' heads are tried where there
     are any."""
     from bot import candidate_heads
     from bot.hub import Hub
 
-    given = candidate_heads.of_job(out, sources, scratch / "medusa", settings, Hub(settings.hub), seed)
+    given = candidate_heads.of_job(out, sources, scratch / "medusa", settings, Hub(settings.hub), SEED)
     asked = Speed(None, settings.speed_budget_s, settings.speed_questions, settings.speed_new_tokens, given=given)
-    return bench(out, scratch / "medusa", asked, settings, report, seed=seed)
+    return bench(out, scratch / "medusa", asked, settings, report, seed=SEED)
 
 
 @dataclass(frozen=True, slots=True)

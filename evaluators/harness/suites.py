@@ -70,10 +70,10 @@ class Suite:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def own_suite(names: Sequence[str], *, few_shot: int | None = None) -> Suite:
+def own_suite(names: Sequence[str]) -> Suite:
     """A suite of tasks named one by one: each ranked as a known suite ranks it, else by the first metric it has."""
     known = {task.name: task for suite in SUITES.values() for task in suite.tasks}
-    tasks = tuple(replace(known.get(name, SuiteTask(name, ANY)), few_shot=few_shot, chance=None) for name in names)
+    tasks = tuple(replace(known.get(name, SuiteTask(name, ANY)), few_shot=None, chance=None) for name in names)
     return Suite("+".join(names), 1, tasks)
 
 

@@ -106,11 +106,9 @@ def run_blocks(
     return blocks
 
 
-def warm_up(
-    runner: Runner, candidates: Sequence[Candidate], question: Question, limits: Limits, tokens: int = WARM_UP_TOKENS
-) -> list[Trace]:
+def warm_up(runner: Runner, candidates: Sequence[Candidate], question: Question, limits: Limits) -> list[Trace]:
     """A few tokens plainly and with each candidate, so that nothing is done for the first time under the clock."""
-    few = Limits(min(tokens, limits.max_new_tokens), limits.stop_ids)
+    few = Limits(min(WARM_UP_TOKENS, limits.max_new_tokens), limits.stop_ids)
     return [
         plain(runner, question.ids, few),
         *(medusa(runner, each.drafter, each.tree, question.ids, few) for each in candidates),

@@ -25,6 +25,7 @@ from evaluators.medusa.training.simulation import accuracy, simulate_each
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, expected_tokens, full, greedy_tree
 
 LEAST_GAIN = 1.02
+REPEATS = 3
 WIDTHS = (1, 4, 8, 2, 16, 6, 12, 32, 64)  # in the order they are timed: the telling ones first
 
 
@@ -73,7 +74,7 @@ def cost_curve(
     context: int,
     *,
     widths: Sequence[int] = WIDTHS,
-    repeats: int = 3,
+    repeats: int = REPEATS,
     deadline: float | None = None,
 ) -> CostCurve:
     """Time one forward pass per width after `context` tokens, and one draft; the smallest of `repeats` each.
@@ -103,9 +104,9 @@ def cost_curve(
 
 
 @torch.inference_mode()
-def with_draft_of(cost: CostCurve, heads: Heads, repeats: int = 3) -> CostCurve:
+def with_draft_of(cost: CostCurve, heads: Heads) -> CostCurve:
     """The same curve for other heads on the same model: only drafting costs something else."""
-    spent = _draft(heads, torch.zeros(heads.base.hidden, device=heads.base.device, dtype=heads.base.dtype), repeats)
+    spent = _draft(heads, torch.zeros(heads.base.hidden, device=heads.base.device, dtype=heads.base.dtype), REPEATS)
     return replace(cost, draft_ms=1000 * (spent.cpu_s if cost.clock == "cpu" else spent.wall_s))
 
 

@@ -104,9 +104,9 @@ def _too_small(heads: Heads, tree: Tree) -> str | None:
     return None
 
 
-def common_tree(heads: Heads, calibration: distillation.Features, nodes: int = COMMON_NODES) -> Tree:
+def common_tree(heads: Heads, calibration: distillation.Features) -> Tree:
     """The tree all sets are compared at: the best of that size for `heads`, the reference."""
-    return greedy_tree(simulation.accuracy(heads, calibration).shares, nodes)
+    return greedy_tree(simulation.accuracy(heads, calibration).shares, COMMON_NODES)
 
 
 def retention(top1: Sequence[float], untrained: Sequence[float], reference: Sequence[float]) -> list[float | None]:
