@@ -125,21 +125,25 @@ class LocalHub:
 
 
 class _Entry:
-    """One line of the journal, written before the end of the answer leaves: what a client knows, the journal knows."""
+    """One line of the journal, written before the last byte of the answer leaves: what a client knows, the journal
+    knows. A client counts the bytes that it was promised and does not wait for the end of the message."""
 
     def __init__(self, hub: LocalHub, request: Request) -> None:
         self._hub, self._request = hub, request
         self.visitor = Visitor()
         self.status = 500
         self._sent_bytes = 0
+        self._promised_bytes: int | None = None
         self._written = False
 
     def note(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            lengths = [int(value) for name, value in message.get("headers", ()) if name.lower() == b"content-length"]
+            self._promised_bytes = lengths[0] if lengths else None
         elif message["type"] == "http.response.body":
             self._sent_bytes += len(message.get("body", b""))
-            if not message.get("more_body", False):
+            if not message.get("more_body", False) or self._sent_bytes == self._promised_bytes:
                 self.write()
 
     def write(self) -> None:
