@@ -169,7 +169,14 @@ def _job(
         **asdict(conditions),
         "model": str(model.resolve()),
         "tasks": [
-            {"name": task.name, "number": number, "few_shot": task.few_shot, "file": str(files[task.name])}
+            {
+                "name": task.name,
+                "number": number,
+                "few_shot": task.few_shot,
+                "file": str(files[task.name]),
+                "metric": None if task.metric == suites.ANY else task.metric,
+                "filter": task.filter,
+            }
             for number, task in enumerate(suite.tasks)
         ],
         "offline": endpoint is None,

@@ -163,10 +163,14 @@ def _prepared(job: Mapping[str, Any], pipe: Pipe) -> list[task_loading.Prepared]
     found = []
     for asked in job["tasks"]:
         try:
-            found.append(task_loading.prepare(asked, _seeds(job), offline=job["offline"]))
+            task = task_loading.prepare(asked, _seeds(job), offline=job["offline"])
         except EvaluationError as error:
             traceback.print_exc()
             pipe.failed(asked["name"], error)
+            continue
+        # Ends all of it: once the suite is put right it is another suite, and what was asked before is for nothing.
+        task_loading.require_metric(task, asked["metric"], asked["filter"])
+        found.append(task)
     return found
 
 

@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,15 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
+def no_such_metric(task: str, asked: str, known: Iterable[str]) -> EvaluationError:
+    """The error for a suite that ranks a task by `asked`, METRIC,FILTER, which is none of those it has."""
+    return EvaluationError(
+        "EVALUATION_FAILED",
+        f"Task `{task}` has no metric `{asked}`.",
+        f"Name one of the task's own metrics in the suite: {', '.join(sorted(known))}.",
+    )
+
+
 def read(folder: Path, suite: Suite, key: str) -> ModelEvaluation:
     """The evaluation that the finished tasks in `folder` make up. Raises EVALUATION_FAILED for a metric that is not."""
     parts = [json.loads(task_file(folder, number).read_text(encoding="utf-8")) for number in range(len(suite.tasks))]
@@ -130,12 +139,8 @@ def read(folder: Path, suite: Suite, key: str) -> ModelEvaluation:
         found = _scores(task, part["results"], part["data"])
         ranked = next((score for score in _by_rank(found) if _ranks(task, score)), None)
         if ranked is None:
-            known = ", ".join(sorted({f"{score.metric},{score.filter}" for score in found}))
-            raise EvaluationError(
-                "EVALUATION_FAILED",
-                f"Task `{task.name}` gave no metric `{task.metric},{task.filter}`.",
-                f"Name one of the task's own metrics in the suite: {known}.",
-            )
+            known = {f"{score.metric},{score.filter}" for score in found}
+            raise no_such_metric(task.name, f"{task.metric},{task.filter}", known)
         scores.append(ranked)
         others += [score for score in found if score is not ranked]
     return ModelEvaluation(

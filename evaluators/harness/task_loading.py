@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.harness.results import samples_file, task_file
+from evaluators.harness.results import no_such_metric, samples_file, task_file
 
 # What lm-eval's results say of the machine and its folders rather than of the model (hub.md 8.4).
 _PRIVATE = frozenset(
@@ -45,7 +45,7 @@ class Prepared:
 
 
 def prepare(asked: Mapping[str, Any], seeds: Mapping[str, int], *, offline: bool) -> Prepared:
-    """Load one task of the job. Raises EvaluationError DATASET_UNAVAILABLE, EVALUATION_FAILED."""
+    """Load one task of the job. Raises EvaluationError DATASET_UNAVAILABLE, DATASET_GATED, EVALUATION_FAILED."""
     from lm_eval.tasks import TaskManager
 
     folder = str(Path(asked["file"]).parent)
@@ -57,6 +57,20 @@ def prepare(asked: Mapping[str, Any], seeds: Mapping[str, int], *, offline: bool
     except Exception as error:
         raise _unloaded(asked["name"], error, offline) from error
     return Prepared(asked["name"], asked["number"], asked["few_shot"], loaded, _random_state())
+
+
+def require_metric(task: Prepared, metric: str | None, kind: str) -> None:
+    """Raises EvaluationError EVALUATION_FAILED where a task has no such metric with such a filter.
+
+    What a group has shows only in its results.
+    """
+    names = [leaf.config.task for leaf in task.leaves]
+    if metric is None or names != [task.name]:
+        return
+    [leaf] = task.leaves
+    known = [f"{name},{each.name}" for each in leaf._filters for name in leaf.aggregation()]
+    if f"{metric},{kind}" not in known:
+        raise no_such_metric(task.name, f"{metric},{kind}", known)
 
 
 def _loaded(manager: Any, name: str, seeds: Mapping[str, int]) -> Mapping[str, Any]:

@@ -130,6 +130,17 @@ def test_every_sample_is_kept_and_no_path_of_this_machine(
 
 
 @pytest.mark.slow
+def test_a_metric_that_a_task_has_not_is_said_before_anything_is_asked(place: Path, model: Path, suite: Suite) -> None:
+    wrong = Suite("animals", 1, (suite.tasks[1], replace(suite.tasks[0], metric="exact_match")))
+    asked: list[tuple[int, int, str]] = []
+    where = {"cache": place / "cache-of-a-slip", "scratch": place / "scratch-of-a-slip"}
+    with pytest.raises(EvaluationError, match="`which_animal` has no metric `exact_match,none`") as caught:
+        harness.evaluate(model, wrong, timeout_s=100, progress=lambda *told: asked.append(told), **where)
+    assert caught.value.next_step.endswith(": acc,none, acc_norm,none.")
+    assert {done for done, _, _ in asked} == {0}
+
+
+@pytest.mark.slow
 def test_samples_are_read_back_as_lm_eval_scored_them(measured: ModelEvaluation, place: Path) -> None:
     folder = harness.folder_of(measured, place / "cache")
     answers = samples.read(folder, measured.others[0], samples.groups(folder))
