@@ -62,21 +62,27 @@ def ours(hub: RunningHub, model: Path, place: Path) -> ModelEvaluation:
 
 @pytest.fixture(scope="module")
 def theirs(hub: RunningHub, model: Path, place: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    return their_run(hub, model, place, "theirs", SUITE, LIMIT)
+
+
+def their_run(
+    hub: RunningHub, model: Path, place: Path, out: str, suite: Suite, limit: int, *options: str
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """What `lm-eval run` writes: results, and samples by task."""
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "1"]
-    command += ["--model_args", f"pretrained={model},dtype=float32", "--num_fewshot", "2", "--limit", str(LIMIT)]
-    command += ["--tasks", ",".join(task.name for task in SUITE.tasks)]
-    command += ["--log_samples", "--output_path", str(place / "theirs")]
+    command += ["--model_args", f"pretrained={model},dtype=float32", "--num_fewshot", "2", "--limit", str(limit)]
+    command += ["--tasks", ",".join(task.name for task in suite.tasks)]
+    command += ["--log_samples", "--output_path", str(place / out), *options]
     done = subprocess.run(command, env=hub.env(place / "home"), cwd=place, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    (results,) = (place / "theirs").rglob("results_*.json")
+    (results,) = (place / out).rglob("results_*.json")
     samples = {
         task.name: [
             json.loads(line)
-            for path in (place / "theirs").rglob(f"samples_{task.name}_*.jsonl")
+            for path in (place / out).rglob(f"samples_{task.name}_*.jsonl")
             for line in path.read_text().splitlines()
         ]
-        for task in SUITE.tasks
+        for task in suite.tasks
     }
     return json.loads(results.read_text()), samples
 
@@ -105,12 +111,30 @@ def test_every_prompt_and_every_answer_is_lm_evals_own(
     ours: ModelEvaluation, theirs: tuple[dict[str, Any], dict[str, list[dict[str, Any]]]], place: Path
 ) -> None:
     for task in SUITE.tasks:
-        file = harness.folder_of(ours, place / "cache") / "samples" / f"{task.name}.jsonl"
-        samples = [json.loads(line) for line in file.read_text().splitlines()]
-        expected = sorted(theirs[1][task.name], key=lambda sample: (sample["filter"], sample["doc_id"]))
+        require_equal_samples(harness.folder_of(ours, place / "cache"), task.name, theirs[1][task.name])
+
+
+@pytest.mark.slow
+def test_with_a_chat_template_every_prompt_and_answer_is_lm_evals_own(hub: RunningHub, place: Path) -> None:
+    template = "{% for message in messages %}which {{ message.role }} {{ message.content }} answer {% endfor %}"
+    model = tiny_harness.model(place / "models" / "chat", positions=2048, chat_template=template)
+    suite = Suite("chat", 1, (SuiteTask("arc_easy", "acc_norm", 2),))
+    ours = harness.evaluate(
+        model, suite, cache=place / "chat-cache", scratch=place / "chat-scratch", timeout_s=240, limit=2, batch_size=1,
+        chat_template=True, endpoint=hub.url, environment={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    results, samples = their_run(hub, model, place, "their-chat", suite, 2, "--apply_chat_template")
+    assert "which user" in samples["arc_easy"][0]["arguments"]["gen_args_0"]["arg_0"]
+    assert ours.scores[0].value == results["results"]["arc_easy"]["acc_norm,none"]
+    require_equal_samples(harness.folder_of(ours, place / "chat-cache"), "arc_easy", samples["arc_easy"])
+
+
+def require_equal_samples(folder: Path, task: str, theirs: list[dict[str, Any]]) -> None:
+    ours = [json.loads(line) for line in (folder / "samples" / f"{task}.jsonl").read_text().splitlines()]
+    for samples in (ours, theirs):
         samples.sort(key=lambda sample: (sample["filter"], sample["doc_id"]))
-        assert [sample["prompt_hash"] for sample in samples] == [sample["prompt_hash"] for sample in expected]
-        assert [_numbers(sample["resps"]) for sample in samples] == [_numbers(sample["resps"]) for sample in expected]
+    assert [sample["prompt_hash"] for sample in ours] == [sample["prompt_hash"] for sample in theirs]
+    assert [_numbers(sample["resps"]) for sample in ours] == [_numbers(sample["resps"]) for sample in theirs]
 
 
 def _numbers(answers: Any) -> Any:
