@@ -14,6 +14,7 @@ import transformers
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.conclusions import DO_NOT, hardly_trained
 from evaluators.medusa.speed.document import Environment, Model
+from evaluators.pictures.speed_figure import way_of
 
 VERDICTS = {
     "faster": "decoding with them is faster here",
@@ -75,10 +76,14 @@ def sentence(report: Mapping[str, Any]) -> str:
     """One paragraph for a model card. A speedup below 1 is said first, not hidden."""
     if report["refusal"]:
         return f"Decode speed with Medusa heads was not measured: {report['refusal']}"
-    row = next((row for row in report["candidates"] if row["origin"] == "fresh"), None)
-    if row is None or row["tokens_per_step"]["measured"] is None:
-        reason = (row or {}).get("absent_because") or "the model stopped at once on every prompt."
+    fresh = [row for row in report["candidates"] if row["origin"] == "fresh"]
+    timed = [row for row in fresh if row["tokens_per_step"]["measured"] is not None]
+    if not timed:
+        reason = next((row["absent_because"] for row in fresh if row["absent_because"]), None)
+        reason = reason or "the model stopped at once on every prompt."
         return f"Decode speed with Medusa heads was not measured: {reason}"
+    row = next((row for row in timed if row["id"] == report["chosen"]), timed[0])
+    others = f" These are the {way_of(row['id'])}, of {len(timed)} sets." if len(timed) > 1 else ""
     speed, machine = row["speedup"], report["environment"]
     clock = speed["clock_used"]
     ratio, interval = speed[clock], speed[f"{clock}_ci95"]
@@ -93,7 +98,7 @@ def sentence(report: Mapping[str, Any]) -> str:
     return (
         f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
         f"on {_where(machine)} decoding with them runs at {ratio:.2f} {unit} ({span}): {VERDICTS[speed['verdict']]}."
-        f"{flattered}{advice} {_exactness(exact, report['model']['dtype'])}"
+        f"{others}{flattered}{advice} {_exactness(exact, report['model']['dtype'])}"
         f"{' ' + report['transfer'] if report['transfer'] else ''}"
     )
 

@@ -65,6 +65,11 @@ def test_a_report_says_in_words_what_its_figures_say() -> None:
         "(2 threads) decoding with them runs at 0.82 x plain speed (95 % interval 0.70 to 0.90): decoding with them is "
         "slower here. Do not speculate here. Greedy text was equal to plain decoding on 5 of 5 questions."
     )
+    made["candidates"] = [{**row, "id": "heads:a"}, {**row, "id": "heads:b", "tokens_per_step": {"measured": 1.5}}]
+    made["chosen"] = "heads:b"
+    told = report.sentence(made)
+    assert "bring 1.50 tokens" in told and "These are the given heads b, of 2 sets." in told
+    made["candidates"] = [row]
     row["training"]["steps"] = 9
     assert report.sentence(made).startswith(
         "Medusa heads that are hardly trained (9 steps; trained in 40 s on 2421 tokens of the model's own text; give "
