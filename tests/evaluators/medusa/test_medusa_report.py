@@ -222,7 +222,7 @@ def test_a_model_with_a_window_is_measured_past_it_with_as_many_heads_as_a_given
     folder = tiny.write(tmp_path / "model", tiny.model("window"))
     (tmp_path / "tree.json").write_text("[[0], [1], [0, 0], [0, 0, 0], [0, 0, 0, 0]]")
     measured = medusa.measure(
-        folder, tmp_path / "out", budget_s=6, questions=2, max_new_tokens=24, tree=tmp_path / "tree.json"
+        folder, tmp_path / "out", budget_s=6, questions=3, max_new_tokens=24, tree=tmp_path / "tree.json"
     )
     assert_whole(measured)
     assert measured["refusal"] is None
