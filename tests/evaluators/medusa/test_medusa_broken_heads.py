@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_heads import CUT, DEEP, OWN, SHARED, refusal
 from torch import Tensor
 
 from evaluators.errors import EvaluationError
@@ -23,21 +24,12 @@ from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.model.causal_lm import Base
 
-KEEP = (5, 299, 0, 17, 100)
-SHARED, DEEP, OWN = HeadSpec("shared", 3), HeadSpec("shared", 2, 2), HeadSpec("own", 2)
-CUT = HeadSpec("shared", 2, keep=KEEP)
 logits = tiny.draft_logits
 
 
 @pytest.fixture(scope="module")
 def base() -> Base:
     return tiny.base("gqa")
-
-
-def refusal(call: Callable[[], object]) -> EvaluationError:
-    with pytest.raises(EvaluationError) as caught:
-        call()
-    return caught.value
 
 
 def pickled(base: Base, folder: Path, change: Callable[[dict[str, Any]], Any] = lambda tensors: tensors) -> Heads:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_causal_lms as tiny
 import torch
+from tiny_heads import KEEP
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
@@ -22,7 +23,6 @@ from evaluators.medusa.trees.tree import Tree, chain, full
 from tests.localhub.server import RunningHub, running_hub
 
 PROMPT = [7, 8, 9, 250, 3]
-KEEP = (5, 299, 0, 17, 100)
 NEW = 28  # fewer tokens than hidden dimensions, so that heads can know them all
 
 

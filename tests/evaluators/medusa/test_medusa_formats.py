@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_causal_lms as tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_heads import CUT, DEEP, KEEP, OWN, SHARED, refusal
 
-from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.formats import Format
 from evaluators.medusa.model.causal_lm import Base
 
-KEEP = (5, 299, 0, 17, 100)
-SHARED, DEEP, OWN = HeadSpec("shared", 3), HeadSpec("shared", 2, 2), HeadSpec("own", 2)
-CUT, OWN_CUT = HeadSpec("shared", 2, keep=KEEP), HeadSpec("own", 2, keep=KEEP)
+OWN_CUT = HeadSpec("own", 2, keep=KEEP)
 CONDITIONED = HeadSpec("shared", 2, conditioned=True)
 logits = tiny.draft_logits
 
@@ -27,12 +24,6 @@ logits = tiny.draft_logits
 @pytest.fixture(scope="module")
 def base() -> Base:
     return tiny.base("gqa")
-
-
-def refusal(call: Callable[[], object]) -> EvaluationError:
-    with pytest.raises(EvaluationError) as caught:
-        call()
-    return caught.value
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import tiny_causal_lms as tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_heads import KEEP
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
@@ -24,7 +25,6 @@ from evaluators.medusa.training import distillation, simulation, train
 from evaluators.medusa.trees.tree import ROOT_ONLY, chain, full, greedy_tree
 
 TEN, THIRTY = train.Recipe(1e-3, 256, 10), train.Recipe(1e-3, 256, 30)
-KEEP = (5, 299, 0, 17, 100)
 SPECS = {
     "shared": HeadSpec("shared", 3),
     "two blocks": HeadSpec("shared", 2, 2),
