@@ -91,17 +91,17 @@ def measure(
     run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
     run.note(mode="full" if turns > 1 else "quick")
     run.progress("load", 0, 1)
-    test = prompt_sets.in_turns(_unlearnt(run, prompts), asked.questions)
+    test = prompt_sets.in_turns(_test_questions(run, prompts), asked.questions)
     with steadiest_threads(device):
         _examine(run, _loaded(run, device), test, prompts)
     return _written(run)
 
 
-def _unlearnt(run: Run, prompts: Path | None) -> list[prompt_sets.Prompt]:
+def _test_questions(run: Run, prompts: Path | None) -> list[prompt_sets.Prompt]:
     """The test questions on which none of the given heads were trained, as far as these say."""
     test = prompt_sets.builtin("test", run.seed) if prompts is None else prompt_sets.read(prompts)
     least = min(run.asked.questions, conclusions.LEAST_FOR_A_VERDICT)
-    left, known, given = transfer.unlearnt(test, run.asked.given, least)
+    left, known, given = transfer.kept_apart(test, run.asked.given, least)
     run.asked = replace(run.asked, given=given)
     if not left:
         raise EvaluationError(

@@ -163,7 +163,9 @@ def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
     return said
 
 
-def unlearnt(test: Sequence[Prompt], given: Sequence[Given], least: int) -> tuple[list[Prompt], list[str], list[Given]]:
+def kept_apart(
+    test: Sequence[Prompt], given: Sequence[Given], least: int
+) -> tuple[list[Prompt], list[str], list[Given]]:
     """(questions on which no heads were trained, ids of the others, the given heads), as far as heads say.
 
     What stands beside heads of a parent is a stranger's word: where it would leave fewer than `least` questions, those

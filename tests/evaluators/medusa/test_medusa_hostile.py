@@ -57,11 +57,11 @@ def test_a_parents_word_on_what_its_heads_learnt_takes_no_verdict_from_the_other
 
     honest, greedy = given("parent:a", "parent", range(2)), given("parent:b", "parent", range(20))
     merged, own = given("merged", "merged", range(0)), given("heads", "fresh", range(2, 6))
-    left, known, kept = transfer.unlearnt(test, [honest, greedy, merged, own], 8)
+    left, known, kept = transfer.kept_apart(test, [honest, greedy, merged, own], 8)
     assert [prompt.id for prompt in left] == [str(n) for n in range(6, 20)] and sorted(known) == list("012345")
     assert kept[0] == honest and kept[3] == own
     assert [(each.folder, "were trained on" in (each.absent_because or "")) for each in kept[1:3]] == [(None, True)] * 2
-    assert transfer.unlearnt(test, [given("all", "fresh", range(20))], 8)[0] == []
+    assert transfer.kept_apart(test, [given("all", "fresh", range(20))], 8)[0] == []
 
 
 def test_a_refused_report_draws_nothing() -> None:
