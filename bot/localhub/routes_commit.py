@@ -6,6 +6,7 @@ import base64
 import binascii
 import fnmatch
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ routes = Routes()
 COMMIT_LIMIT_BYTES = 256 << 20
 REGULAR_LIMIT_BYTES = 10 << 20
 _MAX_FILES = 256
+_COMMIT_ID = re.compile(r"[0-9a-f]{7,40}")
 
 
 @routes.add("POST", "/api/{kind}/{ns}/{name}/preupload/{rev}")
@@ -86,9 +88,8 @@ def commit(call: Call) -> Response:
         raise bad_request("a commit needs a summary")
     with call.store.locked(repo.id):
         ref = call.params["rev"].removeprefix("refs/heads/")
-        base = call.store.at(repo.id, ref)
         refs = call.store.refs(repo.id)
-        _check_parent(header.get("parentCommit"), base, ref, refs, call)
+        base = _base(header.get("parentCommit"), repo, ref, refs, call)
         files = _changed_files(call.store, repo, base, lines)
         new = call.store.write_commit(repo.id, base.oid, title, str(header.get("description") or ""), author, files)
         answer: dict[str, Any] = {"success": True, "commitOid": new.oid, "hookOutput": ""}
@@ -101,12 +102,21 @@ def commit(call: Call) -> Response:
     return JSONResponse(answer)
 
 
-def _check_parent(parent: Any, base: Commit, ref: str, refs: Refs, call: Call) -> None:
-    """Compare-and-swap: the head must be the commit the sender worked from."""
-    if parent is not None and parent != base.oid:
-        raise HubError(412, f"A commit has happened since. Please refresh and try again. Head is {base.oid}.")
-    if not call.flag("create_pr") and ref not in refs.heads and not ref.startswith("refs/pr/"):
+def _base(parent: Any, repo: Repo, ref: str, refs: Refs, call: Call) -> Commit:
+    """The commit to build on: `parent` for a new pull request, else the head of `ref`, if `parent` names it.
+
+    `parent` is an id or the first 7 or more digits of one; None builds on the head.
+    """
+    head = call.store.at(repo.id, ref)
+    if parent is not None and not _COMMIT_ID.fullmatch(parent if isinstance(parent, str) else ""):
+        raise bad_request("parentCommit must be 7 to 40 hexadecimal digits")
+    if call.flag("create_pr"):
+        return head if parent is None else call.store.at(repo.id, parent)
+    if parent is not None and not head.oid.startswith(parent):
+        raise HubError(412, f"A commit has happened since. Please refresh and try again. Head is {head.oid}.")
+    if ref not in refs.heads and not ref.startswith("refs/pr/"):
         raise bad_request(f"{ref} is not a branch")
+    return head
 
 
 def _advance(store: Store, repo: Repo, ref: str, refs: Refs, new: Commit) -> None:

@@ -109,6 +109,38 @@ def test_a_stale_parent_changes_nothing_and_a_wrong_sha256_is_never_stored(
     assert not [path for path in (local_hub.root / "blobs").rglob("*") if path.is_file()]
 
 
+def test_a_parent_is_named_by_its_first_seven_digits_and_a_pull_request_starts_there(
+    local_hub: RunningHub, tmp_path: Path
+) -> None:
+    found = local_hub.client(
+        """
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.utils import HfHubHTTPError
+        api.create_repo("alice/short")
+        def commit(path, parent, **more):
+            added = [CommitOperationAdd(path, path.encode())]
+            return api.create_commit("alice/short", added, commit_message=path, parent_commit=parent, **more)
+        first = api.model_info("alice/short").sha
+        second = commit("a.txt", first[:7]).oid
+        refused = []
+        for parent in (first[:7], first):
+            try:
+                commit("late.txt", parent)
+            except HfHubHTTPError as error:
+                refused.append(error.response.status_code)
+        pull = commit("b.txt", first[:7], create_pr=True)
+        files = api.list_repo_files("alice/short", revision=pull.pr_revision)
+        api.merge_pull_request("alice/short", pull.pr_num)
+        result = dict(refused=refused, files=files, merged=api.list_repo_files("alice/short"))
+        """,
+        tmp_path / "home",
+        "alice",
+    )
+    assert found["refused"] == [412, 412]
+    assert found["files"] == [".gitattributes", "b.txt"]
+    assert found["merged"] == [".gitattributes", "a.txt", "b.txt"]
+
+
 def test_lists_obey_filters_sort_expand_and_pages(local_hub: RunningHub, tmp_path: Path) -> None:
     found = local_hub.client(
         """
