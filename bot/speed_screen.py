@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 def speed(report: Mapping[str, Any], file: Path) -> None:
     """The report of the speed test: one row a way of decoding, one a category of questions."""
     say(escape(str(report["sentence"])))
+    if report["candidates"]:
+        _show_rows(report)
+    for warning in report["warnings"]:
+        say(escape(f"Note: {warning}."))
+    drawn = speed_figure(report)
+    if drawn:
+        file.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+    beside = f", its picture in {escape(str(file.with_suffix('.svg')))}" if drawn else ""
+    say(f"The whole report is in {escape(str(file))}{beside}.")
+
+
+def _show_rows(report: Mapping[str, Any]) -> None:
+    """One row per way of decoding, what the columns mean, why a way was not timed, and the categories."""
     columns = ("decoding", "heads right", "nodes", "a step", "cost", "tok/s", "speed (95 %)")
     table = _table(f"Ways of decoding this model, {_precision(report)}", columns)
     for row in report["candidates"]:
@@ -43,13 +56,6 @@ def speed(report: Mapping[str, Any], file: Path) -> None:
     asked = {row["id"]: row["categories"] for row in report["candidates"] if row["categories"]}
     if asked:
         console.print(_categories(asked))
-    for warning in report["warnings"]:
-        say(escape(f"Note: {warning}."))
-    drawn = speed_figure(report)
-    if drawn:
-        file.with_suffix(".svg").write_text(drawn, encoding="utf-8")
-    beside = f", its picture in {escape(str(file.with_suffix('.svg')))}" if drawn else ""
-    say(f"The whole report is in {escape(str(file))}{beside}.")
 
 
 def speech(pieces: Iterable[Piece]) -> None:

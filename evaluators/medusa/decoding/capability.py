@@ -1,4 +1,4 @@
-"""Whether a model's cache and positions can take a tree at all, in a sentence.
+"""Check of whether a loaded model can verify a tree of guesses, with the reason against it as a sentence.
 
 A silent wrong answer would be worse than any refusal.
 """
@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
+from evaluators.medusa.model import support
 from evaluators.medusa.model.attention import GROUPED
 from evaluators.medusa.model.causal_lm import Base, close
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain
@@ -21,7 +21,6 @@ from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain
 ROUNDED = 0.15
 LEAST_ROUNDED = 0.005
 MISPLACED = 2.0
-ALIBI_MODELS = frozenset({"bloom", "mpt"})
 # Deeper than the window it is tried with, so that a node falls out of the sight of another.
 PROBE = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
 PROBE_WINDOW = 3
@@ -29,35 +28,12 @@ PROBE_TOKENS = 16
 
 
 def reason_against_trees(base: Base) -> str | None:
-    """Why trees may not be verified on this base, in a sentence: by what its config says, or by trying it on a few
+    """A sentence on why trees may not be verified on this base, by its configuration or by trying one on a few
     tokens. None if they may."""
-    return _known_obstacle(base, str(getattr(base.model.config, "_attn_implementation", "eager"))) or (
-        _tree_disagrees(base)
-    )
-
-
-def _known_obstacle(base: Base, kernel: str) -> str | None:
-    name = type(base.model).__name__
+    kernel = str(getattr(base.model.config, "_attn_implementation", "eager"))
     if kernel not in ("sdpa", GROUPED, "eager"):
-        return f"{name} runs with the attention kernel {kernel}, which takes no tree mask."
-    if base.config.model_type in ALIBI_MODELS or getattr(base.config, "alibi", False):
-        return f"{name} takes its ALiBi bias from the cache column, so sibling tokens of a tree would be misplaced."
-    if base.rope[0] == "mrope":
-        return f"{name} uses three-dimensional rotary positions (mrope), which a tree of tokens does not have."
-    try:
-        layers = list(base.new_cache().layers)
-    except Exception as error:  # a config whose cache cannot even be described
-        return f"{name} has a cache that transformers cannot build ({type(error).__name__})."
-    for layer in layers:
-        if type(layer) is DynamicLayer or isinstance(layer, DummyLayer):
-            continue
-        kind = type(layer).__name__
-        if "Linear" in kind:
-            return f"{name} keeps a recurrent state ({kind}), which the branches of a tree would share."
-        if "Sliding" in kind:
-            return f"{name} has attention windows or chunks ({kind}) of a kind that no mask of a tree is known for."
-        return f"{name} uses the cache layer {kind}, which is not known to hold a tree."
-    return None
+        return f"{type(base.model).__name__} runs with the attention kernel {kernel}, which takes no tree mask."
+    return support.reason_against_trees(base.model.config) or _tree_disagrees(base)
 
 
 @torch.no_grad()

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, logging
+from transformers import logging
 
 from evaluators import loading
 from evaluators.errors import EvaluationError
-from evaluators.medusa.model.windows import whole_cache, window_of
+from evaluators.medusa.model import support
+from evaluators.medusa.model.support import rope_of
+from evaluators.medusa.model.windows import empty_cache, window_of
 
 SELF_CHECK_TOKENS = 16
 # Their own `generate` reads the text anew when rope `longrope` changes its factors; others go on with the old rows.
@@ -34,17 +36,15 @@ class Base:
         self.dtype: torch.dtype = model.dtype
         self.output: Any = model.get_output_embeddings()
         if self.output is None or model.config.is_encoder_decoder:
-            raise EvaluationError(
-                "SPEED_UNSUPPORTED",
-                f"{type(model).__name__} is not a decoder-only language model with an output embedding.",
-                "Measure a causal language model.",
+            raise support.unsupported(
+                f"{type(model).__name__} is not a decoder-only language model with an output embedding."
             )
         self.vocab: int = self.output.weight.shape[0]
         self.hidden: int = self.output.weight.shape[1]
         # A tokenizer may have more tokens than the model, and some configs write -1 for none.
         self.stop_ids = frozenset(each for each in _stop_ids(model, tokenizer) if 0 <= each < self.vocab)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
-        self.rope = _rope(self.config)
+        self.rope = rope_of(self.config)
         self.execution = "eager"
         # None also lets a model whose window could not be proven fall back to the cache that transformers gives it.
         self.window = window_of(model.config)
@@ -85,9 +85,7 @@ class Base:
         """An empty cache. With a window it keeps what the window has left, so that a tree can be undone."""
         if self.rope[0] == "dynamic":
             self._forget_longest_text()
-        if self.window is not None:
-            return whole_cache(self.model.config)
-        return DynamicCache(config=self.model.config)
+        return empty_cache(self.model.config, self.window)
 
     def depth_room(self, length: int) -> int:
         """How deep a tree may reach after `length` cached tokens without leaving the position table.
@@ -187,11 +185,15 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """Load a checkpoint directory (safetensors only, no remote code). Raises EvaluationError MODEL_UNLOADABLE."""
+    """Load a checkpoint directory (safetensors only, no remote code).
+
+    Raises EvaluationError MODEL_UNLOADABLE, and SPEED_UNSUPPORTED for an encoder-decoder before its weights are read.
+    """
     if not (folder / "config.json").is_file():
         raise EvaluationError(
             "MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Give the folder of a transformers checkpoint."
         )
+    support.require_decoder_only(folder)
     logging.disable_progress_bar()  # callers show their own
     try:
         try:
@@ -213,24 +215,6 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         value = getattr(owner, "eos_token_id", None)
         found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return frozenset(found)
-
-
-def _rope(config: Any) -> tuple[str, int | None]:
-    """(rope type, original length): what bounds a tree besides the position table."""
-    parameters = getattr(config, "rope_parameters", None)
-    if not isinstance(parameters, dict):
-        return ("default", None)
-    groups = [parameters] if "rope_type" in parameters else [g for g in parameters.values() if isinstance(g, dict)]
-    for group in groups:
-        if group.get("mrope_section"):
-            return ("mrope", None)
-        kind = group.get("rope_type", "default")
-        if kind in ("longrope", "dynamic"):
-            original = group.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            return (kind, original or config.max_position_embeddings)
-    return ("default", None)
 
 
 def _postprocessors(config: Any) -> list[Callable[[Tensor], Tensor]]:

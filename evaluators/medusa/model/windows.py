@@ -54,10 +54,9 @@ def window_of(config: Any) -> Window | None:
     return Window(size, "full_attention" in kinds) if isinstance(size, int) and size > 0 else None
 
 
-def whole_cache(config: Any) -> Any:
-    """A cache whose sliding layers keep all rows."""
+def empty_cache(config: Any, window: Window | None) -> DynamicCache:
+    """A cache without tokens; with a `window` its sliding layers keep all rows."""
     cache = DynamicCache(config=config)
-    cache.layers = [
-        DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers
-    ]  # fmt: skip
+    if window is not None:
+        cache.layers = [DynamicLayer() if type(each) is DynamicSlidingWindowLayer else each for each in cache.layers]
     return cache

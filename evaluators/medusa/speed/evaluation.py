@@ -21,7 +21,7 @@ from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads
-from evaluators.medusa.model import packed
+from evaluators.medusa.model import packed, support
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
 from evaluators.medusa.speed import baselines, bench, calibrate, conclusions, head_rows, report, rows, timing, transfer
@@ -84,13 +84,16 @@ def measure(
     `dtype` is auto, float32, bfloat16 or float16. `tree` is a file with the tree to time instead of the one that
     promises most (tree_files). `progress` gets (stage, done, total). Returns the report. Raises
     EvaluationError for a checkpoint that cannot be loaded or whose logits are not finite, and for fresh heads or a tree
-    that do not fit; a model that cannot take trees gives a report with `refusal`.
+    that do not fit; a model that cannot take trees gives a report with `refusal`, an encoder-decoder one without rows.
     """
     shape = None if tree is None else tree_files.read(tree)
     asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, dtype, shape, runner)
     run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
     run.note(mode="full" if turns > 1 else "quick")
     run.progress("load", 0, 1)
+    if (reason := support.reason_against(model)) is not None:
+        run.note(refusal=reason)
+        return _written(run)
     test = prompt_sets.in_turns(_test_questions(run, prompts), asked.questions)
     with steadiest_threads(device):
         _examine(run, _loaded(run, device), test, prompts)

@@ -26,7 +26,7 @@ from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
-from evaluators.medusa.model import causal_lm, packed
+from evaluators.medusa.model import causal_lm, packed, support
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import distillation, fitting, joint, prompt_sets, simulation, train, training_file
 from evaluators.medusa.training.store import Checkpoint, Store, key_of
@@ -136,9 +136,11 @@ def train_heads(
     """Train heads for the checkpoint in `model` and write them under `out`. Returns what training.json holds.
 
     A run that was killed goes on where it was when the same is asked again. `progress` gets (stage, done, total).
-    Raises EvaluationError for a checkpoint that cannot be loaded or does not take left padding.
+    Raises EvaluationError for a checkpoint that cannot be loaded, cannot verify a tree of guesses (before its weights
+    are read) or does not take left padding.
     """
     began = time.monotonic()
+    support.require_trees(model)
     content = content_digest(model)
     asked = {name: value for name, value in asdict(wanted).items() if name not in ("checkpoint_s", "prompts", "test")}
     prompts = _prompts(wanted)

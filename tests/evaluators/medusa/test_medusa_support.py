@@ -1,0 +1,61 @@
+"""Models that Medusa cannot serve are refused by their config.json: the folders here hold nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, BartConfig, T5Config
+
+from bot import speed_screen
+from evaluators import medusa
+from evaluators.errors import EvaluationError
+from evaluators.medusa import generation
+from evaluators.medusa.decoding.capability import reason_against_trees
+from evaluators.medusa.model import support
+from evaluators.medusa.training.head_training import Wanted, train_heads
+from tests.evaluators.medusa import tiny_causal_lms as tiny
+
+T5 = T5Config(architectures=["T5ForConditionalGeneration"])
+BART = BartConfig(architectures=["BartForConditionalGeneration"])
+
+
+def written(folder: Path, config: Any) -> Path:
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2", "qwen3-next", "bloom", "mrope", "chunked"])
+def test_training_names_the_limit_of_decoding_before_weights_are_read(tmp_path: Path, kind: str) -> None:
+    base = tiny.base(kind)
+    with pytest.raises(EvaluationError) as refused:
+        train_heads(written(tmp_path / "model", base.model.config), tmp_path / "out", tmp_path / "cache", Wanted())
+    assert refused.value.code == "SPEED_UNSUPPORTED" and refused.value.message == reason_against_trees(base)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "jamba", "bamba", "granitemoehybrid", "minimax"]
+)  # fmt: skip
+def test_a_recurrent_state_is_found_in_the_config(kind: str) -> None:
+    assert "keeps a recurrent state" in (support.reason_against_trees(AutoConfig.for_model(kind)) or "")
+
+
+@pytest.mark.parametrize("config", [T5, BART], ids=["t5", "bart"])
+def test_an_encoder_decoder_is_named_as_one_before_weights_are_read(tmp_path: Path, config: Any) -> None:
+    folder, out = written(tmp_path / "model", config), tmp_path / "out"
+    attempts = [lambda: generation.load(folder, None), lambda: train_heads(folder, out, tmp_path / "cache", Wanted())]
+    for attempt in attempts:
+        with pytest.raises(EvaluationError, match=f"{config.architectures[0]} is an encoder-decoder") as refused:
+            attempt()
+        assert refused.value.code == "SPEED_UNSUPPORTED"
+
+
+def test_the_speed_test_of_an_encoder_decoder_is_a_refused_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = medusa.measure(written(tmp_path / "model", T5), tmp_path / "out")
+    told = medusa.sentence(report)
+    assert report["candidates"] == [] and "T5ForConditionalGeneration is an encoder-decoder" in told
+    speed_screen.speed({**report, "sentence": told}, tmp_path / "out" / "decode_speed.json")
+    assert "is an encoder-decoder" in capsys.readouterr().out
