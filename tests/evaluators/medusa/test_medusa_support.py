@@ -35,7 +35,7 @@ def test_training_names_the_limit_of_decoding_before_weights_are_read(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "kind", ["mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "jamba", "bamba", "granitemoehybrid", "minimax"]
+    "kind", ["mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "jamba", "bamba", "minimax"]
 )  # fmt: skip
 def test_a_recurrent_state_is_found_in_the_config(kind: str) -> None:
     assert "keeps a recurrent state" in (support.reason_against_trees(AutoConfig.for_model(kind)) or "")
