@@ -100,7 +100,7 @@ def _not_decoder_only(config: Any) -> str | None:
     return f"{_class_name(config)} is an encoder-decoder, and Medusa heads are made for decoder-only models."
 
 
-def _class_of(config: Any) -> type | None:
+def _class_of(config: Any) -> Any:
     """The class that AutoModelForCausalLM makes of the configuration; None if it has none."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return found[0] if isinstance(found, tuple) else found
