@@ -89,14 +89,10 @@ def measure(
     shape = None if tree is None else tree_files.read(tree)
     asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, dtype, shape, runner)
     run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
-    run.note(mode="full" if turns > 1 else "quick")
-    run.progress("load", 0, 1)
-    if (reason := support.reason_against(model)) is not None:
-        run.note(refusal=reason)
-        return _written(run)
-    test = prompt_sets.in_turns(_test_questions(run, prompts), asked.questions)
-    with steadiest_threads(device):
-        _examine(run, _loaded(run, device), test, prompts)
+    run.note(mode="full" if turns > 1 else "quick", refusal=support.reason_against(model))
+    if run.report.refusal is None:
+        with steadiest_threads(device):
+            _examine(run, device, prompts)
     return _written(run)
 
 
@@ -135,7 +131,10 @@ def _loaded(run: Run, device: str) -> Base:
     return base
 
 
-def _examine(run: Run, base: Base, asked: Sequence[prompt_sets.Prompt], prompts: Path | None) -> None:
+def _examine(run: Run, device: str, prompts: Path | None) -> None:
+    run.progress("load", 0, 1)
+    asked = prompt_sets.in_turns(_test_questions(run, prompts), run.asked.questions)
+    base = _loaded(run, device)
     reason = reason_against_trees(base)
     kernel = getattr(base.model.config, "_attn_implementation", None)
     run.note(
