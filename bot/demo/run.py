@@ -38,6 +38,7 @@ FAMILY = base.REPO.partition("/")[0]
 SPEED_BUDGET_S = 60.0
 WATCH_S = 0.2
 SUITE = "demo-skills"
+CARD_REPO = f"{REQUESTER}/skills-averaged"
 
 
 def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None:
@@ -50,7 +51,8 @@ def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None
         settings = _settings(directory, address)
         activate(settings)
         seconds = _fill(directory)
-        jobs, kept = _walk(settings)
+        ended, kept = _walk(settings)
+        jobs = _published(ended)
         seconds["total"] = time.monotonic() - started
         made = _report(jobs, settings, seconds, kept)
         _show(jobs, made)
@@ -59,7 +61,6 @@ def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None
             report.write_text(json.dumps(made, indent=1) + "\n")
             screens.console.print(f"The report is in {escape(str(report))}.", soft_wrap=True)
         if not once:
-            screens.console.print(f"[bold]The Space is at http://127.0.0.1:{port}[/bold]  (Ctrl-C ends it)")
             serving.serve(settings, "127.0.0.1", port)
 
 
@@ -90,7 +91,7 @@ def _fill(directory: Path) -> dict[str, float]:
     for name, folder in skills.write(content / "datasets" / BOT).items():
         assert folder.name == name
     for name in ("README.md", "mergekit_config.yml"):
-        target = content / "models" / REQUESTER / "skills-averaged" / name
+        target = content / "models" / CARD_REPO / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(_text(f"card/{name}"))
     seed(directory / "hub", content)
@@ -193,10 +194,11 @@ def _stages(job: Job) -> dict[str, float]:
 
 
 def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
-    """Show every job's progress until the form's and the card's have ended."""
+    """Show progress until the demo's own jobs, the form's first and the card's, have ended; visitors' do not count."""
     pause = threading.Event()
     while True:
-        jobs = sorted(scheduler.queue.jobs(), key=lambda job: (job.id != form, job.submitted_at))
+        own = [job for job in scheduler.queue.jobs() if job.id == form or job.request.repo == CARD_REPO]
+        jobs = sorted(own, key=lambda job: (job.id != form, job.submitted_at))
         now = datetime.now(UTC)
         for job in jobs:
             if job.progress is not None and job.progress.total > 0:
@@ -211,21 +213,35 @@ def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
         pause.wait(WATCH_S)
 
 
-def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float], kept: list[str]) -> dict[str, Any]:
-    """The form's merge in full, and every request's end; the seconds of the stages `kept` are an earlier run's.
+def _published(jobs: list[Job]) -> list[Job]:
+    """Those of `jobs`, the form's first, that were published; a cancelled one of the card's is said and left out.
 
-    Raises Failed when a request did not end published.
+    Raises Failed when the form's was not published, or another one failed.
     """
+    published = []
+    for number, job in enumerate(jobs):
+        ended = stage(job, datetime.now(UTC))
+        name = job.request.name
+        if ended is Stage.PUBLISHED:
+            published.append(job)
+        elif ended is not Stage.CANCELLED:
+            last = job.failures[-1]
+            raise Failed(last.code, f"{name} was not published: {last.sentence}", last.next_step)
+        elif number == 0:
+            raise Failed("CANCELLED", f"{name} was cancelled while it ran.", "Run the demo again; it asks anew.")
+        else:
+            screens.console.print(f"{escape(name)} was cancelled, so it is not published.", soft_wrap=True)
+    return published
+
+
+def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float], kept: list[str]) -> dict[str, Any]:
+    """The form's merge in full, and every request's end; the seconds of the stages `kept` are an earlier run's."""
     from pydantic import TypeAdapter
 
     from bot import leaderboard
     from bot.hub import Hub
     from bot.job import Evaluation, Merge
 
-    for job in jobs:
-        if stage(job, datetime.now(UTC)) is not Stage.PUBLISHED:
-            last = job.failures[-1]
-            raise Failed(last.code, f"{job.request.name} was not published: {last.sentence}", last.next_step)
     first = jobs[0]
     assert first.merge and first.evaluation and first.publication
     evaluation = TypeAdapter(Evaluation).dump_python(first.evaluation, mode="json")

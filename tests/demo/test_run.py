@@ -5,11 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bot.demo import run
+from bot.errors import Failed
+from bot.job import Failure, Job, Publication, Stage
 from bot.progress import in_lines
+from bot.queue import Queue
+from bot.request import CardBlock, EvaluateOptions, from_card, from_form
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -68,3 +73,51 @@ def test_seconds_that_an_earlier_run_took_are_not_told_as_this_ones() -> None:
     assert run._took(seconds, []) == "base 0 s, total 9 s, merge 3 s, evaluate 200 s, publish 1 s"
     told = run._took(seconds, ["merge", "evaluate"])
     assert told == "base 0 s, total 9 s, publish 1 s; kept from an earlier run: merge, evaluate"
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Queue:
+    return Queue(f"sqlite:///{tmp_path}/jobs.db")
+
+
+def asked(queue: Queue, name: str, repo: str | None = None) -> Job:
+    request = from_form(run.REQUESTER, "a recipe", name, EvaluateOptions())
+    if repo is not None:
+        request = from_card(repo, "c" * 40, CardBlock("a recipe", None, name, EvaluateOptions(), "none", 1, True), "r")
+    return queue.submit(request, digest=name, recipe="{}", sources=(), plan={})
+
+
+def finish(queue: Queue, fact: Publication | Failure) -> None:
+    lease = queue.claim("here")
+    assert lease is not None
+    queue.record(lease, fact)
+
+
+def test_what_visitors_asked_for_since_the_last_run_is_not_the_demos(queue: Queue) -> None:
+    """The scheduler's queue as an earlier run left it: both requests published, one of a visitor's cancelled."""
+    form, card = asked(queue, "both"), asked(queue, "averaged", run.CARD_REPO)
+    for _ in range(2):
+        finish(queue, Publication("bot/x", "c" * 40, 1.0))
+    queue.cancel(asked(queue, "of-a-visitor").id, run.REQUESTER)
+    asked(queue, "waiting")
+    jobs = run._follow(SimpleNamespace(queue=queue), form.id, lambda what, done, total: None)
+    assert [job.id for job in run._published(jobs)] == [form.id, card.id]
+
+
+def test_a_cancelled_job_of_the_demo_is_said_and_not_looked_for(
+    queue: Queue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    form, card = asked(queue, "both"), asked(queue, "averaged", run.CARD_REPO)
+    queue.cancel(card.id, run.CARD_REPO.partition("/")[0])
+    finish(queue, Publication("bot/x", "c" * 40, 1.0))
+    assert [job.id for job in run._published([queue.job(form.id), queue.job(card.id)])] == [form.id]
+    assert "averaged was cancelled" in capsys.readouterr().out
+    with pytest.raises(Failed, match="averaged was cancelled"):
+        run._published([queue.job(card.id)])
+
+
+def test_a_failed_job_of_the_demo_gives_its_reason(queue: Queue) -> None:
+    form = asked(queue, "both")
+    finish(queue, Failure(Stage.MERGING, "DISK_FULL", "The disk is full.", "Make room."))
+    with pytest.raises(Failed, match="both was not published: The disk is full"):
+        run._published([queue.job(form.id)])
