@@ -68,6 +68,10 @@ class Scheduler:
         )
 
     def start(self) -> None:
+        token = self.settings.publish_token_file
+        if token is None or not token.is_file():
+            where = "MERGEBOT_PUBLISH_TOKEN_FILE is not set" if token is None else f"there is no file {token}"
+            log.warning("Nothing can be published: %s. Name a file with a write token there, and start again.", where)
         self._clear_scratch()
         every: tuple[tuple[Callable[[], None], float], ...] = (
             (self.dispatch, self.settings.tick_s),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -34,12 +35,13 @@ IN_A_SPACE = {
 }
 
 
-def start(code: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(code: str, home: Path, argv: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
     settings = {"MERGEBOT_HOME": str(home), "MERGEBOT_HUB": "http://127.0.0.1:9", "PYTHONPATH": str(REPO)}
     return subprocess.run(
-        [sys.executable, "-c", code], env=kept | settings | environment, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-c", code, *argv],
+        env=kept | settings | environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
 
 
 def test_the_whole_page_is_built_without_torch_or_a_model_library(tmp_path: Path) -> None:
@@ -124,3 +126,17 @@ def logged_in(space: str, hub: str, user: str) -> str:
             return cookie
         address = urljoin(address, answer.headers["location"])
     raise AssertionError("the login did not end")
+
+
+def test_no_address_is_announced_where_the_page_must_not_be_served(tmp_path: Path) -> None:
+    done = start("from bot.cli import main; main()", tmp_path, MERGEBOT_PUBLIC="true", argv=("serve",))
+    assert done.returncode == 1 and "[LOGIN_REQUIRED]" in done.stderr
+    assert "http://" not in done.stdout
+
+
+def test_an_address_that_is_taken_is_not_announced(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        argv = ("serve", "--port", str(taken.getsockname()[1]))
+        done = start("from bot.cli import main; main()", tmp_path, argv=argv)
+    assert done.returncode != 0 and "http://" not in done.stdout
+    assert "Nothing can be published: MERGEBOT_PUBLISH_TOKEN_FILE is not set." in done.stderr
