@@ -67,10 +67,18 @@ def settings(**overrides: object) -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise Refused(
-            "VALUE_OUT_OF_RANGE", f"The setting {name} (MERGEBOT_{name.upper()}) is wrong: {first['msg']}.", "Mend it."
+            "VALUE_OUT_OF_RANGE",
+            f"The setting {name} (MERGEBOT_{name.upper()}) is wrong: {first['msg']}.",
+            "Correct it.",
         ) from None
     activate(made)
     return made
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mergebot {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -79,11 +87,10 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     home: Annotated[Optional[Path], typer.Option(help="Folder for the database, caches and scratch files.")] = None,  # noqa: UP045
     hub: Annotated[Optional[str], typer.Option(help="Address of the Hub, HF_ENDPOINT unless given.")] = None,  # noqa: UP045
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
-    if version:
-        typer.echo(f"mergebot {__version__}")
-        raise typer.Exit
     _State.debug, _State.home, _State.hub = debug, home, hub
     context.obj = settings
 
@@ -112,9 +119,7 @@ def serve(
     """Serve the Space and run the bot: forms, tagged repos, jobs, board."""
     from bot import serving
 
-    configured = settings()
-    typer.echo(f"The Space is at http://{host}:{port}  (Ctrl-C ends it)")
-    serving.serve(configured, host, port)
+    serving.serve(settings(), host, port)
 
 
 @app.command(rich_help_panel=WALK)

@@ -8,7 +8,7 @@ before the verb and are found behind it as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from bot.errors import Refused
 from bot.interruption import stopped
+from bot.merge.recipe.spelling import closest
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKmMgGtT][iI]?[bB])", re.ASCII)
@@ -65,7 +66,12 @@ class Verb(TyperCommand):
                 if other is not None and other[1] not in own and other[1] not in _COMMON:
                     advice = f"Leave it out: `mergebot {self.name}` has no use for it."
                 ctx.fail(f"{flag} is a flag of mergekit. {advice}")
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "possibilities", None):
+                error.possibilities = _close(error.option_name, own)  # type: ignore[attr-defined]
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -79,6 +85,13 @@ class Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, _common_first(args))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and name not in self.commands:
+            close = closest(name, self.commands)
+            ctx.fail(f"No such command {name!r}." + (f" Did you mean {close!r}?" if close else ""))
+        return super().resolve_command(ctx, args)
 
 
 def bytes_of(size: str) -> int:
@@ -128,6 +141,12 @@ def new_folder(path: Path) -> Path:
         what = "is there and not empty" if path.is_dir() else "is a file"
         raise Refused("OUTPUT_EXISTS", f"{path} {what}.", "Name a new folder.", value=str(path))
     return path
+
+
+def _close(flag: str, own: Iterable[str]) -> list[str]:
+    """The options that `flag` is a beginning of, else the one it is a misspelling of."""
+    close = closest(flag, own)
+    return [name for name in own if name.startswith(flag)] or ([close] if close else [])
 
 
 def _advice(flag: str) -> str | None:

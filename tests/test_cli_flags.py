@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bot import cli, flags
+from bot import __version__, cli, flags
 from bot.cli import app
 from bot.errors import MergebotError, Refused, Transient
 from bot.flags import bytes_of
@@ -155,3 +155,17 @@ def test_an_error_is_one_line_and_nothing_else(folder: Path) -> None:
     done = command("merge", "recipe.yml", "out")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "nowhere/at all" in done.stderr
+
+
+def test_a_flag_or_command_is_suggested_only_where_few_letters_differ(folder: Path) -> None:
+    merge = ("merge", "recipe.yml", "out")
+    for given, suggested in {"--seeds": "--seed", "--shard": "--shard-size", "--thread": "--threads"}.items():
+        assert f"(Possible options: {suggested})" in said(run(*merge, given, "3"))
+    assert said(run(*merge, "--sharding", "3")).endswith("No such option: --sharding ╰" + "─" * 78 + "╯")
+    assert "No such command 'mergee'. Did you mean 'merge'?" in said(run("mergee", "recipe.yml"))
+    assert "Did you mean" not in said(run("exports", "recipe.yml"))
+
+
+def test_the_version_needs_no_command() -> None:
+    done = run("--version")
+    assert (done.exit_code, done.output) == (0, f"mergebot {__version__}\n")

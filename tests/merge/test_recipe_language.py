@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from bot.errors import Refused
 from bot.merge.recipe import reading as recipe
-from bot.merge.recipe.contract import METHODS, Absent, Parameter
+from bot.merge.recipe.contract import KNOWN_PARAMETERS, METHODS, Absent, Parameter
 from bot.merge.recipe.parameters import at, position, resolve
 from bot.merge.recipe.spec import Condition, Conditions, Gradient, ModelRef, Scalar
+from bot.merge.recipe.spelling import closest
 
 LINEAR = (
     "merge_method: linear\nmodels:\n- model: o/a\n  parameters: {weight: 1}\n- model: o/b\n  parameters: {weight: 2}\n"
@@ -234,3 +235,16 @@ def test_any_tree_is_a_recipe_or_is_refused_in_one_sentence(tree: object) -> Non
 def test_any_text_is_a_recipe_or_is_refused(text: str) -> None:
     with pytest.raises(Refused):
         recipe.parse(text, trust="stranger")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("denstiy", "density"), ("weights", "weight"), ("lamda", "lambda"), ("wieght", "weight"), ("scal", "scale"),
+        ("Filter-Wise", "filter_wise"), ("select_top_k", "select_topk"), ("nuslerp_row", None), ("mask", None),
+        ("gradient", None), ("x", None), ("ratio", None), ("alpha_beta", None), ("weight" * 1000, None),
+    ],
+)  # fmt: skip
+def test_a_name_is_suggested_only_where_few_letters_differ(written: str, meant: str | None) -> None:
+    """Names with half of their letters in common, such as nuslerp_row and filter_wise, are no typing errors."""
+    assert closest(written, KNOWN_PARAMETERS) == meant

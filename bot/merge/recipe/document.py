@@ -6,7 +6,6 @@ guesses. No YAML library is imported here; `reading.py` builds the tree.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Literal, NoReturn
 from bot.errors import Refused, Where
 from bot.merge.recipe.contract import KNOWN_PARAMETERS
 from bot.merge.recipe.spec import ModelRef, Notice
+from bot.merge.recipe.spelling import closest
 
 Trust = Literal["operator", "stranger"]
 UnknownKeys = Literal["refuse", "ignore"]
@@ -73,10 +73,10 @@ def shown(text: str) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`did you mean ...?` for a mistyped name, else the list of what is valid."""
+    """The next step after an unknown name: the valid name it is close to, else all valid names."""
     names = sorted(set(valid))
-    close = difflib.get_close_matches(name[:80].replace("-", "_").lower(), names, n=1, cutoff=0.6)
-    return f"Did you mean `{close[0]}`?" if close else "Valid here: " + ", ".join(f"`{n}`" for n in names) + "."
+    close = closest(name, names)
+    return f"Did you mean `{close}`?" if close else "Valid here: " + ", ".join(f"`{n}`" for n in names) + "."
 
 
 @dataclass(slots=True)
