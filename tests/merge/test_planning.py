@@ -151,6 +151,24 @@ def test_embeddings_take_the_first_entry_of_a_gradient_and_the_plan_says_so(mode
     assert [notice.code for notice in planned.notices] == ["GRADIENT_AT_ZERO"]
 
 
+@pytest.mark.parametrize(
+    ("method", "value", "noted"),
+    [
+        ("slerp", "[{filter: self_attn, value: [0, 1]}, {filter: mlp, value: [1, 0]}, {value: 0.5}]", None),
+        ("slerp", "[{filter: em, value: 0.1}, {filter: head, value: 0}, {value: [0.2, 0.8]}]", "model.norm"),
+        ("slerp", "[{filter: self_attn, value: 0.1}, {filter: lm_head, value: [0.2, 0.8]}, {value: 0}]", "lm_head"),
+        ("linear", "[{filter: mlp, value: [0.2, 0.8]}, {value: 1}]", None),
+    ],
+)  # fmt: skip
+def test_a_gradient_behind_a_filter_is_noted_only_for_what_it_applies_to(
+    method: str, value: str, noted: str | None, models: Path
+) -> None:
+    base, name = ("base_model: a\n", "t") if method == "slerp" else ("", "weight")
+    text = f"merge_method: {method}\n{base}models: [{{model: a}}, {{model: b}}]\nparameters: {{{name}: {value}}}"
+    notices = [notice.text for notice in plan_of(text, models)[0].notices]
+    assert (notices == []) if noted is None else (len(notices) == 1 and notices[0].startswith(noted))
+
+
 def test_filters_of_weights_speak_of_the_input_and_filters_of_shared_parameters_of_the_output(models: Path) -> None:
     text = """
 merge_method: linear

@@ -18,8 +18,8 @@ from bot.merge.planning.layout import Input, Slot
 from bot.merge.recipe.contract import METHODS, Absent, Base, Kind, Method, Missing, Parameter
 from bot.merge.recipe.dtypes import BY_NAME, Dtype, promote
 from bot.merge.recipe.notices import Notes
-from bot.merge.recipe.parameters import resolve, uses_gradient
-from bot.merge.recipe.spec import ModelRef, Recipe
+from bot.merge.recipe.parameters import resolve, written
+from bot.merge.recipe.spec import Gradient, ModelRef, Parameters, Recipe
 from bot.merge.tokens.rows import RowMap, row_maps
 from bot.merge.tokens.tokenizer import Alignment
 
@@ -162,7 +162,7 @@ def _presence(
 ) -> Literal["merge", "copy", "leave out"]:
     """What the contract says to a tensor that only some inputs have (column "missing" of merging.md 2.1)."""
     if len(present) == len(slot.inputs):
-        return "merge"
+        return "copy" if len(present) == 1 and method.base is not Base.IGNORED else "merge"
     if not (is_optional(slot.name) or is_head(slot.name)):
         _refuse_missing(slot, "is a weight every source must have")
     others = len(present) - (slot.base in present)
@@ -314,7 +314,13 @@ def _keeps_nothing(
 def _note_gradient(slot: Slot, method: Method, notes: Notes) -> None:
     if not slot.loose or slot.u != 0.0:
         return
+    inputs: list[tuple[Parameters, str]] = [
+        (one.source.parameters, slot.name if one.tensor is None else one.tensor.name)
+        for i, one in enumerate(slot.inputs)
+        if i != slot.base
+    ]
     for parameter in (*method.per_input, *method.shared):
-        levels = (*(one.source.parameters for one in slot.inputs), *slot.shared_levels)
-        if parameter.used and uses_gradient(levels, parameter.name):
+        asked = inputs if parameter in method.per_input else [({}, slot.name)]
+        found = (written(parameter.name, (level, *slot.shared_levels), tensor) for level, tensor in asked)
+        if parameter.used and any(isinstance(value, Gradient) for value in found):
             notes.add("GRADIENT_AT_ZERO", f"{slot.name} takes the first entry of the gradient of `{parameter.name}`")

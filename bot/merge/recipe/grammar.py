@@ -342,6 +342,8 @@ def _check_inputs(reader: Reader, top: Table, built: Recipe, method: Method) -> 
                     "MISSING_KEY", line, "base_model", f"{method.name} needs a `base_model`.",
                     "Add `base_model:` with the model the others were tuned from.",
                 )  # fmt: skip
+            if built.passes_through(module, piece):
+                continue
             listed = {source.model for source in piece.sources}
             if module.layout == "slices" and method.base is not Base.IGNORED and base and base not in listed:
                 reader.refuse(

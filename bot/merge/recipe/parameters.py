@@ -9,21 +9,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from bot.merge.recipe.contract import Absent, Parameter
-from bot.merge.recipe.spec import Conditions, Gradient, Parameters, Scalar, Setting
+from bot.merge.recipe.spec import Conditions, Gradient, Parameters, Scalar
 
 
 def resolve(parameter: Parameter, levels: Iterable[Parameters], tensor: str, u: float) -> Scalar | Absent:
     """The value of `parameter` for `tensor` at layer position `u` in [0, 1].
 
-    `Absent.REQUIRED` means that nobody gave a value and the method has none; `Absent.NONE` that it stays unset.
+    `Absent.REQUIRED` means that no level gives a value and the method has none; `Absent.NONE` that it stays unset.
     """
+    value = written(parameter.name, levels, tensor)
+    if value is None:
+        return parameter.default
+    return at(value.values, u) if isinstance(value, Gradient) else value
+
+
+def written(name: str, levels: Iterable[Parameters], tensor: str) -> Scalar | Gradient | None:
+    """What the recipe says of the parameter `name` for `tensor`: the first level's that applies, None without one."""
     for level in levels:
-        setting = level.get(parameter.name)
-        if setting is not None:
-            value = _value(setting, tensor, u)
-            if value is not None:
-                return value
-    return parameter.default
+        setting = level.get(name)
+        if not isinstance(setting, Conditions):
+            if setting is not None:
+                return setting
+            continue
+        match = next((item for item in setting.items if item.filter is None or item.filter in tensor), None)
+        if match is not None:
+            return match.value
+    return None
 
 
 def position(layer: int, layers: int) -> float:
@@ -39,22 +50,3 @@ def at(gradient: Sequence[Scalar], u: float) -> Scalar:
     if any(isinstance(value, bool | str) for value in gradient):
         return low
     return (1 - (s - j)) * float(low) + (s - j) * float(high)
-
-
-def uses_gradient(levels: Iterable[Parameters], name: str) -> bool:
-    """Whether any level gives this parameter as a gradient."""
-    for level in levels:
-        setting = level.get(name)
-        items = [item.value for item in setting.items] if isinstance(setting, Conditions) else [setting]
-        if any(isinstance(item, Gradient) for item in items):
-            return True
-    return False
-
-
-def _value(setting: Setting, tensor: str, u: float) -> Scalar | None:
-    if isinstance(setting, Conditions):
-        match = next((item for item in setting.items if item.filter is None or item.filter in tensor), None)
-        if match is None:
-            return None
-        setting = match.value
-    return at(setting.values, u) if isinstance(setting, Gradient) else setting

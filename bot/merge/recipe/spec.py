@@ -228,6 +228,21 @@ class Recipe:
             return sources, None
         return sources, next((i for i, source in enumerate(sources) if source.model == base), None)
 
+    def passes_through(self, module: Module, piece: Slice) -> bool:
+        """Whether the only input of this slice or module is taken as it is, whatever the method's parameters.
+
+        In a part of a model a method for two inputs does so with either; a method that adds task vectors to a base
+        does so with the base alone, as mergekit does.
+        """
+        method = METHODS[self.method]
+        sources, base = self.taking_part(module, piece)
+        if len(sources) != 1 or method.base is Base.IGNORED:
+            return False
+        adds_to_base = method.base is Base.REQUIRED and method.most is None
+        if adds_to_base and (base is None or method.least == 1):
+            return base is not None
+        return sum(len(each.slices) for each in self.modules) > 1
+
     def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> Recipe:
         """The same recipe, stages and adapters included, with every bare reference replaced that is in `commits`."""
         return replace(
