@@ -211,11 +211,12 @@ def _sha256(file: Path, stop: threading.Event) -> str:
 
 
 def local_folder(ref: ModelRef) -> Path | None:
-    """The folder a reference means, None when it means a Hub repo: a folder that exists wins, as in mergekit."""
-    folder = Path(ref.path)
-    if ref.revision is not None or not folder.is_dir():
-        return None
-    return whole_folder(folder)
+    """The folder a reference means, None when it means a Hub repo: a folder that exists wins, as in mergekit.
+
+    What follows an `@` may be a revision or a part of the folder's name.
+    """
+    folder = Path(str(ref.bare))
+    return whole_folder(folder) if folder.is_dir() else None
 
 
 def whole_folder(folder: Path) -> Path:

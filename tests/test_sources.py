@@ -238,3 +238,16 @@ def test_a_folder_that_may_be_a_repo_is_told_as_both_when_the_hub_is_away(tmp_pa
     with pytest.raises(Failed, match="no folder parents/gone here") as told:
         sources.opened(asked, lambda: Hub("http://127.0.0.1:9", sleep=waits.append))
     assert told.value.code == "HUB_UNAVAILABLE"
+
+
+@pytest.mark.parametrize("model", ["x@y", "{model: {path: x@y, revision: null}}", "x@y+fine@tuned"])
+def test_a_local_folder_may_have_an_at_sign_in_its_name(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "x@y", llama_tensors(0))
+    adapter(tmp_path / "fine@tuned", None)
+    asked = recipe.parse(f"merge_method: passthrough\nmodels: [{{model: {model}}}]")
+    seen = sources.opened(asked, lambda: pytest.fail("the Hub was asked"))
+    assert {folder.name for folder in seen.folders.values()} == set(model.split("+")) if "+" in model else {"x@y"}
+    assert recipe.from_canonical(seen.recipe.canonical()) == seen.recipe

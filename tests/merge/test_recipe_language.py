@@ -248,3 +248,20 @@ def test_any_text_is_a_recipe_or_is_refused(text: str) -> None:
 def test_a_name_is_suggested_only_where_few_letters_differ(written: str, meant: str | None) -> None:
     """Names with half of their letters in common, such as nuslerp_row and filter_wise, are no typing errors."""
     assert closest(written, KNOWN_PARAMETERS) == meant
+
+
+def test_a_folder_with_a_sign_of_references_in_its_name_is_written_as_a_mapping() -> None:
+    """As mergekit reads it: `path` is the name as it is, and only text is split at `@` and `+`."""
+    odd = "{model: {path: x@y+z, revision: null}, lora: {path: l@1, revision: main}}"
+    for text in (
+        f"merge_method: linear\nmodels: [{{model: {odd}}}, {{model: o/a}}]\nparameters: {{weight: 1}}",
+        f"merge_method: slerp\nbase_model: {odd}\nmodels: [{{model: o/a}}]\nparameters: {{t: 1}}\n"
+        f"tokenizer: {{source: {odd}, tokens: {{a: {{source: {odd}}}}}}}",
+    ):
+        parsed = recipe.parse(text)
+        assert ModelRef("x@y+z", None, ModelRef("l@1", "main")) in parsed.sources
+        assert recipe.from_canonical(parsed.canonical()) == parsed
+        assert recipe.parse(recipe.write_yaml(parsed.document())) == parsed
+    with pytest.raises(Refused, match="not the id of a repo"):
+        recipe.parse(f"merge_method: linear\nmodels: [{{model: {odd}}}]", trust="stranger")
+    assert recipe.parse("merge_method: passthrough\nmodels: [{model: x@y}]").sources == (ModelRef("x", "y"),)

@@ -146,7 +146,7 @@ class Reader:
         parts = text.split("+")
         if len(parts) > 2:
             self.refuse("RECIPE_INVALID", node, path, f"{shown(text)} names more than one adapter.", "Name one.")
-        refs = [self._one_model(part, node, path) for part in parts]
+        refs = [self._one_model(*_split(part), node, path) for part in parts]
         return refs[0] if len(refs) == 1 else ModelRef(refs[0].path, refs[0].revision, refs[1])
 
     def _model_mapping(self, node: Table, path: str) -> ModelRef:
@@ -162,24 +162,26 @@ class Reader:
             return ModelRef(base.path, base.revision, adapter)
         if "path" not in node.items:
             self.refuse("MISSING_KEY", node, path, f"`{path}` names no model.", "Add `path: owner/name`.")
-        name = self.text(node.items["path"], f"{path}.path")
+        name = self.text(node.items["path"], f"{path}.path").strip()
+        if "revision" not in node.items:
+            return self._one_model(*_split(name), node, path)
         revision = node.given("revision")
-        return self._one_model(f"{name}@{revision.text}" if isinstance(revision, Text) else name, node, path)
+        return self._one_model(name, None if revision is None else self.text(revision, f"{path}.revision"), node, path)
 
-    def _one_model(self, text: str, node: Node, path: str) -> ModelRef:
-        name, at, revision = text.strip().partition("@")
-        bad_revision = bool(at) and (not _REVISION.fullmatch(revision) or ".." in revision)
+    def _one_model(self, name: str, revision: str | None, node: Node, path: str) -> ModelRef:
+        text = name if revision is None else f"{name}@{revision}"
+        bad_revision = revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision)
         if not name or bad_revision or any(ord(c) < 32 for c in name):
             self.refuse(
                 "NOT_A_REPO_ID", node, path, f"{shown(text)} is not a model reference.",
                 "Write owner/name or owner/name@revision.",
             )  # fmt: skip
-        if self.trust == "stranger" and not is_repo_id(name) and text.strip() not in self.made:
+        if self.trust == "stranger" and not is_repo_id(name) and text not in self.made:
             self.refuse(
                 "NOT_A_REPO_ID", node, path, f"{shown(text)} is not the id of a repo.",
                 "Write owner/name, not an address or a folder.",
             )  # fmt: skip
-        return ModelRef(name, revision or None)
+        return ModelRef(name, revision)
 
     def unknown(self, node: Table, path: str, valid: Iterable[str]) -> None:
         """Refuse keys outside `valid`, naming the nearest; or note them where the caller ignores them."""
@@ -207,6 +209,12 @@ class Reader:
             "RECIPE_INVALID", node, path, f"line {node.line}: `{path or 'the recipe'}` is {got}.",
             f"Write {wanted} there.",
         )  # fmt: skip
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """The name and the revision in `name@revision`, the latter None without an `@`."""
+    name, at, revision = text.strip().partition("@")
+    return name, revision if at else None
 
 
 def is_repo_id(name: str) -> bool:

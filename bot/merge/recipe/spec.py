@@ -18,32 +18,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bot.merge.recipe.contract import METHODS, Base
+from bot.merge.recipe.model_ref import ModelRef as ModelRef
 
 Scalar = float | bool | str
 Document = dict[str, object] | list[dict[str, object]]
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class ModelRef:
-    """A model by Hub id or local folder, optionally at a revision, optionally with a LoRA adapter on top."""
-
-    path: str
-    revision: str | None = None
-    lora: ModelRef | None = None
-
-    @property
-    def bare(self) -> ModelRef:
-        """The model without its adapter."""
-        return ModelRef(self.path, self.revision)
-
-    def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> ModelRef:
-        """The reference with model and adapter each replaced as `commits` says of bare references."""
-        bare = commits.get(self.bare, self.bare)
-        return bare if self.lora is None else replace(bare, lora=self.lora.pinned(commits))
-
-    def __str__(self) -> str:
-        own = self.path if self.revision is None else f"{self.path}@{self.revision}"
-        return own if self.lora is None else f"{own}+{self.lora}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +247,7 @@ class Recipe:
     def _own_document(self) -> dict[str, object]:
         out: dict[str, object] = {"merge_method": self.method}
         if self.base is not None:
-            out["base_model"] = str(self.base)
+            out["base_model"] = self.base.document()
         if self.modular:
             out["modules"] = {module.name: _module_json(module) for module in self.modules}
         else:
@@ -352,7 +330,7 @@ def _parameters_json(parameters: Parameters) -> dict[str, object]:
 
 
 def _source_json(source: Source) -> dict[str, object]:
-    out: dict[str, object] = {"model": str(source.model)}
+    out: dict[str, object] = {"model": source.model.document()}
     if source.layers is not None:
         out["layer_range"] = list(source.layers)
     if source.parameters:
@@ -363,7 +341,7 @@ def _source_json(source: Source) -> dict[str, object]:
 def _slice_json(piece: Slice) -> dict[str, object]:
     out: dict[str, object] = {"sources": [_source_json(source) for source in piece.sources]}
     if piece.base is not None:
-        out["base_model"] = str(piece.base)
+        out["base_model"] = piece.base.document()
     if piece.parameters:
         out["parameters"] = _parameters_json(piece.parameters)
     return out
@@ -382,22 +360,23 @@ def _module_json(module: Module) -> dict[str, object]:
 def _token_json(rule: TokenRule) -> dict[str, object]:
     out: dict[str, object] = {}
     given = rule.source
-    if given is not None and given.kind == "model":
-        out["source"] = str(given.model)
+    if given is not None and given.model is not None and given.kind == "model":
+        out["source"] = given.model.document()
     elif given is not None and given.kind == "zero":
         out["source"] = {"kind": "zero"}
-    elif given is not None:
+    elif given is not None and given.model is not None:
         token = {"token": given.token} if given.token is not None else {"token_id": given.token_id}
-        out["source"] = {"kind": "model_token", "model": str(given.model), **token}
+        out["source"] = {"kind": "model_token", "model": given.model.document(), **token}
     if rule.force:
         out["force"] = True
     return out
 
 
 def _vocabulary_json(vocabulary: Vocabulary) -> dict[str, object]:
+    source = vocabulary.source.document() if isinstance(vocabulary.source, ModelRef) else vocabulary.source
     if vocabulary.legacy:
-        return {"tokenizer_source": str(vocabulary.source)}
-    block: dict[str, object] = {"source": str(vocabulary.source)}
+        return {"tokenizer_source": source}
+    block: dict[str, object] = {"source": source}
     if vocabulary.tokens:
         block["tokens"] = {rule.token: _token_json(rule) for rule in vocabulary.tokens}
     if vocabulary.pad_to_multiple_of is not None:
