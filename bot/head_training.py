@@ -95,6 +95,11 @@ def told(facts: dict[str, Any], model: str, out: Path) -> list[str]:
         )
     if facts["dropped_prompts"]:
         said.append(f"{len(facts['dropped_prompts'])} prompts were left out: too close to a test or held-out prompt.")
+    if facts["shortened_prompts"]:
+        said.append(
+            f"{facts['shortened_prompts']} prompts leave too little of the model's context for an answer: heads learnt "
+            "from answers to their ends."
+        )
     if "joint" in facts:
         made = facts["joint"]
         said.append(CHANGES_THE_MODEL.format(folder=out / "adapter"))

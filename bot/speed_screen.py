@@ -67,12 +67,13 @@ def speech(pieces: Iterable[Piece]) -> None:
 
 
 def spoken(trace: Trace, nodes: int, notes: Iterable[str]) -> None:
-    """What an answer took."""
+    """Tokens and time of an answer, and what about it a user may not expect."""
     seconds = trace.prefill.wall_s + trace.decode.wall_s
     guessing = trace.tokens_per_step is not None and nodes > 1
     rate = f", {trace.tokens_per_step:.2f} a step with a tree of {nodes}" if guessing else ""
     console.print(f"{len(trace.tokens)} tokens in {seconds:.1f} s{rate}.", style="dim", highlight=False)
-    for note in notes:
+    full = ["the answer ends here because the model's context is full"] if trace.finish == "context" else []
+    for note in (*notes, *full):
         say(escape(f"Note: {note}."))
 
 

@@ -23,9 +23,10 @@ from typing import Any
 
 from evaluators import memory
 from evaluators.errors import EvaluationError
+from evaluators.prompt_tokens import prompt_tokens
 from evaluators.repetition import distinct_4grams, ends_in_a_loop, loops
 
-VERSION = 2
+VERSION = 3
 HELD_TEXT = Path(__file__).parent / "texts" / "held.txt"
 PROMPTS = (
     "The train was late again, so Anna",
@@ -140,7 +141,7 @@ def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: fl
     started = time.monotonic()
     text = HELD_TEXT.read_text(encoding="utf-8") if text is None else text
     rows = model.get_input_embeddings().weight.shape[0]
-    ids, prompts = _encoded(tokenizer, text), [_encoded(tokenizer, prompt) for prompt in PROMPTS]
+    ids, prompts = prompt_tokens(tokenizer, text), [prompt_tokens(tokenizer, prompt) for prompt in PROMPTS]
     missing_rows = len({each for found in (ids, *prompts) for each in found if not 0 <= each < rows})
     texts, survived = _round_trips(tokenizer)
     finite, nats, scored, outputs, seconds = True, 0.0, 0, list[list[int]](), 0.0
@@ -172,10 +173,6 @@ def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: fl
     )
 
 
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    return [int(each) for each in tokenizer(text, verbose=False)["input_ids"]]
-
-
 def _loss(model: Any, ids: list[int]) -> tuple[bool, float, int]:
     """Whether every logit is a number, the sum of -log p of the tokens in nats, and how many tokens that is.
 
@@ -183,7 +180,7 @@ def _loss(model: Any, ids: list[int]) -> tuple[bool, float, int]:
     """
     import torch
 
-    window = min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    window = min(WINDOW, _context(model) or WINDOW)
     nats, scored = 0.0, 0
     for start in range(0, len(ids) - 1, window - 1):
         some = torch.tensor([ids[start : start + window]], device=model.device)
@@ -196,15 +193,23 @@ def _loss(model: Any, ids: list[int]) -> tuple[bool, float, int]:
     return math.isfinite(nats), nats, scored
 
 
+def _context(model: Any) -> int | None:
+    """The number of positions the model has; None where its config gives none."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _continued(model: Any, prompt: list[int]) -> list[int]:
-    """The greedy continuation of at most NEW_TOKENS tokens, without the one that ends it."""
+    """The greedy continuation of at most NEW_TOKENS tokens within the context, without the one that ends it."""
     import torch
 
     ends = model.config.get_text_config().eos_token_id
     stops = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     output: list[int] = []
+    context = _context(model) or len(prompt) + NEW_TOKENS
+    prompt = prompt[-max(1, context - NEW_TOKENS) :]
     fed, cache = prompt, None
-    while len(output) < NEW_TOKENS:
+    while len(output) < min(NEW_TOKENS, context + 1 - len(prompt)):
         found = model(input_ids=torch.tensor([fed], device=model.device), past_key_values=cache, use_cache=True)
         following = int(found.logits[0, -1].argmax())
         if following in stops:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bot import head_training
@@ -51,7 +52,7 @@ def test_the_answer_is_the_models_own_and_what_it_took_is_said(place: Path) -> N
     base = causal_lm.load(place / "base")
     ids = prompt_sets.encode(base, "one two")
     answer = plain(EagerRunner(base), ids, Limits(20, base.stop_ids)).tokens
-    want = base.tokenizer.decode(answer, skip_special_tokens=True).rstrip(generation.UNKNOWN)
+    want = base.tokenizer.decode(answer, skip_special_tokens=True)
     done = generate("base", "one two", "--heads", "heads", "--new-tokens", "20", "--dtype", "float32")
     assert done.exit_code == 0
     said, _, told = done.stdout.rpartition("\n20 tokens in ")
@@ -68,10 +69,37 @@ def test_a_model_without_heads_speaks_one_token_at_a_time(place: Path) -> None:
 def test_pieces_are_the_text_of_the_tokens_whatever_the_rule(place: Path, rule: Any) -> None:
     speaker = generation.load(place / "base", place / "heads", dtype="float32")
     pieces = list(speaker.say("one two", 25, rule))
-    assert len(pieces) == len(speaker.trace.tokens) <= 25
-    whole = speaker.base.tokenizer.decode(speaker.trace.tokens, skip_special_tokens=True)
-    assert whole.rstrip(generation.UNKNOWN) == "".join(piece.text for piece in pieces).rstrip(generation.UNKNOWN)
+    assert len(speaker.trace.tokens) <= len(pieces) <= 26
+    assert "".join(piece.text for piece in pieces) == speaker.base.tokenizer.decode(
+        speaker.trace.tokens, skip_special_tokens=True
+    )
     assert sum(not piece.guessed for piece in pieces) >= speaker.trace.steps
+
+
+def test_a_long_prompt_is_read_whole(place: Path) -> None:
+    speaker = generation.load(place / "base", place / "heads", dtype="float32")
+    model, tokenizer = speaker.base.model, speaker.base.tokenizer
+    prompt = "The first word decides what comes after all the others. " * 4  # 224 of 256 positions
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    with torch.no_grad():
+        want = model.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.shape[1] :]
+    assert ids.shape[1] > 200 and list(speaker.say(prompt, 20)) and speaker.trace.tokens == want.tolist()
+
+
+def test_a_prompt_that_the_context_cannot_hold_is_refused_and_a_full_context_is_named(place: Path) -> None:
+    with pytest.raises(EvaluationError, match="The prompt has 300 tokens, and the model's context holds 256") as told:
+        generate("base", "x" * 300)
+    assert told.value.code == "PROMPT_TOO_LONG"
+    done = generate("base", "x" * 250, "--new-tokens", "50")
+    assert "7 tokens in " in done.output and "ends here because the model's context is full" in done.output
+
+
+def test_an_answer_that_ends_inside_a_character_shows_it_as_decoding_does(place: Path) -> None:
+    speaker = generation.load(place / "base", place / "heads", dtype="float32")
+    said = [("".join(piece.text for piece in speaker.say("one two", count)), speaker.trace) for count in range(1, 26)]
+    assert any(text.endswith(generation.UNKNOWN) for text, _ in said)
+    for text, trace in said:
+        assert text == speaker.base.tokenizer.decode(trace.tokens, skip_special_tokens=True)
 
 
 def test_heads_that_carry_their_accuracy_get_their_own_tree(place: Path) -> None:
@@ -96,8 +124,7 @@ def test_several_answers_together_are_those_that_each_prompt_gets_alone(place: P
     speaker = generation.load(place / "base", place / "heads", dtype="float32")
     prompts = ["one two", "a much longer beginning than that", "three"]
     alone = ["".join(piece.text for piece in speaker.say(each, 12)) for each in prompts]
-    together = [each.rstrip(generation.UNKNOWN) for each in speaker.answers(prompts, 12)]
-    assert together == [each.rstrip(generation.UNKNOWN) for each in alone] and len(set(together)) == 3
+    assert speaker.answers(prompts, 12) == alone and len(set(alone)) == 3
 
 
 def test_of_the_likeliest_token_alone_every_draw_is_the_greedy_one(place: Path) -> None:

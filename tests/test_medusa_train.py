@@ -80,10 +80,11 @@ def test_conditioned_heads_are_said_to_be_for_mergebot_alone() -> None:
     held_out = {"best": None, "answers": 0, "nodes": 8, "untrained": None}
     facts = {
         "steps": 900, "tokens": 9000, "positions": 9000, "prompts": 9, "seconds": {"total": 9.0}, "generate_s": 1.0,
-        "held_out": held_out, "dropped_prompts": [], "heads": {"formats": ["ours"]},
+        "held_out": held_out, "dropped_prompts": [], "shortened_prompts": 2, "heads": {"formats": ["ours"]},
     }  # fmt: skip
     said = head_training.told(facts, "a model", Path("out"))
     assert "  mergebot medusa generate 'a model' 'Describe a lighthouse.' --heads out" in said
+    assert any(each.startswith("2 prompts leave too little of the model's context") for each in said)
     assert said[-1].endswith("train with --no-conditioned.") and not any("hardly" in each for each in said)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.decoding import batch
 from evaluators.medusa.decoding.acceptance import GREEDY, Rule
@@ -33,7 +34,10 @@ UNKNOWN = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text of one token, "" while its character is unfinished; `guessed` by the heads, not by the model alone."""
+    """The text of one token, "" while its character is unfinished; `guessed` by the heads, not by the model alone.
+
+    A character that is unfinished at the end of the answer is a piece of its own.
+    """
 
     text: str
     guessed: bool
@@ -54,18 +58,21 @@ class Speaker:
 
     def say(self, prompt: str, max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()) -> Iterator[Piece]:
         """The answer to `prompt`, token by token, up to the first of the strings `stop`; `trace` then tells what it
-        took."""
-        ids, limits = prompt_sets.encode(self.base, prompt), self._limits(max_new_tokens, stop)
+        took. Raises EvaluationError PROMPT_TOO_LONG for a prompt that exceeds the model's context."""
+        ids, limits = self._encoded(prompt), self._limits(max_new_tokens, stop)
         self.trace = Trace()
         said: list[int] = []
-        shown = ""
+        shown, text, guessed = "", "", False
         for block in stream(self.runner, self.drafter, self.tree, ids, limits, rule, trace=self.trace):
             for number, token in enumerate(block):
                 said.append(token)
                 text = self.base.tokenizer.decode(said, skip_special_tokens=True)
                 fresh = text[len(shown) :] if not text.endswith(UNKNOWN) else ""
                 shown += fresh
-                yield Piece(fresh, number < len(self.trace.paths[-1]) - 1 if self.trace.paths else False)
+                guessed = bool(self.trace.paths) and number < len(self.trace.paths[-1]) - 1
+                yield Piece(fresh, guessed)
+        if len(text) > len(shown):  # the answer ends inside a character
+            yield Piece(text[len(shown) :], guessed)
 
     def answers(
         self, prompts: Sequence[str], max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()
@@ -73,12 +80,22 @@ class Speaker:
         """The whole answers to several prompts, decoded together where the model can take trees: each is the text
         that its prompt gets alone, in float32 to the token."""
         limits = self._limits(max_new_tokens, stop)
-        asked = [batch.Request(prompt_sets.encode(self.base, each), limits, self.drafter, rule) for each in prompts]
+        asked = [batch.Request(self._encoded(each), limits, self.drafter, rule) for each in prompts]
         if self.trees:
             traces = batch.decode(self.base, asked, self.tree)
         else:
             traces = [plain(self.runner, each.ids, limits, rule) for each in asked]
         return [self.base.tokenizer.decode(trace.tokens, skip_special_tokens=True) for trace in traces]
+
+    def _encoded(self, prompt: str) -> list[int]:
+        ids, last = prompt_sets.encode(self.base, prompt), self.base.last_position()
+        if last is not None and len(ids) > last + 1:
+            raise EvaluationError(
+                "PROMPT_TOO_LONG",
+                f"The prompt has {len(ids):,} tokens, and the model's context holds {last + 1:,}.",
+                "Shorten the prompt, or choose a model with a longer context.",
+            )
+        return ids
 
     def _limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
         return Limits(max_new_tokens, self.base.stop_ids, StopStrings(self.base.tokenizer, stop) if stop else None)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Regex, normalizers, processors
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evaluators import vitals
 from evaluators.errors import EvaluationError
@@ -137,6 +137,25 @@ def test_the_continuation_is_what_generate_writes(model: LlamaForCausalLM, token
             torch.tensor([prompt]), do_sample=False, max_new_tokens=vitals.NEW_TOKENS, pad_token_id=258
         )[0, len(prompt) :].tolist()
     assert ours == [token for token in theirs if token != 257] and ours
+
+
+def test_a_tokenizer_that_appends_its_end_token_changes_nothing(
+    model: LlamaForCausalLM, text: str, healthy: Vitals
+) -> None:
+    ending = family.byte_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 257)]
+    )
+    found = examine(model, ending, text=text)
+    assert replace(found, tokens_per_s=None) == replace(healthy, tokens_per_s=None)
+
+
+@pytest.mark.parametrize("positions", [24, 40])
+def test_a_position_table_shorter_than_a_prompt_is_not_left(tokenizer: PreTrainedTokenizerFast, positions: int) -> None:
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=2, n_positions=positions, bos_token_id=256,
+                        eos_token_id=257)  # fmt: skip
+    found = examine(GPT2LMHeadModel(config).eval(), tokenizer, text="A short text that is longer than the table.")
+    assert found.finite and found.continuations == len(vitals.PROMPTS)
 
 
 def shuffled(model: LlamaForCausalLM) -> None:

@@ -86,14 +86,15 @@ def unapplied_settings(base: Base) -> str | None:
 def native(base: Base, question: Question, limits: Limits, cache: str | None = None) -> tuple[list[int], Clock]:
     """transformers' own greedy `generate`: its tokens, and what it took end to end.
 
-    Nothing but the stop ids is taken from the model's generation config, as in the plain loop. With the cache "static"
-    it compiles the model on a GPU, in the first call.
+    Nothing but the stop ids is taken from the model's generation config, and it ends where the context is full, as in
+    the plain loop. With the cache "static" it compiles the model on a GPU, in the first call.
     """
     ids = torch.tensor([list(question.ids)], device=base.device)
-    stops = sorted(base.stop_ids & limits.stop_ids)
+    stops, last = sorted(base.stop_ids & limits.stop_ids), base.last_position()
+    room = limits.max_new_tokens if last is None else last + 2 - len(question.ids)  # the last token takes no position
     config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=limits.max_new_tokens,
+        max_new_tokens=min(limits.max_new_tokens, room),
         eos_token_id=stops or None,
         pad_token_id=stops[0] if stops else 0,
         cache_implementation=cache,

@@ -20,6 +20,7 @@ from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.document import ClockName, Interval
+from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.training.distillation import Dialogue
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import Tree
@@ -34,11 +35,21 @@ AA_SLACK = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One turn of a prompt, as token ids. `answers` are the plain answers to the turns before."""
+    """One turn of a prompt, as token ids. `answers` are the plain answers to the turns before; `shortened` where the
+    context holds only the end of the prompt."""
 
     prompt: Prompt
     ids: tuple[int, ...]
     answers: tuple[str, ...] = ()
+    shortened: bool = False
+
+
+def question(base: Base, prompt: Prompt, new_tokens: int, answers: Sequence[str] = ()) -> Question:
+    """The turn of `prompt` that follows `answers`, with room for `new_tokens` of its own answer."""
+    turn = len(answers)
+    whole = prompt_sets.encode(base, prompt.turns[turn], list(zip(prompt.turns, answers, strict=False)))
+    ids = prompt_sets.shortened(base, whole, new_tokens)
+    return Question(prompt, tuple(ids), tuple(answers), len(ids) < len(whole))
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,8 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The questions as they were asked; `looping` answers repeat themselves."""
+    """The questions as they were asked; `looping` answers repeat themselves, of `shortened` ones the context holds only
+    the end."""
 
     name: str | None = None
     sha256: str | None = None
@@ -59,6 +60,7 @@ class Suite:
     repeats: int | None = None
     order: str | None = None
     looping: int | None = None
+    shortened: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,7 @@ def _examine(run: Run, device: str, prompts: Path | None) -> None:
         model=report.describe_model(base, run.folder),
         environment=report.describe_environment(base, kernel, run.seed),
     )
-    test = [bench.Question(prompt, tuple(prompt_sets.encode(base, prompt.turns[0]))) for prompt in asked]
+    test = [bench.question(base, prompt, run.asked.max_new_tokens) for prompt in asked]
     _describe_suite(run, base, test, prompts)
     if (unapplied := baselines.unapplied_settings(base)) is not None:
         run.warn(unapplied)
@@ -229,9 +229,8 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     sources, held_out, dropped = prompt_sets.apart(sources, held_out, asked, HELD_OUT)
     if dropped:
         run.warn(f"{len(dropped)} of our prompts were too close to a test prompt: {dropped}")
-    learnt = [("train", prompt_sets.encode(base, prompt.turns[0])) for prompt in sources] if learning else []
-    queues = [iter(learnt)] * 4
-    queues.append(iter([("calibration", prompt_sets.encode(base, prompt.turns[0])) for prompt in held_out]))
+    queues = [iter(_labelled(base, "train", sources if learning else ()))] * 4
+    queues.append(iter(_labelled(base, "calibration", held_out)))
     mixed = _taking_turns(queues)
     dialogues = distillation.self_distil(
         base,
@@ -246,6 +245,12 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
         texts[split].append(dialogue)
     prints = " ".join(prompt_sets.fingerprint(prompt.turns[0]) for prompt in sources[: len(texts["train"])])
     return _Texts(distillation.straight(texts["train"]), distillation.straight(texts["calibration"]), prints)
+
+
+def _labelled(base: Base, split: str, prompts: Sequence[prompt_sets.Prompt]) -> list[tuple[str, list[int]]]:
+    """(split, token ids) of each prompt, with room for an answer to learn from."""
+    whole = [prompt_sets.encode(base, prompt.turns[0]) for prompt in prompts]
+    return [(split, prompt_sets.shortened(base, ids, fitting.ANSWER_TOKENS)) for ids in whole]
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:

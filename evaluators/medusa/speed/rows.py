@@ -97,8 +97,9 @@ def baseline_rows(m: Measured, machine: Machine) -> tuple[Row, Row, Row]:
 
 
 def described(report: Report, blocks: Sequence[bench.Block], max_new_tokens: int, machine: Machine) -> Report:
-    """The report with the suite as it was run, plain decoding, the machine, and a word on answers that repeat
-    themselves."""
+    """The report with the suite as it was run, plain decoding, the machine, and warnings of answers that repeat
+    themselves and of questions that do not fit the context."""
+    shortened = [block.question.prompt.id for block in blocks if block.question.shortened]
     looping = [block.question.prompt.id for block in blocks if repetition.loops(block.plain[0].tokens)]
     context = sum(len(b.question.ids) + len(b.plain[0].tokens) / 2 for b in blocks) / max(len(blocks), 1)
     suite = replace(
@@ -107,12 +108,17 @@ def described(report: Report, blocks: Sequence[bench.Block], max_new_tokens: int
         max_new_tokens=max_new_tokens,
         mean_context_tokens=round(context, 1),
         looping=len(looping),
+        shortened=len(shortened),
     )
     flattered = (
         f"{len(looping)} of {len(blocks)} answers repeat themselves (fewer than half of their 4-grams differ), which "
         f"inflates tokens per step: {', '.join(looping)}"
     )
-    warnings = (*report.warnings, flattered) if looping else report.warnings
+    cut = (
+        f"{len(shortened)} of {len(blocks)} questions exceed the model's context together with their answers, so only "
+        f"their ends were asked: {', '.join(shortened)}"
+    )
+    warnings = (*report.warnings, *[flattered] * bool(looping), *[cut] * bool(shortened))
     return replace(report, suite=suite, plain=plain_figures(blocks), aa=machine.steadiness, warnings=warnings)
 
 

@@ -14,7 +14,6 @@ from evaluators.medusa.speed import baselines, bench, calibrate
 from evaluators.medusa.speed.conclusions import LEAST_FOR_A_VERDICT
 from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.speed.run import Run
-from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.trees.tree import chain
 
 # Shares of the budget at which timing must have ended, with and without other models to compare afterwards.
@@ -62,7 +61,7 @@ def time_candidates(
     limits = decode.Limits(_affordable(run, cost, prices, question_s / slower), base.stop_ids)
 
     def next_turn(question: bench.Question, answer: Sequence[int]) -> bench.Question | None:
-        return _next_turn(base, question, answer) if run.asked.turns > 1 else None
+        return _next_turn(base, question, answer, limits.max_new_tokens) if run.asked.turns > 1 else None
 
     blocks = bench.run_blocks(
         base, candidates, test, limits, runner=runner, repeats=run.asked.repeats, next_turn=next_turn, deadline=ends,
@@ -79,14 +78,12 @@ def _worth(scored: Sequence[Scored]) -> list[tuple[str, Heads, calibrate.Choice]
     return [(each[0].id, each[1], each[2]) for each in able if each[0].origin == "fresh" or each is best]
 
 
-def _next_turn(base: Base, question: bench.Question, answer: Sequence[int]) -> bench.Question | None:
-    """The next turn of the prompt after the plain answer to this one; None where there is none or it has no room."""
-    turns = question.prompt.turns
+def _next_turn(base: Base, question: bench.Question, answer: Sequence[int], new_tokens: int) -> bench.Question | None:
+    """The next turn of the prompt after the plain answer to this one; None where there is none."""
     answers = (*question.answers, base.tokenizer.decode(list(answer), skip_special_tokens=True))
-    if len(answers) >= len(turns):
+    if len(answers) >= len(question.prompt.turns):
         return None
-    ids = prompt_sets.encode(base, turns[len(answers)], list(zip(turns, answers, strict=False)))
-    return bench.Question(question.prompt, tuple(ids), answers)
+    return bench.question(base, question.prompt, new_tokens, answers)
 
 
 def _question_s(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], tokens: int) -> float:

@@ -123,11 +123,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Token ids by split, and the ids of training prompts that were too close to a test or calibration prompt."""
+    """Token ids by split, and the ids of training prompts that were too close to a test or calibration prompt.
+
+    `shortened` says of each training prompt whether the context holds only its end.
+    """
 
     train: list[list[int]]
     held_out: list[list[int]]
     dropped: list[str]
+    shortened: list[bool]
 
 
 def train_heads(
@@ -151,8 +155,7 @@ def train_heads(
     work.progress("load", 0, 1)
     # A change to the base is trained through its layers, and in full precision.
     base = causal_lm.load(model, device) if wanted.joint else packed.load(model, device, wanted.dtype)[0]
-    known, unseen = ([prompt_sets.encode(base, text) for text in split] for split in texts)
-    encoded = Prompts(known, unseen, prompts[2])
+    encoded = _encoded(base, texts, prompts[2], wanted.answer_tokens)
     work.progress("load", 1, 1)
     _noted(work, "load", began)
     held_out, learnt = _answers(work, base, encoded, content)
@@ -160,6 +163,7 @@ def train_heads(
     learn, apart = (distillation.on_disk(base, distillation.straight(answers)) for answers in (learnt, held_out))
     heads, facts = _fitted(work, base, learn, apart)
     facts |= {"prompts": len(learnt), "dropped_prompts": encoded.dropped,
+              "shortened_prompts": sum(encoded.shortened[: len(learnt)]),
               "prompt_fingerprints": " ".join(map(prompt_sets.fingerprint, texts[0][: len(learnt)])),
               "looping_answers": sum(repetition.loops(each.output) for each in learnt)}  # fmt: skip
     if wanted.joint:
@@ -188,6 +192,13 @@ def _prompts(wanted: Wanted) -> tuple[list[prompt_sets.Prompt], list[prompt_sets
             "Give more prompts, one a line.",
         )  # fmt: skip
     return learnt[: wanted.answers], held_out, dropped
+
+
+def _encoded(base: Base, texts: Sequence[Sequence[str]], dropped: list[str], answer_tokens: int) -> Prompts:
+    """`texts` are those of the training and of the held-out prompts."""
+    whole = [[prompt_sets.encode(base, text) for text in split] for split in texts]
+    known, unseen = ([prompt_sets.shortened(base, ids, answer_tokens) for ids in split] for split in whole)
+    return Prompts(known, unseen, dropped, [len(a) < len(b) for a, b in zip(known, whole[0], strict=True)])
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------

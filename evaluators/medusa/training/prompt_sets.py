@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa.training.prompts import FORMS, PASSAGES, PEOPLE, PLACES, ROLES, TOPICS, Split
+from evaluators.prompt_tokens import prompt_tokens
 
 if TYPE_CHECKING:
     from evaluators.medusa.model.causal_lm import Base
@@ -186,12 +187,15 @@ def _rendered(tokenizer: Any, text: str, history: Sequence[tuple[str, str]]) -> 
 def encode(base: Base, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
     """The token ids the model sees for one user turn: its chat template if it has one that works, else plain text.
 
-    `history` holds the turns before it, each with its answer.
+    `history` holds the turns before it, each with its answer. Raises EvaluationError SPEED_CHECK_FAILED for tokens that
+    the model does not have.
     """
     tokenizer = base.tokenizer
     rendered = _rendered(tokenizer, text, history)
-    text = "\n".join([part for turn in history for part in turn] + [text])
-    ids: list[int] = tokenizer(rendered or text, add_special_tokens=rendered is None)["input_ids"]
+    if rendered is not None:
+        ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    else:
+        ids = prompt_tokens(tokenizer, "\n".join([part for turn in history for part in turn] + [text]))
     ids = ids or ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [0])
     if max(ids) >= base.vocab:
         raise EvaluationError(
@@ -199,5 +203,15 @@ def encode(base: Base, text: str, history: Sequence[tuple[str, str]] = ()) -> li
             f"The tokenizer produces token {max(ids)}, but the model has only {base.vocab} tokens.",
             "Check the tokenizer policy of the merge.",
         )
-    # A prompt may fill half the context, so that there is something left to generate into.
-    return ids if base.max_positions is None else ids[-max(1, base.max_positions // 2) :]
+    return ids
+
+
+def shortened(base: Base, ids: list[int], new_tokens: int) -> list[int]:
+    """The prompt as it is, or its end where prompt and answer exceed the context.
+
+    `new_tokens` are kept free for the answer, at most half of the context.
+    """
+    last = base.last_position()
+    if last is None:
+        return ids
+    return ids[-max(1, (last + 1) // 2, last + 1 - new_tokens) :]

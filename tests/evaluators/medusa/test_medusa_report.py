@@ -86,7 +86,7 @@ SHAPE = {
     "plain candidates": None,
     "weights_sha256 architecture parameters layers hidden_size vocab_size dtype": "model",
     "device cores threads torch transformers attention execution load_before load_after seed": "environment",
-    "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order looping": "suite",
+    "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order looping shortened": "suite",
     "context_tokens clock points": "cost_curve",
     "ratio ci95 ok": "aa",
     "tokens steps wall_s cpu_s tokens_per_s step_ms prefill_ms end_to_end_tokens_per_s": "plain",
@@ -203,6 +203,14 @@ def test_a_degenerate_model_still_gives_a_whole_report(habit: str, tmp_path: Pat
     else:
         assert any("repeat themselves" in warning for warning in measured["warnings"])
         assert fresh["tokens_per_step"]["measured"] > 1.5 and fresh["tokens_per_step"]["without_loops"] is None
+
+
+@pytest.mark.slow
+def test_questions_that_exceed_the_context_are_named_and_timed_to_its_end(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("gpt2"))  # 64 positions, and every token is a byte
+    measured = medusa.measure(folder, tmp_path / "out", budget_s=6, questions=2, max_new_tokens=48)
+    assert measured["suite"]["shortened"] == measured["suite"]["questions"] >= 1
+    assert any("only their ends were asked" in warning for warning in measured["warnings"])
 
 
 @pytest.mark.slow

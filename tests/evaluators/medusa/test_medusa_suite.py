@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_causal_lms as tiny
 import torch
+from tokenizers import processors
 
 from evaluators import repetition
 from evaluators.errors import EvaluationError
+from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
+from evaluators.medusa.speed import baselines, bench
 from evaluators.medusa.training import distillation, prompt_sets, prompts
+from evaluators.prompt_tokens import prompt_tokens
+from tests import family
 
 LONG = "Describe in a few words how the old harbour of the town looks when the first ships come home in spring"
 
@@ -93,9 +100,39 @@ def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
         prompt_sets.encode(base, "zebra")
 
 
-def test_a_prompt_longer_than_the_context_leaves_room_to_answer() -> None:
-    base = tiny.base("gpt2")
-    assert len(prompt_sets.encode(base, "x" * 500)) == 32
+def test_a_prompt_is_shortened_only_where_it_and_its_answer_exceed_the_context() -> None:
+    base = tiny.base("gpt2")  # 64 positions
+    whole = prompt_sets.encode(base, "x" * 500)
+    assert len(whole) > 500 and prompt_sets.shortened(base, whole, 48) == whole[-32:]
+    assert prompt_sets.shortened(base, whole, 4) == whole[-60:]
+    assert prompt_sets.shortened(base, whole[:60], 4) == whole[:60]
+    for kind in ("bloom", "dynamic"):  # nothing bounds their positions
+        assert prompt_sets.shortened(tiny.base(kind), whole, 48) == whole
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gqa"])
+def test_where_the_context_ends_plain_decoding_and_generate_end_alike(kind: str) -> None:
+    base = tiny.base(kind)
+    most = base.max_positions or 0
+    for length in (most - 4, most):
+        question = bench.Question(prompt_sets.Prompt("p", "x", ("?",)), tuple(range(1, 200))[:length] * 2)
+        question = replace(question, ids=question.ids[:length])
+        limits = Limits(48, base.stop_ids)
+        assert baselines.native(base, question, limits)[0] == plain(EagerRunner(base), question.ids, limits).tokens
+
+
+@pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", "<s> $A", "$A"])
+def test_a_prompt_does_not_end_with_what_the_tokenizer_appends(template: str) -> None:
+    made = family.byte_tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    plain_text = family.byte_tokenizer()("one two").input_ids
+    begun = [256] if template.startswith("<s>") else []
+    assert prompt_tokens(made, "one two") == [*begun, *plain_text]
+    assert prompt_tokens(made, "one</s>") == [*begun, *plain_text[:3], 257], "what the user wrote stays"
+    base = Base(tiny.model("gqa"), made)
+    assert prompt_sets.encode(base, "one two") == [*begun, *plain_text]
 
 
 def test_looping_text_is_told_from_plain_text() -> None:

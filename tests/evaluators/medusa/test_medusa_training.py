@@ -106,6 +106,7 @@ def test_a_budget_ends_a_training_and_a_model_without_a_template_gets_plain_text
     facts = train_heads(plain, tmp_path / "out", tmp_path / "cache", Wanted(3.0, heads=2, vocab=None, batch=8))
     assert facts["chat_template"] is False and facts["heads"]["kept_vocab"] is None and facts["coverage"] == 1.0
     assert facts["steps"] > 0 and facts["seconds"]["total"] < 30
+    assert 0 < facts["shortened_prompts"] <= facts["prompts"], "64 positions hold few of our prompts and their answers"
     heads, _ = formats.load(tmp_path / "out", causal_lm.load(plain))
     assert heads.spec == HeadSpec("shared", 2, conditioned=True)
 
