@@ -86,7 +86,8 @@ SHAPE = {
     "plain candidates": None,
     "weights_sha256 architecture parameters layers hidden_size vocab_size dtype": "model",
     "device cores threads torch transformers attention execution load_before load_after seed": "environment",
-    "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order looping shortened": "suite",
+    "name sha256 questions turns max_new_tokens chat_template mean_context_tokens repeats order looping "
+    "shortened": "suite",
     "context_tokens clock points": "cost_curve",
     "ratio ci95 ok": "aa",
     "tokens steps wall_s cpu_s tokens_per_s step_ms prefill_ms end_to_end_tokens_per_s": "plain",
