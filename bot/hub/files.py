@@ -26,6 +26,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from bot.errors import Refused, Transient
 from bot.hub.transport import Away, Line, check_deadline
+from bot.merge.checkpoints.weight_files import INDEX, weight_file
 from bot.merge.execution.sizes import in_units
 
 # safety.md 5, row 1: what of a source is ever written to our disk. Only files at the top of the repo.
@@ -39,7 +40,6 @@ TEMPLATE_LIMIT_BYTES = 64 << 10
 TRUSTED_TEMPLATES = {
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "SmolLM2-Instruct (ChatML with a system text)",
 }
-INDEX = "model.safetensors.index.json"
 INDEX_LIMIT_BYTES = 8 << 20
 DOWNLOAD_LIMIT_BYTES = 120_000_000_000
 _CHUNK_BYTES = 1 << 20
@@ -269,7 +269,8 @@ def allowed_files(files: RepoFiles) -> dict[str, FileFact]:
 def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str, FileFact]:
     """The allowed files; of the weights only those that belong to the checkpoint (repos may hold them twice)."""
     top = allowed_files(files)
-    if INDEX in top:
+    first = weight_file(top)
+    if first == INDEX:
         if top[INDEX].size > INDEX_LIMIT_BYTES:
             raise Refused(
                 "BAD_CHECKPOINT", f"{INDEX} of {files} has {top[INDEX].size} bytes; the limit is 8 MiB.",
@@ -277,8 +278,8 @@ def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str
             )  # fmt: skip
         fetch_whole(files, api, line, INDEX, top[INDEX], partial / INDEX, lambda count: None)
         shards = _shards((partial / INDEX).read_bytes())
-    elif "model.safetensors" in top:
-        shards = {"model.safetensors"}
+    elif first is not None:
+        shards = {first}
     else:
         shards = {name for name in top if name.endswith(".safetensors")}
     kept = shards | {"adapter_model.safetensors"}

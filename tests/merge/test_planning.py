@@ -223,14 +223,6 @@ def test_the_tie_flag_says_what_was_written(a_tied: bool, b_tied: bool, head: bo
         assert [o.tensor.name for o in heads[0].work.operands] == ["model.embed_tokens.weight", "lm_head.weight"]
 
 
-def test_a_stored_head_that_every_config_ties_is_left_out(tmp_path: Path) -> None:
-    for seed, name in enumerate("ab"):
-        save(tmp_path / name, llama_tensors(seed), tie_word_embeddings=True)
-    planned, _ = plan_of("merge_method: linear\n" + TWO, tmp_path)
-    assert "lm_head.weight" not in {step.name for step in planned.steps}
-    assert "TIED_HEAD_DROPPED" in {notice.code for notice in planned.notices}
-
-
 def test_an_unlisted_base_is_appended_and_ignored_means_an_ordinary_input(models: Path) -> None:
     planned, _ = plan_of("merge_method: linear\nbase_model: base\nparameters: {weight: 1}\n" + TWO, models)
     assert [str(operand.model) for operand in planned.steps[0].work.operands] == ["a", "b", "base"]

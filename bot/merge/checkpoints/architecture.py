@@ -14,22 +14,22 @@ from typing import Any
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.checkpoints.ties import config_ties, is_embedding, is_head, main_embedding, main_head, replacement
 
 _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)\.")
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 _BEFORE = re.compile(r"embed(?!_out)|wte|wpe|position|token_type|patch|conv1", re.IGNORECASE)
 _AFTER = re.compile(r"norm|ln_f|head|score|classifier|pooler|embed_out|output", re.IGNORECASE)
-_INPUT_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|shared|tok_embeddings|embeddings)\.weight$"
-)
-# what else has a row for every token: the decoders of masked language models, further copies of the embedding
+# what has a row for every token beside embeddings and heads
 _PER_TOKEN = re.compile(
-    _INPUT_EMBEDDING.pattern
-    + r"|(^|\.)(lm_head(\.decoder)?|predictions(\.decoder)?|vocab_projector|generator_lm_head|output_layer)"
-    r"\.(weight|bias)$"
+    r"(^|\.)(lm_head(\.decoder)?|predictions(\.decoder)?|vocab_projector|generator_lm_head|output_layer"
+    r"|shared_head\.head)\.(weight|bias)$"
 )
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$|^output\.weight$")
-_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
+# Weights for the prediction of further tokens, which transformers does not load.
+_PREDICTION = re.compile(r"(^|\.)mtp(_\w+)?\.")
+# Buffers that older versions of transformers stored and newer ones make anew.
+_MADE_ANEW = re.compile(r"(^|\.)position_ids$|^(model\.)?(en|de)coder\.version$")
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attention)\.bias$")
 
 
@@ -51,9 +51,11 @@ class Architecture:
     after: tuple[str, ...]
     embedding: str | None
     head: str | None  # the stored head
-    tied: bool  # the config says so, or says nothing and no head is stored
+    tied: bool  # no head is stored, and the config does not say that there is one
     depth_key: tuple[str, ...] | None  # path of the layer count in the config
     dropped: tuple[str, ...]  # rotary and mask buffers, never written
+    predicting: frozenset[str]  # prediction layers, which stand for the whole stack: among `after`
+    unused: frozenset[str]  # what transformers does not load: those, and buffers that it makes anew
     unsure: tuple[str, ...]  # loose tensors placed before the stack for want of a hint
 
 
@@ -62,36 +64,35 @@ def infer(checkpoint: Checkpoint) -> Architecture:
     dropped = tuple(name for name, tensor in checkpoint.tensors.items() if _is_buffer(tensor))
     names = [name for name in checkpoint.tensors if name not in set(dropped)]
     depth_key, depth = layer_count(checkpoint.config)
-    stacks = _stacks(names)
-    main = _main_stack(checkpoint, stacks, depth)
+    stacks = _stacks(name for name in names if not _PREDICTION.search(name))
+    main, further = _main_stack(checkpoint, stacks, depth)
     owned = {name for layer in main.layers for name in layer.values()}
-    loose = [name for name in names if name not in owned]
+    predicting = {name for layer in further for name in layer.values()}
+    predicting |= {name for name in names if _PREDICTION.search(name)}
+    loose = [name for name in names if name not in owned and name not in predicting]
     before, after, unsure = _split(loose)
-    stacked = {name for stack in stacks for layer in stack.layers for name in layer.values()}
-    head = next((name for name in loose if _HEAD.search(name)), None)
+    others = tuple(stack for stack in stacks if stack.prefix != main.prefix)
+    stacked = {name for stack in others for layer in stack.layers for name in layer.values()}
+    head = main_head(loose)
     return Architecture(
         main=main,
-        others=tuple(stack for stack in stacks if stack is not main),
+        others=others,
         before=before,
-        after=after,
-        embedding=next((name for name in loose if _INPUT_EMBEDDING.search(name)), None),
+        after=(*after, *(name for name in names if name in predicting)),
+        embedding=main_embedding(loose),
         head=head,
-        tied=bool(text_config(checkpoint.config).get("tie_word_embeddings", head is None)),
+        tied=head is None and config_ties(checkpoint.config) is not False,
         depth_key=depth_key,
         dropped=dropped,
+        predicting=frozenset(predicting),
+        unused=frozenset(predicting | {name for name in loose if _MADE_ANEW.search(name)}),
         unsure=tuple(name for name in unsure if name not in stacked),
     )
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that speaks of the language model; the config itself where it has no parts.
-
-    `tie_word_embeddings` of the whole config wins over its text part, as transformers ties the outer model.
-    """
-    inner = config.get("text_config")
-    if not isinstance(inner, dict):
-        return config
-    return {**inner, **{k: config[k] for k in ("tie_word_embeddings",) if k in config}}
+def tied_in(name: str, model: Architecture) -> str | None:
+    """The stored tensor that a model uses for `name`, which it does not store, because it ties the two."""
+    return replacement(name, {*model.before, *model.after}, model.embedding) if model.tied else None
 
 
 def layer_count(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, int | None]:
@@ -112,14 +113,9 @@ def is_optional(name: str) -> bool:
     return name.endswith((".bias", "_bias", ".b"))
 
 
-def is_head(name: str) -> bool:
-    """Whether the tensor is an output projection onto the vocabulary."""
-    return bool(_HEAD.search(name))
-
-
 def may_count_tokens(name: str) -> bool:
     """Whether a loose tensor of this name has one row for every token, if it has as many rows as the embedding."""
-    return bool(_PER_TOKEN.search(name))
+    return is_embedding(name) or is_head(name) or bool(_PER_TOKEN.search(name))
 
 
 def _is_buffer(tensor: TensorInfo) -> bool:
@@ -143,13 +139,21 @@ def _stacks(names: Iterable[str]) -> list[Stack]:
     ]
 
 
-def _main_stack(checkpoint: Checkpoint, stacks: list[Stack], depth: int | None) -> Stack:
+def _main_stack(
+    checkpoint: Checkpoint, stacks: list[Stack], depth: int | None
+) -> tuple[Stack, tuple[Mapping[str, str], ...]]:
+    """The stack that the config counts, and the layers stored behind its end, which transformers does not load."""
+
     def weight(stack: Stack) -> int:
         return sum(checkpoint.tensors[name].nbytes for layer in stack.layers for name in layer.values())
 
     fitting = [stack for stack in stacks if depth is None or len(stack.layers) == depth]
     if fitting:
-        return max(fitting, key=weight)
+        return max(fitting, key=weight), ()
+    longer = [stack for stack in stacks if type(depth) is int and 0 < depth < len(stack.layers)]
+    if longer:
+        found = max(longer, key=weight)
+        return Stack(found.prefix, found.layers[:depth]), found.layers[depth:]
     longest = max((len(stack.layers) for stack in stacks), default=0)
     raise Refused(
         "TENSOR_MISSING",
@@ -164,9 +168,9 @@ def _split(loose: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], tupl
     after: list[str] = []
     unsure: list[str] = []
     for name in loose:
-        if _BEFORE.search(name) and not _HEAD.search(name):
+        if _BEFORE.search(name) and not is_head(name):
             before.append(name)
-        elif _AFTER.search(name):
+        elif _AFTER.search(name) or is_head(name):
             after.append(name)
         else:
             before.append(name)

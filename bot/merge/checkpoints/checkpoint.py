@@ -10,14 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoints.header import OPERATOR, STRANGER, Limits, TensorInfo, header_length, parse, refuse
+from bot.merge.checkpoints.ties import as_loaded
+from bot.merge.checkpoints.weight_files import (
+    INDEX,
+    SHARD_NAME,
+    against_index,
+    beside,
+    require_usual_name,
+    shard_like,
+    shards_without_index,
+    weight_file,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from bot.merge.checkpoints.lora import LowRank
@@ -33,13 +43,10 @@ __all__ = [
     "LocalFiles",
     "TensorInfo",
     "open_checkpoint",
+    "shard_like",
 ]
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DEPTH = 64  # levels of nesting in a JSON file; what comes later walks them by recursion
-_SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
-_NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 _QUANTISED = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".weight_scale_inv", ".SCB", ".weight_packed")
 
 
@@ -112,7 +119,9 @@ class LocalFiles:
 class Checkpoint:
     """One source, as far as headers tell. `headers` is shard -> (file bytes, SHA-256 of length and header).
 
-    Seen through an adapter, a model has `patches` on some tensors, and the bytes of others lie `elsewhere`.
+    `config` and `tensors` are those of the loaded model (`ties.as_loaded`); `presumed` are pairs of tensors (kept, left
+    out) that it ties and of which only samples were compared. Seen through an adapter, a model has `patches` on some
+    tensors, and the bytes of others lie `elsewhere`.
     """
 
     name: str
@@ -124,6 +133,7 @@ class Checkpoint:
     notices: tuple[str, ...] = ()
     patches: Mapping[str, LowRank] = field(default_factory=dict)
     elsewhere: Mapping[str, ModelRef] = field(default_factory=dict)
+    presumed: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
 
     @property
     def header_ends(self) -> dict[str, int]:
@@ -145,17 +155,24 @@ class Checkpoint:
         return None if text is None else _json_object(text, f"{self.name}: {name}")
 
 
-def open_checkpoint(files: Files, *, limits: Limits = OPERATOR, name: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    files: Files, *, limits: Limits = OPERATOR, name: str | None = None, unwritten: bool = False
+) -> Checkpoint:
     """Read config, index and the header of every shard; refuse what cannot be merged safely.
 
-    `name` stands in the sentences (default `str(files)`). Raises `bot.errors.Refused` with BAD_CHECKPOINT,
-    BAD_SHARD_NAME, SOURCE_NOT_SAFETENSORS, NEEDS_REMOTE_CODE, NOT_SUPPORTED or SOURCE_NOT_FOUND.
+    `name` stands in the sentences (default `str(files)`). Of tied tensors the bytes are compared, unless the weights
+    are still `unwritten`: the merge engine writes no tied tensor twice. Raises `bot.errors.Refused` with
+    BAD_CHECKPOINT, BAD_SHARD_NAME, SOURCE_NOT_SAFETENSORS, NEEDS_REMOTE_CODE, NOT_SUPPORTED, SOURCE_NOT_FOUND or
+    TENSOR_MISSING.
     """
     label = name or str(files)
     sizes = files.sizes()
-    config = _config(files, sizes, label, limits)
-    mapped, total = _index(files, sizes, label, limits)
-    shards = sorted(set(mapped.values())) if mapped else _shards_without_index(sizes, label)
+    notices: list[str] = []
+    config = _config(files, sizes, label, limits, notices)
+    indexed = weight_file(sizes) == INDEX
+    require_usual_name(config, sizes, label)
+    mapped, total = _index(files, sizes, label, limits, notices) if indexed else ({}, None)
+    shards = sorted(set(mapped.values())) if indexed else shards_without_index(sizes, label)
     if len(shards) > limits.shards:
         refuse(label, f"is split over {len(shards):,} shards; the limit is {limits.shards:,}.")
     tensors: dict[str, TensorInfo] = {}
@@ -165,13 +182,24 @@ def open_checkpoint(files: Files, *, limits: Limits = OPERATOR, name: str | None
         headers[shard] = (sizes[shard], digest)
         for tensor in found.values():
             if tensor.name in tensors:
-                refuse(f"{label}: {shard}", f"repeats `{tensor.name}`, which {tensors[tensor.name].file} has too.")
+                repeats = f"repeats `{tensor.name}`, which {tensors[tensor.name].file} has too."
+                if limits.strict:
+                    refuse(f"{label}: {shard}", repeats)
+                notices.append(f"{label}: {shard} {repeats} The later one counts, as in transformers.")
             tensors[tensor.name] = tensor
         if len(tensors) > limits.tensors:
             refuse(label, f"has more than {limits.tensors:,} tensors.")
-    notices = _against_index(label, mapped, total, tensors, limits)
+    if indexed:
+        notices += against_index(label, mapped, total, tensors, limits)
+    notices += beside(sizes, shards, label)
     _refuse_quantised(label, config, tensors)
-    return Checkpoint(label, config, tensors, headers, sizes, files, notices)
+    if unwritten:
+        return Checkpoint(label, config, tensors, headers, sizes, files, tuple(notices))
+    loaded = as_loaded(files.read, label, config, tensors, thorough=isinstance(files, LocalFiles))
+    notices += loaded.notices
+    return Checkpoint(
+        label, loaded.config, loaded.tensors, headers, sizes, files, tuple(notices), presumed=loaded.presumed
+    )
 
 
 def read_header(
@@ -204,11 +232,17 @@ def _text(files: Files, sizes: Mapping[str, int], name: str, limit_bytes: int) -
         refuse(f"{files}: {name}", "is not UTF-8 text.")
 
 
-def _json_object(text: str, where: str) -> dict[str, Any]:
+def _json_object(text: str, where: str, notices: list[str] | None = None) -> dict[str, Any]:
+    """A JSON object. Of a key given twice the last value counts, with a notice; without `notices` it is refused."""
+
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(items)
-        if len(out) != len(items):
+        if len(out) != len(items) and notices is None:
             refuse(where, "gives a key twice.")
+        if len(out) != len(items) and notices is not None:
+            seen: set[str] = set()
+            twice = next(name for name, _ in items if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            notices.append(f"{where} gives `{twice[:80]}` twice; the last value counts, as in transformers")
         return out
 
     try:
@@ -237,11 +271,6 @@ def nests_deeper(value: object, depth: int = DEPTH) -> bool:
     return True
 
 
-def shard_like(name: str) -> bool:
-    """Whether a file may hold weights of the model itself."""
-    return bool(_SHARD_NAME.fullmatch(name)) and not name.startswith(("adapter_", "consolidated"))
-
-
 def read_json(
     files: Files, sizes: Mapping[str, int], name: str, label: str, limits: Limits
 ) -> tuple[dict[str, Any], str]:
@@ -252,7 +281,7 @@ def read_json(
     return _json_object(text, f"{label}: {name}"), text
 
 
-def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> dict[str, Any]:
+def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits, notices: list[str]) -> dict[str, Any]:
     text = _text(files, sizes, "config.json", limits.config_bytes)
     if text is None and "adapter_config.json" in sizes:
         raise Refused(
@@ -267,7 +296,7 @@ def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) 
             f"{label} {'has no config.json' if sizes else 'holds no files'}.",
             "Name the folder or repo that holds config.json and the weights.", value=label,
         )  # fmt: skip
-    config = _json_object(text, f"{label}: config.json")
+    config = _json_object(text, f"{label}: config.json", None if limits.strict else notices)
     if limits.strict and "auto_map" in config:
         raise Refused(
             "NEEDS_REMOTE_CODE", f"{label} ships its own modelling code; the bot never runs it.",
@@ -279,17 +308,19 @@ def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) 
     return config
 
 
-def _index(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -> tuple[dict[str, str], int | None]:
+def _index(
+    files: Files, sizes: Mapping[str, int], label: str, limits: Limits, notices: list[str]
+) -> tuple[dict[str, str], int | None]:
+    """Tensor -> shard, and the bytes of all tensors if the index tells."""
     where = f"{label}: {INDEX}"
     text = _text(files, sizes, INDEX, limits.index_bytes)
-    if text is None:
-        return {}, None
-    index = _json_object(text, where)
+    assert text is not None
+    index = _json_object(text, where, None if limits.strict else notices)
     mapped = index.get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         refuse(where, "has no weight_map.")
     for name, shard in mapped.items():
-        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard) or ".." in shard:
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard) or ".." in shard:
             raise Refused(
                 "BAD_SHARD_NAME", f"{where} puts `{name[:80]}` into {str(shard)[:80]!r}, not a plain file name.",
                 "A shard must be a .safetensors file in the same folder.", value=str(shard),
@@ -297,48 +328,6 @@ def _index(files: Files, sizes: Mapping[str, int], label: str, limits: Limits) -
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return mapped, total if isinstance(total, int) else None
-
-
-def _shards_without_index(sizes: Mapping[str, int], label: str) -> list[str]:
-    if SINGLE in sizes:
-        return [SINGLE]
-    shards = [name for name in sorted(sizes) if shard_like(name)]
-    if len(shards) == 1 and not _NUMBERED.fullmatch(shards[0]):
-        return shards
-    if shards:
-        refuse(label, f"has {len(shards)} shards but no {INDEX}.")
-    _refuse_pickled(sizes, label)
-
-
-def _refuse_pickled(sizes: Mapping[str, int], label: str) -> NoReturn:
-    pickled = [name for name in sorted(sizes) if name.endswith(_PICKLED)]
-    if not pickled:
-        raise Refused(
-            "SOURCE_NOT_SAFETENSORS", f"{label} has no weights.", "Name a model with *.safetensors files.", value=label
-        )
-    raise Refused(
-        "SOURCE_NOT_SAFETENSORS", f"{label} has only {pickled[0]}.", "Ask its author for safetensors.", value=label
-    )
-
-
-def _against_index(
-    label: str, mapped: Mapping[str, str], total: int | None, tensors: Mapping[str, TensorInfo], limits: Limits
-) -> tuple[str, ...]:
-    if not mapped:
-        return ()
-    for name, shard in mapped.items():
-        if name not in tensors or tensors[name].file != shard:
-            refuse(f"{label}: {shard}", f"lacks `{name[:80]}`, which the index puts there.")
-    extra = next((name for name in tensors if name not in mapped), None)
-    if extra is not None:
-        refuse(f"{label}: {tensors[extra].file}", f"has `{extra[:80]}`, which the index does not name.")
-    stored = sum(tensor.nbytes for tensor in tensors.values())
-    if total is None or total == stored:
-        return ()
-    sentence = f"says {total:,} bytes in all, its shards hold {stored:,}."
-    if limits.strict:
-        refuse(f"{label}: {INDEX}", sentence)
-    return (f"{label}: {INDEX} {sentence}",)
 
 
 def _refuse_quantised(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:

@@ -80,7 +80,8 @@ def parse(file: str, raw: bytes, file_size: int, limits: Limits) -> dict[str, Te
     """
     try:
         entries = _load(raw, limits)
-        _metadata(entries.pop("__metadata__", {}), limits)
+        metadata = entries.pop("__metadata__", None)
+        _metadata({} if metadata is None else metadata, limits)
         tensors = [_tensor(file, name, entry, limits) for name, entry in entries.items()]
     except _Bad as bad:
         refuse(file, str(bad))

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bot.errors import Refused, Where
-from bot.merge.checkpoints.architecture import Architecture, Stack, is_head
+from bot.merge.checkpoints.architecture import Architecture, Stack
 from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.ties import is_head
 
 Kind = Literal["vision", "audio", "text", "encoder", "decoder", "projector", "shared", "other"]
 _WORDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import INDEX, LocalFiles
+from bot.merge.checkpoints.ties import require_equal
 from bot.merge.execution.copying import Copier, NonFinite, only_copies, read_ahead
 from bot.merge.execution.provenance import Known, manifest, provenance, torch_version
 from bot.merge.execution.unchanged import Watch
@@ -138,6 +139,9 @@ def watched(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> Watch:
     for ref in headers:
         if ref not in sources:
             raise Refused("SOURCE_NOT_FOUND", f"no folder was given for {ref}.", "Fetch it first.", value=str(ref))
+    for source in plan.sources:
+        for kept, left_out in source.presumed:
+            require_equal(sources[source.model.bare].read, str(source.model), kept, left_out)
     return Watch(sources, headers, plan.copies)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def checkpoint(plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> Checkpoint:
     """The result of `plan` as later documents see it; `opened` are the sources it was planned from."""
-    return open_checkpoint(_Ahead(plan, name, opened), limits=OPERATOR, name=name)
+    return open_checkpoint(_Ahead(plan, name, opened), limits=OPERATOR, name=name, unwritten=True)
 
 
 class _Ahead:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bot.errors import Refused
-from bot.merge.checkpoints.architecture import is_head
 from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning.layout import Input, Slot
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.spec import Condition, Conditions, ModelRef, Recipe, Setting, Source

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bot.errors import Refused, Where
-from bot.merge.checkpoints.architecture import Architecture, Stack, is_head, may_count_tokens
+from bot.merge.checkpoints.architecture import Architecture, Stack, may_count_tokens, tied_in
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.modules import Part, counterpart, layered, parts, require, with_loose
+from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning.allowance import Allowance
+from bot.merge.planning.spellings import aliases, find, spelling
 from bot.merge.recipe.parameters import position
 from bot.merge.recipe.spec import ModelRef, Module, Parameters, Recipe, Slice, Source
 
@@ -65,6 +67,7 @@ class Layout:
     has_head: bool
     notices: tuple[tuple[str, str], ...]
     stacks: tuple[Stacked, ...] = ()
+    unpredictive: bool = False  # prediction layers of a source are left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,7 @@ def _joined(layouts: Sequence[Layout]) -> Layout:
         any(layout.has_head for layout in layouts),
         tuple(dict.fromkeys(notice for layout in layouts for notice in layout.notices)),
         tuple(stack for layout in layouts for stack in layout.stacks),
+        any(layout.unpredictive for layout in layouts),
     )
 
 
@@ -182,6 +186,7 @@ class _Arrangement:
             for name in layer.values()
         }
         self.notices: list[tuple[str, str]] = []
+        self.left_out, self.unpredictive = list[str](), False  # tensors that transformers does not load
         self.pieces = [self._piece(piece, i) for i, piece in enumerate(self.module.slices)]
 
     @property
@@ -216,7 +221,7 @@ class _Arrangement:
         self._note_dropped()
         has_head = any(is_head(slot.name) for slot in after)
         stack = Stacked(self.depths, len(self.model.main.layers), tuple(layers))
-        return Layout(tuple(slots), tuple(layers), has_head, tuple(self.notices), (stack,))
+        return Layout(tuple(slots), tuple(layers), has_head, tuple(self.notices), (stack,), self.unpredictive)
 
     def _piece(self, piece: Slice, index: int) -> _Piece:
         module, prefix = self.module, f"modules.{self.module.name}." if self.recipe.modular else ""
@@ -248,27 +253,25 @@ class _Arrangement:
         return source.layers
 
     def _refuse_second_stack(self) -> None:
-        total = sum(tensor.nbytes for tensor in self.checkpoints[self.recipe.donor].tensors.values())
+        tensors = self.checkpoints[self.recipe.donor].tensors
+        total = sum(tensor.nbytes for tensor in tensors.values())
         for stack in self.model.others:
-            if len(stack.layers) > 1 and 50 * self._bytes(stack) > total:
+            own = sum(tensors[name].nbytes for layer in stack.layers for name in layer.values())
+            if len(stack.layers) > 1 and 50 * own > total:
                 raise Refused(
                     "NOT_SUPPORTED",
                     f"{self.recipe.donor} has a second stack, {stack.prefix.rstrip('.')}; `slices` means one.",
                     "Use `models:`, which covers every stack, or `modules:` with slices for each.",
                 )
 
-    def _bytes(self, stack: Stack) -> int:
-        tensors = self.checkpoints[self.recipe.donor].tensors
-        return sum(tensors[name].nbytes for layer in stack.layers for name in layer.values())
-
     def _layer(self, piece: _Piece, i: int, number: int) -> Iterator[Slot]:
         owned = [
             _tensors(self.architectures[source.model].main, start + i, number)
             for source, start in zip(piece.sources, piece.starts, strict=True)
         ]
-        suffixes = dict.fromkeys(_spelling(suffix, owned[0]) for layer in owned for suffix in layer)
+        suffixes = dict.fromkeys(spelling(suffix, owned[0]) for layer in owned for suffix in layer)
         for suffix in suffixes:
-            names = [_find(layer, suffix) for layer in owned]
+            names = [find(layer, suffix) for layer in owned]
             name = f"{self.model.main.prefix}{number}.{suffix}"
             yield self._slot(piece, name, names, position(i, piece.length), loose=False)
 
@@ -279,20 +282,30 @@ class _Arrangement:
         for part in parts:
             for name in part.before if side == "before" else part.after:
                 names.setdefault(self._in_output(name, part))
-        heads = [name for name in names if is_head(name)]
-        if heads and all(part.tied for part in parts):
-            for name in heads:
-                del names[name]
-            self.notices.append(
-                ("TIED_HEAD_DROPPED", f"every config ties the head, so the stored {heads[0]} is left out")
-            )
-        if side == "after" and not heads and self._gives_a_head(piece):
+        if side == "after" and not any(map(is_head, names)) and self._gives_a_head(piece):
             names["lm_head.weight"] = None  # as llamas call it
         for name in names:
-            found = [self._in_source(name, part) for part in parts]
-            if is_head(name):
-                found = [hit or (part.embedding if part.tied else None) for hit, part in zip(found, parts, strict=True)]
+            stored = [self._in_source(name, part) for part in parts]
+            if self._left_out(name, stored, parts):
+                continue
+            found = [hit or tied_in(name, part) for hit, part in zip(stored, parts, strict=True)]
             yield self._slot(piece, name, found, self._other_position(name), loose=True)
+
+    def _left_out(self, name: str, stored: Sequence[str | None], parts: Sequence[Architecture]) -> bool:
+        """Whether a tensor that transformers does not load cannot be carried along."""
+        if not any(hit in part.unused for hit, part in zip(stored, parts, strict=True) if hit is not None):
+            return False
+        predicts = any(hit in part.predicting for hit, part in zip(stored, parts, strict=True))
+        if None not in stored and not (predicts and self._restacked()):
+            return False
+        self.unpredictive |= predicts
+        self.left_out.append(name)
+        return True
+
+    def _restacked(self) -> bool:
+        """Whether the output has other layers than each of its sources, or in another order."""
+        depths = {len(self.architectures[source.model].main.layers) for source in self.pieces[0].sources}
+        return len(self.pieces) > 1 or {self.depth} != depths
 
     def _gives_a_head(self, piece: _Piece) -> bool:
         """Whether a slice without layers names a tied model that gives the head, and another gives the embeddings."""
@@ -333,7 +346,7 @@ class _Arrangement:
             part = self.architectures.get(ref)
             if part is None:
                 continue
-            found = self._in_source(name, part) or (part.embedding if is_head(name) and part.tied else None)
+            found = self._in_source(name, part) or tied_in(name, part)
             if ref not in taking_part and found is not None:
                 yield ref, self.checkpoints[ref].tensors[found]
 
@@ -348,7 +361,7 @@ class _Arrangement:
         return next((alias for alias in self._renamed(name, self.model.main, part.main) if alias in stored), None)
 
     def _renamed(self, name: str, mine: Stack, theirs: Stack) -> Iterator[str]:
-        for alias in _aliases(name):
+        for alias in aliases(name):
             yield alias
             if mine.prefix != theirs.prefix and mine.prefix.endswith(theirs.prefix):
                 yield alias.removeprefix(mine.prefix.removesuffix(theirs.prefix))
@@ -356,6 +369,9 @@ class _Arrangement:
                 yield theirs.prefix.removesuffix(mine.prefix) + alias
 
     def _note_dropped(self) -> None:
+        if self.left_out:
+            what = f"{len(self.left_out)} tensors such as {self.left_out[0]} are left out"
+            self.notices.append(("UNUSED_LEFT_OUT", f"{what}: not every source has them for these layers"))
         for ref in dict.fromkeys(source.model for piece in self.pieces for source in piece.sources):
             part = self.architectures[ref]
             if part.dropped:
@@ -382,19 +398,3 @@ def _tensors(stack: Stack, layer: int, number: int) -> Mapping[str, str]:
     if not placed:
         return own
     return {**({} if number else placed), **{suffix: name for suffix, name in own.items() if suffix not in placed}}
-
-
-def _aliases(name: str) -> Iterator[str]:
-    yield name
-    for old, new in ((".gamma", ".weight"), (".beta", ".bias"), (".weight", ".gamma"), (".bias", ".beta")):
-        if name.endswith(old):
-            yield name.removesuffix(old) + new
-
-
-def _spelling(suffix: str, first: Mapping[str, str]) -> str:
-    """The first source's spelling of a suffix."""
-    return next((alias for alias in _aliases(suffix) if alias in first), suffix)
-
-
-def _find(layer: Mapping[str, str], suffix: str) -> str | None:
-    return next((layer[alias] for alias in _aliases(suffix) if alias in layer), None)

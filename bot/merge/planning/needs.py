@@ -34,6 +34,8 @@ def _reads(plan: Plan) -> Iterator[tuple[ModelRef, str, Range]]:
     for source in plan.sources:
         for file, size in (*source.header_ends.items(), *source.texts.items()):
             yield source.model.bare, file, (0, size)
+        for tensor in (tensor for pair in source.presumed for tensor in pair):
+            yield source.model.bare, tensor.file, (tensor.start, tensor.start + tensor.nbytes)
     for copied in plan.copies:
         yield copied.model.bare, copied.file, (0, copied.nbytes)
     for step in plan.steps:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bot.merge.checkpoints.architecture import Architecture
 from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.ties import config_ties, with_flag
 from bot.merge.planning.layout import Layout, Stacked
 from bot.merge.planning.work import Work
 from bot.merge.recipe.notices import Notes
@@ -20,6 +21,9 @@ from bot.merge.tokens.tokenizer import Alignment, remapped_ids
 _NOT_BY_LAYER = re.compile(r"architectures|\w*(_token_ids?|_token_index|suppress_tokens)")
 # lists of layer numbers, where others have one entry per layer
 _LAYER_NUMBERS = ("mlp_only_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs")
+
+# counts of layers that predict further tokens, which transformers does not load
+_PREDICTION_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 
 
 def output_config(
@@ -44,9 +48,12 @@ def output_config(
             if list(stack.layers) != own:
                 _per_layer_lists(part, path[:-1], stack, checkpoints)
             part[path[-1]] = len(stack.layers)
-    tied = not layout.has_head
-    if architectures[donor].tied != tied or "tie_word_embeddings" in config:
-        config["tie_word_embeddings"] = tied
+    if layout.has_head:
+        config = with_flag(config, tied=False)
+    elif config_ties(config) is False and any(part.tied for part in architectures.values()):
+        config = with_flag(config, tied=True)
+    if layout.unpredictive:
+        _without_prediction_layers(config)
     if alignment is not None:
         config.update(remapped_ids(config, alignment, donor, checkpoints[alignment.giver].config))
         inner = config.get("text_config")
@@ -73,6 +80,14 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
                 part[key] = dtype
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
+
+
+def _without_prediction_layers(config: dict[str, Any]) -> None:
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        for key in _PREDICTION_LAYERS:
+            if part.get(key):
+                part[key] = 0
 
 
 def _part(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

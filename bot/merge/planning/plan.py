@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 
 from bot.errors import Refused
 from bot.merge.checkpoints import lora
-from bot.merge.checkpoints.architecture import infer, is_head
+from bot.merge.checkpoints.architecture import infer
 from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Checkpoint, Limits
+from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.lora import Adapter, models_of
+from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning import ahead, classic_tensors, summary
 from bot.merge.planning.allowance import Allowance
 from bot.merge.planning.layout import arrange
@@ -71,7 +73,8 @@ class Shard:
 class PlannedSource:
     """One source: what it is used for and the shards the plan was made from (bytes, header SHA-256).
 
-    `header_ends` is where each shard's first tensor starts; `texts` the small files that describe the model (bytes).
+    `header_ends` is where each shard's first tensor starts; `texts` the small files that describe the model (bytes);
+    `presumed` pairs of tied tensors that have to be equal (`Checkpoint.presumed`).
     """
 
     model: ModelRef
@@ -79,6 +82,7 @@ class PlannedSource:
     headers: Mapping[str, tuple[int, str]]
     header_ends: Mapping[str, int]
     texts: Mapping[str, int]
+    presumed: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +315,8 @@ def _digest(asked: _Asked, sources: Iterable[PlannedSource], small: _SmallFiles,
 def _planned_source(ref: ModelRef, roles: tuple[str, ...], opened: Checkpoint | Adapter) -> PlannedSource:
     describing = ("config.json", lora.CONFIG, INDEX, *_TOKENIZER_FILES, *_OTHER_FILES)
     texts = {name: opened.sizes[name] for name in describing if name in opened.sizes}
-    return PlannedSource(ref, roles, opened.headers, opened.header_ends, texts)
+    presumed = opened.presumed if isinstance(opened, Checkpoint) else ()
+    return PlannedSource(ref, roles, opened.headers, opened.header_ends, texts, presumed)
 
 
 def pack(works: Iterable[Work], shard_limit_bytes: int) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:

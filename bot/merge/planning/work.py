@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bot.errors import Refused, Where
-from bot.merge.checkpoints.architecture import is_head, is_optional
+from bot.merge.checkpoints.architecture import is_optional
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.lora import LowRank
+from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning import classic_tensors
 from bot.merge.planning.draws import mask_key
 from bot.merge.planning.layout import Input, Slot

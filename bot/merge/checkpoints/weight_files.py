@@ -1,0 +1,100 @@
+"""Which files of a folder are the model: the choice of transformers 5.23, or a refusal.
+
+`model.safetensors` comes before `model.safetensors.index.json`. An index only names shards: all that they hold is
+loaded. Source: `_get_resolved_checkpoint_files` and `get_checkpoint_shard_files` of transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+from bot.errors import Refused
+from bot.merge.checkpoints.header import Limits, TensorInfo, refuse
+from bot.merge.checkpoints.ties import is_copy, is_head
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
+_NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+_MOST_NOTICES = 3  # an index that fits no shard needs no notice for every tensor
+
+
+def weight_file(names: Collection[str]) -> str | None:
+    """The file that transformers opens first, of those it knows by name."""
+    return next((name for name in (SINGLE, INDEX) if name in names), None)
+
+
+def shard_like(name: str) -> bool:
+    """Whether a file may hold weights of the model itself."""
+    return bool(SHARD_NAME.fullmatch(name)) and not name.startswith(("adapter_", "consolidated"))
+
+
+def require_usual_name(config: Mapping[str, Any], names: Collection[str], label: str) -> None:
+    """Refuse a config that names another file as the weights. Raises Refused NOT_SUPPORTED."""
+    told = config.get("transformers_weights")
+    if isinstance(told, str) and told != weight_file(names):
+        raise Refused(
+            "NOT_SUPPORTED", f"{label} names {told[:80]!r} as its weights (`transformers_weights` in config.json).",
+            f"Name its weights {SINGLE} and remove that key.", value=label,
+        )  # fmt: skip
+
+
+def shards_without_index(names: Collection[str], label: str) -> list[str]:
+    """The one file that holds all weights. Raises Refused."""
+    if SINGLE in names:
+        return [SINGLE]
+    shards = [name for name in sorted(names) if shard_like(name)]
+    if len(shards) == 1 and not _NUMBERED.fullmatch(shards[0]):
+        return shards
+    if shards:
+        refuse(label, f"has {len(shards)} shards but no {INDEX}.")
+    _refuse_pickled(names, label)
+
+
+def beside(names: Collection[str], chosen: Collection[str], label: str) -> tuple[str, ...]:
+    """A notice if other weights lie beside the chosen files."""
+    other = next((name for name in sorted(names) if shard_like(name) and name not in chosen), None)
+    index = INDEX in names and SINGLE in chosen
+    if other is None and not index:
+        return ()
+    first = sorted(chosen)[0]
+    return (f"{label}: {other or INDEX} lies beside {first} and is not read, as transformers does not read it",)
+
+
+def against_index(
+    label: str, mapped: Mapping[str, str], total: int | None, tensors: Mapping[str, TensorInfo], limits: Limits
+) -> tuple[str, ...]:
+    """Notices about an index that does not fit its shards; refused where a tensor is missing, or for a stranger."""
+    notices: list[str] = []
+
+    def odd(where: str, sentence: str) -> None:
+        if limits.strict:
+            refuse(where, sentence)
+        notices.append(f"{where} {sentence}")
+
+    for name, shard in mapped.items():
+        lacks = f"lacks `{name[:80]}`, which the index puts there."
+        if name not in tensors and not (is_head(name) or is_copy(name)):
+            refuse(f"{label}: {shard}", lacks)
+        if name not in tensors or tensors[name].file != shard:
+            odd(f"{label}: {shard}", lacks)
+    extra = next((name for name in tensors if name not in mapped), None)
+    if mapped and extra is not None:
+        odd(f"{label}: {tensors[extra].file}", f"has `{extra[:80]}`, which the index does not name.")
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    if total is not None and total != stored:
+        odd(f"{label}: {INDEX}", f"says {total:,} bytes in all, its shards hold {stored:,}.")
+    return tuple(notices[:_MOST_NOTICES])
+
+
+def _refuse_pickled(names: Collection[str], label: str) -> NoReturn:
+    pickled = [name for name in sorted(names) if name.endswith(_PICKLED)]
+    if not pickled:
+        raise Refused(
+            "SOURCE_NOT_SAFETENSORS", f"{label} has no weights.", "Name a model with *.safetensors files.", value=label
+        )
+    raise Refused(
+        "SOURCE_NOT_SAFETENSORS", f"{label} has only {pickled[0]}.", "Ask its author for safetensors.", value=label
+    )

@@ -1,0 +1,23 @@
+"""Spellings of one tensor's name: LayerNorm's `gamma` and `beta` for `weight` and `bias`. merging.md 1.5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+
+def aliases(name: str) -> Iterator[str]:
+    """The name, then the other spellings of it."""
+    yield name
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias"), (".weight", ".gamma"), (".bias", ".beta")):
+        if name.endswith(old):
+            yield name.removesuffix(old) + new
+
+
+def spelling(suffix: str, first: Mapping[str, str]) -> str:
+    """The first source's spelling of a suffix."""
+    return next((alias for alias in aliases(suffix) if alias in first), suffix)
+
+
+def find(layer: Mapping[str, str], suffix: str) -> str | None:
+    """The layer's tensor for a suffix, in whatever spelling."""
+    return next((layer[alias] for alias in aliases(suffix) if alias in layer), None)
