@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -175,6 +175,24 @@ def open_checkpoint(
     shards = sorted(set(mapped.values())) if indexed else shards_without_index(sizes, label)
     if len(shards) > limits.shards:
         refuse(label, f"is split over {len(shards):,} shards; the limit is {limits.shards:,}.")
+    tensors, headers = _every_header(files, sizes, shards, label, limits, notices)
+    if indexed:
+        notices += against_index(label, mapped, total, tensors, limits)
+    notices += beside(sizes, shards, label)
+    _refuse_quantised(label, config, tensors)
+    if unwritten:
+        return Checkpoint(label, config, tensors, headers, sizes, files, tuple(notices))
+    loaded = as_loaded(files.read, label, config, tensors, thorough=isinstance(files, LocalFiles))
+    notices += loaded.notices
+    return Checkpoint(
+        label, loaded.config, loaded.tensors, headers, sizes, files, tuple(notices), presumed=loaded.presumed
+    )
+
+
+def _every_header(
+    files: Files, sizes: Mapping[str, int], shards: Sequence[str], label: str, limits: Limits, notices: list[str]
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, str]]]:
+    """The tensors of all shards by name, and size and header hash of each shard."""
     tensors: dict[str, TensorInfo] = {}
     headers: dict[str, tuple[int, str]] = {}
     for shard in shards:
@@ -189,17 +207,7 @@ def open_checkpoint(
             tensors[tensor.name] = tensor
         if len(tensors) > limits.tensors:
             refuse(label, f"has more than {limits.tensors:,} tensors.")
-    if indexed:
-        notices += against_index(label, mapped, total, tensors, limits)
-    notices += beside(sizes, shards, label)
-    _refuse_quantised(label, config, tensors)
-    if unwritten:
-        return Checkpoint(label, config, tensors, headers, sizes, files, tuple(notices))
-    loaded = as_loaded(files.read, label, config, tensors, thorough=isinstance(files, LocalFiles))
-    notices += loaded.notices
-    return Checkpoint(
-        label, loaded.config, loaded.tensors, headers, sizes, files, tuple(notices), presumed=loaded.presumed
-    )
+    return tensors, headers
 
 
 def read_header(
