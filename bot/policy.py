@@ -32,7 +32,8 @@ def result_licence(sources: Iterable[Source]) -> str:
     """The licence a merge of `sources` carries. Raises Refused LICENCE_CONFLICT."""
     by_licence: dict[str, Source] = {}
     for source in sources:
-        if source.licence is None or source.licence not in RESTRICTED.union(PERMISSIVE):
+        licence = _known(source.licence)
+        if licence is None:
             shown = source.licence or "no licence"
             raise Refused(
                 "LICENCE_CONFLICT",
@@ -40,7 +41,7 @@ def result_licence(sources: Iterable[Source]) -> str:
                 "Ask its author for a licence that allows derived models, or take another source.",
                 value=source.repo,
             )
-        by_licence.setdefault(source.licence, source)
+        by_licence.setdefault(licence, source)
     restricted = sorted(RESTRICTED.intersection(by_licence))
     if len(restricted) > 1:
         first, second = (by_licence[licence] for licence in restricted[:2])
@@ -51,6 +52,12 @@ def result_licence(sources: Iterable[Source]) -> str:
             value=f"{first.licence} + {second.licence}",
         )
     return restricted[0] if restricted else max(by_licence, key=PERMISSIVE.index)
+
+
+def _known(licence: str | None) -> str | None:
+    """The entry of the table that a card's license means: itself, or a restricted one that was named under `other`."""
+    named = (licence or "").removeprefix("other (").removesuffix(")")
+    return named if named in RESTRICTED or licence in PERMISSIVE else None
 
 
 def check_size(plan: Mapping[str, Any], *, disk_limit_bytes: int, memory_limit_bytes: int) -> None:

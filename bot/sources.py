@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Source = Checkpoint | Adapter
 _BLOCK_BYTES = 4 * 2**20
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,11 @@ def opened(
 
 def operators_repo(path: str, revision: str | None, hub: Callable[[], Hub]) -> PinnedRepo:
     """A name that is no folder here: a repo, unless it cannot be one. Nothing asks again later by itself."""
-    if Path(path).is_file():
+    if Path(path).is_file() or path.endswith(_WEIGHTS):
+        what = "a file of weights, which mergekit-pytorch merges" if path.endswith(_WEIGHTS) else "a file"
         raise Refused(
-            "SOURCE_NOT_FOUND", f"{path} is a file.", "Name the folder of the model.", value=path
+            "SOURCE_NOT_FOUND", f"{path} is {what}.", "Name the folder of the model, which holds config.json.",
+            value=path,
         )  # fmt: skip
     if not is_repo_id(path):
         raise Refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from bot import policy
@@ -51,3 +53,11 @@ def test_quotas_count_open_jobs_and_requests_of_a_day() -> None:
         with pytest.raises(Refused) as refused:
             policy.check_quota(open_jobs=open_jobs, requests_today=today, open_limit=3, day_limit=20)
         assert refused.value.code == "LIMIT_REACHED"
+
+
+def test_a_restricted_license_named_under_other_is_that_license() -> None:
+    """As the first cards of Llama 3 say it; a permissive name beside a text of the author's proves nothing."""
+    assert policy.result_licence(merge_of("other (llama3)", "mit")) == "llama3"
+    for declared in ("other (deepseek)", "other (mit)", "mit, apache-2.0"):
+        with pytest.raises(Refused, match=re.escape(f"org/m0 declares {declared}")):
+            policy.result_licence(merge_of(declared))

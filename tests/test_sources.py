@@ -251,3 +251,15 @@ def test_a_local_folder_may_have_an_at_sign_in_its_name(
     seen = sources.opened(asked, lambda: pytest.fail("the Hub was asked"))
     assert {folder.name for folder in seen.folders.values()} == set(model.split("+")) if "+" in model else {"x@y"}
     assert recipe.from_canonical(seen.recipe.canonical()) == seen.recipe
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "parts/other.pt"])
+def test_a_file_of_weights_is_no_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As recipes of mergekit-pytorch name them, whether the file is there or not."""
+    monkeypatch.chdir(tmp_path)
+    asked = recipe.parse(f"merge_method: linear\nmodels: [{{model: {name}, parameters: {{weight: 1}}}}]")
+    for _ in range(2):
+        with pytest.raises(Refused, match="mergekit-pytorch"):
+            sources.opened(asked, lambda: pytest.fail("the Hub was asked"))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")

@@ -35,7 +35,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class PinnedRepo:
-    """A repo at one commit. `licence` is the card's at that commit; None when it names none or several."""
+    """A repo at one commit. `licence` is the card's at that commit as the Hub spells it; None where it names none.
+
+    Several stand with commas between them; `other` has the name that the card gives it in brackets.
+    """
 
     repo: str
     revision: str
@@ -313,14 +316,22 @@ def _pinned(info: Any) -> PinnedRepo:
     if not _COMMIT.fullmatch(info.sha or ""):
         raise ValueError("the answer names no commit")
     card = getattr(info, "card_data", None)
-    licence = None if card is None else card.to_dict().get("license")
     modified = info.last_modified
     return PinnedRepo(
         repo=info.id,
         revision=info.sha,
         tags=tuple(info.tags or ()),
-        licence=licence if isinstance(licence, str) else None,
+        licence=None if card is None else _license(card.to_dict()),
         private=bool(info.private),
         gated=bool(info.gated),
         last_modified=None if modified is None else modified.isoformat(),
     )
+
+
+def _license(card: Mapping[str, Any]) -> str | None:
+    """The license of a card's metadata: a text or a list of them, in any case of letters."""
+    given = card.get("license")
+    names = [each.strip().lower() for each in (given if isinstance(given, list) else [given]) if isinstance(each, str)]
+    if names == ["other"] and isinstance(card.get("license_name"), str):
+        return f"other ({card['license_name'].strip().lower()})"
+    return ", ".join(dict.fromkeys(names)) or None

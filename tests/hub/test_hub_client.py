@@ -125,6 +125,20 @@ def test_a_name_becomes_a_commit_with_the_licence_of_its_card(local_hub: Running
     assert refusal(lambda: anyone.resolve("alice/none")).code == "SOURCE_NOT_FOUND"
 
 
+@pytest.mark.parametrize(
+    ("written", "license"),
+    [
+        ("license: [apache-2.0]", "apache-2.0"), ("license: Apache-2.0", "apache-2.0"), ("license: [MIT, mit]", "mit"),
+        ("license: [mit, apache-2.0]", "mit, apache-2.0"), ("license: []", None), ("tags: [x]", None),
+        ("license: other\nlicense_name: Llama3\nlicense_link: LICENSE", "other (llama3)"), ("license: other", "other"),
+    ],
+)  # fmt: skip
+def test_a_license_is_read_however_a_card_writes_it(written: str, license: str | None, local_hub: RunningHub) -> None:
+    name = f"{ORG}/{hashlib.sha1(written.encode()).hexdigest()}"
+    hub, _ = published(local_hub, name, README__md=f"---\n{written}\n---\n".encode())
+    assert hub.resolve(name).licence == license
+
+
 @pytest.mark.slow
 def test_ranges_download_and_text_are_the_bytes_of_the_commit(local_hub: RunningHub, tmp_path: Path) -> None:
     _, commit = published(local_hub, **{"evil__py": b"import os", "pytorch_model__bin": b"pickle"})

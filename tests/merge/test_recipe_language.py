@@ -265,3 +265,21 @@ def test_a_folder_with_a_sign_of_references_in_its_name_is_written_as_a_mapping(
     with pytest.raises(Refused, match="not the id of a repo"):
         recipe.parse(f"merge_method: linear\nmodels: [{{model: {odd}}}]", trust="stranger")
     assert recipe.parse("merge_method: passthrough\nmodels: [{model: x@y}]").sources == (ModelRef("x", "y"),)
+
+
+@pytest.mark.parametrize("unknown_keys", ["refuse", "ignore"])
+@pytest.mark.parametrize(
+    ("text", "what", "instead"),
+    [
+        ("gate_mode: hidden\nexperts: [{source_model: o/a}]\nbase_model: o/a", "mergekit-moe", "Run `mergekit-moe"),
+        ("genome: {models: [o/a], merge_method: ties}\ntasks: [{name: gsm8k}]", "mergekit-evolve", "merge_method"),
+        ("stages: [{name: one, config_file: one.yml}]", "stages of a merge", "documents separated by `---`"),
+        ("layer_slices: [{model: o/a, start: 0, end: 1}]", "bakllama", "mergebot bakllama CONFIG OUT"),
+        ('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', "config of a model", "Write a recipe"),
+    ],
+)
+def test_the_config_of_another_program_is_named_with_what_to_do(
+    text: str, what: str, instead: str, unknown_keys: Any
+) -> None:
+    error = refusal(text, unknown_keys=unknown_keys)
+    assert what in error.message and instead in error.next_step

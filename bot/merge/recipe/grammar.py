@@ -14,6 +14,7 @@ from bot.merge.recipe.classic_grammar import classic
 from bot.merge.recipe.contract import HARMLESS, KNOWN_PARAMETERS, METHODS, Base, Kind, Method, Parameter
 from bot.merge.recipe.document import Node, Reader, Sequence, Table, Text, nearest, shown
 from bot.merge.recipe.dtypes import MERGEABLE
+from bot.merge.recipe.other_programs import refuse_other_programs
 from bot.merge.recipe.spec import (
     Condition,
     Conditions,
@@ -41,6 +42,7 @@ _MISPLACED = _TOP - {"parameters", "models", "slices", "modules", "name"}
 def recipe(reader: Reader, root: Node) -> Recipe:
     """Build the recipe or raise `Refused` with line, path and next step."""
     top = reader.mapping(root, "")
+    refuse_other_programs(reader, top)
     _top_keys(reader, top)
     method = _method(reader, top)
     base = _optional_model(reader, top, "base_model", "")
@@ -71,11 +73,6 @@ def _top_keys(reader: Reader, top: Table) -> None:
             reader.notice("ANCHOR_KEY", f"`{key[:60]}` only defines a value used elsewhere.")
         elif key in HARMLESS:
             reader.notice("UNUSED_KEY", f"`{key}` has no effect here.")
-        elif key == "layer_slices":
-            reader.refuse(
-                "UNKNOWN_KEY", line, key, f"line {line}: `layer_slices` belongs to a config of bakllama.",
-                "Merge this file with `mergebot bakllama CONFIG OUT`.",
-            )  # fmt: skip
         elif key in KNOWN_PARAMETERS and reader.unknown_keys == "refuse":
             reader.refuse(
                 "UNKNOWN_KEY", line, key, f"line {line}: `{key}` stands at the top level.",
