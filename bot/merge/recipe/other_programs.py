@@ -16,8 +16,8 @@ _BY_KEY: dict[str, tuple[str, str]] = {
     ),
     "stages": (
         "this lists the stages of a merge, one file each",
-        "Put the recipes into one file, as mergekit-multi reads it: documents separated by `---`, each but the last with a "
-        "`name:` that later ones use as a model.",
+        "Put the recipes into one file as for mergekit-multi: documents separated by `---`, each but the last with a "
+        "`name:` by which others use its result.",
     ),
     "layer_slices": (
         "this is a config of bakllama, which stacks layers",
