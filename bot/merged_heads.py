@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from bot.errors import Refused
-from bot.merge.recipe.contract import METHODS, Base
+from bot.merge.methods import METHODS, Base
 from bot.merge.recipe.spec import (
     Condition,
     Conditions,

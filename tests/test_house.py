@@ -45,13 +45,13 @@ LONG_FUNCTIONS = frozenset(
 )  # fmt: skip
 # the parts of bot/merge, each after those it may import
 MERGE_PARTS = (
+    "streaming",
+    "methods",
     "recipe",
     "checkpoints",
     "tokens",
     "planning",
-    "methods",
     "operands",
-    "passes",
     "execution",
     "verify",
 )

@@ -1,7 +1,7 @@
 """Every merge method once more, slowly, in float64, element by element where that is clearest.
 
 Written from merging.md section 2 and independent of `bot.merge.methods`: flat Python lists and plain loops, no
-selection by threshold, no coefficient space. `tensors` are float64 numpy arrays of one shape.
+selection by threshold, no coefficient space. Inputs are numpy arrays of one shape, in float64 if not said otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 A = NDArray[np.float64]
@@ -196,6 +197,16 @@ def model_stock(x: Sequence[A], b: A, *, filter_wise: bool) -> A:
 def nearswap(x: Sequence[A], b: A, *, t: float) -> A:
     w = np.clip(t / np.maximum(np.abs(b - x[0]), 1e-6), 0, 1)
     return w * x[0] + (1 - w) * b
+
+
+def arcee_fusion(x: Sequence[A], b: A) -> A:
+    """Importances in float32, as the method says: the divergence of close rows is rounding noise."""
+    tuned, base = torch.from_numpy(x[0]).float(), torch.from_numpy(b).float()
+    p, q = (torch.softmax(e, -1) + 1e-8 for e in (tuned, base))
+    importance = (tuned - base).abs() * ((p / q).log() * p).sum(-1, keepdim=True)
+    ordered = importance.flatten().sort().values
+    median, low, high = (float(ordered[int(f * (len(ordered) - 1))]) for f in (0.5, 0.25, 0.75))
+    return np.where((importance >= median + 1.5 * (high - low)).numpy(), x[0], b)
 
 
 def sce(x: Sequence[A], b: A, *, select_topk: float) -> A:

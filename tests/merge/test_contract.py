@@ -10,7 +10,7 @@ import torch
 from tiny_checkpoints import llama_tensors, plan_of, save
 
 from bot.errors import Refused
-from bot.merge.recipe.contract import METHODS, Base, Missing
+from bot.merge.methods import METHODS, Base, Missing
 
 R, O, I = Base.REQUIRED, Base.OPTIONAL, Base.IGNORED  # noqa: E741
 FAMILY = {"normalize": False, "lambda": 1.0, "rescale": False}

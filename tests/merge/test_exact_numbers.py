@@ -8,31 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from piecewise import HeldView, merged, merged_and_inputs
-from test_methods import work_for
+from in_memory import TensorView, merged, merged_and_inputs
+from test_methods import first_largest, ours, truth, work_for
 from tiny_checkpoints import llama_tensors, load, merge, save
 from torch import Tensor
 
 from bot.errors import Failed
 from bot.merge.execution.lane import rounded_to_odd
-from bot.merge.methods import apply
-from bot.merge.passes import prepare, ranks
-from bot.merge.passes.inputs import CpuFeed, Inputs
+from bot.merge.methods import METHODS
 from bot.merge.planning.memory import memory_of
+from bot.merge.streaming import selection
+from bot.merge.streaming.inputs import CpuReader, Inputs
 
 TIES = {"weight": [1.0], "density": [0.2], "normalize": True, "lambda": 1.0, "rescale": False}
 BY_ROW = {"weight": [0.5, 0.5], "nuslerp_flatten": False, "nuslerp_row_wise": False}
 
 
-def both(method: str, tensors: list[Tensor], values: dict[str, Any], kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The passes over pieces in the working type `kind`, and the whole-tensor reference; the base comes last."""
-    work = work_for(method, tensors, True, values)
-    return merged(work, tensors, wide=kind), reference(method, [e.to(kind) for e in tensors], values)
-
-
 def reference(method: str, tensors: list[Tensor], values: dict[str, Any]) -> Tensor:
-    work = work_for(method, tensors, True, values)
-    return apply(method, tensors, work.base, work.per_input, work.shared, work.keys)
+    """The slow reference in float64; the base comes last."""
+    *x, b = tensors
+    return truth(method, x, b, values)
 
 
 def opposite(shape: tuple[int, ...]) -> list[Tensor]:
@@ -46,15 +41,15 @@ def opposite(shape: tuple[int, ...]) -> list[Tensor]:
 def test_ties_keeps_exactly_its_density_of_coarse_deltas_that_cluster_where_the_sample_looks(
     dtype: torch.dtype,
 ) -> None:
-    n = 2 * ranks.SMALL
+    n = 2 * selection.SMALL
     delta = torch.full((n,), 2.0**-10, dtype=dtype)
     looked_at = work_for("ties", [delta, delta], True, TIES)
-    views = [HeldView(delta, torch.float32)] * 2
-    for piece in Inputs(looked_at, CpuFeed(views), torch.float32, 1).sample():
-        delta[piece.start : piece.stop] = 2.0**-9
-    got, want = both("ties", [delta, torch.zeros_like(delta)], TIES, torch.float32)
+    views = [TensorView(delta, torch.float32)] * 2
+    for part in Inputs(looked_at, CpuReader(views), torch.float32, 1).sample():
+        delta[part.start : part.stop] = 2.0**-9
+    got = ours("ties", [delta], torch.zeros_like(delta), TIES)
     assert int(got.count_nonzero()) == int(0.2 * n)
-    assert torch.equal(got, want)
+    assert torch.equal(got, (delta * first_largest(delta.float(), int(0.2 * n))).float())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
@@ -67,9 +62,9 @@ def test_histograms_find_the_same_threshold_as_a_sort_among_numbers_of_both_sign
     sizes[1::7] = -0.0
     sizes[2::7] = sizes[2]
     work = work_for("ram", [sizes, sizes], True, {"epsilon": 0.0})
-    inputs = Inputs(work, CpuFeed([HeldView(sizes, kind)] * 2), kind, 1, chunk=999)
+    inputs = Inputs(work, CpuReader([TensorView(sizes, kind)] * 2), kind, 1, chunk=999)
     for k in (1, 700, 2000, 3000, 3500, 4999):  # importances may be of another width than the working type
-        found = ranks._by_histogram(inputs, lambda piece: [sizes[piece.start : piece.stop]], 0, k)
+        found = selection._by_histogram(inputs, lambda part: [sizes[part.start : part.stop]], 0, k)
         assert found.threshold == float(sizes.sort().values[5000 - k])
         assert int((sizes > found.threshold).sum()) + found.equal == k
         assert found.equal + found.excess == int((sizes == found.threshold).sum())
@@ -81,8 +76,9 @@ def test_arcee_fusion_chooses_what_the_whole_tensor_would_though_its_sample_misl
     base = torch.randn(4096, 128, generator=draw) * 0.02
     scale = (10 ** (torch.rand(512, 1, generator=draw) * 4 - 4)).repeat_interleave(8, 0) * 0.02
     tuned = base + torch.randn(4096, 128, generator=draw) * scale  # small steps: divergences are noise of either sign
-    got, want = both("arcee_fusion", [tuned.to(kind), base.to(kind)], {}, kind)
-    assert torch.equal(got, want)
+    tuned, base = tuned.to(kind), base.to(kind)
+    got = ours("arcee_fusion", [tuned], base, {}, dtype=kind)
+    assert torch.equal(got, reference("arcee_fusion", [tuned, base], {}).to(kind))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +107,7 @@ def test_multislerp_sees_that_a_mean_direction_vanishes_as_float64_does(shape: t
     values = {"weight": [1.0, 1.0], "normalize_weights": True, "eps": 1e-8}
     tensors = opposite(shape)
     got, seen = merged_and_inputs(work_for("multislerp", tensors, True, values), tensors)
-    assert seen.corners == {"MEAN_VANISHES": 1}
+    assert seen.corner_cases == {"MEAN_VANISHES": 1}
     torch.testing.assert_close(got, -tensors[0], rtol=1e-6, atol=0)
 
 
@@ -127,12 +123,12 @@ def test_a_tensor_full_of_nan_takes_no_more_memory_than_its_plan() -> None:
     n = 2**20
     tensors = [torch.full((n,), torch.nan), torch.zeros(n)]
     work = work_for("slerp", tensors, True, {"t": 0.5})
-    inputs = Inputs(work, CpuFeed([HeldView(e, torch.float32) for e in tensors]), torch.float32, 1, chunk=2**14)
-    emit = prepare(inputs)
+    inputs = Inputs(work, CpuReader([TensorView(e, torch.float32) for e in tensors]), torch.float32, 1, chunk=2**14)
+    kernel = METHODS["slerp"].kernel(inputs)
     whole = 0
-    for piece in inputs.pieces():
-        out = emit(piece).clone()
-        inputs.restore(piece, out)
+    for part in inputs.chunks():
+        out = kernel(part).clone()
+        inputs.restore(part, out)
         whole += int(out.isnan().sum())
         held = [e for value in vars(inputs).values() for e in _tensors(value)]
         assert sum(e.numel() * e.element_size() for e in held) <= 16 * 2**14 < memory_of(work)
@@ -157,10 +153,10 @@ def test_a_merge_that_may_not_hold_nan_stops_at_the_first_piece_of_the_first_pas
     def judge(found: object) -> None:
         raise Failed("NOT_FINITE", f"{found}", "")
 
-    views = [HeldView(e, torch.float32) for e in tensors]
-    inputs = Inputs(work, CpuFeed(views), torch.float32, 1, chunk=2**10, judge=judge)
+    views = [TensorView(e, torch.float32) for e in tensors]
+    inputs = Inputs(work, CpuReader(views), torch.float32, 1, chunk=2**10, on_nonfinite=judge)
     with pytest.raises(Failed, match=str(2**10)):
-        prepare(inputs)
+        METHODS["slerp"].kernel(inputs)
 
 
 @pytest.mark.parametrize("run", [reference, lambda m, x, v: merged(work_for(m, x, True, v), x)])

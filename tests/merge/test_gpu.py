@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from piecewise import HeldView
+from in_memory import TensorView, merged
 from test_methods import CASES, inputs, keys_for, with_base, work_for
 from tiny_checkpoints import llama_tensors, load, merge, save
 
-from bot.merge.execution.device import DeviceFeed
-from bot.merge.methods import apply
-from bot.merge.passes import prepare
-from bot.merge.passes.inputs import Inputs
-from bot.merge.passes.random_masks import torch_draws
+from bot.merge.execution.device import DeviceReader
+from bot.merge.methods import METHODS
 from bot.merge.planning.memory import row_length
+from bot.merge.streaming.inputs import Inputs
+from bot.merge.streaming.masks import torch_draws
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,11 +30,11 @@ def test_a_gpu_computes_what_the_cpu_does(method: str, count: int, values: dict[
         x, b = inputs(count, (331, 1021), 5)
         tensors = [*x, *([b] if base else [])]
         work = work_for(method, tensors, base, values)
-        views = [HeldView(tensor, torch.float32) for tensor in tensors]
-        given = Inputs(work, DeviceFeed(views, torch.float32, device), torch.float32, row_length(work), chunk=2**16)
-        emit = prepare(given)
-        got = torch.cat([emit(piece).cpu() for piece in given.pieces()]).reshape(work.shape)
-        want = apply(method, tensors, work.base, work.per_input, work.shared, work.keys)
+        views = [TensorView(tensor, torch.float32) for tensor in tensors]
+        given = Inputs(work, DeviceReader(views, torch.float32, device), torch.float32, row_length(work), chunk=2**16)
+        kernel = METHODS[method].kernel(given)
+        got = torch.cat([kernel(part).cpu() for part in given.chunks()]).reshape(work.shape)
+        want = merged(work, tensors)
         unlike = (got - want).abs() > 1e-6 * float(want.abs().max())
         assert float(unlike.float().mean()) <= 1e-5, "a sum that differs in its last bit may move a threshold"
 

@@ -13,8 +13,9 @@ import torch
 from test_methods import CASES, work_for
 from tiny_checkpoints import llama_tensors, save
 
-from bot.merge.passes.inputs import CpuFeed, Inputs
-from bot.merge.planning.memory import CHUNK, piece_of, row_length
+from bot.merge.planning.memory import chunk_of, row_length
+from bot.merge.streaming.inputs import CpuReader, Inputs
+from bot.merge.streaming.operation import CHUNK
 
 ROWS, WIDTH = 12_000, 2048  # one tensor of 98 MB in float32
 PARENTS = "models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.3}}]"
@@ -49,8 +50,8 @@ def test_no_piece_is_longer_than_the_plan_counts_on_and_none_cuts_a_row(
     for shape in ((3 * CHUNK // 2,), (3, 2 * CHUNK + 1), (1000, 700), (2, 3, CHUNK), (5,), ()):
         tensors = [torch.empty(shape, device="meta")] * (count + 1)
         work = work_for(method, tensors, True, values)
-        spans = list(Inputs(work, CpuFeed([]), torch.float32, row_length(work)).spans())
-        assert max(stop - start for start, stop in spans) <= piece_of(work)
+        spans = list(Inputs(work, CpuReader([]), torch.float32, row_length(work)).spans())
+        assert max(stop - start for start, stop in spans) <= chunk_of(work)
         assert {start % row_length(work) for start, _ in spans} == {0}
 
 

@@ -11,20 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from piecewise import merged, merged_and_inputs
+from in_memory import merged, merged_and_inputs
 from torch import Tensor
 
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.methods import FUNCTIONS, apply
-from bot.merge.methods.masks import by_chance, splitmix64, uniform
-from bot.merge.methods.reductions import Selection, first_largest
-from bot.merge.passes import ranks
-from bot.merge.passes.random_masks import torch_draws
+from bot.merge.methods import METHODS, Base, Parameter, merge_method
 from bot.merge.planning.draws import mask_key
 from bot.merge.planning.work import Operand, Work
-from bot.merge.recipe.contract import METHODS
 from bot.merge.recipe.dtypes import BY_NAME
 from bot.merge.recipe.spec import ModelRef
+from bot.merge.streaming import masks, selection
+from bot.merge.streaming.operation import CHUNK
+from bot.merge.streaming.selection import Selection
 
 FAMILY = dict(weight=[0.5, -0.3, 0.8], normalize=True, **{"lambda": 1.2})
 SPARSE = dict(FAMILY, density=[0.4, 1.0, 0.7], rescale=True)
@@ -73,23 +71,22 @@ def inputs(count: int, shape: Sequence[int], seed: int, spread: float = 0.1) -> 
     return [base + spread * torch.randn(*shape, generator=draw) for _ in range(count)], base
 
 
-def ours(method: str, x: list[Tensor], b: Tensor | None, values: dict[str, Any]) -> Tensor:
-    contract = METHODS[method]
-    others = {p.name for p in contract.per_input}
-    per_input = {k: [*v, *([None] if b is not None else [])] for k, v in values.items() if k in others}
-    shared = {k: v for k, v in values.items() if k not in others}
-    keys = keys_for(len(x) + 1) if contract.draws else ()
-    return apply(method, [*x, *([b] if b is not None else [])], None if b is None else len(x), per_input, shared, keys)
+def ours(method: str, x: list[Tensor], b: Tensor | None, values: dict[str, Any], **options: Any) -> Tensor:
+    """The result of the engine's kernel, in the compute dtype."""
+    tensors = [*x, *([b] if b is not None else [])]
+    return merged(work_for(method, tensors, b is not None, values), tensors, **options)
 
 
 def keys_for(count: int) -> list[int]:
     return [mask_key(0, f"o/m{i}", "w") for i in range(count)]
 
 
-def truth(method: str, x: list[Tensor], b: Tensor | None, values: dict[str, Any]) -> Tensor:
-    """The float64 reference on the same stored numbers."""
-    x64 = [e.double().numpy() for e in x]
-    b64 = None if b is None else b.double().numpy()
+def truth(
+    method: str, x: list[Tensor], b: Tensor | None, values: dict[str, Any], dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The slow reference on the same stored numbers, in float64 or another type."""
+    x64 = [e.to(dtype).numpy() for e in x]
+    b64 = None if b is None else b.to(dtype).numpy()
     if method in ("ram", "ramplus_tl"):
         out = oracle.ram(x64, b64, **values)  # type: ignore[arg-type]
     elif hasattr(oracle, method):
@@ -104,8 +101,7 @@ def with_base(method: str) -> list[bool]:
     return [False] if method in BASELESS else [False, True] if METHODS[method].base.value == "optional" else [True]
 
 
-def test_every_method_of_the_contract_runs() -> None:
-    assert set(FUNCTIONS) == set(METHODS)
+def test_every_method_has_a_case() -> None:
     assert {method for method, _, _ in CASES} | {"arcee_fusion"} == set(METHODS)
 
 
@@ -125,18 +121,17 @@ def test_a_method_agrees_with_its_float64_reference(
 
 
 @pytest.mark.parametrize(("method", "count", "values"), [case for case in CASES if not METHODS[case[0]].draws])
-def test_float32_arithmetic_is_never_worse_than_working_in_the_storage_type(
+def test_float32_arithmetic_is_never_worse_than_the_formula_in_the_storage_type(
     method: str, count: int, values: dict[str, Any]
 ) -> None:
     mine = theirs = 0.0
     for seed in range(4):
         x, b = inputs(count, (24, 16), seed, spread=0.02)
-        x, b = [e.bfloat16() for e in x], b.bfloat16()
+        x, b = [e.half() for e in x], b.half()
         base = b if with_base(method)[-1] else None
         want = truth(method, x, base, values)
-        wide = ours(method, [e.float() for e in x], None if base is None else base.float(), values)
-        mine += float((wide.bfloat16().double() - want).abs().mean())
-        theirs += float((ours(method, x, base, values).double() - want).abs().mean())
+        mine += float((ours(method, x, base, values).half().double() - want).abs().mean())
+        theirs += float((truth(method, x, base, values, torch.float16).half().double() - want).abs().mean())
     assert mine <= theirs * 1.001
     if method in ("ties", "karcher"):
         assert mine < theirs
@@ -144,7 +139,7 @@ def test_float32_arithmetic_is_never_worse_than_working_in_the_storage_type(
 
 def test_arcee_fusion_takes_each_element_whole_from_one_parent() -> None:
     x, b = inputs(1, (40, 30), 0)
-    got = apply("arcee_fusion", [x[0], b], 1, {}, {})
+    got = ours("arcee_fusion", x, b, {})
     from_x = got == x[0]
     assert bool((from_x | (got == b)).all())
     p, q = (torch.softmax(e.double(), -1) + 1e-8 for e in (x[0], b))
@@ -164,28 +159,27 @@ def test_opposite_votes_of_one_size_elect_plus_whatever_the_order() -> None:
         torch.testing.assert_close(ours("ties", order, base, values), torch.tensor([0.1, 0.1, 0.3, 0.0]))
 
 
+def first_largest(sizes: Tensor, k: int) -> Tensor:
+    """Mask of the k largest elements by a stable sort; of equal elements the first ones."""
+    out = torch.zeros(len(sizes), dtype=torch.bool)
+    out[sizes.sort(descending=True, stable=True).indices[:k]] = True
+    return out
+
+
 def test_equal_magnitudes_are_kept_from_the_front_and_exactly_as_many_as_asked_for() -> None:
     sizes = torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0, 1.0])
-    assert first_largest(sizes, 4).tolist() == [True, True, True, False, True, False]
-    assert first_largest(sizes, 0).sum() == 0
-    assert first_largest(sizes, 6).all()
-
-
-@settings(max_examples=60)
-@given(st.lists(st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0]), min_size=1, max_size=40), st.integers(0, 45))
-def test_selection_without_a_sort_selects_what_a_sort_would(values: list[float], k: int) -> None:
-    want = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
-    sizes = torch.tensor(values)
-    assert first_largest(sizes, k).nonzero().flatten().tolist() == sorted(want)
+    assert (streamed(sizes, 4)[1] != 0).tolist() == [True, True, True, False, True, False]
+    assert (streamed(sizes, 0)[1] != 0).sum() == 0
+    assert (streamed(sizes, 6)[1] != 0).all()
 
 
 def streamed(sizes: Tensor, k: int, chunk: int = 7) -> tuple[Selection, Tensor]:
-    """What the streaming search finds in `sizes`, and `-sizes` with the rest zeroed, piece by piece."""
+    """The streaming search for the k largest of `sizes`, and `-sizes` with the other elements set to zero."""
     work = work_for("ram", [sizes, torch.zeros_like(sizes)], True, {"epsilon": 0.0})
-    _, inputs = merged_and_inputs(work, [sizes, torch.zeros_like(sizes)], chunk=chunk)
-    ((found,),) = ranks.select(inputs, lambda piece: [piece.x[0]], [[k]])
-    shrink = ranks.Shrinker(found, torch.float32)
-    return found, torch.cat([shrink(piece) for piece in (-sizes).split(chunk)])
+    _, given = merged_and_inputs(work, [sizes, torch.zeros_like(sizes)], chunk=chunk)
+    ((found,),) = selection.select(given, lambda part: [part.x[0]], [[k]])
+    select = selection.Selector(found, torch.float32)
+    return found, torch.cat([select(part) for part in (-sizes).split(chunk)])
 
 
 @settings(max_examples=60)
@@ -218,38 +212,35 @@ def test_a_search_in_a_large_tensor_is_exact_whatever_its_sample_says(kind: str)
 
 def test_the_spherical_methods_are_defined_for_zero_and_for_opposite_vectors() -> None:
     zero, one = torch.zeros(4), torch.ones(4)
-    assert torch.allclose(apply("karcher", [zero, one], None, {}, {"max_iter": 10, "tol": 1e-5}), one / 2)
-    assert torch.equal(apply("karcher", [zero, zero], None, {}, {"max_iter": 10, "tol": 1e-5}), zero)
-    opposite = apply("karcher", [one, -one], None, {}, {"max_iter": 10, "tol": 1e-5})
-    assert opposite.isfinite().all()
-    assert torch.allclose(apply("slerp", [one, -one], 0, {}, {"t": 0.25}), one / 2)
-    half = apply("slerp", [zero, one], 0, {}, {"t": 0.5})
-    assert torch.allclose(half, one * 0.5**0.5)
-    vanishing = apply("multislerp", [one, -one], None, {"weight": [1.0, 1.0]}, {"normalize_weights": True, "eps": 1e-8})
-    assert torch.equal(vanishing, zero)
+    settings = {"max_iter": 10, "tol": 1e-5}
+    assert torch.allclose(ours("karcher", [zero, one], None, settings), one / 2)
+    assert torch.equal(ours("karcher", [zero, zero], None, settings), zero)
+    assert ours("karcher", [one, -one], None, settings).isfinite().all()
+    assert torch.allclose(ours("slerp", [-one], one, {"t": 0.25}), one / 2)
+    assert torch.allclose(ours("slerp", [one], zero, {"t": 0.5}), one * 0.5**0.5)
+    weights = {"weight": [1.0, 1.0], "normalize_weights": True, "eps": 1e-8}
+    assert torch.equal(ours("multislerp", [one, -one], None, weights), zero)
 
 
 def test_the_random_stream_is_splitmix64_and_its_key_names_the_tensor() -> None:
-    assert splitmix64(0, 0, 1)[0] == 0xE220A8397B1DCDAF
+    cpu = torch.device("cpu")
+    assert masks.torch_draws(0, 0, 1, cpu).tolist() == [0xE220A8397B1DCDAF >> 40]
     key = mask_key(0, "parents/a", "model.norm.weight")
     assert key == 0x2C544E03C5B7CDB7
-    assert splitmix64(key, 0, 1)[0] == 0x728C703FE3024C47
+    assert masks.torch_draws(key, 0, 1, cpu).tolist() == [0x728C703FE3024C47 >> 40]
     assert mask_key(1, "parents/a", "model.norm.weight") != key
-    assert splitmix64(key, 5, 3).tolist() == splitmix64(key, 0, 8)[5:].tolist()
+    assert [n * 2.0**-24 for n in masks.torch_draws(key, 0, 50, cpu).tolist()] == oracle._stream(key, 50)
+    assert masks.torch_draws(key, 5, 3, cpu).tolist() == masks.torch_draws(key, 0, 8, cpu)[5:].tolist()
 
 
 def test_a_drop_rate_holds_within_four_sigma_and_l1_is_preserved() -> None:
     n, density = 600_000, 0.3
     x, b = inputs(1, (n,), 0)
-    kept = float((by_chance(x[0] - b, density, 7) != 0).sum())
+    kept = float(masks.by_chance(density, 7)(x[0] - b, 0).sum())
     assert abs(kept - density * n) < 4 * (n * density * (1 - density)) ** 0.5
     values = dict(weight=[1.0], density=[density], normalize=False, rescale=True, **{"lambda": 1.0})
-    merged = ours("dare_linear", x, b, values)
-    assert float((merged - b).abs().sum()) == pytest.approx(float((x[0] - b).abs().sum()), rel=1e-4)
-    assert (
-        uniform(7, 300_000)[270_000:].tolist()
-        == uniform(7, 280_000)[270_000:].tolist() + uniform(7, 300_000)[280_000:].tolist()
-    )
+    result = ours("dare_linear", x, b, values)
+    assert float((result - b).abs().sum()) == pytest.approx(float((x[0] - b).abs().sum()), rel=1e-4)
 
 
 def work_for(method: str, x: Sequence[Tensor], base: bool, values: dict[str, Any]) -> Work:
@@ -273,35 +264,33 @@ SUMMED = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock", "della", "
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("method", "count", "values"), [*CASES, ("arcee_fusion", 1, {})])
-def test_passes_over_pieces_give_the_bits_of_the_whole_tensor(
+def test_chunks_give_the_bits_of_the_whole_tensor(
     method: str, count: int, values: dict[str, Any], dtype: torch.dtype
 ) -> None:
     for base in with_base(method):
         x, b = inputs(count, (331, 1021), 5)
         tensors = [e.to(dtype) for e in (*x, *([b] if base else []))]
         work = work_for(method, tensors, base, values)
-        wide = [e.float() for e in tensors]
-        whole = apply(method, wide, work.base, work.per_input, work.shared, work.keys)
-        pieces = merged(work, tensors)
-        if method in SUMMED:  # sums over the tensor are formed in other portions or another precision
-            torch.testing.assert_close(pieces, whole, rtol=0, atol=5e-7 * float(whole.abs().max()))
+        whole = merged(work, tensors, chunk=2 * CHUNK)  # in one chunk
+        chunks = merged(work, tensors)
+        if method in SUMMED or values.get("rescale"):  # sums over the tensor are formed in other portions
+            torch.testing.assert_close(chunks, whole, rtol=0, atol=5e-7 * float(whole.abs().max()))
         else:
-            assert torch.equal(pieces, whole)
-        assert torch.equal(merged(work, tensors, ring=True), pieces)
+            assert torch.equal(chunks, whole)
+        assert torch.equal(merged(work, tensors, ring=True), chunks)
 
 
 @pytest.mark.parametrize(("method", "count", "values"), [*CASES, ("arcee_fusion", 1, {})])
-def test_pieces_of_seven_elements_agree_within_rounding(method: str, count: int, values: dict[str, Any]) -> None:
+def test_chunks_of_seven_elements_agree_with_the_reference(method: str, count: int, values: dict[str, Any]) -> None:
     for shape in SHAPES:
         for base in with_base(method):
             x, b = inputs(count, shape, 6)
             tensors = [*x, *([b] if base else [])]
             work = work_for(method, tensors, base, values)
             for kind in (torch.float32, torch.float64):
-                wide = [e.to(kind) for e in tensors]
-                whole = apply(method, wide, work.base, work.per_input, work.shared, work.keys)
-                pieces = merged(work, tensors, chunk=7, wide=kind)
-                torch.testing.assert_close(pieces, whole, rtol=0, atol=3e-6 * float(whole.abs().max()))
+                want = truth(method, x, b if base else None, values).to(kind)
+                chunks = merged(work, tensors, chunk=7, dtype=kind)
+                torch.testing.assert_close(chunks, want, rtol=0, atol=3e-6 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize(("method", "count", "values"), [*CASES, ("arcee_fusion", 1, {})])
@@ -325,8 +314,8 @@ def test_a_nan_stays_in_its_element_and_no_sum_sees_it(method: str, count: int, 
 def test_draws_in_torch_are_those_of_numpy_bit_for_bit() -> None:
     for key in (0, 1, 2**63, 2**64 - 1, mask_key(0, "o/m", "w")):
         for start in (0, 2**18, 2**40):
-            want = splitmix64(key, start, 5000) >> np.uint64(40)
-            assert torch_draws(key, start, 5000, torch.device("cpu")).tolist() == want.tolist()
+            want = np.concatenate([part >> np.uint64(40) for _, part in masks._stream(key, start, 5000)])
+            assert masks.torch_draws(key, start, 5000, torch.device("cpu")).tolist() == want.tolist()
 
 
 @pytest.mark.parametrize(
@@ -342,7 +331,26 @@ def test_draws_in_torch_are_those_of_numpy_bit_for_bit() -> None:
         ("model_stock", [torch.ones(4), torch.ones(4), torch.ones(4) + 1e-5], {"filter_wise": False}, "COSINE_DAMPED"),
     ],
 )  # fmt: skip
-def test_odd_cases_are_remembered(method: str, tensors: list[Tensor], values: dict[str, Any], code: str) -> None:
+def test_corner_cases_are_counted(method: str, tensors: list[Tensor], values: dict[str, Any], code: str) -> None:
     base = method not in BASELESS and METHODS[method].base.value == "required"
     _, remembered = merged_and_inputs(work_for(method, tensors, base, values), tensors)
-    assert remembered.corners == {code: 1}
+    assert remembered.corner_cases == {code: 1}
+
+
+def test_a_method_in_one_decorated_function_can_be_planned_and_merged() -> None:
+    """A new method needs a kernel and its parameters, nothing else."""
+
+    @merge_method(
+        "midpoint", base=Base.REQUIRED, inputs=(1, 1), shared=(Parameter("pull", 0.5, low=0, high=1),), reference="test"
+    )
+    def midpoint(given: Any) -> Any:
+        """(1 - pull) b + pull x."""
+        pull = given.number("pull")
+        return lambda part: part.x[0].mul_(pull).add_(part.b.mul_(1 - pull))
+
+    try:
+        x, b = inputs(1, (6, 7), 0)
+        torch.testing.assert_close(ours("midpoint", x, b, {"pull": 0.25}), 0.25 * x[0] + 0.75 * b)
+        assert METHODS["midpoint"].summary == "(1 - pull) b + pull x."
+    finally:
+        del METHODS["midpoint"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from claimed_checkpoint import Claimed
-from piecewise import HeldView
+from in_memory import TensorView
 from safetensors.torch import save_file
 from test_vocabulary import SHARED, model, tokenizer
 from tiny_checkpoints import llama_tensors, plan_of, save
@@ -162,7 +162,7 @@ def test_a_key_as_long_as_the_recipe_gets_its_hint_in_no_time() -> None:
     assert time.process_time() - start < 1
 
 
-class _Counted(HeldView):
+class _Counted(TensorView):
     """Counts the reads and the longest of them."""
 
     reads, longest = 0, 0

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bot.errors import Refused
+from bot.merge.methods import KNOWN_PARAMETERS, METHODS, Absent, Parameter
 from bot.merge.recipe import reading as recipe
-from bot.merge.recipe.contract import KNOWN_PARAMETERS, METHODS, Absent, Parameter
 from bot.merge.recipe.parameters import at, position, resolve
 from bot.merge.recipe.spec import Condition, Conditions, Gradient, ModelRef, Scalar
 from bot.merge.recipe.spelling import closest

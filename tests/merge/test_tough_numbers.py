@@ -18,8 +18,8 @@ from tiny_checkpoints import llama_tensors, load, merge, save
 from torch import Tensor
 
 from bot.errors import Failed
+from bot.merge.methods import METHODS, Base
 from bot.merge.planning.draws import mask_key
-from bot.merge.recipe.contract import METHODS, Base
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,10 +14,10 @@ from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.execution.writer import Found, Sink
 from bot.merge.operands.stored import StoredBytes
-from bot.merge.planning.memory import CHUNK
 from bot.merge.planning.plan import Plan, Step
 from bot.merge.planning.work import Operand, Work
 from bot.merge.recipe.spec import ModelRef
+from bot.merge.streaming.operation import CHUNK
 
 NonFinite = Literal["notice", "fail"]
 Bytes = NDArray[np.uint8]

@@ -1,6 +1,6 @@
-"""Pieces on a GPU: pinned buffers, copies on a stream of their own, the next piece on its way during the present one.
+"""Chunks on a GPU: pinned buffers and a copy stream, so that the next chunk arrives during the present one.
 
-The passes run unchanged on whatever device their tensors lie on. On the CPU the same code runs without streams.
+Methods run unchanged on the device of their tensors. On the CPU the same code runs without streams.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.cuda import Event
 
 from bot.errors import Refused
-from bot.merge.operands.views import StoredView, View
-from bot.merge.passes.inputs import Spans
+from bot.merge.operands.views import StoredView
+from bot.merge.streaming.inputs import Spans, View
 
-TILE = 2**24  # elements per piece: a launch costs as much as thousands of elements
+TILE = 2**24  # elements per chunk: a launch costs as much as thousands of elements
 
 
 def choose_devices(name: str) -> list[torch.device]:
@@ -35,7 +35,7 @@ def choose_devices(name: str) -> list[torch.device]:
     return [torch.device("cuda", i) for i in ([int(number)] if number else range(torch.cuda.device_count()))]
 
 
-class DeviceFeed:
+class DeviceReader:
     """Two sets of buffers: while one is worked on, the other is read, copied in its stored type and widened."""
 
     def __init__(self, views: Sequence[View], wide: torch.dtype, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class DeviceFeed:
         self._pinned: dict[tuple[int, int], Tensor] = {}
         self._free: list[Event | None] = [None, None]  # when the pinned buffers of a set may be filled again
 
-    def pieces(self, spans: Spans) -> Iterator[list[Tensor]]:
+    def chunks(self, spans: Spans) -> Iterator[list[Tensor]]:
         coming: list[tuple[list[Tensor], Event | None]] = []
         for number, span in enumerate(spans):
             coming.append(self._bring(number % 2, *span))
@@ -56,7 +56,7 @@ class DeviceFeed:
             yield self._arrived(*coming.pop(0))
 
     def _bring(self, turn: int, start: int, stop: int) -> tuple[list[Tensor], Event | None]:
-        """Start bringing the stored numbers of one piece; the event says when they have arrived."""
+        """Start bringing the stored numbers of one chunk; the event says when they have arrived."""
         if (free := self._free[turn]) is not None:
             free.synchronize()
         brought = []

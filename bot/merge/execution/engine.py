@@ -22,11 +22,11 @@ from bot.merge.execution.copying import Copier, NonFinite, only_copies, read_ahe
 from bot.merge.execution.provenance import Known, manifest, provenance, torch_version
 from bot.merge.execution.unchanged import Watch
 from bot.merge.execution.writer import SYNC_BYTES, FileFact, Progress, Record, Sink, Writer
-from bot.merge.planning.memory import CHUNK
 from bot.merge.planning.output_names import MANIFEST, PROVENANCE
 from bot.merge.planning.plan import WORKERS, Plan, Step
 from bot.merge.recipe.reading import write_yaml
 from bot.merge.recipe.spec import ModelRef, Notice
+from bot.merge.streaming.operation import CHUNK
 
 if TYPE_CHECKING:
     import torch

@@ -15,30 +15,31 @@ from torch import Tensor
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.execution.copying import Copier, NonFinite, copies, count_nonfinite, judge
-from bot.merge.execution.device import TILE, DeviceFeed
+from bot.merge.execution.device import TILE, DeviceReader
 from bot.merge.execution.writer import Found, Sink
+from bot.merge.methods import METHODS
 from bot.merge.operands.gather import GatheredView
 from bot.merge.operands.lora_rows import PatchedView, stored_tensor
-from bot.merge.operands.views import Scratch, StoredView, View, common_unit
-from bot.merge.passes import prepare
-from bot.merge.passes.inputs import CpuFeed, Feed, Inputs, Piece, Spans
-from bot.merge.planning.memory import CHUNK, row_length
+from bot.merge.operands.views import StoredView, common_unit
+from bot.merge.planning.memory import row_length
 from bot.merge.planning.plan import Step
 from bot.merge.planning.work import Operand, Work
 from bot.merge.recipe.spec import ModelRef
+from bot.merge.streaming.inputs import Chunk, CpuReader, Inputs, Reader, Scratch, Spans, View
+from bot.merge.streaming.operation import CHUNK
 
 
 class Stoppable:
-    """A feed that brings no further piece once the merge has been stopped, in the first passes and in the last."""
+    """A reader that brings no further chunk once the merge has been stopped, in any pass."""
 
-    def __init__(self, feed: Feed, stopped: threading.Event) -> None:
-        self.device, self._feed, self._stopped = feed.device, feed, stopped
+    def __init__(self, reader: Reader, stopped: threading.Event) -> None:
+        self.device, self._reader, self._stopped = reader.device, reader, stopped
 
-    def pieces(self, spans: Spans) -> Iterator[list[Tensor]]:
-        for piece in self._feed.pieces(spans):
+    def chunks(self, spans: Spans) -> Iterator[list[Tensor]]:
+        for chunk in self._reader.chunks(spans):
             if self._stopped.is_set():
                 raise CancelledError
-            yield piece
+            yield chunk
 
 
 @dataclass(slots=True)
@@ -86,20 +87,20 @@ class Lane:
         views = self._views(work, wide)
         unit = common_unit(views) if row_length(work) == 1 else max(common_unit(views), row_length(work))
         on_cpu = self.device.type == "cpu"
-        feed = Stoppable(CpuFeed(views) if on_cpu else DeviceFeed(views, wide, self.device), self.stopped)
+        reader = Stoppable(CpuReader(views) if on_cpu else DeviceReader(views, wide, self.device), self.stopped)
         chunk = self.chunk if on_cpu else TILE
-        judged = partial(judge, step, on_nonfinite=self.on_nonfinite)
-        inputs = Inputs(work, feed, wide, unit, chunk=chunk, scratch=self.scratch, judge=judged)
+        on_nonfinite = partial(judge, step, on_nonfinite=self.on_nonfinite)
+        inputs = Inputs(work, reader, wide, unit, chunk=chunk, scratch=self.scratch, on_nonfinite=on_nonfinite)
         if not work.elements:
             return Found()
-        emit = prepare(inputs)
-        for piece in inputs.pieces():
-            self._write(step, inputs, piece, emit(piece))
-        return Found(inputs.nonfinite, inputs.corners)
+        kernel = METHODS[work.method].kernel(inputs)
+        for part in inputs.chunks():
+            self._write(step, inputs, part, kernel(part))
+        return Found(inputs.nonfinite, inputs.corner_cases)
 
-    def _write(self, step: Step, inputs: Inputs, piece: Piece, result: Tensor) -> None:
-        """Round one piece of the result and hand it on."""
-        count = piece.stop - piece.start
+    def _write(self, step: Step, inputs: Inputs, chunk: Chunk, result: Tensor) -> None:
+        """Round one chunk of the result and write it."""
+        count = chunk.stop - chunk.start
         out = self.scratch.get("out", count, getattr(torch, step.work.dtype.name))
         out.copy_(rounded_to_odd(result) if result.dtype == torch.float64 and out.element_size() == 2 else result)
         data = out.view(torch.uint8).numpy()
@@ -108,8 +109,8 @@ class Lane:
                 "NOT_FINITE", f"{step.name} overflows {step.work.dtype.name}, though its inputs are finite.",
                 "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.", value=step.name,
             )  # fmt: skip
-        inputs.restore(piece, out)
-        self.sink.write(step, piece.start * out.element_size(), data.data)
+        inputs.restore(chunk, out)
+        self.sink.write(step, chunk.start * out.element_size(), data.data)
 
 
 def rounded_to_odd(wide: Tensor) -> Tensor:

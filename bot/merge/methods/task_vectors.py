@@ -1,207 +1,369 @@
-"""The task-vector family: b + lambda * combined, sparsified, sign-elected deltas d_i = x_i - b. merging.md 2.2.
+"""The task-vector family: task_arithmetic, ties, dare_*, della*, breadcrumbs*.
 
-The order is mergekit's: delta, sparsify, rescale, weight, elect, sum, normalise, lambda.
+All compute b + lambda * combined(d_i) from the deltas d_i = x_i - b, in mergekit's order: sparsify each delta, rescale
+it, multiply by its weight, elect a sign per element, sum, normalise, multiply by lambda. Methods differ in how they
+sparsify and in whether they elect a sign.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from bot.merge.methods.registry import WEIGHT, Absent, Base, Finding, Parameter, flag, merge_method
+from bot.merge.streaming.operation import GATHER_LIMIT, MASK_LIMIT_BYTES, Operation, row_width
 
-from bot.merge.methods.masks import by_chance, by_rank, largest, middle
-from bot.merge.methods.reductions import l1
+if TYPE_CHECKING:
+    from torch import Tensor
 
-CANCELS = 1e-6  # a vote whose sides differ by less than this share is a draw, and a draw is positive
+    from bot.merge.streaming.inputs import Chunk, Inputs, Kernel
+    from bot.merge.streaming.masks import Mask
+
+    Masks = Callable[[Inputs], list[Mask]]
+
 TINY_L1 = 1e-7
-Sparsify = Callable[[Tensor, int], Tensor]  # delta, number of the input -> masked delta
+TINY_SUM = 1e-8  # weights with a smaller sum are not normalised
+
+DENSITY = Parameter("density", 1.0, low=0, high=1)
+EPSILON = Parameter("epsilon", 0.15, low=0, high=1)
+GAMMA = Parameter("gamma", 0.01, low=0, high=1, high_open=True)
 
 
-def task_arithmetic(
-    x: Sequence[Tensor], b: Tensor, *, weight: Sequence[float], normalize: bool, lambda_: float
-) -> Tensor:
-    """b + lambda * sum(w_i (x_i - b)). Editing models with task arithmetic, arXiv:2212.04089."""
-    return combine(x, b, weight, _untouched, elects=False, rescale=False, normalize=normalize, lambda_=lambda_)
+def _shared(*, normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
+    """The shared parameters with the defaults of a method."""
+    return flag("normalize", normalize), Parameter("lambda", 1.0), flag("rescale", rescale)
 
 
-def ties(
-    x: Sequence[Tensor],
-    b: Tensor,
-    *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
-    naive_count: bool = False,
-) -> Tensor:
-    """Trim to the largest deltas, elect a sign per element, sum what agrees. TIES-merging, arXiv:2306.01708.
+@merge_method(
+    "task_arithmetic",
+    base=Base.REQUIRED,
+    inputs=(1, None),
+    per_input=(WEIGHT, Parameter("density", Absent.NONE, used=False)),
+    shared=(flag("normalize", False), Parameter("lambda", 1.0), flag("rescale", False, used=False)),
+    reference="arXiv:2212.04089",
+)
+def task_arithmetic(inputs: Inputs) -> Kernel:
+    """b + lambda * sum(w_i d_i), the sum divided by sum(w_i) with `normalize`."""
+    from bot.merge.streaming.sums import add_to_base, total
 
-    naive_count: the sign that more inputs have is elected, whatever their sizes (the 2023 `main.py`).
+    weight, lambda_ = inputs.values("weight"), inputs.number("lambda")
+    divisor = _divisor(weight, inputs.flag("normalize"))
+
+    def kernel(chunk: Chunk) -> Tensor:
+        votes = [delta.mul_(w) for delta, w in zip(chunk.deltas(), weight, strict=True)]
+        return add_to_base(total(votes), divisor, lambda_, chunk.b)
+
+    return kernel
+
+
+def _divisor(weight: Sequence[float], normalize: bool) -> float:
+    total = sum(weight)
+    return total if normalize and abs(total) >= TINY_SUM else 1.0
+
+
+def _combine(inputs: Inputs, masks: list[Mask], *, elects: bool) -> Kernel:
+    """b + lambda * combined masked deltas."""
+    from bot.merge.streaming.election import Election
+    from bot.merge.streaming.sums import add_to_base, total
+
+    weight, lambda_, normalize = inputs.values("weight"), inputs.number("lambda"), inputs.flag("normalize")
+    by_count = bool(inputs.operation.shared.get("naive_count"))
+    factors = weight
+    if inputs.flag("rescale"):
+        factors = [w * f for w, f in zip(weight, _rescales(inputs, masks), strict=True)]
+    divisor = _divisor(weight, normalize)
+    for mask in masks:
+        mask.rewind()
+
+    def kernel(chunk: Chunk) -> Tensor:
+        deltas = zip(chunk.deltas(), masks, factors, strict=True)
+        votes = [_times(mask.apply(delta, chunk.start), factor) for delta, mask, factor in deltas]
+        if elects:
+            return add_to_base(Election(inputs, votes, weight).mean_or_sum(normalize, by_count), 1.0, lambda_, chunk.b)
+        return add_to_base(total(votes), divisor, lambda_, chunk.b)
+
+    return kernel
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1.0 else tensor.mul_(factor)
+
+
+def _rescales(inputs: Inputs, masks: Sequence[Mask]) -> list[float]:
+    """Factors that restore the L1 norm of every delta: one pass over the deltas and the masked deltas."""
+    import torch
+
+    from bot.merge.streaming.masks import Mask
+
+    whole, rest = [0.0] * inputs.n, [0.0] * inputs.n
+    if all(type(mask) is Mask for mask in masks):
+        return [1.0] * inputs.n
+    for chunk in inputs.chunks():
+        buffer = inputs.buffer("magnitude", chunk.b)
+        for i, (delta, mask) in enumerate(zip(chunk.deltas(), masks, strict=True)):
+            whole[i] += float(torch.abs(delta, out=buffer).sum())
+            rest[i] += float(torch.abs(mask.apply(delta, chunk.start), out=buffer).sum())
+    return [1.0 if a < TINY_L1 or c < TINY_L1 else a / c for a, c in zip(whole, rest, strict=True)]
+
+
+def _mixed_signs(operation: Operation) -> Iterator[Finding]:
+    """A notice about weights of both signs that are normalised under sign election."""
+    weights = [float(w) for w in operation.per_input["weight"] if w is not None]
+    if operation.shared["normalize"] and min(weights, default=0.0) < 0 < max(weights, default=0.0):
+        yield Finding(
+            "MIXED_SIGNS", f"weights of both signs are normalised in {operation.name}; the result may be large"
+        )
+
+
+def _nothing_kept(operation: Operation, kept: Callable[[float], int | float]) -> Iterator[Finding]:
+    """A notice if `kept` is 0 for the density of an input."""
+    if any(kept(float(density)) == 0 for density in operation.per_input["density"] if density is not None):
+        yield Finding("NOTHING_KEPT", f"the density is so low that nothing of a source is kept in {operation.name}")
+
+
+# --- ties and breadcrumbs: masks by magnitude ---
+
+
+def _gathered(operation: Operation, itemsize: int, thresholds: int) -> int:
+    """Bytes of the elements gathered around so many thresholds per input."""
+    return thresholds * len(operation.operands) * 2 * itemsize * min(operation.elements, GATHER_LIMIT)
+
+
+def _ties_state(operation: Operation, itemsize: int) -> int:
+    return _gathered(operation, itemsize, 1)
+
+
+def _check_ties(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    yield from _mixed_signs(operation)
+    yield from _nothing_kept(operation, lambda density: density)
+
+
+@merge_method(
+    "ties",
+    base=Base.REQUIRED,
+    inputs=(1, None),
+    per_input=(WEIGHT, DENSITY),
+    shared=_shared(normalize=True, rescale=False),
+    reference="arXiv:2306.01708",
+    state_bytes=_ties_state,
+    check=_check_ties,
+)
+def ties(inputs: Inputs) -> Kernel:
+    """Trim each delta to its largest elements, elect a sign per element, sum the deltas that agree with it.
+
+    Keeps max(1, int(density * n)) of n elements; of equal elements the first ones. `naive_count` (the 2023 `main.py`)
+    elects the sign of most deltas instead of the sign of their sum.
     """
-
-    def trim(delta: Tensor, i: int) -> Tensor:
-        return largest(delta, density[i])
-
-    return combine(
-        x, b, weight, trim, elects=True, rescale=rescale, normalize=normalize, lambda_=lambda_, by_count=naive_count
-    )
+    counts: list[tuple[int, ...]] = []
+    for density in inputs.values("density"):
+        kept = max(1, int(density * inputs.count)) if density > 0 else 0
+        counts.append(() if density >= 1 else (kept,))
+    return _combine(inputs, _by_magnitude(inputs, counts), elects=True)
 
 
-def breadcrumbs(
-    x: Sequence[Tensor],
-    b: Tensor,
-    *,
-    elects: bool,
-    weight: Sequence[float],
-    density: Sequence[float],
-    gamma: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
-) -> Tensor:
-    """Drop outliers and small changes, then sum (or elect signs as ties does). Model breadcrumbs, arXiv:2312.06795."""
-
-    def band(delta: Tensor, i: int) -> Tensor:
-        return middle(delta, density[i], gamma[i])
-
-    return combine(x, b, weight, band, elects=elects, rescale=rescale, normalize=normalize, lambda_=lambda_)
+def _breadcrumbs_state(operation: Operation, itemsize: int) -> int:
+    return _gathered(operation, itemsize, 2)
 
 
-def dare(
-    x: Sequence[Tensor],
-    b: Tensor,
-    *,
-    elects: bool,
-    keys: Sequence[int],
-    weight: Sequence[float],
-    density: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
-) -> Tensor:
-    """Drop elements at random and restore the L1 norm, then sum (or elect signs). DARE, arXiv:2311.03099.
+def _check_breadcrumbs(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    return _nothing_kept(operation, lambda density: int(density * operation.elements))
 
-    As in mergekit the norm is matched exactly, where the paper multiplies by 1 / density.
+
+def _check_breadcrumbs_ties(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    yield from _mixed_signs(operation)
+    yield from _check_breadcrumbs(operation, paths)
+
+
+@merge_method(
+    "breadcrumbs",
+    base=Base.REQUIRED,
+    inputs=(1, None),
+    per_input=(WEIGHT, DENSITY, GAMMA),
+    shared=_shared(normalize=False, rescale=False),
+    reference="arXiv:2312.06795",
+    state_bytes=_breadcrumbs_state,
+    check=_check_breadcrumbs,
+)
+def breadcrumbs(inputs: Inputs) -> Kernel:
+    """Drop the largest elements (outliers) and the smallest ones of each delta, then sum.
+
+    Drops the int(gamma * n) largest of n elements, and keeps the int(density * n) largest of the rest.
     """
-
-    def drop(delta: Tensor, i: int) -> Tensor:
-        return by_chance(delta, density[i], keys[i])
-
-    return combine(x, b, weight, drop, elects=elects, rescale=rescale, normalize=normalize, lambda_=lambda_)
+    return _combine(inputs, _bands(inputs), elects=False)
 
 
-def della(
-    x: Sequence[Tensor],
-    b: Tensor,
-    *,
-    elects: bool,
-    keys: Sequence[int],
-    weight: Sequence[float],
-    density: Sequence[float],
-    epsilon: Sequence[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
-) -> Tensor:
-    """As dare, but large elements of a row are kept more often. DELLA-merging, arXiv:2406.11617."""
-
-    def drop(delta: Tensor, i: int) -> Tensor:
-        return by_rank(delta, density[i], epsilon[i], keys[i])
-
-    return combine(x, b, weight, drop, elects=elects, rescale=rescale, normalize=normalize, lambda_=lambda_)
+@merge_method(
+    "breadcrumbs_ties",
+    base=Base.REQUIRED,
+    inputs=(1, None),
+    per_input=(WEIGHT, DENSITY, GAMMA),
+    shared=_shared(normalize=False, rescale=False),
+    reference="arXiv:2312.06795",
+    state_bytes=_breadcrumbs_state,
+    check=_check_breadcrumbs_ties,
+)
+def breadcrumbs_ties(inputs: Inputs) -> Kernel:
+    """breadcrumbs with the sign election of ties."""
+    return _combine(inputs, _bands(inputs), elects=True)
 
 
-FAMILY: dict[str, Callable[..., Tensor]] = {
-    "task_arithmetic": task_arithmetic,
-    "ties": ties,
-    "breadcrumbs": partial(breadcrumbs, elects=False),
-    "breadcrumbs_ties": partial(breadcrumbs, elects=True),
-    "dare_linear": partial(dare, elects=False),
-    "dare_ties": partial(dare, elects=True),
-    "della": partial(della, elects=True),
-    "della_linear": partial(della, elects=False),
-}
+def _bands(inputs: Inputs) -> list[Mask]:
+    n = inputs.count
+    counts: list[tuple[int, ...]] = []
+    for density, gamma in zip(inputs.values("density"), inputs.values("gamma"), strict=True):
+        keep = int(density * n)
+        smallest = max(0, n - keep - int(gamma * n))
+        counts.append(() if density >= 1 else (n - smallest - keep, n - smallest))
+    return _by_magnitude(inputs, counts)
 
 
-def combine(
-    x: Sequence[Tensor],
-    b: Tensor,
-    weight: Sequence[float],
-    sparsify: Sparsify,
-    *,
-    elects: bool,
-    rescale: bool,
-    normalize: bool,
-    lambda_: float,
-    by_count: bool = False,
-) -> Tensor:
-    """Steps (1) to (9) of the family. x_i, b: one shape; the result has it too."""
-    votes = []
-    for i, (x_i, w_i) in enumerate(zip(x, weight, strict=True)):
-        delta = x_i - b
-        masked = sparsify(delta, i)
-        votes.append(masked * (w_i * l1_match(l1(delta), l1(masked)) if rescale else w_i))
-    return decide(votes, b, weight, elects=elects, normalize=normalize, lambda_=lambda_, by_count=by_count)
+def _by_magnitude(inputs: Inputs, counts: Sequence[tuple[int, ...]]) -> list[Mask]:
+    """Masks that keep everything (no count), the k largest (k,), or the outer but not the inner largest."""
+    from bot.merge.streaming.masks import Band, Largest, Mask
+    from bot.merge.streaming.selection import select
 
-
-def decide(
-    votes: Sequence[Tensor],
-    b: Tensor,
-    weight: Sequence[float],
-    *,
-    elects: bool,
-    normalize: bool,
-    lambda_: float,
-    by_count: bool = False,
-) -> Tensor:
-    """Steps (5) to (9), elementwise: elect, sum, normalise, scale, add to the base."""
-    if not elects:
-        weight_sum = sum(weight)
-        divisor = weight_sum if normalize and abs(weight_sum) >= 1e-8 else 1.0
-        return b + sum_of(votes).div_(divisor).mul_(lambda_)
-    total, count = _elected_sum(votes, weight, by_count)
-    if normalize:
-        total.div_(torch.where(count == 0, torch.ones_like(count), count))
-    return total.mul_(lambda_).add_(b)
-
-
-def elected_sign(votes: Sequence[Tensor]) -> Tensor:
-    """Per element +1 or -1. A draw (sides equal up to rounding) elects plus."""
-    up, down = sum_of([vote.clamp(min=0) for vote in votes]), sum_of([vote.clamp(max=0) for vote in votes])
-    plus = (up - down) * CANCELS + (up + down) >= 0
-    return plus.to(up.dtype).mul_(2).sub_(1)
-
-
-def _elected_sum(votes: Sequence[Tensor], weight: Sequence[float], by_count: bool) -> tuple[Tensor, Tensor]:
-    """Sum of the votes that agree with the elected sign, and the weights of those votes, per element.
-
-    An exact zero never votes; a negative weight has flipped its vote already. Arithmetic on floats throughout: masks
-    of booleans cost several times as much.
-    """
-    sign = elected_sign([vote.sign() for vote in votes] if by_count else votes)
-    total, count = torch.zeros_like(votes[0]), torch.zeros_like(votes[0])
-    for vote, w_i in zip(votes, weight, strict=True):
-        agreeing = (vote * sign).clamp_(min=0)
-        total.add_(agreeing)
-        count.add_(agreeing.sign_(), alpha=w_i)
-    return total.mul_(sign), count
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """A fresh tensor: the sum in order."""
-    out = tensors[0].clone()
-    for tensor in tensors[1:]:
-        out.add_(tensor)
+    out: list[Mask] = []
+    for found in select(inputs, lambda chunk: [delta.abs_() for delta in chunk.deltas()], counts):
+        match found:
+            case []:
+                out.append(Mask())
+            case [only]:
+                out.append(Largest(only, inputs.dtype))
+            case _:
+                out.append(Band(found[0], found[1], inputs))
     return out
 
 
-def _untouched(delta: Tensor, i: int) -> Tensor:
-    return delta
+# --- dare and della: random masks ---
 
 
-def l1_match(whole: float, rest: float) -> float:
-    """The factor that gives a masked delta (L1 norm `rest`) the norm of the whole one; 1 for almost-zero deltas."""
-    return 1.0 if whole < TINY_L1 or rest < TINY_L1 else whole / rest
+def _drawn_state(operation: Operation, itemsize: int) -> int:
+    """Bits of the masks, kept from the first pass for the second."""
+    if not operation.shared["rescale"]:
+        return 0
+    return len(operation.operands) * min(operation.elements // 8 + 1, MASK_LIMIT_BYTES)
+
+
+def _check_dare(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    return _nothing_kept(operation, lambda density: density)
+
+
+@merge_method(
+    "dare_linear",
+    base=Base.REQUIRED,
+    inputs=(1, None),
+    per_input=(WEIGHT, DENSITY),
+    shared=_shared(normalize=False, rescale=True),
+    reference="arXiv:2311.03099",
+    draws=True,
+    state_bytes=_drawn_state,
+    check=_check_dare,
+)
+def dare_linear(inputs: Inputs) -> Kernel:
+    """Drop elements of each delta at random, restore its L1 norm, then sum.
+
+    As in mergekit the norm is matched exactly, where the paper multiplies by 1 / density.
+    """
+    return _combine(inputs, _dare_masks(inputs), elects=False)
+
+
+@merge_method(
+    "dare_ties",
+    base=Base.REQUIRED,
+    inputs=(1, None),
+    per_input=(WEIGHT, DENSITY),
+    shared=_shared(normalize=False, rescale=True),
+    reference="arXiv:2311.03099",
+    draws=True,
+    state_bytes=_drawn_state,
+    check=_check_ties,
+)
+def dare_ties(inputs: Inputs) -> Kernel:
+    """dare_linear with the sign election of ties."""
+    return _combine(inputs, _dare_masks(inputs), elects=True)
+
+
+def _dare_masks(inputs: Inputs) -> list[Mask]:
+    from bot.merge.streaming.masks import by_chance
+
+    return _random_masks(inputs, lambda density, key, i: by_chance(density, key))
+
+
+def _check_epsilon(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    columns = operation.per_input["density"], operation.per_input["epsilon"]
+    for path, density, epsilon in zip(paths, *columns, strict=True):
+        if density is None or epsilon is None or not 0 < density < 1:
+            continue
+        if density - epsilon <= 0 or density + epsilon >= 1:
+            yield Finding(
+                "VALUE_OUT_OF_RANGE",
+                f"`{path}.parameters` asks for density {density:g} with epsilon {epsilon:g} in {operation.name}.",
+                "della needs density - epsilon above 0 and density + epsilon below 1: set a smaller `epsilon`.",
+            )
+
+
+def _check_della_linear(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    yield from _check_epsilon(operation, paths)
+    yield from _check_dare(operation, paths)
+
+
+def _check_della(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    yield from _check_epsilon(operation, paths)
+    yield from _check_ties(operation, paths)
+
+
+@merge_method(
+    "della",
+    base=Base.REQUIRED,
+    inputs=(1, None),
+    per_input=(WEIGHT, DENSITY, EPSILON),
+    shared=_shared(normalize=True, rescale=True),
+    reference="arXiv:2406.11617",
+    draws=True,
+    row_length=row_width,
+    state_bytes=_drawn_state,
+    check=_check_della,
+)
+def della(inputs: Inputs) -> Kernel:
+    """dare_ties, but large elements of a row are kept more often: with probability density +- epsilon by rank."""
+    return _combine(inputs, _della_masks(inputs), elects=True)
+
+
+@merge_method(
+    "della_linear",
+    base=Base.REQUIRED,
+    inputs=(1, None),
+    per_input=(WEIGHT, DENSITY, EPSILON),
+    shared=_shared(normalize=False, rescale=True),
+    reference="arXiv:2406.11617",
+    draws=True,
+    row_length=row_width,
+    state_bytes=_drawn_state,
+    check=_check_della_linear,
+)
+def della_linear(inputs: Inputs) -> Kernel:
+    """della without the sign election."""
+    return _combine(inputs, _della_masks(inputs), elects=False)
+
+
+def _della_masks(inputs: Inputs) -> list[Mask]:
+    from bot.merge.streaming.masks import by_rank
+
+    epsilon, width = inputs.values("epsilon"), row_width(inputs.operation)
+    return _random_masks(inputs, lambda density, key, i: by_rank(density, epsilon[i], key, width))
+
+
+def _random_masks(inputs: Inputs, draw: Callable[[float, int, int], Callable[[Tensor, int], Tensor]]) -> list[Mask]:
+    """A random mask per input; `draw` receives density, mask key and number of the input."""
+    from bot.merge.streaming.masks import Drawn, DropAll, Mask
+
+    twice = inputs.flag("rescale")
+    out: list[Mask] = []
+    for i, density in enumerate(inputs.values("density")):
+        if density >= 1:
+            out.append(Mask())
+        elif density <= 0:
+            out.append(DropAll())
+        else:
+            out.append(Drawn(draw(density, inputs.operation.keys[inputs.others[i]], i), inputs, twice))
+    return out

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bot.merge.operands.views import View
-from bot.merge.planning.memory import CHUNK
+from bot.merge.streaming.inputs import View
+from bot.merge.streaming.operation import CHUNK
 from bot.merge.tokens.rows import RowMap
 from bot.merge.tokens.tokenizer import Index
 

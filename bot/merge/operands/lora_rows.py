@@ -16,8 +16,9 @@ from torch import Tensor
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.lora import LowRank, as_matrix
-from bot.merge.operands.views import StoredView, View
-from bot.merge.planning.memory import CHUNK
+from bot.merge.operands.views import StoredView
+from bot.merge.streaming.inputs import View
+from bot.merge.streaming.operation import CHUNK
 
 
 class PatchedView:

@@ -11,7 +11,8 @@ from bot.merge.recipe.spec import Condition, Conditions, Gradient, Parameters, R
 if TYPE_CHECKING:
     from bot.merge.checkpoints.lora import LowRank
     from bot.merge.planning.plan import Plan, Step
-    from bot.merge.planning.work import Operand, Value, Work
+    from bot.merge.planning.work import Operand, Work
+    from bot.merge.streaming.operation import Value
 
 _CONDITIONS_SHOWN = 8  # the layer gradients of 2023 become one for every tensor
 

@@ -13,18 +13,17 @@ from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.lora import LowRank
 from bot.merge.checkpoints.ties import is_head
+from bot.merge.methods import METHODS, Absent, Base, Kind, Method, Missing, Parameter
 from bot.merge.planning import classic_tensors
 from bot.merge.planning.draws import mask_key
 from bot.merge.planning.layout import Input, Slot
-from bot.merge.recipe.contract import METHODS, Absent, Base, Kind, Method, Missing, Parameter
 from bot.merge.recipe.dtypes import BY_NAME, Dtype, promote
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.parameters import resolve, written
 from bot.merge.recipe.spec import Gradient, ModelRef, Parameters, Recipe
+from bot.merge.streaming.operation import Value
 from bot.merge.tokens.rows import RowMap, row_maps
 from bot.merge.tokens.tokenizer import Alignment
-
-Value = float | int | bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +133,11 @@ def work_of(
     shared = _shared(slot, method)
     if recipe.classic is not None and recipe.classic.naive_count and method.name == "ties":
         shared["naive_count"] = True
-    _check_values(slot, method, inputs, per_input, shared, notes)
     _note_gradient(slot, method, notes)
     keys = tuple(mask_key(seed, str(operand.source), slot.name) for operand in operands) if method.draws else ()
-    return Work(slot.name, shape, dtype, "merge", recipe.method, operands, base, per_input, shared, keys, aligned)
+    work = Work(slot.name, shape, dtype, "merge", recipe.method, operands, base, per_input, shared, keys, aligned)
+    _check(work, method, inputs, notes)
+    return work
 
 
 def _operand(source: ModelRef, tensor: TensorInfo, models: Mapping[ModelRef, Checkpoint]) -> Operand:
@@ -261,55 +261,12 @@ def _refuse_parameter(slot: Slot, parameter: Parameter, whom: str, path: str) ->
     )  # fmt: skip
 
 
-def _check_values(
-    slot: Slot,
-    method: Method,
-    inputs: list[Input],
-    per_input: Mapping[str, tuple[Value | None, ...]],
-    shared: Mapping[str, Value],
-    notes: Notes,
-) -> None:
-    """Sums and combinations that only show once every value is known (merging.md 2.3)."""
-    weights = [float(w) for w in per_input.get("weight", ()) if w is not None]
-    divides = shared.get("normalize", shared.get("normalize_weights", False))
-    plain_sum = method.name in ("linear", "multislerp")
-    if plain_sum and divides and abs(sum(weights)) < 1e-8:
-        raise Refused(
-            "VALUE_OUT_OF_RANGE",
-            f"the weights for {slot.name} add up to {sum(weights):g}, and {method.name} divides by that.",
-            "Change a weight, or set `normalize: false`.", value=slot.name,
-        )  # fmt: skip
-    if method.elects_sign and divides and min(weights, default=0.0) < 0 < max(weights, default=0.0):
-        notes.add("MIXED_SIGNS", f"weights of both signs are normalised in {slot.name}; the result may be large")
-    for i, (density, epsilon) in enumerate(
-        zip(per_input.get("density", ()), per_input.get("epsilon", ()), strict=False)
-    ):
-        if density is None or epsilon is None or not 0 < density < 1:
-            continue
-        if density - epsilon <= 0 or density + epsilon >= 1:
-            raise Refused(
-                "VALUE_OUT_OF_RANGE",
-                f"`{inputs[i].path}.parameters` asks for density {density:g} with epsilon {epsilon:g} in {slot.name}.",
-                "della needs density - epsilon above 0 and density + epsilon below 1: set a smaller `epsilon`.",
-                value=slot.name,
-            )
-    if _keeps_nothing(slot, method, per_input, shared):
-        notes.add("NOTHING_KEPT", f"the density is so low that nothing of a source is kept in {slot.name}")
-    if method.name == "slerp" and not 0 <= shared["t"] <= 1:
-        notes.add("EXTRAPOLATES", f"t = {shared['t']:g} in {slot.name} lies outside [0, 1]")
-
-
-def _keeps_nothing(
-    slot: Slot, method: Method, per_input: Mapping[str, tuple[Value | None, ...]], shared: Mapping[str, Value]
-) -> bool:
-    """Whether a count of elements to keep comes out as 0: then the base is the result (merging.md 2.3)."""
-    elements = next((math.prod(one.tensor.shape) for one in slot.inputs if one.tensor is not None), 0)
-    if method.name == "sce":
-        return int(elements * float(shared["select_topk"])) == 0
-    densities = [float(density) for density in per_input.get("density", ()) if density is not None]
-    if method.name.startswith("breadcrumbs"):
-        return any(int(density * elements) == 0 for density in densities)
-    return 0.0 in densities
+def _check(work: Work, method: Method, inputs: list[Input], notes: Notes) -> None:
+    """Refuse or note combinations that show once every parameter is resolved."""
+    for finding in method.check(work, [one.path for one in inputs]):
+        if finding.next_step:
+            raise Refused(finding.code, finding.message, finding.next_step, value=work.name)
+        notes.add(finding.code, finding.message)
 
 
 def _note_gradient(slot: Slot, method: Method, notes: Notes) -> None:

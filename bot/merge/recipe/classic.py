@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from bot.errors import Refused
-from bot.merge.recipe.contract import METHODS
+from bot.merge.methods import METHODS
 from bot.merge.recipe.document import Node, Reader, Table
 from bot.merge.recipe.reading import read_yaml
 from bot.merge.recipe.spec import (

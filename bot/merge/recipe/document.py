@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from bot.errors import Refused, Where
-from bot.merge.recipe.contract import KNOWN_PARAMETERS
+from bot.merge.methods import KNOWN_PARAMETERS
 from bot.merge.recipe.spec import ModelRef, Notice
 from bot.merge.recipe.spelling import closest
 

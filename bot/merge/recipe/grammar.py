@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from bot.merge.methods import KNOWN_PARAMETERS, METHODS, Base, Kind, Method, Parameter
 from bot.merge.recipe.classic_grammar import classic
-from bot.merge.recipe.contract import HARMLESS, KNOWN_PARAMETERS, METHODS, Base, Kind, Method, Parameter
 from bot.merge.recipe.document import Node, Reader, Sequence, Table, Text, nearest, shown
 from bot.merge.recipe.dtypes import MERGEABLE
 from bot.merge.recipe.other_programs import refuse_other_programs
@@ -37,6 +37,11 @@ _TOP = frozenset(
 )  # fmt: skip
 _LAYOUTS = ("models", "slices", "modules")
 _MISPLACED = _TOP - {"parameters", "models", "slices", "modules", "name"}
+
+# Written by mergekit or by older recipes, without effect on any method here.
+IGNORED_PARAMETERS = frozenset(
+    {"int8_mask", "residual_weight", "embed_slerp", "random_seed", "name", "consensus_method", "swapping"}
+)
 
 
 def recipe(reader: Reader, root: Node) -> Recipe:
@@ -71,7 +76,7 @@ def _top_keys(reader: Reader, top: Table) -> None:
         line = top.key_lines[key]
         if key in top.anchored:
             reader.notice("ANCHOR_KEY", f"`{key[:60]}` only defines a value used elsewhere.")
-        elif key in HARMLESS:
+        elif key in IGNORED_PARAMETERS:
             reader.notice("UNUSED_KEY", f"`{key}` has no effect here.")
         elif key in KNOWN_PARAMETERS and reader.unknown_keys == "refuse":
             reader.refuse(
@@ -251,7 +256,7 @@ def _parameters(reader: Reader, table: Table, path: str, method: Method, *, per_
         if known is None and name in _MISPLACED:
             reader.notice("MISPLACED_KEY", f"`{at}` has no effect; `{name}` belongs to the top level of the recipe.")
             continue
-        if known is None and name not in KNOWN_PARAMETERS and name not in HARMLESS:
+        if known is None and name not in KNOWN_PARAMETERS and name not in IGNORED_PARAMETERS:
             reader.unknown_key(name, line, where, [p.name for p in (*method.per_input, *method.shared)])
             continue
         if known is None or not known.used:

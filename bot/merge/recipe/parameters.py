@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bot.merge.recipe.contract import Absent, Parameter
+from bot.merge.methods import Absent, Parameter
 from bot.merge.recipe.spec import Conditions, Gradient, Parameters, Scalar
 
 

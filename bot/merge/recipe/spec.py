@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from bot.merge.recipe.contract import METHODS, Base
+from bot.merge.methods import METHODS, Base
 from bot.merge.recipe.model_ref import ModelRef as ModelRef
 
 Scalar = float | bool | str

@@ -1,14 +1,15 @@
-"""Which elements of a whole tensor are among the k largest, found while the tensor streams by. merging.md 5.3.
+"""Exact selection of the k largest elements of a tensor that arrives chunk by chunk.
 
-A sample says between which two values the k-th largest lies, almost surely. One pass counts what lies above, and
-gathers the few elements between; their order gives the exact answer. Where the sample was wrong, histograms over the
-bits find it: with the sign taken out, floats order like the integers of the same bits.
+A sample gives two values that almost surely bracket the k-th largest. One pass counts the elements above and gathers
+the few between; their order gives the exact threshold. Where the sample was wrong, histograms over the bits find it:
+with the sign handled, floats order like the integers of the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bot.merge.methods.reductions import Selection, bucket
-from bot.merge.passes.elementwise import shrunk
-from bot.merge.passes.inputs import Inputs, Piece
-from bot.merge.planning.memory import GATHERED
+from bot.merge.streaming.inputs import Chunk, Inputs
+from bot.merge.streaming.operation import GATHER_LIMIT
 
-Magnitudes = Callable[[Piece], Sequence[Tensor]]  # one flat tensor per column
+Magnitudes = Callable[[Chunk], Sequence[Tensor]]  # one flat tensor per column
 Array = NDArray[Any]
 SMALL = 2**18  # tensors up to this size are gathered whole
 
 
+@dataclass(slots=True)
+class Selection:
+    """The k largest elements of a tensor: all above `threshold`, and the first `equal` of those exactly at it.
+
+    `excess` counts the further elements at the threshold, which are not selected.
+    """
+
+    threshold: float
+    equal: int
+    excess: int = 0
+
+
 def select(inputs: Inputs, magnitudes: Magnitudes, ks: Sequence[Sequence[int]]) -> list[list[Selection]]:
-    """For each column and each k of it, which k elements are the largest; among equals the first ones win."""
+    """The k largest elements of each column, for each k in `ks[column]`. Of equal elements the first ones win."""
     n = inputs.count
     wanted = [(column, k) for column, row in enumerate(ks) for k in row if 0 < k < n]
     found: dict[tuple[int, int], Selection] = {}
     if wanted:
         brackets = _brackets(inputs, magnitudes, wanted)
-        for piece in inputs.pieces():
-            arrays = magnitudes(piece)
+        for chunk in inputs.chunks():
+            arrays = magnitudes(chunk)
             for bracket in brackets:
                 bracket.see(arrays[bracket.column])
         for bracket in brackets:
@@ -44,15 +55,15 @@ def select(inputs: Inputs, magnitudes: Magnitudes, ks: Sequence[Sequence[int]]) 
     return [[found.get((column, k)) or trivial[k <= 0] for k in row] for column, row in enumerate(ks)]
 
 
-def select_share(inputs: Inputs, magnitudes: Callable[[Piece], Tensor], share: float) -> Selection:
-    """Which elements are the int(share * m) largest, m of all being above zero; 0 < share < 1."""
-    column: Magnitudes = lambda piece: [magnitudes(piece)]  # noqa: E731
+def select_share(inputs: Inputs, magnitudes: Callable[[Chunk], Tensor], share: float) -> Selection:
+    """The int(share * m) largest elements, where m elements are above zero; 0 < share < 1."""
+    column: Magnitudes = lambda chunk: [magnitudes(chunk)]  # noqa: E731
     sample = _sampled(inputs, column, [0])[0]
     guess = share * float(np.count_nonzero(sample)) / max(1, len(sample))
     bracket = _Bracket(0, 0, *(_around(sample, guess) if inputs.count > SMALL else (-math.inf, math.inf)))
     positive = 0
-    for piece in inputs.pieces():
-        sizes = magnitudes(piece)
+    for chunk in inputs.chunks():
+        sizes = magnitudes(chunk)
         positive += int(np.count_nonzero(sizes.numpy() > 0) if sizes.device.type == "cpu" else (sizes > 0).sum())
         bracket.see(sizes)
     bracket.k = int(positive * share)
@@ -70,15 +81,15 @@ def _brackets(inputs: Inputs, magnitudes: Magnitudes, wanted: Sequence[tuple[int
 
 def _sampled(inputs: Inputs, magnitudes: Magnitudes, columns: Sequence[int]) -> dict[int, Array]:
     parts: dict[int, list[Tensor]] = {column: [] for column in columns}
-    for piece in inputs.sample():
-        arrays = magnitudes(piece)
+    for chunk in inputs.sample():
+        arrays = magnitudes(chunk)
         for column in columns:
             parts[column].append(arrays[column].clone())
     return {column: torch.cat(parts[column]).cpu().numpy() for column in columns}
 
 
 def _around(sample: Array, share: float) -> tuple[float, float]:
-    """Two values between which the element lies that `share` of all elements exceed."""
+    """Two values that bracket the element exceeded by the fraction `share` of all elements."""
     size = len(sample)
     slack = 5 * math.sqrt(share * (1 - share) / size) + 0.004
     low, high = int(size * (1 - share - slack)), int(size * (1 - share + slack))
@@ -111,12 +122,12 @@ class _Bracket:
         self._over += counts[2]
         self._at_low += counts[3]
         self._gathered += len(inside)
-        if self._gathered <= GATHERED:
+        if self._gathered <= GATHER_LIMIT:
             self._between.append(inside)
 
     def answer(self) -> Selection | None:
-        """None if the threshold lies outside, too much lay between, or the counts do not give exactly k."""
-        if self._gathered > GATHERED:
+        """The selection; None if the threshold lies outside, or the counts do not give exactly k elements."""
+        if self._gathered > GATHER_LIMIT:
             return None
         beyond = self._above + self._at_high
         if self.k <= beyond:
@@ -131,7 +142,7 @@ class _Bracket:
         return self._exactly(float(threshold), beyond, int(np.count_nonzero(between == threshold)))
 
     def _exactly(self, threshold: float, beyond: int, at: int) -> Selection | None:
-        """The selection of k, if `beyond` elements above the threshold and some of those `at` it make k."""
+        """The selection of k: `beyond` elements above the threshold and some of the `at` elements at it; else None."""
         equal = self.k - beyond
         return Selection(threshold, equal, at - equal) if 0 < equal <= at else None
 
@@ -143,13 +154,20 @@ def _by_histogram(inputs: Inputs, magnitudes: Magnitudes, column: int, k: int) -
     while shift:
         shift -= 16
         counts = np.zeros(2**16, dtype=np.int64)
-        for piece in inputs.pieces():
-            ordered = _ordered_bits(magnitudes(piece)[column].cpu().numpy())
+        for chunk in inputs.chunks():
+            ordered = _ordered_bits(magnitudes(chunk)[column].cpu().numpy())
             mine = ordered if shift == bits - 16 else ordered[ordered >> (shift + 16) == prefix]
             counts += np.bincount(((mine >> shift) & 0xFFFF).astype(np.int64), minlength=2**16)
-        digit, above = bucket(counts, rest)
+        digit, above = _bucket(counts, rest)
         prefix, rest, equal = (prefix << 16) | digit, rest - above, int(counts[digit])
     return Selection(_of_ordered_bits(prefix, bits), rest, equal - rest)
+
+
+def _bucket(counts: Array, k: int) -> tuple[int, int]:
+    """The bucket that holds the k-th largest element, and the number of elements in the buckets above it."""
+    from_top = np.cumsum(counts[::-1])
+    i = int(np.searchsorted(from_top, k))
+    return len(counts) - 1 - i, int(from_top[i - 1]) if i else 0
 
 
 def _ordered_bits(array: Array) -> Array:
@@ -168,24 +186,24 @@ def _of_ordered_bits(number: int, bits: int) -> float:
     return float(np.array(raw, dtype=kinds[0]).view(kinds[1]))
 
 
-class Shrinker:
-    """Zeroes in place what a selection does not select. Pieces must come in order."""
+class Selector:
+    """Sets unselected elements to zero, in place. Chunks must come in order."""
 
-    def __init__(self, selection: Selection, wide: torch.dtype) -> None:
+    def __init__(self, selection: Selection, dtype: torch.dtype) -> None:
         self._selection = selection
-        kind: Any = np.float64 if wide == torch.float64 else np.float32
+        kind: Any = np.float64 if dtype == torch.float64 else np.float32
         self._below = float(np.nextafter(kind(selection.threshold), kind(-1)))
-        self._left = selection.equal  # how many of those exactly at the threshold are still to be kept
+        self._left = selection.equal  # elements at the threshold that are still to be kept
 
     def __call__(self, delta: Tensor) -> Tensor:
-        chosen = self._selection
-        if not math.isfinite(chosen.threshold):
-            return delta.zero_() if chosen.threshold > 0 else delta
-        if not chosen.excess:
+        selection = self._selection
+        if not math.isfinite(selection.threshold):
+            return delta.zero_() if selection.threshold > 0 else delta
+        if not selection.excess:
             return self._with_equals(delta)
         if not self._left:
-            return shrunk(delta, chosen.threshold)
-        at = delta.abs() == chosen.threshold
+            return zero_below(delta, selection.threshold)
+        at = delta.abs() == selection.threshold
         count = int(at.sum())
         if count > self._left:
             surplus = at.nonzero().squeeze(1)[self._left :]
@@ -195,4 +213,10 @@ class Shrinker:
         return self._with_equals(delta)
 
     def _with_equals(self, delta: Tensor) -> Tensor:
-        return delta if self._selection.threshold <= 0 else shrunk(delta, self._below)
+        return delta if self._selection.threshold <= 0 else zero_below(delta, self._below)
+
+
+def zero_below(delta: Tensor, threshold: float) -> Tensor:
+    """delta where |delta| > threshold, else 0; in place."""
+    out: Tensor = torch.ops.aten.hardshrink.out(delta, threshold, out=delta)
+    return out

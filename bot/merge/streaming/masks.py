@@ -1,4 +1,8 @@
-"""Masks that draw (dare, della): SplitMix64 compared as integers, the outcome kept as bits for the second pass."""
+"""Masks of the task-vector methods: keep the largest elements, a band of magnitudes, or a random subset.
+
+Random masks come from SplitMix64 keyed by seed, source and tensor (`planning/draws.py`): element i of a tensor has
+the same draw for any order of models, chunk size, device and number of threads.
+"""
 
 from __future__ import annotations
 
@@ -12,46 +16,86 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bot.merge.methods.masks import GOLDEN, MIX_1, MIX_2
-from bot.merge.passes.inputs import Inputs
-from bot.merge.planning.memory import BITS_LIMIT_BYTES
+from bot.merge.streaming.inputs import Inputs
+from bot.merge.streaming.operation import MASK_LIMIT_BYTES
+from bot.merge.streaming.selection import Selection, Selector
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 Array = NDArray[Any]
-Keep = Callable[[Tensor, int], Tensor]  # a flat piece of a delta, its start -> what to keep, uint8 or bool
+Draw = Callable[[Tensor, int], Tensor]  # a flat chunk of a delta and its start -> elements to keep, uint8 or bool
 TILE = 2**15  # draws made at a time; 256 KiB, so that all rounds stay in the cache
 
 
 class Mask:
-    """Keeps everything."""
+    """Keeps every element."""
 
     def rewind(self) -> None:
-        """The next piece will be the first one again."""
+        """Start again with the first chunk."""
 
     def apply(self, delta: Tensor, start: int) -> Tensor:
-        """Zero in place what is dropped. Pieces come in order; `start` is the number of the first element."""
+        """Set dropped elements to zero, in place. Chunks come in order; `start` is the index of the first element."""
         return delta
 
 
-class Kept(Mask):
-    """Applies a mask, remembering its bits on the first of two passes."""
+class DropAll(Mask):
+    """Keeps no element."""
 
-    def __init__(self, keep: Keep, inputs: Inputs, again: bool) -> None:
-        self._keep = keep
+    def apply(self, delta: Tensor, start: int) -> Tensor:
+        return delta.zero_()
+
+
+class Largest(Mask):
+    """Keeps a selection of the largest elements."""
+
+    def __init__(self, selection: Selection, dtype: torch.dtype) -> None:
+        self._selection, self._dtype = selection, dtype
+        self.rewind()
+
+    def rewind(self) -> None:
+        self._select = Selector(self._selection, self._dtype)
+
+    def apply(self, delta: Tensor, start: int) -> Tensor:
+        return self._select(delta)
+
+
+class Band(Mask):
+    """Keeps the elements of the outer selection that are not in the inner one."""
+
+    def __init__(self, inner: Selection, outer: Selection, inputs: Inputs) -> None:
+        self._inner, self._outer, self._inputs = inner, outer, inputs
+        self.rewind()
+
+    def rewind(self) -> None:
+        self._select_inner = Selector(self._inner, self._inputs.dtype)
+        self._select_outer = Selector(self._outer, self._inputs.dtype)
+
+    def apply(self, delta: Tensor, start: int) -> Tensor:
+        inside = self._select_inner(self._inputs.buffer("inside", delta).copy_(delta))
+        return self._select_outer(delta).sub_(inside)
+
+
+class Drawn(Mask):
+    """Applies a random mask. `twice`: two passes follow, so keep the bits of the first."""
+
+    def __init__(self, draw: Draw, inputs: Inputs, twice: bool) -> None:
+        self._draw = draw
         self._bits: dict[int, NDArray[np.uint8]] = {}
-        self._remember = again and inputs.count <= 8 * BITS_LIMIT_BYTES and inputs.feed.device.type == "cpu"
+        self._remember = twice and inputs.count <= 8 * MASK_LIMIT_BYTES and inputs.device.type == "cpu"
 
     def apply(self, delta: Tensor, start: int) -> Tensor:
         if start in self._bits:
             count = delta.numel()
             return delta.mul_(torch.from_numpy(np.unpackbits(self._bits.pop(start), count=count)))
-        kept = self._keep(delta, start)
+        kept = self._draw(delta, start)
         if self._remember:
             self._bits[start] = np.packbits(kept.numpy())
         return delta.mul_(kept)
 
 
-def by_chance(density: float, key: int) -> Keep:
-    """Keep each element with probability `density`: draws below density * 2^24."""
+def by_chance(density: float, key: int) -> Draw:
+    """Keep each element with probability `density`: draws below density * 2^24. DARE, arXiv:2311.03099."""
     limit = math.ceil(density * 2**24)
 
     def keep(delta: Tensor, start: int) -> Tensor:
@@ -66,18 +110,20 @@ def by_chance(density: float, key: int) -> Keep:
     return keep
 
 
-def by_rank(density: float, epsilon: float, key: int, width: int) -> Keep:
+def by_rank(density: float, epsilon: float, key: int, width: int) -> Draw:
     """Keep with a probability that grows with the rank in the row, from density - epsilon to density + epsilon.
 
-    A draw below or above those bounds decides alone. For one between, p(rank) > U says that the rank exceeds
-    q = (U - low) / (2 epsilon) * (width - 1), which is to say that element floor(q) of the sorted row is smaller.
+    Rank r of m: p = density - epsilon + 2 epsilon r / (m - 1); a row of one element: p = density. DELLA,
+    arXiv:2406.11617. A draw U outside these bounds decides alone. Between them, p(rank) > U means that the rank
+    exceeds q = (U - low) / (2 epsilon) * (m - 1): element floor(q) of the sorted row is smaller. One sort of values
+    per row replaces two argsorts.
     """
     if width == 1:
         return by_chance(density, key)
     low, high = (math.ceil(p * 2**24) for p in (density - epsilon, density + epsilon))
 
     def rank(draws: Any) -> Any:
-        """Which element of the sorted row must be smaller."""
+        """Index of the element of the sorted row that must be smaller."""
         q = (draws * 2.0**-24 - (density - epsilon)) * ((width - 1) / (2 * epsilon or 1.0))
         return q.clip(0, width - 2)
 
@@ -105,14 +151,14 @@ def by_rank(density: float, epsilon: float, key: int, width: int) -> Keep:
 
 @cache
 def _steps() -> Array:
-    """(i + 1) * GOLDEN for the places of one tile."""
+    """(i + 1) * GOLDEN for the elements of one tile."""
     return np.arange(1, TILE + 1, dtype=np.uint64) * GOLDEN
 
 
 def _stream(key: int, start: int, count: int) -> Any:
-    """(place, numbers whose upper 24 bits are the draws) tile by tile; each is overwritten by the next.
+    """(index, numbers whose upper 24 bits are the draws) tile by tile; each tile overwrites the last.
 
-    The stream's last step, z ^ z >> 31, leaves those bits alone and is left out.
+    The last step of the stream, z ^ z >> 31, does not change those bits and is left out.
     """
     z, shifted = np.empty(TILE, dtype=np.uint64), np.empty(TILE, dtype=np.uint64)
     for at in range(0, count, TILE):

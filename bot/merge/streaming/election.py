@@ -1,6 +1,6 @@
-"""Sign election without branches: both sides of every vote are summed, then one side is taken.
+"""Sign election (TIES, arXiv:2306.01708) without branches: sum both signs, then keep the elected one.
 
-Masks of booleans and choices by `where` cost ten times as much as arithmetic.
+Boolean masks and `where` cost ten times as much as arithmetic.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bot.merge.methods.shares import FLOOR
-from bot.merge.methods.task_vectors import CANCELS
-from bot.merge.passes.inputs import Inputs
+from bot.merge.streaming.inputs import Inputs
+
+CANCELS = 1e-6  # opposite sums that differ by less than this fraction are a tie; a tie elects plus
 
 
 class Election:
-    """One piece's votes e_i and their weights. The votes are overwritten, results lie in buffers."""
+    """The votes of one chunk and their weights. Votes are overwritten; results lie in buffers."""
 
     def __init__(self, inputs: Inputs, votes: Sequence[Tensor], weight: Sequence[float]) -> None:
         self._inputs, self._votes, self._weight = inputs, votes, weight
         self._part = inputs.buffer("part", votes[0])
 
     def mean_or_sum(self, normalize: bool, by_count: bool = False) -> Tensor:
-        """The sum of the votes that agree with the elected sign, divided by the sum of their weights if asked.
+        """Sum of the votes with the elected sign, divided by the sum of their weights if `normalize`.
 
-        by_count: the sign of most votes is elected, whatever their sizes.
+        by_count: elect the sign of most votes instead of the sign of their sum.
         """
         ballots = self._sides("ballots")[0].zero_() if by_count else None
         up, down, weight_up, weight_down = self._sides("up", "down", "weight up", "weight down")
@@ -53,8 +53,11 @@ class Election:
             return total.div_(count.clamp_(min=least))
         return total.div_(count.add_(torch.eq(count, 0, out=self._part)))
 
-    def shared(self) -> Tensor:
-        """sce: bare votes elect, the agreeing ones are averaged with their weights, over a floor."""
+    def weighted_mean(self, least_weight: float) -> Tensor:
+        """Mean of the votes with the elected sign by their weights; the sign comes from unweighted votes.
+
+        The sum of weights counts as `least_weight` where it is smaller.
+        """
         up, down, sum_up, sum_down = self._sides("up", "down", "sum up", "sum down")
         weight_up, weight_down = self._sides("weight up", "weight down")
         for first, vote, w_i in self._numbered():
@@ -74,23 +77,23 @@ class Election:
             weight_down.sub_(fall.sign_(), alpha=w_i)
         plus = self._plus(up, down)
         total, count = self._side(plus, sum_up, sum_down), self._side(plus, weight_up, weight_down)
-        return total.div_(count.clamp_(min=FLOOR))
+        return total.div_(count.clamp_(min=least_weight))
 
     def _sides(self, *names: str) -> list[Tensor]:
-        """Buffers, which the first vote fills and the others are added to."""
+        """Buffers that the first vote fills and the others are added to."""
         return [self._inputs.buffer(name, self._votes[0]) for name in names]
 
     def _numbered(self) -> Iterator[tuple[bool, Tensor, float]]:
-        """(whether it is the first, vote, weight)."""
+        """(first or not, vote, weight) of every vote."""
         for i, (vote, w_i) in enumerate(zip(self._votes, self._weight, strict=True)):
             yield i == 0, vote, w_i
 
     def _plus(self, up: Tensor, down: Tensor) -> Tensor:
-        """1 where plus is elected, else 0. A draw (sides equal up to rounding) elects plus."""
+        """1 where plus is elected, else 0."""
         balance = torch.sub(up, down, out=self._part).mul_(CANCELS).add_(self._votes[0].copy_(up).add_(down))
         return torch.ge(balance, 0, out=self._votes[0])
 
     def _side(self, plus: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """up where plus is 1, down where it is 0, in the place of up."""
+        """up where plus is 1, down where it is 0; in place of up."""
         up.mul_(plus)
         return up.add_(down.sub_(torch.mul(down, plus, out=self._part)))

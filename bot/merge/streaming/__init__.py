@@ -1,0 +1,1 @@
+"""Tools of the merge methods: inputs that arrive chunk by chunk, sums, selections, masks and sign election."""
