@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from bot import localhub
 from bot.cli import app
+from bot.merge.methods.__main__ import page
 from bot.suite_file import chosen
 from tests import family
 from tests.evaluators import tiny_harness
@@ -110,6 +111,10 @@ def test_every_command_and_the_suite_file_of_the_evaluation_pages_run(workplace:
     [suite] = re.findall(r"^```yaml\n(.*?)^```", EVALUATION, re.MULTILINE | re.DOTALL)
     (workplace / "ours.yml").write_text(suite)
     assert [task.name for task in chosen("ours.yml").tasks] == ["arc_easy", "arc_challenge", "our_own"]
+
+
+def test_the_table_of_methods_is_the_registry() -> None:
+    assert (REPO / "docs" / "methods.md").read_text() == page(), "python -m bot.merge.methods > docs/methods.md"
 
 
 def test_every_verb_and_path_the_documents_name_is_there() -> None:

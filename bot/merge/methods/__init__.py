@@ -6,7 +6,8 @@ from pkgutil import iter_modules
 from bot.merge.methods.registry import METHODS, Absent, Base, Finding, Kind, Method, Missing, Parameter, merge_method
 
 for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+    if not _module.name.startswith("_"):
+        import_module(f"{__name__}.{_module.name}")
 
 KNOWN_PARAMETERS: dict[str, Kind] = {
     parameter.name: parameter.kind for method in METHODS.values() for parameter in (*method.per_input, *method.shared)
