@@ -69,7 +69,7 @@ def text_of(method: str, inputs: list[str], base: str | None, parameters: dict[s
 def usual(method: str) -> tuple[list[str], str | None]:
     """Inputs and base that the method takes."""
     base, least, *_ = TABLE[method]
-    return ["a", "b", "c"][: max(least, 1)], "base" if base is R else None
+    return ["a", "b", "c"][: max(least, 2 if base is O else 1)], "base" if base is R else None
 
 
 def refusal(text: str, folder: Path) -> Refused:
@@ -117,8 +117,11 @@ def test_a_method_takes_as_many_inputs_as_the_table_says(method: str, models: Pa
     fewer, more = ["a", "b", "c"][: least - 1], ["a", "b", "c"][: (most or 0) + 1]
     if fewer:
         assert refusal(text_of(method, fewer, base, given(method)), models).code == "RECIPE_INVALID"
-    elif base:  # the base alone is no input
+    elif base and most == 1:  # the base alone is no input
         assert refusal(text_of(method, ["base"], "base", given(method)), models).code == "RECIPE_INVALID"
+    elif kind is R:  # a base without task vectors is copied
+        alone, _ = plan_of(text_of(method, ["base"], "base", given(method)), models)
+        assert {step.work.action for step in alone.steps} == {"copy"}
     if most is not None:
         assert refusal(text_of(method, more, base, given(method)), models).code == "RECIPE_INVALID"
     assert plan_of(text_of(method, ["a", "b", "c"][: most or 3], base, given(method)), models)[0].steps

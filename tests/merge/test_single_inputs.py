@@ -10,7 +10,7 @@ from test_lora import adapter, factors, layer
 from tiny_checkpoints import HIDDEN, INNER, llama_tensors, load, merge, plan_of, save
 
 from bot.errors import Refused
-from bot.merge.recipe.contract import METHODS, Absent, Base, Method
+from bot.merge.methods import METHODS, Absent, Base, Method
 
 PAIRS = ("slerp", "nuslerp", "nearswap", "arcee_fusion")
 WITH_BASE = sorted(name for name, method in METHODS.items() if method.base is Base.REQUIRED)
