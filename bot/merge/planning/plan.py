@@ -16,6 +16,7 @@ from bot.merge.checkpoints.architecture import infer
 from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Checkpoint, Limits
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.lora import Adapter, models_of
+from bot.merge.checkpoints.published import one_naming
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning import ahead, classic_tensors, summary
 from bot.merge.planning.allowance import Allowance
@@ -28,7 +29,7 @@ from bot.merge.recipe.spec import ModelRef, Notice, Recipe
 from bot.merge.tokens import chat_template
 from bot.merge.tokens.tokenizer import Alignment, align, remapped_ids
 
-NUMERICS_VERSION = 4  # raised whenever the same plan would give other bytes
+NUMERICS_VERSION = 5  # raised whenever the same plan would give other bytes
 BASE_MEMORY_BYTES = 300 * 2**20  # an interpreter with torch imported and warm: measured, without any tensor
 WORKERS = 2  # tensors worked on at a time
 SHARD_LIMIT_BYTES = 5_000_000_000
@@ -156,7 +157,8 @@ def make(
     TOO_LARGE.
     """
     allowance = Allowance(limits)
-    opened = dict(opened)
+    models = {ref: one for ref, one in opened.items() if isinstance(one, Checkpoint)}
+    opened = {**opened, **one_naming(models, limits)}
     stages: list[tuple[ModelRef, Plan]] = []
     for stage in recipe.stages:
         made = _planned(_asked(stage.recipe, opened, seed, shard_limit_bytes, allowance), allowance)
