@@ -129,6 +129,7 @@ def test_each_module_is_stacked_by_itself_and_the_whole_loads_and_runs(name: str
     assert not loaded["unexpected_keys"]
     assert not loaded["mismatched_keys"]
     a, b, out = (load(tmp_path / part) for part in ("a", "b", "out"))
+    out = {key.replace("tower.vision_model.", "tower."): tensor for key, tensor in out.items()}  # as transformers 4
     kept = [key for key in out if key in a and not any(word.isdigit() for word in key.split("."))]
     assert kept
     for key in kept:

@@ -12,6 +12,7 @@ from bot.merge.checkpoints.architecture import Architecture
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.ties import config_ties, with_flag
 from bot.merge.planning.layout import Layout, Stacked
+from bot.merge.planning.older_keys import add_older_keys
 from bot.merge.planning.work import Work
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.spec import ModelRef, Recipe
@@ -35,7 +36,8 @@ def output_config(
     notes: Notes,
     alignment: Alignment | None,
 ) -> str:
-    """The text of config.json: dtype as written, layer count and per-layer lists, the tie that holds, vocabulary."""
+    """The text of config.json: dtype as written, layer count and per-layer lists, the tie that holds, vocabulary,
+    and the keys that transformers 4 reads."""
     donor = recipe.donor
     config: dict[str, Any] = copy.deepcopy(dict(checkpoints[donor].config))
     if config.pop("auto_map", None) is not None:
@@ -60,6 +62,7 @@ def output_config(
         for part in (config, inner if isinstance(inner, dict) else {}):
             if "vocab_size" in part:
                 part["vocab_size"] = alignment.rows
+    add_older_keys(config)
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
