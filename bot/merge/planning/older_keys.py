@@ -41,7 +41,7 @@ def add_older_keys(config: dict[str, Any]) -> None:
 
 def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of transformers 4 for the rotary positions of a config."""
-    kind, rotary = config.get("model_type"), config.get("rope_parameters")
+    kind, rotary = str(config.get("model_type")), config.get("rope_parameters")
     if not isinstance(rotary, Mapping):
         return {}
     sliding = None
