@@ -179,6 +179,16 @@ def test_only_the_shards_of_the_index_are_downloaded(local_hub: RunningHub, tmp_
 
 
 @pytest.mark.slow
+def test_a_single_file_is_downloaded_and_not_the_shards_beside_it(local_hub: RunningHub, tmp_path: Path) -> None:
+    index = b'{"metadata": {}, "weight_map": {"a": "part-1.safetensors"}}'
+    files = {"model__safetensors__index__json": index, "part-1__safetensors": b"1", "model__safetensors": b"2"}
+    _, commit = published(local_hub, **files)
+    folder = hub_of(local_hub).download(f"{ORG}/model", commit, tmp_path / "m")
+    assert (folder / "model.safetensors").read_bytes() == b"2"
+    assert not (folder / "part-1.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_publishing_is_one_commit_on_the_head_it_was_made_for(local_hub: RunningHub, tmp_path: Path) -> None:
     hub, name = hub_of(local_hub, "mergebot"), f"{ORG}/out"
     assert hub.head(name) is None
