@@ -35,16 +35,17 @@ def hub_of(
     return Hub(running.url, running.token_of(user) if user else None, deadline_s=deadline_s, sleep=noted.append)
 
 
-def published(running: RunningHub, name: str = f"{ORG}/model", **files: bytes) -> tuple[Hub, str]:
-    """A public repo of mergebot with a small checkpoint -> (its owner's client, its commit)."""
+def published(running: RunningHub, name: str = f"{ORG}/model", **files: bytes | None) -> tuple[Hub, str]:
+    """A public repo of mergebot with a small checkpoint -> (its owner's client, its commit). None leaves a file out."""
     hub = hub_of(running, "mergebot")
     hub.create_private(name)
-    contents = {
+    given: dict[str, bytes | None] = {
         "README.md": b"---\nlicense: apache-2.0\ntags: [mergebot]\n---\n# Card\n",
         "config.json": b"{}",
         "model.safetensors": WEIGHTS,
         **{key.replace("__", "."): value for key, value in files.items()},
     }
+    contents = {name: content for name, content in given.items() if content is not None}
     commit = hub.commit(name, contents, parent=hub.head(name), message="publish")
     hub.make_public(name)
     return hub, commit
@@ -172,6 +173,7 @@ def test_only_the_shards_of_the_index_are_downloaded(local_hub: RunningHub, tmp_
     _, commit = published(
         local_hub,
         **{"model__safetensors__index__json": index, "part-1__safetensors": b"1", "consolidated__safetensors": b"2"},
+        model__safetensors=None,
     )
     folder = hub_of(local_hub).download(f"{ORG}/model", commit, tmp_path / "m")
     names = ["config.json", "model.safetensors.index.json", "part-1.safetensors"]
