@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from evaluators.vitals import Vitals
 
 LEAST_NAME = 8  # characters, however narrow the screen
-_SCORE = (("score", 7), ("95 % interval", 16))
-_DIFFERENCE = (("difference", 12), ("95 % interval", 18), ("p", 9))
+_GAP = 2  # blanks before a figure
 _STYLES = {Outcome.BETTER: "green", Outcome.WORSE: "red"}
 
 
@@ -64,13 +63,15 @@ def evaluations(evaluated: Evaluated, comparison: Comparison | None, why_not: st
     """A block a task: every model's score, the difference to each, the words; then the average and the conditions."""
     full = labels(list(evaluated.found))
     judged, *others = evaluated.found
-    room = console.width - sum(wide for _, wide in _columns(comparison is not None)) - 2
-    names = fitted(full, room)
     models = {"": evaluated.found[judged], **{name: evaluated.found[name] for name in others}}
+    rows = report.scores(models, comparison)
+    columns = _columns(rows, report.differences(comparison) if comparison else ())
+    room = console.width - sum(wide for _, wide in columns) - 2
+    names = fitted(full, room)
     own = evaluated.found[judged]
     _say(f"[bold]{escape(own.suite)}[/bold]  [dim]percent, each number with its 95 % interval[/dim]", markup=True)
-    drawn = _Blocks({"": names[judged], **{name: names[name] for name in others}}, comparison)
-    for row in report.scores(models, comparison):
+    drawn = _Blocks({"": names[judged], **{name: names[name] for name in others}}, columns, comparison)
+    for row in rows:
         drawn.show(row)
     if comparison:
         terms = report.Terms(names[judged], report.joined([names[name] for name in others]), "other model")
@@ -98,16 +99,28 @@ def fitted(names: Mapping[str, str], room: int) -> dict[str, str]:
     return cut if len(set(cut.values())) == len(cut) else dict(names)
 
 
-def _columns(compared: bool) -> tuple[tuple[str, int], ...]:
-    return (*_SCORE, *(_DIFFERENCE if compared else ()))
+def _columns(
+    rows: Sequence[report.ScoreRow], differences: Sequence[report.DifferenceRow]
+) -> tuple[tuple[str, int], ...]:
+    """The title of each column of figures, and its width with the gap before it."""
+    figures = [figure for row in rows for figure in row.figures.values()]
+    columns = [("score", [each.value for each in figures]), ("95 % interval", [each.interval for each in figures])]
+    if differences:
+        columns += [
+            ("difference", [each.difference.value for each in differences]),
+            ("95 % interval", [each.difference.interval for each in differences]),
+            ("p", [each.p for each in differences]),
+        ]
+    return tuple((title, _GAP + max(map(len, (title, *cells)))) for title, cells in columns)
 
 
 class _Blocks:
     """Tasks and averages, one under the other, in columns of one width; a name that is too long is folded."""
 
-    def __init__(self, names: Mapping[str, str], comparison: Comparison | None) -> None:
-        self._names = names
-        self._columns = _columns(comparison is not None)
+    def __init__(
+        self, names: Mapping[str, str], columns: Sequence[tuple[str, int]], comparison: Comparison | None
+    ) -> None:
+        self._names, self._columns = names, columns
         self._rows = report.differences(comparison) if comparison else []
         self._tasks = {task.task: task for task in comparison.tasks} if comparison else {}
         wide = console.width - sum(wide for _, wide in self._columns)

@@ -23,6 +23,7 @@ from typing import Any
 
 from evaluators import memory
 from evaluators.errors import EvaluationError
+from evaluators.figures import number
 from evaluators.prompt_tokens import prompt_tokens
 from evaluators.repetition import distinct_4grams, ends_in_a_loop, loops
 
@@ -245,9 +246,9 @@ def _round_trips(tokenizer: Any) -> tuple[int, int]:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         survived += tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])[:ADDED_TOKENS]
-    for token, number in added:
+    for token, row in added:
         ids = tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]
-        survived += list(ids) == [number] and tokenizer.decode(ids).strip() == token.strip()
+        survived += list(ids) == [row] and tokenizer.decode(ids).strip() == token.strip()
     return len(ROUND_TRIPS) + len(added), survived
 
 
@@ -292,7 +293,7 @@ def _strange(merge: Vitals, parents: Sequence[Vitals]) -> str | None:
             needs = f"a plain text takes it {merge.bits_per_byte:.2f} bits a byte"
             return f"{needs}, its worst parent {max(bits):.2f}"
         if not bits and merge.perplexity >= merge.vocabulary:
-            return f"its perplexity of a plain text is {merge.perplexity:.3g}, a blind guess has {merge.vocabulary}"
+            return f"its perplexity of a plain text is {number(merge.perplexity)}, a blind guess has {merge.vocabulary}"
     told = [parent.distinct for parent in parents if parent.distinct is not None]
     limit = min(LOOPING, FEWER * min(told)) if told else LOOPING_ALONE
     if merge.distinct is not None and merge.distinct < limit:
@@ -312,9 +313,9 @@ def cells(vitals: Vitals) -> tuple[str, ...]:
     """The vitals under COLUMNS, for people: what was not measured is a dash."""
     absent = "\N{EN DASH}"
     loop = "" if vitals.looping is None else f", {vitals.looping} looping"
-    lost, at = vitals.bits_per_byte is None or vitals.perplexity is None, f"{vitals.device}, {vitals.dtype}"
+    bits, perplexity, at = vitals.bits_per_byte, vitals.perplexity, f"{vitals.device}, {vitals.dtype}"
     return (
-        absent if lost else f"{vitals.perplexity:.3g} ({vitals.bits_per_byte:.2f})",
+        absent if bits is None or perplexity is None else f"{number(perplexity)} ({bits:.2f})",
         absent if vitals.distinct is None else f"{vitals.distinct:.0%}",
         f"{vitals.broken} broken{loop} of {vitals.continuations}",
         f"{vitals.survived} of {vitals.texts} unchanged",

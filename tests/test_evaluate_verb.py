@@ -28,6 +28,7 @@ from bot.job import Source
 from bot.request import EvaluateOptions
 from bot.settings import Settings
 from evaluators import comparison
+from evaluators.figures import number
 from evaluators.harness import SUITES, results
 from evaluators.harness.conditions import Conditions
 from evaluators.harness.scores import ModelEvaluation
@@ -189,6 +190,33 @@ def test_a_narrow_screen_cuts_no_figure_and_no_name_away(tmp_path: Path, capsys:
     told = capsys.readouterr().out
     [row] = [" ".join(line.split()) for line in told.splitlines() if " 25.0 " in line]
     assert row.startswith("othe") and row.endswith("25.0 14.2 to 40.2 +25.0 +9.3 to +38.3 < 0.001")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1300.0, 456789.0, 3e12])
+def test_a_blank_stands_before_every_figure_however_large(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: float
+) -> None:
+    found = {
+        name: stored.evaluation(
+            tmp_path, key * 64, {"text": [scale * (2 + at % 5 + (key == "b")) for at in range(40)]},
+            metric="word_perplexity", higher_is_better=False,
+        )
+        for name, key in (("short", "a"), ("other", "b"))
+    }  # fmt: skip
+    judged = comparison.compare(found["short"], {"other": found["other"]}, cache=tmp_path)
+    for compared in (judged, None):
+        evaluation_screen.evaluations(operator.Evaluated(found, frozenset()), compared, "")
+        told = capsys.readouterr().out
+        rows = [line for line in told.splitlines() if re.match(r"  (short|other) .*\d to ", line)]
+        assert len(rows) == 2 and "…" not in told, told
+        assert all(f" {number(scale * 4)} " in row or f" {number(scale * 5)} " in row for row in rows)
+
+
+def test_numbers_are_written_out_up_to_a_million() -> None:
+    assert [number(each) for each in (0.01234, 12.345, 1340.4, 999_999, 1.3e8)] == [
+        "0.0123", "12.3", "1,340", "999,999", "1.3e+08"
+    ]  # fmt: skip
+    assert [number(each, signed=True) for each in (0.5, -1340, 2000)] == ["+0.5", "-1,340", "+2,000"]
 
 
 @pytest.mark.slow

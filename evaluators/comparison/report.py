@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluators.comparison.verdict import Comparison, Difference, Outcome, Pattern, TaskVerdict
+from evaluators.figures import number
 from evaluators.harness.scores import ModelEvaluation, Score
 from evaluators.paired import Interval
 
@@ -139,11 +140,11 @@ def score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
 
 def _figure(value: float, interval: Interval | None, *, share: bool = True) -> Figure:
     """In percent, or in the metric's own unit where it is no share."""
-    value_text = f"{100 * value:.1f}" if share else f"{value:.3g}"
+    value_text = f"{100 * value:.1f}" if share else number(value)
     if interval is None:
         return Figure(value_text)
     low, high = interval
-    return Figure(value_text, f"{100 * low:.1f} to {100 * high:.1f}" if share else f"{low:.3g} to {high:.3g}")
+    return Figure(value_text, f"{100 * low:.1f} to {100 * high:.1f}" if share else f"{number(low)} to {number(high)}")
 
 
 def differences(comparison: Comparison) -> list[DifferenceRow]:
@@ -156,7 +157,9 @@ def differences(comparison: Comparison) -> list[DifferenceRow]:
 
 
 def _difference(title: str, found: Difference, share: bool = True, *, is_task: bool = True) -> DifferenceRow:
-    value, low, high = (f"{100 * each:+.1f}" if share else f"{each:+.3g}" for each in (found.value, *found.interval))
+    value, low, high = (
+        f"{100 * each:+.1f}" if share else number(each, signed=True) for each in (found.value, *found.interval)
+    )
     figure = Figure(value, f"{low} to {high}")
     chance = "< 0.001" if found.adjusted_p < 0.001 else f"{found.adjusted_p:.3f}"
     return DifferenceRow(title, found.parent, found.outcome, figure, chance, _detectable(found, share), is_task)
@@ -168,7 +171,7 @@ def _detectable(found: Difference, share: bool) -> str:
         return MISSING
     if _none_is(found.detectable, share):
         return "none"
-    return f"{100 * found.detectable:.1f}" if share else f"{found.detectable:.3g}"
+    return f"{100 * found.detectable:.1f}" if share else number(found.detectable)
 
 
 def _none_is(detectable: float, share: bool) -> bool:
@@ -230,7 +233,7 @@ def _unseen(detectable: Sequence[float], brief: bool, share: bool) -> str:
     if _none_is(min(detectable), share):
         return "there are too few questions to show any"
     least, most = (
-        f"{100 * min(1.0, each):.1f}" if share else f"{each:.3g}" for each in (min(detectable), max(detectable))
+        f"{100 * min(1.0, each):.1f}" if share else number(each) for each in (min(detectable), max(detectable))
     )
     points = (least if least == most else f"{least} to {most}") + " points" * share
     if brief:

@@ -33,6 +33,7 @@ from evaluators.medusa.trees.tree import Tree
 Format = Literal["ours", "v1", "v2", "tgi", "vllm"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CONFIG = "config.json"
+LAST_VLLM = "0.32"  # 0.33.0 has no Medusa
 
 
 def save(
@@ -233,4 +234,5 @@ def _notes(heads: Heads, fmt: Format, copied: bool, base_model: str) -> list[str
         )
     if fmt == "vllm":
         found.append("vLLM takes only the best guess of each head, not a tree")
+        found.append(f"vLLM reads Medusa heads up to release {LAST_VLLM}: later ones have no Medusa")
     return found
