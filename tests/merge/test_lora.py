@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tiny_checkpoints import HIDDEN, INNER, VOCABULARY, llama_tensors, load, merge, plan_of, save
 
 from bot.errors import Failed, Refused
-from bot.merge.checkpoints import checkpoint, lora
+from bot.merge.checkpoints import checkpoint, lora, patches
 from bot.merge.checkpoints.lora import Adapter
 from bot.merge.operands.lora_rows import PatchedView, stored_tensor
 from bot.merge.operands.views import StoredView
@@ -249,7 +249,7 @@ def test_a_patched_view_reads_the_same_in_any_pieces(tmp_path: Path, turned: boo
     save_file(stored, tmp_path / "x.safetensors")
     files = checkpoint.LocalFiles(tmp_path)
     found, _ = checkpoint.read_header(files, "x.safetensors", files.sizes()["x.safetensors"], "x", checkpoint.OPERATOR)
-    patch = lora.LowRank(ModelRef("l"), found["a"], found["b"], 0.7, turned, found["m"] if dora else None)
+    patch = patches.LowRank(ModelRef("l"), found["a"], found["b"], 0.7, turned, found["m"] if dora else None)
 
     def view(wide: torch.dtype) -> PatchedView:
         return PatchedView(StoredView(files, found["w"], wide), patch, lambda t: stored_tensor(files, t, wide))

@@ -1,7 +1,6 @@
 """adapter_config.json -> what a LoRA adapter means: its scale for every module. PEFT's keys, strictly typed.
 
-LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353. An adapter that is more than low-rank factors
-on unchanged weights (another kind, weights changed before training, layers repeated) is refused by its own name.
+LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353. Other kinds are refused (`adapter_kinds`).
 """
 
 from __future__ import annotations
@@ -12,31 +11,20 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from bot.errors import Refused
+from bot.merge.checkpoints.adapter_kinds import refuse_other_kinds, training_only
 from bot.merge.checkpoints.patterns import BadPattern, Patterns
 
 RANK_LIMIT = 65_536
 PATTERNS_LIMIT = 4_096
-# keys that make the merged weight something else than base + scale * B A
-_FOREIGN = {
-    "layer_replication": "repeats layers of its model",
-    "target_parameters": "adapts bare parameters",
-    "trainable_token_indices": "trains single tokens",
-    "alora_invocation_tokens": "switches itself on by a token (aLoRA)",
-    "use_qalora": "is a QALoRA adapter",
-    "use_bdlora": "is a block-diagonal adapter",
-    "arrow_config": "routes between adapters",
-    "velora_config": "is a VeLoRA adapter",
-    "monteclora_config": "is a MonteCLoRA adapter",
-    "kasa_config": "is a KaSA adapter",
-    "lora_bias": "has biases of its own inside the adapter",
-}
-# ways to start training that move part of the base's weights into the adapter
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraConfig:
-    """The meaning of adapter_config.json. `trained_on` is the base's name as the adapter tells it."""
+    """The meaning of adapter_config.json.
+
+    `trained_on` is the name of the base model. `replaced` are the `modules_to_save`; `tokens` the rows of
+    `trainable_token_indices`, by module where several are named; `unused` parts of names of tensors of no use here.
+    """
 
     rank: int
     alpha: float
@@ -46,6 +34,20 @@ class LoraConfig:
     fan_in_fan_out: bool
     dora: bool
     trained_on: str | None
+    bias: bool = False
+    replaced: tuple[str, ...] = ()
+    tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    unused: tuple[str, ...] = ()
+
+    def replaces(self, module: str) -> bool:
+        """Whether a module is one of `modules_to_save`, by the end of its name, as PEFT compares."""
+        return module.endswith(self.replaced)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The trained rows of an embedding or head; a bare list belongs to the input embedding."""
+        if not isinstance(self.tokens, Mapping):
+            return self.tokens
+        return next((rows for name, rows in self.tokens.items() if module.endswith(name)), ())
 
     def rank_of(self, module: str) -> int:
         """The rank the config announces for a module."""
@@ -61,16 +63,7 @@ class LoraConfig:
 
 def lora_config(config: Mapping[str, Any], label: str) -> LoraConfig:
     """Read a loaded adapter_config.json. Raises `Refused` NOT_SUPPORTED or BAD_CHECKPOINT, naming `label`."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        named = f"a {kind[:40]} adapter" if isinstance(kind, str) and kind else "an adapter of an unnamed kind"
-        _foreign(label, f"is {named}, not a LoRA adapter")
-    for key, what in _FOREIGN.items():
-        if config.get(key):
-            _foreign(label, what)
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
-        _foreign(label, f"was trained on weights changed beforehand ({start[:40]})")
+    refuse_other_kinds(config, label)
     told = config.get("base_model_name_or_path")
     return LoraConfig(
         rank=_rank(config.get("r"), label, "r"),
@@ -81,14 +74,11 @@ def lora_config(config: Mapping[str, Any], label: str) -> LoraConfig:
         fan_in_fan_out=_flag(config, "fan_in_fan_out", label),
         dora=_flag(config, "use_dora", label),
         trained_on=told if isinstance(told, str) else None,
+        bias=_flag(config, "lora_bias", label),
+        replaced=_names(config, "modules_to_save", label),
+        tokens=_tokens(config, label),
+        unused=training_only(config),
     )
-
-
-def _foreign(label: str, what: str) -> NoReturn:
-    raise Refused(
-        "NOT_SUPPORTED", f"{label} {what}; that cannot be added to weights on the fly.",
-        "Merge it into its model with the PEFT library first, and name the merged model.", value=label,
-    )  # fmt: skip
 
 
 def odd(label: str, key: str, what: str) -> NoReturn:
@@ -122,6 +112,31 @@ def _rank(value: object, label: str, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= RANK_LIMIT:
         odd(label, key, f"is not a rank between 1 and {RANK_LIMIT:,}")
     return value
+
+
+def _names(config: Mapping[str, Any], key: str, label: str) -> tuple[str, ...]:
+    given = config.get(key) or ()
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) and name for name in given):
+        odd(label, key, "is not a list of names")
+    return tuple(given)
+
+
+def _tokens(config: Mapping[str, Any], label: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    given = config.get("trainable_token_indices") or ()
+    if isinstance(given, dict):
+        return {name: _indices(rows, label) for name, rows in given.items()}
+    return _indices(given, label)
+
+
+def _indices(given: object, label: str) -> tuple[int, ...]:
+    key = "trainable_token_indices"
+    if not isinstance(given, list | tuple):
+        odd(label, key, "is not a list of token ids")
+    if not all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in given):
+        odd(label, key, "holds something that is not a token id")
+    if len(set(given)) < len(given):
+        odd(label, key, "names a token twice")
+    return tuple(given)
 
 
 def _patterns(config: Mapping[str, Any], key: str, label: str) -> Patterns:

@@ -30,7 +30,7 @@ from bot.merge.checkpoints.weight_files import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from bot.merge.checkpoints.lora import LowRank
+    from bot.merge.checkpoints.patches import Patch
     from bot.merge.recipe.spec import ModelRef
 
 __all__ = [
@@ -131,7 +131,7 @@ class Checkpoint:
     sizes: Mapping[str, int]
     files: Files
     notices: tuple[str, ...] = ()
-    patches: Mapping[str, LowRank] = field(default_factory=dict)
+    patches: Mapping[str, Patch] = field(default_factory=dict)
     elsewhere: Mapping[str, ModelRef] = field(default_factory=dict)
     presumed: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
 

@@ -19,7 +19,7 @@ from bot.merge.execution.device import TILE, DeviceReader
 from bot.merge.execution.writer import Found, Sink
 from bot.merge.methods import METHODS
 from bot.merge.operands.gather import GatheredView
-from bot.merge.operands.lora_rows import PatchedView, stored_tensor
+from bot.merge.operands.lora_rows import patched, stored_tensor
 from bot.merge.operands.views import StoredView, common_unit
 from bot.merge.planning.memory import row_length
 from bot.merge.planning.plan import Step
@@ -71,7 +71,7 @@ class Lane:
         patch = operand.patch
         if patch is None:
             return stored
-        return PatchedView(stored, patch, lambda tensor: stored_tensor(self.sources[patch.adapter], tensor, wide))
+        return patched(stored, patch, lambda tensor: stored_tensor(self.sources[patch.adapter], tensor, wide))
 
     def _views(self, work: Work, wide: torch.dtype) -> list[View]:
         views = [self.view(operand, wide, f"operand {i}") for i, operand in enumerate(work.reads)]

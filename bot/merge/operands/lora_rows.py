@@ -1,7 +1,9 @@
-"""A stored weight plus what a LoRA adapter adds to it, piece by piece; neither sum nor product ever stands whole.
+"""A stored weight with what a LoRA adapter does to it, piece by piece; neither sum nor product ever stands whole.
 
     W + s B A              LoRA, arXiv:2106.09685; s = alpha/r, or alpha/sqrt(r): rsLoRA, arXiv:2312.03732
     m_o (W + s B A)_o / |(W + s B A)_o|     for every output o: DoRA, arXiv:2402.09353
+
+    bias + s b             PEFT's lora_bias; and single rows replaced: its trainable tokens
 
 Everything in the working type (float32, float64 for float64), rounded once by the writer.
 """
@@ -15,10 +17,48 @@ from torch import Tensor
 
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.checkpoints.lora import LowRank, as_matrix
+from bot.merge.checkpoints.patches import Addend, LowRank, NewRows, Patch, as_matrix
 from bot.merge.operands.views import StoredView
 from bot.merge.streaming.inputs import View
 from bot.merge.streaming.operation import CHUNK
+
+
+def patched(weight: View, patch: Patch, tensors: Callable[[TensorInfo], Tensor]) -> View:
+    """A stored tensor as its adapter changes it; `tensors` gives the adapter's tensors, flat, in the working type."""
+    if isinstance(patch, Addend):
+        return AddedView(weight, patch, tensors)
+    return RowsView(weight, patch, tensors) if isinstance(patch, NewRows) else PatchedView(weight, patch, tensors)
+
+
+class AddedView:
+    """A `View` of a bias plus a scaled vector."""
+
+    unit = 1
+
+    def __init__(self, bias: View, patch: Addend, tensors: Callable[[TensorInfo], Tensor]) -> None:
+        self.shape = bias.shape
+        self._bias, self._added = bias, tensors(patch.vector) * patch.scale
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._bias.read(start, stop) + self._added[start:stop]
+
+
+class RowsView:
+    """A `View` of a matrix of which single rows are replaced. Its unit is a row."""
+
+    def __init__(self, weight: View, patch: NewRows, tensors: Callable[[TensorInfo], Tensor]) -> None:
+        self.shape = weight.shape
+        self.unit = max(1, as_matrix(weight.shape)[1])
+        self._weight = weight
+        self._rows = torch.tensor(patch.rows, dtype=torch.int64)
+        self._values = tensors(patch.values).reshape(len(patch.rows), self.unit)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        first, last = start // self.unit, -(-stop // self.unit)
+        out = self._weight.read(first * self.unit, last * self.unit).reshape(last - first, self.unit)
+        here = (self._rows >= first) & (self._rows < last)
+        out[self._rows[here] - first] = self._values[here]
+        return out.reshape(-1)[start - first * self.unit : stop - first * self.unit]
 
 
 class PatchedView:

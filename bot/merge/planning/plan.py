@@ -14,8 +14,9 @@ from bot.errors import Refused
 from bot.merge.checkpoints import lora
 from bot.merge.checkpoints.architecture import infer
 from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Checkpoint, Limits
+from bot.merge.checkpoints.fitting import models_of
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.checkpoints.lora import Adapter, models_of
+from bot.merge.checkpoints.lora import Adapter
 from bot.merge.checkpoints.published import one_naming
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning import ahead, classic_tensors, summary

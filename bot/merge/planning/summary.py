@@ -9,7 +9,7 @@ from bot.errors import Refused
 from bot.merge.recipe.spec import Condition, Conditions, Gradient, Parameters, Recipe, Scalar
 
 if TYPE_CHECKING:
-    from bot.merge.checkpoints.lora import LowRank
+    from bot.merge.checkpoints.patches import Patch
     from bot.merge.planning.plan import Plan, Step
     from bot.merge.planning.work import Operand, Work
     from bot.merge.streaming.operation import Value
@@ -99,8 +99,8 @@ def _values_of(step: Step) -> dict[str, object]:
     }
 
 
-def _adapter(patch: LowRank) -> dict[str, object]:
-    """What is read of a LoRA adapter for one tensor: `scale` times the product of two factors is added."""
+def _adapter(patch: Patch) -> dict[str, object]:
+    """The tensors read of an adapter for one tensor, and the scale of what they add."""
     factors = [{"tensor": t.name, "dtype": t.dtype.name, "shape": list(t.shape)} for t in patch.reads]
     return {"model": str(patch.adapter), "scale": patch.scale, "tensors": factors}
 

@@ -11,7 +11,7 @@ from bot.errors import Refused, Where
 from bot.merge.checkpoints.architecture import is_optional
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.checkpoints.lora import LowRank
+from bot.merge.checkpoints.patches import Patch
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.methods import METHODS, Absent, Base, Kind, Method, Missing, Parameter
 from bot.merge.planning import classic_tensors
@@ -36,7 +36,7 @@ class Operand:
     source: ModelRef
     model: ModelRef
     tensor: TensorInfo
-    patch: LowRank | None = None
+    patch: Patch | None = None
 
     @property
     def reads(self) -> tuple[tuple[ModelRef, TensorInfo], ...]:

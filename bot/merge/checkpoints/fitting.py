@@ -1,0 +1,344 @@
+"""A model seen through a LoRA adapter: the same tensors, some with a patch, some replaced, some untied.
+
+    Checkpoint of m + Adapter l  ->  Checkpoint of m+l, which computes what PEFT's unmerged model of both computes
+
+An adapter changes modules. A tied pair is one stored tensor and two modules; a change of one of them unties the pair.
+merging.md 5.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+from bot.errors import Refused
+from bot.merge.checkpoints.adapter_config import odd
+from bot.merge.checkpoints.adapter_parts import Module, Sorted, sort_tensors
+from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.header import TensorInfo, refuse
+from bot.merge.checkpoints.locating import LAYER, Fits, locate
+from bot.merge.checkpoints.lora import WEIGHTS, Adapter
+from bot.merge.checkpoints.matrix_layout import MatrixLayout, by_biases
+from bot.merge.checkpoints.patches import Addend, LowRank, NewRows, Patch, as_matrix
+from bot.merge.checkpoints.patterns import BadPattern
+from bot.merge.checkpoints.ties import is_head
+from bot.merge.checkpoints.vocabulary_ties import VocabularyTies, resized
+from bot.merge.recipe.spec import ModelRef, Recipe
+
+
+def models_of(recipe: Recipe, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> dict[ModelRef, Checkpoint]:
+    """Every source of a recipe as written, models with an adapter seen through it. `opened` is keyed by bare refs.
+
+    Raises `Refused`: NOT_SUPPORTED where a model is an adapter or an adapter a model; SHAPE_MISMATCH and
+    TENSOR_MISSING where an adapter does not fit.
+    """
+    return {ref: _model(ref, opened) for ref in recipe.sources}
+
+
+def _model(ref: ModelRef, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> Checkpoint:
+    model = opened[ref.bare]
+    if isinstance(model, Adapter):
+        base = model.config.trained_on or "its base"
+        raise Refused(
+            "NOT_SUPPORTED", f"{ref.bare} is a LoRA adapter, not a model.",
+            f"Name the model it belongs to: `{base[:80]}+{ref.bare}`.", value=str(ref),
+        )  # fmt: skip
+    if ref.lora is None:
+        return model
+    adapter = opened[ref.lora]
+    if not isinstance(adapter, Adapter):
+        raise Refused(
+            "NOT_SUPPORTED", f"{ref.lora} is a whole model, not a LoRA adapter.",
+            "Behind the `+` stands an adapter: a repo with adapter_config.json and adapter_model.safetensors.",
+            value=str(ref),
+        )  # fmt: skip
+    return through(model, adapter, ref)
+
+
+def through(model: Checkpoint, adapter: Adapter, ref: ModelRef) -> Checkpoint:
+    """`model` seen through `adapter`; `ref` is the reference as written, `m+l`."""
+    assert ref.lora is not None
+    return _Fitting(model, adapter, ref, ref.lora).fitted()
+
+
+class _Fitting:
+    """Finds the model's tensor for every tensor of an adapter, and what happens to it."""
+
+    def __init__(self, model: Checkpoint, adapter: Adapter, ref: ModelRef, lora: ModelRef) -> None:
+        self.model, self.adapter, self.ref, self.lora = model, adapter, ref, lora
+        self.tensors = dict(model.tensors)
+        self.elsewhere: dict[str, ModelRef] = {}
+        self.patches: dict[str, Patch] = {}
+        self.notices: list[str] = []
+        self.config: Mapping[str, Any] = model.config
+        self.ties = VocabularyTies(model)
+        self.layout = MatrixLayout(by_biases(model.tensors))
+
+    def fitted(self) -> Checkpoint:
+        parts = sort_tensors(self.adapter)
+        if parts.unknown:
+            self._stray(parts.unknown[0])
+        self._locate(parts)
+        self.adapted = MatrixLayout(self._orientations(parts))
+        replacing = {name: t for name, t in parts.saved.items() if self._replaces(name, parts)}
+        for name in sorted(parts.saved.keys() - replacing.keys(), key=is_head):  # PEFT loads the head last
+            self._replace(self._stored(name, parts.saved[name]), parts.saved[name])
+        changed = {f"{module}.weight": next(iter(found.parts.values())) for module, found in parts.modules.items()}
+        owns = {name: self._member(name, tensor) for name, tensor in (changed | replacing).items()}
+        self._untie(owns, parts)
+        for name, own in owns.items():
+            if name in replacing:
+                self._replace(own, replacing[name])
+            else:
+                self._change(name.removesuffix(".weight"), own, parts.modules[name.removesuffix(".weight")])
+        self._note_base()
+        self._check_rows()
+        return replace(
+            self.model,
+            name=str(self.ref),
+            config=self.config,
+            tensors=self.tensors,
+            patches=self.patches,
+            elsewhere=self.elsewhere,
+            notices=(*self.model.notices, *self.notices),
+        )
+
+    def _replaces(self, name: str, parts: Sorted) -> bool:
+        """Whether a saved tensor belongs to one of `modules_to_save`, and not to the base below a factor."""
+        module = name.rpartition(".")[0]
+        return self.adapter.config.replaces(module) and module not in parts.modules
+
+    # ---- names
+
+    def _locate(self, parts: Sorted) -> None:
+        wanted: dict[str, Fits] = {name: partial(_same_but_rows, tensor.shape) for name, tensor in parts.saved.items()}
+        for module, found in parts.modules.items():
+            wanted[f"{module}.weight"] = partial(_fits_module, found)
+            if "bias" in found.parts:
+                wanted[f"{module}.bias"] = partial(_same_but_rows, found.parts["bias"].shape)
+        self.located = locate(wanted, self.model.tensors)
+        moved = next(((name, own) for name, own in self.located.found.items() if name != own), None)
+        if moved is not None:
+            self.notices.append(f"{self.ref}: the adapter's {moved[0]} is taken to be {moved[1]}")
+
+    def _stored(self, name: str, tensor: TensorInfo) -> str:
+        """The stored tensor that holds a module's weight, its own or that of the pair it belongs to."""
+        if name in self.located.unclear:
+            self._unclear(name)
+        own = self.located.found.get(name) or self.ties.source_of(name)
+        if own is None:
+            self._stray(tensor.name)
+        return own
+
+    def _member(self, name: str, tensor: TensorInfo) -> str:
+        """The module's own tensor; one of a pair gets its own from the stored one."""
+        stored = self._stored(name, tensor)
+        if name in self.located.found:
+            return stored
+        own = self.ties.name_of(name)
+        self._own_copies(stored)
+        if own not in self.tensors:
+            self._stray(tensor.name)
+        return own
+
+    def _own_copies(self, stored: str) -> None:
+        """Give every module that reads a stored matrix its own tensor: an untied model needs all of them."""
+        for name in (name for name in self.ties.readers if name not in self.tensors):
+            self.tensors[name] = replace(self.tensors[stored], name=name)
+            if stored in self.elsewhere:
+                self.elsewhere[name] = self.elsewhere[stored]
+            self.notices.append(f"{self.ref}: the adapter unties {name} from {stored}, so both are written")
+
+    def _untie(self, owns: dict[str, str], parts: Sorted) -> None:
+        """Give the other half of a pair its own tensor where the adapter changes the stored half by itself."""
+        name = next((name for name, own in owns.items() if own == self.ties.source), None)
+        if name is None:
+            return
+        module = parts.modules.get(name.removesuffix(".weight"))
+        others = [own for own in owns.values() if own != owns[name] and self.ties.counts_tokens(own)]
+        if module is not None and "tokens" in module.parts and not others:
+            return  # PEFT trains single tokens of all modules that read the matrix
+        if self.ties.shared:
+            self.notices.append(f"{self.ref}: the change of {owns[name]} is left out: only its copies are read")
+            del owns[name]
+            return
+        self._own_copies(owns[name])
+
+    # ---- changes
+
+    def _replace(self, own: str, tensor: TensorInfo) -> None:
+        """Put a tensor that the adapter saved whole in the place of the model's."""
+        before = self.tensors[own].shape
+        if before != tensor.shape and not (before[1:] == tensor.shape[1:] and self.ties.counts_tokens(own)):
+            self._misfit(self.tensors[own], f"a saved tensor {list(tensor.shape)}")
+        self.tensors[own] = replace(tensor, name=own)
+        self.elsewhere[own] = self.lora
+
+    def _change(self, module: str, own: str, found: Module) -> None:
+        if "tokens" in found.parts:
+            self.patches[own] = self._new_rows(module, found, self.tensors[own])
+            return
+        self.patches[own] = self._low_rank(module, found, self.tensors[own])
+        if "bias" in found.parts:
+            self._add_bias(module, found.parts["bias"], self.patches[own].scale)
+
+    def _low_rank(self, module: str, found: Module, weight: TensorInfo) -> LowRank:
+        embedding = "lora_embedding_A" in found.parts
+        a, b = (found.parts.get(f"lora_{'embedding_' if embedding else ''}{part}") for part in "AB")
+        if a is None or b is None:
+            self._broken(f"lacks lora_{'A' if a is None else 'B'} of `{module[:80]}`.")
+        try:
+            rank, scale = self.adapter.config.rank_of(module), self.adapter.config.scale_of(module)
+        except BadPattern as bad:
+            odd(self.adapter.name, "rank_pattern and alpha_pattern", f"hold a pattern that {bad}")
+        if a.shape[:1] != (rank,) or b.shape[1:2] != (rank,):
+            shapes = f"{list(a.shape)} and {list(b.shape)}"
+            self._broken(f"has factors {shapes} for `{module[:80]}`, its config says rank {rank}.")
+        brought = f"factors {list(a.shape)} and {list(b.shape)}"
+        if max(b.shape[2:], default=1) > 1 or (len(a.shape) > 2 and a.shape[1:] != weight.shape[1:]):
+            self._misfit(weight, brought)  # of a convolution B is (out, r, 1, 1)
+        sides = (b.shape[0], a.elements // rank)
+        straight, other = as_matrix(weight.shape), as_matrix(weight.shape)[::-1]
+        if (
+            len(weight.shape) < 2
+            or sides not in (straight, other)
+            or rank > max(sides)
+            or (embedding and sides != other)
+        ):
+            self._misfit(weight, brought)
+        transposed = embedding or sides != straight
+        if straight == other and not embedding and LAYER.search(module):
+            transposed = self._inputs_first(weight.name)
+        return LowRank(self.lora, a, b, scale, transposed, self._magnitude(found, module, weight, sides[0]))
+
+    def _inputs_first(self, name: str) -> bool:
+        """Whether a square matrix is stored (in, out). PEFT writes only its last module's answer into the config."""
+        for layout in (self.layout, self.adapted):
+            found = layout.inputs_first(name)
+            if found is not None:
+                return found
+        return self.adapter.config.fan_in_fan_out
+
+    def _orientations(self, parts: Sorted) -> Iterator[tuple[str, bool]]:
+        """The orientation of adapted matrices that are not square, by the shapes of their factors."""
+        for module, found in parts.modules.items():
+            own, a, b = self.located.found.get(f"{module}.weight"), *map(found.parts.get, ("lora_A", "lora_B"))
+            if own is None or a is None or b is None:
+                continue
+            shape = self.model.tensors[own].shape
+            if len(shape) == 2 and shape[0] != shape[1]:
+                yield own, (b.shape[0], a.shape[-1]) == shape[::-1]
+
+    def _magnitude(self, found: Module, module: str, weight: TensorInfo, outputs: int) -> TensorInfo | None:
+        magnitude = found.parts.get("lora_magnitude_vector")
+        if magnitude is None and self.adapter.config.dora:
+            self._broken(f"lacks the magnitudes of `{module[:80]}`; its config says DoRA.")
+        if magnitude is not None and (magnitude.elements != outputs or max(magnitude.shape, default=1) != outputs):
+            self._misfit(weight, f"magnitudes {list(magnitude.shape)}")
+        return magnitude
+
+    def _new_rows(self, module: str, found: Module, weight: TensorInfo) -> NewRows:
+        values, rows = found.parts["tokens"], self.adapter.config.tokens_of(module)
+        if len(found.parts) > 1:
+            self._broken(f"changes `{module[:80]}` both by factors and by single tokens.")
+        if values.shape != (len(rows), *weight.shape[1:]) or max(rows, default=0) >= weight.shape[0]:
+            self._misfit(weight, f"rows {list(values.shape)} for {len(rows)} tokens up to {max(rows, default=0)}")
+        return NewRows(self.lora, values, rows)
+
+    def _add_bias(self, module: str, vector: TensorInfo, scale: float) -> None:
+        own = self.located.found.get(f"{module}.bias")
+        if own is None:
+            raise Refused(
+                "TENSOR_MISSING",
+                f"{self.adapter.name} has `{vector.name[:120]}`, a change of a bias that {self.ref.bare} lacks.",
+                "Train it with `lora_bias: false`; PEFT cannot merge such an adapter either.", value=vector.name,
+            )  # fmt: skip
+        if self.tensors[own].shape != vector.shape:
+            self._misfit(self.tensors[own], f"a change of shape {list(vector.shape)}")
+        self.patches[own] = Addend(self.lora, vector, scale)
+        if not self.adapter.config.bias:
+            said = f"{self.adapter.name}: its lora_B.bias tensors are added; PEFT adds them only with `lora_bias: true`"
+            if said not in self.notices:
+                self.notices.append(said)
+
+    def _check_rows(self) -> None:
+        """The matrices with a row for every token still have equally many; the config counts them."""
+        rows = {name: self.tensors[name].shape[0] for name in self.tensors if self.ties.counts_tokens(name)}
+        before = {self.model.tensors[name].shape[0] for name in rows if name in self.model.tensors}
+        changed = {name: count for name, count in rows.items() if {count} != before}
+        if len(before) != 1 or not changed:
+            return
+        if len(set(rows.values())) > 1:
+            shapes = ", ".join(f"{name} has {count} rows" for name, count in rows.items())
+            raise Refused(
+                "SHAPE_MISMATCH", f"Through {self.adapter.name} the vocabularies differ: {shapes}.",
+                "Save the adapter with both embedding and head (save_embedding_layers=True), or resize the model's "
+                "embeddings first and name the resized model.", value=next(iter(changed)),
+            )  # fmt: skip
+        count = next(iter(changed.values()))
+        self.config = resized(self.config, count)
+        self.notices.append(f"{self.ref}: the adapter's vocabulary has {count:,} rows, the model's {before.pop():,}")
+
+    # ---- sentences
+
+    def _note_base(self) -> None:
+        told, here = self.adapter.config.trained_on, self.ref.bare.path
+        if told is None or told.rstrip("/").split("/")[-1].lower() != here.rstrip("/").split("/")[-1].lower():
+            said = "does not say on which model it was trained" if told is None else f"was trained on {told[:80]!r}"
+            self.notices.append(f"{self.adapter.name} {said}; its shapes fit {here}")
+
+    def _broken(self, what: str) -> NoReturn:
+        refuse(f"{self.adapter.name}: {WEIGHTS}", what)
+
+    def _stray(self, name: str) -> NoReturn:
+        raise Refused(
+            "TENSOR_MISSING", f"{self.adapter.name} has `{name[:120]}`, for which {self.ref.bare} has no tensor.",
+            self._next_step(), value=name,
+        )  # fmt: skip
+
+    def _unclear(self, name: str) -> NoReturn:
+        several = self.located.unclear[name]
+        why = (
+            f"may mean {' or '.join(several[:3])}; neither the path nor the shapes tell which"
+            if len(several) > 1
+            else f"means {several[0]}, which another of its tensors means too"
+        )
+        raise Refused(
+            "TENSOR_MISSING", f"{self.adapter.name}: on {self.ref.bare}, its {name[:120]} {why}.",
+            f"{self._next_step()} Or rename its tensors after those of the model.", value=name,
+        )  # fmt: skip
+
+    def _misfit(self, weight: TensorInfo, brought: str) -> NoReturn:
+        raise Refused(
+            "SHAPE_MISMATCH",
+            f"{self.adapter.name} brings {brought} for {weight.name}, {self.ref.bare} has {list(weight.shape)}.",
+            self._resizing() if self.ties.counts_tokens(weight.name) else self._next_step(), value=weight.name,
+        )  # fmt: skip
+
+    def _next_step(self) -> str:
+        told = self.adapter.config.trained_on
+        return f"Use it on the model it was trained on{f', {told[:80]}' if told else ''}."
+
+    def _resizing(self) -> str:
+        return (
+            "If the vocabulary was resized for training, save the adapter with save_embedding_layers=True, or resize "
+            "the model's embeddings first and name the resized model."
+        )
+
+
+def _same_but_rows(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    return stored[1:] == shape[1:]
+
+
+def _fits_module(found: Module, stored: tuple[int, ...]) -> bool:
+    """Whether a stored weight may be the one of a module with these parts, in either orientation."""
+    tokens = found.parts.get("tokens")
+    if tokens is not None:
+        return _same_but_rows(tokens.shape, stored)
+    a, b = (found.parts.get(f"lora_{part}") or found.parts.get(f"lora_embedding_{part}") for part in "AB")
+    if a is None or b is None or not a.shape or not a.shape[0] or not b.shape:
+        return False
+    sides = (b.shape[0], a.elements // a.shape[0])
+    return as_matrix(stored) in (sides, sides[::-1])

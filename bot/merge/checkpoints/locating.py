@@ -1,0 +1,127 @@
+"""Find the stored tensor that an adapter's tensor belongs to, where the two are named differently.
+
+An adapter carries the paths of a model's modules (`model.language_model.layers.0...`), a checkpoint may leave out a
+prefix or keep older names (`language_model.model.layers.0...`). The tower that a path names, the shapes and the words
+that two paths share decide, in this order. Names of one stack of layers move together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from bot.merge.checkpoints.header import TensorInfo
+
+Fits = Callable[[tuple[int, ...]], bool]  # whether a stored tensor of this shape can be the one that is meant
+LAYER = re.compile(r"(?:^|(?<=\.))\d+\.")
+_TOWERS = (
+    ("vision", re.compile(r"vision|visual|image|(^|[._])vit([._]|$)")),
+    ("audio", re.compile(r"audio|speech")),
+    ("encoder", re.compile(r"(^|\.)encoder\.")),
+)
+_PREFIXES_LIMIT = 10_000  # pairs of prefixes; no model has so many stacks
+
+
+@dataclass(slots=True)
+class Located:
+    """Wanted name -> stored name, and for names with several possible tensors those tensors."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    unclear: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def locate(wanted: Mapping[str, Fits], stored: Mapping[str, TensorInfo]) -> Located:
+    """Find every wanted name among the stored ones; names that nothing stored can mean are in neither table."""
+    out = Located({name: name for name in wanted if name in stored})
+    groups: dict[str, list[str]] = {}
+    for name in wanted:
+        if name not in stored:
+            groups.setdefault(_stack(name), []).append(name)
+    loose = groups.pop("", [])
+    stacks = {_stack(name) for name in stored} - {""}
+    if len(groups) * len(stacks) <= _PREFIXES_LIMIT:
+        for prefix, names in groups.items():
+            _settle(out, names, _stacks_for(prefix, names, stacks, wanted, stored))
+    endings = _by_ending(name for name in stored if not _stack(name))
+    for name in loose:
+        _settle(out, [name], _tensors_for(name, wanted[name], endings.get(_ending(name), ()), stored))
+    _keep_one_each(out)
+    return out
+
+
+def _stack(name: str) -> str:
+    """The part of a name before its first layer number, "" outside of layers."""
+    match = LAYER.search(name)
+    return name[: match.start()] if match else ""
+
+
+def _stacks_for(
+    prefix: str,
+    names: Sequence[str],
+    stacks: Iterable[str],
+    wanted: Mapping[str, Fits],
+    stored: Mapping[str, TensorInfo],
+) -> list[dict[str, str]]:
+    """What the names of one stack of layers may mean: one table per stored stack that is left."""
+    rest = {name: name.removeprefix(prefix) for name in names}
+    tower = _tower(prefix)
+    possible = [
+        stack
+        for stack in sorted(stacks)
+        if _tower(stack) == tower and all(stack + end in stored for end in rest.values())
+    ]
+    fitting = [s for s in possible if all(wanted[name](stored[s + end].shape) for name, end in rest.items())]
+    best = _most_alike(prefix, fitting or possible)
+    return [{name: stack + end for name, end in rest.items()} for stack in best]
+
+
+def _tensors_for(
+    name: str, fits: Fits, same_ending: Sequence[str], stored: Mapping[str, TensorInfo]
+) -> list[dict[str, str]]:
+    """What a name outside of layers may mean."""
+    possible = [own for own in same_ending if _tower(own) == _tower(name)]
+    fitting = [own for own in possible if fits(stored[own].shape)]
+    return [{name: own} for own in _most_alike(name, fitting or possible)]
+
+
+def _tower(path: str) -> str:
+    return next((tower for tower, words in _TOWERS if words.search(path)), "text")
+
+
+def _most_alike(path: str, candidates: Sequence[str]) -> list[str]:
+    """The candidates that share most words with a path."""
+    words = set(path.split("."))
+    shared = {candidate: len(words.intersection(candidate.split("."))) for candidate in candidates}
+    most = max(shared.values(), default=0)
+    return [candidate for candidate in candidates if shared[candidate] == most]
+
+
+def _ending(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _by_ending(names: Iterable[str]) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for name in names:
+        out.setdefault(_ending(name), []).append(name)
+    return out
+
+
+def _settle(out: Located, names: Sequence[str], tables: Sequence[Mapping[str, str]]) -> None:
+    if len(tables) == 1:
+        out.found.update(tables[0])
+    elif tables:
+        out.unclear.update({name: tuple(table[name] for table in tables) for name in names})
+
+
+def _keep_one_each(out: Located) -> None:
+    """Two names that would mean one tensor are both unclear; a name that is stored as it is keeps its tensor."""
+    owners: dict[str, list[str]] = {}
+    for name, own in out.found.items():
+        owners.setdefault(own, []).append(name)
+    for own, names in owners.items():
+        for name in names if len(names) > 1 else ():
+            if name != own:
+                del out.found[name]
+                out.unclear[name] = (own,)

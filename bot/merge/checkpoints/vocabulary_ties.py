@@ -1,0 +1,68 @@
+"""The modules of a model that read one stored matrix with a row for every token, as an adapter sees them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from bot.merge.checkpoints.architecture import may_count_tokens
+from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.locating import LAYER
+from bot.merge.checkpoints.ties import config_ties, is_copy, is_embedding, is_head, main_embedding, main_head
+
+# an embedding under a language model's own prefix, beside which the head is stored: language_model.lm_head
+_NESTED = re.compile(r"(?P<outer>(?!model\.)\w+\.)model\.(?:decoder\.)?embed_tokens\.weight")
+_SHARED = re.compile(r"(?P<stem>.*)shared\.weight")
+_GENERATES = re.compile(r"CausalLM|LMHead|Generation")
+
+
+class VocabularyTies:
+    """The pair, or group, of modules that share one stored matrix of a model as transformers loads it (`ties.py`).
+
+    `source` is the stored matrix, None where there is none. `readers` are the tensors that the other modules would
+    have if each had its own. `shared` says that the source belongs to no module that reads it, as in T5.
+    """
+
+    def __init__(self, model: Checkpoint) -> None:
+        loose = [name for name in model.tensors if not LAYER.search(name)]
+        self._has_head = main_head(loose) is not None
+        self.source = main_embedding(loose)
+        self.shared = _SHARED.fullmatch(self.source or "") is not None
+        names = [*self._sides(), *([self.name_of("lm_head.weight")] if self._ties_head(model) else [])]
+        self.readers = tuple(name for name in names if name not in model.tensors)
+
+    def _sides(self) -> list[str]:
+        return [self.name_of(f"{side}.embed_tokens.weight") for side in ("encoder", "decoder")] if self.shared else []
+
+    def _ties_head(self, model: Checkpoint) -> bool:
+        names = model.config.get("architectures") or ["CausalLM"]
+        generates = any(_GENERATES.search(str(name)) for name in names)
+        return generates and not self._has_head and config_ties(model.config) is not False
+
+    def source_of(self, wanted: str) -> str | None:
+        """The stored matrix that a module reads whose own is not stored."""
+        return self.source if is_head(wanted) or is_embedding(wanted) else None
+
+    def name_of(self, wanted: str) -> str:
+        """The name under which a module's own matrix is written beside the stored one."""
+        nested, shared = _NESTED.fullmatch(self.source or ""), _SHARED.fullmatch(self.source or "")
+        if is_head(wanted):
+            own = ".".join(wanted.split(".")[-2:])
+            return nested["outer"] + own if nested else own
+        if shared and is_copy(wanted):
+            return shared["stem"] + ".".join(wanted.split(".")[-3:])
+        return wanted
+
+    def counts_tokens(self, name: str) -> bool:
+        """Whether dimension 0 of a tensor counts the vocabulary."""
+        return not LAYER.search(name) and may_count_tokens(name)
+
+
+def resized(config: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
+    """The config of a model with another vocabulary size."""
+    out = {**config, "vocab_size": rows} if "vocab_size" in config else dict(config)
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "vocab_size" in inner:
+        out["text_config"] = {**inner, "vocab_size": rows}
+    return out
