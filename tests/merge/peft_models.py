@@ -33,7 +33,8 @@ T5: dict[str, Any] = {
 }  # fmt: skip
 BART: dict[str, Any] = {
     "vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64, "init_std": 0.2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64,
+    "init_std": 0.2,
 }  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def test_a_saved_head_unties_a_model_that_shares_its_embedding(models: Path) -> 
     adapter(models / "adapter", {"lm_head.weight": torch.ones(VOCABULARY, HIDDEN)}, modules_to_save=["lm_head"])
     planned, _ = plan_of(ALONE.format("base+adapter"), models)
     assert json.loads(planned.config)["tie_word_embeddings"] is False
-    assert any("no longer tied" in notice.text for notice in planned.notices)
+    assert any("unties lm_head.weight" in notice.text for notice in planned.notices)
     assert bool((through(models)["lm_head.weight"] == 1).all())
 
 
@@ -308,14 +308,13 @@ STRAY = layer(7, "self_attn.q_proj")
         (factors(Q, 8, 8), {"use_dora": "yes"}, "BAD_CHECKPOINT", "`use_dora`"),
         (factors(Q, 8, 8), {"rank_pattern": {"(?=q)": 3}}, "BAD_CHECKPOINT", "`rank_pattern`"),
         (factors(Q, 8, 8), {"rank_pattern": {"q": 0}}, "BAD_CHECKPOINT", "`rank_pattern`"),
-        (factors(Q, 8, 8), {"alpha_pattern": {"x" * 300: 3}}, "BAD_CHECKPOINT", "`alpha_pattern`"),
+        (factors(Q, 8, 8), {"alpha_pattern": {"x" * 3000: 3}}, "BAD_CHECKPOINT", "`alpha_pattern`"),
         (factors(Q, 8, 8), {"alpha_pattern": [1]}, "BAD_CHECKPOINT", "`alpha_pattern`"),
         (factors(Q, 8, 8), {"peft_type": "IA3"}, "NOT_SUPPORTED", "IA3"),
         (factors(Q, 8, 8), {"peft_type": "PROMPT_TUNING"}, "NOT_SUPPORTED", "PROMPT_TUNING"),
         (factors(Q, 8, 8), {"peft_type": None}, "NOT_SUPPORTED", "unnamed kind"),
         (factors(Q, 8, 8), {"layer_replication": [[0, 2], [1, 2]]}, "NOT_SUPPORTED", "repeats layers"),
         (factors(Q, 8, 8), {"init_lora_weights": "pissa_niter_16"}, "NOT_SUPPORTED", "pissa"),
-        (factors(Q, 8, 8), {"lora_bias": True}, "NOT_SUPPORTED", "biases"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_or_means_something_else_is_refused_by_name(
@@ -351,20 +350,6 @@ def test_thousands_of_stray_names_are_refused_as_quickly_as_one(models: Path) ->
     started = time.process_time()
     assert refused(models).code == "TENSOR_MISSING"
     assert time.process_time() - started < 3
-
-
-@pytest.mark.parametrize("count", [200, 4000])
-def test_patterns_that_would_cost_too_much_together_are_refused(count: int, models: Path) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for i in range(40):
-        tensors |= factors(layer(i, "self_attn.q_proj"), 8, 8)
-    save(models / "base", llama_tensors(0, layers=40))
-    adapter(models / "adapter", tensors, rank_pattern={"(.*)" * 49 + str(i): 2 for i in range(count)})
-    started = time.process_time()
-    error = refused(models)
-    assert time.process_time() - started < 15
-    assert error.code == "BAD_CHECKPOINT"
-    assert "rank_pattern" in error.message
 
 
 def test_a_nan_in_an_adapter_counts_as_one_of_the_source_as_written(models: Path) -> None:
