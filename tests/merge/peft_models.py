@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +43,7 @@ BART: dict[str, Any] = {
 def build(folder: Path, model_class: str, config: Any) -> Any:
     """A random model of a class of transformers, saved."""
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(config)
+    model = getattr(transformers, model_class)(copy.deepcopy(config))
     model.save_pretrained(folder)
     return model.eval()
 
@@ -64,11 +66,12 @@ def adapt(
     options: Mapping[str, Any],
     *,
     before: Callable[[Any, Any], None] | None = None,
+    after: Callable[[Any], object] | None = None,
     **saving: Any,
 ) -> torch.Tensor:
     """Adapt a model, change every trained weight at random, save the adapter, and give the logits of the whole.
 
-    `before` prepares the model for the config; `saving` goes to save_pretrained.
+    `before` prepares the model for the config, `after` sees the adapted model; `saving` goes to save_pretrained.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,12 +85,16 @@ def adapt(
                 weight.data.add_(torch.randn_like(weight) * 0.3)
         adapted.eval()
         adapted.save_pretrained(folder, **saving)
-    return logits(adapted)
+        truth = logits(adapted) if getattr(model.config, "vocab_size", 0) != 65 else torch.empty(0)
+        if after is not None:
+            after(adapted)
+    return truth
 
 
 def merged(folder: Path, name: str = "base+adapter") -> Path:
     """What a passthrough of `name` writes."""
     out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
     merge(f"merge_method: passthrough\nmodels: [{{model: {name}}}]\n", folder, out)
     return out
 
