@@ -49,14 +49,13 @@ def test_the_first_pattern_that_matches_decides() -> None:
 
 
 def test_hostile_patterns_are_matched_or_refused_in_little_time() -> None:
-    hostile = ("(.*)" * 400, "(a|b|[a-z_.0-9]*)*" * 90, "((a*)*)*b", "(.?){0,20}" * 20 + "x")
     started = time.process_time()
-    for pattern in hostile:
-        with pytest.raises(BadPattern, match="too many"):
-            patterns = Patterns({f"{pattern}{i}": 1.0 for i in range(100)})
-            for i in range(100_000):
-                patterns.value(f"model.layers.{i}.self_attn.q_proj")
-    assert time.process_time() - started < 30
+    assert Patterns({"((a*)*)*b": 1.0, "(.*)(.*)(.*)(.*)(.*)x": 1.0}).value("a" * 500) is None
+    patterns = Patterns({f"{'(a|b|[a-z_.0-9]*)*' * 90}{i}": 1.0 for i in range(40)})
+    with pytest.raises(BadPattern, match="too many"):
+        for i in range(100_000):
+            patterns.value(f"model.layers.{i}.self_attn.q_proj")
+    assert time.process_time() - started < 20
 
 
 def test_more_expressions_than_the_limit_are_refused() -> None:

@@ -23,6 +23,7 @@ from bot.merge.checkpoints.lora import WEIGHTS, Adapter
 from bot.merge.checkpoints.matrix_layout import MatrixLayout, by_biases
 from bot.merge.checkpoints.patches import Addend, LowRank, NewRows, Patch, as_matrix
 from bot.merge.checkpoints.patterns import BadPattern
+from bot.merge.checkpoints.published import published_name
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.checkpoints.vocabulary_ties import VocabularyTies, resized
 from bot.merge.recipe.spec import ModelRef, Recipe
@@ -118,7 +119,7 @@ class _Fitting:
             wanted[f"{module}.weight"] = partial(_fits_module, found)
             if "bias" in found.parts:
                 wanted[f"{module}.bias"] = partial(_same_but_rows, found.parts["bias"].shape)
-        self.located = locate(wanted, self.model.tensors)
+        self.located = locate(wanted, self.model.tensors, partial(published_name, self.model.config))
         moved = next(((name, own) for name, own in self.located.found.items() if name != own), None)
         if moved is not None:
             self.notices.append(f"{self.ref}: the adapter's {moved[0]} is taken to be {moved[1]}")

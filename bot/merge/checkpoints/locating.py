@@ -1,8 +1,8 @@
 """Find the stored tensor that an adapter's tensor belongs to, where the two are named differently.
 
 An adapter carries the paths of a model's modules (`model.language_model.layers.0...`), a checkpoint may leave out a
-prefix or keep older names (`language_model.model.layers.0...`). The tower that a path names, the shapes and the words
-that two paths share decide, in this order. Names of one stack of layers move together.
+prefix or keep older names (`language_model.model.layers.0...`). Known renames of the family come first; then the
+tower that a path names, the shapes and the words that two paths share decide. Names of one stack move together.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ class Located:
     unclear: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def locate(wanted: Mapping[str, Fits], stored: Mapping[str, TensorInfo]) -> Located:
-    """Find every wanted name among the stored ones; names that nothing stored can mean are in neither table."""
-    out = Located({name: name for name in wanted if name in stored})
+def locate(
+    wanted: Mapping[str, Fits], stored: Mapping[str, TensorInfo], published: Callable[[str], str] = lambda name: name
+) -> Located:
+    """Find every wanted name among the stored ones; names that nothing stored can mean are in neither table.
+
+    `published` gives the name that the family's files have for a module of transformers 5.
+    """
+    known = {name: name if name in stored else published(name) for name in wanted}
+    out = Located({name: own for name, own in known.items() if own in stored})
     groups: dict[str, list[str]] = {}
     for name in wanted:
-        if name not in stored:
+        if name not in out.found:
             groups.setdefault(_stack(name), []).append(name)
     loose = groups.pop("", [])
     stacks = {_stack(name) for name in stored} - {""}
