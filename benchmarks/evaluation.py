@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.measure import Cost, run
 from benchmarks.sections import with_section
-from evaluators.harness import suites
+from evaluators.harness import task_files
 
 TASKS = ("offline_capitals", "offline_sums")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -81,14 +81,19 @@ def measured(side: str, model: Path, limit: int, batch: int, place: Path) -> Cos
     """One run of one side, with nothing left from an earlier one."""
     shutil.rmtree(place, ignore_errors=True)
     code = OURS if side == "ours" else THEIRS
-    words = [str(model.resolve()), str(limit), str(batch), str(place), ",".join(TASKS), str(suites.OWN_TASKS)]
+    words = [str(model.resolve()), str(limit), str(batch), str(place), ",".join(TASKS), str(task_files.OWN_TASKS)]
     return _finished(run([sys.executable, "-c", code, *words], cwd=Path.cwd(), environment=ONE_THREAD))
 
 
 def command_line(model: Path, place: Path) -> Cost:
     """lm-eval's own command, which indexes all of its tasks, with one question a task."""
     words = ["-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--limit", "1", "--tasks", ",".join(TASKS)]
-    words += ["--model_args", f"pretrained={model.resolve()},dtype=float32", "--include_path", str(suites.OWN_TASKS)]
+    words += [
+        "--model_args",
+        f"pretrained={model.resolve()},dtype=float32",
+        "--include_path",
+        str(task_files.OWN_TASKS),
+    ]
     return _finished(run([sys.executable, *words], cwd=place, environment=ONE_THREAD))
 
 

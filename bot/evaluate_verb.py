@@ -25,7 +25,12 @@ def evaluate(
     ] = "quick",
     task: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="In place of a suite: any lm-eval task by name, or a task file; repeat it."),
+        typer.Option(
+            "--task",
+            "--tasks",
+            help="In place of a suite, what lm-eval takes: tasks, groups, tags, patterns, task files or folders; "
+            "repeat it or use commas.",
+        ),
     ] = None,
     limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Write JSON here, and a picture.", metavar="FILE")] = None,  # noqa: UP045

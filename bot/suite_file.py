@@ -5,6 +5,7 @@
     about: What it is good for.
     tasks:
       - arc_easy                  # ranked as a known suite ranks it, else by the first metric it has
+      - glue                      # a tag or a pattern (mmlu_*) stands for its tasks
       - task: arc_challenge
         few_shot: 25
         metric: acc_norm
@@ -22,7 +23,7 @@ import re
 from collections.abc import Sequence as Listed
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bot.errors import Failed, Refused, Where
 from bot.evaluator_errors import translated
@@ -39,21 +40,20 @@ _TASK_KEYS = ("task", "few_shot", "metric", "filter", "chance", "file")
 
 
 def chosen(suite: str, tasks: Listed[str] = ()) -> Suite:
-    """The suite that the command line means: `tasks` (names or task files) before `suite` (a name or a file).
+    """The suite that the command line means: `tasks` before `suite`, a name or a file.
 
-    Raises Refused UNKNOWN_TASK, SUITE_INVALID and those of the YAML guard; Failed FILE_NOT_FOUND.
+    `tasks` are what lm-eval's `--tasks` takes: names, tags, patterns, task files and folders, also several with commas.
+    Raises Refused UNKNOWN_TASK, SUITE_INVALID, DATASET_UNAVAILABLE and those of the YAML guard; Failed FILE_NOT_FOUND.
     """
     if not tasks:
         return read(Path(suite)) if suite.endswith((".yml", ".yaml")) else suite_named(suite)
-    parts = [_one_task(task) for task in tasks]
-    if len(parts) == 1:
-        return parts[0]
-    return Suite("+".join(part.name for part in parts), 1, tuple(task for part in parts for task in part.tasks))
-
-
-def _one_task(task: str) -> Suite:
+    texts = [text for each in tasks for text in ([each] if Path(each).exists() else each.split(","))]
     with translated(Refused):
-        return suites.of_file(Path(task)) if task.endswith((".yml", ".yaml")) else suites.own_suite([task])
+        parts = {text: suites.named(text) for text in texts}
+        names = [found[0].name if len(found) == 1 else Path(text).name for text, found in parts.items()]
+        made = Suite("+".join(names), 1, tuple(dict.fromkeys(task for part in parts.values() for task in part)))
+        suites.require_distinct(made.tasks)
+    return made
 
 
 def read(file: Path) -> Suite:
@@ -66,7 +66,7 @@ def read(file: Path) -> Suite:
     try:
         with translated(Refused, where=Where(str(file))):
             made = _suite(text, file)
-            suites.find(made.tasks)
+            suites.require_distinct(made.tasks)
     except Refused as error:
         if not error.code.startswith("RECIPE_"):
             raise
@@ -88,7 +88,9 @@ def _suite(text: str, file: Path) -> Suite:
         taken = "taken by a suite of the bot's own" if name in suites.SUITES else "not possible"
         reader.refuse("SUITE_INVALID", root.items["name"], "name", f"The name is {taken}.", "Choose another one.")
     nodes = reader.sequence(root.items["tasks"], "tasks").items
-    tasks = tuple(_task(reader, node, f"tasks[{place}]", file.parent) for place, node in enumerate(nodes))
+    tasks = tuple(
+        task for place, node in enumerate(nodes) for task in _tasks(reader, node, f"tasks[{place}]", file.parent)
+    )
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
         found = "no task" if not names else f"`{next(each for each in names if names.count(each) > 1)}` twice"
@@ -109,30 +111,30 @@ def _suite(text: str, file: Path) -> Suite:
     )
 
 
-def _task(reader: Reader, node: Node, path: str, folder: Path) -> SuiteTask:
+def _tasks(reader: Reader, node: Node, path: str, folder: Path) -> list[SuiteTask]:
+    """The tasks of one entry: a tag or a pattern stands for several."""
     if isinstance(node, Text):
-        (found,) = suites.own_suite([reader.text(node, path)]).tasks
-        return found
+        return list(suites.named_in_lm_eval(reader.text(node, path)))
     table = reader.mapping(node, path)
     reader.unknown(table, path, _TASK_KEYS)
     if "task" not in table.items:
         reader.refuse("SUITE_INVALID", table, f"{path}.task", f"`{path}` names no task.", "Write `task: its_name`.")
-    (made,) = suites.own_suite([reader.text(table.items["task"], f"{path}.task")]).tasks
-    if (given := table.given("metric")) is not None:
-        made = replace(made, metric=reader.text(given, f"{path}.metric"))
-    if (given := table.given("filter")) is not None:
-        made = replace(made, filter=reader.text(given, f"{path}.filter"))
+    name, changed = reader.text(table.items["task"], f"{path}.task"), dict[str, Any]()
+    for key in ("metric", "filter"):
+        if (given := table.given(key)) is not None:
+            changed[key] = reader.text(given, f"{path}.{key}")
     if (given := table.given("few_shot")) is not None:
         where = f"{path}.few_shot"
-        made = replace(made, few_shot=_within(reader, given, where, reader.integer(given, where), 0, 1000))
+        changed["few_shot"] = _within(reader, given, where, reader.integer(given, where), 0, 1000)
     if (given := table.given("chance")) is not None:
         where = f"{path}.chance"
-        made = replace(made, chance=_within(reader, given, where, reader.number(given, where), 0, 0.99))
-    if (given := table.given("file")) is not None:
-        made = replace(made, file=(folder / reader.text(given, f"{path}.file")).resolve())
-        if not made.file or not made.file.is_file():
-            reader.refuse("SUITE_INVALID", given, f"{path}.file", "There is no such task file.", "Name one beside it.")
-    return made
+        changed["chance"] = _within(reader, given, where, reader.number(given, where), 0, 0.99)
+    if (given := table.given("file")) is None:
+        return [replace(task, **changed) for task in suites.named_in_lm_eval(name)]
+    file = (folder / reader.text(given, f"{path}.file")).resolve()
+    if not file.is_file():
+        reader.refuse("SUITE_INVALID", given, f"{path}.file", "There is no such task file.", "Name one beside it.")
+    return [replace(task, file=file, **changed) for task in suites.own_suite([name]).tasks]
 
 
 def _within(reader: Reader, node: Node, path: str, value: T, least: float, most: float) -> T:

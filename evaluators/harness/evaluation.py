@@ -1,11 +1,12 @@
 """lm-eval in a process of its own: one model, one suite, scores with standard errors, results kept and reused.
 
-    cache/results, cache/partial       what was found, whole and unfinished (results.py)
+    cache/results, tasks, partial      what was found: whole, finished tasks, answers (results.py)
     cache/hub-<endpoint>/              datasets as the libraries cache them
     scratch/harness.log                what the process printed
 
 A result is named by the model's content, the suite and every condition that can change a number, so a parent that many
-merges share is evaluated once. The process reads strangers' checkpoints: its environment is built from an allow-list,
+merges share is evaluated once. A finished task is named likewise but for the suite, and every suite that has it takes
+it. The process reads strangers' checkpoints: its environment is built from an allow-list,
 its memory and time are limited, and it dies with its parent.
 """
 
@@ -20,18 +21,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from evaluators import memory
+from evaluators.content import content_digest
 from evaluators.errors import EvaluationError
 from evaluators.harness import results, suites
-from evaluators.harness.conditions import Conditions, key_of
+from evaluators.harness.conditions import Conditions
 from evaluators.harness.results import folder_of
 from evaluators.harness.scores import ModelEvaluation
 from evaluators.harness.suites import Suite
+from evaluators.harness.task_files import Located
 
 _CODE = Path(__file__).resolve().parents[2]
 
@@ -106,10 +109,11 @@ def evaluate(
     NO_CHAT_TEMPLATE, DATASET_UNAVAILABLE, DATASET_GATED, TIME_LIMIT, MEMORY_LIMIT, EVALUATION_FAILED. Tasks that are
     finished are kept, whatever is raised.
     """
-    files = suites.find(suite.tasks)
+    located = suites.find(suite.tasks)
     conditions = Conditions(limit, seed, device, dtype, str(batch_size), chat_template, backend)
     conditions.check()
-    key = key_of(model, suite, conditions, model_identity)
+    identity = model_identity or content_digest(model)
+    key = conditions.key(identity, suite.digest)
     found = results.stored(cache, key)
     if found is not None:
         return found
@@ -118,20 +122,22 @@ def evaluate(
         found = results.stored(cache, key)  # by the process that was waited for
         if found is not None:
             return found
-        missing = results.unfinished(folder, suite)
+        task_keys = [conditions.key(identity, task.digest) for task in suite.tasks]
+        missing = [task_key for task_key in task_keys if results.finished(cache, task_key) is None]
         if missing:
             memory.require_memory(model, dtype, device, memory_limit_bytes)
             scratch.mkdir(parents=True, exist_ok=True)
-            job = _job(model, suite, files, conditions, folder, cache, endpoint)
-            job["tasks"] = [each for each in _ordered(job["tasks"], order) if each["number"] in missing]
+            job = _job(model, located.values(), conditions, folder, cache, endpoint)
+            tasks = _tasks(suite, task_keys, located, scratch)
+            job["tasks"] = [each for each in _ordered(tasks, order) if each["key"] in missing]
             job["reuse"] = [str(folder_of(each, cache).resolve()) for each in reuse]
             job["memory_limit_bytes"] = memory_limit_bytes
             heard = _Heard(progress or _unheard, estimated or _unheard)
             with _Child(job, scratch, _environment(environment or {}, endpoint, cache, scratch)) as child:
                 child.wait(deadline, timeout_s, heard)
             _require_all(heard.failed, len(suite.tasks))
-        found = results.read(folder, suite, key)
-        results.keep(folder, found, cache)
+        found = results.read(cache, suite, task_keys, key)
+        results.keep(cache, found, task_keys)
     return found
 
 
@@ -156,34 +162,43 @@ def _require_all(failed: Mapping[str, Sequence[str]], count: int) -> None:
 
 def _job(
     model: Path,
-    suite: Suite,
-    files: Mapping[str, Path],
+    located: Iterable[Located],
     conditions: Conditions,
     folder: Path,
     cache: Path,
     endpoint: str | None,
 ) -> dict[str, Any]:
-    private = {str(model.resolve().parent), str(cache.resolve()), str(_CODE)}
-    private |= {str(Path(path).parent.parent) for path in files.values()} | {str(Path.home()), sys.prefix}
+    private = {str(model.resolve().parent), str(cache.resolve()), str(_CODE), str(Path.home()), sys.prefix}
+    private |= {str(file.parent.parent) for task in located for file in task.files.values()}
+    private |= {str(task.folder) for task in located if task.folder}
     return {
         **asdict(conditions),
         "model": str(model.resolve()),
-        "tasks": [
-            {
-                "name": task.name,
-                "number": number,
-                "few_shot": task.few_shot,
-                "file": str(files[task.name]),
-                "metric": None if task.metric == suites.ANY else task.metric,
-                "filter": task.filter,
-            }
-            for number, task in enumerate(suite.tasks)
-        ],
         "offline": endpoint is None,
+        "cache": str(cache.resolve()),
         "folder": str(folder.resolve()),
         "hub_cache": str(_hub_home(cache, endpoint) / "hub"),
         "private_paths": sorted(private - {"/"}, key=len, reverse=True),
     }
+
+
+def _tasks(
+    suite: Suite, task_keys: Sequence[str], located: Mapping[str, Located], scratch: Path
+) -> list[dict[str, Any]]:
+    """The suite's tasks as the process reads them."""
+    return [
+        {
+            "name": task.name,
+            "key": task_key,
+            "few_shot": task.few_shot,
+            "files": {name: str(file) for name, file in located[task.name].files.items()},
+            "tags": located[task.name].tags,
+            "folder": str((located[task.name].folder or scratch).resolve()),
+            "metric": None if task.metric == suites.ANY else task.metric,
+            "filter": task.filter,
+        }
+        for task, task_key in zip(suite.tasks, task_keys, strict=True)
+    ]
 
 
 def _hub_home(cache: Path, endpoint: str | None) -> Path:

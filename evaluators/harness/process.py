@@ -140,7 +140,7 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
             "A chat template was asked for, but the model's tokenizer has none.",
             "Evaluate it without one, and the models it is compared with, too.",
         )
-    work = {task.number: _amount(task, job, lm) for task in tasks}
+    work = {task.key: _amount(task, job, lm) for task in tasks}
     whole = amounts.together(work.values())
     facts = {"environment": model_loading.facts(lm, job)}
     request_bytes = model_loading.request_bytes(lm, whole.longest)
@@ -154,7 +154,7 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
             if error.code != "TASK_FAILED":
                 raise
             pipe.failed(task.name, EvaluationError("EVALUATION_FAILED", error.message, error.next_step))
-        done += work[task.number].requests
+        done += work[task.key].requests
     pipe.progress(whole.requests, whole.requests, "done")
 
 
@@ -168,7 +168,7 @@ def _prepared(job: Mapping[str, Any], pipe: Pipe) -> list[task_loading.Prepared]
             traceback.print_exc()
             pipe.failed(asked["name"], error)
             continue
-        # Ends all of it: once the suite is put right it is another suite, and what was asked before is for nothing.
+        # Ends all of it, before anything is asked: a misspelt metric is corrected in seconds.
         task_loading.require_metric(task, asked["metric"], asked["filter"])
         found.append(task)
     return found
@@ -198,7 +198,7 @@ def _ask(
     for what concerns this task alone."""
     before, total = progress
     began = time.monotonic()
-    journal = Journal(answers_file(Path(job["folder"]), task.number))
+    journal = Journal(answers_file(Path(job["folder"]), task.key))
     for folder in job["reuse"]:
         for leaf in task.leaves:
             journal.take_samples(samples_file(Path(folder), leaf.config.task))
@@ -214,11 +214,11 @@ def _ask(
             break
         lm.batch_size_per_gpu //= 2
         model_loading.free_memory()
-        asked = next(each for each in job["tasks"] if each["number"] == task.number)
+        asked = next(each for each in job["tasks"] if each["key"] == task.key)
         task = task_loading.prepare(asked, _seeds(job), offline=job["offline"])  # the old one holds answers already
     its_own = {"seconds": time.monotonic() - began, "batch": model_loading.batch_of(lm)}
     task_loading.write(results, task, job, {**facts, **its_own})
-    answers_file(Path(job["folder"]), task.number).unlink(missing_ok=True)
+    answers_file(Path(job["folder"]), task.key).unlink(missing_ok=True)
 
 
 def _results(task: task_loading.Prepared, lm: Any, job: Mapping[str, Any]) -> Mapping[str, Any] | None:

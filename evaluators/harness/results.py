@@ -1,12 +1,12 @@
-"""Evaluations on disk: those that are whole, and the finished tasks of those that are not yet.
+"""Evaluations on disk, and the finished tasks that evaluations are made of.
 
 cache/results/<key>/evaluation.json       the scores (ModelEvaluation)
 cache/results/<key>/lm_eval.json          lm-eval's results, without paths and names of this machine
 cache/results/<key>/samples/<task>.jsonl  every question with the model's answers, as lm-eval logs them
-cache/partial/<key>/                      an evaluation under way: one that was interrupted goes on from here
-    tasks/<number>.json                   a finished task: lm-eval's results, its data, the environment
+cache/tasks/<task key>/                   a finished task, for every suite that asks it under the same conditions
+    result.json                           lm-eval's results, its data, the environment
     samples/<task>.jsonl                  its samples
-    answers/<number>.jsonl                the model's answers to a task at work, whole batches
+cache/partial/<key>/<task key>.jsonl      the model's answers to a task at work, whole batches
 cache/partial/<key>.lock                  held by the process that evaluates
 """
 
@@ -32,6 +32,7 @@ from evaluators.harness.suites import ANY, Suite, SuiteTask
 # The parts of lm-eval's results that have an entry a task; the others are the same in every task of an evaluation.
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 _LOOK_EVERY_S = 0.2
+_RESULT = "result.json"
 
 
 def folder_of(evaluation: ModelEvaluation, cache: Path) -> Path:
@@ -59,8 +60,7 @@ def under_way(cache: Path, key: str, deadline: float) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = cache / "partial" / f"{key}.lock"
     with _locked(lock, deadline):
-        for name in ("tasks", "samples", "answers"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         yield folder
         if stored(cache, key) is not None:  # by another process, or just now
             shutil.rmtree(folder, ignore_errors=True)
@@ -99,26 +99,46 @@ def samples_file(folder: Path, task: str) -> Path:
     return folder / "samples" / f"{task.replace('/', '_')}.jsonl"
 
 
-def task_file(folder: Path, number: int) -> Path:
-    """Where the results of the suite's task `number` stand once it is finished."""
-    return folder / "tasks" / f"{number:03}.json"
+def task_folder(cache: Path, task_key: str) -> Path:
+    """Where the results and samples of a task stand once it is finished."""
+    return cache / "tasks" / task_key
 
 
-def answers_file(folder: Path, number: int) -> Path:
-    """Where the answers to the task at work are kept."""
-    return folder / "answers" / f"{number:03}.jsonl"
+def answers_file(folder: Path, task_key: str) -> Path:
+    """Where the answers to a task at work are kept, in the folder of an evaluation under way."""
+    return folder / f"{task_key}.jsonl"
 
 
-def unfinished(folder: Path, suite: Suite) -> list[int]:
-    """The numbers of the suite's tasks that have no results yet, or none that a disk has kept whole."""
-    return [number for number in range(len(suite.tasks)) if not _is_whole(task_file(folder, number))]
-
-
-def _is_whole(file: Path) -> bool:
+def finished(cache: Path, task_key: str) -> dict[str, Any] | None:
+    """The results of a finished task; None where there are none, or none that a disk has kept whole."""
     try:
-        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+        told = json.loads((task_folder(cache, task_key) / _RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def finish(cache: Path, task_key: str, told: str, samples: Mapping[str, Iterable[str]]) -> None:
+    """Write down the results of a task, as JSON, and the lines of its samples by task: all of it, or nothing."""
+    whole = task_folder(cache, task_key)
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=whole.parent) as made:
+        folder = Path(made) / task_key
+        (folder / "samples").mkdir(parents=True)
+        for task, lines in samples.items():
+            _write(samples_file(folder, task), lines)
+        _write(folder / _RESULT, [told])
+        if finished(cache, task_key) is None:
+            shutil.rmtree(whole, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process finished it just now
+                folder.rename(whole)
+
+
+def _write(file: Path, lines: Iterable[str]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.writelines(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def no_such_metric(task: str, asked: str, known: Iterable[str]) -> EvaluationError:
@@ -130,11 +150,11 @@ def no_such_metric(task: str, asked: str, known: Iterable[str]) -> EvaluationErr
     )
 
 
-def read(folder: Path, suite: Suite, key: str) -> ModelEvaluation:
-    """The evaluation that the finished tasks in `folder` make up. Raises EVALUATION_FAILED for a metric that is not."""
-    parts = [json.loads(task_file(folder, number).read_text(encoding="utf-8")) for number in range(len(suite.tasks))]
+def read(cache: Path, suite: Suite, task_keys: Sequence[str], key: str) -> ModelEvaluation:
+    """The evaluation that finished tasks make up. Raises EVALUATION_FAILED for a metric that a task does not have."""
     scores: list[Score] = []
     others: list[Score] = []
+    parts = _parts(cache, task_keys)
     for task, part in zip(suite.tasks, parts, strict=True):
         found = _scores(task, part["results"], part["data"])
         ranked = next((score for score in _by_rank(found) if _ranks(task, score)), None)
@@ -156,24 +176,43 @@ def read(folder: Path, suite: Suite, key: str) -> ModelEvaluation:
     )
 
 
-def keep(folder: Path, found: ModelEvaluation, cache: Path) -> None:
-    """Make the folder of an evaluation whole, then give it its name."""
-    parts = [json.loads(path.read_text(encoding="utf-8"))["results"] for path in sorted(folder.glob("tasks/*.json"))]
-    (folder / "lm_eval.json").write_text(
-        json.dumps(_together(parts), indent=1, ensure_ascii=False, default=str), encoding="utf-8"
-    )
-    (folder / "evaluation.json").write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
-    for path in folder.rglob("*.json*"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    whole = cache / "results" / found.key
-    whole.parent.mkdir(exist_ok=True)
-    if stored(cache, found.key) is None:  # else another machine's was adopted meanwhile
-        shutil.rmtree(whole, ignore_errors=True)
-        folder.rename(whole)
-        # Last: a process that is killed before has every finished task still where it is looked for.
-        for name in ("tasks", "answers"):
-            shutil.rmtree(whole / name, ignore_errors=True)
+def _parts(cache: Path, task_keys: Sequence[str]) -> list[dict[str, Any]]:
+    found = [finished(cache, task_key) for task_key in task_keys]
+    return [part for part in found if part is not None]
+
+
+def keep(cache: Path, found: ModelEvaluation, task_keys: Sequence[str]) -> None:
+    """Store an evaluation with the results and samples of its tasks; the tasks stay where they are."""
+    results = _together([part["results"] for part in _parts(cache, task_keys)])
+    with _stored_whole(cache, found, results) as folder:
+        for samples in (file for key in task_keys for file in task_folder(cache, key).glob("samples/*.jsonl")):
+            _link(samples, folder / "samples" / samples.name)
+
+
+def _link(file: Path, to: Path) -> None:
+    """Give a finished file a second name; a copy where the disk has no such names."""
+    to.unlink(missing_ok=True)
+    try:
+        to.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, to)
+
+
+@contextmanager
+def _stored_whole(cache: Path, found: ModelEvaluation, results: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder for an evaluation, to put its samples in; it gets its name when the block ends."""
+    (cache / "results").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=cache / "results") as made:
+        folder = Path(made) / found.key
+        (folder / "samples").mkdir(parents=True)
+        yield folder
+        _write(folder / "lm_eval.json", [json.dumps(results, indent=1, ensure_ascii=False, default=str)])
+        _write(folder / "evaluation.json", [json.dumps(found.as_dict(), indent=1)])
+        if stored(cache, found.key) is None:  # else another process or machine was faster
+            whole = cache / "results" / found.key
+            shutil.rmtree(whole, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rename(whole)
 
 
 _SHOWN = ("doc_id", "target", "filtered_resps", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash")
@@ -240,16 +279,9 @@ def adopt(
     evaluation: ModelEvaluation, samples: Mapping[str, str], cache: Path, structure: Mapping[str, Any] | None = None
 ) -> None:
     """Store an evaluation that was made elsewhere."""
-    (cache / "results").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".adopted-", dir=cache) as made:
-        folder = Path(made) / evaluation.key
-        (folder / "samples").mkdir(parents=True)
+    with _stored_whole(cache, evaluation, dict(structure or {})) as folder:
         for task, text in samples.items():
-            (folder / "samples" / f"{task}.jsonl").write_text(text, encoding="utf-8")
-        (folder / "lm_eval.json").write_text(json.dumps(dict(structure or {}), indent=1), encoding="utf-8")
-        (folder / "evaluation.json").write_text(json.dumps(evaluation.as_dict(), indent=1), encoding="utf-8")
-        with contextlib.suppress(OSError):  # somebody was faster
-            folder.rename(cache / "results" / evaluation.key)
+            _write(folder / "samples" / f"{task}.jsonl", [text])
 
 
 def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,31 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from evaluators.errors import EvaluationError
+from evaluators.harness import task_files
+from evaluators.harness.task_files import Located
 
-OWN_TASKS = Path(__file__).parents[1] / "tasks"
 ANY = "any"  # in the place of a metric: the first that the task has
-
-# A task's or group's name in a task file. Task files are YAML, but what is looked for is one plain scalar at the left
-# margin: reading the 14,000 files of lm-eval 0.4.13 this way takes 0.6 s of CPU, lm-eval's own index 35 s.
-_NAME = re.compile(
-    rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([A-Za-z0-9][^\s"'#\[\]{}]*)["']?[ \t]*(?:\#.*)?\r?$""",
-    re.MULTILINE,
-)
-# What a task file draws in: functions of Python files beside it, and whatever else it names, in any YAML of a list.
-_FUNCTION = re.compile(rb"!function[ \t]+[\"']?([\w.]+)\.\w+")
-_IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+\.?|import[ \t]+)(\w[\w.]*)", re.MULTILINE)
-_WORD = re.compile(rb"[^\s\"',\[\]{}#]+")
-_PART_BYTES = 1 << 20
-_FOLDER = re.compile(rb"^[ \t]*(?:dataset_path|data_dir)[ \t]*:[ \t]*[\"']?(/[^\s\"'#]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +36,11 @@ class SuiteTask:
     file: Path | None = None
     chance: float | None = None
 
+    @property
+    def digest(self) -> str:
+        """64 hex; equal where lm-eval is asked for the same, whatever suite the task is in and however it is ranked."""
+        return _digest([self.name, self.few_shot, task_files.content(self.name, self.file)])
+
 
 @dataclass(frozen=True, slots=True)
 class Suite:
@@ -65,97 +54,75 @@ class Suite:
     @property
     def digest(self) -> str:
         """64 hex; equal for equal questions asked in an equal way."""
-        tasks = [[t.name, t.metric, t.few_shot, t.filter, t.chance, _own_text(t)] for t in self.tasks]
-        text = json.dumps([self.name, self.version, tasks], separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        tasks = [
+            [t.name, t.metric, t.few_shot, t.filter, t.chance, task_files.content(t.name, t.file)] for t in self.tasks
+        ]
+        return _digest([self.name, self.version, tasks])
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 
 
 def own_suite(names: Sequence[str]) -> Suite:
     """A suite of tasks named one by one: each ranked as a known suite ranks it, else by the first metric it has."""
+    return Suite("+".join(names), 1, tuple(map(_ranked, names)))
+
+
+def _ranked(name: str) -> SuiteTask:
     known = {task.name: task for suite in SUITES.values() for task in suite.tasks}
-    tasks = tuple(replace(known.get(name, SuiteTask(name, ANY)), few_shot=None, chance=None) for name in names)
-    return Suite("+".join(names), 1, tasks)
+    return replace(known.get(name, SuiteTask(name, ANY)), few_shot=None, chance=None)
 
 
-def of_file(file: Path) -> Suite:
-    """A suite of the one task that a task file of the operator's defines. Raises EvaluationError UNKNOWN_TASK."""
-    names = _NAME.findall(file.read_bytes()) if file.is_file() else []
-    if not names:
-        raise EvaluationError(
-            "UNKNOWN_TASK", f"{file} defines no task.", "Name an lm-eval task file, with a line `task: its_name`."
-        )
-    name = names[0].decode()
-    return Suite(name, 1, (SuiteTask(name, ANY, file=file.resolve()),))
+def named(text: str) -> tuple[SuiteTask, ...]:
+    """The tasks that lm-eval's `--tasks` takes `text` for: the name of a task, group or tag, a pattern with wildcards,
+    a task file (files, with wildcards), or a folder of task files.
 
-
-def find(tasks: Sequence[SuiteTask]) -> dict[str, Path]:
-    """The file that defines each task or group; ours come before lm-eval's. Raises EvaluationError UNKNOWN_TASK."""
-    found = {}
-    for task in tasks:
-        path = task.file or _names(OWN_TASKS).get(task.name) or official().get(task.name)
-        if path is None or task.name not in _names(path.parent):
-            near = get_close_matches(task.name, [*_names(OWN_TASKS), *official()], 1)
-            hint = f"Did you mean `{near[0]}`?" if near else "`lm-eval ls tasks` lists the names."
-            raise EvaluationError("UNKNOWN_TASK", f"There is no task `{task.name}`.", hint)
-        found[task.name] = path
-    return found
-
-
-def official() -> dict[str, Path]:
-    """lm-eval's own tasks and groups and the files that define them, found without importing lm-eval."""
-    spec = find_spec("lm_eval")
-    return {} if spec is None or spec.origin is None else _names(Path(spec.origin).parent / "tasks")
-
-
-@cache
-def _names(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*.yaml")):
-        for name in _NAME.findall(path.read_bytes()):
-            found.setdefault(name.decode(), path)
-    return found
-
-
-def _own_text(task: SuiteTask) -> str | None:
-    """Digest of a task file that is not part of lm-eval, whose version says what its files hold; with the files that
-    it draws in: others of its kind, the tasks of a group, Python code, and data that lie on this disk."""
-    path = task.file or _names(OWN_TASKS).get(task.name)
-    if path is None:
-        return None
-    content, waiting = hashlib.sha256(), [path.resolve()]
-    for file in waiting:
-        with file.open("rb") as stream:
-            for part in iter(lambda stream=stream: stream.read(_PART_BYTES), b""):  # type: ignore[misc]
-                content.update(part)
-        waiting += [found for found in _drawn_in(file) if found not in waiting]
-    return content.hexdigest()
-
-
-def _drawn_in(file: Path) -> list[Path]:
-    """The files that a task file, or a Python file beside one, names, each once."""
-    text = file.read_bytes() if file.suffix in (".py", ".yaml", ".yml") else b""
-    if file.suffix == ".py":
-        named = [file.parent / f"{_text(name).replace('.', '/')}.py" for name in _IMPORT.findall(text)]
+    Raises EvaluationError UNKNOWN_TASK, SUITE_INVALID.
+    """
+    if text.endswith(task_files.SUFFIXES):
+        files = task_files.expanded(Path(text)) or [Path(text)]
+    elif Path(text).is_dir() and not task_files.matches(text):
+        files = sorted(task_files.in_folder(Path(text)))
     else:
-        words = [_text(word) for word in _WORD.findall(text)]
-        named = [file.parent / word for word in words]
-        named += [_names(file.parent)[word] for word in words if word in _names(file.parent)]
-        named += [
-            file.parent / f"{name.replace('.', '/')}.py" for name in sorted({*map(_text, _FUNCTION.findall(text))})
-        ]
-        named += [each for folder in _FOLDER.findall(text) for each in sorted(Path(_text(folder)).rglob("*"))]
-    return list(dict.fromkeys(each.resolve() for each in named if _is_file(each)))
+        return named_in_lm_eval(text)
+    found = [(name, file) for file in files if (name := task_files.defined_in(file))]
+    if not found:
+        raise EvaluationError(
+            "UNKNOWN_TASK", f"{text} defines no task.", "Name an lm-eval task file, with a line `task: its_name`."
+        )
+    tasks = [SuiteTask(name, ANY, file=file.resolve()) for name, file in found]
+    if len(tasks) == 1:
+        return tuple(tasks)
+    members = {name for task in tasks for name in task_files.located(task.name, task.file).files if name != task.name}
+    return tuple(task for task in tasks if task.name not in members)
 
 
-def _text(name: bytes) -> str:
-    return name.decode(errors="replace")
+def named_in_lm_eval(pattern: str) -> tuple[SuiteTask, ...]:
+    """The tasks and groups of a name, a tag or a pattern. Raises EvaluationError UNKNOWN_TASK."""
+    names = task_files.matches(pattern)
+    if not names:
+        raise task_files.unknown(pattern)
+    return tuple(map(_ranked, names))
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a word that is no name of a file at all
-        return False
+def require_distinct(tasks: Sequence[SuiteTask]) -> None:
+    """Refuse to ask a task twice, by name or within a group, as lm-eval does. Raises EvaluationError SUITE_INVALID."""
+    seen: set[str] = set()
+    for task in tasks:
+        files = task_files.located(task.name, task.file).files
+        if twice := seen.intersection(files):
+            raise EvaluationError(
+                "SUITE_INVALID",
+                f"The task `{min(twice)}` is named twice, or by itself and as part of a group.",
+                "Name each task once.",
+            )
+        seen.update(files)
+
+
+def find(tasks: Sequence[SuiteTask]) -> dict[str, Located]:
+    """The files of each task or group. Raises EvaluationError UNKNOWN_TASK, DATASET_UNAVAILABLE."""
+    return {task.name: task_files.located(task.name, task.file) for task in tasks}
 
 
 def _suite(name: str, version: int, about: str, *tasks: SuiteTask) -> Suite:

@@ -6,12 +6,12 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.harness.results import no_such_metric, samples_file, task_file
+from evaluators.harness.results import finish, no_such_metric
 
 # What lm-eval's results say of the machine and its folders rather than of the model (hub.md 8.4).
 _PRIVATE = frozenset(
@@ -24,17 +24,19 @@ class Prepared:
     """One task or group of the suite, loaded; stands in for lm-eval's TaskManager when it is evaluated.
 
     lm-eval seeds, loads and asks. What is loaded ahead, to say how much there is to do, leaves the random numbers
-    where its own command line has them after loading.
+    where its own command line has them after loading. `folder` is the working folder, where relative paths begin.
     """
 
     name: str
-    number: int
+    key: str
+    folder: str
     few_shot: int | None
     loaded: Mapping[str, Any]
     drawn: tuple[Any, ...]
     task_index: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self, _names: Any) -> Mapping[str, Any]:
+        os.chdir(self.folder)
         _set_random_state(self.drawn)
         return self.loaded
 
@@ -46,17 +48,12 @@ class Prepared:
 
 def prepare(asked: Mapping[str, Any], seeds: Mapping[str, int], *, offline: bool) -> Prepared:
     """Load one task of the job. Raises EvaluationError DATASET_UNAVAILABLE, DATASET_GATED, EVALUATION_FAILED."""
-    from lm_eval.tasks import TaskManager
-
-    folder = str(Path(asked["file"]).parent)
+    os.chdir(asked["folder"])
     try:
-        try:
-            loaded = _loaded(TaskManager(include_path=[folder], include_defaults=False), asked["name"], seeds)
-        except KeyError:  # a group of tasks that other folders define: only then is lm-eval's slow index worth it
-            loaded = _loaded(TaskManager(include_path=[folder]), asked["name"], seeds)
+        loaded = _loaded(asked, seeds)
     except Exception as error:
         raise _unloaded(asked["name"], error, offline) from error
-    return Prepared(asked["name"], asked["number"], asked["few_shot"], loaded, _random_state())
+    return Prepared(asked["name"], asked["key"], asked["folder"], asked["few_shot"], loaded, _random_state())
 
 
 def require_metric(task: Prepared, metric: str | None, kind: str) -> None:
@@ -73,9 +70,20 @@ def require_metric(task: Prepared, metric: str | None, kind: str) -> None:
         raise no_such_metric(task.name, f"{metric},{kind}", known)
 
 
-def _loaded(manager: Any, name: str, seeds: Mapping[str, int]) -> Mapping[str, Any]:
+def _loaded(asked: Mapping[str, Any], seeds: Mapping[str, int]) -> Mapping[str, Any]:
+    """The task from its file; of lm-eval's index only what the task needs, for building all of it takes 13 s."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry, Kind, TaskIndex
+
+    manager = TaskManager(include_defaults=False)
+    for name, file in asked["files"].items():
+        entry = TaskIndex.entry_from_path(Path(file))
+        if entry is not None:
+            manager.task_index[name] = replace(entry, name=name)  # the name of a group's entry is a list of tasks
+    for tag, names in asked["tags"].items():
+        manager.task_index[tag] = Entry(tag, Kind.TAG, None, tags=set(names))
     _seed(seeds)
-    return dict(manager.load([name]))
+    return dict(manager.load([asked["name"]]))
 
 
 def _seed(seeds: Mapping[str, int]) -> None:
@@ -105,28 +113,19 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
 
 
 def write(results: Mapping[str, Any], task: Prepared, job: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the samples of a task and then its results and `facts`: once that file stands, the task is finished."""
+    """Write down the samples of a task, its results and `facts`: once they stand, the task is finished."""
     from lm_eval.utils import handle_non_serializable
 
-    folder = Path(job["folder"])
-    for name, samples in results["samples"].items():
-        lines = (json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples)
-        _write_whole(samples_file(folder, name), "".join(f"{line}\n" for line in lines))
+    samples = {
+        name: (json.dumps(each, default=handle_non_serializable, ensure_ascii=False) + "\n" for each in found)
+        for name, found in results["samples"].items()
+    }
     kept = cleaned({key: value for key, value in results.items() if key != "samples"}, job["private_paths"])
     data = {leaf.config.task: _data(leaf, Path(job["hub_cache"])) for leaf in task.leaves}
     text = json.dumps(
         {"results": kept, "data": data, **facts}, default=lambda value: type(value).__name__, ensure_ascii=False
     )
-    _write_whole(task_file(folder, task.number), text)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_suffix(".writing")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(file)
+    finish(Path(job["cache"]), task.key, text, samples)
 
 
 def cleaned(value: Any, private_paths: Iterable[str]) -> Any:
@@ -145,6 +144,8 @@ def _data(task: Any, hub_cache: Path) -> dict[str, Any] | None:
     repo = task.config.dataset_path
     if not isinstance(repo, str) or "/" not in repo:
         return None  # a file format such as "json": the data are files of the operator
+    if Path(repo).exists():
+        return None  # a folder of the operator's
     main = hub_cache / f"datasets--{repo.replace('/', '--')}" / "refs" / "main"
     return {
         "repo": repo,

@@ -10,7 +10,8 @@ import pytest
 
 from bot.demo import skills
 from bot.demo.skills import Skill
-from evaluators.harness.suites import OWN_TASKS, SUITES
+from evaluators.harness.suites import SUITES
+from evaluators.harness.task_files import OWN_TASKS
 
 every_skill = pytest.mark.parametrize("skill", skills.ALL, ids=lambda skill: skill.name)
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ def interrupted(place: Path, cache: str, end: Callable[[], None]) -> Callable[[i
     """A progress that calls `end` once some answers to the second task stand in the journal."""
 
     def progress(done: int, total: int, what: str) -> None:
-        answers = list((place / cache / "partial").glob("*/answers/001.jsonl"))
-        if what == "which_bird" and answers and len(answers[0].read_text().splitlines()) > 3:
+        answers = (place / cache / "partial").glob("*/*.jsonl")
+        if what == "which_bird" and any(len(each.read_text().splitlines()) > 3 for each in answers):
             end()
 
     return progress
@@ -88,13 +88,12 @@ def test_killed_and_then_cancelled_an_evaluation_ends_with_the_numbers_of_an_und
     with pytest.raises(EvaluationError) as caught:
         harness.evaluate(model, suite, progress=interrupted(place, "disturbed", kill), **where, **SETTINGS)
     assert caught.value.code == "MEMORY_LIMIT"
-    (folder,) = (path for path in (place / "disturbed" / "partial").iterdir() if path.is_dir())
-    answered = _answered(folder, suite)
+    answered = _answered(place / "disturbed")
     with pytest.raises(Cancelled):
         harness.evaluate(model, suite, progress=interrupted(place, "disturbed", cancel), **where, **SETTINGS)
     assert set(psutil.Process().children(recursive=True)) <= before
-    assert _answered(folder, suite) >= answered
-    answered = _answered(folder, suite)
+    assert _answered(place / "disturbed") >= answered
+    answered = _answered(place / "disturbed")
     told: list[tuple[int, int, str]] = []
     found = harness.evaluate(model, suite, progress=lambda *line: told.append(line), **where, **SETTINGS)
     assert (found.scores, found.others) == (undisturbed.scores, undisturbed.others)
@@ -104,10 +103,11 @@ def test_killed_and_then_cancelled_an_evaluation_ends_with_the_numbers_of_an_und
     assert list((place / "disturbed" / "partial").iterdir()) == []
 
 
-def _answered(folder: Path, suite: Suite) -> int:
-    """How many answers to the second task are kept, when it is the one that is left."""
-    assert results.unfinished(folder, suite) == [1]
-    answered = len(Journal(results.answers_file(folder, 1)))
+def _answered(cache: Path) -> int:
+    """Count the answers to the second task, when it is the one that is left."""
+    assert len(list((cache / "tasks").iterdir())) == 1
+    (path,) = (cache / "partial").glob("*/*.jsonl")
+    answered = len(Journal(path))
     assert 0 < answered < 5 * ROWS["which_bird"]
     return answered
 
@@ -154,10 +154,36 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(
         "The data of task `which_fish` cannot be loaded: there is no Hub to load it from. "
         "The other 2 of 3 tasks are measured and kept."
     )
-    (folder,) = (path for path in (place / "gap" / "partial").iterdir() if path.is_dir())
-    assert results.unfinished(folder, asked) == [0]
-    kept = (folder / "samples" / "which_bird.jsonl").read_bytes()
-    assert kept == (harness.folder_of(first_look, place / "staged") / "samples" / "which_bird.jsonl").read_bytes()
+    asked_again: list[str] = []
+    where = {"cache": place / "gap", "scratch": place / "s3"}
+    found = harness.evaluate(
+        model, suite, limit=LOOK, progress=lambda *line: asked_again.append(line[2]), **where, **SETTINGS
+    )
+    assert asked_again == []  # without the task that failed it is another suite of the same tasks
+    assert (found.scores, found.others) == (first_look.scores, first_look.others)
+    kept = harness.folder_of(found, place / "gap") / "samples" / "which_bird.jsonl"
+    assert kept.read_bytes() == (harness.folder_of(first_look, place / "staged") / "samples" / kept.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_in_another_suite_only_tasks_that_are_new_or_changed_are_asked(
+    place: Path, model: Path, suite: Suite, first_look: ModelEvaluation
+) -> None:
+    """Its neighbour is corrected, another is added, the order changes, and the task is ranked by another metric."""
+    changed = tiny_harness.task(place / "tasks", "which_animal", ROWS["which_animal"] - 1)
+    added = tiny_harness.task(place / "tasks", "which_fish", 8)
+    asked = Suite("other", 2, (added, replace(suite.tasks[1], metric="acc_norm"), changed))
+    told: list[str] = []
+    found = harness.evaluate(
+        model, asked, limit=LOOK, cache=place / "staged", scratch=place / "s2",
+        progress=lambda *line: told.append(line[2]), **SETTINGS,
+    )  # fmt: skip
+    assert {what for what in told if what.startswith("which")} == {"which_fish", "which_animal"}
+    assert [score.task for score in found.scores] == ["which_fish", "which_bird", "which_animal"]
+    before = {(score.metric, score.value) for score in (*first_look.scores, *first_look.others)}
+    assert {(s.metric, s.value) for s in (*found.scores, *found.others) if s.task == "which_bird"} <= before
+    samples = harness.folder_of(found, place / "staged") / "samples"
+    assert sorted(path.stem for path in samples.iterdir()) == ["which_animal", "which_bird", "which_fish"]
 
 
 def test_a_torn_line_of_the_journal_costs_one_batch(tmp_path: Path) -> None:
@@ -204,47 +230,50 @@ def test_what_samples_hold_is_known_whatever_letters_are_in_them(tmp_path: Path)
 
 FINISHED = Suite("one", 1, (SuiteTask("pets", "acc"),))
 KEY = "0" * 64
+TASK_KEYS = ["1" * 64]
 
 
 def finished(cache: Path) -> Path:
     """An evaluation under way whose only task, a group of two, is finished."""
-    with results.under_way(cache, KEY, time.monotonic() + 9) as folder:
-        where = {"repo": "org/pets", "split": "test", "revision": "c" * 40}
-        told = {
-            "results": {"results": {"pets": {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 9}}},
-            "data": {"cats": {**where, "config": "cats"}, "dogs": {**where, "config": "dogs"}},
-            "environment": asdict(stored.ENVIRONMENT), "seconds": 1.0, "batch": 4,
-        }  # fmt: skip
-        results.task_file(folder, 0).write_text(json.dumps(told))
-    return folder
+    where = {"repo": "org/pets", "split": "test", "revision": "c" * 40}
+    told = {
+        "results": {"results": {"pets": {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 9}}},
+        "data": {"cats": {**where, "config": "cats"}, "dogs": {**where, "config": "dogs"}},
+        "environment": asdict(stored.ENVIRONMENT), "seconds": 1.0, "batch": 4,
+    }  # fmt: skip
+    results.finish(cache, TASK_KEYS[0], json.dumps(told), {"cats": ["{}\n"], "dogs": ["{}\n"]})
+    return results.task_folder(cache, TASK_KEYS[0])
 
 
 def test_a_group_tells_what_the_data_of_its_tasks_have_in_common(tmp_path: Path) -> None:
-    [score] = results.read(finished(tmp_path), FINISHED, KEY).scores
+    finished(tmp_path)
+    [score] = results.read(tmp_path, FINISHED, TASK_KEYS, KEY).scores
     assert score.data == TaskData("org/pets", None, "test", "c" * 40)
 
 
 def test_until_an_evaluation_has_its_name_no_finished_task_is_let_go(tmp_path: Path) -> None:
-    folder = finished(tmp_path)
+    finished(tmp_path)
     (tmp_path / "results").write_text("a file in the place of the folder")
     with pytest.raises(OSError, match="results"):
-        results.keep(folder, results.read(folder, FINISHED, KEY), tmp_path)
-    assert results.unfinished(folder, FINISHED) == []
+        results.keep(tmp_path, results.read(tmp_path, FINISHED, TASK_KEYS, KEY), TASK_KEYS)
+    assert results.finished(tmp_path, TASK_KEYS[0]) is not None
     (tmp_path / "results").unlink()
     (tmp_path / "results" / KEY / "samples").mkdir(parents=True)  # what a clumsy hand left of an earlier one
-    found = results.read(folder, FINISHED, KEY)
-    results.keep(folder, found, tmp_path)
+    found = results.read(tmp_path, FINISHED, TASK_KEYS, KEY)
+    results.keep(tmp_path, found, TASK_KEYS)
     assert results.stored(tmp_path, KEY) == found
-    assert sorted(path.name for path in (tmp_path / "results" / KEY).iterdir()) == [
-        "evaluation.json", "lm_eval.json", "samples",
+    assert sorted(path.name for path in (tmp_path / "results" / KEY).rglob("*")) == [
+        "cats.jsonl", "dogs.jsonl", "evaluation.json", "lm_eval.json", "samples",
     ]  # fmt: skip
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [KEY]
 
 
 @pytest.mark.parametrize("text", ["", '{"results": ', "[]", "[" * 100_000])
 def test_what_a_disk_did_not_keep_whole_is_measured_again(text: str, tmp_path: Path) -> None:
-    folder = finished(tmp_path)
-    results.task_file(folder, 0).write_text(text)
-    assert results.unfinished(folder, FINISHED) == [0]
+    (finished(tmp_path) / "result.json").write_text(text)
+    assert results.finished(tmp_path, TASK_KEYS[0]) is None
+    finished(tmp_path)
+    assert results.finished(tmp_path, TASK_KEYS[0]) is not None
     (tmp_path / "results" / KEY).mkdir(parents=True)
     (tmp_path / "results" / KEY / "evaluation.json").write_text(text)
     assert results.stored(tmp_path, KEY) is None
