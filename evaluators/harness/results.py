@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,13 @@ def read(cache: Path, suite: Suite, task_keys: Sequence[str], key: str) -> Model
     scores: list[Score] = []
     others: list[Score] = []
     parts = _parts(cache, task_keys)
-    for task, part in zip(suite.tasks, parts, strict=True):
+    measured = [
+        (each, part, part["seconds"] / len(members))
+        for task, part in zip(suite.tasks, parts, strict=True)
+        if (members := _measured(task, part["results"]))
+        for each in members
+    ]
+    for task, part, _ in measured:
         found = _scores(task, part["results"], part["data"])
         ranked = next((score for score in _by_rank(found) if _ranks(task, score)), None)
         if ranked is None:
@@ -171,9 +178,18 @@ def read(cache: Path, suite: Suite, task_keys: Sequence[str], key: str) -> Model
         sum(part["seconds"] for part in parts),
         others=tuple(others),
         key=key,
-        task_seconds=tuple(part["seconds"] for part in parts),
+        task_seconds=tuple(seconds for *_, seconds in measured),
         smallest_batch=min((part["batch"] for part in parts if part["batch"] is not None), default=None),
     )
+
+
+def _measured(task: SuiteTask, results: Mapping[str, Any]) -> list[SuiteTask]:
+    """The task itself; of a group that has no score of its own, which is one without `aggregate_metric_list`, the tasks
+    and groups in it that have one."""
+    within = results.get("group_subtasks", {}).get(task.name, ())
+    if not within or any("," in label for label in results["results"].get(task.name, ())):
+        return [task]
+    return [each for name in within for each in _measured(replace(task, name=name), results)]
 
 
 def _parts(cache: Path, task_keys: Sequence[str]) -> list[dict[str, Any]]:
