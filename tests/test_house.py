@@ -31,6 +31,7 @@ HOMES = {
         "bot/merge/recipe/reading.py",
         "bot/card.py",
         "bot/localhub/metadata.py",
+        "evaluators/harness/task_files.py",
     ),
     "apscheduler": ("bot/scheduler.py",),
     "lm_eval": ("evaluators/",),
