@@ -40,16 +40,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A recipe with every reference pinned, and by (bare) reference what lies there.
-
-    `repos` are those that lie on the Hub; `dropped` the files of theirs that are left out, a chat template of
-    somebody's for example.
-    """
+    """A recipe with every reference pinned, and by (bare) reference what lies there; `repos` are those on the Hub."""
 
     recipe: Recipe
     sources: Mapping[ModelRef, Source]
     repos: Mapping[ModelRef, PinnedRepo]
-    dropped: Mapping[ModelRef, tuple[str, ...]]
     folders: Mapping[ModelRef, Path]  # of those that lie here
 
 
@@ -70,7 +65,6 @@ def opened(
     pins: dict[ModelRef, ModelRef] = {}
     sources: dict[ModelRef, Source] = {}
     repos: dict[ModelRef, PinnedRepo] = {}
-    dropped: dict[ModelRef, tuple[str, ...]] = {}
     folders: dict[ModelRef, Path] = {}
     for ref in asked.repos:
         folder = None if limits.strict else local_folder(ref)
@@ -89,12 +83,11 @@ def opened(
             folders[pin] = convert(folder)
             files = LocalFiles(folders[pin])
         elif limits.strict:
-            files = harmless = hub().files(repos[pin].repo, repos[pin].revision).harmless()
-            dropped[pin] = harmless.left_out
+            files = hub().files(repos[pin].repo, repos[pin].revision).harmless()
         else:
             files = hub().files(repos[pin].repo, repos[pin].revision)
         sources[pin] = open_source(files, limits=limits, name=str(ref))
-    return Opened(asked.pinned(pins), sources, repos, dropped, folders)
+    return Opened(asked.pinned(pins), sources, repos, folders)
 
 
 def operators_repo(path: str, revision: str | None, hub: Callable[[], Hub]) -> PinnedRepo:

@@ -67,7 +67,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
         bytes=sum(file.bytes for file in files.values()),
         seconds=time.monotonic() - started,
         parameters=made.parameters,
-        notices=(*_dropped(seen), *(dataclasses.asdict(notice) for notice in made.notices)),
+        notices=tuple(dataclasses.asdict(notice) for notice in made.notices),
     )
     return _json(fact)
 
@@ -82,16 +82,6 @@ def _measured(spec: Mapping[str, Any], settings: Settings, hub: Hub) -> set[tupl
         for source in _SOURCES.validate_python(spec["sources"])
         if not (source.adapter or scoring.is_known(source, asked, settings, hub))
     }
-
-
-def _dropped(seen: sources.Opened) -> list[dict[str, Any]]:
-    """Notices of files that a source has and the merge has not."""
-    return [
-        {"code": "TEMPLATE_DROPPED", "text": text, "count": 1}
-        for ref, names in seen.dropped.items()
-        for name in names
-        for text in [f"The chat template of {ref.path} is not on the bot's list and was left out."]
-    ]
 
 
 def verified_files(out: Path) -> dict[str, PublishedFile]:

@@ -26,20 +26,14 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from bot.errors import Refused, Transient
 from bot.hub.transport import Away, Line, check_deadline
+from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.checkpoints.weight_files import INDEX, weight_file
 from bot.merge.execution.sizes import in_units
 
 # safety.md 5, row 1: what of a source is ever written to our disk. Only files at the top of the repo.
 ALLOWED = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "adapter_config.json",
+    "*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", *TOKENIZER_FILES, *OTHER_FILES,
 )  # fmt: skip
-# A chat template is a program of its author's that runs wherever the model is used: only known ones (safety.md 4.5).
-TEMPLATE = "chat_template.jinja"
-TEMPLATE_LIMIT_BYTES = 64 << 10
-TRUSTED_TEMPLATES = {
-    "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "SmolLM2-Instruct (ChatML with a system text)",
-}
 INDEX_LIMIT_BYTES = 8 << 20
 DOWNLOAD_LIMIT_BYTES = 120_000_000_000
 _CHUNK_BYTES = 1 << 20
@@ -112,10 +106,8 @@ class RepoFiles:
         return self._range(name, start, length)
 
     def harmless(self) -> HarmlessFiles:
-        """Only what may be taken from a stranger's repo and published again (`ALLOWED`)."""
-        allowed = allowed_files(self)
-        stray = TEMPLATE in self.facts() and TEMPLATE not in allowed
-        return HarmlessFiles(self, allowed, (TEMPLATE,) if stray else ())
+        """Only what may be taken from a stranger's repo (`ALLOWED`)."""
+        return HarmlessFiles(self, allowed_files(self))
 
     def _range(self, name: str, start: int, length: int) -> bytes:
         if length == 0:
@@ -134,11 +126,10 @@ class RepoFiles:
 
 @dataclass(frozen=True, slots=True)
 class HarmlessFiles:
-    """A repo seen through the allow-list. `left_out` names what somebody may miss."""
+    """A repo seen through the allow-list."""
 
     whole: RepoFiles
     facts: Mapping[str, FileFact]
-    left_out: tuple[str, ...]
 
     def __str__(self) -> str:
         return str(self.whole)
@@ -252,18 +243,12 @@ def alone(lock: Path) -> Iterator[None]:
 
 
 def allowed_files(files: RepoFiles) -> dict[str, FileFact]:
-    """The files at the top of the repo that `ALLOWED` names, and a chat template that is known."""
-    top = {
+    """The files at the top of the repo that `ALLOWED` names."""
+    return {
         name: fact
         for name, fact in sorted(files.facts().items())
         if "/" not in name and not name.startswith(".") and any(fnmatch.fnmatchcase(name, one) for one in ALLOWED)
     }
-    template = files.facts().get(TEMPLATE)
-    if template is not None and template.size <= TEMPLATE_LIMIT_BYTES:
-        text = files.read(TEMPLATE, 0, template.size)
-        if hashlib.sha256(text).hexdigest() in TRUSTED_TEMPLATES:
-            top[TEMPLATE] = template
-    return top
 
 
 def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str, FileFact]:

@@ -108,9 +108,10 @@ def merge(
     *,
     seed: int = 0,
     shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES,
+    limits: checkpoint.Limits = checkpoint.OPERATOR,
     progress: Callable[[int, int, str], None] | None = None,
     **options: Any,
 ) -> engine.Merged:
     """Parse, plan and merge."""
-    planned, folders = plan_of(text, folder, seed=seed, shard_limit_bytes=shard_limit_bytes)
+    planned, folders = plan_of(text, folder, seed=seed, shard_limit_bytes=shard_limit_bytes, limits=limits)
     return engine.merge(planned, folders, out, progress=progress, **options)

@@ -18,6 +18,11 @@ class Allowance:
         self._limits = limits
         self._looks = 0
 
+    @property
+    def strict(self) -> bool:
+        """Whether the recipe is a stranger's, and its result will be published."""
+        return self._limits.strict
+
     def sources(self, counts: Iterable[int]) -> None:
         """A document is to be planned from sources with `counts` tensors."""
         self._look(sum(counts))

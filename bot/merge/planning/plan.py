@@ -17,6 +17,7 @@ from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Checkpoint, Limits
 from bot.merge.checkpoints.fitting import models_of
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.lora import Adapter
+from bot.merge.checkpoints.model_files import OTHER_FILES, TEMPLATE, TOKENIZER_FILES
 from bot.merge.checkpoints.published import one_naming
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning import ahead, classic_tensors, summary
@@ -27,7 +28,7 @@ from bot.merge.planning.output_config import output_config
 from bot.merge.planning.work import Work, work_of
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.spec import ModelRef, Notice, Recipe
-from bot.merge.tokens import chat_template
+from bot.merge.tokens import chat_template, template_files
 from bot.merge.tokens.tokenizer import Alignment, align, remapped_ids
 
 NUMERICS_VERSION = 5  # raised whenever the same plan would give other bytes
@@ -35,16 +36,6 @@ BASE_MEMORY_BYTES = 300 * 2**20  # an interpreter with torch imported and warm: 
 WORKERS = 2  # tensors worked on at a time
 SHARD_LIMIT_BYTES = 5_000_000_000
 METADATA = {"format": "pt"}
-
-# Files that belong to the model as much as its weights do: those of its tokenizer, and others.
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
-_OTHER_FILES = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +211,7 @@ def _planned(asked: _Asked, allowance: Allowance) -> Plan:
     config = output_config(recipe, checkpoints, architectures, layout, works, notes, alignment)
     if recipe.classic is not None:
         config = classic_tensors.with_true_rows(config, {work.name: work.shape for work in works})
-    small = _small_files(recipe, checkpoints, alignment, config, notes)
+    small = _small_files(recipe, checkpoints, alignment, config, notes, known_templates=allowance.strict)
     return _finish(asked, len(layout.layers), works, small, alignment, notes)
 
 
@@ -239,7 +230,10 @@ def _small_files(
     alignment: Alignment | None,
     config: str,
     notes: Notes,
+    *,
+    known_templates: bool,
 ) -> _SmallFiles:
+    """With `known_templates` no other chat template is taken over from a source."""
     donor = recipe.donor
     giver = donor if alignment is None else alignment.giver
     texts = {} if alignment is None else dict(alignment.texts)
@@ -247,22 +241,27 @@ def _small_files(
     if alignment is not None and giver != donor and loaded is not None:
         loaded.update(remapped_ids(loaded, alignment, donor, checkpoints[giver].config))
         texts["generation_config.json"] = json.dumps(loaded, indent=2) + "\n"
-    template = chat_template.chat_template(recipe, checkpoints, alignment, notes)
+    template = chat_template.chat_template(recipe, checkpoints, alignment, notes, known_only=known_templates)
     if template is not None:
-        texts[chat_template.FILE] = template
+        texts[TEMPLATE] = template
         made = texts.get("tokenizer_config.json")
         own = json.loads(made) if made else checkpoints[giver].document("tokenizer_config.json")
         if own is not None:
             texts["tokenizer_config.json"] = chat_template.without_template(own)
     stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
-    tokenizer = () if recipe.classic is not None and not recipe.classic.copy_tokenizer else _TOKENIZER_FILES
-    names = [(giver, name) for name in tokenizer if name not in stale] + [(donor, name) for name in _OTHER_FILES]
+    tokenizer = () if recipe.classic is not None and not recipe.classic.copy_tokenizer else TOKENIZER_FILES
+    names = [(giver, name) for name in tokenizer if name not in stale] + [(donor, name) for name in OTHER_FILES]
+    if known_templates:
+        for ref, name in names:
+            kept = template_files.known_only(name, checkpoints[ref], texts.get(name), notes)
+            if kept is not None:
+                texts[name] = kept
     copies = tuple(
         Copied(ref.bare, name, checkpoints[ref].sizes[name])
         for ref, name in names
         if name in checkpoints[ref].sizes and name not in texts
     )
-    return _SmallFiles(config, texts, copies)
+    return _SmallFiles(config, {name: text for name, text in texts.items() if text}, copies)
 
 
 def _finish(
@@ -316,7 +315,7 @@ def _digest(asked: _Asked, sources: Iterable[PlannedSource], small: _SmallFiles,
 
 
 def _planned_source(ref: ModelRef, roles: tuple[str, ...], opened: Checkpoint | Adapter) -> PlannedSource:
-    describing = ("config.json", lora.CONFIG, INDEX, *_TOKENIZER_FILES, *_OTHER_FILES)
+    describing = ("config.json", lora.CONFIG, INDEX, *TOKENIZER_FILES, *OTHER_FILES)
     texts = {name: opened.sizes[name] for name in describing if name in opened.sizes}
     presumed = opened.presumed if isinstance(opened, Checkpoint) else ()
     return PlannedSource(ref, roles, opened.headers, opened.header_ends, texts, presumed)

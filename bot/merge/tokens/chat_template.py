@@ -8,19 +8,28 @@ from typing import Any
 
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.model_files import TEMPLATE
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.spec import ModelRef, Recipe
 from bot.merge.tokens.named_templates import MARKERS, TEMPLATES
+from bot.merge.tokens.template_files import is_known
 from bot.merge.tokens.tokenizer import Alignment, read_tokens
 
-FILE = "chat_template.jinja"
 _PROCESSOR_FILE = "chat_template.json"
 
 
 def chat_template(
-    recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint], alignment: Alignment | None, notes: Notes
+    recipe: Recipe,
+    checkpoints: Mapping[ModelRef, Checkpoint],
+    alignment: Alignment | None,
+    notes: Notes,
+    *,
+    known_only: bool,
 ) -> str | None:
-    """The text of the template a recipe asks for; None if it asks for none or no source has one."""
+    """The text of the template a recipe asks for; None if it asks for none or no source has one.
+
+    With `known_only`, `auto` chooses among the templates that may be published.
+    """
     wanted = recipe.chat_template
     if wanted is None:
         return None
@@ -36,6 +45,10 @@ def chat_template(
             )  # fmt: skip
         return wanted
     found = [text for ref in recipe.sources if (text := _of(checkpoints[ref])) is not None]
+    known = [text for text in found if not known_only or is_known(text)]
+    if len(known) < len(found):
+        notes.add("TEMPLATE_DROPPED", "a source's chat template is not on the bot's list and is not chosen")
+    found = known
     if not found:
         notes.add("NO_CHAT_TEMPLATE", "no source has a chat template")
         return None
@@ -64,7 +77,7 @@ def _note_markers(
 
 
 def _of(checkpoint: Checkpoint) -> str | None:
-    text = checkpoint.text(FILE, 2**20)
+    text = checkpoint.text(TEMPLATE, 2**20)
     if text is not None:
         return text.strip()
     given = _given(checkpoint, "tokenizer_config.json") or _given(checkpoint, _PROCESSOR_FILE)
