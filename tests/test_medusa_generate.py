@@ -102,6 +102,13 @@ def test_an_answer_that_ends_inside_a_character_shows_it_as_decoding_does(place:
         assert text == speaker.base.tokenizer.decode(trace.tokens, skip_special_tokens=True)
 
 
+def test_settings_of_the_model_that_are_not_applied_are_named(place: Path) -> None:
+    (place / "base" / "generation_config.json").write_text('{"repetition_penalty": 1.3, "suppress_tokens": [5]}')
+    done = generate("base", "one", "--heads", "heads", "--new-tokens", "3")
+    told = " ".join(done.output.split())
+    assert "ask for repetition_penalty 1.3 and suppress_tokens, which no decoding here applies" in told
+
+
 def test_heads_that_carry_their_accuracy_get_their_own_tree(place: Path) -> None:
     hopeless = [[0.0] * 10] * 3
     formats.write_json(place / "heads" / "training.json", {"accuracy": hopeless})

@@ -24,6 +24,7 @@ from evaluators.medusa.formats.reading import CARRIED
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate
+from evaluators.medusa.speed.baselines import unapplied_settings
 from evaluators.medusa.training import prompt_sets, training_file
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
@@ -108,6 +109,7 @@ def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "
     """
     base, unpacked = packed.load(model, device, dtype)
     notes = [unpacked] if unpacked is not None and device == "cpu" else []
+    notes += [unapplied] if (unapplied := unapplied_settings(base)) is not None else []
     carried = model / CARRIED
     found = heads or (carried if carried.is_dir() else None)
     reason = reason_against_trees(base)

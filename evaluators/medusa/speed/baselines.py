@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
+from evaluators.comparison.report import joined
 from evaluators.medusa.decoding.decode import Clock, Limits, clocked, plain
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.model.causal_lm import Base
@@ -16,8 +18,16 @@ from evaluators.medusa.speed.bench import Question, end_to_end_s, seconds
 from evaluators.medusa.speed.document import ClockName
 
 NATIVE_SLACK = 1.1
-# What makes a token depend on the text before it in other ways than through the model, and its value for "off".
-HISTORY = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# Settings of a generation config that change greedy text, each with the value that does not.
+NEUTRAL: dict[str, Any] = {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
+    "guidance_scale": 1.0, "token_healing": False,
+    **dict.fromkeys((
+        "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id",
+        "forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings", "penalty_alpha", "dola_layers",
+        "watermarking_config",
+    )),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +84,14 @@ def never_equal(found: Sequence[Versus]) -> str | None:
 
 
 def unapplied_settings(base: Base) -> str | None:
-    """In a sentence, what the model's own generation config asks for and no loop here applies; None without any."""
-    own = {name: getattr(base.model.generation_config, name, None) for name in HISTORY}
-    asked = [f"{name} {value}" for name, value in own.items() if value not in (None, HISTORY[name])]
+    """A clause that names the settings of the model's own generation config that no loop here applies; None without
+    any."""
+    own = {name: getattr(base.model.generation_config, name, None) for name in NEUTRAL}
+    set_by_model = {name: value for name, value in own.items() if value not in (None, [], NEUTRAL[name])}
+    asked = [f"{name} {value}" if isinstance(value, int | float) else name for name, value in set_by_model.items()]
     if not asked:
         return None
-    return f"the model's own settings ask for {' and '.join(asked)}, which no decoding here applies: all are greedy"
+    return f"the model's own settings ask for {joined(asked)}, which no decoding here applies"
 
 
 @torch.no_grad()

@@ -123,10 +123,14 @@ def test_transformers_own_greedy_loop_gives_the_same_text() -> None:
 def test_a_repetition_penalty_in_the_models_own_settings_makes_no_other_baseline() -> None:
     made = tiny.model("gqa")
     made.generation_config.repetition_penalty, made.generation_config.no_repeat_ngram_size = 1.5, 2
+    made.generation_config.suppress_tokens, made.generation_config.min_length = list(range(200)), 0
     made.generation_config.eos_token_id = [7, tiny.EOS]
     base, question = Base(made, tiny.tokenizer()), bench.Question(Prompt("1", "x", ("?",)), (4, 5, 9))
     said = baselines.unapplied_settings(base)
-    assert said is not None and "repetition_penalty 1.5 and no_repeat_ngram_size 2, which no decoding here" in said
+    assert (
+        said is not None
+        and "repetition_penalty 1.5, no_repeat_ngram_size 2 and suppress_tokens, which no decoding here" in said
+    )
     assert baselines.unapplied_settings(tiny.base("gqa")) is None
     for limits in (Limits(25, base.stop_ids), Limits(25)):
         (versus,) = baselines.against_native(base, [question], limits)
