@@ -41,6 +41,16 @@ class HeadSpec:
             raise ValueError("the kept token ids must be there, each once")
 
 
+def require_own_projection(base: Base) -> None:
+    """Raise EvaluationError SPEED_UNSUPPORTED where heads of the kind "own" cannot be made on this base."""
+    if getattr(base.output, "bias", None) is not None:
+        raise EvaluationError(
+            "SPEED_UNSUPPORTED",
+            "Heads with their own projection cannot copy an output embedding that has a bias.",
+            "Use shared heads on this model.",
+        )
+
+
 class Heads(nn.Module):
     """K heads over one base model. Parameters stay in float32 until `.to()` moves them.
 
@@ -82,12 +92,7 @@ class Heads(nn.Module):
         weight, bias = self.base.output.weight.detach(), getattr(self.base.output, "bias", None)
         rows = weight if keep is None else weight[keep.to(weight.device)]
         if self.spec.kind == "own":
-            if bias is not None:
-                raise EvaluationError(
-                    "SPEED_UNSUPPORTED",
-                    "Heads with their own projection cannot copy an output embedding that has a bias.",
-                    "Use shared heads on this model.",
-                )
+            require_own_projection(self.base)
             self.unembed = nn.Parameter(rows.float().expand(self.spec.heads, *rows.shape).clone())
             self.unembed_bias = None
             return

@@ -25,7 +25,7 @@ from evaluators.content import content_digest
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting import drafters
-from evaluators.medusa.drafting.heads import Heads, HeadSpec
+from evaluators.medusa.drafting.heads import Heads, HeadSpec, require_own_projection
 from evaluators.medusa.model import causal_lm, packed, support
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import distillation, fitting, joint, prompt_sets, simulation, train, training_file
@@ -153,8 +153,7 @@ def train_heads(
     work = Work(model, out, wanted, Store(cache), identity, progress or (lambda *_: None), began)
     work.take_up()
     work.progress("load", 0, 1)
-    # A change to the base is trained through its layers, and in full precision.
-    base = causal_lm.load(model, device) if wanted.joint else packed.load(model, device, wanted.dtype)[0]
+    base = _loaded(model, device, wanted)
     encoded = _encoded(base, texts, prompts[2], wanted.answer_tokens)
     work.progress("load", 1, 1)
     _noted(work, "load", began)
@@ -174,6 +173,18 @@ def train_heads(
     training_file.write(heads, facts, out, base_model=model.name)
     shutil.rmtree(work.unfinished, ignore_errors=True)
     return facts
+
+
+def _loaded(folder: Path, device: str, wanted: Wanted) -> Base:
+    """The model as it runs in this training. Raises EvaluationError SPEED_UNSUPPORTED where it is not one for the
+    wanted heads, before it answers anything."""
+    # A change to the base is trained through its layers, and in full precision.
+    base = causal_lm.load(folder, device) if wanted.joint else packed.load(folder, device, wanted.dtype)[0]
+    if wanted.joint:
+        joint.adaptable(base)
+    if wanted.kind == "own":
+        require_own_projection(base)
+    return base
 
 
 def _prompts(wanted: Wanted) -> tuple[list[prompt_sets.Prompt], list[prompt_sets.Prompt], list[str]]:

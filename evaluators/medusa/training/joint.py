@@ -52,6 +52,17 @@ class LowRank(nn.Module):
         return out + (self.scale * F.linear(F.linear(x.float(), self.a), self.b)).to(out.dtype)
 
 
+def adaptable(base: Base) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that joint training changes, by name. Raises EvaluationError SPEED_UNSUPPORTED for none."""
+    found = [(n, m) for n, m in base.model.named_modules() if type(m) is nn.Linear and m is not base.output]
+    if not found:
+        raise EvaluationError(
+            "SPEED_UNSUPPORTED", f"{type(base.model).__name__} has no plain linear layer that could be adapted.",
+            "Train heads without --joint.",
+        )  # fmt: skip
+    return found
+
+
 class Adapter:
     """The low-rank changes of a base, by the name of the layer they change."""
 
@@ -59,16 +70,10 @@ class Adapter:
         self.rank, self.alpha = rank, alpha
         self.layers: dict[str, LowRank] = {}
         draw = torch.Generator().manual_seed(seed)
-        linears = [(n, m) for n, m in base.model.named_modules() if type(m) is nn.Linear and m is not base.output]
-        for name, linear in linears:
+        for name, linear in adaptable(base):
             parent, _, leaf = name.rpartition(".")
             self.layers[name] = LowRank(linear, rank, alpha, draw)
             setattr(base.model.get_submodule(parent), leaf, self.layers[name])
-        if not linears:
-            raise EvaluationError(
-                "SPEED_UNSUPPORTED", f"{type(base.model).__name__} has no plain linear layer that could be adapted.",
-                "Train heads without --joint.",
-            )  # fmt: skip
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {f"{name}.{part}": getattr(layer, part) for name, layer in self.layers.items() for part in ("a", "b")}

@@ -41,6 +41,24 @@ def test_a_recurrent_state_is_found_in_the_config(kind: str) -> None:
     assert "keeps a recurrent state" in (support.reason_against_trees(AutoConfig.for_model(kind)) or "")
 
 
+@pytest.mark.parametrize(
+    ("kind", "wanted", "says"),
+    [
+        ("gpt2", Wanted(joint=True), "GPT2LMHeadModel has no plain linear layer"),
+        ("gptj", Wanted(kind="own"), "cannot copy an output embedding that has a bias"),
+    ],
+)
+def test_heads_that_a_model_cannot_have_are_refused_before_it_answers(
+    tmp_path: Path, kind: str, wanted: Wanted, says: str
+) -> None:
+    folder, stages = tiny.write(tmp_path / "model", tiny.model(kind)), []
+    with pytest.raises(EvaluationError, match=says) as refused:
+        train_heads(
+            folder, tmp_path / "out", tmp_path / "cache", wanted, progress=lambda stage, *_: stages.append(stage)
+        )
+    assert refused.value.code == "SPEED_UNSUPPORTED" and stages == ["load"]
+
+
 @pytest.mark.parametrize("config", [T5, BART], ids=["t5", "bart"])
 def test_an_encoder_decoder_is_named_as_one_before_weights_are_read(tmp_path: Path, config: Any) -> None:
     folder, out = written(tmp_path / "model", config), tmp_path / "out"
