@@ -211,7 +211,6 @@ def shortened(base: Base, ids: list[int], new_tokens: int) -> list[int]:
 
     `new_tokens` are kept free for the answer, at most half of the context.
     """
-    last = base.last_position()
-    if last is None:
-        return ids
-    return ids[-max(1, (last + 1) // 2, last + 1 - new_tokens) :]
+    # Where rope `dynamic` goes beyond it, no batch gives the answers that its prompts get alone.
+    context = base.max_positions
+    return ids if context is None else ids[-max(1, context // 2, context - new_tokens) :]
