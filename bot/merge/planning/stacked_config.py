@@ -1,0 +1,198 @@
+"""What a config says of single layers, written anew for layers that are cut, stacked or mixed.
+
+Three things speak of single layers: lists with one entry per layer, lists of layer numbers, and rules
+(`layer_rules`). merging.md 3.3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from bot.errors import Refused
+from bot.merge.planning.layer_rules import WHOLE, Kinds, Rule, at, rules_of
+from bot.merge.planning.layer_table import LAYER_RULES
+from bot.merge.planning.layout import Stacked
+from bot.merge.recipe.notices import Notes
+from bot.merge.recipe.spec import ModelRef
+
+Configs = Mapping[ModelRef, Mapping[str, Any]]
+
+# lists that never speak of layers, however many layers there are
+_NOT_BY_LAYER = re.compile(r"architectures|\w*(_token_ids?|_token_index|suppress_tokens|_section|_aspect_ratios)")
+# strings with one letter per layer
+_LETTERS = ("hybrid_override_pattern", "index_topk_pattern")
+# lists of layer numbers, where others have one entry per layer; the number of the first layer
+_LAYER_NUMBERS = {
+    "mlp_only_layers": 0, "cross_attention_layers": 0, "attn_layer_indices": 0, "full_attn_idxs": 0, "moe_layers": 0,
+    "local_layer_ids": 0, "rope_scaling_layers": 0, "subsample_layers": 0, "fullatt_block_indexes": 0,
+    "hybrid_layer_ids": 0, "full_attn_layers": 1, "kda_layers": 1, "ple_layer_ids": 1,
+}  # fmt: skip
+# dicts whose lists speak of layers like those of the config itself
+_INNER = ("linear_attn_config", "sparse_attention_config")
+# lists that may have entries for prediction layers at their end
+_WITH_PREDICTION = re.compile(
+    r"\w*layer_types|compress_ratios|swiglu_limits\w*|rope_theta|partial_rotary_factors|\w*_freq"
+)
+# what layers of a kind need beside the kind itself
+_NEEDED = {"sliding": ("use_sliding_window", "sliding_window"), "chunked": ("attention_chunk_size",)}
+
+
+def restack(config: dict[str, Any], stack: Stacked, donor: ModelRef, configs: Configs, notes: Notes) -> None:
+    """Change `config`, a copy of the donor's, so that it describes the layers of `stack`.
+
+    Raises `Refused(LAYER_RULE)` where a rule of the config cannot give each layer the kind it had in its own model.
+    """
+    same = list(stack.layers) == [(donor, i) for i in range(stack.donor_layers)]
+    for path in stack.depths:
+        part = at(config, path[:-1])
+        if not same:
+            rules = rules_of(config, path, LAYER_RULES)
+            wanted = [_wanted(rule, path, stack, donor, configs) for rule in rules]
+            _per_layer(part, path[:-1], stack, configs)
+        part[path[-1]] = len(stack.layers)
+        if not same:
+            _follow(config, path, list(zip(rules, wanted, strict=True)), stack, donor, configs, notes)
+
+
+def without_predicted(config: dict[str, Any], stack: Stacked) -> None:
+    """Leave out what lists say of prediction layers, after the layers of `stack`."""
+    for path in stack.depths:
+        part, count = at(config, path[:-1]), len(stack.layers)
+        for key, value in part.items():
+            if isinstance(value, list) and _WITH_PREDICTION.fullmatch(key) and len(value) == count + _predicted(part):
+                part[key] = value[:count]
+
+
+def _view(config: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The part of a config that speaks of a stack, and the whole config for the rules that depend on it."""
+    return {**(at(config, path[:-1]) or {}), WHOLE: config}
+
+
+def _count(config: Mapping[str, Any], path: Sequence[str], least: int) -> int:
+    count = at(config, path)
+    return count if isinstance(count, int) and count >= least else least
+
+
+def _wanted(rule: Rule, path: Sequence[str], stack: Stacked, donor: ModelRef, configs: Configs) -> Kinds:
+    """The kind each layer of the output had in its own model."""
+    depth = {model: 1 + max(i for own, i in stack.layers if own == model) for model, _ in stack.layers}
+    kinds = {
+        model: rule.kinds(_view(configs[model], path), _count(configs[model], path, least))
+        for model, least in depth.items()
+    }
+    return [kinds[model][i] for model, i in stack.layers]
+
+
+def _follow(
+    config: dict[str, Any],
+    path: Sequence[str],
+    rules: Sequence[tuple[Rule, Kinds]],
+    stack: Stacked,
+    donor: ModelRef,
+    configs: Configs,
+    notes: Notes,
+) -> None:
+    part = at(config, path[:-1])
+    for rule, wanted in rules:
+        own = rule.kinds(_view(configs[donor], path), stack.donor_layers)
+        part.update(_needed(wanted, own, path, stack, configs))
+        edits = rule.edits(_view(config, path), wanted)
+        if edits is None:
+            raise _refusal(rule, donor, wanted)
+        part.update(edits)
+        if rule.listed is not None and _read_before_lists(rule, configs[donor], path, own):
+            _follow_old(rule, part, _view(config, path), wanted, notes)
+    for rule, wanted in rules:  # two rules may share a key
+        if rule.kinds(_view(config, path), len(wanted)) != wanted:
+            raise _refusal(rule, donor, wanted)
+
+
+def _needed(
+    wanted: Kinds, own: Kinds, path: Sequence[str], stack: Stacked, configs: Configs
+) -> Iterator[tuple[str, Any]]:
+    """Keys that a kind needs which no layer of the donor has, from the model that gives it."""
+    for (model, _), kind in zip(stack.layers, wanted, strict=True):
+        for word, keys in _NEEDED.items():
+            if isinstance(kind, str) and word in kind and kind not in own:
+                theirs = at(configs[model], path[:-1]) or {}
+                yield from ((key, theirs[key]) for key in keys if key in theirs)
+
+
+def _read_before_lists(rule: Rule, config: Mapping[str, Any], path: Sequence[str], own: Kinds) -> bool:
+    """Whether the donor's config gives the same kinds to a program that does not read the list."""
+    bare = {key: value for key, value in _view(config, path).items() if key != rule.listed}
+    return rule.formula(bare, len(own)) == own
+
+
+def _follow_old(rule: Rule, part: dict[str, Any], view: Mapping[str, Any], wanted: Kinds, notes: Notes) -> None:
+    edits = rule.old_edits(view, wanted)
+    if edits is not None:
+        part.update(edits)
+        return
+    keys = " and ".join(f"`{key}`" for values in rule.values for key in values.keys) or "the rule before it"
+    text = f"config.json lists `{rule.listed}`, as {keys} cannot express the new order"
+    notes.add(
+        "LAYER_LIST", f"{text}; programs that do not read the list (transformers 4.52 and older) build other layers"
+    )
+
+
+def _refusal(rule: Rule, donor: ModelRef, wanted: Kinds) -> Refused:
+    return Refused(
+        "LAYER_RULE",
+        f"`{rule.name}` in the config of {donor} cannot describe this order of layers.",
+        f"Choose slices for which {rule.limit}.",
+        value=", ".join(map(str, wanted)),
+    )
+
+
+def _per_layer(part: dict[str, Any], path: Sequence[str], stack: Stacked, configs: Configs) -> None:
+    """Re-assemble every list that speaks of single layers from the layers the output is stacked of."""
+    for key, value in part.items():
+        if isinstance(value, list) and key in _LAYER_NUMBERS:
+            part[key] = _numbers(path, key, stack, configs)
+        elif isinstance(value, list) and not _NOT_BY_LAYER.fullmatch(key):
+            extra = _predicted(part) if _WITH_PREDICTION.fullmatch(key) else 0
+            part[key] = _entries(path, key, value, stack, configs, extra)
+        elif isinstance(value, str) and key in _LETTERS and len(value) == stack.donor_layers:
+            part[key] = "".join(str(_entry(configs[model], path, key, i, value)) for model, i in stack.layers)
+        elif key == "per_layer_config" and isinstance(value, dict):
+            part[key] = _by_number(path, key, stack, configs)
+        elif key in _INNER and isinstance(value, dict):
+            _per_layer(value, (*path, key), stack, configs)
+
+
+def _numbers(path: Sequence[str], key: str, stack: Stacked, configs: Configs) -> list[int]:
+    start = _LAYER_NUMBERS[key]
+    listed = {model: at(configs[model], (*path, key)) or [] for model, _ in stack.layers}
+    return [number + start for number, (model, i) in enumerate(stack.layers) if i + start in listed[model]]
+
+
+def _predicted(part: Mapping[str, Any]) -> int:
+    count = part.get("num_nextn_predict_layers")
+    return count if isinstance(count, int) else 0
+
+
+def _entries(
+    path: Sequence[str], key: str, value: list[Any], stack: Stacked, configs: Configs, extra: int
+) -> list[Any]:
+    """One entry per layer, and those of `extra` prediction layers after them."""
+    if len(value) not in (stack.donor_layers, stack.donor_layers + extra):
+        return value
+    own = [_entry(configs[model], path, key, i, value) for model, i in stack.layers]
+    return own + value[stack.donor_layers :]
+
+
+def _by_number(path: Sequence[str], key: str, stack: Stacked, configs: Configs) -> dict[str, Any]:
+    """A dict from layer numbers (JSON: strings) to what is special in the layer."""
+    given = {model: at(configs[model], (*path, key)) or {} for model, _ in stack.layers}
+    found = {str(number): given[model].get(str(i)) for number, (model, i) in enumerate(stack.layers)}
+    return {number: value for number, value in found.items() if value is not None}
+
+
+def _entry(config: Mapping[str, Any], path: Sequence[str], key: str, layer: int, fallback: Sequence[Any]) -> object:
+    value = at(config, (*path, key))
+    if isinstance(value, list | str) and layer < len(value):
+        return value[layer]
+    return fallback[min(layer, len(fallback) - 1)]
