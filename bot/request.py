@@ -22,8 +22,8 @@ CARD_LIMIT_BYTES = 1024 * 1024
 REQUEST_TAG = "mergebot"
 RECIPE_FILE = "mergekit_config.yml"
 
-# The expression the Hub cuts a card's metadata with (hub.md 1.3).
-FRONT_MATTER = re.compile(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---[ \t]*(\r\n|\n|$))")
+# The Hub's pattern since huggingface_hub 2.4: linear, where the one before was cubic in a run of empty lines.
+FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
 REPO_NAME = re.compile(r"^(?!.*(?:--|\.\.))(?!.*\.git$)[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-FRONT_MATTER = re.compile(r"\A(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---[ \t]*(?:[\r\n]|\Z))")
+FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
 LIMIT_BYTES = 1 << 20
 _FRONT_LIMIT_BYTES = 256 << 10
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
