@@ -32,7 +32,8 @@ logger = logging.get_logger(__name__)
 
 TREE = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-UNDERSTOOD = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+CACHES = ("cache", "past_key_values")  # the names of transformers 5.24 and of those before it
+UNDERSTOOD = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHES}
 
 
 def generate(inputs: Tensor | None = None, *, model: Any, medusa_heads: Any = None, medusa_tree: Any = None,
@@ -156,7 +157,7 @@ class _Tree:
 def _why_plain(model: Any, ids: Tensor, processors: Any, config: Any, kwargs: dict[str, Any]) -> str | None:
     text = model.config.get_text_config(decoder=True)
     rope = json.dumps(getattr(text, "rope_parameters", None) or {}, default=str)
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = next((kwargs[name] for name in CACHES if name in kwargs), None)
     layers = getattr(cache, "layers", None) or []
     given = {name for name, value in kwargs.items() if value is not None} - UNDERSTOOD
     if config.get_generation_mode() != GenerationMode.GREEDY_SEARCH or len(processors):
@@ -182,7 +183,7 @@ def _decode(model: Any, input_ids: Tensor, logits_processor: Any = None, stoppin
     reason = _why_plain(model, input_ids, logits_processor, generation_config, kwargs)
     if reason is not None:
         raise _NotThisWay(reason)
-    cache = kwargs["past_key_values"]
+    cached = {name: kwargs[name] for name in CACHES if name in kwargs}
     seen: dict[str, Tensor] = {}
     last = {"logits_to_keep": 1} if "logits_to_keep" in kwargs else {}
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
@@ -191,7 +192,7 @@ def _decode(model: Any, input_ids: Tensor, logits_processor: Any = None, stoppin
         shown.put(text.cpu())
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.update(h=args[0]))
     try:
-        logits = model(input_ids=text.to(model.device), past_key_values=cache, use_cache=True, **last).logits
+        logits = model(input_ids=text.to(model.device), **cached, use_cache=True, **last).logits
         h, block = seen["h"][0, -1], [int(logits[0, -1].argmax())]
         while True:
             for token in block:
@@ -204,14 +205,14 @@ def _decode(model: Any, input_ids: Tensor, logits_processor: Any = None, stoppin
                     return text
             length = text.shape[1] - 1
             room = min(generation_config.max_length - text.shape[1] - 1, positions - 1 - length)
-            path, block = _step(model, heads, tree, tree.nodes(room), h, text[0, -1:].to(heads.device), cache, length)
+            path, block = _step(model, heads, tree, tree.nodes(room), h, text[0, -1:].to(heads.device), cached, length)
             h = seen["h"][0, path[-1]]
     finally:
         hook.remove()
 
 
-def _step(model: Any, heads: _Heads, tree: _Tree, nodes: int, h: Tensor, root: Tensor, cache: Any,
-          length: int) -> tuple[list[int], list[int]]:  # fmt: skip
+def _step(model: Any, heads: _Heads, tree: _Tree, nodes: int, h: Tensor, root: Tensor,
+          cached: dict[str, Any], length: int) -> tuple[list[int], list[int]]:  # fmt: skip
     """One forward pass after `length` cached tokens -> the accepted nodes and the tokens they bring."""
     options: dict[str, Any] = {}
     tokens = root.to(model.device)
@@ -225,7 +226,7 @@ def _step(model: Any, heads: _Heads, tree: _Tree, nodes: int, h: Tensor, root: T
         mask[:, length:].masked_fill_(hidden, torch.finfo(model.dtype).min)
         positions = torch.tensor([tree.depth[:nodes]], device=model.device) + length
         options = {"attention_mask": mask[None, None], "position_ids": positions}
-    logits = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, **options).logits[0]
+    logits = model(input_ids=tokens[None], **cached, use_cache=True, **options).logits[0]
     best, drafted = logits.argmax(dim=-1).tolist(), tokens.tolist()
     path = [0]
     while True:
@@ -234,7 +235,8 @@ def _step(model: Any, heads: _Heads, tree: _Tree, nodes: int, h: Tensor, root: T
             break
         path.append(following[0])
     if nodes > 1:
-        _keep(cache, path, nodes, length)
+        for cache in cached.values():
+            _keep(cache, path, nodes, length)
     return path, [*(drafted[node] for node in path[1:]), best[path[-1]]]
 
 
