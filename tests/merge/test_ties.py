@@ -13,7 +13,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from test_families import DECODER, FAMILIES, SEEING, SHORT
 from tiny_checkpoints import llama_tensors, load, merge, plan_of, save
+from typer.testing import CliRunner
 
+from bot.cli import app
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import LocalFiles, open_checkpoint
 from bot.merge.execution import engine
@@ -272,3 +274,44 @@ def test_a_stack_of_a_tied_and_an_untied_model_takes_each_end_from_its_own(tmp_p
     head = next(step for step in planned.steps if step.name == "lm_head.weight")
     assert [str(operand.model) for operand in head.work.operands] == ["b"]
     assert json.loads(planned.config)["tie_word_embeddings"] is False
+
+
+def test_the_programs_of_2023_read_ties_as_every_recipe_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "a", llama_tensors(0), tie_word_embeddings=True)  # a head of its own
+    alone = llama_tensors(1)
+    del alone[TIED_PAIR[1]]
+    save(tmp_path / "b", alone, tie_word_embeddings=True)  # its head is the embedding
+    runner = CliRunner()
+    arguments = "classic classic --merge a --merge b --weight 0.5 --weight 0.5 --method linear --no-bf16"
+    (tmp_path / "stack.yml").write_text(
+        "embedding_source: b\nlm_head_source: a\n"
+        "layer_slices: [{model: b, start: 0, end: 1}, {model: a, start: 1, end: 2}]"
+    )
+    for line in (arguments, "bakllama stack.yml stack"):
+        result = runner.invoke(app, ["--home", "home", *line.split()], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    first = hf.LlamaForCausalLM.from_pretrained("a").state_dict()
+    second = hf.LlamaForCausalLM.from_pretrained("b").state_dict()
+    both = load(tmp_path / "classic")
+    torch.testing.assert_close(both[TIED_PAIR[1]], (first[TIED_PAIR[1]] + second[TIED_PAIR[1]]) / 2)
+    assert torch.equal(both["lm_head.weight"], first["lm_head.weight"])  # as in 2023, no embedding stands in for a head
+    stack = hf.LlamaForCausalLM.from_pretrained("stack").state_dict()
+    assert torch.equal(stack[TIED_PAIR[1]], second[TIED_PAIR[1]])
+    assert torch.equal(stack["lm_head.weight"], first["lm_head.weight"])
+
+
+@pytest.mark.parametrize("how", ["equal", "other", "only the head"])
+def test_a_merge_of_tied_models_is_verified(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors = llama_tensors(0)
+    if how == "equal":
+        tensors["lm_head.weight"] = tensors[TIED_PAIR[1]].clone()
+    if how == "only the head":
+        del tensors[TIED_PAIR[1]]
+    save(tmp_path / "a", tensors, tie_word_embeddings=True)
+    save(tmp_path / "b", llama_tensors(1, tied=True))
+    (tmp_path / "r.yml").write_text(LINEAR)
+    for line in ("merge r.yml out", "verify out", "plan r.yml"):
+        result = CliRunner().invoke(app, ["--home", "home", *line.split()], catch_exceptions=False)
+        assert result.exit_code == 0, result.output

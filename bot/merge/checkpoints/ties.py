@@ -22,14 +22,14 @@ from bot.merge.checkpoints.header import TensorInfo
 Read = Callable[[str, int, int], bytes]  # file, first byte, count -> bytes
 
 _HEAD = re.compile(
-    r"(^|\.)(lm_head(\.decoder|\.out_proj)?|embed_out|predictions\.decoder|vocab_projector|generator_lm_head|lm_loss"
+    r"(^|\.)(lm_head(\.decoder|\.out_proj)?|embed_out|predictions\.decoder|mlm_score\.decoder|vocab_projector|generator_lm_head|lm_loss"
     r"|proj_out|output_projection|pred_layer\.proj)\.weight$|^(output|decoder|head|head\.decoder)\.weight$"
 )
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings?|shared|tok_embeddings|embeddings|tokens_embed|transformer\.w)"
     r"\.weight$"
 )
-_COPY = re.compile(r"(.*\.|)(en|de)coder\.embed_tokens\.weight")  # of `shared.weight` beside it
+_COPY = re.compile(r"(.*\.|)(text_)?(en|de)coder\.embed_tokens\.weight")  # of `shared.weight` beside it
 _BIAS = re.compile(r"(?P<parent>(?:.*\.)?(?:predictions|lm_head)\.)(?:decoder\.)?bias")  # stored in one of two places
 _NUMBERED = re.compile(r"(^|\.)(\d+|mtp)\.")
 _POSITION = re.compile(r"wpe|position")
@@ -132,7 +132,7 @@ def as_loaded(
     """
     ties = config_ties(config)
     if ties is False:
-        return Loaded(config, tensors)
+        return Loaded(config, tensors, (), tuple(_headless(label, config, tensors)))
     out, notices, presumed = dict(tensors), list[str](), list[tuple[TensorInfo, TensorInfo]]()
     pairs, apart, changed = list(_pairs(label, config, tensors)), False, False
     for target, source in pairs:
@@ -167,6 +167,12 @@ def require_equal(read: Read, label: str, kept: TensorInfo, left_out: TensorInfo
             f"{label} stores {left_out.name} and {kept.name}, which it ties, and some of their rows differ.",
             "Download it, set tie_word_embeddings to false in its config.json, and name that folder.", value=label,
         )  # fmt: skip
+
+
+def _headless(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    speaking = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
+    if speaking and main_head(list(tensors)) is None:
+        yield f"{label} stores no head and its config ties none; transformers fills the head with random numbers"
 
 
 def _parts(config: Mapping[str, Any]) -> list[Any]:
