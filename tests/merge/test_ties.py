@@ -99,7 +99,8 @@ def saved(kind: Any, config: Any, folder: Path, how: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     ties = {target: source for target, source in model.all_tied_weights_keys.items() if target.endswith(".weight")}
     target = next(name for name in ties if "embed_tokens" not in name)
-    head = next((name for name in names - set(tensors) if name.endswith(target)), target)
+    more = [name for name in names - set(tensors) if name.endswith("weight") and "embed_tokens" not in name]
+    head = more[0] if more else target  # by the name under which it is saved
     matrix = model.get_parameter(ties[target])
     source = next(name for name, tensor in tensors.items() if tensor.shape == matrix.shape and tensor.equal(matrix))
     if how == "untied":
