@@ -76,6 +76,33 @@ models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -0
     torch.testing.assert_close(load(tmp_path / "out")[NAME], torch.full(SHAPE, 1.99 / 0.01), rtol=1e-4, atol=0)
 
 
+ELECTING = ("ties", "dare_ties", "della", "breadcrumbs_ties")
+SUMMING = ("task_arithmetic", "dare_linear", "della_linear", "breadcrumbs")
+
+
+@pytest.mark.parametrize("method", [*ELECTING, *SUMMING])
+def test_normalizing_a_negative_sum_of_weights_adds_what_should_be_subtracted_and_is_noted(
+    method: str, tmp_path: Path
+) -> None:
+    family(tmp_path, {})
+    base, tuned = (load(tmp_path / name)[NAME] for name in ("base", "a"))
+
+    def merged(normalize: bool, **weights: float) -> tuple[Tensor, bool]:
+        models = ", ".join(f"{{model: {name}, parameters: {{weight: {w}}}}}" for name, w in weights.items())
+        head = f"merge_method: {method}\nbase_model: base\nmodels: [{models}]\n"
+        text = head + f"parameters: {{normalize: {normalize}, density: 1}}\n"
+        done = merge(text, tmp_path, tmp_path / f"out-{normalize}-{weights}")
+        return load(tmp_path / f"out-{normalize}-{weights}")[NAME], "NEGATIVE_WEIGHTS" in codes(done)
+
+    result, noted_ = merged(True, a=-0.5)
+    assert noted_ and torch.allclose(result, tuned, atol=1e-5)
+    result, noted_ = merged(False, a=-0.5)
+    assert not noted_ and torch.allclose(result, base - 0.5 * (tuned - base), atol=1e-5)
+    assert merged(True, a=1.0, b=-0.5)[1] == (method in ELECTING)
+    assert merged(True, a=0.5, b=-1.0)[1]
+    assert not merged(True, a=1.0, b=0.5)[1]
+
+
 @pytest.mark.parametrize(("method", "zero"), [("slerp", "a"), ("slerp", "b"), ("nuslerp", "a"), ("nuslerp", "b")])
 def test_a_zero_tensor_counts_as_orthogonal_and_is_noted(method: str, zero: str, tmp_path: Path) -> None:
     other = {"a": "b", "b": "a"}[zero]

@@ -34,6 +34,33 @@ def _shared(*, normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
     return flag("normalize", normalize), Parameter("lambda", 1.0), flag("rescale", rescale)
 
 
+def _negative_weights(operation: Operation, *, elects: bool) -> Iterator[Finding]:
+    """Notices about weights that `normalize` divides by a negative sum, which turns subtraction into addition.
+
+    Without an election the sum is that of all weights; with one it is, for each element, that of the weights whose
+    task vectors agree with the elected sign. mergekit does the same.
+    """
+    weights = [float(w) for w in operation.per_input["weight"] if w is not None]
+    if not operation.shared["normalize"] or min(weights, default=0.0) >= 0:
+        return
+    mixed = max(weights) > 0
+    if elects and mixed:
+        yield Finding(
+            "MIXED_SIGNS", f"weights of both signs are normalised in {operation.name}; the result may be large"
+        )
+    if elects or sum(weights) < 0:
+        where = " wherever negative weights prevail" if elects and mixed else ""
+        yield Finding(
+            "NEGATIVE_WEIGHTS",
+            f"`normalize` divides by a negative sum of weights{where} in {operation.name}, so what a negative weight "
+            "should subtract is added; write `normalize: false` to subtract it",
+        )
+
+
+def _check_linear(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    return _negative_weights(operation, elects=False)
+
+
 @merge_method(
     "task_arithmetic",
     base=Base.REQUIRED,
@@ -41,6 +68,7 @@ def _shared(*, normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
     per_input=(WEIGHT, Parameter("density", Absent.NONE, used=False)),
     shared=(flag("normalize", False), Parameter("lambda", 1.0), flag("rescale", False, used=False)),
     reference="arXiv:2212.04089",
+    check=_check_linear,
 )
 def task_arithmetic(inputs: Inputs) -> Kernel:
     """b + lambda * sum(w_i d_i), the sum divided by sum(w_i) with `normalize`."""
@@ -106,15 +134,6 @@ def _rescales(inputs: Inputs, masks: Sequence[Mask]) -> list[float]:
     return [1.0 if a < TINY_L1 or c < TINY_L1 else a / c for a, c in zip(whole, rest, strict=True)]
 
 
-def _mixed_signs(operation: Operation) -> Iterator[Finding]:
-    """A notice about weights of both signs that are normalised under sign election."""
-    weights = [float(w) for w in operation.per_input["weight"] if w is not None]
-    if operation.shared["normalize"] and min(weights, default=0.0) < 0 < max(weights, default=0.0):
-        yield Finding(
-            "MIXED_SIGNS", f"weights of both signs are normalised in {operation.name}; the result may be large"
-        )
-
-
 def _nothing_kept(operation: Operation, kept: Callable[[float], int | float]) -> Iterator[Finding]:
     """A notice if `kept` is 0 for the density of an input."""
     if any(kept(float(density)) == 0 for density in operation.per_input["density"] if density is not None):
@@ -134,7 +153,7 @@ def _ties_state(operation: Operation, itemsize: int) -> int:
 
 
 def _check_ties(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    yield from _mixed_signs(operation)
+    yield from _negative_weights(operation, elects=True)
     yield from _nothing_kept(operation, lambda density: density)
 
 
@@ -165,13 +184,18 @@ def _breadcrumbs_state(operation: Operation, itemsize: int) -> int:
     return _gathered(operation, itemsize, 2)
 
 
-def _check_breadcrumbs(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+def _few_crumbs(operation: Operation) -> Iterator[Finding]:
     return _nothing_kept(operation, lambda density: int(density * operation.elements))
 
 
+def _check_breadcrumbs(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    yield from _negative_weights(operation, elects=False)
+    yield from _few_crumbs(operation)
+
+
 def _check_breadcrumbs_ties(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    yield from _mixed_signs(operation)
-    yield from _check_breadcrumbs(operation, paths)
+    yield from _negative_weights(operation, elects=True)
+    yield from _few_crumbs(operation)
 
 
 @merge_method(
@@ -245,7 +269,8 @@ def _drawn_state(operation: Operation, itemsize: int) -> int:
 
 
 def _check_dare(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    return _nothing_kept(operation, lambda density: density)
+    yield from _negative_weights(operation, elects=False)
+    yield from _nothing_kept(operation, lambda density: density)
 
 
 @merge_method(
