@@ -144,6 +144,15 @@ def test_a_vocabulary_without_tokens_is_refused(empty: object, tmp_path: Path) -
         plan_of(UNION, tmp_path)
 
 
+@pytest.mark.parametrize("vocabulary", ["null", "true", "7", "1e999", "NaN", '"text"', "[1e999]"])
+def test_a_vocabulary_of_another_kind_is_refused(vocabulary: str, tmp_path: Path) -> None:
+    with_ids(tmp_path, {})
+    (tmp_path / "b" / "tokenizer.json").write_text(f'{{"model": {{"vocab": {vocabulary}}}}}')
+    with pytest.raises(Refused) as caught:
+        plan_of(UNION, tmp_path)
+    assert caught.value.code == "BAD_CHECKPOINT" and "tokenizer.json" in caught.value.message
+
+
 @pytest.mark.parametrize("row", ["-1", "1e15", "16777216"])
 def test_a_row_number_that_no_matrix_has_is_refused_with_its_path(row: str) -> None:
     source = f"{{kind: model_token, model: own/a, token_id: {row}}}"

@@ -76,7 +76,7 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
         "".join(ids).encode()  # raises ValueError for half a character
         if nests_deeper(document):
             raise ValueError
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _unreadable(checkpoint) from None
     if not ids:
         raise _bad_ids(checkpoint.name, "names no token")
