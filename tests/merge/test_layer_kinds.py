@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import layer_kinds as built
 import pytest
 from layer_kind_configs import CHANGES, NOT_BUILT
+from tiny_checkpoints import llama_tensors, merge, save
+from transformers import CONFIG_MAPPING
 
 from bot.errors import Refused
 from bot.merge.planning.layout import Stacked
@@ -72,12 +75,118 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 
 
-def stacked(config: Mapping[str, Any], order: Sequence[int], path: tuple[str, ...] = ("num_hidden_layers",)) -> Any:
+def stacked(
+    config: Mapping[str, Any], order: Sequence[int], path: tuple[str, ...] = ("num_hidden_layers",)
+) -> tuple[dict[str, Any], list[str]]:
     """The config of a model's layers in another order, and the texts of the notices."""
-    out, notes = copy.deepcopy(dict(config)), Notes()
-    count = built.value_at(config, path)
-    restack(out, Stacked((path,), count, tuple((A, i) for i in order)), A, {A: config}, notes)
+    return mixed({A: config}, [(A, i) for i in order], path)
+
+
+def mixed(
+    configs: Mapping[ModelRef, Mapping[str, Any]],
+    layers: Sequence[tuple[ModelRef, int]],
+    path: tuple[str, ...] = ("num_hidden_layers",),
+) -> tuple[dict[str, Any], list[str]]:
+    """The config of model A for layers of several models."""
+    out, notes = copy.deepcopy(dict(configs[A])), Notes()
+    restack(out, Stacked((path,), built.value_at(out, path), tuple(layers)), A, configs, notes)
     return out, [notice.text for notice in notes.all()]
+
+
+def test_first_dense_layers_are_counted_anew() -> None:
+    deepseek = {"model_type": "deepseek_v3", "num_hidden_layers": 6, "first_k_dense_replace": 2}
+    for order, dense in (((1, 2, 3), 1), ((2, 3, 4, 5), 0), ((0, 1, 0, 1, 2), 4)):
+        assert stacked(deepseek, order)[0]["first_k_dense_replace"] == dense
+
+
+def test_default_of_the_class_counts_where_the_config_is_silent() -> None:
+    assert stacked({"model_type": "deepseek_v3", "num_hidden_layers": 6}, (1, 2, 3))[0]["first_k_dense_replace"] == 2
+
+
+def test_order_that_a_rule_cannot_express_is_refused_by_the_name_of_the_rule() -> None:
+    deepseek = {"model_type": "deepseek_v3", "num_hidden_layers": 4, "first_k_dense_replace": 1}
+    with pytest.raises(Refused) as refused:
+        stacked(deepseek, (0, 1, 0, 1))
+    assert refused.value.code == "LAYER_RULE"
+    assert "`first_k_dense_replace`" in refused.value.message
+    assert "dense layers stand before" in refused.value.next_step
+
+
+def test_unknown_family_follows_the_keys_that_mean_the_same_everywhere() -> None:
+    config = {"model_type": "of_their_own", "num_hidden_layers": 4, "first_k_dense_replace": 2}
+    assert stacked(config, (1, 2, 3))[0]["first_k_dense_replace"] == 1
+    with pytest.raises(Refused):
+        stacked(config, (3, 0))
+
+
+def test_layers_of_several_models_keep_the_kinds_of_their_own_models() -> None:
+    experts = {"model_type": "qwen2_moe", "num_hidden_layers": 4}
+    every_second = {**experts, "decoder_sparse_step": 2}
+    all_but_the_last = {**experts, "decoder_sparse_step": 1, "mlp_only_layers": [3]}
+    out, _ = mixed({A: every_second, B: all_but_the_last}, [(A, 0), (A, 1), (B, 2), (B, 3)])
+    assert (out["decoder_sparse_step"], out["mlp_only_layers"]) == (1, [0, 3])
+
+
+def test_window_comes_with_the_layers_that_have_it() -> None:
+    plain = {"model_type": "qwen2", "num_hidden_layers": 2, "use_sliding_window": False}
+    windowed = {**plain, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
+    out, _ = mixed({A: plain, B: windowed}, [(A, 0), (B, 1)])
+    assert out["layer_types"] == ["full_attention", "sliding_attention"]
+    assert (out["use_sliding_window"], out["sliding_window"]) == (True, 16)
+
+
+def test_keys_that_older_programs_read_say_the_same_where_they_can() -> None:
+    gemma = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window_pattern": 3}
+    out, notices = stacked(gemma, (1, 2, 4, 5))
+    assert out["layer_types"] == ["sliding_attention", "full_attention"] * 2
+    assert out["sliding_window_pattern"] == 2
+    assert notices == []
+
+
+def test_notice_tells_what_older_programs_cannot_read() -> None:
+    gemma = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window_pattern": 3}
+    out, notices = stacked(gemma, (0, 2, 3, 2))
+    assert [kind == "full_attention" for kind in out["layer_types"]] == [False, True, False, True]
+    assert notices == []
+    out, notices = stacked(gemma, (2, 2, 3))
+    assert out["layer_types"][0] == out["layer_types"][1] == "full_attention"
+    assert "`sliding_window_pattern` cannot express" in notices[0]
+
+
+def test_same_order_leaves_the_config_alone() -> None:
+    for config in ({"model_type": "gemma2"}, {"model_type": "diffllama"}, {"model_type": "qwen2_moe"}):
+        config = {**config, "num_hidden_layers": 4}
+        assert stacked(config, (0, 1, 2, 3)) == (config, [])
+
+
+def test_numbers_of_vision_layers_follow_their_layers() -> None:
+    vision = {"model_type": "qwen2_5_vl_vision", "depth": 8, "fullatt_block_indexes": [3, 7]}
+    config = {"model_type": "qwen2_5_vl", "vision_config": vision}
+    out, _ = stacked(config, (2, 3, 6, 7), ("vision_config", "depth"))
+    assert out["vision_config"] == {**vision, "depth": 4, "fullatt_block_indexes": [1, 3]}
+
+
+def test_config_of_a_single_layer_moves_with_the_layer() -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 3, "per_layer_config": {"2": {"intermediate_size": 8}}}
+    assert stacked(config, (2, 0, 2))[0]["per_layer_config"] == {
+        "0": {"intermediate_size": 8},
+        "2": {"intermediate_size": 8},
+    }
+
+
+def test_entries_of_prediction_layers_stay_behind_the_layers() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    config = {"model_type": "step3p5", "num_hidden_layers": 3, "num_nextn_predict_layers": 1, "layer_types": kinds}
+    assert stacked(config, (1, 2))[0]["layer_types"] == kinds[1:]
+
+
+def test_merged_model_is_built_as_the_layers_were(tmp_path: Path) -> None:
+    qwen = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    save(tmp_path / "a", llama_tensors(1, layers=4), **qwen)
+    slices = "".join(f"- sources: [{{model: a, layer_range: {part}}}]\n" for part in ("[0, 2]", "[1, 4]"))
+    merge(f"merge_method: passthrough\nslices:\n{slices}", tmp_path, tmp_path / "out")
+    read = CONFIG_MAPPING["qwen2"].from_json_file(str(tmp_path / "out" / "config.json"))
+    assert read.layer_types == ["full_attention"] * 3 + ["sliding_attention"] * 2
 
 
 @pytest.mark.slow
