@@ -9,6 +9,7 @@ from bot.job import Evaluation, Job
 from bot.markdown import code, joined, listed, plain, table
 from evaluators import vitals
 from evaluators.comparison import report
+from evaluators.comparison.remarks import remarks
 from evaluators.harness.scores import Score
 
 PICTURE = "results/comparison.svg"
@@ -67,9 +68,11 @@ def scores(job: Job, repo: str) -> str:
         f"Percent, with 95 % intervals; suite {code(merged.suite)}"
         + _samples(merged.scores)
         + f"; lm-eval {environment.lm_eval}, {environment.dtype} on {environment.device}, "
-        f"{'with' if environment.chat_template else 'no'} chat template, seed {environment.seed}."
+        f"{'with' if environment.chat_template else 'no'} chat template, seed {environment.seed}, "
+        f"{environment.generation} generation settings, softmax in {environment.softmax_dtype}."
     )
-    return table(titles, rows) + "\n\n" + below
+    notes = remarks(models, lambda name: _name(name) if name else code(repo), plain)
+    return "\n\n".join([table(titles, rows), below, *(["\n".join(f"- {each}" for each in notes)] if notes else [])])
 
 
 def _samples(scores: Sequence[Score]) -> str:

@@ -14,6 +14,7 @@ from bot.merge.execution.sizes import in_units
 from bot.screens import console
 from evaluators import vitals
 from evaluators.comparison import report
+from evaluators.comparison.remarks import remarks
 from evaluators.comparison.verdict import Outcome
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def evaluations(evaluated: Evaluated, comparison: Comparison | None, why_not: st
         _say(report.legend(comparison, terms), style="dim")
     elif why_not:
         _say(why_not)
+    for sentence in remarks(evaluated.found, names.__getitem__):
+        _say(f"Note: {sentence}")
     _say(f"{_origin(evaluated, full)} {_conditions(own)}", style="dim")
 
 
@@ -183,7 +186,7 @@ def _conditions(evaluation: ModelEvaluation) -> str:
     limit = f", the first {here.limit} samples a task" if here.limit else ""
     return (
         f"lm-eval {here.lm_eval}, {here.dtype} on {here.device}, batch {here.batch_size}, asked {asked}, "
-        f"seed {here.seed}{limit}."
+        f"seed {here.seed}, {here.generation} generation settings, softmax in {here.softmax_dtype}{limit}."
     )
 
 

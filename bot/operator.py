@@ -228,6 +228,7 @@ def write_evaluations(
 ) -> list[Path]:
     """The evaluations as JSON, the model's own first, each with the folder of its samples; the first looks, and the
     comparison, which is also drawn, beside the file. Returns what was written."""
+    from evaluators.comparison.remarks import remarks
     from evaluators.harness.results import folder_of
     from evaluators.pictures.score_figure import score_figure
 
@@ -248,6 +249,7 @@ def write_evaluations(
         },
         "first_look": {name: signs.as_dict() for name, signs in looks.items()},
         "comparison": None if comparison is None else comparison.named(model).as_dict(),
+        "remarks": remarks(found),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(told, indent=1) + "\n")

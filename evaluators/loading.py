@@ -16,9 +16,10 @@ _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # what one
 def load(folder: Path, **options: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of `folder`; `options` are those of transformers' `from_pretrained`.
 
-    Raises EvaluationError MODEL_UNLOADABLE; what says that memory ran out is handed through as it came.
+    An encoder-decoder such as T5 is loaded with its decoder's head. Raises EvaluationError MODEL_UNLOADABLE; what says
+    that memory ran out is handed through as it came.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     # transformers would apply it, on a base that the adapter's file names; the merge engine takes the plain weights.
     if (folder / "adapter_config.json").exists():
@@ -26,7 +27,7 @@ def load(folder: Path, **options: Any) -> tuple[Any, Any]:
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(folder).from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **options, **local
         )
     except MemoryError:
@@ -41,6 +42,15 @@ def load(folder: Path, **options: Any) -> tuple[Any, Any]:
     if missing:
         raise unloadable(f"{len(missing)} of its tensors are missing, the first is {missing[0]}")
     return model, tokenizer
+
+
+def _auto_class(folder: Path) -> Any:
+    """The class that lm-eval would load the checkpoint with."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as ENCODER_DECODERS
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return AutoModelForSeq2SeqLM if config.model_type in ENCODER_DECODERS else AutoModelForCausalLM
 
 
 def unloadable(reason: str) -> EvaluationError:

@@ -8,6 +8,7 @@ from bot import messages
 from bot.job import Evaluation
 from evaluators import vitals
 from evaluators.comparison import report
+from evaluators.comparison.remarks import remarks
 from evaluators.comparison.verdict import Comparison, Outcome
 from evaluators.harness.scores import ModelEvaluation
 from evaluators.pictures.score_figure import score_figure
@@ -49,7 +50,14 @@ def _scores(found: Evaluation, merged: ModelEvaluation) -> Markup:
     taken = merged.environment
     told = f"lm-eval {taken.lm_eval} on {taken.device} in {taken.dtype}; percent with 95\u00a0% intervals."
     titles = ("Task", "This merge", *(report.short(name) for name in found.sources))
-    return join([rows_table(titles, rows), tag("p", told, class_="fine")])
+    notes = remarks(models, lambda name: report.short(name) or "This merge")
+    return join(
+        [
+            rows_table(titles, rows),
+            tag("p", told, class_="fine"),
+            tag("ul", [tag("li", line) for line in notes], class_="notes") if notes else None,
+        ]
+    )
 
 
 def _title(row: report.ScoreRow | report.DifferenceRow) -> str:

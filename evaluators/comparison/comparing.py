@@ -14,9 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from evaluators import harness, paired
-from evaluators.comparison import samples, stopping
+from evaluators.comparison import alike, samples, stopping
 from evaluators.comparison.samples import Answers, Unpaired
-from evaluators.comparison.verdict import ALPHA, Comparison, Difference, LeftOut, Overall, Pattern, Scored, TaskVerdict
+from evaluators.comparison.verdict import (
+    ALPHA,
+    Comparison,
+    Difference,
+    LeftOut,
+    NotAlike,
+    Overall,
+    Pattern,
+    Scored,
+    TaskVerdict,
+)
 from evaluators.errors import EvaluationError
 from evaluators.harness.scores import ModelEvaluation, Score, require_comparable
 from evaluators.paired import Interval, Values
@@ -29,14 +39,25 @@ def compare(merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, c
     """Judge `merge` against each parent on every task and over all of them.
 
     Differences of tasks are corrected together (Holm over tasks and parents), the overall ones over parents. A task
-    whose score is no mean over its questions is left out with the reason. Raises EvaluationError NOT_COMPARABLE where
-    suite, environment or questions differ, or answers were not kept.
+    whose score is no mean over its questions is left out with the reason, and so are tasks and parents that were not
+    asked with the merge's prompts. Raises EvaluationError NOT_COMPARABLE where suite, environment or questions differ,
+    where answers were not kept, and where no parent had the merge's prompts.
     """
-    tasks, left_out = _paired(merge, parents, cache)
-    judged = corrected([_judged(task, len(tasks) * len(parents)) for task in tasks])
-    keys = {MERGE: merge.key, **{name: evaluation.key for name, evaluation in parents.items()}}
+    found = _paired(merge, parents, cache)
+    compared = {name: each for name, each in parents.items() if name not in found.not_alike}
+    if parents and not compared:
+        raise _not_comparable_by_prompts(found.not_alike)
+    tasks = found.tasks
+    judged = corrected([_judged(task, len(tasks) * len(compared)) for task in tasks])
+    keys = {MERGE: merge.key, **{name: evaluation.key for name, evaluation in compared.items()}}
     return Comparison(
-        merge.suite, merge.suite_digest, keys, tuple(judged), overall(tasks, judged, tuple(parents)), tuple(left_out)
+        merge.suite,
+        merge.suite_digest,
+        keys,
+        tuple(judged),
+        overall(tasks, judged, tuple(compared)),
+        tuple(found.left_out),
+        tuple(NotAlike(name, because) for name, because in found.not_alike.items()),
     )
 
 
@@ -50,12 +71,17 @@ def differences(
     EvaluationError NOT_COMPARABLE as `compare` does.
     """
     limit = merge.environment.limit
-    alike = {
+    limited = {
         name: replace(parent, environment=replace(parent.environment, limit=limit)) for name, parent in parents.items()
     }
-    tasks = [task for task in _paired(merge, alike, cache, partly=True)[0] if _is_share(task)]
+    found = _paired(merge, limited, cache, partly=True)
+    tasks = [task for task in found.tasks if _is_share(task)]
     orders = [samples.in_turn(task.answers[MERGE].questions) for task in tasks]
-    return {name: [task.difference(name)[order] for task, order in zip(tasks, orders, strict=True)] for name in parents}
+    return {
+        name: [task.difference(name)[order] for task, order in zip(tasks, orders, strict=True)]
+        for name in parents
+        if name not in found.not_alike
+    }
 
 
 def most_telling(models: Mapping[str, ModelEvaluation], *, cache: Path) -> list[str]:
@@ -68,9 +94,10 @@ def most_telling(models: Mapping[str, ModelEvaluation], *, cache: Path) -> list[
         return []
     first, *others = models
     try:
-        tasks, _ = _paired(models[first], {name: models[name] for name in others}, cache)
+        found = _paired(models[first], {name: models[name] for name in others}, cache)
     except EvaluationError:
         return []
+    tasks, others = found.tasks, [name for name in others if name not in found.not_alike]
     paces = {}
     for task in tasks:
         seconds = [took for each in models.values() if (took := each.seconds_of(task.score.task)) is not None]
@@ -82,7 +109,7 @@ def most_telling(models: Mapping[str, ModelEvaluation], *, cache: Path) -> list[
 
 def _paired(
     merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], cache: Path, *, partly: bool = False
-) -> tuple[list[_Task], list[LeftOut]]:
+) -> _Paired:
     """Every task with the answers of all; `partly`: the parents may have been asked more than the merge."""
     require_comparable({"The merge": merge, **parents})
     models = {MERGE: merge, **parents}
@@ -96,7 +123,40 @@ def _paired(
             left_out.append(LeftOut(score.task, str(reason)))
             continue
         tasks.append(_Task(score, {name: _in_order(answers, name, score.task, partly) for name in answers}))
-    return tasks, left_out
+    return _only_alike(tasks, left_out, models, partly)
+
+
+@dataclass(frozen=True, slots=True)
+class _Paired:
+    """Tasks that every remaining model was asked alike, the others, and parents that were never asked alike."""
+
+    tasks: list[_Task]
+    left_out: list[LeftOut]
+    not_alike: dict[str, str]
+
+
+def _only_alike(
+    tasks: list[_Task], left_out: list[LeftOut], models: Mapping[str, ModelEvaluation], partly: bool
+) -> _Paired:
+    """Without the parents that had other prompts in every task, and without the tasks that others had."""
+    unlike: dict[str, dict[str, str]] = {name: {} for name in models if name != MERGE}
+    for task, (name, reasons) in itertools.product(tasks, unlike.items()):
+        reason = alike.unlike_prompts(task.answers[MERGE], task.answers[name])
+        if reason is None and not partly:  # of fewer questions fewer are too long
+            reason = alike.unlike_cuts(task.score.task, models[MERGE], models[name])
+        if reason is not None:
+            reasons[task.score.task] = reason
+    not_alike = alike.excluded(unlike, [task.score.task for task in tasks])
+    kept = []
+    for task in tasks:
+        others = {name: reasons[task.score.task] for name, reasons in unlike.items() if task.score.task in reasons}
+        said = [f"{name.partition('@')[0]} {reason}" for name, reason in others.items() if name not in not_alike]
+        if said:
+            left_out.append(LeftOut(task.score.task, "; ".join(said)))
+        else:
+            answers = {name: found for name, found in task.answers.items() if name not in not_alike}
+            kept.append(replace(task, answers=answers))
+    return _Paired(kept, left_out, not_alike)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +205,8 @@ def _in_order(answers: Mapping[str, Answers], name: str, task: str, partly: bool
         raise _not_comparable(name, f"it was asked other questions of task `{task}`")
     order = [places[question] for question in wanted]
     choices = None if found.choices is None else tuple(found.choices[at] for at in order)
-    return replace(found, questions=wanted, values=found.values[order], choices=choices)
+    prompts = tuple(found.prompts[at] for at in order)
+    return replace(found, questions=wanted, values=found.values[order], choices=choices, prompts=prompts)
 
 
 def _not_comparable(name: str, reason: str) -> EvaluationError:
@@ -153,6 +214,15 @@ def _not_comparable(name: str, reason: str) -> EvaluationError:
         "NOT_COMPARABLE",
         f"The merge cannot be compared with {name or 'its parents'}: {reason}.",
         "Measure all of them with the same suite, settings and versions.",
+    )
+
+
+def _not_comparable_by_prompts(reasons: Mapping[str, str]) -> EvaluationError:
+    said = "; ".join(f"{name.partition('@')[0]} {because}" for name, because in reasons.items())
+    return EvaluationError(
+        "NOT_COMPARABLE",
+        f"The merge was not asked as its parents were, so no difference is claimed: {said}.",
+        "Measure all of them without a chat template, or give them one template and the same maximum length.",
     )
 
 

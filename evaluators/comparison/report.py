@@ -83,7 +83,8 @@ def scores(models: Mapping[str, ModelEvaluation], comparison: Comparison | None)
     rows = [ScoreRow(score.task, _about(score), _of_task(score, models, comparison)) for score in first.scores]
     whole = comparison.overall if comparison else None
     if whole is not None and len(whole.tasks) > 1:
-        figures = {each.model: _figure(each.value, each.interval) for each in (whole.merge, *whole.parents)}
+        known = {each.model: _figure(each.value, each.interval) for each in (whole.merge, *whole.parents)}
+        figures = {name: known.get(name, Figure(MISSING)) for name in models}
         rows.append(ScoreRow(_average_of(len(whole.tasks)), "", figures, is_task=False))
     from_chance = any(score.chance is not None for score in first.scores)
     if len(first.scores) > 1 and (from_chance or whole is None):
@@ -106,8 +107,10 @@ def _of_task(score: Score, models: Mapping[str, ModelEvaluation], comparison: Co
     if judged is not None:
         known = {each.model: (each.value, each.interval) for each in (judged.merge, *judged.parents)}
     else:
-        scored = {name: score_of(evaluation, score.task) for name, evaluation in models.items()}
-        known = {name: (each.value, each.interval95) for name, each in scored.items() if each is not None}
+        known = {}
+    for name, evaluation in models.items():
+        if name not in known and (own := score_of(evaluation, score.task)) is not None:
+            known[name] = own.value, own.interval95
     # Bits a byte may lie below 1, and are no share; all figures of a task have one unit.
     share = score.higher_is_better and all(0 <= value <= 1 for value, _ in known.values())
     return {name: _figure(*known[name], share=share) if name in known else Figure(MISSING) for name in models}
@@ -279,8 +282,9 @@ def _who(right: tuple[str, ...], parents: int, show: Show, terms: Terms) -> str:
 
 
 def left_out(comparison: Comparison, show: Show = short, said: Show = str) -> list[str]:
-    """Why a task that is scored is not compared; `said` makes the reason safe."""
-    return [f"{show(each.task)} is not compared: {said(each.because)}." for each in comparison.left_out]
+    """Why a task or a parent that is scored is not compared; `said` makes the reason safe."""
+    parents = [f"No difference to {show(each.parent)} is claimed: it {each.because}." for each in comparison.not_alike]
+    return [*parents, *(f"{show(each.task)} is not compared: {said(each.because)}." for each in comparison.left_out)]
 
 
 def joined(names: Sequence[str]) -> str:

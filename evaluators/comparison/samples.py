@@ -36,13 +36,15 @@ class Answers:
 
     `questions` names each by task, number and digest of its text and solution; `values` [n] are the metric's;
     `choices` is which answer was picked, or the text that was cut out of the model's, None where that was not kept;
-    `chance` is what blind guessing scores, where that is known.
+    `chance` is what blind guessing scores, where that is known; `prompts` are digests of the texts that were asked, ""
+    where that was not kept.
     """
 
     questions: tuple[str, ...]
     values: Values
     choices: tuple[str, ...] | None
     chance: float | None
+    prompts: tuple[str, ...] = ()
 
     @property
     def binary(self) -> bool:
@@ -80,7 +82,11 @@ def read(folder: Path, score: Score, subtasks: Mapping[str, Sequence[str]]) -> A
     chance = sum(guess for guess in guesses if guess is not None) / len(rows) if known else None
     choices = [row.choice for row in rows if row.choice is not None]
     return Answers(
-        tuple(row.question for row in rows), values, tuple(choices) if len(choices) == len(rows) else None, chance
+        tuple(row.question for row in rows),
+        values,
+        tuple(choices) if len(choices) == len(rows) else None,
+        chance,
+        tuple(row.prompt for row in rows),
     )
 
 
@@ -102,6 +108,7 @@ class _Row:
     value: float
     choice: str | None
     guess: float | None
+    prompt: str
 
 
 def _files(folder: Path, task: str, subtasks: Mapping[str, Sequence[str]]) -> list[tuple[str, Path]]:
@@ -129,7 +136,7 @@ def _rows(task: str, path: Path, score: Score) -> Iterator[_Row]:
             target = hashlib.sha256(json.dumps(sample.get("target"), sort_keys=True).encode()).hexdigest()
             identity = [task, sample["doc_id"], sample.get("doc_hash"), target]
             choice, guess = _choice(sample, score.metric)
-            yield _Row(json.dumps(identity), float(value), choice, guess)
+            yield _Row(json.dumps(identity), float(value), choice, guess, str(sample.get("prompt_hash") or ""))
 
 
 def _choice(sample: Mapping[str, Any], metric: str) -> tuple[str | None, float | None]:

@@ -103,6 +103,14 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class NotAlike:
+    """A parent that was not asked as the merge was, and so is not compared; `because` is half a sentence."""
+
+    parent: str
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """A merge beside its parents on one suite; `keys` name the stored evaluations by model ("" is the merge)."""
 
@@ -112,6 +120,7 @@ class Comparison:
     tasks: tuple[TaskVerdict, ...]
     overall: Overall | None
     left_out: tuple[LeftOut, ...] = ()
+    not_alike: tuple[NotAlike, ...] = ()
 
     @property
     def parents(self) -> tuple[str, ...]:

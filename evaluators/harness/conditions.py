@@ -22,6 +22,10 @@ LIBRARIES = ("lm_eval", "transformers", "torch")
 _BESIDE = ("tokenizers", "datasets")  # a change of theirs can change a number, too
 BACKENDS = ("hf", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The same for every model and every evaluation. In bfloat16, logarithms of close answers would be equal.
+SOFTMAX_DTYPE = "float32"
+GENERATION = "neutral"  # without the settings of the model's generation_config.json
+_RULES = 4  # goes up when models are asked in another way, so that older results are not taken for new ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Conditions:
         versions = [_version(name) for name in libraries]
         device = computed_on(self.device)
         asked = [self.limit, self.seed, device, self.dtype, self.batch_size, self.chat_template, self.backend]
-        return hashlib.sha256(json.dumps([3, identity, suite_digest, *asked, *versions]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([_RULES, identity, suite_digest, *asked, *versions]).encode()).hexdigest()
 
     def fits(self, device: str, dtype: str) -> bool:
         """Whether what was computed on `device` in `dtype` is what would be computed here."""

@@ -13,7 +13,8 @@ from evaluators import loading, memory
 from evaluators.errors import EvaluationError
 from evaluators.harness import amounts
 from evaluators.harness.amounts import Amount
-from evaluators.harness.conditions import LIBRARIES
+from evaluators.harness.asking import asking
+from evaluators.harness.conditions import GENERATION, LIBRARIES, SOFTMAX_DTYPE
 
 
 def require_backend(backend: str) -> None:
@@ -31,7 +32,7 @@ def language_model(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = load(Path(job["model"]), job["device"], job["dtype"])
-    return resuming(HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    return resuming(asking(HFLM))(model, tokenizer)
 
 
 def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:
@@ -146,5 +147,7 @@ def facts(lm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
         "seed": job["seed"],
         "limit": job["limit"],
         "backend": job["backend"],
+        "softmax_dtype": SOFTMAX_DTYPE,
+        "generation": GENERATION,
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
     }

@@ -23,6 +23,7 @@ from typing import Any
 from evaluators.errors import EvaluationError
 from evaluators.harness import amounts, model_loading, task_loading
 from evaluators.harness.amounts import Amount
+from evaluators.harness.asking import cut_prompts
 from evaluators.harness.journal import Journal, resuming
 from evaluators.harness.results import answers_file, samples_file
 
@@ -142,7 +143,7 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
         )
     work = {task.key: _amount(task, job, lm) for task in tasks}
     whole = amounts.together(work.values())
-    facts = {"environment": model_loading.facts(lm, job)}
+    facts = {"environment": model_loading.facts(lm, job), "loaded": getattr(lm, "facts", None)}
     request_bytes = model_loading.request_bytes(lm, whole.longest)
     lm.batch_size_per_gpu = model_loading.first_batch(lm, job["batch_size"], request_bytes)
     pipe.estimate(model_loading.estimate(lm, whole, request_bytes))
@@ -216,7 +217,11 @@ def _ask(
         model_loading.free_memory()
         asked = next(each for each in job["tasks"] if each["key"] == task.key)
         task = task_loading.prepare(asked, _seeds(job), offline=job["offline"])  # the old one holds answers already
-    its_own = {"seconds": time.monotonic() - began, "batch": model_loading.batch_of(lm)}
+    its_own = {
+        "seconds": time.monotonic() - began,
+        "batch": model_loading.batch_of(lm),
+        "cut": cut_prompts(lm, results["samples"]),
+    }
     task_loading.write(results, task, job, {**facts, **its_own})
     answers_file(Path(job["folder"]), task.key).unlink(missing_ok=True)
 

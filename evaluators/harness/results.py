@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import EvaluationError
-from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData
+from evaluators.harness.scores import Cut, Environment, Loaded, ModelEvaluation, Score, TaskData
 from evaluators.harness.suites import ANY, Suite, SuiteTask
 
 # The parts of lm-eval's results that have an entry a task; the others are the same in every task of an evaluation.
@@ -180,6 +180,8 @@ def read(cache: Path, suite: Suite, task_keys: Sequence[str], key: str) -> Model
         key=key,
         task_seconds=tuple(seconds for *_, seconds in measured),
         smallest_batch=min((part["batch"] for part in parts if part["batch"] is not None), default=None),
+        loaded=None if parts[-1]["loaded"] is None else Loaded.from_dict(parts[-1]["loaded"]),
+        cut=tuple(Cut(task.name, **part["cut"]) for task, part in zip(suite.tasks, parts, strict=True) if part["cut"]),
     )
 
 

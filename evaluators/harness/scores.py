@@ -77,7 +77,8 @@ class Score:
 class Environment:
     """How the questions were asked and computed: all of it is equal before two scores are compared.
 
-    `batch_size` is the one that was asked for.
+    `batch_size` is the one that was asked for. Older evaluations took the softmax in the model's type
+    and generated under the model's own settings.
     """
 
     device: str
@@ -90,6 +91,47 @@ class Environment:
     torch: str
     limit: int | None = None
     backend: str = "hf"
+    softmax_dtype: str = "the model's type"
+    generation: str = "the model's own"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Prompts of a task that were longer than the model reads: `requests` of all `of` lost their start.
+
+    The longest had `longest` tokens, and `limit` fit beside the answer.
+    """
+
+    task: str
+    requests: int
+    of: int
+    longest: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The model as it was loaded and asked.
+
+    It reads `context` tokens. `kept_apart` are parameters that the config ties but the files hold with other values.
+    `ignored_settings` of generation_config.json (`name=value`) would have changed greedy answers. Answers end at the
+    ids `ends`. The tokenizer puts the tokens `begins_with` before a text and would append `dropped_end`. With
+    `cleans_spaces` it removes spaces before punctuation from what the model writes.
+    """
+
+    context: int
+    kept_apart: tuple[str, ...] = ()
+    ignored_settings: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
+    begins_with: tuple[str, ...] = ()
+    dropped_end: tuple[str, ...] = ()
+    cleans_spaces: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Loaded:
+        """From JSON, which has lists; raises TypeError for anything else."""
+        read: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +141,8 @@ class ModelEvaluation:
     `scores` holds the one metric of each task that the suite ranks by, in the suite's order; `others` every other
     metric that lm-eval computed on the way. `key` names the stored result: the model's content, the suite and every
     setting (64 hex). `smallest_batch` is what memory left of the batch size that was asked for. `task_seconds` are what
-    each task took, in the order of `scores`; empty where that was not kept.
+    each task took, in the order of `scores`; empty where that was not kept. `loaded` is None where the backend does not
+    say, and in older results; `cut` has the tasks with prompts that were too long.
     """
 
     suite: str
@@ -111,6 +154,8 @@ class ModelEvaluation:
     key: str = ""
     smallest_batch: int | None = None
     task_seconds: tuple[float, ...] = ()
+    loaded: Loaded | None = None
+    cut: tuple[Cut, ...] = ()
 
     @property
     def average(self) -> float | None:
@@ -145,6 +190,7 @@ class ModelEvaluation:
         """
         here = self.environment
         rule = [self.suite_digest, here.lm_eval, here.dtype, here.chat_template, here.seed, here.limit, here.backend]
+        rule += [here.softmax_dtype, here.generation]
         return hashlib.sha256(json.dumps(rule).encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
@@ -163,6 +209,8 @@ class ModelEvaluation:
             "others": read(values.get("others", ())),
             "environment": Environment(**values["environment"]),
             "task_seconds": tuple(values.get("task_seconds", ())),
+            "loaded": Loaded.from_dict(values["loaded"]) if values.get("loaded") else None,
+            "cut": tuple(Cut(**each) for each in values.get("cut", ())),
         }
         return cls(**{**values, **parts})
 
@@ -174,6 +222,8 @@ _WORDS = {
     "seed": "with seed {}",
     "limit": "with {} samples a task",
     "backend": "by {}",
+    "softmax_dtype": "with a softmax in {}",
+    "generation": "under {} generation settings",
 }
 
 

@@ -1,0 +1,45 @@
+"""The check before a comparison: was every model asked the same prompts, whole?
+
+Suite, settings and questions are compared elsewhere (`scores.require_comparable`, `comparing`): where these differ,
+nothing is compared. Prompts can differ all the same, by the chat template or by the length that a model reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from evaluators.comparison.samples import Answers
+from evaluators.harness.scores import Cut, ModelEvaluation
+
+
+def unlike_prompts(merge: Answers, parent: Answers) -> str | None:
+    """Half a sentence on how many questions of a task came with another prompt; None where all were equal."""
+    pairs = [(ours, theirs) for ours, theirs in zip(merge.prompts, parent.prompts, strict=True) if ours and theirs]
+    other = sum(ours != theirs for ours, theirs in pairs)
+    return f"had other prompts for {other} of {len(pairs)} questions" if other else None
+
+
+def unlike_cuts(task: str, merge: ModelEvaluation, parent: ModelEvaluation) -> str | None:
+    """Half a sentence on prompts of a task that were shortened in another way; None where they were not."""
+    ours, theirs = (next((each for each in model.cut if each.task == task), None) for model in (merge, parent))
+    if (ours and _lost(ours)) == (theirs and _lost(theirs)):
+        return None
+    parents, merges = (each.requests if each else 0 for each in (theirs, ours))
+    return f"read {parents} prompts without their start, and the merge {merges}"
+
+
+def _lost(cut: Cut) -> tuple[int, int]:
+    """Equal for models that lost the same tokens."""
+    return cut.requests, cut.longest - cut.limit
+
+
+def excluded(unlike: Mapping[str, Mapping[str, str]], tasks: Sequence[str]) -> dict[str, str]:
+    """The parents that were asked unlike the merge in each of `tasks`, with the reason.
+
+    `unlike` has half a sentence by parent and task.
+    """
+    return {
+        name: "; ".join(dict.fromkeys(reasons.values()))
+        for name, reasons in unlike.items()
+        if tasks and len(reasons) == len(tasks)
+    }
