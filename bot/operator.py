@@ -229,7 +229,6 @@ def write_evaluations(
     """The evaluations as JSON, the model's own first, each with the folder of its samples; the first looks, and the
     comparison, which is also drawn, beside the file. Returns what was written."""
     from evaluators.comparison.remarks import remarks
-    from evaluators.harness.results import folder_of
     from evaluators.pictures.score_figure import score_figure
 
     model, first = next(iter(found.items()))
@@ -238,15 +237,7 @@ def write_evaluations(
         "against": list(found)[1:],
         "suite": first.suite,
         "suite_digest": first.suite_digest,
-        "evaluations": {
-            name: {
-                **each.as_dict(),
-                "average": each.average,
-                "average_interval95": each.average_interval95,
-                "folder": str(folder_of(each, settings.evaluations)),
-            }
-            for name, each in found.items()
-        },
+        "evaluations": {name: _as_dict(each, settings) for name, each in found.items()},
         "first_look": {name: signs.as_dict() for name, signs in looks.items()},
         "comparison": None if comparison is None else comparison.named(model).as_dict(),
         "remarks": remarks(found),
@@ -260,6 +251,17 @@ def write_evaluations(
         return [file]
     picture.write_text(drawn, encoding="utf-8")
     return [file, picture]
+
+
+def _as_dict(evaluation: ModelEvaluation, settings: Settings) -> dict[str, object]:
+    from evaluators.harness.results import folder_of
+
+    return {
+        **evaluation.as_dict(),
+        "average": evaluation.average,
+        "average_interval95": evaluation.average_interval95,
+        "folder": str(folder_of(evaluation, settings.evaluations)),
+    }
 
 
 def model_folder(model: str, settings: Settings, report: Show) -> Path:

@@ -1,8 +1,9 @@
 """What is looked at before hours of tasks: is this checkpoint alive, and does it speak?
 
 A minute on a small model: one plain text is predicted, a few beginnings are continued greedily, a few texts go through
-the tokenizer and back. A merge that talks nonsense is refused by `require_sound`; where its parents were examined too,
-they are the measure, for a small model may repeat itself and a tokenizer may lose spaces by design.
+the tokenizer and back. An encoder-decoder reads the first half of a text and predicts the second. A merge that talks
+nonsense is refused by `require_sound`; where its parents were examined too, they are the measure, for a small model may
+repeat itself and a tokenizer may lose spaces by design.
 
 `texts/held.txt` was written for this purpose and is part of no dataset: prose, dialogue, instructions, minutes, code
 and four more languages, about 600 words.
@@ -56,7 +57,8 @@ FEWER = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What was found. A NaN or an infinite logit leaves `bits_per_byte` and `perplexity` (a token) None.
+    """What was found. A NaN or an infinite logit leaves `bits_per_byte` and `perplexity` (a token) None. An
+    encoder-decoder, which may never have been trained on plain text, has no `perplexity`.
 
     `missing_rows` are ids that the tokenizer gives and the model has no embedding for; with any, nothing is run.
     `distinct` is the mean share of different 4-grams in the continuations, `broken` counts those that are empty, one
@@ -79,6 +81,7 @@ class Vitals:
     device: str
     dtype: str
     looping: int | None = None
+    encoder_decoder: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
@@ -133,7 +136,7 @@ def _file(cache: Path, identity: str, device: str, dtype: str) -> Path:
 
 
 def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: float = 120.0) -> Vitals:
-    """Examine a loaded causal language model (eval mode) and its tokenizer.
+    """Examine a loaded language model (eval mode), causal or encoder-decoder, and its tokenizer.
 
     `text` replaces the held text. Continuations that `budget_s` leaves no time for are not begun; the first one is.
     """
@@ -142,36 +145,41 @@ def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: fl
     started = time.monotonic()
     text = HELD_TEXT.read_text(encoding="utf-8") if text is None else text
     rows = model.get_input_embeddings().weight.shape[0]
-    ids, prompts = prompt_tokens(tokenizer, text), [prompt_tokens(tokenizer, prompt) for prompt in PROMPTS]
+    seq2seq = bool(model.config.is_encoder_decoder)
+    encode, predict = (_whole_text, _loss_of_halves) if seq2seq else (prompt_tokens, _loss)
+    ids, prompts = encode(tokenizer, text), [encode(tokenizer, prompt) for prompt in PROMPTS]
     missing_rows = len({each for found in (ids, *prompts) for each in found if not 0 <= each < rows})
     texts, survived = _round_trips(tokenizer)
     finite, nats, scored, outputs, seconds = True, 0.0, 0, list[list[int]](), 0.0
     if not missing_rows:
         with torch.inference_mode():
-            finite, nats, scored = _loss(model, ids)
-            for prompt in prompts if finite else ():
-                if prompt and (not outputs or time.monotonic() - started < budget_s):
-                    began = time.monotonic()
-                    outputs.append(_continued(model, prompt))
-                    seconds += time.monotonic() - began
+            finite, nats, scored = predict(model, ids)
+            if finite:
+                outputs, seconds = _continuations(model, prompts, started + budget_s)
     written = sum(len(output) for output in outputs)
     measured = finite and scored > 0
     return Vitals(
         finite=finite,
-        bits_per_byte=nats / math.log(2) / len(text.encode()) if measured else None,
-        perplexity=math.exp(min(nats / scored, 700.0)) if measured else None,
+        bits_per_byte=nats / math.log(2) / (len(text.encode()) * scored / (len(ids) - 1)) if measured else None,
+        perplexity=math.exp(min(nats / scored, 700.0)) if measured and not seq2seq else None,
         vocabulary=int(rows),
         missing_rows=missing_rows,
         continuations=len(outputs),
         distinct=_distinct(outputs),
-        broken=sum(is_broken(tokenizer.decode(output, skip_special_tokens=True)) for output in outputs),
+        broken=sum(is_broken(tokenizer.decode(output, skip_special_tokens=not seq2seq)) for output in outputs),
         texts=texts,
         survived=survived,
         tokens_per_s=written / seconds if seconds > 0 and written else None,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         looping=sum(loops(output) or ends_in_a_loop(output) for output in outputs),
+        encoder_decoder=seq2seq,
     )
+
+
+def _whole_text(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of `text` with the end token that an encoder expects."""
+    return [int(each) for each in tokenizer(text, verbose=False)["input_ids"]]
 
 
 def _loss(model: Any, ids: list[int]) -> tuple[bool, float, int]:
@@ -186,8 +194,7 @@ def _loss(model: Any, ids: list[int]) -> tuple[bool, float, int]:
     for start in range(0, len(ids) - 1, window - 1):
         some = torch.tensor([ids[start : start + window]], device=model.device)
         logits = model(input_ids=some, use_cache=False).logits[0, :-1].float()
-        # A masked entry of the vocabulary is minus infinity by design.
-        if bool((logits.isnan() | (logits == math.inf)).any()):
+        if _unbounded(logits):
             return False, 0.0, 0
         nats += float(torch.nn.functional.cross_entropy(logits, some[0, 1:], reduction="sum"))
         scored += some.shape[1] - 1
@@ -200,18 +207,54 @@ def _context(model: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def _unbounded(logits: Any) -> bool:
+    """A NaN or plus infinity; a masked entry of the vocabulary is minus infinity by design."""
+    return bool((logits.isnan() | (logits == math.inf)).any())
+
+
+def _loss_of_halves(model: Any, ids: list[int]) -> tuple[bool, float, int]:
+    """As `_loss`: of an encoder-decoder that reads the first half of each window and predicts the second."""
+    import torch
+
+    nats, scored = 0.0, 0
+    for start in range(0, len(ids) - 1, WINDOW):
+        some = torch.tensor([ids[start : start + WINDOW]], device=model.device)
+        read, wanted = some.tensor_split(2, dim=1)
+        logits = model(input_ids=read, labels=wanted, use_cache=False).logits[0].float()
+        if _unbounded(logits):
+            return False, 0.0, 0
+        nats += float(torch.nn.functional.cross_entropy(logits, wanted[0], reduction="sum"))
+        scored += wanted.shape[1]
+    return math.isfinite(nats), nats, scored
+
+
+def _continuations(model: Any, prompts: Sequence[list[int]], deadline: float) -> tuple[list[list[int]], float]:
+    """The continuations that the deadline allows, the first one in any case, and the seconds they took."""
+    outputs, began = list[list[int]](), time.monotonic()
+    for prompt in filter(None, prompts):
+        if not outputs or time.monotonic() < deadline:
+            outputs.append(_continued(model, prompt))
+    return outputs, time.monotonic() - began
+
+
 def _continued(model: Any, prompt: list[int]) -> list[int]:
     """The greedy continuation of at most NEW_TOKENS tokens within the context, without the one that ends it."""
     import torch
 
-    ends = model.config.get_text_config().eos_token_id
+    ends = model.config.get_text_config(decoder=True).eos_token_id
     stops = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     output: list[int] = []
     context = _context(model) or len(prompt) + NEW_TOKENS
-    prompt = prompt[-max(1, context - NEW_TOKENS) :]
-    fed, cache = prompt, None
+    fed, cache, read = prompt, None, {}
+    if model.config.is_encoder_decoder:
+        read = {"encoder_outputs": model.get_encoder()(input_ids=torch.tensor([prompt], device=model.device))}
+        prompt = fed = [model.generation_config.decoder_start_token_id or 0]
+    else:
+        prompt = fed = prompt[-max(1, context - NEW_TOKENS) :]
+    name = "decoder_input_ids" if read else "input_ids"
     while len(output) < min(NEW_TOKENS, context + 1 - len(prompt)):
-        found = model(input_ids=torch.tensor([fed], device=model.device), past_key_values=cache, use_cache=True)
+        given = {name: torch.tensor([fed], device=model.device), **read}
+        found = model(**given, past_key_values=cache, use_cache=True)
         following = int(found.logits[0, -1].argmax())
         if following in stops:
             break
@@ -286,13 +329,15 @@ def require_sound(merge: Vitals, parents: Sequence[Vitals] = ()) -> None:
 
 
 def _strange(merge: Vitals, parents: Sequence[Vitals]) -> str | None:
-    """What is wrong, as half a sentence."""
+    """What is wrong, as half a sentence. An encoder-decoder can be judged only beside its parents."""
+    if merge.encoder_decoder and not parents:
+        return None
     bits = [parent.bits_per_byte for parent in parents if parent.bits_per_byte is not None]
-    if merge.bits_per_byte is not None and merge.perplexity is not None:
+    if merge.bits_per_byte is not None:
         if bits and merge.bits_per_byte > MORE_BITS * max(bits):
             needs = f"a plain text takes it {merge.bits_per_byte:.2f} bits a byte"
             return f"{needs}, its worst parent {max(bits):.2f}"
-        if not bits and merge.perplexity >= merge.vocabulary:
+        if not bits and merge.perplexity is not None and merge.perplexity >= merge.vocabulary:
             return f"its perplexity of a plain text is {number(merge.perplexity)}, a blind guess has {merge.vocabulary}"
     told = [parent.distinct for parent in parents if parent.distinct is not None]
     limit = min(LOOPING, FEWER * min(told)) if told else LOOPING_ALONE
@@ -313,9 +358,10 @@ def cells(vitals: Vitals) -> tuple[str, ...]:
     """The vitals under COLUMNS, for people: what was not measured is a dash."""
     absent = "\N{EN DASH}"
     loop = "" if vitals.looping is None else f", {vitals.looping} looping"
-    bits, perplexity, at = vitals.bits_per_byte, vitals.perplexity, f"{vitals.device}, {vitals.dtype}"
+    bits, at = vitals.bits_per_byte, f"{vitals.device}, {vitals.dtype}"
+    perplexity = absent if vitals.perplexity is None else number(vitals.perplexity)
     return (
-        absent if bits is None or perplexity is None else f"{number(perplexity)} ({bits:.2f})",
+        absent if bits is None else f"{perplexity} ({bits:.2f})",
         absent if vitals.distinct is None else f"{vitals.distinct:.0%}",
         f"{vitals.broken} broken{loop} of {vitals.continuations}",
         f"{vitals.survived} of {vitals.texts} unchanged",

@@ -72,9 +72,10 @@ def seconds(work: Amount, model: Any, batch: int) -> float:
 
     token = torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=model.device)
     took = {}
+    written = {"decoder_input_ids": token[:, :1]} if model.config.is_encoder_decoder else {}
     with torch.inference_mode():
         for length in (1, PROBE_TOKENS, 1):  # the first one pays for warming up
             began = time.perf_counter()
-            model(input_ids=token[:, :length]).logits[0, -1, 0].item()
+            model(input_ids=token[:, :length], **written).logits[0, -1, 0].item()
             took[length] = time.perf_counter() - began
     return work.tokens * took[PROBE_TOKENS] / PROBE_TOKENS + work.new_tokens * took[1] / max(1, batch)

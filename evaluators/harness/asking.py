@@ -6,13 +6,15 @@ numbers are equal bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
-from evaluators import encoding
+from lm_eval.models.huggingface import HFLM
+
 from evaluators.errors import EvaluationError
 from evaluators.harness.conditions import SOFTMAX_DTYPE
+from evaluators.prompt_tokens import added_tokens
 
 # Chat templates that print a date read this one, so that a prompt is the same on every day.
 CHAT_DATE = date(2024, 7, 26)
@@ -28,96 +30,91 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 
-def asking(model_class: type[Any]) -> type[Any]:
-    """lm-eval's `HFLM` as a class that leaves the loaded model as it is and asks under neutral settings."""
+class AskingLM(HFLM):  # type: ignore[misc]
+    """lm-eval's `HFLM` that leaves the loaded model as it is and asks under neutral settings."""
 
-    class AskingLM(model_class):  # type: ignore[misc]
-        add_bos_token: bool | None
+    add_bos_token: bool | None
 
-        def __init__(self, model: Any, tokenizer: Any) -> None:
-            """`model` and `tokenizer` as transformers loaded them. Raises EvaluationError MODEL_UNLOADABLE."""
-            _require_bounds(tokenizer)
-            ignored = _neutral_generation(model)
-            # HFLM ties weights again, by the config alone, and so replaces a head that the files hold.
-            model.tie_weights = _nothing
-            super().__init__(
-                pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=SOFTMAX_DTYPE,
-                chat_template_args={"strftime_now": CHAT_DATE.strftime},
-            )  # fmt: skip
-            before, after = encoding.added_tokens(tokenizer)
-            self._appended = len(after) if self.backend == "causal" else 0
-            self.facts = {
-                "context": int(self.max_length),
-                "kept_apart": _kept_apart(model),
-                "ignored_settings": ignored,
-                "ends": _as_list(model.generation_config.eos_token_id),
-                "begins_with": tokenizer.convert_ids_to_tokens(before),
-                "dropped_end": tokenizer.convert_ids_to_tokens(after) if self._appended else [],
-                "cleans_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
-            }
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        """`model` and `tokenizer` as transformers loaded them. Raises EvaluationError MODEL_UNLOADABLE."""
+        _require_bounds(tokenizer)
+        ignored = _neutral_generation(model)
+        # HFLM ties weights again, by the config alone, and so replaces a head that the files hold.
+        model.tie_weights = _nothing
+        tokenizer.chat_template = _dated(tokenizer.chat_template)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=SOFTMAX_DTYPE)
+        before, after = added_tokens(tokenizer)
+        self._appended = len(after) if self.backend == "causal" else 0
+        self.facts = {
+            "context": int(self.max_length),
+            "kept_apart": _kept_apart(model),
+            "ignored_settings": ignored,
+            "ends": _as_list(model.generation_config.eos_token_id),
+            "begins_with": tokenizer.convert_ids_to_tokens(before),
+            "dropped_end": tokenizer.convert_ids_to_tokens(after) if self._appended else [],
+            "cleans_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+        }
 
-        def tok_encode(
-            self,
-            string: str,
-            add_special_tokens: bool | None = None,
-            left_truncate_len: int | None = None,
-            **options: Any,
-        ) -> list[int]:
-            found: list[int] = super().tok_encode(string, add_special_tokens, **options)
-            if self._appended and len(found) > len(self.tokenizer.encode(string, add_special_tokens=False)):
-                found = found[: -self._appended]
-            return found[-left_truncate_len:] if left_truncate_len else found
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        found: list[int] = super().tok_encode(string, add_special_tokens, **options)
+        if self._appended and len(found) > len(self.tokenizer.encode(string, add_special_tokens=False)):
+            found = found[: -self._appended]
+        return found[-left_truncate_len:] if left_truncate_len else found
 
-        def tok_batch_encode(
-            self,
-            strings: list[str],
-            padding_side: str = "left",
-            left_truncate_len: int | None = None,
-            truncation: bool = False,
-        ) -> tuple[Any, Any]:
-            begun = self.tokenizer.bos_token and strings[0].startswith(self.tokenizer.bos_token)
-            appended = 0 if begun else self._appended
-            room = left_truncate_len + appended if left_truncate_len else None
-            ids, mask = super().tok_batch_encode(strings, padding_side, room, truncation)
-            wide = ids.shape[1] - appended
-            return ids[:, :wide], mask[:, :wide]
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Any, Any]:
+        begun = self.tokenizer.bos_token and strings[0].startswith(self.tokenizer.bos_token)
+        appended = 0 if begun else self._appended
+        room = left_truncate_len + appended if left_truncate_len else None
+        ids, mask = super().tok_batch_encode(strings, padding_side, room, truncation)
+        wide = ids.shape[1] - appended
+        return ids[:, :wide], mask[:, :wide]
 
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            """A template without a system role gets the task's description in the first question; lm-eval drops it."""
-            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
-            if all(each["content"].strip() in text for each in chat_history if each["role"] == "system"):
-                return text
-            folded: str = super().apply_chat_template(_folded(chat_history), add_generation_prompt)
-            return folded
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A template without a system role gets the task's description in the first question; lm-eval drops it."""
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        if all(each["content"].strip() in text for each in chat_history if each["role"] == "system"):
+            return text
+        folded: str = super().apply_chat_template(_folded(chat_history), add_generation_prompt)
+        return folded
 
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            """The tokens of the text alone are scored; BOS stands before them and is not scored itself."""
-            as_before, self.add_bos_token = self.add_bos_token, False
-            try:
-                found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
-            finally:
-                self.add_bos_token = as_before
-            return found
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The tokens of the text alone are scored; BOS stands before them and is not scored itself."""
+        as_before, self.add_bos_token = self.add_bos_token, False
+        try:
+            found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.add_bos_token = as_before
+        return found
 
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError("the tokenizer has no end token (eos_token), at which lm-eval ends an answer")
-            found: list[str] = super().generate_until(requests, disable_tqdm)
-            return found
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token (eos_token), at which lm-eval ends an answer")
+        found: list[str] = super().generate_until(requests, disable_tqdm)
+        return found
 
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
-            for _, _, answer in requests:
-                if not answer:
-                    raise ValueError("an answer adds no token to its question")
-                if len(answer) > self.max_length:
-                    raise ValueError(
-                        f"an answer of {len(answer)} tokens is longer than the {self.max_length} tokens that the model "
-                        "reads at once"
-                    )
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
-            return found
-
-    return AskingLM
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
+        for _, _, answer in requests:
+            if not answer:
+                raise ValueError("an answer adds no token to its question")
+            if len(answer) > self.max_length:
+                raise ValueError(
+                    f"an answer of {len(answer)} tokens is longer than the {self.max_length} tokens that the model "
+                    "reads at once"
+                )
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
+        return found
 
 
 def _nothing(*_arguments: Any, **_options: Any) -> None:
@@ -166,6 +163,19 @@ def _as_list(ids: Any) -> list[int]:
     return sorted(ids) if isinstance(ids, (list, tuple)) else [] if ids is None else [int(ids)]
 
 
+def _dated(template: Any) -> Any:
+    """A chat template, or several by name, with `strftime_now` as a macro that always prints CHAT_DATE.
+
+    transformers passes only plain data to a template, so the function cannot be replaced from outside.
+    """
+    if isinstance(template, dict):
+        return {name: _dated(each) for name, each in template.items()}
+    if not template or "strftime_now" not in template:
+        return template
+    directives = "".join(f"|replace('%{each}', '{CHAT_DATE.strftime('%' + each)}')" for each in "aAbBdmyYjHMS")
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{directives} }}}}{{%- endmacro +%}}{template}"
+
+
 def _folded(chat: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """The chat with its system messages at the beginning of the first message of the user."""
     said = "\n\n".join(each["content"] for each in chat if each["role"] == "system")
@@ -175,55 +185,3 @@ def _folded(chat: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         return [{"role": "user", "content": said}, *found]
     first["content"] = f"{said}\n\n{first['content']}"
     return found
-
-
-# -- prompts that do not fit ---------------------------------------------------------------------------------------
-
-
-def cut_prompts(lm: Any, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int] | None:
-    """How many requests of a task were too long for the model, so that their start was left out; None for none.
-
-    `samples` are lm-eval's, by task. `longest` and `limit` are tokens. Texts that are scored as a whole are read in
-    windows and never cut.
-    """
-    found = [_lengths(lm, arguments) for arguments in _requests(samples)]
-    cut = [(length, limit) for length, limit in found if length > limit]
-    if not cut:
-        return None
-    longest, limit = max(cut)
-    return {"requests": len(cut), "of": len(found), "longest": longest, "limit": limit}
-
-
-def _requests(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Sequence[Any]]:
-    """The arguments of every request once, though each filter has a sample of its own."""
-    for rows in samples.values():
-        for sample in rows:
-            if sample.get("filter") == rows[0].get("filter"):
-                yield from sample["arguments"]
-
-
-def _lengths(lm: Any, arguments: Sequence[Any]) -> tuple[int, int]:
-    """(tokens, tokens that fit) of a request; what cannot be too long is not encoded."""
-    if len(arguments) == 1:
-        return 0, 0
-    prompt, second = arguments[0], arguments[1]
-    causal, limit = lm.backend == "causal", int(lm.max_length)
-    if isinstance(second, Mapping):
-        limit -= _new_tokens(lm, second) if causal else 0
-        return (0 if _fits([prompt], limit) else len(lm.tok_encode(prompt))), limit
-    limit += causal  # the last token is predicted, not read
-    if not prompt or _fits([prompt, second], limit):
-        return 0, limit
-    question, answer = lm._encode_pair(prompt, second)
-    return len(question) + (len(answer) if causal else 0), limit
-
-
-def _fits(texts: Iterable[str], limit: int) -> bool:
-    """Every token but a few special ones covers at least one byte."""
-    return sum(len(text.encode()) for text in texts) + 8 <= limit
-
-
-def _new_tokens(lm: Any, settings: Mapping[str, Any]) -> int:
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    return int(normalize_gen_kwargs(dict(settings), lm.max_gen_toks)["max_gen_toks"])

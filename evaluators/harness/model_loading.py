@@ -13,7 +13,6 @@ from evaluators import loading, memory
 from evaluators.errors import EvaluationError
 from evaluators.harness import amounts
 from evaluators.harness.amounts import Amount
-from evaluators.harness.asking import asking
 from evaluators.harness.conditions import GENERATION, LIBRARIES, SOFTMAX_DTYPE
 
 
@@ -29,10 +28,10 @@ def language_model(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[
     """lm-eval's model over the folder of the job, by transformers or vLLM. Raises EvaluationError."""
     if job["backend"] == "vllm":
         return _with_vllm(job, resuming)
-    from lm_eval.models.huggingface import HFLM
+    from evaluators.harness.asking import AskingLM
 
     model, tokenizer = load(Path(job["model"]), job["device"], job["dtype"])
-    return resuming(asking(HFLM))(model, tokenizer)
+    return resuming(AskingLM)(model, tokenizer)
 
 
 def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:

@@ -23,8 +23,8 @@ from typing import Any
 from evaluators.errors import EvaluationError
 from evaluators.harness import amounts, model_loading, task_loading
 from evaluators.harness.amounts import Amount
-from evaluators.harness.asking import cut_prompts
 from evaluators.harness.journal import Journal, resuming
+from evaluators.harness.lengths import cut_prompts
 from evaluators.harness.results import answers_file, samples_file
 
 REPORT_EVERY_S = 0.2

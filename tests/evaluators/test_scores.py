@@ -68,6 +68,8 @@ CHANGES = {
     "transformers": ("5.0", "with transformers 5.23.0 and with transformers 5.0"),
     "torch": ("2.0", "with torch 2.13.0 and with torch 2.0"),
     "backend": ("vllm", "by hf and by vllm"),
+    "softmax_dtype": ("float32", "with a softmax in the model's type and with a softmax in float32"),
+    "generation": ("neutral", "under the model's own generation settings and under neutral generation settings"),
 }
 
 
@@ -95,7 +97,7 @@ def test_other_questions_and_other_data_keep_models_apart() -> None:
 def test_a_ranking_holds_equal_questions_whatever_the_machine() -> None:
     same = replace(EVALUATION, environment=replace(ENVIRONMENT, device="cuda:1", torch="2.14", batch_size="auto"))
     assert same.board == EVALUATION.board
-    for name in ("dtype", "chat_template", "seed", "limit", "lm_eval", "backend"):
+    for name in ("dtype", "chat_template", "seed", "limit", "lm_eval", "backend", "softmax_dtype", "generation"):
         changed = replace(ENVIRONMENT, **{name: CHANGES[name][0]})  # type: ignore[arg-type]
         assert replace(EVALUATION, environment=changed).board != EVALUATION.board
     assert replace(EVALUATION, suite_digest="d2").board != EVALUATION.board

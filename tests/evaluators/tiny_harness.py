@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from evaluators.harness import folder_of
+from evaluators.harness.scores import ModelEvaluation
 from evaluators.harness.suites import Suite, SuiteTask
 
 WORDS = [
@@ -66,6 +69,12 @@ def model(
 def suite(folder: Path, *, rows: int = 24, repo: str | None = None) -> Suite:
     """A task `which_animal` of `rows` questions with answers of one and two tokens; `repo` replaces its local data."""
     return Suite("animals", 1, (task(folder, "which_animal", rows, repo),))
+
+
+def logged(found: ModelEvaluation, cache: Path, task: str = "which_animal") -> list[dict[str, Any]]:
+    """The samples of a task, as lm-eval logs them."""
+    file = folder_of(found, cache) / "samples" / f"{task}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def spelled(number: int) -> str:
