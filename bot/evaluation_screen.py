@@ -186,7 +186,7 @@ def _conditions(evaluation: ModelEvaluation) -> str:
     limit = f", the first {here.limit} samples a task" if here.limit else ""
     return (
         f"lm-eval {here.lm_eval}, {here.dtype} on {here.device}, batch {here.batch_size}, asked {asked}, "
-        f"seed {here.seed}, {here.generation} generation settings, softmax in {here.softmax_dtype}{limit}."
+        f"seed {here.seed}{limit}. Asked under {here.generation} generation settings, softmax in {here.softmax_dtype}."
     )
 
 

@@ -96,7 +96,7 @@ def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json
     assert "Same answer as first, right or wrong: " in words
     assert re.search(r"first look merge first second perplexity \(bits a byte\) \d", words) and "looping" in words
     assert (
-        "asked as plain text, seed 0." in words
+        "asked as plain text, seed 0. Asked under neutral generation settings, softmax in float32." in words
         and "Measured now: merge and second. Measured before and kept: first." in words
     )
     told = json.loads((place / "out.json").read_text())
