@@ -178,7 +178,8 @@ def _speed(job: Job) -> str:
         f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
     ]
     drawn = f"![Decode speed over plain decoding]({SPEED_PICTURE})" if speed_figure(speed) else ""
-    tables = [plain(speed["sentence"]), drawn, "\n".join(lines), _transfer_table(speed)]
+    notes = "\n".join(f"- {plain(warning)}." for warning in speed.get("warnings") or ())
+    tables = [plain(speed["sentence"]), drawn, "\n".join(lines), _asked(speed), notes, _transfer_table(speed)]
     return "\n\n".join(table for table in tables if table)
 
 
@@ -191,6 +192,13 @@ def _conditions(speed: Mapping[str, Any]) -> str:
         counted = f", {threads} thread{'s' * (threads != 1)}" if device == "cpu" and threads else ""
         told.append(f"on {device}{counted}")
     return " ".join(told)
+
+
+def _asked(speed: Mapping[str, Any]) -> str:
+    """How many questions were timed and how long the answers were, as far as the report says."""
+    suite = speed.get("suite") or {}
+    questions, tokens = suite.get("questions"), suite.get("max_new_tokens")
+    return f"Questions: {questions}, each answer at most {tokens} tokens." if questions and tokens else ""
 
 
 def _use_heads(job: Job, repo: str) -> list[str]:

@@ -207,6 +207,8 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
         "plain": {"tokens_per_s": 12.0},
         "model": {"dtype": "bfloat16"},
         "environment": {"device": "cpu", "threads": 2},
+        "suite": {"questions": 11, "max_new_tokens": 21},
+        "warnings": ["the budget of 60 s allowed <b> 11 of 12 questions"],
         "candidates": [
             row("none", "none", 1.0),
             row("parent:org/a", "parent", 1.31),
@@ -225,6 +227,8 @@ def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_l
     assert section.splitlines()[2].startswith("Medusa heads run at 0.80 x plain speed: slower here")
     assert f"({card.SPEED_PICTURE})" in section
     assert "| bfloat16 on cpu, 2 threads | tokens/s | tokens per step |" in section
+    assert "Questions: 11, each answer at most 21 tokens." in section
+    assert "- the budget of 60 s allowed \\<b\\> 11 of 12 questions." in section
     assert "| heads of org/a | 0.31 0.20 | 1.31 |" in section
     assert "| heads trained for it | 0.31 0.20 | 1.40 |" in section
     assert "| heads of org/b | it has 5 tokens \\<b\\> too many. | – |" in section and "once more" not in section

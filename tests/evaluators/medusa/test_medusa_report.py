@@ -215,10 +215,21 @@ def test_questions_that_exceed_the_context_are_named_and_timed_to_its_end(tmp_pa
 
 
 @pytest.mark.slow
+def test_answers_and_questions_that_the_budget_takes_away_are_named(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model", tiny.model("llama"))
+    measured = medusa.measure(folder, tmp_path / "out", budget_s=0.1, questions=3, max_new_tokens=500)
+    suite = measured["suite"]
+    assert suite["max_new_tokens"] == 16 and suite["questions"] < 3
+    said = "the budget of 0.1 s allowed answers of at most 16 tokens instead of 500 and {questions} of 3 questions"
+    assert said.format(**suite) in measured["warnings"]
+
+
+@pytest.mark.slow
 def test_a_model_that_cannot_take_trees_gives_a_report_with_a_refusal(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("chunked"))
     measured = medusa.measure(folder, tmp_path / "out", budget_s=4, questions=2)
     assert_whole(measured)
+    assert not any("budget" in warning for warning in measured["warnings"])
     assert "attention windows or chunks" in measured["refusal"]
     assert [row["id"] for row in measured["candidates"]] == ["none", "native", "prompt_lookup"]
     assert measured["candidates"][1]["exact"]["equal"] >= 1 and measured["plain"]["tokens_per_s"] > 0
