@@ -39,7 +39,11 @@ def evaluate(
         bool, typer.Option(help="Look whether the models speak, and refuse one that talks nonsense.")
     ] = True,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Ask through the models' chat templates; all have to have one.")
+        bool,
+        typer.Option(
+            "--chat-template",
+            help="Ask through the models' chat templates; all have to have one. Verdicts need equal prompts.",
+        ),
     ] = False,
     batch_size: Annotated[str, typer.Option(help="auto, or a number.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

@@ -49,7 +49,7 @@ class AskingLM(HFLM):  # type: ignore[misc]
             "context": int(self.max_length),
             "kept_apart": _kept_apart(model),
             "ignored_settings": ignored,
-            "ends": _as_list(model.generation_config.eos_token_id),
+            "ends": _as_list(getattr(model.generation_config, "eos_token_id", None)),
             "begins_with": tokenizer.convert_ids_to_tokens(before),
             "dropped_end": tokenizer.convert_ids_to_tokens(after) if self._appended else [],
             "cleans_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
