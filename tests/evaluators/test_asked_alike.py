@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, T5Config
 from transformers.models.auto import AutoModelForSeq2SeqLM
 
-from evaluators import loading
+from evaluators import comparison, harness, loading
+from evaluators.comparison.remarks import remarks
+from evaluators.comparison.verdict import Outcome
 from evaluators.errors import EvaluationError
 from evaluators.harness.asking import AskingLM
 from evaluators.harness.lengths import cut_prompts
+from evaluators.harness.scores import Cut
+from evaluators.harness.suites import Suite, SuiteTask
 from tests.evaluators import chain
 
 CHOICES = (" yes", " no", " true")
@@ -238,3 +243,71 @@ def test_an_answer_longer_than_the_context_is_said_in_words(tmp_path: Path) -> N
 def test_an_answer_without_a_token_of_its_own_is_said_in_words(plain: Any) -> None:
     with pytest.raises(ValueError, match="adds no token to its question"):
         choices(plain, (" ",))
+
+
+# -- the whole way -------------------------------------------------------------------------------------------------
+
+SOURCE = "dataset_path: json\ndataset_kwargs: {data_files: {test: DATA}}\ntest_split: test\ndoc_to_text: '{{q}}'\n"
+CHOOSE = """output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+WRITE = """output_type: generate_until
+doc_to_target: "{{said}}"
+generation_kwargs: {until: [question], max_gen_toks: 6}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+TASKS = (SuiteTask("choose"), SuiteTask("write", "exact_match"))
+
+
+def suite(folder: Path) -> Suite:
+    """Thirty questions, of which ten have prompts of 50 words."""
+    folder.mkdir()
+    said = {
+        "one": "yes one yes one yes one",
+        "two": "no two no two no two",
+        "three": "true three true three true three",
+    }
+    questions = [
+        {"q": "question " * (48 if row % 3 == 2 else 1) + word, "choices": ["yes", "no", "true"], "gold": row % 3,
+         "said": said[word]}
+        for row in range(30) for word in [("one", "two", "three")[row % 3]]
+    ]  # fmt: skip
+    (folder / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
+    source = SOURCE.replace("DATA", str(folder / "data.jsonl"))
+    for task, kind in zip(TASKS, (CHOOSE, WRITE), strict=True):
+        (folder / f"{task.name}.yaml").write_text(f"task: {task.name}\n{source}{kind}")
+    files = [folder / f"{task.name}.yaml" for task in TASKS]
+    return Suite("chains", 1, tuple(replace(task, file=file) for task, file in zip(TASKS, files, strict=True)))
+
+
+@pytest.mark.slow
+def test_equal_weights_get_no_verdict_whatever_stands_beside_them(tmp_path: Path) -> None:
+    questions, cache = suite(tmp_path / "tasks"), tmp_path / "cache"
+    plain = chain.model(tmp_path / "plain", positions=32)
+    other = chain.model(
+        tmp_path / "other", positions=32, tie=True, template="$A </s>",
+        generation={"repetition_penalty": 5.0, "max_new_tokens": 2, "eos_token_id": 2},
+    )  # fmt: skip
+    found = {
+        model.name: harness.evaluate(
+            model, questions, cache=cache, scratch=tmp_path / "scratch", timeout_s=240, batch_size=4,
+            environment={"OMP_NUM_THREADS": "1"},
+        )
+        for model in (plain, other)
+    }  # fmt: skip
+    for evaluation in found.values():
+        assert [score.value for score in evaluation.scores] == [1.0, 1.0]
+        assert evaluation.cut == (Cut("choose", 30, 90, 50, 33), Cut("write", 10, 30, 49, 26))
+    verdict = comparison.compare(found["plain"], {"other": found["other"]}, cache=cache)
+    assert {each.outcome for task in verdict.tasks for each in task.differences} == {Outcome.NOT_SHOWN}
+    assert len(verdict.tasks) == 2 and verdict.left_out == verdict.not_alike == ()
+    said = " ".join(remarks(found))
+    for words in (
+        "plain and other: 30 of 90 prompts of choose were cut",
+        "repetition_penalty=5.0",
+        "lm_head.weight",
+        "</s>",
+    ):
+        assert words in said
