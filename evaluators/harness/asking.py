@@ -20,6 +20,7 @@ from evaluators.prompt_tokens import added_tokens
 CHAT_DATE = date(2024, 7, 26)
 # What generation_config.json says of tokens belongs to the model; everything else in it is a setting.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_MOST = 16  # tokens that are named at most
 # Settings without effect on greedy answers, or that lm-eval always gives itself.
 _HARMLESS = frozenset(
     {
@@ -49,9 +50,9 @@ class AskingLM(HFLM):  # type: ignore[misc]
             "context": int(self.max_length),
             "kept_apart": _kept_apart(model),
             "ignored_settings": ignored,
-            "ends": _as_list(getattr(model.generation_config, "eos_token_id", None)),
-            "begins_with": tokenizer.convert_ids_to_tokens(before),
-            "dropped_end": tokenizer.convert_ids_to_tokens(after) if self._appended else [],
+            "ends": _as_list(getattr(model.generation_config, "eos_token_id", None))[:_MOST],
+            "begins_with": _as_text(tokenizer, before),
+            "dropped_end": _as_text(tokenizer, after[: self._appended]),
             "cleans_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
         }
 
@@ -144,10 +145,8 @@ def _neutral_generation(model: Any) -> list[str]:
     ids = {name: getattr(own, name, None) for name in _TOKEN_IDS}
     model.generation_config = GenerationConfig(**ids)
     changed = own.to_diff_dict()
-    steering = [
-        name for name in sorted(changed)
-        if name not in _HARMLESS and name not in _TOKEN_IDS and changed[name] != getattr(defaults, name, None)
-    ]  # fmt: skip
+    settings = sorted(set(changed) & set(vars(defaults)) - _HARMLESS - set(_TOKEN_IDS))
+    steering = [name for name in settings if changed[name] != getattr(defaults, name)]
     return [f"{name}={str(changed[name])[:60]}" for name in steering]
 
 
@@ -157,6 +156,11 @@ def _kept_apart(model: Any) -> list[str]:
         return []
     by_config = model.get_expanded_tied_weights_keys(all_submodels=True)
     return sorted(set(by_config) - set(model.all_tied_weights_keys))
+
+
+def _as_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The first tokens, each of them short: they come from a stranger's file."""
+    return [str(each)[:40] for each in tokenizer.convert_ids_to_tokens(list(ids[:_MOST]))]
 
 
 def _as_list(ids: Any) -> list[int]:
