@@ -151,6 +151,7 @@ def _examine(run: Run, device: str, prompts: Path | None) -> None:
         _speculate(run, base, test, now)
     else:
         _only_plain(run, base, test, reason)
+    _warn_of_budget(run, len(test))
 
 
 def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
@@ -159,7 +160,6 @@ def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: st
     base.window = None  # what was not proven is left to the cache that transformers gives the model
     runner = _runner(run, base)
     blocks = bench.run_blocks(base, [], test, limits, runner=runner, deadline=run.until(REFUSED_BY))
-    _warn_of_budget(run, limits.max_new_tokens, blocks, len(test))
     versus = timing.time_native(run, base, blocks, limits, runner)
     machine = rows.machine_of(base, blocks, run.seed)
     run.report = rows.described(run.report, blocks, limits.max_new_tokens, machine)
@@ -195,7 +195,6 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     now = run.stage("calibrate", now)
     run.progress("calibrate", 1, 1)
     limits, blocks = timing.time_candidates(run, base, test, scored, cost, runner)
-    _warn_of_budget(run, limits.max_new_tokens, blocks, len(test))
     versus = timing.time_native(run, base, blocks, limits, runner)
     run.stage("bench", now)
     said = bench.spoken(base, blocks)
@@ -216,9 +215,10 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     run.report = head_rows.completed(run.report, measured)
 
 
-def _warn_of_budget(run: Run, new_tokens: int, blocks: Sequence[bench.Block], questions: int) -> None:
-    """Say where the budget allowed shorter answers or fewer questions than were asked for."""
-    asked, timed = min(run.asked.questions, questions), len({block.question.prompt.id for block in blocks})
+def _warn_of_budget(run: Run, questions: int) -> None:
+    """Say where the budget allowed shorter answers or fewer of the `questions` than were asked for."""
+    asked, timed = min(run.asked.questions, questions), run.report.suite.questions or 0
+    new_tokens = run.report.suite.max_new_tokens or 0
     less = []
     if new_tokens < run.asked.max_new_tokens:
         less.append(f"answers of at most {new_tokens} tokens instead of {run.asked.max_new_tokens}")
