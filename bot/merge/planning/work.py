@@ -10,6 +10,7 @@ from typing import Literal
 from bot.errors import Refused, Where
 from bot.merge.checkpoints.architecture import is_optional
 from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.float32 import stays_float32
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.patches import Patch
 from bot.merge.checkpoints.ties import is_head
@@ -123,6 +124,9 @@ def work_of(
         return _unmixable(slot, shape, operands, tensors)
     wanted = recipe.out_dtype or recipe.dtype
     dtype = BY_NAME[wanted] if wanted else promote(tensor.dtype for tensor in tensors)
+    stored = {tensor.dtype.name for tensor in tensors}
+    if stored == {"float32"} and stays_float32(slot.name, dtype.name, models[recipe.donor].config):
+        dtype = BY_NAME["float32"]
     if recipe.classic is not None:
         dtype = BY_NAME["float32"] if slot.name in classic_tensors.FLOAT32 else dtype
         action = "copy" if classic_tensors.must_copy(slot, recipe) else action
