@@ -44,6 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     "nemotron": {"num_key_value_heads": 8},
+    "nemotron_h": {"num_hidden_layers": 8, "hybrid_override_pattern": "M*M-MEM*"},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen3_omni_moe": {"enable_audio_output": False},
     "qwen4_exp": {"text_config": _INDEXER},

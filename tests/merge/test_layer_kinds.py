@@ -180,6 +180,19 @@ def test_entries_of_prediction_layers_stay_behind_the_layers() -> None:
     assert stacked(config, (1, 2))[0]["layer_types"] == kinds[1:]
 
 
+def test_list_that_alone_counts_the_layers_is_followed() -> None:
+    nemotron = {"model_type": "nemotron_h", "layers_block_type": ["linear_attention", "mlp", "full_attention"]}
+    out = copy.deepcopy(nemotron)
+    restack(out, Stacked((), 3, ((A, 1), (A, 2))), A, {A: nemotron}, Notes())
+    assert out == {"model_type": "nemotron_h", "layers_block_type": ["mlp", "full_attention"]}
+
+
+def test_letters_for_each_layer_are_followed() -> None:
+    nemotron = {"model_type": "nemotron_h", "num_hidden_layers": 4, "hybrid_override_pattern": "M-M*"}
+    out, _ = stacked(nemotron, (1, 2, 3))
+    assert (out["num_hidden_layers"], out["hybrid_override_pattern"]) == (3, "-M*")
+
+
 def test_merged_model_is_built_as_the_layers_were(tmp_path: Path) -> None:
     qwen = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
     save(tmp_path / "a", llama_tensors(1, layers=4), **qwen)

@@ -45,13 +45,14 @@ def restack(config: dict[str, Any], stack: Stacked, donor: ModelRef, configs: Co
     Raises `Refused(LAYER_RULE)` where a rule of the config cannot give each layer the kind it had in its own model.
     """
     same = list(stack.layers) == [(donor, i) for i in range(stack.donor_layers)]
-    for path in stack.depths:
+    for path in stack.depths or _uncounted(config, stack):
         part = at(config, path[:-1])
         if not same:
             rules = rules_of(config, path, LAYER_RULES)
             wanted = [_wanted(rule, path, stack, donor, configs) for rule in rules]
             _per_layer(part, path[:-1], stack, configs)
-        part[path[-1]] = len(stack.layers)
+        if path in stack.depths:
+            part[path[-1]] = len(stack.layers)
         if not same:
             _follow(config, path, list(zip(rules, wanted, strict=True)), stack, donor, configs, notes)
 
@@ -63,6 +64,17 @@ def without_predicted(config: dict[str, Any], stack: Stacked) -> None:
         for key, value in part.items():
             if isinstance(value, list) and _WITH_PREDICTION.fullmatch(key) and len(value) == count + _predicted(part):
                 part[key] = value[:count]
+
+
+def _uncounted(config: Mapping[str, Any], stack: Stacked) -> list[tuple[str, ...]]:
+    """Paths where a count would stand in configs that count layers by a list alone (Nemotron-H, saved again)."""
+    paths: tuple[tuple[str, ...], ...] = (("num_hidden_layers",), ("text_config", "num_hidden_layers"))
+    return [
+        path
+        for path in paths
+        for rule in rules_of(config, path, LAYER_RULES)
+        if rule.listed and stack.layers and len(_view(config, path).get(rule.listed) or ()) == stack.donor_layers
+    ][:1]
 
 
 def _view(config: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
