@@ -191,6 +191,20 @@ def test_transposed_experts_are_refused_beside_published_ones(tmp_path: Path) ->
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         tensors = {"model.language_model.layers.0.mlp.experts.gate_up_proj": torch.zeros(shape)}
         save_file(tensors, tmp_path / name / "model.safetensors")
-    with pytest.raises(Refused, match="as published") as caught:
+    with pytest.raises(Refused, match=r"gate_up_proj \[4, 24, 32\], .* \[4, 32, 24\]") as caught:
         plan_of(AVERAGE.format("published", "fused"), tmp_path)
     assert "from_config" in caught.value.next_step
+
+
+def test_a_layout_that_is_not_read_is_refused_beside_the_published_one_by_name(tmp_path: Path) -> None:
+    config = {"model_type": "ernie4_5_vl_moe", "num_hidden_layers": 1, "hidden_size": 8}
+    for name, tensor, shape in (
+        ("published", "model.layers.0.mlp.experts.0.gate_proj.weight", (4, 8)),
+        ("fused", "model.language_model.layers.0.mlp.text_moe.experts.gate_up_proj", (2, 12, 8)),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        save_file({tensor: torch.zeros(shape)}, tmp_path / name / "model.safetensors")
+    with pytest.raises(Refused, match=r"text_moe\.experts\.gate_up_proj") as caught:
+        plan_of(AVERAGE.format("published", "fused"), tmp_path)
+    assert caught.value.code == "NOT_SUPPORTED"

@@ -129,6 +129,7 @@ _FAMILIES: dict[str, Naming] = {
     ),
     **dict.fromkeys(_TOWERS, _TOWER),
 }  # fmt: skip
+_EXPERT = re.compile(r"\.experts\.(gate_up_proj$|\d+\.)")
 _UNDER_MODEL = (
     r"^model\.(?=(vision_tower|image_tower|video_tower|audio_tower|vision_model|multi_modal_projector|image_newline"
     r"|vision_embed_tokens|encoder|projector|acoustic_tokenizer_encoder|semantic_tokenizer_encoder)\b)"
@@ -167,10 +168,11 @@ def one_naming(sources: Mapping[Key, Checkpoint], limits: Limits) -> dict[Key, C
     NOT_SUPPORTED where two sources hold the same tensors in an order that cannot be read in place.
     """
     out = {key: _named(one, _FAMILIES, limits) for key, one in sources.items()}
-    _refuse_transposed(out.values())
     published = {key: _named(one, _EITHER, limits) for key, one in out.items()}
     changed = {published[key] is not one for key, one in out.items() if _namings(one.config, _EITHER)}
-    return published if len(changed) > 1 else out
+    agreed = published if len(changed) > 1 else out
+    _refuse_layouts(agreed.values())
+    return agreed
 
 
 def published_name(config: Mapping[str, Any], name: str) -> str:
@@ -192,25 +194,33 @@ def _namings(config: Mapping[str, Any], table: Mapping[str, Naming]) -> list[Nam
     return out
 
 
-def _refuse_transposed(sources: Iterable[Checkpoint]) -> None:
-    """Refuse experts of Qwen3-VL-MoE as (E, 2I, H) in one source, in another as published, (E, H, 2I)."""
-    found: dict[bool, tuple[Checkpoint, TensorInfo]] = {}
+def _refuse_layouts(sources: Iterable[Checkpoint]) -> None:
+    """Refuse sources of one family whose experts lie differently still: apart, in one tensor, or in one transposed."""
+    found: dict[object, dict[str, tuple[Checkpoint, TensorInfo]]] = {}
     for source in sources:
-        text = source.config.get("text_config")
-        if source.config.get("model_type") != "qwen3_vl_moe" or not isinstance(text, Mapping):
-            continue
-        for tensor in source.tensors.values():
-            if tensor.name.endswith(".experts.gate_up_proj") and len(tensor.shape) == 3:
-                found.setdefault(tensor.shape[1] == text.get("hidden_size"), (source, tensor))
-    if len(found) > 1:
-        source, tensor = found[False]
-        raise Refused(
-            "NOT_SUPPORTED",
-            f"{source.name} holds {tensor.name} as {list(tensor.shape)}, the layout of transformers 5 in memory; "
-            f"{found[True][0].name} holds it as published, {list(found[True][1].shape)}.",
-            "Load it with transformers 5, copy its state_dict into a model made by from_config, and save that one.",
-            value=tensor.name,
-        )
+        tensor = next((one for name, one in source.tensors.items() if _EXPERT.search(name)), None)
+        if tensor is not None:
+            seen = found.setdefault(source.config.get("model_type"), {})
+            seen.setdefault(_layout_of_experts(source, tensor), (source, tensor))
+    for seen in found.values():
+        if len(seen) > 1:
+            (source, tensor), (other, second) = (seen[layout] for layout in sorted(seen)[:2])
+            raise Refused(
+                "NOT_SUPPORTED",
+                f"{source.name} holds its experts as {tensor.name} {list(tensor.shape)}, {other.name} as {second.name} "
+                f"{list(second.shape)}; these two layouts cannot be read as one.",
+                "Load the one that is not as published with transformers 5, copy its state_dict into a model made by "
+                "from_config, and save that one.",
+                value=tensor.name,
+            )
+
+
+def _layout_of_experts(source: Checkpoint, tensor: TensorInfo) -> str:
+    if not tensor.name.endswith(".experts.gate_up_proj"):
+        return "apart"
+    text = source.config.get("text_config")
+    hidden = (text if isinstance(text, Mapping) else source.config).get("hidden_size")
+    return "fused, inputs first" if hidden in tensor.shape[1:2] else "fused"
 
 
 def _named(source: Checkpoint, table: Mapping[str, Naming], limits: Limits) -> Checkpoint:
