@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from peft_models import GPT2, TEXT, adapt, agrees, build, logits, merged, reopen, transformers
 from tiny_checkpoints import load, plan_of
 
 from bot.errors import Refused
+from bot.merge.planning.needs import needed
+from bot.merge.recipe.spec import ModelRef
 
 ALONE = "merge_method: passthrough\nmodels: [{model: base+adapter}]\n"
 LLAMA, QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
@@ -55,6 +58,26 @@ def test_a_resized_vocabulary_is_applied_with_its_own_size(name: str, way: str, 
     told = json.loads((out / "config.json").read_text())
     assert told.get("text_config", told)["vocab_size"] == rows
     agrees(logits(reopen(out, MODELS[name][0])), truth)
+
+
+def test_a_resized_vocabulary_comes_with_the_adapters_tokenizer(tmp_path: Path) -> None:
+    model = resized(tmp_path, "llama", 66)
+    words(tmp_path / "base", 64)
+    adapt(tmp_path / "adapter", model, {"target_modules": ["q_proj"]}, save_embedding_layers=True)
+    notices = [notice.text for notice in plan_of(ALONE, tmp_path)[0].notices]
+    assert any("has no tokenizer" in text for text in notices)
+    words(tmp_path / "adapter", 66)
+    planned, _ = plan_of(ALONE, tmp_path)
+    assert "tokenizer.json" in needed(planned)[ModelRef("adapter")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged(tmp_path))
+    assert tokenizer.convert_tokens_to_ids("w65") == 65
+
+
+def words(folder: Path, count: int) -> None:
+    """A tokenizer of whole words."""
+    model = tokenizers.models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0")
+    made = tokenizers.Tokenizer(model)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0").save_pretrained(folder)
 
 
 def refused(folder: Path) -> Refused:

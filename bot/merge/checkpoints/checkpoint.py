@@ -121,7 +121,7 @@ class Checkpoint:
 
     `config` and `tensors` are those of the loaded model (`ties.as_loaded`); `presumed` are pairs of tensors (kept, left
     out) that it ties and of which only samples were compared. Seen through an adapter, a model has `patches` on some
-    tensors, and the bytes of others lie `elsewhere`.
+    tensors, and the bytes of others, and of some files, lie `elsewhere`.
     """
 
     name: str

@@ -16,11 +16,12 @@ from typing import Any, NoReturn
 from bot.errors import Refused
 from bot.merge.checkpoints.adapter_config import odd
 from bot.merge.checkpoints.adapter_parts import Module, Sorted, sort_tensors
-from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.checkpoint import Checkpoint, Files
 from bot.merge.checkpoints.header import TensorInfo, refuse
 from bot.merge.checkpoints.locating import LAYER, Fits, locate
 from bot.merge.checkpoints.lora import WEIGHTS, Adapter
 from bot.merge.checkpoints.matrix_layout import MatrixLayout, by_biases
+from bot.merge.checkpoints.other_tokenizer import OtherTokenizer, tokenizer_files
 from bot.merge.checkpoints.patches import Addend, LowRank, NewRows, Patch, as_matrix
 from bot.merge.checkpoints.patterns import BadPattern
 from bot.merge.checkpoints.published import published_name
@@ -73,6 +74,7 @@ class _Fitting:
         self.elsewhere: dict[str, ModelRef] = {}
         self.patches: dict[str, Patch] = {}
         self.notices: list[str] = []
+        self.files: Files = model.files
         self.config: Mapping[str, Any] = model.config
         self.ties = VocabularyTies(model)
         self.layout = MatrixLayout(by_biases(model.tensors))
@@ -101,6 +103,8 @@ class _Fitting:
             name=str(self.ref),
             config=self.config,
             tensors=self.tensors,
+            files=self.files,
+            sizes=self.model.sizes if self.files is self.model.files else self.files.sizes(),
             patches=self.patches,
             elsewhere=self.elsewhere,
             notices=(*self.model.notices, *self.notices),
@@ -281,6 +285,16 @@ class _Fitting:
         count = next(iter(changed.values()))
         self.config = resized(self.config, count)
         self.notices.append(f"{self.ref}: the adapter's vocabulary has {count:,} rows, the model's {before.pop():,}")
+        self._take_tokenizer()
+
+    def _take_tokenizer(self) -> None:
+        """A resized vocabulary goes with the tokenizer that was saved beside it."""
+        names = tokenizer_files(self.adapter.sizes)
+        if not names:
+            self.notices.append(f"{self.adapter.name} has no tokenizer; the one of {self.ref.bare} may lack its tokens")
+            return
+        self.files = OtherTokenizer(self.model.files, self.adapter.files, names)
+        self.elsewhere |= dict.fromkeys(names, self.lora)
 
     # ---- sentences
 

@@ -257,7 +257,7 @@ def _small_files(
             if kept is not None:
                 texts[name] = kept
     copies = tuple(
-        Copied(ref.bare, name, checkpoints[ref].sizes[name])
+        Copied(checkpoints[ref].elsewhere.get(name, ref.bare), name, checkpoints[ref].sizes[name])
         for ref, name in names
         if name in checkpoints[ref].sizes and name not in texts
     )

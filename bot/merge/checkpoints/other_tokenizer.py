@@ -1,0 +1,38 @@
+"""The files of a model with the tokenizer of its adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bot.merge.checkpoints.checkpoint import Files
+
+_TOKENIZER = re.compile(
+    r"tokenizer|special_tokens|added_tokens|^vocab\.|^merges\.|spiece|sentencepiece|chat_template", re.ASCII
+)
+
+
+def tokenizer_files(names: Iterable[str]) -> frozenset[str]:
+    """The files of a tokenizer among file names; none where the tokenizer itself is missing."""
+    found = frozenset(name for name in names if _TOKENIZER.search(name) and "/" not in name)
+    return found if any(name.startswith("tokenizer") for name in found) else frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class OtherTokenizer:
+    """`Files` of a model, with `names` taken from its adapter in the place of the model's tokenizer."""
+
+    model: Files
+    adapter: Files
+    names: frozenset[str]
+
+    def __str__(self) -> str:
+        return str(self.model)
+
+    def sizes(self) -> dict[str, int]:
+        own = {name: size for name, size in self.model.sizes().items() if not _TOKENIZER.search(name)}
+        return own | {name: size for name, size in self.adapter.sizes().items() if name in self.names}
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        return (self.adapter if name in self.names else self.model).read(name, start, length)
