@@ -180,8 +180,10 @@ def read(cache: Path, suite: Suite, task_keys: Sequence[str], key: str) -> Model
         key=key,
         task_seconds=tuple(seconds for *_, seconds in measured),
         smallest_batch=min((part["batch"] for part in parts if part["batch"] is not None), default=None),
-        loaded=None if parts[-1]["loaded"] is None else Loaded.from_dict(parts[-1]["loaded"]),
-        cut=tuple(Cut(task.name, **part["cut"]) for task, part in zip(suite.tasks, parts, strict=True) if part["cut"]),
+        loaded=Loaded.from_dict(parts[-1]["loaded"]) if parts[-1].get("loaded") else None,
+        cut=tuple(
+            Cut(task.name, **part["cut"]) for task, part in zip(suite.tasks, parts, strict=True) if part.get("cut")
+        ),
     )
 
 
