@@ -161,7 +161,8 @@ def _listing(files: Files) -> list[str]:
     """The names of all files; of a folder those at its top, and its folders with a slash."""
     if not isinstance(files, LocalFiles):
         return list(files.sizes())
-    return [*files.sizes(), *(f"{each.name}/" for each in files.path.iterdir() if each.is_dir())]
+    top = [name for name in files.sizes() if "/" not in name]
+    return [*top, *(f"{each.name}/" for each in files.path.iterdir() if each.is_dir())]
 
 
 def _require_pinned(claim: Claim, subject: _Subject) -> None:

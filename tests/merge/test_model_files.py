@@ -122,3 +122,12 @@ def test_the_operators_own_merge_keeps_every_template(models: Path) -> None:
 def test_templates_are_known_by_their_text_alone() -> None:
     assert all(is_known(f" {text}\n") for text in TEMPLATES.values())
     assert not any(is_known(text) for text in (ODD, KNOWN + ODD, "", None, 7, KNOWN + " " * 2**16))
+
+
+def test_all_templates_of_a_folder_of_named_ones_survive(models: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "a")
+    tokenizer.chat_template = {"default": "{{ 'one' }}", "tool_use": "{{ 'two' }}"}
+    tokenizer.save_pretrained(models / "a")
+    assert (models / "a" / "additional_chat_templates" / "tool_use.jinja").exists()
+    merge(LINEAR, models, models / "out")
+    assert transformers.AutoTokenizer.from_pretrained(models / "out").chat_template == tokenizer.chat_template

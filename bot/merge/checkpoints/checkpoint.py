@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoints.header import OPERATOR, STRANGER, Limits, TensorInfo, header_length, parse, refuse
+from bot.merge.checkpoints.model_files import NAMED_TEMPLATES
 from bot.merge.checkpoints.ties import as_loaded
 from bot.merge.checkpoints.weight_files import (
     INDEX,
@@ -81,12 +82,15 @@ class LocalFiles:
         return str(self.path)
 
     def sizes(self) -> dict[str, int]:
-        return {entry.name: entry.stat().st_size for entry in self.path.iterdir() if entry.is_file()}
+        top = {entry.name: entry.stat().st_size for entry in self.path.iterdir() if entry.is_file()}
+        named = (entry for entry in self.path.glob(f"{NAMED_TEMPLATES}/*.jinja") if entry.is_file())
+        return top | {f"{NAMED_TEMPLATES}/{entry.name}": entry.stat().st_size for entry in named}
 
     def locate(self, name: str) -> Path:
         """The real path of a file, or a refusal when it lies outside the folder."""
         real = (self.path / name).resolve()
-        if "/" in name or "\\" in name or not real.is_relative_to(self._root):
+        inner = name.removeprefix(f"{NAMED_TEMPLATES}/")
+        if "/" in inner or "\\" in inner or not real.is_relative_to(self._root):
             raise Refused(
                 "BAD_SHARD_NAME", f"{name[:80]!r} leads out of the folder {self.path}.",
                 "Put the file itself into the folder.", value=name,

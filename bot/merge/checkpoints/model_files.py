@@ -6,6 +6,7 @@ Those of tokenizers are the vocabulary files of transformers' tokenizer classes 
 from __future__ import annotations
 
 TEMPLATE = "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder with a file NAME.jinja for each further template
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE,

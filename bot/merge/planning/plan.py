@@ -1,7 +1,4 @@
-"""Recipe + headers -> Plan: every tensor, shape, dtype, byte offset and number, before a weight is read.
-
-No torch here: planning a 70 B merge takes seconds and no memory to speak of. What a plan says, the engine does.
-"""
+"""Recipe + headers -> Plan: every tensor, shape, dtype, byte offset and number, before a weight is read. No torch."""
 
 from __future__ import annotations
 
@@ -233,7 +230,6 @@ def _small_files(
     *,
     known_templates: bool,
 ) -> _SmallFiles:
-    """With `known_templates` no other chat template is taken over from a source."""
     donor = recipe.donor
     giver = donor if alignment is None else alignment.giver
     texts = {} if alignment is None else dict(alignment.texts)
@@ -249,13 +245,16 @@ def _small_files(
         if own is not None:
             texts["tokenizer_config.json"] = chat_template.without_template(own)
     stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
+    listed = chat_template.with_named_templates(checkpoints[giver], texts.get("tokenizer_config.json"))
+    if template is None and listed is not None:
+        texts["tokenizer_config.json"], stale = listed, stale | {TEMPLATE}
     tokenizer = () if recipe.classic is not None and not recipe.classic.copy_tokenizer else TOKENIZER_FILES
     names = [(giver, name) for name in tokenizer if name not in stale] + [(donor, name) for name in OTHER_FILES]
     if known_templates:
-        for ref, name in names:
-            kept = template_files.known_only(name, checkpoints[ref], texts.get(name), notes)
-            if kept is not None:
-                texts[name] = kept
+        seen = (
+            (name, template_files.known_only(name, checkpoints[ref], texts.get(name), notes)) for ref, name in names
+        )
+        texts |= {name: kept for name, kept in seen if kept is not None}
     copies = tuple(
         Copied(checkpoints[ref].elsewhere.get(name, ref.bare), name, checkpoints[ref].sizes[name])
         for ref, name in names

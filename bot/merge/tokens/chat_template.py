@@ -8,7 +8,7 @@ from typing import Any
 
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import Checkpoint
-from bot.merge.checkpoints.model_files import TEMPLATE
+from bot.merge.checkpoints.model_files import NAMED_TEMPLATES, TEMPLATE
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.spec import ModelRef, Recipe
 from bot.merge.tokens.named_templates import MARKERS, TEMPLATES
@@ -53,6 +53,23 @@ def chat_template(
         notes.add("NO_CHAT_TEMPLATE", "no source has a chat template")
         return None
     return max(found, key=lambda text: (found.count(text), -found.index(text)))
+
+
+def with_named_templates(checkpoint: Checkpoint, made: str | None) -> str | None:
+    """tokenizer_config.json with all chat templates of a source that has a folder of further ones, else None.
+
+    `made` is the text that the merge writes, if any. The list is how transformers wrote them before it had the folder;
+    it still reads one where no template file lies.
+    """
+    files = sorted(name for name in checkpoint.sizes if name.startswith(f"{NAMED_TEMPLATES}/"))
+    config = json.loads(made) if made else checkpoint.document("tokenizer_config.json")
+    if not files or config is None:
+        return None
+    found = {name.rpartition("/")[2].removesuffix(".jinja"): checkpoint.text(name, 2**20) for name in files}
+    if TEMPLATE in checkpoint.sizes:
+        found = {"default": checkpoint.text(TEMPLATE, 2**20), **found}
+    config["chat_template"] = [{"name": name, "template": text} for name, text in found.items()]
+    return json.dumps(config, ensure_ascii=False, indent=2) + "\n"
 
 
 def without_template(tokenizer_config: Mapping[str, Any]) -> str:
