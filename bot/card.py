@@ -195,7 +195,7 @@ def _conditions(speed: Mapping[str, Any]) -> str:
 
 
 def _asked(speed: Mapping[str, Any]) -> str:
-    """How many questions were timed and how long the answers were, as far as the report says."""
+    """Number of timed questions and the length of the answers, as far as the report has them."""
     suite = speed.get("suite") or {}
     questions, tokens = suite.get("questions"), suite.get("max_new_tokens")
     return f"Questions: {questions}, each answer at most {tokens} tokens." if questions and tokens else ""

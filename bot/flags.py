@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from bot.errors import Refused
 from bot.interruption import stopped
-from bot.merge.recipe.spelling import closest
+from bot.merge.recipe.suggestions import closest
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKmMgGtT][iI]?[bB])", re.ASCII)

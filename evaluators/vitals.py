@@ -57,7 +57,7 @@ FEWER = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What was found. A NaN or an infinite logit leaves `bits_per_byte` and `perplexity` (a token) None. An
+    """The findings. A NaN or an infinite logit leaves `bits_per_byte` and `perplexity` (a token) None. An
     encoder-decoder, which may never have been trained on plain text, has no `perplexity`.
 
     `missing_rows` are ids that the tokenizer gives and the model has no embedding for; with any, nothing is run.
@@ -329,7 +329,7 @@ def require_sound(merge: Vitals, parents: Sequence[Vitals] = ()) -> None:
 
 
 def _strange(merge: Vitals, parents: Sequence[Vitals]) -> str | None:
-    """What is wrong, as half a sentence. An encoder-decoder can be judged only beside its parents."""
+    """The fault, as half a sentence. An encoder-decoder can be judged only beside its parents."""
     if merge.encoder_decoder and not parents:
         return None
     bits = [parent.bits_per_byte for parent in parents if parent.bits_per_byte is not None]

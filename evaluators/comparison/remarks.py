@@ -1,4 +1,4 @@
-"""What has to be known beside the scores: how each model was really asked, in sentences for screen, card and page."""
+"""Notes beside the scores on how each model was asked, as sentences for screen, card and page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Show = Callable[[str], str]
 
 
 def remarks(models: Mapping[str, ModelEvaluation], show: Show = short, said: Show = str) -> list[str]:
-    """What was peculiar about single models, then the settings of their own in which they differ.
+    """Peculiarities of single models, then the settings of their own in which they differ.
 
     `show` writes a model's name; `said` makes words safe that come from a model's files.
     """

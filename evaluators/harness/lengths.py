@@ -1,4 +1,4 @@
-"""Which prompts are longer than the model reads: lm-eval leaves out their start."""
+"""Prompts longer than the model's context, of which lm-eval leaves out the start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def cut_prompts(lm: Any, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int] | None:
-    """How many requests of a task were too long for the model, so that their start was left out; None for none.
+    """Number of a task's requests that were too long, so that their start was left out; None if all fit.
 
     `samples` are lm-eval's, by task. `longest` and `limit` are tokens. Texts that are scored as a whole are read in
     windows and never cut.

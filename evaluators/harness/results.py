@@ -101,12 +101,12 @@ def samples_file(folder: Path, task: str) -> Path:
 
 
 def task_folder(cache: Path, task_key: str) -> Path:
-    """Where the results and samples of a task stand once it is finished."""
+    """The folder with the results and samples of a finished task."""
     return cache / "tasks" / task_key
 
 
 def answers_file(folder: Path, task_key: str) -> Path:
-    """Where the answers to a task at work are kept, in the folder of an evaluation under way."""
+    """The file with the answers to an unfinished task, in the folder of an evaluation under way."""
     return folder / f"{task_key}.jsonl"
 
 

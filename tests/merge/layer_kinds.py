@@ -33,9 +33,9 @@ SETTINGS = {
     "intermediate_layers_indices": [6],
 }  # fmt: skip
 _PLACE = re.compile(r"layer_(idx|id|num|number|index)|training|seed|has_relative_attention_bias")
-# modules that say nothing of how a layer computes, and config lists that speak of something else or repeat a rule
+# modules that do not change how a layer computes, and config lists that are not per layer or repeat a rule
 _SILENT = re.compile(r".*(drop_path|relative_attention_bias).*")  # the bias belongs to the first place, see layout.py
-_UNTOLD = (
+_NOT_COMPARED = (
     "architectures", "mlp_only_layers", "local_layer_ids", "block_types", "kv_source_layers", "rope_scaling_layers",
     "summary_idxs", "supported_aspect_ratios",
 )  # fmt: skip
@@ -160,9 +160,9 @@ def _settings(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _lists(config: PreTrainedConfig | None, count: int) -> Iterator[tuple[str, list[Any]]]:
-    """What a config says of each layer: entries of lists, and membership in lists of layer numbers."""
+    """Per-layer values of a config: entries of lists, and membership in lists of layer numbers."""
     for key, value in vars(config).items() if config is not None else ():
-        if not isinstance(value, list | tuple) or key in _UNTOLD:
+        if not isinstance(value, list | tuple) or key in _NOT_COMPARED:
             continue
         if len(value) == count:
             yield key, list(value)

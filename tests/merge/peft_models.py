@@ -92,7 +92,7 @@ def adapt(
 
 
 def merged(folder: Path, name: str = "base+adapter") -> Path:
-    """What a passthrough of `name` writes."""
+    """The output of a passthrough of `name`."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     merge(f"merge_method: passthrough\nmodels: [{{model: {name}}}]\n", folder, out)

@@ -1,4 +1,4 @@
-"""Where an adapter's changes go: towers with equal module names, orientation of matrices, biases."""
+"""Targets of an adapter's changes: towers with equal module names, orientation of matrices, biases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files go along with the weights, and which chat templates of a stranger's are published."""
+"""Files that are copied beside the weights, and the chat templates of untrusted requests that are published."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def read(kind: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5 makes of a config, without the keys that only transformers 4 looks at."""
+    """A config as transformers 5 reads it, without the keys that only transformers 4 reads."""
     text = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(config)).to_json_string(use_diff=False)
     out: dict[str, Any] = json.loads(text)
     for part in parts(out):

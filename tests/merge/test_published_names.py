@@ -100,7 +100,7 @@ def as_checkpoint(config: dict[str, Any], tensors: dict[str, Any]) -> Checkpoint
 
 
 def signature(kind: str) -> str:
-    """What transformers converts for a model type, as text."""
+    """The conversions of transformers for a model type, as text."""
     found: list[WeightTransform] = conversion_mapping.get_checkpoint_conversion_mapping(kind) or []
     return repr([(one, [type(op).__name__ for op in getattr(one, "operations", ())]) for one in found])
 

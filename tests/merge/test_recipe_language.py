@@ -15,7 +15,7 @@ from bot.merge.methods import KNOWN_PARAMETERS, METHODS, Absent, Parameter
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.parameters import at, position, resolve
 from bot.merge.recipe.spec import Condition, Conditions, Gradient, ModelRef, Scalar
-from bot.merge.recipe.spelling import closest
+from bot.merge.recipe.suggestions import closest
 
 LINEAR = (
     "merge_method: linear\nmodels:\n- model: o/a\n  parameters: {weight: 1}\n- model: o/b\n  parameters: {weight: 2}\n"

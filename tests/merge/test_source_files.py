@@ -1,4 +1,4 @@
-"""Which files of a folder are the model. The oracle is `from_pretrained` of transformers on the same folder."""
+"""Choice of the weight files of a folder. The oracle is `from_pretrained` of transformers on the same folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ties are a fact of the stored tensors. The oracle is `from_pretrained` of transformers on the same folder."""
+"""Ties follow from the stored tensors. The oracle is `from_pretrained` of transformers on the same folder."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def rewrite(folder: Path, tensors: Mapping[str, torch.Tensor], tied: bool | None
 
 def saved(kind: Any, config: Any, folder: Path, how: str) -> None:
     """A model of a family whose embedding and head are stored in one of the ways of `STORED`."""
-    names, untied = set[str](), config()
+    untied = config()
     untied.tie_word_embeddings = False
     kind(untied).save_pretrained(folder)
     names = set(load_file(folder / "model.safetensors"))
@@ -121,7 +121,7 @@ def saved(kind: Any, config: Any, folder: Path, how: str) -> None:
 @pytest.mark.parametrize("family", ALL)
 def test_a_passthrough_computes_what_transformers_loads_from_its_parent(family: str, how: str, tmp_path: Path) -> None:
     if (family, how) in NEVER_STORED:
-        pytest.skip("is stored by no program")
+        pytest.skip("no program stores this")
     name, config = ALL[family]
     kind = getattr(hf, name)
     torch.manual_seed(0)
@@ -167,7 +167,7 @@ def test_a_mean_of_two_ways_to_store_is_the_mean_of_the_loaded_models(
     family: str, first: str, second: str, tmp_path: Path
 ) -> None:
     if (family, first) in NEVER_STORED:
-        pytest.skip("is stored by no program")
+        pytest.skip("no program stores this")
     name, config = ALL[family]
     kind = getattr(hf, name)
     for seed, (folder, how) in enumerate((("a", first), ("b", second))):

@@ -40,7 +40,7 @@ class LoraConfig:
     unused: tuple[str, ...] = ()
 
     def replaces(self, module: str) -> bool:
-        """Whether a module is one of `modules_to_save`, by the end of its name, as PEFT compares."""
+        """True for one of `modules_to_save`, by the end of the module's name, as PEFT compares."""
         return module.endswith(self.replaced)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:

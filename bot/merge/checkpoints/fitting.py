@@ -111,7 +111,7 @@ class _Fitting:
         )
 
     def _replaces(self, name: str, parts: Sorted) -> bool:
-        """Whether a saved tensor belongs to one of `modules_to_save`, and not to the base below a factor."""
+        """True if a saved tensor belongs to one of `modules_to_save`, and not to the base below a factor."""
         module = name.rpartition(".")[0]
         return self.adapter.config.replaces(module) and module not in parts.modules
 
@@ -219,7 +219,7 @@ class _Fitting:
         return LowRank(self.lora, a, b, scale, transposed, self._magnitude(found, module, weight, sides[0]))
 
     def _inputs_first(self, name: str) -> bool:
-        """Whether a square matrix is stored (in, out). PEFT writes only its last module's answer into the config."""
+        """True if a square matrix is stored (in, out). PEFT's config has the value of its last module only."""
         for layout in (self.layout, self.adapted):
             found = layout.inputs_first(name)
             if found is not None:
@@ -348,7 +348,7 @@ def _same_but_rows(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
 
 
 def _fits_module(found: Module, stored: tuple[int, ...]) -> bool:
-    """Whether a stored weight may be the one of a module with these parts, in either orientation."""
+    """True if a stored weight may be the one of a module with these parts, in either orientation."""
     tokens = found.parts.get("tokens")
     if tokens is not None:
         return _same_but_rows(tokens.shape, stored)

@@ -69,7 +69,7 @@ def _stacks_for(
     wanted: Mapping[str, Fits],
     stored: Mapping[str, TensorInfo],
 ) -> list[dict[str, str]]:
-    """What the names of one stack of layers may mean: one table per stored stack that is left."""
+    """Candidates for the names of one stack of layers: one table per stored stack that is left."""
     rest = {name: name.removeprefix(prefix) for name in names}
     tower = _tower(prefix)
     possible = [
@@ -85,7 +85,7 @@ def _stacks_for(
 def _tensors_for(
     name: str, fits: Fits, same_ending: Sequence[str], stored: Mapping[str, TensorInfo]
 ) -> list[dict[str, str]]:
-    """What a name outside of layers may mean."""
+    """Candidates for a name outside of layers."""
     possible = [own for own in same_ending if _tower(own) == _tower(name)]
     fitting = [own for own in possible if fits(stored[own].shape)]
     return [{name: own} for own in _most_alike(name, fitting or possible)]

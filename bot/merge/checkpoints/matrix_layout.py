@@ -9,7 +9,7 @@ from bot.merge.checkpoints.locating import LAYER
 
 
 class MatrixLayout:
-    """The orientation of matrices by those of their kind of which it is known: (name, whether inputs come first)."""
+    """The orientation of matrices, inferred from similar ones of which it is known: (name, inputs come first)."""
 
     def __init__(self, evidence: Iterable[tuple[str, bool]]) -> None:
         self._votes: dict[tuple[str, ...], set[bool]] = {}
@@ -18,7 +18,7 @@ class MatrixLayout:
                 self._votes.setdefault(key, set()).add(first)
 
     def inputs_first(self, name: str) -> bool | None:
-        """Whether a matrix is stored (in, out), as others of its name or else of its stack are; None if none tells."""
+        """True if a matrix is stored (in, out), as others of its name or else of its stack; None if unknown."""
         for key in _keys(name):
             votes = self._votes.get(key, set())
             if len(votes) == 1:
@@ -37,7 +37,7 @@ def by_biases(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bool]]:
 
 
 def _keys(name: str) -> Iterator[tuple[str, ...]]:
-    """What a matrix is compared with: matrices of the same name in its stack of layers, then all of the stack."""
+    """Groups that a matrix is compared with: those of the same name in its stack of layers, then all of the stack."""
     match = LAYER.search(name)
     stack = name[: match.start()] if match else ""
     yield stack, name.removesuffix(".weight").rpartition(".")[2]

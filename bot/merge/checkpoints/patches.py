@@ -11,7 +11,7 @@ from bot.merge.recipe.spec import ModelRef
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What an adapter adds to a stored weight W of shape (rows, cols): `scale` times the product of two factors.
+    """The change of a stored weight W of shape (rows, cols) by an adapter: `scale` times the product of two factors.
 
     `a` (r, in) and `b` (out, r) lie in the folder of `adapter`. The sum is `W + scale * b a`; `transposed` where W is
     stored (in, out), as embeddings and GPT-2's Conv1D are: `W + scale * (b a)^T`. With a `magnitude` (out) every

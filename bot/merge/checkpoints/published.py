@@ -7,7 +7,7 @@ transformers; a test holds the tables against its `conversion_mapping`.
     layers.0.mlp.experts.gate_up_proj (E, 2I, H)  ->  layers.0.block_sparse_moe.experts.e.w1.weight (I, H), .w3
     model.language_model.layers.0...              ->  language_model.model.layers.0...
 
-A fused tensor becomes its parts: each lies in one run of bytes, so nothing else in the engine knows of it.
+A fused tensor becomes its parts: each lies in one run of bytes, so the rest of the engine does not need to know.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What a family calls its tensors in memory, as steps to the published names: first `fused`, then `renames`."""
+    """The steps from a family's names in memory to the published names: first `fused`, then `renames`."""
 
     fused: tuple[Fused, ...] = ()
     renames: Renames = ()

@@ -1,4 +1,4 @@
-"""Tied tensors as transformers 5 loads them: the stored tensors decide, the config only says what to compare.
+"""Tied tensors as transformers 5 loads them: the stored tensors decide, the config only names the pairs to compare.
 
     one of a pair stored      the other is the same tensor, whichever of the two it is
     both stored and equal     tied; the second copy takes no part
@@ -67,17 +67,17 @@ class Loaded:
 
 
 def is_head(name: str) -> bool:
-    """Whether the tensor is an output projection onto the vocabulary."""
+    """True for an output projection onto the vocabulary."""
     return bool(_HEAD.search(name))
 
 
 def is_embedding(name: str) -> bool:
-    """Whether the tensor is an input embedding of tokens."""
+    """True for an input embedding of tokens."""
     return bool(_EMBEDDING.search(name)) and not is_head(name)
 
 
 def is_copy(name: str) -> bool:
-    """Whether the tensor may be the copy of an embedding that encoder and decoder share."""
+    """True for a possible copy of an embedding that encoder and decoder share."""
     return bool(_COPY.fullmatch(name))
 
 
@@ -93,7 +93,7 @@ def main_head(names: Collection[str]) -> str | None:
 
 
 def config_ties(config: Mapping[str, Any]) -> bool | None:
-    """Whether a config asks for ties; None where it says nothing and the class decides."""
+    """True if a config asks for ties; None where it has no flag and the class decides."""
     if config.get("model_type") in _ALWAYS:
         return True
     flags = [part[key] for part in _parts(config) for key in _FLAGS if isinstance(part.get(key), bool)]
@@ -127,7 +127,7 @@ def as_loaded(
 ) -> Loaded:
     """The model that transformers loads from `tensors`.
 
-    Unequal tensors are told apart by samples. Whether they are equal throughout is read only where `thorough`.
+    Samples of a pair are compared; with `thorough` all of it.
     Raises Refused TENSOR_MISSING where only the head of a tied pair is stored and its embedding has no known name.
     """
     ties = config_ties(config)
@@ -170,8 +170,8 @@ def require_equal(read: Read, label: str, kept: TensorInfo, left_out: TensorInfo
 
 
 def _headless(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    speaking = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
-    if speaking and main_head(list(tensors)) is None:
+    generates = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
+    if generates and main_head(list(tensors)) is None:
         yield f"{label} stores no head and its config ties none; transformers fills the head with random numbers"
 
 
@@ -221,7 +221,7 @@ def _embedding_name(label: str, config: Mapping[str, Any], tensors: Mapping[str,
 
 
 def _equal(read: Read, a: TensorInfo, b: TensorInfo, thorough: bool) -> bool | None:
-    """Whether two tensors hold the same bytes; None if only samples were read and they are equal."""
+    """True if two tensors hold the same bytes; None if only samples were read and they are equal."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     last = max(0, a.nbytes - _SAMPLE_BYTES)

@@ -55,7 +55,7 @@ class VocabularyTies:
         return wanted
 
     def counts_tokens(self, name: str) -> bool:
-        """Whether dimension 0 of a tensor counts the vocabulary."""
+        """True if dimension 0 of a tensor counts the vocabulary."""
         return not LAYER.search(name) and may_count_tokens(name)
 
 

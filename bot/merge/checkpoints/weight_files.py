@@ -1,4 +1,4 @@
-"""Which files of a folder are the model: the choice of transformers 5.23, or a refusal.
+"""Choice of the weight files of a folder: that of transformers 5.23, or a refusal.
 
 `model.safetensors` comes before `model.safetensors.index.json`. An index only names shards: all that they hold is
 loaded. Source: `_get_resolved_checkpoint_files` and `get_checkpoint_shard_files` of transformers.
@@ -27,7 +27,7 @@ def weight_file(names: Collection[str]) -> str | None:
 
 
 def shard_like(name: str) -> bool:
-    """Whether a file may hold weights of the model itself."""
+    """True if a file may hold weights of the model itself."""
     return bool(SHARD_NAME.fullmatch(name)) and not name.startswith(("adapter_", "consolidated"))
 
 

@@ -20,7 +20,7 @@ class Allowance:
 
     @property
     def strict(self) -> bool:
-        """Whether the recipe is a stranger's, and its result will be published."""
+        """True for an untrusted recipe, whose result will be published."""
         return self._limits.strict
 
     def sources(self, counts: Iterable[int]) -> None:

@@ -1,6 +1,6 @@
 """Formulas of single families: how transformers 5.23 computes a property of each layer from the config.
 
-Each takes the part of the config that speaks of the layers and their count, and returns one entry per layer.
+Each takes the part of the config that describes the layers, and their count, and returns one entry per layer.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def moonshine_windows(_: Part, layers: int) -> Kinds:
 
 
 def kv_sources(part: Part, layers: int) -> Kinds:
-    """How many layers back the keys and values come from."""
+    """Distance, in layers, to the source of keys and values."""
     return [i - source for i, source in enumerate(setting(part, "kv_source_layers", range(layers)))][:layers]
 
 

@@ -16,7 +16,7 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 DENSE, SPARSE = "dense", "sparse"
 WHOLE = ""  # the key under which a formula finds the whole config
 
-Part = Mapping[str, Any]  # the part of a config that speaks of one stack of layers
+Part = Mapping[str, Any]  # the part of a config that describes one stack of layers
 Kinds = list[Any]  # one entry per layer
 Formula = Callable[[Part, int], Kinds]
 

@@ -292,7 +292,7 @@ class _Arrangement:
             yield self._slot(piece, name, found, self._other_position(name), loose=True)
 
     def _left_out(self, name: str, stored: Sequence[str | None], parts: Sequence[Architecture]) -> bool:
-        """Whether a tensor that transformers does not load cannot be carried along."""
+        """True for a tensor that transformers does not load and that cannot be carried along."""
         if not any(hit in part.unused for hit, part in zip(stored, parts, strict=True) if hit is not None):
             return False
         predicts = any(hit in part.predicting for hit, part in zip(stored, parts, strict=True))
@@ -303,7 +303,7 @@ class _Arrangement:
         return True
 
     def _restacked(self) -> bool:
-        """Whether the output has other layers than each of its sources, or in another order."""
+        """True if the output has other layers than each of its sources, or in another order."""
         depths = {len(self.architectures[source.model].main.layers) for source in self.pieces[0].sources}
         return len(self.pieces) > 1 or {self.depth} != depths
 

@@ -1,7 +1,7 @@
-"""What a config says of single layers, written anew for layers that are cut, stacked or mixed.
+"""Per-layer values of a config, rewritten for layers that are cut, stacked or mixed.
 
-Three things speak of single layers: lists with one entry per layer, lists of layer numbers, and rules
-(`layer_rules`). merging.md 3.3.
+There are three kinds: lists with one entry per layer, lists of layer numbers, and rules (`layer_rules`).
+merging.md 3.3.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bot.merge.recipe.spec import ModelRef
 
 Configs = Mapping[ModelRef, Mapping[str, Any]]
 
-# lists that never speak of layers, however many layers there are
+# lists that are never per layer, even if as long as the stack
 _NOT_BY_LAYER = re.compile(r"architectures|\w*(_token_ids?|_token_index|suppress_tokens|_section|_aspect_ratios)")
 # strings with one letter per layer
 _LETTERS = ("hybrid_override_pattern", "index_topk_pattern")
@@ -29,7 +29,7 @@ _LAYER_NUMBERS = {
     "local_layer_ids": 0, "rope_scaling_layers": 0, "subsample_layers": 0, "fullatt_block_indexes": 0,
     "hybrid_layer_ids": 0, "full_attn_layers": 1, "kda_layers": 1, "ple_layer_ids": 1,
 }  # fmt: skip
-# dicts whose lists speak of layers like those of the config itself
+# dicts whose lists are per layer like those of the config itself
 _INNER = ("linear_attn_config", "sparse_attention_config")
 # lists that may have entries for prediction layers at their end
 _WITH_PREDICTION = re.compile(
@@ -58,7 +58,7 @@ def restack(config: dict[str, Any], stack: Stacked, donor: ModelRef, configs: Co
 
 
 def without_predicted(config: dict[str, Any], stack: Stacked) -> None:
-    """Leave out what lists say of prediction layers, after the layers of `stack`."""
+    """Cut the entries of prediction layers off the lists, which follow those of `stack`."""
     for path in stack.depths:
         part, count = at(config, path[:-1]), len(stack.layers)
         for key, value in part.items():
@@ -78,7 +78,7 @@ def _uncounted(config: Mapping[str, Any], stack: Stacked) -> list[tuple[str, ...
 
 
 def _view(config: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    """The part of a config that speaks of a stack, and the whole config for the rules that depend on it."""
+    """The part of a config that describes a stack, and the whole config for the rules that depend on it."""
     return {**(at(config, path[:-1]) or {}), WHOLE: config}
 
 
@@ -133,7 +133,7 @@ def _needed(
 
 
 def _read_before_lists(rule: Rule, config: Mapping[str, Any], path: Sequence[str], own: Kinds) -> bool:
-    """Whether the donor's config gives the same kinds to a program that does not read the list."""
+    """True if the donor's config gives the same kinds to a program that does not read the list."""
     bare = {key: value for key, value in _view(config, path).items() if key != rule.listed}
     return rule.formula(bare, len(own)) == own
 
@@ -160,7 +160,7 @@ def _refusal(rule: Rule, donor: ModelRef, wanted: Kinds) -> Refused:
 
 
 def _per_layer(part: dict[str, Any], path: Sequence[str], stack: Stacked, configs: Configs) -> None:
-    """Re-assemble every list that speaks of single layers from the layers the output is stacked of."""
+    """Rebuild every per-layer list for the layers of the output."""
     for key, value in part.items():
         if isinstance(value, list) and key in _LAYER_NUMBERS:
             part[key] = _numbers(path, key, stack, configs)

@@ -15,7 +15,7 @@ from typing import Literal, NoReturn
 from bot.errors import Refused, Where
 from bot.merge.methods import KNOWN_PARAMETERS
 from bot.merge.recipe.spec import ModelRef, Notice
-from bot.merge.recipe.spelling import closest
+from bot.merge.recipe.suggestions import closest
 
 Trust = Literal["operator", "stranger"]
 UnknownKeys = Literal["refuse", "ignore"]

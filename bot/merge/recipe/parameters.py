@@ -24,7 +24,7 @@ def resolve(parameter: Parameter, levels: Iterable[Parameters], tensor: str, u: 
 
 
 def written(name: str, levels: Iterable[Parameters], tensor: str) -> Scalar | Gradient | None:
-    """What the recipe says of the parameter `name` for `tensor`: the first level's that applies, None without one."""
+    """The recipe's value of the parameter `name` for `tensor`: the first level's that applies, None without one."""
     for level in levels:
         setting = level.get(name)
         if not isinstance(setting, Conditions):

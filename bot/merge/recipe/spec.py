@@ -207,7 +207,7 @@ class Recipe:
         return sources, next((i for i, source in enumerate(sources) if source.model == base), None)
 
     def passes_through(self, module: Module, piece: Slice) -> bool:
-        """Whether the only input of this slice or module is taken as it is, whatever the method's parameters.
+        """True if the only input of this slice or module is copied, whatever the method's parameters.
 
         In a part of a model a method for two inputs does so with either; a method that adds task vectors to a base
         does so with the base alone, as mergekit does.

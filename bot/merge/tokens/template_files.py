@@ -31,7 +31,7 @@ _KEY = "chat_template"
 
 
 def is_known(template: object) -> bool:
-    """Whether a template may be published."""
+    """True if a template may be published."""
     if not isinstance(template, str) or len(template) > LIMIT_BYTES:
         return False
     text = template.strip()
@@ -69,7 +69,7 @@ def _without_unknown(text: str, document: dict[str, Any]) -> str:
 
 
 def _known(given: Any) -> Any:
-    """What stays of a value of `chat_template`: a text, a list of names and texts, or a mapping of them."""
+    """The part of a `chat_template` value that is kept: a text, a list of names and texts, or a mapping of them."""
     if isinstance(given, list):
         return [each for each in given if isinstance(each, Mapping) and is_known(each.get("template"))]
     if isinstance(given, Mapping):

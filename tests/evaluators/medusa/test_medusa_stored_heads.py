@@ -1,4 +1,4 @@
-"""Which of a tied pair is stored decides what transformers loads; decoding and heads use that model."""
+"""Decoding and heads use the model that transformers loads, whichever of a tied pair is stored."""
 
 from __future__ import annotations
 
