@@ -17,31 +17,31 @@ _SAVED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 
 
 @dataclass(slots=True)
-class Module:
+class AdaptedModule:
     """The adapter's tensors for one module: by part (`lora_A`, ..., `bias`: of lora_B, `tokens`: rows of a matrix)."""
 
     parts: dict[str, TensorInfo] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
-class Sorted:
+class SortedTensors:
     """Changed modules by name; tensors saved whole by the name of the model's own tensor; names of no known part."""
 
-    modules: dict[str, Module] = field(default_factory=dict)
+    modules: dict[str, AdaptedModule] = field(default_factory=dict)
     saved: dict[str, TensorInfo] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
 
-def sort_tensors(adapter: Adapter) -> Sorted:
+def sort_tensors(adapter: Adapter) -> SortedTensors:
     """Sort an adapter's tensors. Raises `Refused` BAD_CHECKPOINT where one is given twice."""
-    out = Sorted()
+    out = SortedTensors()
     for full, tensor in adapter.tensors.items():
         name = full.removeprefix(PREFIX)
         if any(part in name + "." for part in adapter.config.unused):
             continue
         part = _part(name)
         if part is not None:
-            parts = out.modules.setdefault(part[0], Module()).parts
+            parts = out.modules.setdefault(part[0], AdaptedModule()).parts
             _once(adapter, part[1] in parts, full)
             parts[part[1]] = tensor
         elif "lora_" in name or "token_adapter" in name:

@@ -14,9 +14,9 @@ from typing import Any
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.checkpoints.tensor_names import LAYER
 from bot.merge.checkpoints.ties import config_ties, is_embedding, is_head, main_embedding, main_head, replacement
 
-_LAYER = re.compile(r"(?:^|(?<=\.))(\d+)\.")
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 _BEFORE = re.compile(r"embed(?!_out)|wte|wpe|position|token_type|patch|conv1", re.IGNORECASE)
 _AFTER = re.compile(r"norm|ln_f|head|score|classifier|pooler|embed_out|output", re.IGNORECASE)
@@ -128,7 +128,7 @@ def _is_buffer(tensor: TensorInfo) -> bool:
 def _stacks(names: Iterable[str]) -> list[Stack]:
     found: dict[str, dict[int, dict[str, str]]] = {}
     for name in names:
-        match = _LAYER.search(name)
+        match = LAYER.search(name)
         if match is not None:
             layers = found.setdefault(name[: match.start()], {})
             layers.setdefault(int(match.group(1)), {})[name[match.end() :]] = name

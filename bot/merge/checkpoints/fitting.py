@@ -15,18 +15,19 @@ from typing import Any, NoReturn
 
 from bot.errors import Refused
 from bot.merge.checkpoints.adapter_config import odd
-from bot.merge.checkpoints.adapter_parts import Module, Sorted, sort_tensors
+from bot.merge.checkpoints.adapter_parts import AdaptedModule, SortedTensors, sort_tensors
 from bot.merge.checkpoints.checkpoint import Checkpoint, Files
 from bot.merge.checkpoints.header import TensorInfo, refuse
-from bot.merge.checkpoints.locating import LAYER, Fits, locate
+from bot.merge.checkpoints.locating import Fits, locate
 from bot.merge.checkpoints.lora import WEIGHTS, Adapter
 from bot.merge.checkpoints.matrix_layout import MatrixLayout, by_biases
 from bot.merge.checkpoints.other_tokenizer import OtherTokenizer, tokenizer_files
 from bot.merge.checkpoints.patches import Addend, LowRank, NewRows, Patch, as_matrix
 from bot.merge.checkpoints.patterns import BadPattern
 from bot.merge.checkpoints.published import published_name
+from bot.merge.checkpoints.tensor_names import LAYER
 from bot.merge.checkpoints.ties import is_head
-from bot.merge.checkpoints.vocabulary_ties import VocabularyTies, resized
+from bot.merge.checkpoints.vocabulary_ties import VocabularyTies, with_vocabulary_size
 from bot.merge.recipe.spec import ModelRef, Recipe
 
 
@@ -110,14 +111,14 @@ class _Fitting:
             notices=(*self.model.notices, *self.notices),
         )
 
-    def _replaces(self, name: str, parts: Sorted) -> bool:
+    def _replaces(self, name: str, parts: SortedTensors) -> bool:
         """True if a saved tensor belongs to one of `modules_to_save`, and not to the base below a factor."""
         module = name.rpartition(".")[0]
         return self.adapter.config.replaces(module) and module not in parts.modules
 
     # ---- names
 
-    def _locate(self, parts: Sorted) -> None:
+    def _locate(self, parts: SortedTensors) -> None:
         wanted: dict[str, Fits] = {name: partial(_same_but_rows, tensor.shape) for name, tensor in parts.saved.items()}
         for module, found in parts.modules.items():
             wanted[f"{module}.weight"] = partial(_fits_module, found)
@@ -156,7 +157,7 @@ class _Fitting:
                 self.elsewhere[name] = self.elsewhere[stored]
             self.notices.append(f"{self.ref}: the adapter unties {name} from {stored}, so both are written")
 
-    def _untie(self, owns: dict[str, str], parts: Sorted) -> None:
+    def _untie(self, owns: dict[str, str], parts: SortedTensors) -> None:
         """Give the other half of a pair its own tensor where the adapter changes the stored half by itself."""
         name = next((name for name, own in owns.items() if own == self.ties.source), None)
         if name is None:
@@ -181,7 +182,7 @@ class _Fitting:
         self.tensors[own] = replace(tensor, name=own)
         self.elsewhere[own] = self.lora
 
-    def _change(self, module: str, own: str, found: Module) -> None:
+    def _change(self, module: str, own: str, found: AdaptedModule) -> None:
         if "tokens" in found.parts:
             self.patches[own] = self._new_rows(module, found, self.tensors[own])
             return
@@ -189,7 +190,7 @@ class _Fitting:
         if "bias" in found.parts:
             self._add_bias(module, found.parts["bias"], self.patches[own].scale)
 
-    def _low_rank(self, module: str, found: Module, weight: TensorInfo) -> LowRank:
+    def _low_rank(self, module: str, found: AdaptedModule, weight: TensorInfo) -> LowRank:
         embedding = "lora_embedding_A" in found.parts
         a, b = (found.parts.get(f"lora_{'embedding_' if embedding else ''}{part}") for part in "AB")
         if a is None or b is None:
@@ -226,7 +227,7 @@ class _Fitting:
                 return found
         return self.adapter.config.fan_in_fan_out
 
-    def _orientations(self, parts: Sorted) -> Iterator[tuple[str, bool]]:
+    def _orientations(self, parts: SortedTensors) -> Iterator[tuple[str, bool]]:
         """The orientation of adapted matrices that are not square, by the shapes of their factors."""
         for module, found in parts.modules.items():
             own, a, b = self.located.found.get(f"{module}.weight"), *map(found.parts.get, ("lora_A", "lora_B"))
@@ -236,7 +237,7 @@ class _Fitting:
             if len(shape) == 2 and shape[0] != shape[1]:
                 yield own, (b.shape[0], a.shape[-1]) == shape[::-1]
 
-    def _magnitude(self, found: Module, module: str, weight: TensorInfo, outputs: int) -> TensorInfo | None:
+    def _magnitude(self, found: AdaptedModule, module: str, weight: TensorInfo, outputs: int) -> TensorInfo | None:
         magnitude = found.parts.get("lora_magnitude_vector")
         if magnitude is None and self.adapter.config.dora:
             self._broken(f"lacks the magnitudes of `{module[:80]}`; its config says DoRA.")
@@ -244,7 +245,7 @@ class _Fitting:
             self._misfit(weight, f"magnitudes {list(magnitude.shape)}")
         return magnitude
 
-    def _new_rows(self, module: str, found: Module, weight: TensorInfo) -> NewRows:
+    def _new_rows(self, module: str, found: AdaptedModule, weight: TensorInfo) -> NewRows:
         values, rows = found.parts["tokens"], self.adapter.config.tokens_of(module)
         if len(found.parts) > 1:
             self._broken(f"changes `{module[:80]}` both by factors and by single tokens.")
@@ -283,7 +284,7 @@ class _Fitting:
                 "embeddings first and name the resized model.", value=next(iter(changed)),
             )  # fmt: skip
         count = next(iter(changed.values()))
-        self.config = resized(self.config, count)
+        self.config = with_vocabulary_size(self.config, count)
         self.notices.append(f"{self.ref}: the adapter's vocabulary has {count:,} rows, the model's {before.pop():,}")
         self._take_tokenizer()
 
@@ -347,7 +348,7 @@ def _same_but_rows(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
     return stored[1:] == shape[1:]
 
 
-def _fits_module(found: Module, stored: tuple[int, ...]) -> bool:
+def _fits_module(found: AdaptedModule, stored: tuple[int, ...]) -> bool:
     """True if a stored weight may be the one of a module with these parts, in either orientation."""
     tokens = found.parts.get("tokens")
     if tokens is not None:

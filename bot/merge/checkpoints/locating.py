@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.checkpoints.tensor_names import AUDIO, VISION, stack_of
 
 Fits = Callable[[tuple[int, ...]], bool]  # whether a stored tensor of this shape can be the one that is meant
-LAYER = re.compile(r"(?:^|(?<=\.))\d+\.")
 _TOWERS = (
-    ("vision", re.compile(r"vision|visual|image|(^|[._])vit([._]|$)")),
-    ("audio", re.compile(r"audio|speech")),
+    ("vision", VISION),
+    ("audio", AUDIO),
     ("encoder", re.compile(r"(^|\.)encoder\.")),
 )
 _PREFIXES_LIMIT = 10_000  # pairs of prefixes; no model has so many stacks
@@ -43,23 +43,17 @@ def locate(
     groups: dict[str, list[str]] = {}
     for name in wanted:
         if name not in out.found:
-            groups.setdefault(_stack(name), []).append(name)
+            groups.setdefault(stack_of(name), []).append(name)
     loose = groups.pop("", [])
-    stacks = {_stack(name) for name in stored} - {""}
+    stacks = {stack_of(name) for name in stored} - {""}
     if len(groups) * len(stacks) <= _PREFIXES_LIMIT:
         for prefix, names in groups.items():
             _settle(out, names, _stacks_for(prefix, names, stacks, wanted, stored))
-    endings = _by_ending(name for name in stored if not _stack(name))
+    endings = _by_ending(name for name in stored if not stack_of(name))
     for name in loose:
         _settle(out, [name], _tensors_for(name, wanted[name], endings.get(_ending(name), ()), stored))
     _keep_one_each(out)
     return out
-
-
-def _stack(name: str) -> str:
-    """The part of a name before its first layer number, "" outside of layers."""
-    match = LAYER.search(name)
-    return name[: match.start()] if match else ""
 
 
 def _stacks_for(

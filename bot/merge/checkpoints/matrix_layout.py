@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.checkpoints.locating import LAYER
+from bot.merge.checkpoints.tensor_names import stack_of
 
 
 class MatrixLayout:
@@ -38,7 +38,6 @@ def by_biases(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bool]]:
 
 def _keys(name: str) -> Iterator[tuple[str, ...]]:
     """Groups that a matrix is compared with: those of the same name in its stack of layers, then all of the stack."""
-    match = LAYER.search(name)
-    stack = name[: match.start()] if match else ""
+    stack = stack_of(name)
     yield stack, name.removesuffix(".weight").rpartition(".")[2]
     yield (stack,)

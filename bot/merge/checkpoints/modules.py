@@ -15,12 +15,13 @@ from typing import Any, Literal
 from bot.errors import Refused, Where
 from bot.merge.checkpoints.architecture import Architecture, Stack
 from bot.merge.checkpoints.checkpoint import Checkpoint
+from bot.merge.checkpoints.tensor_names import AUDIO, VISION
 from bot.merge.checkpoints.ties import is_head
 
 Kind = Literal["vision", "audio", "text", "encoder", "decoder", "projector", "shared", "other"]
 _WORDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
-    ("vision", re.compile(r"vision|visual|image|(^|[._])vit([._]|$)")),
-    ("audio", re.compile(r"audio|speech")),
+    ("vision", VISION),
+    ("audio", AUDIO),
     ("text", re.compile(r"text|language|llm")),
     ("encoder", re.compile(r"encoder")),
     ("decoder", re.compile(r"decoder")),

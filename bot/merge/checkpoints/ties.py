@@ -18,6 +18,7 @@ from typing import Any
 
 from bot.errors import Refused
 from bot.merge.checkpoints.header import TensorInfo
+from bot.merge.checkpoints.tensor_names import AUDIO, VISION
 
 Read = Callable[[str, int, int], bytes]  # file, first byte, count -> bytes
 
@@ -34,8 +35,7 @@ _BIAS = re.compile(r"(?P<parent>(?:.*\.)?(?:predictions|lm_head)\.)(?:decoder\.)
 _NUMBERED = re.compile(r"(^|\.)(\d+|mtp)\.")
 _POSITION = re.compile(r"wpe|position")
 _ENCODER = re.compile(r"(?P<parent>.*?)encoder\.")
-_LAYER = re.compile(r"(?P<parent>.*?)(?P<list>layers|h|blocks|block)\.\d+\.")
-_OTHER_TOWER = re.compile(r"vision|visual|image|audio|speech")
+_LAYER_LIST = re.compile(r"(?P<parent>.*?)(?P<list>layers|h|blocks|block)\.\d+\.")
 # families whose encoder and decoder share one embedding, `shared.weight`
 _SHARED = frozenset({
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "led", "longt5", "m2m_100", "marian", "mbart", "mt5",
@@ -46,7 +46,7 @@ _ALWAYS = frozenset({"longt5", "mt5", "pop2piano", "t5", "udop", "umt5"})
 # of them those in which the flag means something else, too: False turns off the scaling of the decoder's outputs
 _SCALED = frozenset({"longt5", "pop2piano", "t5"})
 # the embedding's name beside the list of layers; by family where it is not the usual one
-_BESIDE_LAYERS = {"layers": "embed_tokens", "h": "wte", "blocks": "wte"}
+_BESIDE_LAYER_LISTS = {"layers": "embed_tokens", "h": "wte", "blocks": "wte"}
 _EMBEDDING_NAMES = {
     "bloom": "word_embeddings", "falcon": "word_embeddings", "falcon_mamba": "embeddings", "gpt_neox": "embed_in",
     "gpt_neox_japanese": "embed_in", "mamba": "embeddings", "mamba2": "embeddings", "openai-gpt": "tokens_embed",
@@ -206,10 +206,10 @@ def _embedding_name(label: str, config: Mapping[str, Any], tensors: Mapping[str,
         return None
     family = str(config.get("model_type"))
     for name in tensors:
-        found = _LAYER.match(name)
-        if found is None or _OTHER_TOWER.search(found["parent"]):
+        found = _LAYER_LIST.match(name)
+        if found is None or any(tower.search(found["parent"]) for tower in (VISION, AUDIO)):
             continue
-        word = _EMBEDDING_NAMES.get(family) or _BESIDE_LAYERS.get(found["list"])
+        word = _EMBEDDING_NAMES.get(family) or _BESIDE_LAYER_LISTS.get(found["list"])
         if word is not None:
             return f"{found['parent']}{word}.weight"
     if not (config_ties(config) and head.endswith(("lm_head.weight", "embed_out.weight"))):

@@ -8,7 +8,7 @@ from typing import Any
 
 from bot.merge.checkpoints.architecture import may_count_tokens
 from bot.merge.checkpoints.checkpoint import Checkpoint
-from bot.merge.checkpoints.locating import LAYER
+from bot.merge.checkpoints.tensor_names import LAYER
 from bot.merge.checkpoints.ties import config_ties, is_copy, is_embedding, is_head, main_embedding, main_head
 
 # an embedding under a language model's own prefix, beside which the head is stored: language_model.lm_head
@@ -59,7 +59,7 @@ class VocabularyTies:
         return not LAYER.search(name) and may_count_tokens(name)
 
 
-def resized(config: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
+def with_vocabulary_size(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The config of a model with another vocabulary size."""
     out = {**config, "vocab_size": rows} if "vocab_size" in config else dict(config)
     inner = config.get("text_config")

@@ -10,6 +10,7 @@ from typing import Any
 from bot.merge.checkpoints.architecture import Architecture
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.ties import config_ties, with_flag
+from bot.merge.checkpoints.vocabulary_ties import with_vocabulary_size
 from bot.merge.planning.layout import Layout
 from bot.merge.planning.older_keys import add_older_keys
 from bot.merge.planning.stacked_config import restack, without_predicted
@@ -51,10 +52,7 @@ def output_config(
         _without_prediction_layers(config)
     if alignment is not None:
         config.update(remapped_ids(config, alignment, donor, checkpoints[alignment.giver].config))
-        inner = config.get("text_config")
-        for part in (config, inner if isinstance(inner, dict) else {}):
-            if "vocab_size" in part:
-                part["vocab_size"] = alignment.rows
+        config = with_vocabulary_size(config, alignment.rows)
     add_older_keys(config)
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
