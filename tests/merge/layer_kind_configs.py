@@ -43,6 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "encoder_config": {"num_hidden_layers": 8, "sliding_windows": _WINDOWS},
     },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "nllb-moe": {"num_experts": 4},
     "nemotron": {"num_key_value_heads": 8},
     "nemotron_h": {"num_hidden_layers": 8, "hybrid_override_pattern": "M*M-MEM*"},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},

@@ -21,11 +21,7 @@ OLDER = {
     "rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "rotary_emb_base", "rotary_pct",
     "global_rope_theta", "local_rope_theta", "num_experts",
 }  # fmt: skip
-SCALINGS: list[dict[str, Any]] = [
-    {},
-    {"rope_type": "linear", "factor": 2.0},
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-]
+SCALINGS: list[dict[str, Any]] = [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}]
 LANGUAGE_MODELS = sorted({
     *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     *auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -84,12 +80,13 @@ def test_transformers_5_reads_the_same_config_from_both_kinds_of_keys() -> None:
         for scaling in SCALINGS:
             try:
                 config = changed(json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False)), scaling)
+                if (both := older(config)) == config:
+                    continue
                 right = read(kind, config)
             except Exception:  # no default config, or one that takes no such scaling
                 continue
-            if older(config) != config:
-                assert read(kind, older(config)) == right, kind
-                compared.add(kind)
+            assert read(kind, both) == right, kind
+            compared.add(kind)
     assert len(compared) > 100
     assert {"llama", "qwen3_moe", "gemma3", "gemma3_text", "gpt_neox", "modernbert", "phi3", "qwen2_5_vl"} <= compared
 
@@ -128,7 +125,7 @@ def test_a_merged_config_has_both_kinds_of_keys_and_keeps_what_it_had(tmp_path: 
     assert older(published) == published
 
 
-def test_a_text_model_is_told_that_its_head_is_tied() -> None:
+def test_the_config_of_a_text_model_says_that_its_head_is_tied() -> None:
     tied = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}
     assert older(tied)["text_config"]["tie_word_embeddings"] is True
     untied = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}

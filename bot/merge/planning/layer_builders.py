@@ -48,6 +48,12 @@ def first_k(default: int, key: str = "first_k_dense_replace") -> Rule:
     return Rule(key, first((key, default)), LEADING, values=(leading(key),))
 
 
+def dense_first(default: int) -> Rule:
+    """Dense layers before the sparse ones, counted by `first_k_dense_replace` where there is no list."""
+    key = "first_k_dense_replace"
+    return mlp(first((key, default)), leading(key))
+
+
 def placed(key: str, formula: Formula, limit: str = PLACES, depth: str | None = None) -> Rule:
     """A property that comes from the layer's place alone: no value of the config moves it."""
     return Rule(key, formula, limit, depth=depth)
@@ -124,6 +130,12 @@ def read_layers(key: str, *default: int) -> Rule:
     """Layers whose output is read, each by tensors of its own."""
     limit = "every layer whose output is read stays once, in the same order"
     return Rule(key, formulas.order_of(key, default), limit, values=(Values((key,), formulas.proposed_order(key)),))
+
+
+def shared_hybrids(blocks: Formula) -> tuple[Rule, Rule]:
+    """Zamba: kinds as a list, and hybrid layers that share weights by their order."""
+    key = "layers_block_type"
+    return listed(key, blocks), placed(key, formulas.shared_blocks(blocks), SHARED)
 
 
 def spelled_out(key: str, formula: Formula, wrap: Any = list) -> Rule:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from bot.merge.planning import layer_formulas as formulas
 from bot.merge.planning.layer_builders import (
     EVERY,
-    SHARED,
     attention,
     by_numbers,
+    dense_first,
     ernie,
     first_k,
     kv,
@@ -23,6 +23,7 @@ from bot.merge.planning.layer_builders import (
     periods,
     placed,
     read_layers,
+    shared_hybrids,
     side_steps,
     sparse_step,
     spelled_out,
@@ -69,8 +70,6 @@ _DEPTH_SCALE = Rule(
 )
 _FIRST = placed("num_hidden_layers", formulas.is_first, "the first layer stays the first")
 _KINDS_OF_MUSE = each(lambda i, n: FULL if (i + 1) % 4 == 0 or i == n - 1 else "window_attention")
-
-
 _GEMMA4 = (attention(formulas.last_full(every(6))), _LAST_FULL, kv(0))
 
 _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
@@ -103,11 +102,7 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ("exaone4", (attention(formulas.exaone, _PATTERN),)),
     ("cwm granite_swa granitemoe_swa", (attention(every(4, shift=0)),)),
     (
-        "modernbert",
-        (attention(every(("global_attn_every_n_layers", 3), shift=0), period("global_attn_every_n_layers")), _FIRST),
-    ),
-    (
-        "modernbert-decoder",
+        "modernbert modernbert-decoder",
         (attention(every(("global_attn_every_n_layers", 3), shift=0), period("global_attn_every_n_layers")), _FIRST),
     ),
     ("muse_glimmer_text", (_FROM_LAST, listed("layer_rope_theta", formulas.muse_thetas(10_000.0)))),
@@ -147,12 +142,12 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
         "bailing_hybrid",
         (
             attention(every(("layer_group_size", 6), FULL, LINEAR), period("layer_group_size")),
-            mlp(first(("first_k_dense_replace", 2)), _DENSE),
+            dense_first(2),
         ),
     ),
     ("minimax", (attention(every(2, LINEAR, FULL)), placed("layer_types", formulas.minimax_decay))),
     ("olmo_hybrid", (attention(formulas.olmo_hybrid),)),
-    ("kimi_linear", (attention(formulas.kimi_attention), mlp(first(("first_k_dense_replace", 1)), _DENSE))),
+    ("kimi_linear", (attention(formulas.kimi_attention), dense_first(1))),
     ("lfm2", (attention(numbered("full_attn_idxs", range(10_000), FULL, "conv"), numbers("full_attn_idxs", FULL)),)),
     ("lfm3", (attention(each(lambda i, n: FULL if i % 4 == 2 else SLIDING if i % 4 == 0 and i > 0 else "conv")),)),
     ("lfm3_vl_vision", (attention(each(lambda i, n: "conv" if i < 2 or i % 2 else FULL)),)),
@@ -166,20 +161,8 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
         ),
     ),
     ("recurrent_gemma", (spelled_out("block_types", formulas.repeated_blocks),)),
-    (
-        "zamba",
-        (
-            listed("layers_block_type", formulas.zamba_blocks),
-            placed("layers_block_type", formulas.shared_blocks(formulas.zamba_blocks), SHARED),
-        ),
-    ),
-    (
-        "zamba2",
-        (
-            listed("layers_block_type", formulas.zamba2_blocks),
-            placed("layers_block_type", formulas.shared_blocks(formulas.zamba2_blocks), SHARED),
-        ),
-    ),
+    ("zamba", shared_hybrids(formulas.zamba_blocks)),
+    ("zamba2", shared_hybrids(formulas.zamba2_blocks)),
     (
         "nemotron_h",
         (
@@ -214,8 +197,7 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ),
     ("lfm2_moe", (first_k(2, "num_dense_layers"),)),
     ("qwen3_moe", (_STEP,)),
-    ("qwen3_vl_moe_text qwen3_omni_moe_text", (_STEP, _DEEPSTACK)),
-    ("qwen3_omni_moe_talker_text", (_STEP, _DEEPSTACK)),
+    ("qwen3_vl_moe_text qwen3_omni_moe_text qwen3_omni_moe_talker_text", (_STEP, _DEEPSTACK)),
     ("qwen3_vl_text", (_DEEPSTACK,)),
     ("cohere_compass_text", (attention(all_of(FULL)), _DEEPSTACK)),
     (
@@ -234,9 +216,9 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ("axk1", (mlp(formulas.dense_then_every, _DENSE),)),
     ("axk2", (attention(all_of(INDEXED)), mlp(formulas.dense_then_every, _DENSE))),
     ("beam", (attention(formulas.last_full(every(6))), mlp(first(3)), _NUMBERED)),
-    ("cohere2_moe", (attention(formulas.cohere2_moe), mlp(first(("first_k_dense_replace", 0)), _DENSE))),
-    ("deepseek_v32", (attention(all_of(INDEXED)), mlp(first(("first_k_dense_replace", 3)), _DENSE))),
-    ("glm_moe_dsa", (attention(all_of(INDEXED)), mlp(first(("first_k_dense_replace", 3)), _DENSE), _INDEXER)),
+    ("cohere2_moe", (attention(formulas.cohere2_moe), dense_first(0))),
+    ("deepseek_v32", (attention(all_of(INDEXED)), dense_first(3))),
+    ("glm_moe_dsa", (attention(all_of(INDEXED)), dense_first(3), _INDEXER)),
     ("glm5_next_text", (attention(each(lambda i, n: INDEXED if i % 4 == 3 else LINEAR)), mlp(first(3)), _INDEXER)),
     (
         "hy_v4",
@@ -251,12 +233,12 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ("mellum", (attention(all_of(FULL)), mlp(all_of(SPARSE)))),
     ("mimo_v2_flash", (attention(each(lambda i, n: FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING)), mlp(first(1)))),
     ("minimax_m3_vl_text", (attention(formulas.minimax_m3_attention), mlp(formulas.minimax_m3_experts))),
-    ("exaone_moe", (attention(formulas.exaone, _PATTERN), mlp(first(("first_k_dense_replace", 1)), _DENSE))),
+    ("exaone_moe", (attention(formulas.exaone, _PATTERN), dense_first(1))),
     (
         "unlimited_ocr_text",
         (
             attention(formulas.window_if_set("reference_sliding_attention", None)),
-            mlp(first(("first_k_dense_replace", 1)), _DENSE),
+            dense_first(1),
         ),
     ),
     (
@@ -264,7 +246,7 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
         (
             _ROPES,
             attention(all_of(INDEXED)),
-            mlp(first(("first_k_dense_replace", 1)), _DENSE),
+            dense_first(1),
             _INDEXER,
             spelled_out("kv_source_layers", formulas.kv_sources, formulas.absolute),
         ),
@@ -283,9 +265,8 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
         "esm esmc janus_vision_model janus_vqgan",
         (placed("num_hidden_layers", each(lambda i, n: n), "the count of layers stays the same"),),
     ),
-    ("inkling_vision", (placed("num_hidden_layers", formulas.place_and_count),)),
     ("minicpm3", (_DEPTH_SCALE,)),
-    ("neomme", (placed("num_hidden_layers", formulas.place_and_count),)),
+    ("inkling_vision neomme", (placed("num_hidden_layers", formulas.place_and_count),)),
     ("gpt_neox_japanese", (placed("num_hidden_layers", formulas.is_last, "the last layer stays the last"),)),
     ("rwkv fun_asr_nano_encoder", (_FIRST,)),
     ("evolla", (placed("aligner_num_add_layers", formulas.evolla),)),
