@@ -13,19 +13,21 @@ def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
     A tokenizer with `add_eos_token` ends every text; a model that reads the end token begins another text instead of
     continuing this one.
     """
-    whole = [int(each) for each in tokenizer(text, verbose=False)["input_ids"]]
-    bare = [int(each) for each in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    starts = range(len(whole) - len(bare) + 1)
-    start = next((at for at in starts if whole[at : at + len(bare)] == bare), None)
-    return whole if start is None else whole[: start + len(bare)]
+    before, own, _ = _parts(tokenizer, text)
+    return before + own
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after every text."""
-    for text in _PROBES:
-        plain = list(tokenizer.encode(text, add_special_tokens=False))
-        whole = list(tokenizer.encode(text))
-        for start in range(len(whole) - len(plain) + 1 if plain else 0):
-            if whole[start : start + len(plain)] == plain:
-                return whole[:start], whole[start + len(plain) :]
-    return [], []
+    found = (_parts(tokenizer, text) for text in _PROBES)
+    return next(((before, after) for before, own, after in found if own), ([], []))
+
+
+def _parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
+    """The ids put before `text`, its own, and those after it; all of them before it where its own are not among them."""
+    whole = [int(each) for each in tokenizer(text, verbose=False)["input_ids"]]
+    own = [int(each) for each in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return whole[:start], own, whole[start + len(own) :]
+    return whole, [], []

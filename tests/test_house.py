@@ -60,8 +60,8 @@ MERGE_PARTS = (
 MEDUSA_PARTS = ("trees", "model", "drafting", "formats", "decoding", "training", "speed", "generation")
 # what measures a checkpoint, likewise: tools, then lm-eval, what its answers prove, the pictures
 EVALUATOR_PARTS = (
-    "errors", "figures", "content", "paired", "repetition", "memory", "loading", "prompt_tokens", "harness", "vitals",
-    "comparison", "pictures", "medusa",
+    "errors", "figures", "content", "paired", "repetition", "memory", "loading", "prompt_tokens",
+    "generation_settings", "harness", "vitals", "comparison", "pictures", "medusa",
 )  # fmt: skip
 # processes that serve strangers or hold the token start without these
 HEAVY = ("torch", "transformers", "lm_eval")

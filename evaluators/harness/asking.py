@@ -13,6 +13,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from evaluators.errors import EvaluationError
+from evaluators.generation_settings import steering
 from evaluators.harness.conditions import SOFTMAX_DTYPE
 from evaluators.prompt_tokens import added_tokens
 
@@ -21,14 +22,6 @@ CHAT_DATE = date(2024, 7, 26)
 # What generation_config.json says of tokens belongs to the model; everything else in it is a setting.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _MOST = 16  # tokens that are named at most
-# Settings without effect on greedy answers, or that lm-eval always gives itself.
-_HARMLESS = frozenset(
-    {
-        "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-        "max_length", "use_cache", "cache_implementation", "cache_config", "transformers_version", "_from_model_config",
-        "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
-    }
-)  # fmt: skip
 
 
 class AskingLM(HFLM):  # type: ignore[misc]
@@ -141,13 +134,8 @@ def _neutral_generation(model: Any) -> list[str]:
     own = model.generation_config
     if own is None:  # a model that cannot generate
         return []
-    defaults = GenerationConfig()
-    ids = {name: getattr(own, name, None) for name in _TOKEN_IDS}
-    model.generation_config = GenerationConfig(**ids)
-    changed = own.to_diff_dict()
-    settings = sorted(set(changed) & set(vars(defaults)) - _HARMLESS - set(_TOKEN_IDS))
-    steering = [name for name in settings if changed[name] != getattr(defaults, name)]
-    return [f"{name}={str(changed[name])[:60]}" for name in steering]
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in _TOKEN_IDS})
+    return [f"{name}={str(value)[:60]}" for name, value in steering(own, limits=True).items()]
 
 
 def _kept_apart(model: Any) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from evaluators.comparison.report import joined
+from evaluators.generation_settings import steering
 from evaluators.medusa.decoding.decode import Clock, Limits, clocked, plain
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.model.causal_lm import Base
@@ -18,16 +18,6 @@ from evaluators.medusa.speed.bench import Question, end_to_end_s, seconds
 from evaluators.medusa.speed.document import ClockName
 
 NATIVE_SLACK = 1.1
-# Settings of a generation config that change greedy text, each with the value that does not.
-NEUTRAL: dict[str, Any] = {
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
-    "guidance_scale": 1.0, "token_healing": False,
-    **dict.fromkeys((
-        "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id",
-        "forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings", "penalty_alpha", "dola_layers",
-        "watermarking_config",
-    )),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +76,7 @@ def never_equal(found: Sequence[Versus]) -> str | None:
 def unapplied_settings(base: Base) -> str | None:
     """A clause that names the settings of the model's own generation config that no loop here applies; None without
     any."""
-    own = {name: getattr(base.model.generation_config, name, None) for name in NEUTRAL}
-    set_by_model = {name: value for name, value in own.items() if value not in (None, [], NEUTRAL[name])}
+    set_by_model = steering(base.model.generation_config, limits=False)
     asked = [f"{name} {value}" if isinstance(value, int | float) else name for name, value in set_by_model.items()]
     if not asked:
         return None
