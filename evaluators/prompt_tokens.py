@@ -24,7 +24,7 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
-    """The ids put before `text`, its own, and those after it; all of them before it where its own are not among them."""
+    """The ids before `text`, its own, and those after it; all of them in the first list where its own are not found."""
     whole = [int(each) for each in tokenizer(text, verbose=False)["input_ids"]]
     own = [int(each) for each in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     for start in range(len(whole) - len(own) + 1):
