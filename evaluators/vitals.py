@@ -17,7 +17,7 @@ import math
 import re
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,14 +146,14 @@ def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: fl
     text = HELD_TEXT.read_text(encoding="utf-8") if text is None else text
     rows = model.get_input_embeddings().weight.shape[0]
     seq2seq = bool(model.config.is_encoder_decoder)
-    encode, predict = (_whole_text, _loss_of_halves) if seq2seq else (prompt_tokens, _loss)
+    encode, predict = (_whole_text, _second_halves) if seq2seq else (prompt_tokens, _next_tokens)
     ids, prompts = encode(tokenizer, text), [encode(tokenizer, prompt) for prompt in PROMPTS]
     missing_rows = len({each for found in (ids, *prompts) for each in found if not 0 <= each < rows})
     texts, survived = _round_trips(tokenizer)
     finite, nats, scored, outputs, seconds = True, 0.0, 0, list[list[int]](), 0.0
     if not missing_rows:
         with torch.inference_mode():
-            finite, nats, scored = predict(model, ids)
+            finite, nats, scored = _loss(predict(model, ids))
             if finite:
                 outputs, seconds = _continuations(model, prompts, started + budget_s)
     written = sum(len(output) for output in outputs)
@@ -182,50 +182,43 @@ def _whole_text(tokenizer: Any, text: str) -> list[int]:
     return [int(each) for each in tokenizer(text, verbose=False)["input_ids"]]
 
 
-def _loss(model: Any, ids: list[int]) -> tuple[bool, float, int]:
-    """Whether every logit is a number, the sum of -log p of the tokens in nats, and how many tokens that is.
+def _loss(predicted: Iterator[tuple[Any, Any]]) -> tuple[bool, float, int]:
+    """(every logit is a number, sum of -log p of the tokens in nats, number of tokens) of logits [n, V] and ids [n]."""
+    import torch
 
-    Windows overlap by one token, so that each token but the first is predicted once.
-    """
+    nats, scored = 0.0, 0
+    for logits, wanted in predicted:
+        # a masked entry of the vocabulary is minus infinity by design
+        if bool((logits.isnan() | (logits == math.inf)).any()):
+            return False, 0.0, 0
+        nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        scored += len(wanted)
+    return math.isfinite(nats), nats, scored
+
+
+def _next_tokens(model: Any, ids: list[int]) -> Iterator[tuple[Any, Any]]:
+    """Logits and the tokens they predict, each token but the first once: windows overlap by one token."""
     import torch
 
     window = min(WINDOW, _context(model) or WINDOW)
-    nats, scored = 0.0, 0
     for start in range(0, len(ids) - 1, window - 1):
         some = torch.tensor([ids[start : start + window]], device=model.device)
-        logits = model(input_ids=some, use_cache=False).logits[0, :-1].float()
-        if _unbounded(logits):
-            return False, 0.0, 0
-        nats += float(torch.nn.functional.cross_entropy(logits, some[0, 1:], reduction="sum"))
-        scored += some.shape[1] - 1
-    return math.isfinite(nats), nats, scored
+        yield model(input_ids=some, use_cache=False).logits[0, :-1].float(), some[0, 1:]
+
+
+def _second_halves(model: Any, ids: list[int]) -> Iterator[tuple[Any, Any]]:
+    """As `_next_tokens`, of an encoder-decoder that reads the first half of each window and predicts the second."""
+    import torch
+
+    for start in range(0, len(ids) - 1, WINDOW):
+        read, wanted = torch.tensor([ids[start : start + WINDOW]], device=model.device).tensor_split(2, dim=1)
+        yield model(input_ids=read, labels=wanted, use_cache=False).logits[0].float(), wanted[0]
 
 
 def _context(model: Any) -> int | None:
     """The number of positions the model has; None where its config gives none."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
-
-
-def _unbounded(logits: Any) -> bool:
-    """A NaN or plus infinity; a masked entry of the vocabulary is minus infinity by design."""
-    return bool((logits.isnan() | (logits == math.inf)).any())
-
-
-def _loss_of_halves(model: Any, ids: list[int]) -> tuple[bool, float, int]:
-    """As `_loss`: of an encoder-decoder that reads the first half of each window and predicts the second."""
-    import torch
-
-    nats, scored = 0.0, 0
-    for start in range(0, len(ids) - 1, WINDOW):
-        some = torch.tensor([ids[start : start + WINDOW]], device=model.device)
-        read, wanted = some.tensor_split(2, dim=1)
-        logits = model(input_ids=read, labels=wanted, use_cache=False).logits[0].float()
-        if _unbounded(logits):
-            return False, 0.0, 0
-        nats += float(torch.nn.functional.cross_entropy(logits, wanted[0], reduction="sum"))
-        scored += wanted.shape[1]
-    return math.isfinite(nats), nats, scored
 
 
 def _continuations(model: Any, prompts: Sequence[list[int]], deadline: float) -> tuple[list[list[int]], float]:

@@ -228,7 +228,9 @@ def _published(jobs: list[Job]) -> list[Job]:
             last = job.failures[-1]
             raise Failed(last.code, f"{name} was not published: {last.sentence}", last.next_step)
         elif number == 0:
-            raise Failed("CANCELLED", f"{name} was cancelled while it ran.", "Run the demo again; it asks anew.")
+            raise Failed(
+                "CANCELLED", f"{name} was cancelled while it ran.", "Run the demo again; it sends a new request."
+            )
         else:
             screens.console.print(f"{escape(name)} was cancelled, so it is not published.", soft_wrap=True)
     return published

@@ -371,7 +371,7 @@ class _Arrangement:
     def _note_dropped(self) -> None:
         if self.left_out:
             what = f"{len(self.left_out)} tensors such as {self.left_out[0]} are left out"
-            self.notices.append(("UNUSED_LEFT_OUT", f"{what}: not every source has them for these layers"))
+            self.notices.append(("UNUSED_LEFT_OUT", f"{what}: transformers does not load them"))
         for ref in dict.fromkeys(source.model for piece in self.pieces for source in piece.sources):
             part = self.architectures[ref]
             if part.dropped:
