@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
+# Cases in which tokenizers differ: spaces, numbers, capitals, punctuation, lines, other alphabets.
+_SPLIT = "The quick  fox, 2024: 12,345.67 costs\n\nHELLO don't x_1 = [];\t\u4f60\u597d caf\u00e9 \u03b1 \u00e9 end"
 _PROBES = ("a", "1", ".", "\N{GREEK SMALL LETTER ALPHA}")  # a vocabulary may lack some of them
 
 
@@ -31,3 +35,8 @@ def _parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
         if whole[start : start + len(own)] == own:
             return whole[:start], own, whole[start + len(own) :]
     return whole, [], []
+
+
+def text_digest(tokenizer: Any) -> str:
+    """8 hex; equal where tokenizers split a text with many difficult cases into the same tokens."""
+    return hashlib.sha256(json.dumps([str(each) for each in tokenizer.tokenize(_SPLIT)]).encode()).hexdigest()[:8]

@@ -28,6 +28,25 @@ def unlike_cuts(task: str, merge: ModelEvaluation, parent: ModelEvaluation) -> s
     return f"read {parents} prompts without their start, and the merge {merges}"
 
 
+def unlike_bounds(merge: ModelEvaluation, parent: ModelEvaluation) -> str | None:
+    """Half a sentence on tokens that only one tokenizer puts before or after every text; None where there are none.
+
+    Which tokens these are may differ between vocabularies. A chat template writes its own begin token.
+    """
+    ours, theirs = merge.loaded, parent.loaded
+    if ours is None or theirs is None or merge.environment.chat_template:
+        return None
+    for verb, its, other in (
+        ("begins", theirs.begins_with, ours.begins_with),
+        ("ends", theirs.ends_with, ours.ends_with),
+    ):
+        if bool(its) != bool(other):
+            return (
+                f"{verb} every text with {' '.join(its) or 'no token'}, and the merge with {' '.join(other) or 'none'}"
+            )
+    return None
+
+
 def _lost(cut: Cut) -> tuple[int, int]:
     """Equal for models that lost the same tokens."""
     return cut.requests, cut.longest - cut.limit

@@ -142,6 +142,7 @@ def _only_alike(
     unlike: dict[str, dict[str, str]] = {name: {} for name in models if name != MERGE}
     for task, (name, reasons) in itertools.product(tasks, unlike.items()):
         reason = alike.unlike_prompts(task.answers[MERGE], task.answers[name])
+        reason = reason or alike.unlike_bounds(models[MERGE], models[name])
         if reason is None and not partly:  # of fewer questions fewer are too long
             reason = alike.unlike_cuts(task.score.task, models[MERGE], models[name])
         if reason is not None:
@@ -222,7 +223,7 @@ def _not_comparable_by_prompts(reasons: Mapping[str, str]) -> EvaluationError:
     return EvaluationError(
         "NOT_COMPARABLE",
         f"The merge was not asked as its parents were, so no difference is claimed: {said}.",
-        "Measure all of them without a chat template, or give them one template and the same maximum length.",
+        "Give their tokenizers the same chat template, begin and end tokens and maximum length, and measure again.",
     )
 
 

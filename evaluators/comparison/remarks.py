@@ -49,6 +49,12 @@ def _own_settings(models: Mapping[str, Loaded], said: Show) -> Iterator[str]:
     for title, values in (
         ("Written answers end at different tokens", [joined([*map(str, m.ends)] or ["none"]) for m in models.values()]),
         ("Texts begin with different tokens", [" ".join(m.begins_with) or "none" for m in models.values()]),
+        ("Texts end with different tokens", [" ".join(m.ends_with) or "none" for m in models.values()]),
+        ("Whole texts are scored after different tokens", [" ".join(m.before_whole) for m in models.values()]),
+        ("The same text is split into different tokens", [f"tokens {m.splits}" for m in models.values()]),
+        ("Decoders start with different tokens", [joined([*map(str, m.starts)] or ["none"]) for m in models.values()]),
+        ("Longest input", [f"{m.context} tokens" for m in models.values()]),
+        ("Implementation of attention", [m.attention for m in models.values()]),
         ("Spaces before punctuation in answers", ["left out" if m.cleans_spaces else "kept" for m in models.values()]),
     ):
         names: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from evaluators.errors import EvaluationError
 from evaluators.generation_settings import steering
 from evaluators.harness.conditions import SOFTMAX_DTYPE
-from evaluators.prompt_tokens import added_tokens
+from evaluators.prompt_tokens import added_tokens, text_digest
 
 # Chat templates that print a date read this one, so that a prompt is the same on every day.
 CHAT_DATE = date(2024, 7, 26)
@@ -35,6 +35,8 @@ class AskingLM(HFLM):  # type: ignore[misc]
         ignored = _neutral_generation(model)
         # HFLM ties weights again, by the config alone, and so replaces a head that the files hold.
         model.tie_weights = _nothing
+        if "attention_mask" not in tokenizer.model_input_names:  # HFLM always reads it
+            tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
         tokenizer.chat_template = _dated(tokenizer.chat_template)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=SOFTMAX_DTYPE)
         before, after = added_tokens(tokenizer)
@@ -45,7 +47,12 @@ class AskingLM(HFLM):  # type: ignore[misc]
             "ignored_settings": ignored,
             "ends": _as_list(getattr(model.generation_config, "eos_token_id", None))[:_MOST],
             "begins_with": _as_text(tokenizer, before),
+            "ends_with": _as_text(tokenizer, after[self._appended :]),
             "dropped_end": _as_text(tokenizer, after[: self._appended]),
+            "before_whole": _as_text(tokenizer, [self.prefix_token_id]),
+            "splits": text_digest(tokenizer),
+            "starts": _as_list(getattr(model.generation_config, "decoder_start_token_id", None))[:_MOST],
+            "attention": str(getattr(model.config, "_attn_implementation", None)),
             "cleans_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
         }
 

@@ -135,12 +135,8 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
         return
     pipe.progress(0, 1, "loading the model")
     lm = model_loading.language_model(job, resuming)
-    if job["chat_template"] and not lm.tokenizer.chat_template:
-        raise EvaluationError(
-            "NO_CHAT_TEMPLATE",
-            "A chat template was asked for, but the model's tokenizer has none.",
-            "Evaluate it without one, and the models it is compared with, too.",
-        )
+    if job["chat_template"]:
+        require_chat_template(lm)
     work = {task.key: _amount(task, job, lm) for task in tasks}
     whole = amounts.together(work.values())
     facts = {"environment": model_loading.facts(lm, job), "loaded": getattr(lm, "facts", None)}
@@ -157,6 +153,24 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
             pipe.failed(task.name, EvaluationError("EVALUATION_FAILED", error.message, error.next_step))
         done += work[task.key].requests
     pipe.progress(whole.requests, whole.requests, "done")
+
+
+def require_chat_template(lm: Any) -> None:
+    """Raises EvaluationError NO_CHAT_TEMPLATE unless a question can be asked through the model's template."""
+    if not lm.tokenizer.chat_template:
+        raise EvaluationError(
+            "NO_CHAT_TEMPLATE",
+            "A chat template was asked for, but the model's tokenizer has none.",
+            "Evaluate it without one, and the models it is compared with, too.",
+        )
+    try:
+        lm.apply_chat_template([{"role": "user", "content": "a"}])
+    except Exception as error:  # templates are code of the model's
+        raise EvaluationError(
+            "NO_CHAT_TEMPLATE",
+            f"The model's chat template cannot be applied: {(str(error).splitlines() or ['?'])[0][:200].rstrip('.')}.",
+            "Correct the template, or evaluate all models without --chat-template.",
+        ) from error
 
 
 def _prepared(job: Mapping[str, Any], pipe: Pipe) -> list[task_loading.Prepared]:
@@ -257,6 +271,8 @@ def _results(task: task_loading.Prepared, lm: Any, job: Mapping[str, Any]) -> Ma
 
 def _task_failed(name: str, error: Exception) -> EvaluationError:
     lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, OverflowError):  # the exponential in a perplexity
+        lines = ["a score is too large for a number, as the model gives the right answers almost no probability"]
     return EvaluationError(
         "TASK_FAILED",
         f"Task `{name}` stopped on an error: {lines[0][:300].rstrip('.')}.",

@@ -115,8 +115,10 @@ class Loaded:
 
     It reads `context` tokens. `kept_apart` are parameters that the config ties but the files hold with other values.
     `ignored_settings` of generation_config.json (`name=value`) would have changed greedy answers. Answers end at the
-    ids `ends`. The tokenizer puts the tokens `begins_with` before a text and would append `dropped_end`. With
-    `cleans_spaces` it removes spaces before punctuation from what the model writes.
+    ids `ends`. The tokenizer puts the tokens `begins_with` before a text and `ends_with` after it, and would append
+    `dropped_end`; a text that is scored as a whole stands after `before_whole`. With `cleans_spaces` it removes spaces
+    before punctuation from what the model writes. `splits` is a digest of the tokens of a fixed text. A decoder with an
+    encoder starts with the ids `starts`. `attention` is transformers' name for the code that computes it.
     """
 
     context: int
@@ -126,6 +128,11 @@ class Loaded:
     begins_with: tuple[str, ...] = ()
     dropped_end: tuple[str, ...] = ()
     cleans_spaces: bool = False
+    ends_with: tuple[str, ...] = ()
+    before_whole: tuple[str, ...] = ()
+    splits: str = ""
+    starts: tuple[int, ...] = ()
+    attention: str = ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Loaded:

@@ -70,6 +70,25 @@ def test_prompts_that_only_one_model_reads_whole_are_not_compared(both: bool, tm
     ]
 
 
+@pytest.mark.parametrize(
+    ("merge", "parent", "said"),
+    [
+        (Loaded(64), Loaded(64, begins_with=("<s>",)), "begins every text with <s>, and the merge with none"),
+        (Loaded(64, ends_with=("</s>",)), Loaded(64), "ends every text with no token, and the merge with </s>"),
+        (Loaded(64, begins_with=("<s>",)), Loaded(64, begins_with=("<bos>",)), None),
+    ],
+)
+def test_a_token_that_only_one_tokenizer_puts_around_texts_allows_no_verdict(
+    merge: Loaded, parent: Loaded, said: str | None, tmp_path: Path
+) -> None:
+    models = [
+        replace(evaluation(tmp_path, number), loaded=each) for number, each in ((0, merge), (1, parent), (2, merge))
+    ]
+    found = comparison.compare(models[0], {"org/b@c": models[1], "org/c@d": models[2]}, cache=tmp_path)
+    assert found.parents == (("org/c@d",) if said else ("org/b@c", "org/c@d"))
+    assert report.left_out(found) == ([f"No difference to org/b is claimed: it {said}."] if said else [])
+
+
 def test_answers_that_were_kept_without_prompts_are_compared(tmp_path: Path) -> None:
     models = [evaluation(tmp_path, 0), evaluation(tmp_path, 1, prompts={"left": "a", "right": "a"})]
     for file in (tmp_path / "results" / models[1].key / "samples").iterdir():
@@ -92,6 +111,20 @@ def test_settings_of_single_models_are_said() -> None:
         "Spaces before punctuation in answers: kept for a; left out for b.",
     ]
     assert remarks({"a": second, "b": second}) == remarks({"a": made}) == []
+
+
+def test_other_tokens_lengths_and_attention_are_said() -> None:
+    made = ModelEvaluation("animals", "d" * 64, (), stored.ENVIRONMENT, 1.0)
+    first = Loaded(64, before_whole=("<s>",), splits="12ab", attention="sdpa")
+    second = Loaded(32, ends_with=("</s>",), before_whole=("</s>",), splits="34cd", starts=(0,), attention="eager")
+    assert remarks({"a": replace(made, loaded=first), "b": replace(made, loaded=second)}) == [
+        "Texts end with different tokens: none for a; </s> for b.",
+        "Whole texts are scored after different tokens: <s> for a; </s> for b.",
+        "The same text is split into different tokens: tokens 12ab for a; tokens 34cd for b.",
+        "Decoders start with different tokens: none for a; 0 for b.",
+        "Longest input: 64 tokens for a; 32 tokens for b.",
+        "Implementation of attention: sdpa for a; eager for b.",
+    ]
 
 
 def test_an_older_result_is_readable_and_never_compared_with_a_new_one(tmp_path: Path) -> None:

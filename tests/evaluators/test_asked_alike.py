@@ -21,6 +21,7 @@ from evaluators.comparison.verdict import Outcome
 from evaluators.errors import EvaluationError
 from evaluators.harness.asking import AskingLM
 from evaluators.harness.lengths import cut_prompts
+from evaluators.harness.process import require_chat_template
 from evaluators.harness.scores import Cut
 from evaluators.harness.suites import Suite, SuiteTask
 from tests.evaluators import chain
@@ -136,6 +137,25 @@ def test_a_missing_end_token_stops_only_written_answers(tmp_path: Path) -> None:
         written(lm)
 
 
+def test_a_tokenizer_that_does_not_name_the_attention_mask_writes_as_before(plain: Any, tmp_path: Path) -> None:
+    file = chain.model(tmp_path) / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": ["input_ids"]}))
+    assert written(asked(tmp_path)) == written(plain)
+
+
+def test_differences_in_tokens_and_attention_are_kept_with_the_result(plain: Any, tmp_path: Path) -> None:
+    folder = chain.model(tmp_path, bos=None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_attn_implementation": "eager"}))
+    splitting = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**splitting, "pre_tokenizer": {"type": "Whitespace"}}))
+    lm = asked(folder)
+    names = ("before_whole", "attention")
+    assert [plain.facts[name] for name in names] == [["<s>"], "sdpa"]
+    assert [lm.facts[name] for name in names] == [["</s>"], "eager"]
+    assert lm.facts["splits"] != plain.facts["splits"]
+
+
 # -- the settings of generation ------------------------------------------------------------------------------------
 
 
@@ -212,6 +232,19 @@ def test_a_template_with_a_system_role_is_used_as_it_is(tmp_path: Path) -> None:
 def test_a_template_that_prints_the_date_gives_the_same_prompt_every_day(tmp_path: Path) -> None:
     lm = asked(chain.model(tmp_path, chat_template=" {{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"))
     assert lm.apply_chat_template(CHAT[1:]) == " 26 Jul 2024 question one"
+
+
+@pytest.mark.parametrize("template", ["{% for x %}", {"one": TURNS, "two": TURNS}, "{{ raise_exception('never') }}"])
+def test_a_template_that_cannot_be_applied_is_named_before_anything_is_asked(
+    template: Any, plain: Any, tmp_path: Path
+) -> None:
+    lm = asked(chain.model(tmp_path))
+    lm.tokenizer.chat_template = template
+    with pytest.raises(EvaluationError, match="chat template cannot be applied: ") as caught:
+        require_chat_template(lm)
+    assert caught.value.code == "NO_CHAT_TEMPLATE"
+    lm.tokenizer.chat_template = TURNS
+    require_chat_template(lm)
 
 
 # -- lengths -------------------------------------------------------------------------------------------------------
