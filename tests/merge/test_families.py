@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_checkpoints import merge, plan_of
+from tiny_checkpoints import load, merge, plan_of
 
 DECODER = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -217,3 +217,19 @@ def test_a_gpu_merges_as_the_cpu_does_up_to_rounding(method: str, tmp_path: Path
     on_gpu = load(tmp_path / "cuda")
     for name, tensor in load(tmp_path / "cpu").items():
         torch.testing.assert_close(on_gpu[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max()))
+
+
+def test_layers_are_counted_by_the_key_of_the_family(tmp_path: Path) -> None:
+    """ALBERT repeats one group of layers, xLSTM counts blocks and may state another number of layers."""
+    torch.manual_seed(0)
+    albert = hf.AlbertConfig(**SHORT, embedding_size=16, num_hidden_groups=1)
+    hf.AlbertForMaskedLM(albert).save_pretrained(tmp_path / "albert")
+    merge("merge_method: passthrough\nmodels: [{model: albert}]", tmp_path, tmp_path / "copy")
+    assert set(load(tmp_path / "copy")) == set(load(tmp_path / "albert"))
+    xlstm = hf.xLSTMConfig(vocab_size=64, hidden_size=32, num_heads=4, num_blocks=3)
+    hf.xLSTMForCausalLM(xlstm).save_pretrained(tmp_path / "xlstm")
+    recipe = "merge_method: passthrough\nslices: [{sources: [{model: xlstm, layer_range: [1, 3]}]}]"
+    merge(recipe, tmp_path, tmp_path / "cut")
+    model, report = hf.xLSTMForCausalLM.from_pretrained(tmp_path / "cut", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.config.num_hidden_layers == 2

@@ -73,6 +73,21 @@ def test_families_that_always_tie_are_those_of_transformers() -> None:
     assert families_that("self.scale_decoder_outputs = ") == known(ties._SCALED)
 
 
+def test_families_without_ties_are_those_of_transformers() -> None:
+    tied = {family for family, _, _ in tied_pairs()}
+    own_class = re.compile(r"^class \w+ForCausalLM\(\w+", re.MULTILINE)
+    found = {family for family, text in texts("*/modeling_*.py") if own_class.search(text) and family not in tied}
+    other = {"auto", "clvp", "moshi", "musicgen", "musicgen-melody"}  # models of sound
+    parts = {"inkling-mm-model", "inkling-text", "inkling2-text", "mllama-text-model", "evolla"}
+    assert not tied & known(ties._NEVER)
+    assert found - other - {"inkling", "inkling2"} == known(ties._NEVER) - parts
+
+
+def test_heads_with_one_bias_are_those_of_transformers() -> None:
+    tied = {family for family, target, _ in tied_pairs() if target.endswith("decoder.bias")}
+    assert not tied & known(ties._OWN_BIAS)
+
+
 def test_prediction_layers_that_transformers_leaves_out_by_name_are_known() -> None:
     patterns = set[str]()
     for _, text in texts("*/modeling_*.py"):

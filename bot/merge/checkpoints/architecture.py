@@ -18,6 +18,8 @@ from bot.merge.checkpoints.tensor_names import LAYER
 from bot.merge.checkpoints.ties import config_ties, is_embedding, is_head, main_embedding, main_head, replacement
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+# families whose layers are counted by a key of their own
+_OWN_DEPTH_KEYS = {"albert": "num_hidden_groups", "hrm_text": "num_layers_per_stack", "xlstm": "num_blocks"}
 _BEFORE = re.compile(r"embed(?!_out)|wte|wpe|position|token_type|patch|conv1", re.IGNORECASE)
 _AFTER = re.compile(r"norm|ln_f|head|score|classifier|pooler|embed_out|output", re.IGNORECASE)
 # what has a row for every token beside embeddings and heads
@@ -102,7 +104,8 @@ def layer_count(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, int 
     if isinstance(inner, dict):
         parts.append((("text_config",), inner))
     for path, part in parts:
-        for key in _DEPTH_KEYS:
+        own = _OWN_DEPTH_KEYS.get(str(part.get("model_type")))
+        for key in (*([own] if own else []), *_DEPTH_KEYS):
             if isinstance(part.get(key), int):
                 return (*path, key), part[key]
     return None, None

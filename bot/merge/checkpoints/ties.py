@@ -32,6 +32,8 @@ _EMBEDDING = re.compile(
 )
 _COPY = re.compile(r"(.*\.|)(text_)?(en|de)coder\.embed_tokens\.weight")  # of `shared.weight` beside it
 _BIAS = re.compile(r"(?P<parent>(?:.*\.)?(?:predictions|lm_head)\.)(?:decoder\.)?bias")  # stored in one of two places
+# what stands beside the embedding of an encoder, which is `word_embeddings` there
+_BESIDE_WORDS = re.compile(r"(?P<parent>(?:.*\.|)embeddings\.)(?!word_embeddings|tok_embeddings)\w+(?:\.weight)?")
 _NUMBERED = re.compile(r"(^|\.)(\d+|mtp)\.")
 _POSITION = re.compile(r"wpe|position")
 _ENCODER = re.compile(r"(?P<parent>.*?)encoder\.")
@@ -43,7 +45,16 @@ _SHARED = frozenset({
 })  # fmt: skip
 # families whose config class ties always, whatever config.json says
 _ALWAYS = frozenset({"longt5", "mt5", "pop2piano", "t5", "udop", "umt5"})
-# of them those in which the flag means something else, too: False turns off the scaling of the decoder's outputs
+# families that never tie, whatever config.json says
+_NEVER = frozenset({
+    "bailing_hybrid", "cpmant", "evolla", "inkling2_text", "inkling_mm_model", "inkling_text", "kimi_linear", "mllama",
+    "mllama_text_model", "nemotron_h", "rembert", "xlstm",
+})  # fmt: skip
+# families whose flag also scales the decoder's outputs or ties what `_pairs` does not know: it stays as it is
+_FLAG_STAYS = frozenset({"fsmt", "prophetnet", "seamless_m4t", "seamless_m4t_v2", "switch_transformers"})
+# families whose head has its bias in one place only
+_OWN_BIAS = frozenset({"gte", "rembert"})
+# families that always tie and whose flag means something else, too: False turns off the scaling of the decoder's outputs
 _SCALED = frozenset({"longt5", "pop2piano", "t5"})
 # the embedding's name beside the list of layers; by family where it is not the usual one
 _BESIDE_LAYER_LISTS = {"layers": "embed_tokens", "h": "wte", "blocks": "wte"}
@@ -96,6 +107,8 @@ def config_ties(config: Mapping[str, Any]) -> bool | None:
     """True if a config asks for ties; None where it has no flag and the class decides."""
     if config.get("model_type") in _ALWAYS:
         return True
+    if config.get("model_type") in _NEVER:
+        return False
     flags = [part[key] for part in _parts(config) for key in _FLAGS if isinstance(part.get(key), bool)]
     return any(flags) if flags else None
 
@@ -103,6 +116,8 @@ def config_ties(config: Mapping[str, Any]) -> bool | None:
 def with_flag(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     """The config with the flag set wherever transformers 4 and 5 look for it, and with nothing else changed by that."""
     out = dict(config)
+    if out.get("model_type") in _FLAG_STAYS:
+        return out
     if out.get("model_type") in _SCALED:
         out.setdefault("scale_decoder_outputs", out.get("tie_word_embeddings") is not False)
     out["tie_word_embeddings"] = tied
@@ -153,7 +168,7 @@ def as_loaded(
             del out[target]
     if not changed:
         return Loaded(config, tensors)
-    if apart and config.get("model_type") not in _ALWAYS:  # an untied model needs every tensor of its own
+    if apart and config.get("model_type") not in _ALWAYS | _FLAG_STAYS:  # an untied model needs every tensor of its own
         out |= {target: replace(out[source], name=target) for target, source in pairs if target not in out}
     flagged = config if ties and not apart else with_flag(config, not apart)
     return Loaded(flagged, out, tuple(presumed), tuple(notices))
@@ -195,7 +210,8 @@ def _pairs(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorIn
         if source is not None:
             yield head, source
     for parent in dict.fromkeys(match["parent"] for name in loose if (match := _BIAS.fullmatch(name))):
-        yield f"{parent}decoder.bias", f"{parent}bias"
+        if config.get("model_type") not in _OWN_BIAS and f"{parent}weight" not in tensors:
+            yield f"{parent}decoder.bias", f"{parent}bias"
 
 
 def _embedding_name(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], head: str) -> str | None:
@@ -205,12 +221,15 @@ def _embedding_name(label: str, config: Mapping[str, Any], tensors: Mapping[str,
     if any(tensors[name].shape == shape for name in loose if not _POSITION.search(name)):
         return None
     family = str(config.get("model_type"))
+    beside = next((match for name in loose if (match := _BESIDE_WORDS.fullmatch(name))), None)
+    if beside is not None:
+        return f"{beside['parent']}{'tok' if family == 'modernbert' else 'word'}_embeddings.weight"
     for name in tensors:
         found = _LAYER_LIST.match(name)
         if found is None or any(tower.search(found["parent"]) for tower in (VISION, AUDIO)):
             continue
         word = _EMBEDDING_NAMES.get(family) or _BESIDE_LAYER_LISTS.get(found["list"])
-        if word is not None:
+        if word is not None and family not in _FLAG_STAYS:
             return f"{found['parent']}{word}.weight"
     if not (config_ties(config) and head.endswith(("lm_head.weight", "embed_out.weight"))):
         return None

@@ -35,6 +35,8 @@ _INNER = ("linear_attn_config", "sparse_attention_config")
 _WITH_PREDICTION = re.compile(
     r"\w*layer_types|compress_ratios|swiglu_limits\w*|rope_theta|partial_rotary_factors|\w*_freq"
 )
+# further keys that count the same layers
+_SAME_COUNT = {"num_blocks": "num_hidden_layers"}
 # what layers of a kind need beside the kind itself
 _NEEDED = {"sliding": ("use_sliding_window", "sliding_window"), "chunked": ("attention_chunk_size",)}
 
@@ -53,6 +55,8 @@ def restack(config: dict[str, Any], stack: Stacked, donor: ModelRef, configs: Co
             _per_layer(part, path[:-1], stack, configs)
         if path in stack.depths:
             part[path[-1]] = len(stack.layers)
+        if _SAME_COUNT.get(path[-1]) in part:
+            part[_SAME_COUNT[path[-1]]] = len(stack.layers)
         if not same:
             _follow(config, path, list(zip(rules, wanted, strict=True)), stack, donor, configs, notes)
 
