@@ -54,7 +54,7 @@ _NEVER = frozenset({
 _FLAG_STAYS = frozenset({"fsmt", "prophetnet", "seamless_m4t", "seamless_m4t_v2", "switch_transformers"})
 # families whose head has its bias in one place only
 _OWN_BIAS = frozenset({"gte", "rembert"})
-# families that always tie and whose flag means something else, too: False turns off the scaling of the decoder's outputs
+# of those that always tie: the flag means something else, too: False turns off the scaling of the decoder's outputs
 _SCALED = frozenset({"longt5", "pop2piano", "t5"})
 # the embedding's name beside the list of layers; by family where it is not the usual one
 _BESIDE_LAYER_LISTS = {"layers": "embed_tokens", "h": "wte", "blocks": "wte"}
