@@ -214,7 +214,7 @@ def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
 
 
 def _published(jobs: list[Job]) -> list[Job]:
-    """Those of `jobs`, the form's first, that were published; a cancelled one of the card's is said and left out.
+    """Those of `jobs`, the form's first, that were published; the card's, if cancelled, is reported and left out.
 
     Raises Failed when the form's was not published, or another one failed.
     """

@@ -1,4 +1,4 @@
-"""The check before a comparison: was every model asked the same prompts, whole?
+"""Check before a comparison that every model was asked the same prompts, unshortened.
 
 Suite, settings and questions are compared elsewhere (`scores.require_comparable`, `comparing`): where these differ,
 nothing is compared. Prompts can differ all the same, by the chat template or by the length that a model reads.
@@ -13,7 +13,7 @@ from evaluators.harness.scores import Cut, ModelEvaluation
 
 
 def unlike_prompts(merge: Answers, parent: Answers) -> str | None:
-    """Half a sentence on how many questions of a task came with another prompt; None where all were equal."""
+    """Half a sentence with the number of questions whose prompts differ; None where all are equal."""
     pairs = [(ours, theirs) for ours, theirs in zip(merge.prompts, parent.prompts, strict=True) if ours and theirs]
     other = sum(ours != theirs for ours, theirs in pairs)
     return f"had other prompts for {other} of {len(pairs)} questions" if other else None
@@ -53,7 +53,7 @@ def _lost(cut: Cut) -> tuple[int, int]:
 
 
 def excluded(unlike: Mapping[str, Mapping[str, str]], tasks: Sequence[str]) -> dict[str, str]:
-    """The parents that were asked unlike the merge in each of `tasks`, with the reason.
+    """The parents whose prompts differ from the merge's in every one of `tasks`, with the reason.
 
     `unlike` has half a sentence by parent and task.
     """

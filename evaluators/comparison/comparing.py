@@ -128,7 +128,7 @@ def _paired(
 
 @dataclass(frozen=True, slots=True)
 class _Paired:
-    """Tasks that every remaining model was asked alike, the others, and parents that were never asked alike."""
+    """Tasks with equal prompts for all remaining models, other tasks, and parents without any such task."""
 
     tasks: list[_Task]
     left_out: list[LeftOut]

@@ -104,7 +104,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class NotAlike:
-    """A parent that was not asked as the merge was, and so is not compared; `because` is half a sentence."""
+    """A parent that is not compared, as its prompts differ from the merge's; `because` is half a sentence."""
 
     parent: str
     because: str

@@ -17,9 +17,9 @@ from evaluators.generation_settings import steering
 from evaluators.harness.conditions import SOFTMAX_DTYPE
 from evaluators.prompt_tokens import added_tokens, text_digest
 
-# Chat templates that print a date read this one, so that a prompt is the same on every day.
+# Chat templates that print a date read this one, so that a prompt does not depend on the day.
 CHAT_DATE = date(2024, 7, 26)
-# What generation_config.json says of tokens belongs to the model; everything else in it is a setting.
+# Keys of generation_config.json that belong to the model; all others are settings.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _MOST = 16  # tokens that are named at most
 

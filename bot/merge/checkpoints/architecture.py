@@ -22,7 +22,7 @@ _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decode
 _OWN_DEPTH_KEYS = {"albert": "num_hidden_groups", "hrm_text": "num_layers_per_stack", "xlstm": "num_blocks"}
 _BEFORE = re.compile(r"embed(?!_out)|wte|wpe|position|token_type|patch|conv1", re.IGNORECASE)
 _AFTER = re.compile(r"norm|ln_f|head|score|classifier|pooler|embed_out|output", re.IGNORECASE)
-# what has a row for every token beside embeddings and heads
+# further tensors with a row for every token, beside embeddings and heads
 _PER_TOKEN = re.compile(
     r"(^|\.)(lm_head(\.decoder)?|predictions(\.decoder)?|vocab_projector|generator_lm_head|output_layer"
     r"|shared_head\.head)\.(weight|bias)$"
@@ -30,7 +30,7 @@ _PER_TOKEN = re.compile(
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
 # Weights for the prediction of further tokens, which transformers does not load.
 _PREDICTION = re.compile(r"(^|\.)mtp(_\w+)?\.")
-# Buffers that older versions of transformers stored and newer ones make anew.
+# Buffers that older versions of transformers stored and newer ones compute.
 _MADE_ANEW = re.compile(r"(^|\.)position_ids$|^(model\.)?(en|de)coder\.version$")
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attention)\.bias$")
 
@@ -53,11 +53,11 @@ class Architecture:
     after: tuple[str, ...]
     embedding: str | None
     head: str | None  # the stored head
-    tied: bool  # no head is stored, and the config does not say that there is one
+    tied: bool  # no head is stored, and the config does not ask for one
     depth_key: tuple[str, ...] | None  # path of the layer count in the config
     dropped: tuple[str, ...]  # rotary and mask buffers, never written
     predicting: frozenset[str]  # prediction layers, which stand for the whole stack: among `after`
-    unused: frozenset[str]  # what transformers does not load: those, and buffers that it makes anew
+    unused: frozenset[str]  # not loaded by transformers: prediction layers, and buffers that it computes
     unsure: tuple[str, ...]  # loose tensors placed before the stack for want of a hint
 
 

@@ -1,6 +1,6 @@
 """Module patterns of an adapter's config, such as `rank_pattern`, matched as PEFT 0.21 matches them but in linear time.
 
-PEFT tries `(.*\\.)?(PATTERN)$` with Python's `re`, which a hostile pattern keeps busy for ever. Here the same text is
+PEFT tries `(.*\\.)?(PATTERN)$` with Python's `re`, which a hostile pattern can keep busy. Here the same text is
 matched by RE2 (https://github.com/google/re2/wiki/Syntax), whose time is linear in the name. RE2 has no look-around
 and no back-references; such patterns are refused, as is the little that the two engines read differently.
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 
 _PLAIN = re.compile(r"\^?[\w.\-]+", re.ASCII)
-# valid for both engines with two meanings: (what to look for, the reason to refuse it)
+# valid for both engines with different meanings: (part of a pattern, reason to refuse it)
 _AMBIGUOUS = (
     (re.compile(r"\\\d"), "uses a back-reference"),
     (re.compile(r"\[\^?\["), "has a bracket inside brackets"),

@@ -146,7 +146,7 @@ _LIKE_LLAVA = (
     "vipllava", "voxtral", "voxtral_realtime",
 )  # fmt: skip
 _QWEN2_VL = _renames((r"^model\.(?=(visual|audio_tower)\.)", ""), (r"^model\.language_model\.", "model."))
-# model_type -> naming; whatever transformers reads the family reads both, so sources that agree keep theirs
+# model_type -> naming; all versions of transformers that have the family read both, so sources that agree keep theirs
 _EITHER: dict[str, Naming] = {
     **dict.fromkeys(_LIKE_LLAVA, _LLAVA),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _QWEN2_VL),

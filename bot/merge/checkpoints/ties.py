@@ -54,16 +54,16 @@ _NEVER = frozenset({
 _FLAG_STAYS = frozenset({"fsmt", "prophetnet", "seamless_m4t", "seamless_m4t_v2", "switch_transformers"})
 # families whose head has its bias in one place only
 _OWN_BIAS = frozenset({"gte", "rembert"})
-# of those that always tie: the flag means something else, too: False turns off the scaling of the decoder's outputs
+# of those that always tie: those whose flag, if False, also turns off the scaling of the decoder's outputs
 _SCALED = frozenset({"longt5", "pop2piano", "t5"})
-# the embedding's name beside the list of layers; by family where it is not the usual one
+# the embedding's name beside the list of layers, and by family where another one is usual
 _BESIDE_LAYER_LISTS = {"layers": "embed_tokens", "h": "wte", "blocks": "wte"}
 _EMBEDDING_NAMES = {
     "bloom": "word_embeddings", "falcon": "word_embeddings", "falcon_mamba": "embeddings", "gpt_neox": "embed_in",
     "gpt_neox_japanese": "embed_in", "mamba": "embeddings", "mamba2": "embeddings", "openai-gpt": "tokens_embed",
     "rwkv": "embeddings",
 }  # fmt: skip
-_FLAGS = ("tie_word_embeddings", "tie_embedding")  # the second in LFM2 of before transformers 5
+_FLAGS = ("tie_word_embeddings", "tie_embedding")  # the second: LFM2 before transformers 5
 _SAMPLES, _SAMPLE_BYTES, _BLOCK_BYTES = 8, 16 * 2**10, 4 * 2**20
 
 

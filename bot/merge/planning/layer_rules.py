@@ -1,9 +1,9 @@
 """Layer kinds that a config gives by a rule, followed when the layers of a model are cut, stacked or mixed.
 
-A config says of each layer which attention or MLP it has, often not by a list but by a rule: the first k layers are
+A config gives the attention and the MLP of each layer by a list or, more often, by a rule: the first k layers are
 dense, every n-th layer is global, the layers with these numbers have experts. A `Rule` computes the kinds as
-transformers does. The kinds wanted in the output are those each layer had in its own model; `follow` writes them as a
-list where the config class takes one, else as values of the rule that give the same kinds, else it refuses.
+transformers does. The kinds wanted in the output are those each layer had in its own model; `Rule.edits` gives them as
+a list where the config class takes one, else as values of the rule that give the same kinds, else None: a refusal.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ("dots3_note_text", (attention(formulas.dots3_attention), mlp(formulas.dense_then_every, _DENSE))),
     ("nllb-moe", (side_steps("encoder"), side_steps("decoder"))),
     ("switch_transformers", (switch("encoder", "num_layers"), switch("decoder", "num_decoder_layers"))),
-    # what only the place of a layer gives
+    # rules that depend on the place of a layer alone
     ("gpt2 gpt-sw3 imagegpt decision_transformer", (_BY_NUMBER,)),
     ("diffllama", (_NUMBERED,)),
     (
@@ -287,7 +287,7 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ),
     ("mllama_text_model", (by_numbers("cross_attention_layers", 3, 8, 13, 18, 23, 28, 33, 38),)),
     ("molmo2_text", (by_numbers("rope_scaling_layers", *range(1000)),)),
-    # towers of vision and sound
+    # vision and audio towers
     (
         "sam_vision_model got_ocr2_vision deepseek_ocr2_sam_vision_model pp_chart2table_vision pp_formulanet_vision "
         "sam_hq_vision_model slanext_vision unlimited_ocr_sam_vision_model",
@@ -304,7 +304,7 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ),
     ("mllama_vision_model", (read_layers("intermediate_layers_indices", 3, 7, 15, 23, 30),)),
     ("granite_docling_vision", (read_layers("deepstack_visual_indexes", 3, 7, 10),)),
-    # a family that is not known: keys that mean the same wherever they stand
+    # an unknown family: keys with the same meaning in every family
     (
         "*",
         (

@@ -37,7 +37,7 @@ _WITH_PREDICTION = re.compile(
 )
 # further keys that count the same layers
 _SAME_COUNT = {"num_blocks": "num_hidden_layers"}
-# what layers of a kind need beside the kind itself
+# further keys that layers of a kind need
 _NEEDED = {"sliding": ("use_sliding_window", "sliding_window"), "chunked": ("attention_chunk_size",)}
 
 

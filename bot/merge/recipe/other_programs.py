@@ -1,4 +1,4 @@
-"""Configs of other programs that people hand to a merge: each is named, with what to do instead."""
+"""Configs of other programs given as a recipe: each is refused by name, with the next step."""
 
 from __future__ import annotations
 
