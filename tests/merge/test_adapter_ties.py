@@ -61,6 +61,27 @@ def test_one_of_a_tied_pair_changes_alone_as_in_the_unmerged_model(family: str, 
     agrees(logits(reopen(merged(tmp_path), model_class)), truth)
 
 
+ENCODERS = {
+    "bert": ("BertForMaskedLM", transformers.BertConfig, {}, "query"),
+    "roberta": ("RobertaForMaskedLM", transformers.RobertaConfig, {}, "query"),
+    "distilbert": (
+        "DistilBertForMaskedLM", transformers.DistilBertConfig, {"dim": 32, "n_heads": 4, "n_layers": 2}, "q_lin"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["modules_to_save", "target_modules"])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_adapter_on_the_embedding_of_an_encoder_leaves_its_head(family: str, way: str, tmp_path: Path) -> None:
+    model_class, config, more, linear = ENCODERS[family]
+    text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
+    model = build(tmp_path / "base", model_class, config(**{**text, **more}))
+    options = {"target_modules": [linear]}
+    options[way] = [*options.get(way, []), "word_embeddings"]
+    truth = adapt(tmp_path / "adapter", model, options)
+    agrees(logits(reopen(merged(tmp_path), model_class)), truth)
+
+
 @pytest.mark.parametrize("module", ["embedding", "head"])
 @pytest.mark.parametrize("way", ["modules_to_save", "target_modules"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3 with vision"])

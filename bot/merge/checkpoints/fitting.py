@@ -144,14 +144,16 @@ class _Fitting:
         if name in self.located.found:
             return stored
         own = self.ties.name_of(name)
-        self._own_copies(stored)
+        self._own_copies()
         if own not in self.tensors:
             self._stray(tensor.name)
         return own
 
-    def _own_copies(self, stored: str) -> None:
+    def _own_copies(self) -> None:
         """Give every module that reads a stored matrix its own tensor: an untied model needs all of them."""
-        for name in (name for name in self.ties.readers if name not in self.tensors):
+        for name, stored in self.ties.readers.items():
+            if name in self.tensors:
+                continue
             self.tensors[name] = replace(self.tensors[stored], name=name)
             if stored in self.elsewhere:
                 self.elsewhere[name] = self.elsewhere[stored]
@@ -170,7 +172,7 @@ class _Fitting:
             self.notices.append(f"{self.ref}: the change of {owns[name]} is left out: only its copies are read")
             del owns[name]
             return
-        self._own_copies(owns[name])
+        self._own_copies()
 
     # ---- changes
 

@@ -137,6 +137,14 @@ def replacement(name: str, stored: Collection[str], embedding: str | None) -> st
     return embedding if is_head(name) or is_copy(name) else None
 
 
+def second_bias(name: str, config: Mapping[str, Any], stored: Collection[str]) -> tuple[str, str] | None:
+    """(target, source) of the tie between the two places of a head's bias, of which `name` is one."""
+    match = _BIAS.fullmatch(name)
+    if match is None or config.get("model_type") in _OWN_BIAS or f"{match['parent']}weight" in stored:
+        return None
+    return f"{match['parent']}decoder.bias", f"{match['parent']}bias"
+
+
 def as_loaded(
     read: Read, label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], *, thorough: bool
 ) -> Loaded:
@@ -209,9 +217,7 @@ def _pairs(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorIn
         source = main_embedding(loose) or _embedding_name(label, config, tensors, head)
         if source is not None:
             yield head, source
-    for parent in dict.fromkeys(match["parent"] for name in loose if (match := _BIAS.fullmatch(name))):
-        if config.get("model_type") not in _OWN_BIAS and f"{parent}weight" not in tensors:
-            yield f"{parent}decoder.bias", f"{parent}bias"
+    yield from dict.fromkeys(pair for name in loose if (pair := second_bias(name, config, tensors)))
 
 
 def _embedding_name(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], head: str) -> str | None:

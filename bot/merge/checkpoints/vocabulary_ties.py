@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bot.merge.checkpoints.architecture import may_count_tokens
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.tensor_names import LAYER
-from bot.merge.checkpoints.ties import config_ties, is_copy, is_embedding, is_head, main_embedding, main_head
+from bot.merge.checkpoints.ties import (
+    config_ties,
+    is_copy,
+    is_embedding,
+    is_head,
+    main_embedding,
+    main_head,
+    replacement,
+    second_bias,
+)  # fmt: skip
 
 # an embedding under a language model's own prefix, beside which the head is stored: language_model.lm_head
 _NESTED = re.compile(r"(?P<outer>(?!model\.)\w+\.)model\.(?:decoder\.)?embed_tokens\.weight")
 _SHARED = re.compile(r"(?P<stem>.*)shared\.weight")
-_GENERATES = re.compile(r"CausalLM|LMHead|Generation")
+_GENERATES = re.compile(r"CausalLM|LMHead|Generation|MaskedLM|PreTraining")
 
 
 class VocabularyTies:
     """The pair, or group, of modules that share one stored matrix of a model as transformers loads it (`ties.py`).
 
     `source` is the stored matrix, None where there is none. `readers` are the tensors that the other modules would
-    have if each had its own. `shared` says that the source belongs to no module that reads it, as in T5.
+    have if each had its own, with the stored tensors that they read. `shared` says that the source belongs to no module that reads it, as in T5.
     """
 
     def __init__(self, model: Checkpoint) -> None:
@@ -29,8 +38,15 @@ class VocabularyTies:
         self._has_head = main_head(loose) is not None
         self.source = main_embedding(loose)
         self.shared = _SHARED.fullmatch(self.source or "") is not None
-        names = [*self._sides(), *([self.name_of("lm_head.weight")] if self._ties_head(model) else [])]
-        self.readers = tuple(name for name in names if name not in model.tensors)
+        self._stored = model.tensors
+        self._head = _head_beside_its_bias(loose)
+        names = list(self._sides())
+        readers: dict[str, str | None] = {}
+        if self._ties_head(model):
+            names.append(self.name_of("lm_head.weight"))
+            readers = dict(pair for name in loose if (pair := second_bias(name, model.config, model.tensors)))
+        readers |= dict.fromkeys(names, self.source)
+        self.readers = {name: own for name, own in readers.items() if own is not None and name not in model.tensors}
 
     def _sides(self) -> list[str]:
         return [self.name_of(f"{side}.embed_tokens.weight") for side in ("encoder", "decoder")] if self.shared else []
@@ -42,11 +58,13 @@ class VocabularyTies:
 
     def source_of(self, wanted: str) -> str | None:
         """The stored matrix that a module reads whose own is not stored."""
-        return self.source if is_head(wanted) or is_embedding(wanted) else None
+        return replacement(wanted, self._stored, self.source) or (self.source if is_embedding(wanted) else None)
 
     def name_of(self, wanted: str) -> str:
         """The name under which a module's own matrix is written beside the stored one."""
         nested, shared = _NESTED.fullmatch(self.source or ""), _SHARED.fullmatch(self.source or "")
+        if is_head(wanted) and self._head is not None:
+            return self._head
         if is_head(wanted):
             own = ".".join(wanted.split(".")[-2:])
             return nested["outer"] + own if nested else own
@@ -57,6 +75,18 @@ class VocabularyTies:
     def counts_tokens(self, name: str) -> bool:
         """True if dimension 0 of a tensor counts the vocabulary."""
         return not LAYER.search(name) and may_count_tokens(name)
+
+
+def _head_beside_its_bias(loose: Sequence[str]) -> str | None:
+    """The name of a tied head whose bias is stored: `cls.predictions.decoder.weight` beside `cls.predictions.bias`."""
+    for name in loose:
+        module = name.removesuffix("bias")
+        if name.endswith(".bias"):
+            further = any(other.startswith(module) and other != name for other in loose)
+            found = f"{module}decoder.weight" if further else f"{module}weight"
+            if is_head(found):
+                return found
+    return None
 
 
 def with_vocabulary_size(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
