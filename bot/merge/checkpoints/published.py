@@ -91,7 +91,8 @@ _FAMILIES: dict[str, Naming] = {
     "phimoe": _W1_W3_W2 + _renames((r"\.mlp\.router\.", ".mlp.gate."), _SPARSE),
     "lfm2_moe": _W1_W3_W2,
     "nemotron_h": _UP_DOWN + _renames((r"^model\.", "backbone.")),
-    "kimi_linear": _MIXTRAL + _CONVOLUTIONS + _FORGET_GATE,
+    "kimi_linear": _MIXTRAL + _CONVOLUTIONS + _FORGET_GATE
+    + _renames((r"\.block_sparse_moe\.(?=(gate|up|down)_proj\.)", ".mlp.")),  # so transformers 5.23 saves dense layers
     "gpt_neox": _renames((r"^lm_head\.", "embed_out.")),
     "aria_text": _renames(
         (r"\.experts\.gate_up_proj$", ".experts.fc1.weight"), (r"\.experts\.down_proj$", ".experts.fc2.weight")

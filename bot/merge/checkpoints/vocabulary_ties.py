@@ -30,7 +30,8 @@ class VocabularyTies:
     """The pair, or group, of modules that share one stored matrix of a model as transformers loads it (`ties.py`).
 
     `source` is the stored matrix, None where there is none. `readers` are the tensors that the other modules would
-    have if each had its own, with the stored tensors that they read. `shared` says that the source belongs to no module that reads it, as in T5.
+    have if each had its own, with the stored tensors that they read. `shared` says that the source belongs to no
+    module that reads it, as in T5.
     """
 
     def __init__(self, model: Checkpoint) -> None:
