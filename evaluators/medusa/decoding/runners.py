@@ -108,7 +108,7 @@ class EagerRunner:
         A tree of the root alone is a plain step: no mask and no explicit positions, so the baseline pays for neither.
         """
         self._width, self._tokens = tree.nodes, tokens
-        if tree.nodes == 1 and self.length == self.base.rereads_at:
+        if tree.nodes == 1 and self.base.reads_anew(self.length):
             hidden, logits = self._read([*self._text, *tokens.tolist()])
             return hidden[None], logits[None]
         options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
@@ -127,7 +127,7 @@ class EagerRunner:
     def keep(self, path: Sequence[int]) -> None:
         """Leave only the nodes of `path` (root first) of the last forward pass in the cache, in that order."""
         kept = len(path)
-        if self.base.rereads_at is not None and self._tokens is not None:
+        if (self.base.cache_name is None or self.base.rereads_at is not None) and self._tokens is not None:
             self._text[self.length :] = self._tokens[list(path)].tolist()
         if list(path) != list(range(kept)):
             # Advanced indexing copies its right-hand side first, so overlapping source and target rows are safe.

@@ -45,6 +45,7 @@ class Base:
         self.stop_ids = frozenset(each for each in _stop_ids(model, tokenizer) if 0 <= each < self.vocab)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         self.rope = rope_of(self.config)
+        self.cache_name = support.cache_name(model)
         self.execution = "eager"
         # None also lets a model whose window could not be proven fall back to the cache that transformers gives it.
         self.window = window_of(model.config)
@@ -60,8 +61,12 @@ class Base:
     ) -> tuple[Tensor, Tensor]:
         """ids [B, T] -> (h [B, T, H], logits [B, T, V]); with `last_only` both hold the last position only.
 
-        Without `project` the logits are empty: heads and features need rows, not the vocabulary.
+        Without `project` the logits are empty: heads and features need rows, not the vocabulary. The cache is given as
+        `past_key_values`, whatever the model calls it.
         """
+        if self.cache_name != "past_key_values" and "past_key_values" in kwargs:
+            cache = kwargs.pop("past_key_values")
+            kwargs |= {} if self.cache_name is None else {self.cache_name: cache}
         if self._hooked:
             logits = self.model(input_ids=ids, **kwargs).logits
             hidden = self._captured
@@ -100,6 +105,10 @@ class Base:
         if length + 1 <= original:
             return min(room, original - 1 - length)
         return 0 if kind == "dynamic" or length == self.rereads_at else room
+
+    def reads_anew(self, length: int) -> bool:
+        """Whether the step after `length` tokens reads the whole text again."""
+        return self.cache_name is None or length == self.rereads_at
 
     @property
     def rereads_at(self) -> int | None:

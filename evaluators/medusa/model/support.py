@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,27 @@ def reason_against_trees(config: Any) -> str | None:
     if recurrent is not None or stateful:
         layer = "" if recurrent is None else f" ({recurrent})"
         return f"{name} keeps a recurrent state{layer}, which the branches of a tree would share."
+    if (made := _class_of(config)) is not None and "past_key_values" not in inspect.signature(made.forward).parameters:
+        return f"{name} keeps no cache (past_key_values), on which the tokens of a tree would be checked."
     if not kinds:
         return None
     kind = kinds[0].__name__
     if "Sliding" in kind:
         return f"{name} has attention windows or chunks ({kind}) of a kind that no mask of a tree is known for."
     return f"{name} uses the cache layer {kind}, which is not known to hold a tree."
+
+
+def cache_name(model: Any) -> str | None:
+    """The argument that takes a cache of transformers' kind; None where the model reads the whole text at every step.
+
+    A model ignores a cache that it is given by another name. The states of RWKV and xLSTM are no such cache.
+    """
+    names = inspect.signature(type(model).forward).parameters
+    if "past_key_values" in names:
+        return "past_key_values"
+    layers = empty_cache(model.config, None).layers
+    linear = any("Linear" in type(layer).__name__ for layer in layers)
+    return "cache_params" if "cache_params" in names and linear else None
 
 
 def unsupported(reason: str) -> EvaluationError:

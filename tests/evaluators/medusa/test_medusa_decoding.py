@@ -9,6 +9,14 @@ from collections.abc import Sequence
 import pytest
 import tiny_causal_lms as tiny
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    OpenAIGPTConfig,
+    RwkvConfig,
+)  # fmt: skip
 
 from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding import reference
@@ -27,6 +35,31 @@ PROMPT = [7, 42, 99, 3, 250, 7, 42]
 SPARSE = greedy_tree([[0.5, 0.2, 0.1, 0.05, 0.02], [0.4, 0.2, 0.1, 0.05], [0.3, 0.1, 0.05], [0.2, 0.1]], 64)
 TREES = {"n=1": ROOT_ONLY, "n=2": chain(1), "chain-4": chain(4), "full": full((3, 3, 3)), "sparse": SPARSE}
 MODELS = {"llama": 128, "gqa": 40, "gpt2": 57}  # tokens; GPT-2 ends at its last position
+
+
+FEW = {"vocab_size": tiny.VOCAB, "num_hidden_layers": 2, "hidden_size": 32, "initializer_range": 0.3}
+RECURRENT = {
+    "mamba": MambaConfig(**FEW, state_size=4),
+    "falcon-mamba": FalconMambaConfig(**FEW, state_size=4),
+    "mamba2": Mamba2Config(**FEW, state_size=4, num_heads=4, head_dim=16, n_groups=1),
+    "qwen3-next": tiny.CONFIGS["qwen3-next"](),
+    "rwkv": RwkvConfig(**FEW, attention_hidden_size=32, context_length=64),
+    "openai-gpt": OpenAIGPTConfig(vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3),
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_plain_steps_give_the_logits_of_the_whole_text_whatever_state_a_model_keeps(kind: str) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(RECURRENT[kind], dtype=torch.float32).eval()
+    runner, text = EagerRunner(Base(model, tiny.tokenizer())), [*PROMPT, 5, 77, 130, 5, 9, 201]
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, len(PROMPT) - 1 :]
+        rows = [runner.prefill(PROMPT)[1]]
+        for token in text[len(PROMPT) :]:
+            rows.append(runner.forward(torch.tensor([token]), ROOT_ONLY)[1][0])
+            runner.keep([0])
+    torch.testing.assert_close(torch.stack(rows), whole, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", TREES)
