@@ -17,7 +17,7 @@ from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.modules import Part, counterpart, layered, parts, require, with_loose
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning.allowance import Allowance
-from bot.merge.planning.spellings import aliases, find, spelling
+from bot.merge.planning.spellings import find, spelling, under_prefix
 from bot.merge.recipe.parameters import position
 from bot.merge.recipe.spec import ModelRef, Module, Parameters, Recipe, Slice, Source
 
@@ -352,21 +352,18 @@ class _Arrangement:
 
     def _in_output(self, name: str, part: Architecture) -> str:
         """The output's name for a loose tensor of a source whose names may differ by one constant prefix."""
-        return next((alias for alias in self._renamed(name, part.main, self.model.main) if alias in self._known), name)
+        return next(
+            (alias for alias in under_prefix(name, part.main.prefix, self.model.main.prefix) if alias in self._known),
+            name,
+        )
 
     def _in_source(self, name: str, part: Architecture) -> str | None:
         stored = self._stored.get(id(part))
         if stored is None:
             stored = self._stored[id(part)] = {*part.before, *part.after}
-        return next((alias for alias in self._renamed(name, self.model.main, part.main) if alias in stored), None)
-
-    def _renamed(self, name: str, mine: Stack, theirs: Stack) -> Iterator[str]:
-        for alias in aliases(name):
-            yield alias
-            if mine.prefix != theirs.prefix and mine.prefix.endswith(theirs.prefix):
-                yield alias.removeprefix(mine.prefix.removesuffix(theirs.prefix))
-            elif mine.prefix != theirs.prefix and theirs.prefix.endswith(mine.prefix):
-                yield theirs.prefix.removesuffix(mine.prefix) + alias
+        return next(
+            (alias for alias in under_prefix(name, self.model.main.prefix, part.main.prefix) if alias in stored), None
+        )
 
     def _note_dropped(self) -> None:
         if self.left_out:

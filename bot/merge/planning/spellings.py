@@ -1,4 +1,4 @@
-"""Spellings of one tensor's name: LayerNorm's `gamma` and `beta` for `weight` and `bias`. merging.md 1.5."""
+"""Spellings of a tensor's name: LayerNorm's `gamma` and `beta`, and prefixes of the layers. merging.md 1.5."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def spelling(suffix: str, first: Mapping[str, str]) -> str:
 def find(layer: Mapping[str, str], suffix: str) -> str | None:
     """The layer's tensor for a suffix, in whatever spelling."""
     return next((layer[alias] for alias in aliases(suffix) if alias in layer), None)
+
+
+def under_prefix(name: str, prefix: str, other: str) -> Iterator[str]:
+    """Spellings of a name in a model whose layers have the prefix `other`, given one in a model with `prefix`."""
+    for alias in aliases(name):
+        yield alias
+        if prefix != other and prefix.endswith(other):
+            yield alias.removeprefix(prefix.removesuffix(other))
+        elif prefix != other and other.endswith(prefix):
+            yield other.removesuffix(prefix) + alias
