@@ -112,6 +112,14 @@ def test_order_that_a_rule_cannot_express_is_refused_by_the_name_of_the_rule() -
     assert "dense layers stand before" in refused.value.next_step
 
 
+def test_order_with_one_kind_is_refused_where_the_class_needs_two() -> None:
+    olmo = {"model_type": "olmo_hybrid", "num_hidden_layers": 8}
+    assert stacked(olmo, (3, 4))[0]["layer_types"] == ["full_attention", "linear_attention"]
+    for order in ((0, 1, 2), (3, 7)):
+        with pytest.raises(Refused, match="layer_types"):
+            stacked(olmo, order)
+
+
 def test_unknown_family_follows_the_keys_that_mean_the_same_everywhere() -> None:
     config = {"model_type": "of_their_own", "num_hidden_layers": 4, "first_k_dense_replace": 2}
     assert stacked(config, (1, 2, 3))[0]["first_k_dense_replace"] == 1

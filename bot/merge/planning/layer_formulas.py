@@ -300,6 +300,12 @@ def olmo_hybrid(part: Part, layers: int) -> Kinds:
     return kinds if FULL in kinds else [*kinds[:-1], FULL]
 
 
+def has_both_kinds(part: Part, layers: int) -> Kinds:
+    """OLMo Hybrid: the config class refuses a list with one kind of layers only."""
+    kinds = part.get("layer_types") or olmo_hybrid(part, layers)
+    return [LINEAR in kinds and len(set(kinds)) > 1] * layers
+
+
 def moonshine_windows(_: Part, layers: int) -> Kinds:
     """The windows of the published encoder."""
     return [[16, 4], [16, 4], [16, 0], [16, 0], [16, 4], [16, 4]][:layers]

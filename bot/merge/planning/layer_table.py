@@ -146,7 +146,13 @@ _TABLE: tuple[tuple[str, tuple[Rule, ...]], ...] = (
         ),
     ),
     ("minimax", (attention(every(2, LINEAR, FULL)), placed("layer_types", formulas.minimax_decay))),
-    ("olmo_hybrid", (attention(formulas.olmo_hybrid),)),
+    (
+        "olmo_hybrid",
+        (
+            attention(formulas.olmo_hybrid),
+            placed("layer_types", formulas.has_both_kinds, "there are layers of attention and of linear attention"),
+        ),
+    ),
     ("kimi_linear", (attention(formulas.kimi_attention), dense_first(1))),
     ("lfm2", (attention(numbered("full_attn_idxs", range(10_000), FULL, "conv"), numbers("full_attn_idxs", FULL)),)),
     ("lfm3", (attention(each(lambda i, n: FULL if i % 4 == 2 else SLIDING if i % 4 == 0 and i > 0 else "conv")),)),
