@@ -41,6 +41,9 @@ def load(folder: Path, **options: Any) -> tuple[Any, Any]:
     missing = sorted(report["missing_keys"])
     if missing:
         raise unloadable(f"{len(missing)} of its tensors are missing, the first is {missing[0]}")
+    for part in model.modules():  # a config may ask for tuples, which transformers' own `generate` cannot read
+        if hasattr(part, "config"):
+            part.config.return_dict = True
     return model, tokenizer
 
 

@@ -209,6 +209,13 @@ def test_answers_that_differ_in_bfloat16_do_not_tie(tmp_path: Path) -> None:
     assert no[0] > yes[0]
 
 
+def test_a_config_that_asks_for_tuples_in_place_of_named_outputs_is_measured(plain: Any, tmp_path: Path) -> None:
+    file = chain.model(tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "return_dict": False}))
+    lm = asked(tmp_path)
+    assert choices(lm) == choices(plain) and written(lm) == written(plain)
+
+
 # -- chat templates ------------------------------------------------------------------------------------------------
 
 TURNS = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}Answer"
