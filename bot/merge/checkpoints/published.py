@@ -227,6 +227,8 @@ def _layout_of_experts(source: Checkpoint, tensor: TensorInfo) -> str:
 def _named(source: Checkpoint, table: Mapping[str, Naming], limits: Limits) -> Checkpoint:
     """`source` under published names; itself if it has them already."""
     namings = _namings(source.config, table)
+    if not namings:
+        return source
     fused = [(one, tensor) for tensor in source.tensors.values() for one in _fused(tensor, namings)]
     parts = sum(tensor.shape[0] * len(one.parts) if one.by_expert else len(one.parts) for one, tensor in fused)
     if parts + len(source.tensors) - len(fused) > limits.tensors:
@@ -242,7 +244,7 @@ def _named(source: Checkpoint, table: Mapping[str, Naming], limits: Limits) -> C
                 name = _renamed(name, naming.renames)
             if name in out:
                 refuse(source.name, f"holds `{name[:120]}` twice, under two namings.")
-            out[name] = replace(piece, name=name)
+            out[name] = piece if name == piece.name else replace(piece, name=name)
             changed = changed or (None if name == tensor.name else (tensor.name, name))
     if changed is None:
         return source
