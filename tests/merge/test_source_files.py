@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import llama_tensors, merge, save
+from tiny_checkpoints import llama_tensors, load, merge, save
 
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, LocalFiles, open_checkpoint
@@ -126,3 +126,11 @@ def test_a_config_that_names_other_weights_is_refused(limits: Any, tmp_path: Pat
     assert "other.safetensors" in caught.value.message
     save(tmp_path / "a", llama_tensors(0), transformers_weights=SINGLE)
     open_checkpoint(LocalFiles(tmp_path / "a"), limits=limits)
+
+
+def test_weights_that_transformers_does_not_find_are_taken_with_a_notice(tmp_path: Path) -> None:
+    save(tmp_path / "a", llama_tensors(0))
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "a" / "model.fp16.safetensors")
+    merged = merge("merge_method: passthrough\nmodels: [{model: a}]", tmp_path, tmp_path / "out")
+    assert any("transformers only opens model.safetensors" in notice.text for notice in merged.notices)
+    assert set(load(tmp_path / "out")) == set(llama_tensors(0))

@@ -54,7 +54,9 @@ def shards_without_index(names: Collection[str], label: str) -> list[str]:
 
 
 def beside(names: Collection[str], chosen: Collection[str], label: str) -> tuple[str, ...]:
-    """A notice if other weights lie beside the chosen files."""
+    """A notice if transformers does not find the chosen file, or if other weights lie beside those chosen."""
+    if weight_file(names) is None:
+        return (f"{label}: {sorted(chosen)[0]} is taken as its weights; transformers only opens {SINGLE}",)
     other = next((name for name in sorted(names) if shard_like(name) and name not in chosen), None)
     index = INDEX in names and SINGLE in chosen
     if other is None and not index:
