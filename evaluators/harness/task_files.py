@@ -257,7 +257,12 @@ def _local_data(name: str, files: Sequence[Path]) -> tuple[tuple[Path, ...], Pat
 
 
 def _data_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """The paths a task names its data by, and whether they cannot be anything else, such as a dataset repo."""
+    """The paths a task, or a task within a group's file, names its data by, and whether they cannot be anything else,
+    such as a dataset repo."""
+    members = config.get("task")
+    for member in members if isinstance(members, list) else ():
+        if isinstance(member, dict):
+            yield from _data_paths(member)
     source, options = config.get("dataset_path"), config.get("dataset_kwargs")
     options = options if isinstance(options, dict) else {}
     if not isinstance(source, str):
@@ -348,7 +353,9 @@ def _parsed(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise _not_a_task_file(file, error.strerror or "it cannot be read") from error
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise _not_a_task_file(file, str(error).splitlines()[0]) from error
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" up to line {mark.line + 1}"
+        raise _not_a_task_file(file, f"{str(error).splitlines()[0]}{where}") from error
     if not isinstance(config, dict):
         raise _not_a_task_file(file, "it holds no keys and values")
     return config

@@ -99,7 +99,7 @@ def test_a_task_is_not_asked_twice(asked: tuple[str, str]) -> None:
     ("text", "words"),
     [
         ("- a list\n", "it holds no keys and values"),
-        ("task: [\n", "while parsing"),
+        ("task: [\n", "up to line 2"),
         ("task: one\ninclude: bad.yaml\n", "it includes itself"),
         ("task: one\ninclude: absent.yaml\n", "No such file"),
         ("[" * 5000, ""),
@@ -120,6 +120,18 @@ def test_data_that_are_not_there_are_named_before_anything_starts(tmp_path: Path
         suites.find(suites.named(str(file)))
     assert caught.value.code == "DATASET_UNAVAILABLE"
     assert caught.value.message == "The data of task `lost` are not there: no file is called data/lost.jsonl."
+
+
+def test_data_of_a_task_within_a_groups_file_begin_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    file = tmp_path / "group.yaml"
+    member = {"task": "ours_inline", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "data.jsonl"}}}
+    file.write_text(json.dumps({"group": "ours_group", "task": [member]}))
+    found = task_files.located("ours_group", file)
+    assert (found.folder, found.data) == (tmp_path, (tmp_path / "data.jsonl",))
+    before = task_files.content("ours_group", file)
+    (tmp_path / "data.jsonl").write_text("{}\n{}\n")
+    assert task_files.content("ours_group", file) != before
 
 
 def test_a_folder_stands_for_its_tasks_and_groups(tmp_path: Path) -> None:
