@@ -100,7 +100,7 @@ def operators_repo(path: str, revision: str | None, hub: Callable[[], Hub]) -> P
         )  # fmt: skip
     if not is_repo_id(path):
         raise Refused(
-            "SOURCE_NOT_FOUND", f"there is no model folder {path}.",
+            "SOURCE_NOT_FOUND", f"There is no model folder {path}.",
             "Check the path, or write owner/name for a repo on the Hub.", value=path,
         )  # fmt: skip
     try:

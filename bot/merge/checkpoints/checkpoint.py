@@ -70,7 +70,7 @@ class LocalFiles:
         self.path = Path(path)
         if not self.path.is_dir():
             raise Refused(
-                "SOURCE_NOT_FOUND", f"there is no model folder {self.path}.",
+                "SOURCE_NOT_FOUND", f"There is no model folder {self.path}.",
                 "Check the name: a local folder, or owner/name on the Hub.", value=str(self.path),
             )  # fmt: skip
         real = self.path.resolve()
