@@ -22,11 +22,11 @@ from typing import Any
 
 from rich.console import Console
 
-from bot import merged_heads
 from bot.demo import base as base_model
 from bot.demo import parents, skills
 from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef, Recipe
+from bot.stages import merged_heads
 from evaluators import medusa, repetition
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.runners import EagerRunner
@@ -199,11 +199,11 @@ def _merge(recipe: Recipe, models: Mapping[str, Path], out: Path) -> Path:
     from bot.merge.checkpoints.checkpoint import LocalFiles
     from bot.merge.checkpoints.lora import open_source
     from bot.merge.execution import stages
-    from bot.merge.planning import plan
+    from bot.merge.planning import planner
 
     if not out.is_dir():
         folders = {ref: models[ref.path] for ref in recipe.repos}
-        made = plan.make(recipe, {ref: open_source(LocalFiles(folder)) for ref, folder in folders.items()})
+        made = planner.make(recipe, {ref: open_source(LocalFiles(folder)) for ref, folder in folders.items()})
         out.parent.mkdir(parents=True, exist_ok=True)
         stages.merge(made, folders, out)
     return out

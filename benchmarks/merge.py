@@ -27,7 +27,7 @@ from benchmarks.report import FLOOR, HASHED, OURS, THEIRS
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent
-MERGEBOT = (sys.executable, "-m", "bot.cli")  # of this checkout, whatever is installed
+MERGEBOT = (sys.executable, "-m", "bot.cli.main")  # of this checkout, whatever is installed
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
@@ -174,13 +174,13 @@ def _note(results: report.Results, key: tuple[str, str], program: str, cost: Cos
 def work_of(recipe: Path) -> tuple[list[tuple[str, int, int]], int]:
     """What a merge reads (file, start, stop) and how many bytes of weights it writes, from its plan."""
     from bot.merge.checkpoints import checkpoint
-    from bot.merge.planning import plan
+    from bot.merge.planning import planner
     from bot.merge.planning.needs import needed
     from bot.merge.recipe import reading as recipes
 
     parsed = recipes.parse(recipe.read_text())
     opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(Path(ref.path))) for ref in parsed.repos}
-    made = plan.make(parsed, opened)
+    made = planner.make(parsed, opened)
     reads = [
         (str(Path(ref.path) / file), start, stop)
         for ref, files in needed(made, bridged_bytes=1).items()

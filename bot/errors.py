@@ -5,8 +5,8 @@
     |-- Failed                 accepted work cannot be finished; the job ends with this reason
     `-- Transient              something outside is in the way; the same work may succeed later
 
-What the evaluators cannot measure, they raise as EvaluationError with a code of the list below; `bot.evaluator_errors`
-makes it a Failed or a Refused.
+What the evaluators cannot measure, they raise as EvaluationError with a code of the list below;
+`bot.stages.evaluator_errors` makes it a Failed or a Refused.
 
 Anything else that is raised is a defect of ours: it is logged with its traceback and reaches a person as
 `INTERNAL` with the request's id only.

@@ -1,7 +1,7 @@
 """Why a checkpoint could not be measured: one stable code, one sentence, one next step.
 
 The codes are those of `bot.errors.CODES`, the one list; nothing of the bot is imported here, so it is a test that holds
-every code raised below against it (tests/test_errors.py). `bot.evaluator_errors` makes these errors the bot's.
+every code raised below against it (tests/test_errors.py). `bot.stages.evaluator_errors` makes these errors the bot's.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from typing import Any
 import gradio as gr
 from pydantic import TypeAdapter
 
-from bot.intake import Checked
-from bot.job import ENDED, Evaluation, Job, Source, Stage, stage
-from bot.leaderboard import Row, measured_heads, speedup
+from bot.jobs.job import ENDED, Evaluation, Job, Source, Stage, stage
+from bot.publishing.leaderboard import Row, measured_heads, speedup
+from bot.service.intake import Checked
 from evaluators.harness.scores import ModelEvaluation
 from space import login
 from space.desk import Desk, Refusal, attempt, now

@@ -28,8 +28,8 @@ def create(settings: Settings | None = None) -> FastAPI:
     import gradio as gr
 
     from bot.hub import Hub
-    from bot.queue import open_queue
-    from bot.scheduler import Scheduler
+    from bot.jobs.queue import open_queue
+    from bot.service.scheduler import Scheduler
     from space import login, page, theme
     from space.desk import Desk
 

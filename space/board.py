@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from bot.leaderboard import Row
+from bot.publishing.leaderboard import Row
 from space import figures, words
 from space.desk import Board, Desk
 from space.markup import Markup, join, link, plain, repo_link, tag

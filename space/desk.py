@@ -16,14 +16,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bot import intake, leaderboard, request
 from bot.errors import MergebotError, Refused, Transient, Where
 from bot.hub import Hub
-from bot.intake import Checked
-from bot.job import Job
-from bot.leaderboard import Row
-from bot.queue import Queue
-from bot.request import EvaluateOptions
+from bot.jobs import request
+from bot.jobs.job import Job
+from bot.jobs.queue import Queue
+from bot.jobs.request import EvaluateOptions
+from bot.publishing import leaderboard
+from bot.publishing.leaderboard import Row
+from bot.service import intake
+from bot.service.intake import Checked
 from bot.settings import Settings
 from evaluators.harness import suites
 from space import login

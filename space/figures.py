@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from bot.leaderboard import Row
+from bot.publishing.leaderboard import Row
 from space import words
 from space.markup import escape
 from space.theme import MERGE, PARENT_SYMBOLS, PARENTS, SANS

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from bot.job import ENDED, Failure, Job, Progress, Stage, missing, stage
+from bot.jobs.job import ENDED, Failure, Job, Progress, Stage, missing, stage
 from evaluators.pictures.speed_figure import speed_figure
 from space import verdict_page, words
 from space.markup import Markup, join, repo_link, tag

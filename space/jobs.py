@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from bot.job import ENDED, Job, Stage, stage
+from bot.jobs.job import ENDED, Job, Stage, stage
 from space import login, words
 from space.desk import Desk, Refusal, attempt, now
 from space.job_page import job_page, progress_bar

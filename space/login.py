@@ -14,7 +14,7 @@ from gradio import oauth
 from gradio.utils import get_space
 
 from bot.errors import Refused
-from bot.request import REPO_NAME
+from bot.jobs.request import REPO_NAME
 from bot.settings import Settings
 
 LOCAL_VISITOR = "visitor"

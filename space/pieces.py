@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from bot.job import Source
+from bot.jobs.job import Source
 from space import words
 from space.desk import Refusal
 from space.markup import Markup, repo_link, tag

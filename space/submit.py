@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from bot.intake import Checked
-from bot.job import Job
+from bot.jobs.job import Job
+from bot.service.intake import Checked
 from bot.settings import LIVE_HUB, Settings
 from space import login, words
 from space.desk import Desk, Refusal, attempt, now, suite_names, suite_tasks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bot import messages
-from bot.job import Evaluation
+from bot.jobs.job import Evaluation
+from bot.publishing import messages
 from evaluators import vitals
 from evaluators.comparison import report
 from evaluators.comparison.remarks import remarks

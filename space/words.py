@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from bot.merge.execution.sizes import in_units as size
+from bot.storage import size_text as size
 
 __all__ = ["age", "count", "duration", "interval", "percent", "plural", "size", "times", "within"]
 MISSING = "–"

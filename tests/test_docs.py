@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bot import localhub
-from bot.cli import app
+from bot.cli.main import app
 from bot.merge.methods.__main__ import page
-from bot.suite_file import chosen
+from bot.stages.suite_file import chosen
 from tests import family
 from tests.evaluators import tiny_harness
 from tests.localhub.server import running_hub

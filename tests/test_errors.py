@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from bot.errors import CODES, Failed, Refused, Where
-from bot.evaluator_errors import translated
+from bot.stages.evaluator_errors import translated
 from evaluators.errors import EvaluationError
 from tests.test_house import sources
 

@@ -85,13 +85,13 @@ def ours(text: str, golden: Path, out: Path) -> str | None:
 def _merge(recipe: Path, golden: Path, out: Path, sender: object) -> None:
     from multiprocessing.connection import Connection
 
-    from bot import cli
+    from bot.cli import main
 
     assert isinstance(sender, Connection)
     os.chdir(golden)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            cli.app(["merge", str(recipe), str(out), "--device", "cpu"], standalone_mode=False)
+            main.app(["merge", str(recipe), str(out), "--device", "cpu"], standalone_mode=False)
         except Exception as error:
             sender.send(f"{type(error).__name__}: {error}")
             return

@@ -15,20 +15,20 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.markup import escape
 
-from bot import screens, serving
 from bot.demo import base, parents, skills
 from bot.errors import Failed
-from bot.job import ENDED, Job, Stage, stage
+from bot.jobs.job import ENDED, Job, Stage, stage
 from bot.progress import Show
+from bot.service import serve
 from bot.settings import Settings, activate
 from evaluators.harness.scores import ModelEvaluation
 
@@ -41,8 +41,18 @@ SUITE = "demo-skills"
 CARD_REPO = f"{REQUESTER}/skills-averaged"
 
 
-def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None:
-    """Run the walk in `directory`, show it, write `report`, then serve the Space at `port` unless `once`."""
+class Display(Protocol):
+    """Shows the demo to a person; the modules of `bot.cli` that print have this shape."""
+
+    def progress(self) -> AbstractContextManager[Show]: ...
+
+    def say(self, sentence: str) -> None: ...
+
+    def scores(self, evaluations: Mapping[str, ModelEvaluation]) -> None: ...
+
+
+def demo(directory: Path, display: Display, *, once: bool, report: Path | None, port: int) -> None:
+    """Run the main job in `directory`, show it, write `report`, then serve the Space at `port` unless `once`."""
     started = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
     directory = directory.resolve()
@@ -50,18 +60,18 @@ def demo(directory: Path, *, once: bool, report: Path | None, port: int) -> None
     with _local_hub(directory, token) as address:
         settings = _settings(directory, address)
         activate(settings)
-        seconds = _fill(directory)
-        ended, kept = _walk(settings)
-        jobs = _published(ended)
+        seconds = _fill(directory, display)
+        ended, kept = _walk(settings, display)
+        jobs = _published(ended, display)
         seconds["total"] = time.monotonic() - started
         made = _report(jobs, settings, seconds, kept)
-        _show(jobs, made)
+        _show(jobs, made, display)
         if report is not None:
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(json.dumps(made, indent=1) + "\n")
-            screens.console.print(f"The report is in {escape(str(report))}.", soft_wrap=True)
+            display.say(f"The report is in {escape(str(report))}.")
         if not once:
-            serving.serve(settings, "127.0.0.1", port)
+            serve.serve(settings, "127.0.0.1", port)
 
 
 @contextmanager
@@ -78,12 +88,12 @@ def _local_hub(directory: Path, token: str) -> Iterator[str]:
         yield address
 
 
-def _fill(directory: Path) -> dict[str, float]:
+def _fill(directory: Path, display: Display) -> dict[str, float]:
     """Make base, parents, their skills' datasets and the card that asks; put them on the Hub. Returns the seconds."""
     from bot.localhub import seed
 
     seconds: dict[str, float] = {}
-    with screens.progress() as shown:
+    with display.progress() as shown:
         folders = _family(directory / "family", shown, seconds)
     began, content = time.monotonic(), directory / "family" / "content"
     for repo, folder in folders.items():
@@ -164,13 +174,13 @@ def _settings(directory: Path, address: str) -> Settings:
     )
 
 
-def _walk(settings: Settings) -> tuple[list[Job], list[str]]:
+def _walk(settings: Settings, display: Display) -> tuple[list[Job], list[str]]:
     """One request through each door, followed to its end. The first job is the form's; of its stages, those are named
     that an earlier run had done.
     """
-    from bot import intake
-    from bot.request import EvaluateOptions, from_form
-    from bot.scheduler import Scheduler
+    from bot.jobs.request import EvaluateOptions, from_form
+    from bot.service import intake
+    from bot.service.scheduler import Scheduler
 
     scheduler = Scheduler(settings)
     options = EvaluateOptions(suite=SUITE, speed="medusa")
@@ -179,7 +189,7 @@ def _walk(settings: Settings) -> tuple[list[Job], list[str]]:
     kept = list(_stages(form))
     scheduler.start()
     try:
-        with screens.progress() as shown:
+        with display.progress() as shown:
             jobs = _follow(scheduler, form.id, shown)
         scheduler.tell()  # the board holds the last merge before anybody looks at it
     finally:
@@ -213,7 +223,7 @@ def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
         pause.wait(WATCH_S)
 
 
-def _published(jobs: list[Job]) -> list[Job]:
+def _published(jobs: list[Job], display: Display) -> list[Job]:
     """Those of `jobs`, the form's first, that were published; the card's, if cancelled, is reported and left out.
 
     Raises Failed when the form's was not published, or another one failed.
@@ -232,7 +242,7 @@ def _published(jobs: list[Job]) -> list[Job]:
                 "CANCELLED", f"{name} was cancelled while it ran.", "Run the demo again; it sends a new request."
             )
         else:
-            screens.console.print(f"{escape(name)} was cancelled, so it is not published.", soft_wrap=True)
+            display.say(f"{escape(name)} was cancelled, so it is not published.")
     return published
 
 
@@ -240,9 +250,9 @@ def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float], kept
     """The form's merge in full, and every request's end; the seconds of the stages `kept` are an earlier run's."""
     from pydantic import TypeAdapter
 
-    from bot import leaderboard
     from bot.hub import Hub
-    from bot.job import Evaluation, Merge
+    from bot.jobs.job import Evaluation, Merge
+    from bot.publishing import leaderboard
 
     first = jobs[0]
     assert first.merge and first.evaluation and first.publication
@@ -266,7 +276,7 @@ def _report(jobs: list[Job], settings: Settings, seconds: dict[str, float], kept
     }
 
 
-def _show(jobs: list[Job], made: dict[str, Any]) -> None:
+def _show(jobs: list[Job], made: dict[str, Any], display: Display) -> None:
     evaluations: dict[str, ModelEvaluation] = {}
     for job in jobs:
         assert job.evaluation and job.publication
@@ -274,13 +284,13 @@ def _show(jobs: list[Job], made: dict[str, Any]) -> None:
             evaluations.setdefault(name.partition("@")[0], evaluation)
         if job.evaluation.merged:
             evaluations[f"{job.publication.repo} ({job.plan['method']})"] = job.evaluation.merged
-    screens.scores(evaluations)
+    display.scores(evaluations)
     speed = made["decode_speed"]
     if speed is not None:
-        screens.console.print(escape(str(speed["sentence"])), soft_wrap=True)
+        display.say(escape(str(speed["sentence"])))
     for row in made["leaderboard"]:
-        screens.console.print(f"[green]published[/green] {escape(row['repo_url'])}", soft_wrap=True)
-    screens.console.print(f"[dim]{escape(_took(made['seconds'], made['kept']))}[/dim]", soft_wrap=True)
+        display.say(f"[green]published[/green] {escape(row['repo_url'])}")
+    display.say(f"[dim]{escape(_took(made['seconds'], made['kept']))}[/dim]")
 
 
 def _took(seconds: dict[str, float], kept: list[str]) -> str:

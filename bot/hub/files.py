@@ -28,7 +28,7 @@ from bot.errors import Refused, Transient
 from bot.hub.transport import Away, Line, check_deadline
 from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.checkpoints.weight_files import INDEX, weight_file
-from bot.merge.execution.sizes import in_units
+from bot.storage import size_text
 
 # safety.md 5, row 1: what of a source is ever written to our disk. Only files at the top of the repo.
 ALLOWED = (
@@ -284,13 +284,13 @@ def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, alr
     if total > limit_bytes:
         raise Refused(
             "DOWNLOAD_TOO_LARGE",
-            f"{files} has {in_units(total)} to download; the limit is {in_units(limit_bytes)}.",
+            f"{files} has {size_text(total)} to download; the limit is {size_text(limit_bytes)}.",
             "Choose smaller models.",
         )  # fmt: skip
     free = shutil.disk_usage(folder).free
     if total - already_bytes > free:
         raise Transient(
-            "DISK_LOW", f"{files} needs {in_units(total)} of disk and {in_units(free)} are free.",
+            "DISK_LOW", f"{files} needs {size_text(total)} of disk and {size_text(free)} are free.",
             "It waits for disk; nothing is lost.", retry_after_s=300,
         )  # fmt: skip
 

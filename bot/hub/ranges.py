@@ -33,8 +33,8 @@ from huggingface_hub import HfApi
 from bot.errors import Refused, Transient
 from bot.hub.files import FileFact, Progress, RepoFiles, alone, answer, check_room, fetch_whole, sync_folder
 from bot.hub.transport import Away, Line, check_deadline
-from bot.merge.execution.unchanged import IN_PARTS
 from bot.settings import crashpoint
+from bot.storage import IN_PARTS, journal_entry, journal_line
 
 PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it
 AT_ONCE = 6
@@ -165,7 +165,7 @@ class _Part:
         """Append one line to the journal; it is on the disk when this returns."""
         handle = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            os.write(handle, _line(entry))
+            os.write(handle, journal_line(entry))
             os.fdatasync(handle)
         finally:
             os.close(handle)
@@ -178,7 +178,7 @@ class _Part:
             return
         good = len(self.head())
         for text in content[good:].splitlines(keepends=True):
-            entry = _entry(text)
+            entry = journal_entry(text)
             if entry is None:  # a line cut by a kill
                 break
             good += len(text)
@@ -198,27 +198,13 @@ class _Part:
         if rotten:
             self.here = [one for one in self.here if one not in rotten]
             self.proven = False
-            kept = b"".join(_line({"start": a, "end": b, "crc": crc}) for a, b, crc in self.here)
+            kept = b"".join(journal_line({"start": a, "end": b, "crc": crc}) for a, b, crc in self.here)
             renewed = self.journal.with_name(self.journal.name + ".new")
             with renewed.open("wb") as file:
                 file.write(self.head() + kept)
                 file.flush()
                 os.fsync(file.fileno())
             renewed.replace(self.journal)
-
-
-def _line(entry: Mapping[str, object]) -> bytes:
-    """A journal line: the record, and the CRC-32 of its text."""
-    text = json.dumps(entry).encode()
-    return b"%s %08x\n" % (text, zlib.crc32(text))
-
-
-def _entry(line: bytes) -> dict[str, int] | None:
-    """The record of a journal line, None if the line is torn."""
-    text, _, crc = line.removesuffix(b"\n").rpartition(b" ")
-    if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
-        return None
-    return dict(json.loads(text))
 
 
 def without(wanted: Sequence[Range], held: Sequence[Range]) -> list[Range]:

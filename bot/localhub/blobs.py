@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bot.localhub.answers import HubError
-from bot.localhub.disk import sync_folder, write_atomic
+from bot.storage import sync_folder, write_atomic
 
 CHUNK_BYTES = 1 << 20
 

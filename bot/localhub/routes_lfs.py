@@ -18,11 +18,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from bot.localhub.answers import HubError, bad_request
-from bot.localhub.disk import exclusive, write_atomic
 from bot.localhub.names import RepoId, is_number
 from bot.localhub.routes_commit import is_sha256
 from bot.localhub.routing import Call, Routes
 from bot.localhub.storage import UPLOAD_LIFETIME_S, Store
+from bot.storage import exclusive, write_atomic
 
 routes = Routes()
 MULTIPART_ABOVE_BYTES = 5 << 20

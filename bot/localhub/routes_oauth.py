@@ -22,10 +22,10 @@ from joserfc.jwk import RSAKey
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from bot.localhub.answers import HubError, bad_request
-from bot.localhub.disk import exclusive, write_atomic
 from bot.localhub.page import page
 from bot.localhub.routing import Call, Routes
 from bot.localhub.storage import Store
+from bot.storage import exclusive, write_atomic
 
 routes = Routes()
 _LIFETIME_S, _CODE_LIFETIME_S = 28_800, 300

@@ -30,8 +30,8 @@ from typing import Any
 
 from bot.localhub.answers import HubError, bad_request, revision_not_found, stamp
 from bot.localhub.blobs import Blobs, Objects, git_blob_id, lfs_pointer
-from bot.localhub.disk import exclusive, read_json, sync_folder, write_atomic, write_json
 from bot.localhub.names import RepoId, repo_id, valid_ref, valid_segment
+from bot.storage import exclusive, read_json, sync_folder, write_atomic, write_json
 
 LFS_PATTERNS = (
     "*.safetensors", "*.bin", "*.gguf", "*.parquet", "*.arrow", "*.msgpack", "*.pt", "*.onnx", "*.zip",

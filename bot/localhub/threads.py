@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bot.localhub.answers import HubError, stamp
-from bot.localhub.disk import read_json, write_json
 from bot.localhub.names import RepoId
 from bot.localhub.storage import Commit, Refs, Store
+from bot.storage import read_json, write_json
 
 Thread = dict[str, Any]
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bot.localhub.answers import HubError
-from bot.localhub.disk import exclusive, read_json, write_json
 from bot.localhub.names import RepoId, valid_segment
 from bot.localhub.storage import Repo
+from bot.storage import exclusive, read_json, write_json
 
 Role = Literal["read", "write", "fineGrained", "oauth"]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from bot import intake
 from bot.errors import MergebotError
 from bot.hub import Hub
+from bot.jobs.queue import Queue, open_queue
+from bot.jobs.request import EvaluateOptions, from_form
 from bot.localhub import seed
-from bot.queue import Queue, open_queue
-from bot.request import EvaluateOptions, from_form
-from bot.scheduler import Scheduler
+from bot.service import intake
+from bot.service.scheduler import Scheduler
 from bot.settings import Settings
 from tests import family
 from tests.localhub.server import RunningHub, running_hub

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Page, expect
 
-from bot.job import Failure, Stage
+from bot.jobs.job import Failure, Stage
 from space.desk import now
 from tests.browser.conftest import OpenPage
 from tests.space import exhibits

@@ -22,10 +22,10 @@ dtype: bfloat16
 def main() -> None:
     settings = Settings()
     activate(settings)
-    from bot import intake
     from bot.errors import Transient
-    from bot.request import EvaluateOptions, from_form
-    from bot.scheduler import Scheduler
+    from bot.jobs.request import EvaluateOptions, from_form
+    from bot.service import intake
+    from bot.service.scheduler import Scheduler
 
     scheduler = Scheduler(settings)
     request = from_form(REQUESTER, RECIPE, NAME, EvaluateOptions(suite="none"))

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from bot.hub import Hub
-from bot.job import Stage, stage
+from bot.jobs.job import Stage, stage
+from bot.jobs.queue import Queue
 from bot.localhub import seed
-from bot.queue import Queue
 from bot.settings import Settings
 from tests import family
 from tests.localhub.server import RunningHub, running_hub

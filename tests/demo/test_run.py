@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from bot.cli import output
 from bot.demo import run
 from bot.errors import Failed
-from bot.job import Failure, Job, Publication, Stage
+from bot.jobs.job import Failure, Job, Publication, Stage
+from bot.jobs.queue import Queue
+from bot.jobs.request import CardBlock, EvaluateOptions, from_card, from_form
 from bot.progress import in_lines
-from bot.queue import Queue
-from bot.request import CardBlock, EvaluateOptions, from_card, from_form
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -47,12 +48,12 @@ def test_a_step_that_fails_says_so_in_the_log() -> None:
 
 _LOGGED = """
 from pathlib import Path
-from bot import screens
+from bot.cli import output
 from bot.settings import Settings, activate
 activate(Settings(home=Path("nowhere")))
 from tqdm.auto import tqdm
 from transformers.utils import logging
-with screens.progress() as show:
+with output.progress() as show:
     show("A step whose name is longer than the column that a bar would leave for it", 0, 2)
     for bar in (tqdm, logging.tqdm):
         for done in bar(range(2), desc="a library's own bar"):
@@ -101,7 +102,7 @@ def test_what_visitors_asked_for_since_the_last_run_is_not_the_demos(queue: Queu
     queue.cancel(asked(queue, "of-a-visitor").id, run.REQUESTER)
     asked(queue, "waiting")
     jobs = run._follow(SimpleNamespace(queue=queue), form.id, lambda what, done, total: None)
-    assert [job.id for job in run._published(jobs)] == [form.id, card.id]
+    assert [job.id for job in run._published(jobs, output)] == [form.id, card.id]
 
 
 def test_a_cancelled_job_of_the_demo_is_said_and_not_looked_for(
@@ -110,14 +111,14 @@ def test_a_cancelled_job_of_the_demo_is_said_and_not_looked_for(
     form, card = asked(queue, "both"), asked(queue, "averaged", run.CARD_REPO)
     queue.cancel(card.id, run.CARD_REPO.partition("/")[0])
     finish(queue, Publication("bot/x", "c" * 40, 1.0))
-    assert [job.id for job in run._published([queue.job(form.id), queue.job(card.id)])] == [form.id]
+    assert [job.id for job in run._published([queue.job(form.id), queue.job(card.id)], output)] == [form.id]
     assert "averaged was cancelled" in capsys.readouterr().out
     with pytest.raises(Failed, match="averaged was cancelled"):
-        run._published([queue.job(card.id)])
+        run._published([queue.job(card.id)], output)
 
 
 def test_a_failed_job_of_the_demo_gives_its_reason(queue: Queue) -> None:
     form = asked(queue, "both")
     finish(queue, Failure(Stage.MERGING, "DISK_FULL", "The disk is full.", "Make room."))
     with pytest.raises(Failed, match="both was not published: The disk is full"):
-        run._published([queue.job(form.id)])
+        run._published([queue.job(form.id)], output)

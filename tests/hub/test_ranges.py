@@ -22,7 +22,7 @@ from bot.hub.ranges import pieces, without
 from bot.localhub import seed
 from bot.merge.checkpoints import checkpoint
 from bot.merge.execution import engine
-from bot.merge.planning import needs, plan
+from bot.merge.planning import needs, plan, planner
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
 from tests.hub.test_hub_client import hub_of, published, refusal
@@ -61,7 +61,7 @@ def planned(hub: Hub, text: str = EIGHT_OF_32) -> plan.Plan:
     pinned = ModelRef(source.path, hub.resolve(source.path).revision)
     assert pinned.revision is not None
     opened = checkpoint.open_checkpoint(hub.files(source.path, pinned.revision))
-    return plan.make(asked.pinned({source: pinned}), {pinned: opened})
+    return planner.make(asked.pinned({source: pinned}), {pinned: opened})
 
 
 # -- without a server

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from bot.localhub import add_user, seed
 from bot.localhub.answers import HubError, stamp
 from bot.localhub.blobs import Blobs, git_blob_id, lfs_pointer
-from bot.localhub.disk import write_atomic
 from bot.localhub.info import describe
 from bot.localhub.journal import Journal
 from bot.localhub.metadata import card_data, complaints, parameter_counts, split_card, tags
@@ -25,6 +24,7 @@ from bot.localhub.page import markdown
 from bot.localhub.routing import Routes
 from bot.localhub.storage import RepoId, Store
 from bot.localhub.users import Users
+from bot.storage import write_atomic
 
 
 @given(st.text(max_size=60))

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bot.errors import Refused
-from bot.merge.tokens.named_templates import TEMPLATES
+from bot.merge.tokenizer.named_templates import TEMPLATES
 
 TALK = [
     {"role": "system", "content": "Be brief."},

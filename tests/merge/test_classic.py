@@ -12,11 +12,11 @@ import torch
 from tiny_checkpoints import HIDDEN, INNER, VOCABULARY, llama_tensors, load, save
 from typer.testing import CliRunner
 
-from bot.cli import app
+from bot.cli.main import app
 from bot.errors import MergebotError, Refused
 from bot.merge.checkpoints import checkpoint, lora
 from bot.merge.execution import engine
-from bot.merge.planning import plan
+from bot.merge.planning import planner
 from bot.merge.planning.classic_tensors import plateaus
 from bot.merge.recipe import classic
 from bot.merge.recipe import reading as recipe
@@ -436,7 +436,7 @@ def test_a_bakllama_recipe_has_a_canonical_form_that_comes_back(models: Path) ->
     assert recipe.from_canonical(made.canonical()).canonical() == made.canonical()
     folders = {ref: Path(ref.path) for ref in made.repos}
     opened = {ref: lora.open_source(checkpoint.LocalFiles(folder)) for ref, folder in folders.items()}
-    assert engine.merge(plan.make(made, opened), folders, models / "direct").files
+    assert engine.merge(planner.make(made, opened), folders, models / "direct").files
 
 
 @pytest.mark.parametrize(

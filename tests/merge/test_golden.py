@@ -15,7 +15,7 @@ import yaml
 
 from bot.merge.checkpoints import checkpoint
 from bot.merge.execution import engine
-from bot.merge.planning import plan
+from bot.merge.planning import planner
 from bot.merge.planning.plan import Plan
 from bot.merge.recipe import reading as recipe
 
@@ -51,7 +51,7 @@ def merged_golden(name: str, golden: Path, out: Path, **options: Any) -> Plan:
         parsed = recipe.parse(text)
         folders = {ref: Path(ref.path) for ref in parsed.sources}
         opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(folder)) for ref, folder in folders.items()}
-        planned = plan.make(parsed, opened)
+        planned = planner.make(parsed, opened)
         engine.merge(planned, folders, out, **options)
     return planned
 

@@ -17,8 +17,8 @@ from bot.hub.files import ALLOWED
 from bot.merge.checkpoints.header import STRANGER
 from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.planning.plan import Plan
-from bot.merge.tokens.named_templates import TEMPLATES
-from bot.merge.tokens.template_files import is_known
+from bot.merge.tokenizer.named_templates import TEMPLATES
+from bot.merge.tokenizer.template_files import is_known
 
 ODD, KNOWN = "{{ messages }}", TEMPLATES["chatml"]
 

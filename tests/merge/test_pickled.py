@@ -14,7 +14,7 @@ import torch
 from tiny_checkpoints import llama_tensors, load, save
 from typer.testing import CliRunner
 
-from bot.cli import app
+from bot.cli.main import app
 from bot.errors import MergebotError, Refused
 from bot.merge.checkpoints import checkpoint, lora
 from bot.merge.checkpoints.pickled import pickles

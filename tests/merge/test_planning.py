@@ -15,7 +15,7 @@ from tiny_checkpoints import llama_tensors, plan_of, save
 
 from bot.errors import Refused
 from bot.merge.checkpoints import checkpoint
-from bot.merge.planning import plan
+from bot.merge.planning import planner, summary
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
 
@@ -52,7 +52,8 @@ def test_the_plan_names_every_byte_before_anything_is_read(models: Path) -> None
         assert step.offset == filled.get(step.shard, len(planned.shards[step.shard].header))
         filled[step.shard] = step.offset + step.nbytes
     assert [filled[i] for i in sorted(filled)] == [shard.nbytes for shard in planned.shards]
-    assert json.loads(json.dumps(planned.summary()))["values"] == {"weight of a": 1, "weight of b": 1, "normalize": 1}
+    values = json.loads(json.dumps(summary.summary(planned)))["values"]
+    assert values == {"weight of a": 1, "weight of b": 1, "normalize": 1}
 
 
 def test_wider_types_come_first_in_a_shard_so_that_every_tensor_is_aligned(tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_ten_terabytes_are_planned_from_a_few_kilobytes() -> None:
     parsed = recipe.parse("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: o/a}, {model: o/b}]")
     files = Claimed(layers=100, width=90_000)
     opened = checkpoint.open_checkpoint(files, name="o/a", limits=checkpoint.STRANGER)
-    planned = plan.make(parsed, dict.fromkeys(parsed.sources, opened))
+    planned = planner.make(parsed, dict.fromkeys(parsed.sources, opened))
     assert planned.bytes_out > 10e12
     assert planned.disk_bytes > planned.bytes_out
     assert files.reads == 3
@@ -260,13 +261,13 @@ def test_thirty_thousand_tensors_are_planned_in_seconds_without_torch() -> None:
 import sys, time
 from claimed_checkpoint import Claimed
 from bot.merge.checkpoints import checkpoint
-from bot.merge.planning import plan
+from bot.merge.planning import planner, summary
 from bot.merge.recipe import reading as recipe
 
 parsed = recipe.parse("{merge_method: ties, base_model: o/b, models: [{model: o/a, parameters: {weight: 1}}]}")
 opened = checkpoint.open_checkpoint(Claimed(layers=4300, width=8), name="o/a")
 started = time.process_time()
-planned = plan.make(parsed, dict.fromkeys(parsed.sources, opened))
+planned = planner.make(parsed, dict.fromkeys(parsed.sources, opened))
 print(len(planned.steps), time.process_time() - started, "torch" in sys.modules)
 """
     here = Path(__file__).parent

@@ -21,10 +21,10 @@ from bot.errors import Refused
 from bot.merge.checkpoints import checkpoint
 from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, Limits
 from bot.merge.operands.gather import GatheredView
-from bot.merge.planning import plan
+from bot.merge.planning import plan, planner, summary
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.document import nearest
-from bot.merge.tokens.rows import Fill, RowMap
+from bot.merge.tokenizer.rows import Fill, RowMap
 
 UNION = "tokenizer: {source: union}\nbase_model: a\nmerge_method: linear\nmodels:\n- {model: a}\n- {model: b}\n"
 UNION += "parameters: {weight: 1}\n"
@@ -41,7 +41,7 @@ def repeated(first: int, second: int) -> str:
 def planned(text: str, layers: int = 2, limits: Limits = STRANGER) -> plan.Plan:
     parsed = recipe.parse(text, trust="stranger")
     opened = checkpoint.open_checkpoint(Claimed(layers, 64), name="claimed")
-    return plan.make(parsed, dict.fromkeys(parsed.repos, opened), limits=limits)
+    return planner.make(parsed, dict.fromkeys(parsed.repos, opened), limits=limits)
 
 
 @pytest.mark.parametrize("times", [(600, 600), (600, 1), (30, 500)])
@@ -96,7 +96,7 @@ def test_an_intermediate_larger_than_the_result_counts_in_disk_and_memory(tmp_pa
     save(tmp_path / "a", llama_tensors(1))
     text = repeated(40, 1).replace("own/a", "a").replace("[0, 80]", "[0, 1]")
     made, _ = plan_of(text, tmp_path)
-    (_, between), told = made.stages[0], made.summary()
+    (_, between), told = made.stages[0], summary.summary(made)
     assert between.bytes_out > 10 * made.bytes_out
     assert told["disk_bytes"] == between.disk_bytes + made.disk_bytes > between.bytes_out
     assert told["peak_memory_bytes"] == max(between.peak_memory_bytes, made.peak_memory_bytes)

@@ -14,7 +14,7 @@ from tiny_checkpoints import llama_tensors, save
 
 from bot.errors import Refused
 from bot.merge.checkpoints import checkpoint
-from bot.merge.planning import plan
+from bot.merge.planning import plan, planner
 from bot.merge.recipe import reading as recipe
 
 LAYERS = 8
@@ -582,7 +582,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_here(parsed: recipe.Recipe, folder: Path) -> plan.Plan:
     opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(folder / ref.path)) for ref in parsed.repos}
-    return plan.make(parsed, opened)
+    return planner.make(parsed, opened)
 
 
 @pytest.mark.parametrize("name", RUNS)

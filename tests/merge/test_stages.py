@@ -16,7 +16,7 @@ from tiny_checkpoints import llama_tensors, load, merge, save
 from bot.errors import Refused
 from bot.merge.checkpoints import checkpoint
 from bot.merge.execution import stages
-from bot.merge.planning import plan
+from bot.merge.planning import plan, planner, summary
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
 from tests import forked
@@ -49,7 +49,7 @@ def planned(text: str, folder: Path, shard_limit_bytes: int = 3000) -> tuple[pla
     parsed = recipe.parse(text)
     folders = {ref: folder / ref.path for ref in parsed.repos}
     opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(path)) for ref, path in folders.items()}
-    return plan.make(parsed, opened, shard_limit_bytes=shard_limit_bytes), folders
+    return planner.make(parsed, opened, shard_limit_bytes=shard_limit_bytes), folders
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -79,10 +79,10 @@ def test_a_staged_merge_gives_the_bytes_of_its_documents_run_one_by_one(models: 
 
 def test_the_whole_plan_is_known_before_a_stage_has_run(models: Path) -> None:
     made, _ = planned(STAGED, models)
-    summary = json.loads(json.dumps(made.summary()))
-    assert [stage["name"] for stage in summary["stages"]] == ["one", "two"]
-    assert [source["model"] for source in summary["sources"]] == ["a", "b", "c"]
-    assert summary["disk_bytes"] > 3 * summary["bytes_out"]
+    shown = json.loads(json.dumps(summary.summary(made)))
+    assert [stage["name"] for stage in shown["stages"]] == ["one", "two"]
+    assert [source["model"] for source in shown["sources"]] == ["a", "b", "c"]
+    assert shown["disk_bytes"] > 3 * shown["bytes_out"]
     assert [str(operand.model) for operand in made.steps[0].work.operands] == ["one", "two", "a"]
     again, _ = planned(STAGED.replace("0.25", "0.75"), models)
     assert again.digest != made.digest

@@ -15,7 +15,7 @@ from test_families import DECODER, FAMILIES, SEEING, SHORT
 from tiny_checkpoints import llama_tensors, load, merge, plan_of, save
 from typer.testing import CliRunner
 
-from bot.cli import app
+from bot.cli.main import app
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import LocalFiles, open_checkpoint
 from bot.merge.execution import engine
@@ -249,7 +249,7 @@ class Away:
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_on_the_hub_samples_are_compared_and_the_whole_before_the_merge(equal: bool, tmp_path: Path) -> None:
-    from bot.merge.planning import plan
+    from bot.merge.planning import planner
     from bot.merge.recipe import reading as recipe
 
     tensors = {**llama_tensors(0, tied=True), TIED_PAIR[1]: torch.randn(40_000, 8)}
@@ -261,7 +261,7 @@ def test_on_the_hub_samples_are_compared_and_the_whole_before_the_merge(equal: b
     opened = open_checkpoint(files, name="o/a")
     assert files.bytes_read < head.nbytes / 2
     parsed = recipe.parse("merge_method: passthrough\nmodels: [{model: o/a}]")
-    made = plan.make(parsed, {ModelRef("o/a"): opened})
+    made = planner.make(parsed, {ModelRef("o/a"): opened})
     assert "lm_head.weight" not in {step.name for step in made.steps}
     fetched = needed(made)[ModelRef("o/a")]["model.safetensors"]
     assert sum(end - start for start, end in fetched) > 2 * head.nbytes

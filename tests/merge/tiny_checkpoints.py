@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bot.merge.checkpoints import checkpoint, lora
 from bot.merge.execution import engine
-from bot.merge.planning import plan
+from bot.merge.planning import plan, planner
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
 
@@ -98,7 +98,7 @@ def plan_of(text: str, folder: Path, **options: Any) -> tuple[plan.Plan, dict[Mo
     parsed = recipe.parse(text)
     folders = {ref: folder / ref.path for ref in parsed.repos}
     opened = {ref: lora.open_source(checkpoint.LocalFiles(path)) for ref, path in folders.items()}
-    return plan.make(parsed, opened, **options), folders
+    return planner.make(parsed, opened, **options), folders
 
 
 def merge(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bot.jobs.queue import Queue
 from bot.localhub import seed
-from bot.queue import Queue
 from tests.localhub.server import RunningHub, running_hub
 from tests.space import exhibits
 from tests.space.server import running_space

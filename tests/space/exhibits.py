@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bot.job import Evaluation, Failure, Lease, Merge, Progress, Publication, PublishedFile, Source, Stage
-from bot.leaderboard import BOARD, BOARD_FILE, Measured, Row
-from bot.queue import Queue
-from bot.request import EvaluateOptions, MergeRequest, Origin
+from bot.jobs.job import Evaluation, Failure, Lease, Merge, Progress, Publication, PublishedFile, Source, Stage
+from bot.jobs.queue import Queue
+from bot.jobs.request import EvaluateOptions, MergeRequest, Origin
+from bot.publishing.leaderboard import BOARD, BOARD_FILE, Measured, Row
 from evaluators import comparison
 from evaluators.harness.scores import Environment, ModelEvaluation
 from evaluators.paired import proportion_interval

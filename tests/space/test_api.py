@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gradio_client import Client
 
-from bot.job import stage
+from bot.jobs.job import stage
 from space.desk import now
 from tests.space import exhibits
 from tests.space.conftest import Stage

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bot.errors import Refused
-from bot.job import Failure, Job, Progress, Source, Stage
-from bot.request import MergeRequest, Origin
+from bot.jobs.job import Failure, Job, Progress, Source, Stage
+from bot.jobs.request import MergeRequest, Origin
 from bot.settings import LIVE_HUB, Settings
 from space import board, figures, words
 from space.desk import Refusal, attempt, read_form

@@ -16,8 +16,8 @@ from urllib.parse import urljoin
 import pytest
 from gradio_client import Client
 
+from bot.jobs.queue import Queue
 from bot.localhub import seed
-from bot.queue import Queue
 from tests.localhub.server import running_hub
 from tests.space import exhibits
 from tests.space.conftest import Stage
@@ -129,7 +129,7 @@ def logged_in(space: str, hub: str, user: str) -> str:
 
 
 def test_no_address_is_announced_where_the_page_must_not_be_served(tmp_path: Path) -> None:
-    done = start("from bot.cli import main; main()", tmp_path, MERGEBOT_PUBLIC="true", argv=("serve",))
+    done = start("from bot.cli.main import main; main()", tmp_path, MERGEBOT_PUBLIC="true", argv=("serve",))
     assert done.returncode == 1 and "[LOGIN_REQUIRED]" in done.stderr
     assert "http://" not in done.stdout
 
@@ -137,6 +137,6 @@ def test_no_address_is_announced_where_the_page_must_not_be_served(tmp_path: Pat
 def test_an_address_that_is_taken_is_not_announced(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         argv = ("serve", "--port", str(taken.getsockname()[1]))
-        done = start("from bot.cli import main; main()", tmp_path, argv=argv)
+        done = start("from bot.cli.main import main; main()", tmp_path, argv=argv)
     assert done.returncode != 0 and "http://" not in done.stdout
     assert "Nothing can be published: MERGEBOT_PUBLISH_TOKEN_FILE is not set." in done.stderr

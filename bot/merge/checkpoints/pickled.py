@@ -2,7 +2,7 @@
 
 A pickle is a program. It is read by torch's restricted unpickler (`weights_only=True`, which knows tensors and plain
 containers and calls nothing else), mapped rather than loaded, and only ever in a child process with limits and
-without any token: `bot/executors/unpickling.py` starts it.
+without any token: `bot/stages/unpickling.py` starts it.
 
     python -m bot.merge.checkpoints.pickled INTO MEMORY_BYTES FROM...     each FROM becomes INTO/<its name>.safetensors
 """

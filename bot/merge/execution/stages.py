@@ -25,12 +25,12 @@ from bot.merge.execution import engine
 from bot.merge.execution.engine import Merged, Options
 from bot.merge.execution.partial import hold
 from bot.merge.execution.provenance import torch_version
-from bot.merge.execution.sizes import in_units
 from bot.merge.execution.unchanged import require_same
 from bot.merge.execution.writer import Progress
 from bot.merge.planning.output_names import MANIFEST, PROVENANCE
 from bot.merge.planning.plan import Plan
 from bot.merge.recipe.spec import ModelRef, Notice
+from bot.storage import size_text
 
 
 def merge(
@@ -134,7 +134,7 @@ def _require_space(plan: Plan, places: Mapping[ModelRef, Path], scratch: Path) -
     if need > free:
         raise Transient(
             "DISK_LOW",
-            f"the merge and its {len(plan.stages)} stages need {in_units(need)} of disk; {in_units(free)} are free.",
+            f"the merge and its {len(plan.stages)} stages need {size_text(need)} of disk; {size_text(free)} are free.",
             "Free some space, or name a folder on another disk.",
             retry_after_s=600.0,
         )

@@ -10,9 +10,8 @@ from bot.errors import Failed, Refused
 from bot.merge.checkpoints.checkpoint import OPERATOR, LocalFiles, read_header
 from bot.merge.planning.plan import Copied
 from bot.merge.recipe.spec import ModelRef
+from bot.storage import IN_PARTS
 
-# A folder with this inside holds parts of files only; what it lacks may be added at any time, so times say nothing.
-IN_PARTS = ".ranges"
 Fact = tuple[int, int, int]  # bytes, inode, time of change in ns
 Headers = Mapping[str, tuple[int, str]]  # shard -> (file bytes, SHA-256 of length and header)
 _Seen = tuple[int, int, int, int]

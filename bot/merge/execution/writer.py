@@ -27,9 +27,9 @@ from typing import Protocol
 from bot.errors import Failed, Refused, Transient
 from bot.merge.execution.hashing import Hashing
 from bot.merge.execution.partial import held_bytes, hold, reclaim
-from bot.merge.execution.sizes import in_units
 from bot.merge.execution.unchanged import Fact, require_same
 from bot.merge.planning.plan import Plan, Step
+from bot.storage import size_text
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
 JOURNAL = "journal"
@@ -348,13 +348,13 @@ class Writer:
         if need > usage.total:
             raise Refused(
                 "TOO_LARGE",
-                f"the merge needs {in_units(need)} of disk; the whole disk has {in_units(usage.total)}.",
+                f"the merge needs {size_text(need)} of disk; the whole disk has {size_text(usage.total)}.",
                 "Use a larger disk, or merge smaller models.",
             )
         if need - held_bytes(self.partial) > usage.free:
             raise Transient(
                 "DISK_LOW",
-                f"the merge needs {in_units(need)} of disk; {in_units(usage.free)} are free.",
+                f"the merge needs {size_text(need)} of disk; {size_text(usage.free)} are free.",
                 "Free some space, or name a folder on another disk.",
                 retry_after_s=600.0,
             )

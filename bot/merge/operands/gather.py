@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bot.merge.streaming.inputs import View
 from bot.merge.streaming.operation import CHUNK
-from bot.merge.tokens.rows import RowMap
-from bot.merge.tokens.tokenizer import Index
+from bot.merge.tokenizer.rows import RowMap
+from bot.merge.tokenizer.tokenizer import Index
 
 BRIDGED = 2**14  # elements: to read so many for nothing costs about as much as another read
 

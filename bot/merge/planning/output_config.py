@@ -17,7 +17,7 @@ from bot.merge.planning.stacked_config import restack, without_predicted
 from bot.merge.planning.work import Work
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.spec import ModelRef, Recipe
-from bot.merge.tokens.tokenizer import Alignment, remapped_ids
+from bot.merge.tokenizer.tokenizer import Alignment, remapped_ids
 
 # counts of layers that predict further tokens, which transformers does not load
 _PREDICTION_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")

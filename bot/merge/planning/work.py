@@ -23,8 +23,8 @@ from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.parameters import resolve, written
 from bot.merge.recipe.spec import Gradient, ModelRef, Parameters, Recipe
 from bot.merge.streaming.operation import Value
-from bot.merge.tokens.rows import RowMap, row_maps
-from bot.merge.tokens.tokenizer import Alignment
+from bot.merge.tokenizer.rows import RowMap, row_maps
+from bot.merge.tokenizer.tokenizer import Alignment
 
 
 @dataclass(frozen=True, slots=True)

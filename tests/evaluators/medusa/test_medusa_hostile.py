@@ -10,7 +10,7 @@ import pytest
 import tiny_causal_lms as tiny
 import torch
 
-from bot.candidate_heads import _told_apart
+from bot.stages.head_candidates import _told_apart
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.model.attention import GROUPED, use_grouped

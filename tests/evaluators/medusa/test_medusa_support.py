@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, BartConfig, T5Config
 
-from bot import speed_screen
+from bot.cli import medusa_output
 from evaluators import medusa
 from evaluators.errors import EvaluationError
 from evaluators.medusa import generation
@@ -75,5 +75,5 @@ def test_the_speed_test_of_an_encoder_decoder_is_a_refused_report(
     report = medusa.measure(written(tmp_path / "model", T5), tmp_path / "out")
     told = medusa.sentence(report)
     assert report["candidates"] == [] and "T5ForConditionalGeneration is an encoder-decoder" in told
-    speed_screen.speed({**report, "sentence": told}, tmp_path / "out" / "decode_speed.json")
+    medusa_output.speed({**report, "sentence": told}, tmp_path / "out" / "decode_speed.json")
     assert "is an encoder-decoder" in capsys.readouterr().out

@@ -198,7 +198,7 @@ def test_the_merge_engine_applies_the_adapter(model: Path, tmp_path: Path) -> No
     from bot.merge.checkpoints.checkpoint import LocalFiles
     from bot.merge.checkpoints.lora import open_source
     from bot.merge.execution import stages
-    from bot.merge.planning import plan
+    from bot.merge.planning import planner
     from bot.merge.recipe import reading
 
     base = causal_lm.load(model)
@@ -208,7 +208,7 @@ def test_the_merge_engine_applies_the_adapter(model: Path, tmp_path: Path) -> No
     text = f"{{merge_method: passthrough, models: [{{model: {model}+{tmp_path / 'adapter'}}}], dtype: float32}}"
     recipe = reading.parse(text)
     folders = {ref: Path(ref.path) for ref in recipe.repos}
-    planned = plan.make(recipe, {ref: open_source(LocalFiles(folder)) for ref, folder in folders.items()})
+    planned = planner.make(recipe, {ref: open_source(LocalFiles(folder)) for ref, folder in folders.items()})
     stages.merge(planned, folders, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -12,9 +12,9 @@ import torch
 from test_medusa_bench import block, trace
 from test_medusa_report import assert_whole
 
-from bot import merged_heads
 from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef
+from bot.stages import merged_heads
 from evaluators import medusa
 from evaluators.errors import EvaluationError
 from evaluators.medusa import formats

@@ -1,0 +1,364 @@
+"""The `mergebot` command: a verb each, no logic of its own. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+
+import typer
+
+from bot import __version__
+from bot.cli import evaluate, medusa
+from bot.cli.options import Verb, Verbs, bytes_of
+from bot.errors import MergebotError
+
+if TYPE_CHECKING:
+    from bot.settings import Settings
+
+app = typer.Typer(
+    name="mergebot",
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Merge models, measure what came out, publish exactly what was measured. "
+    "`--home`, `--hub` and `--debug` may stand behind the command, too.",
+)
+app.command("evaluate", rich_help_panel="Do one step yourself", cls=Verb)(evaluate.evaluate)
+app.add_typer(medusa.app, name="medusa", rich_help_panel="Do one step yourself")
+
+WALK, STEP, RUN = "Run the whole walk", "Do one step yourself", "Ask a running bot"
+Recipe = Annotated[Path, typer.Argument(help="A mergekit recipe (YAML).", metavar="RECIPE")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+UnknownKeys = Annotated[str, typer.Option(help="refuse, or ignore: keys nobody knows become notices.")]
+HashSources = Annotated[bool, typer.Option("--hash-sources", help="Hash local sources into the provenance.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read *.bin and *.pt weights in local folders too.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUT once this one is whole.")]
+ShardSize = Annotated[str, typer.Option(help="Size of an output file at most, as 5GB or 500MB.", metavar="SIZE")]
+Threads = Annotated[
+    int, typer.Option(help="Tensors worked on at a time; memory grows with them.", min=1, max=256, metavar="N")
+]
+Out = Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")]
+
+
+class _State:
+    """What the options before the verb said."""
+
+    debug = False
+    home: Path | None = None
+    hub: str | None = None
+    ends_at_once = False
+
+
+def settings(**overrides: object) -> Settings:
+    """Settings from the environment and the options, in force for this process from here on."""
+    from pydantic import ValidationError
+
+    from bot.errors import Refused
+    from bot.settings import Settings, activate
+
+    given = {"home": _State.home, "hub": _State.hub, **overrides}
+    try:
+        made = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise Refused(
+            "VALUE_OUT_OF_RANGE",
+            f"The setting {name} (MERGEBOT_{name.upper()}) is wrong: {first['msg']}.",
+            "Correct it.",
+        ) from None
+    activate(made)
+    return made
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mergebot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    home: Annotated[Optional[Path], typer.Option(help="Folder for the database, caches and scratch files.")] = None,  # noqa: UP045
+    hub: Annotated[Optional[str], typer.Option(help="Address of the Hub, HF_ENDPOINT unless given.")] = None,  # noqa: UP045
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    _State.debug, _State.home, _State.hub = debug, home, hub
+    context.obj = settings
+
+
+# -- the whole walk ----------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=WALK)
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Folder for everything the demo makes.")] = Path("demo"),
+    once: Annotated[bool, typer.Option("--once", help="Exit when the walk is done instead of serving.")] = False,
+    report: Annotated[Optional[Path], typer.Option(help="Write what happened as JSON.")] = None,  # noqa: UP045
+    port: Annotated[int, typer.Option(help="Port of the Space.")] = 7860,
+) -> None:
+    """The main job on this machine: local Hub, real model, two requests, merged, measured, published, on a board."""
+    from bot.cli import output
+    from bot.demo import run
+
+    run.demo(directory, output, once=once, report=report, port=port)
+
+
+@app.command(rich_help_panel=WALK)
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+) -> None:
+    """Serve the Space and run the bot: forms, tagged repos, jobs, board."""
+    from bot.service import serve
+
+    serve.serve(settings(), host, port)
+
+
+@app.command(rich_help_panel=WALK)
+def hub(
+    directory: Annotated[Path, typer.Option("--dir", help="Folder that holds the repos.")] = Path("hub"),
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8765,
+    user: Annotated[Optional[str], typer.Option(help="Make this user, and show a token that may write.")] = None,  # noqa: UP045
+) -> None:
+    """Serve a Hub of your own from a folder, for tests and trials; the real clients speak to it through HF_ENDPOINT."""
+    import secrets
+
+    from bot import localhub
+
+    token = f"hf_{secrets.token_hex(17)}" if user else ""
+    if user:
+        localhub.add_user(directory, user, token)
+
+    def ready(url: str) -> None:
+        typer.echo(f"The local Hub listens at {url}. For its clients:")
+        typer.echo(f"export HF_ENDPOINT={url} HF_HUB_DISABLE_XET=1" + (f" HF_TOKEN={token}" if token else ""))
+
+    localhub.serve(directory, port=port, on_ready=ready)
+
+
+# -- one step ----------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=STEP, cls=Verb)
+def plan(
+    recipe: Recipe,
+    seed: Seed = 0,
+    tensor: Annotated[Optional[str], typer.Option(help="Show what the recipe comes to for this tensor.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    unknown_keys: UnknownKeys = "refuse",
+    allow_pickle: AllowPickle = False,
+    shard_size: ShardSize = "5GB",
+) -> None:
+    """What a recipe would do, from headers alone: tensors, bytes, memory, resolved values. Reads no weights."""
+    from bot.cli import output
+    from bot.merge.planning import summary
+    from bot.stages import local_runs
+
+    asked = local_runs.read_recipe(recipe, unknown_keys=unknown_keys)
+    limit = bytes_of(shard_size)
+    made = local_runs.plan_from_headers(
+        asked, settings(), seed=seed, allow_pickle=allow_pickle, shard_limit_bytes=limit
+    )
+    if tensor is None:
+        output.plan(summary.summary(made.plan), as_json=as_json)
+    else:
+        output.tensor(summary.values_of(made.plan, tensor), as_json=as_json)
+
+
+@app.command(rich_help_panel=STEP, cls=Verb)
+def merge(
+    recipe: Recipe,
+    out: Out,
+    device: Device = "auto",
+    seed: Seed = 0,
+    threads: Threads = 2,
+    shard_size: ShardSize = "5GB",
+    unknown_keys: UnknownKeys = "refuse",
+    allow_pickle: AllowPickle = False,
+    hash_sources: HashSources = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge the models of a recipe into a new folder. Killed half-way, the same command continues."""
+    from bot.cli import output
+    from bot.stages import local_runs
+
+    asked, limit = local_runs.read_recipe(recipe, unknown_keys=unknown_keys), bytes_of(shard_size)
+    configured = settings()
+    with output.progress() as shown:
+        merged = local_runs.merge(
+            asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle,
+            hash_sources=hash_sources, overwrite=overwrite, shard_limit_bytes=limit, threads=threads,
+        )  # fmt: skip
+    output.merged(merged, out)
+    _State.ends_at_once = True
+
+
+@app.command(rich_help_panel=STEP, cls=Verb)
+def verify(
+    model: Annotated[str, typer.Argument(help="A merged folder, or a Hub repo (owner/name[@revision]).")],
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of sentences.")] = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Merge a model again from its provenance file and compare every tensor. Exit status 1 when anything differs."""
+    from bot.cli import output
+    from bot.stages import local_runs, verification
+
+    configured = settings()
+    with output.progress(hidden=as_json) as shown:
+        verdict = local_runs.verify(model, configured, shown, device=device, allow_pickle=allow_pickle)
+    output.verdict(verdict, as_json=as_json)
+    verification.require_same(verdict)
+
+
+@app.command(rich_help_panel=STEP, cls=Verb)
+def classic(
+    out: Out,
+    merge: Annotated[list[str], typer.Option(help="A model to merge, MODEL or MODEL+ADAPTER; repeat it.")],
+    density: Annotated[Optional[list[float]], typer.Option(help="Share of each task vector kept by ties.")] = None,  # noqa: UP045
+    weight: Annotated[Optional[list[float]], typer.Option(help="Weight of each model; t of slerp.")] = None,  # noqa: UP045
+    method: Annotated[str, typer.Option(help="ties, linear or slerp.")] = "ties",
+    base_model: Annotated[Optional[str], typer.Option(help="The base; ties needs one.")] = None,  # noqa: UP045
+    layer_gradient: Annotated[Optional[str], typer.Option(help='Values over the layers, as in "[0, 0.5, 1]".')] = None,  # noqa: UP045
+    normalize: Annotated[bool, typer.Option(help="Divide by the weights.")] = True,
+    bf16: Annotated[bool, typer.Option(help="Write bfloat16; off: the stored type.")] = True,
+    naive_count: Annotated[bool, typer.Option(help="Elect signs by their number.")] = False,
+    copy_tokenizer: Annotated[bool, typer.Option(help="Copy the tokenizer of the base, else of the first.")] = True,
+    cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="Compute on a GPU.")] = False,
+    int8_mask: Annotated[bool, typer.Option("--int8-mask/--no-int8-mask", help="Accepted, without effect.")] = False,
+    cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect: see --home.")] = None,  # noqa: UP045
+    merged_cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect.")] = None,  # noqa: UP045
+    allow_pickle: AllowPickle = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge as mergekit's `main.py` of 2023 did, with its flags."""
+    from bot.cli import output
+    from bot.merge.recipe.classic import Arguments, recipe
+    from bot.stages import local_runs
+
+    asked = recipe(
+        Arguments(merge, density or (), weight or (), layer_gradient, method, base_model, normalize, bf16,
+                  naive_count, copy_tokenizer)
+    )  # fmt: skip
+    with output.progress() as shown:
+        device = "cuda" if cuda else "cpu"
+        merged = local_runs.merge(
+            asked, out, settings(), shown, device=device, allow_pickle=allow_pickle, overwrite=overwrite
+        )
+    output.merged(merged, out)
+
+
+@app.command(rich_help_panel=STEP, cls=Verb)
+def bakllama(
+    config: Annotated[Path, typer.Argument(help="A config with layer_slices (YAML).", metavar="CONFIG")],
+    out: Out,
+    allow_pickle: AllowPickle = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Stack layers of models as mergekit's `bakllama.py` of 2023 did, with its config."""
+    from bot.cli import output
+    from bot.merge.recipe.classic import bakllama as recipe
+    from bot.stages import local_runs
+
+    asked = recipe(local_runs.read_text(config), file=str(config))
+    with output.progress() as shown:
+        merged = local_runs.merge(
+            asked, out, settings(), shown, device="cpu", allow_pickle=allow_pickle, overwrite=overwrite
+        )
+    output.merged(merged, out)
+
+
+# -- ask a running bot -------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=RUN)
+def submit(
+    recipe: Recipe,
+    name: Annotated[str, typer.Option(help="Name of the merged repo.")],
+    requester: Annotated[str, typer.Option(help="On whose behalf.")] = "operator",
+    suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",
+    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
+    speed: Annotated[bool, typer.Option(help="Also run the Medusa speed test.")] = False,
+) -> None:
+    """Put a request into the queue of the bot that shares this `--home`."""
+    from bot.cli import output
+    from bot.hub import Hub
+    from bot.jobs.queue import open_queue
+    from bot.jobs.request import EvaluateOptions, from_form
+    from bot.service import intake
+    from bot.stages import local_runs
+
+    configured = settings()
+    options = EvaluateOptions(suite=suite, limit=limit, speed="medusa" if speed else "off")
+    request = from_form(requester, local_runs.read_text(recipe), name, options)
+    job = intake.take(request, Hub(configured.hub), open_queue(configured), configured)
+    output.jobs([job])
+
+
+@app.command(rich_help_panel=RUN)
+def status(
+    job_id: Annotated[str | None, typer.Argument(help="One job; all recent ones without it.", metavar="[JOB]")] = None,
+) -> None:
+    """Where the jobs stand."""
+    from bot.cli import output
+    from bot.jobs.queue import open_queue
+
+    queue = open_queue(settings())
+    if job_id is None:
+        output.jobs(queue.jobs())
+    else:
+        output.job(queue.job(job_id))
+
+
+def main() -> None:
+    """Run the command; an error is one sentence on stderr and exit status 1, with `--debug` a traceback."""
+    try:
+        app()
+    except SystemExit as ended:
+        if _State.ends_at_once and ended.code in (None, 0):
+            _end_at_once()
+        raise
+    except Exception as error:
+        if _State.debug:
+            raise
+        typer.secho(_sentence(error), err=True, fg=typer.colors.RED)
+        sys.exit(1)
+
+
+def _end_at_once() -> NoReturn:
+    """Leave without taking torch apart, which takes a third of a second: a merge that returned has closed its files
+    and ended its threads, and only what was printed may still lie in a buffer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _sentence(error: Exception) -> str:
+    from evaluators.errors import EvaluationError
+
+    if isinstance(error, MergebotError):
+        where = error.where
+        if error.next_step.startswith("It is tried again"):  # by a running bot, not by a command
+            return f"{error.message} Run the same command again later. [{error.code}]"
+        if where is None or not where.line:
+            return f"{error} [{error.code}]"
+        return f"{where.file}:{where.line}: {str(error).removeprefix(f'line {where.line}: ')} [{error.code}]"
+    if isinstance(error, EvaluationError):
+        return f"{error} [{error.code}]"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'A file'}: {error.strerror}. Choose another place, or make room there."
+    return f"mergebot stopped on a defect of its own ({type(error).__name__}). Report what `mergebot --debug` shows."
+
+
+if __name__ == "__main__":
+    main()

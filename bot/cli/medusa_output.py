@@ -1,0 +1,118 @@
+"""What `mergebot medusa` shows: every way of decoding with its speed, and text as it is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from bot.cli.output import console, say
+from evaluators.pictures.speed_figure import speed_figure, way_of
+
+if TYPE_CHECKING:
+    from evaluators.medusa.decoding.decode import Trace
+    from evaluators.medusa.generation import Piece
+
+
+def speed(report: Mapping[str, Any], file: Path) -> None:
+    """The report of the speed test: one row a way of decoding, one a category of questions."""
+    say(escape(str(report["sentence"])))
+    if report["candidates"]:
+        _show_rows(report)
+    for warning in report["warnings"]:
+        say(escape(f"Note: {warning}."))
+    drawn = speed_figure(report)
+    if drawn:
+        file.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+    beside = f", its picture in {escape(str(file.with_suffix('.svg')))}" if drawn else ""
+    say(f"The whole report is in {escape(str(file))}{beside}.")
+
+
+def _show_rows(report: Mapping[str, Any]) -> None:
+    """One row per way of decoding, what the columns mean, why a way was not timed, and the categories."""
+    columns = ("decoding", "heads right", "nodes", "a step", "cost", "tok/s", "speed (95 %)")
+    table = _table(f"Ways of decoding this model, {_precision(report)}", columns)
+    for row in report["candidates"]:
+        if row["absent_because"] is None:
+            cost = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
+            rate = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
+            nodes = "" if row["tree"]["nodes"] is None else str(row["tree"]["nodes"])
+            shares = " ".join(f"{head['top1']:.2f}" for head in row["accuracy"])
+            table.add_row(
+                escape(way_of(row["id"])), shares, nodes, _steps(row["tokens_per_step"]), cost, rate, _ratio(row)
+            )
+    console.print(table)
+    say(
+        "Heads right: how often the first guess of each is. Tokens a step and a second (tok/s); cost: a step over a "
+        "plain one; speed: over plain decoding, which was run once more to see what equal work takes."
+    )
+    for row in report["candidates"]:
+        if row["absent_because"] is not None:
+            say(escape(f"Not timed: {way_of(row['id'])}: {row['absent_because']}"))
+    asked = {row["id"]: row["categories"] for row in report["candidates"] if row["categories"]}
+    if asked:
+        console.print(_categories(asked))
+
+
+def speech(pieces: Iterable[Piece]) -> None:
+    """Text as it comes, the tokens that heads had guessed in green. A model may say what steers a terminal."""
+    for piece in pieces:
+        harmless = "".join(letter for letter in piece.text if letter.isprintable() or letter in "\n\t")
+        console.print(Text(harmless, "green" if piece.guessed else ""), end="", soft_wrap=True)
+    console.print()
+
+
+def spoken(trace: Trace, nodes: int, notes: Iterable[str]) -> None:
+    """Tokens and time of an answer, and what about it a user may not expect."""
+    seconds = trace.prefill.wall_s + trace.decode.wall_s
+    guessing = trace.tokens_per_step is not None and nodes > 1
+    rate = f", {trace.tokens_per_step:.2f} a step with a tree of {nodes}" if guessing else ""
+    console.print(f"{len(trace.tokens)} tokens in {seconds:.1f} s{rate}.", style="dim", highlight=False)
+    full = ["the answer ends here because the model's context is full"] if trace.finish == "context" else []
+    for note in (*notes, *full):
+        say(escape(f"Note: {note}."))
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    """Words on the left in the first two columns, figures on the right in the others."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
+    return table
+
+
+def _categories(asked: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
+    """Tokens per step and speed of each timed candidate, by category of questions."""
+    table = _table(
+        "By category: tokens/step, speed", ("category", "questions", *(escape(way_of(name)) for name in asked))
+    )
+    for rows in zip(*asked.values(), strict=True):
+        cells = [" ".join("–" if x is None else f"{x:.2f}" for x in (r["tokens_per_step"], r["speedup"])) for r in rows]
+        table.add_row(escape(rows[0]["name"]), str(rows[0]["prompts"]), *cells)
+    return table
+
+
+def _precision(report: Mapping[str, Any]) -> str:
+    """`bfloat16 on cpu`: what all of them computed in, plain decoding included."""
+    return f"{report['model']['dtype']} on {report['environment']['device']}"
+
+
+def _steps(rate: Mapping[str, Any]) -> str:
+    found = rate["simulated"] if rate["measured"] is None else rate["measured"]
+    return "" if found is None else f"{found:.2f}"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    """The measured ratio to plain decoding on the clock that counts; a prediction is marked as one."""
+    found = row["speedup"]
+    clock = found["clock_used"]
+    if clock is None:
+        return "" if found["predicted_here"] is None else f"{found['predicted_here']:.2f} predicted"
+    if found[clock] is None:
+        return ""
+    interval = found[f"{clock}_ci95"]
+    return f"{found[clock]:.2f}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")

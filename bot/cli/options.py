@@ -1,0 +1,164 @@
+"""Flags of the command line beyond what typer knows: those of mergekit, those that stand behind the verb, and values
+that are refused at once, before anything heavy is imported or any model read.
+
+A flag of mergekit that a verb lacks is answered with what to do here instead. `--home`, `--hub` and `--debug` belong
+before the verb and are found behind it as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from bot.cli.interrupt import stopped
+from bot.errors import Refused
+from bot.merge.recipe.suggestions import closest
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKmMgGtT][iI]?[bB])", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?", re.ASCII)
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+_COMMON = {"--home": True, "--hub": True, "--debug": False}  # whether a value follows
+
+# flag of mergekit -> what to do; where that is another flag, it is the first word with two dashes
+_OF_MERGEKIT = {
+    "--cuda": "Write --device cuda.",
+    "--no-cuda": "Write --device cpu.",
+    "--gpu-rich": "Write --device cuda.",
+    "--read-to-gpu": "Write --device cuda.",
+    "--multi-gpu": "Write --device cuda, which uses every GPU.",
+    "--random-seed": "Write --seed NUMBER.",
+    "--num-threads": "Write --threads NUMBER.",
+    "-j": "Write --threads NUMBER.",
+    "--out-shard-size": "Write --shard-size 5GB, which counts bytes and not parameters.",
+    "--max-shard-size": "Write --shard-size 5GB.",
+    "--transformers-cache": "Write --home FOLDER, which holds the cache of downloads.",
+    "--lora-merge-cache": "Leave it out: adapters are applied while the model is read, and nothing is cached.",
+    "--lora-merge-dtype": "Leave it out: adapters are applied in float32.",
+    "--copy-tokenizer": "Leave it out: the tokenizer is copied anyway.",
+    "--no-copy-tokenizer": "Leave it out, and remove the tokenizer's files from OUT afterwards.",
+    "--allow-crimes": "Leave it out: models that do not fit together are refused with the reason.",
+    "--trust-remote-code": "Leave it out: a merge runs no code of a model.",
+    "--lazy-unpickle": "Leave it out: weights are read piece by piece; *.bin files need --allow-pickle.",
+    "--lazy-loader": "Leave it out: weights are read piece by piece.",
+    "--clone-tensors": "Leave it out: every tensor is written on its own.",
+    "--low-cpu-memory": "Leave it out: memory does not grow with the model; `mergebot plan` says how much it takes.",
+    "--write-model-card": "Leave it out: merge_provenance.json tells what was merged, and only the bot writes cards.",
+    "--safe-serialization": "Leave it out: safetensors are written always.",
+    "--async-write": "Leave it out: reading, computing and writing overlap anyway.",
+    "--write-threads": "Leave it out: reading, computing and writing overlap anyway.",
+}
+
+
+class Verb(TyperCommand):
+    """A command that answers flags of mergekit which it has not, and says on Ctrl-C what is left of its work."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {flag for param in self.params for flag in (*param.opts, *param.secondary_opts)}
+        for argument in args[: args.index("--")] if "--" in args else args:
+            flag = argument.partition("=")[0]
+            if flag not in own and (advice := _advice(flag)) is not None:
+                other = re.search(r"Write (--[\w-]+)", advice)
+                if other is not None and other[1] not in own and other[1] not in _COMMON:
+                    advice = f"Leave it out: `mergebot {self.name}` has no use for it."
+                ctx.fail(f"{flag} is a flag of mergekit. {advice}")
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "possibilities", None):
+                error.possibilities = _close(error.option_name, own)  # type: ignore[attr-defined]
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise stopped(self.name or "") from None
+
+
+class Verbs(TyperGroup):
+    """The commands; the options of all of them may stand behind the verb, too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _common_first(args))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and name not in self.commands:
+            close = closest(name, self.commands)
+            ctx.fail(f"No such command {name!r}." + (f" Did you mean {close!r}?" if close else ""))
+        return super().resolve_command(ctx, args)
+
+
+def bytes_of(size: str) -> int:
+    """`5GB`, `500MB`, `1.5 GiB` as a number of bytes. Raises Refused VALUE_OUT_OF_RANGE."""
+    found = _SIZE.fullmatch(size.strip())
+    number = 0 if found is None else round(float(found[1]) * _UNITS[found[2].upper()])
+    if not 0 < number < 2**63:
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"--shard-size {size[:40]!r} is not a size.", "Write one such as 5GB or 500MB.",
+            value=size,
+        )  # fmt: skip
+    return number
+
+
+def one_of(option: str, value: str, known: Sequence[str]) -> str:
+    """`value`, if it is one of `known`. Raises Refused VALUE_OUT_OF_RANGE."""
+    if value not in known:
+        choice = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise Refused("VALUE_OUT_OF_RANGE", f"{option} {value[:40]!r} is not known.", f"Write {choice}.", value=value)
+    return value
+
+
+def device(value: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises Refused DEVICE_UNAVAILABLE."""
+    if not _DEVICE.fullmatch(value):
+        raise Refused("DEVICE_UNAVAILABLE", f"{value[:40]!r} is not a device.", "Write auto, cpu or cuda.", value=value)
+    return value
+
+
+def vocabulary(value: str) -> int | None:
+    """`full` (None) or how many tokens heads may propose. Raises Refused VALUE_OUT_OF_RANGE."""
+    if value == "full":
+        return None
+    if not value.isascii() or not value.isdigit() or not 2 <= int(value[:12]) < 2**31:
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"--vocab {value[:40]!r} is neither `full` nor a number of tokens from 2.",
+            "Write one such as 8192.", value=value,
+        )  # fmt: skip
+    return int(value)
+
+
+def _close(flag: str, own: Iterable[str]) -> list[str]:
+    """The options that `flag` is a beginning of, else the one it is a misspelling of."""
+    close = closest(flag, own)
+    return [name for name in own if name.startswith(flag)] or ([close] if close else [])
+
+
+def _advice(flag: str) -> str | None:
+    positive = "--" + flag.removeprefix("--no-")
+    if flag not in _OF_MERGEKIT and flag.startswith("--no-") and positive in _OF_MERGEKIT:
+        return "Leave it out."
+    return _OF_MERGEKIT.get(flag)
+
+
+def _common_first(args: Sequence[str]) -> list[str]:
+    """The arguments with the options of all verbs before the verb; nothing behind `--` is touched."""
+    first: list[str] = []
+    others: list[str] = []
+    rest = list(args)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            return [*first, *others, argument, *rest]
+        name, equals, _ = argument.partition("=")
+        if name not in _COMMON:
+            others.append(argument)
+            continue
+        first.append(argument)
+        if _COMMON[name] and not equals and rest:
+            first.append(rest.pop(0))
+    return [*first, *others]

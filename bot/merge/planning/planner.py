@@ -1,0 +1,307 @@
+"""Makes the plan of a merge from a recipe and the headers of its sources. docs/design/merging.md 5.1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from bot.errors import Refused
+from bot.merge.checkpoints import lora
+from bot.merge.checkpoints.architecture import infer
+from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Checkpoint, Limits
+from bot.merge.checkpoints.fitting import models_of
+from bot.merge.checkpoints.lora import Adapter
+from bot.merge.checkpoints.model_files import OTHER_FILES, TEMPLATE, TOKENIZER_FILES
+from bot.merge.checkpoints.published import one_naming
+from bot.merge.checkpoints.ties import is_head
+from bot.merge.planning import classic_tensors, planned_checkpoint
+from bot.merge.planning.allowance import Allowance
+from bot.merge.planning.layout import arrange
+from bot.merge.planning.memory import memory_of
+from bot.merge.planning.output_config import output_config
+from bot.merge.planning.plan import (
+    BASE_MEMORY_BYTES,
+    METADATA,
+    NUMERICS_VERSION,
+    SHARD_LIMIT_BYTES,
+    WORKERS,
+    Copied,
+    Plan,
+    PlannedSource,
+    Shard,
+    Step,
+)
+from bot.merge.planning.work import Work, work_of
+from bot.merge.recipe.notices import Notes
+from bot.merge.recipe.spec import ModelRef, Recipe
+from bot.merge.tokenizer import chat_template, template_files
+from bot.merge.tokenizer.tokenizer import Alignment, align, remapped_ids
+
+
+def make(
+    recipe: Recipe,
+    opened: Mapping[ModelRef, Checkpoint | Adapter],
+    *,
+    seed: int = 0,
+    shard_limit_bytes: int = SHARD_LIMIT_BYTES,
+    limits: Limits = OPERATOR,
+) -> Plan:
+    """Plan a merge and the stages before it. `opened` holds `recipe.repos`; seed keys the random methods; `limits` say
+    how many layers and tensors the recipe may ask for.
+
+    Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED,
+    TOO_LARGE.
+    """
+    allowance = Allowance(limits)
+    models = {ref: one for ref, one in opened.items() if isinstance(one, Checkpoint)}
+    opened = {**opened, **one_naming(models, limits)}
+    stages: list[tuple[ModelRef, Plan]] = []
+    for stage in recipe.stages:
+        made = _planned(_asked(stage.recipe, opened, seed, shard_limit_bytes, allowance), allowance)
+        opened[stage.ref] = planned_checkpoint.checkpoint(made, stage.name, opened)
+        stages.append((stage.ref, made))
+    asked = _asked(recipe, opened, seed, shard_limit_bytes, allowance)
+    return _planned(replace(asked, stages=tuple(stages)), allowance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What one document is planned from: `opened` by bare reference, `checkpoints` by `recipe.sources` as written."""
+
+    recipe: Recipe
+    opened: Mapping[ModelRef, Checkpoint | Adapter]
+    checkpoints: Mapping[ModelRef, Checkpoint]
+    seed: int
+    shard_limit_bytes: int
+    stages: tuple[tuple[ModelRef, Plan], ...] = ()
+
+
+def _asked(
+    recipe: Recipe,
+    opened: Mapping[ModelRef, Checkpoint | Adapter],
+    seed: int,
+    shard_limit_bytes: int,
+    allowance: Allowance,
+) -> _Asked:
+    allowance.sources(len(opened[ref.bare].tensors) for ref in recipe.sources)
+    return _Asked(recipe, opened, models_of(recipe, opened), seed, shard_limit_bytes)
+
+
+def _planned(asked: _Asked, allowance: Allowance) -> Plan:
+    """The plan of one document."""
+    notes, recipe, checkpoints = Notes(), asked.recipe, asked.checkpoints
+    architectures = {ref: infer(checkpoints[ref]) for ref in recipe.sources}
+    _same_family(recipe, checkpoints)
+    _same_width(recipe, checkpoints)
+    if recipe.classic is not None:
+        depths = {ref: len(part.main.layers) for ref, part in architectures.items()}
+        recipe = classic_tensors.spread(recipe, classic_tensors.first_depth(recipe, depths), notes)
+        asked = replace(asked, recipe=recipe)
+    embeddings = {ref: part.embedding for ref, part in architectures.items()}
+    rows = {ref: checkpoints[ref].tensors[name].shape[0] for ref, name in embeddings.items() if name is not None}
+    alignment = align(recipe, checkpoints, rows, notes)
+    layout = arrange(recipe, checkpoints, architectures, allowance)
+    for code, text in layout.notices:
+        notes.add(code, text, text)
+    for ref in recipe.sources:
+        for text in checkpoints[ref].notices:
+            notes.add("SOURCE_ODD", text, text)
+    works = [
+        work
+        for slot in layout.slots
+        if (work := work_of(slot, recipe, checkpoints, asked.seed, notes, alignment)) is not None
+    ]
+    layout = replace(layout, has_head=any(is_head(work.name) for work in works))
+    config = output_config(recipe, checkpoints, architectures, layout, works, notes, alignment)
+    if recipe.classic is not None:
+        config = classic_tensors.with_true_rows(config, {work.name: work.shape for work in works})
+    small = _small_files(recipe, checkpoints, alignment, config, notes, known_templates=allowance.strict)
+    return _finish(asked, len(layout.layers), works, small, alignment, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _SmallFiles:
+    """Everything beside the weights: config.json, texts we make, files copied."""
+
+    config: str
+    texts: Mapping[str, str]
+    copies: tuple[Copied, ...]
+
+
+def _small_files(
+    recipe: Recipe,
+    checkpoints: Mapping[ModelRef, Checkpoint],
+    alignment: Alignment | None,
+    config: str,
+    notes: Notes,
+    *,
+    known_templates: bool,
+) -> _SmallFiles:
+    donor = recipe.donor
+    giver = donor if alignment is None else alignment.giver
+    texts = {} if alignment is None else dict(alignment.texts)
+    loaded = checkpoints[donor].document("generation_config.json")
+    if alignment is not None and giver != donor and loaded is not None:
+        loaded.update(remapped_ids(loaded, alignment, donor, checkpoints[giver].config))
+        texts["generation_config.json"] = json.dumps(loaded, indent=2) + "\n"
+    template = chat_template.chat_template(recipe, checkpoints, alignment, notes, known_only=known_templates)
+    if template is not None:
+        texts[TEMPLATE] = template
+        made = texts.get("tokenizer_config.json")
+        own = json.loads(made) if made else checkpoints[giver].document("tokenizer_config.json")
+        if own is not None:
+            texts["tokenizer_config.json"] = chat_template.without_template(own)
+    stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
+    listed = chat_template.with_named_templates(checkpoints[giver], texts.get("tokenizer_config.json"))
+    if template is None and listed is not None:
+        texts["tokenizer_config.json"], stale = listed, stale | {TEMPLATE}
+    tokenizer = () if recipe.classic is not None and not recipe.classic.copy_tokenizer else TOKENIZER_FILES
+    names = [(giver, name) for name in tokenizer if name not in stale] + [(donor, name) for name in OTHER_FILES]
+    if known_templates:
+        seen = (
+            (name, template_files.known_only(name, checkpoints[ref], texts.get(name), notes)) for ref, name in names
+        )
+        texts |= {name: kept for name, kept in seen if kept is not None}
+    copies = tuple(
+        Copied(checkpoints[ref].elsewhere.get(name, ref.bare), name, checkpoints[ref].sizes[name])
+        for ref, name in names
+        if name in checkpoints[ref].sizes and name not in texts
+    )
+    return _SmallFiles(config, {name: text for name, text in texts.items() if text}, copies)
+
+
+def _finish(
+    asked: _Asked, layers: int, works: Sequence[Work], small: _SmallFiles, alignment: Alignment | None, notes: Notes
+) -> Plan:
+    steps, shards = pack(works, asked.shard_limit_bytes)
+    recipe = asked.recipe
+    read = dict.fromkeys(part for ref in recipe.sources for part in (ref.bare, ref.lora) if part is not None)
+    sources = tuple(_planned_source(ref, _roles(recipe, ref), asked.opened[ref]) for ref in read)
+    small_bytes = len(small.config) + sum(map(len, small.texts.values())) + sum(c.nbytes for c in small.copies)
+    memory = sorted((memory_of(step.work) for step in steps), reverse=True)
+    return Plan(
+        recipe=recipe,
+        seed=asked.seed,
+        shard_limit_bytes=asked.shard_limit_bytes,
+        steps=steps,
+        shards=shards,
+        sources=sources,
+        copies=small.copies,
+        config=small.config,
+        texts=small.texts,
+        vocabulary=alignment,
+        layers=layers,
+        notices=(*recipe.notices, *notes.all()),
+        bytes_in=sum(operand.nbytes for step in steps for operand in step.work.reads),
+        bytes_out=sum(step.nbytes for step in steps),
+        peak_memory_bytes=BASE_MEMORY_BYTES + sum(memory[:WORKERS]),
+        disk_bytes=sum(shard.nbytes for shard in shards) + small_bytes + 200 * len(steps) + 64 * 1024,
+        parameters=sum(step.work.elements for step in steps),
+        digest=_digest(asked, sources, small, alignment),
+        stages=asked.stages,
+    )
+
+
+def _digest(asked: _Asked, sources: Iterable[PlannedSource], small: _SmallFiles, alignment: Alignment | None) -> str:
+    """Identity of the exact work: whatever may change a byte of the output is in it."""
+    adapters = {str(ref): one.digest for ref, one in asked.opened.items() if isinstance(one, Adapter)}
+    identity = {
+        "recipe": asked.recipe.digest,
+        "numerics": NUMERICS_VERSION,
+        "seed": asked.seed,
+        "shard_limit_bytes": asked.shard_limit_bytes,
+        "sources": {str(source.model): {k: list(v) for k, v in source.headers.items()} for source in sources},
+        "config": small.config,
+        "texts": dict(small.texts),
+        "vocabulary": None if alignment is None else {str(ref): dict(ids) for ref, ids in alignment.sources.items()},
+        **({"adapters": adapters} if adapters else {}),
+        **({"stages": [made.digest for _, made in asked.stages]} if asked.stages else {}),
+    }
+    return hashlib.sha256(b"plan/1\n" + json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _planned_source(ref: ModelRef, roles: tuple[str, ...], opened: Checkpoint | Adapter) -> PlannedSource:
+    describing = ("config.json", lora.CONFIG, INDEX, *TOKENIZER_FILES, *OTHER_FILES)
+    texts = {name: opened.sizes[name] for name in describing if name in opened.sizes}
+    presumed = opened.presumed if isinstance(opened, Checkpoint) else ()
+    return PlannedSource(ref, roles, opened.headers, opened.header_ends, texts, presumed)
+
+
+def pack(works: Iterable[Work], shard_limit_bytes: int) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
+    """Distribute tensors over shards of at most `shard_limit_bytes` of data (a larger tensor stands alone).
+
+    Within a shard wider types come first, so that every tensor starts at a multiple of its element size, which
+    readers that map the file rely on; work order is kept otherwise.
+    """
+    groups: list[list[Work]] = [[]]
+    filled = 0
+    for work in works:
+        size = work.elements * work.dtype.itemsize
+        if groups[-1] and filled + size > shard_limit_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(work)
+        filled += size
+    steps: list[Step] = []
+    shards: list[Shard] = []
+    for number, group in enumerate(groups):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        entries: dict[str, object] = {"__metadata__": METADATA}
+        starts: dict[str, int] = {}
+        at = 0
+        for work in sorted(group, key=lambda w: -w.dtype.itemsize):
+            end = at + work.elements * work.dtype.itemsize
+            entries[work.name] = {"dtype": work.dtype.code, "shape": list(work.shape), "data_offsets": [at, end]}
+            starts[work.name], at = at, end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        shards.append(Shard(file, header, len(header) + at))
+        for work in group:
+            nbytes = work.elements * work.dtype.itemsize
+            steps.append(Step(len(steps), work, number, len(header) + starts[work.name], nbytes))
+    return tuple(steps), tuple(shards)
+
+
+def _same_family(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+    families = {ref: checkpoints[ref].config.get("model_type") for ref in recipe.sources}
+    if len(set(families.values())) > 1:
+        raise Refused(
+            "SHAPE_MISMATCH",
+            "the models are of different families: "
+            + ", ".join(f"{ref} is {kind}" for ref, kind in families.items())
+            + ".",
+            "Merge models of one architecture.",
+        )
+
+
+def _same_width(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+    """Layers that stand on one another must be as wide as one another: the output's config can say one width only."""
+    if all(module.layout == "models" for module in recipe.modules):
+        return
+    for key in ("hidden_size", "intermediate_size"):
+        widths = {ref: checkpoints[ref].config.get(key) for ref in recipe.sources}
+        if len({width for width in widths.values() if isinstance(width, int)}) > 1:
+            raise Refused(
+                "SHAPE_MISMATCH",
+                f"the models differ in {key}: " + ", ".join(f"{ref} has {n}" for ref, n in widths.items()) + ".",
+                "Stack layers of models of one width.",
+            )
+
+
+def _roles(recipe: Recipe, ref: ModelRef) -> tuple[str, ...]:
+    """What the bare `ref` is used for."""
+    pieces = [piece for module in recipe.modules for piece in module.slices]
+    bases = [base for base in (recipe.base, *(piece.base for piece in pieces)) if base is not None]
+    roles = []
+    if any(ref == source.model.bare for piece in pieces for source in piece.sources):
+        roles.append("input")
+    if any(ref == base.bare for base in bases):
+        roles.append("base")
+    if any(ref == source.lora for source in recipe.sources):
+        roles.append("adapter")
+    if ref == recipe.donor.bare:
+        roles.append("config and tokenizer")
+    return tuple(roles)

@@ -1,0 +1,283 @@
+"""Facts become a model card, and an answer. Pure: typed facts in, finished text out.
+
+Nothing of a stranger is spliced into metadata (it is dumped from typed values) nor into Markdown unescaped: a recipe
+stands in a fence longer than any run of backticks inside it, names stand in code style.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from bot.jobs import policy
+from bot.jobs.job import Job, Source
+from bot.jobs.request import MergeRequest
+from bot.merge.recipe import reading as recipe
+from bot.publishing import evaluation_section, leaderboard, messages
+from bot.publishing.markdown import code, fenced, listed, plain
+from bot.settings import Settings
+from evaluators.harness.scores import Score
+from evaluators.pictures.score_figure import score_figure
+from evaluators.pictures.speed_figure import speed_figure, way_of
+
+OUTPUT_TAG = "made-with-mergebot"
+NAME_LIMIT = 96
+SPEED_PICTURE = "results/decode_speed.svg"
+CONCLUSIVE = ("faster", "slower", "same")  # verdicts of a speed test that are one
+
+
+def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
+    """Everything the publisher needs: the files, and the finished texts for each name to try, in order."""
+    assert job.merge is not None and job.evaluation is not None
+    names = output_names(job, settings.namespace)
+    results: dict[str, str] = {}
+    if job.evaluation.merged is not None:
+        results["results/lm_eval.json"] = _json(_lm_eval(job))
+    if job.evaluation.decode_speed is not None:
+        results["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
+        if drawn := speed_figure(job.evaluation.decode_speed):
+            results[SPEED_PICTURE] = drawn
+    return {
+        "digest": job.digest,
+        "manifest": job.merge.manifest,
+        "key12": job.request.key[:12],
+        "files": {name: asdict(file) for name, file in job.merge.files.items()},
+        "heads": {name: asdict(file) for name, file in job.evaluation.heads.items()},
+        # A card speaks of the repo it stands in, so there is one for each name that may be taken.
+        "texts": {name: {"README.md": model_card(job, name), **_comparison(job, name), **results} for name in names},
+        "sources": [asdict(source) for source in job.sources],
+    }
+
+
+def _comparison(job: Job, repo: str) -> dict[str, str]:
+    """The verdict as data, and as a picture where there is something to draw; both call the merge `repo`."""
+    assert job.evaluation is not None
+    found = job.evaluation.comparison
+    if found is None:
+        return {}
+    drawn = score_figure(found, repo)
+    data = {"results/comparison.json": _json(found.named(repo).as_dict())}
+    return {**data, evaluation_section.PICTURE: drawn} if drawn else data
+
+
+def output_names(job: Job, namespace: str) -> list[str]:
+    """`{namespace}/{requester}-{name}`, then the same with the digest, for when a stranger's repo is in the way."""
+    plain = f"{job.request.requester}-{job.request.name}"[:NAME_LIMIT].rstrip(".-")
+    return [f"{namespace}/{plain}", f"{namespace}/{plain[: NAME_LIMIT - 9].rstrip('.-')}-{job.digest[:8]}"]
+
+
+def model_card(job: Job, repo: str) -> str:
+    """The README.md of the published repo: metadata the Hub understands, then what a person wants to know."""
+    metadata = yaml.dump(_metadata(job, repo), Dumper=_NoAliases, sort_keys=False, allow_unicode=True)
+    method = str(job.plan["method"])
+    sections = [
+        f"# {repo.partition('/')[2]}",
+        f"A **{method}** merge of {listed([source.repo for source in job.sources])}, made, measured and published by "
+        f"mergebot for {code(job.request.requester)}.",
+        evaluation_section.headline(job),
+        "## Scores",
+        evaluation_section.scores(job, repo),
+        *evaluation_section.against_parents(job, repo, pictured=evaluation_section.PICTURE in _comparison(job, repo)),
+        *evaluation_section.first_look(job),
+        "## Decode speed",
+        _speed(job),
+        "## Use",
+        fenced(messages.USE.format(repo=repo), "python"),
+        *_use_heads(job, repo),
+        "## Sources",
+        _source_table(job.sources),
+        "## Recipe",
+        fenced(recipe.write_yaml(recipe.from_canonical(job.recipe).document()), "yaml"),
+        messages.REPRODUCE,
+        "## What to keep in mind",
+        messages.CAUTION,
+        *(f"- {plain(notice['text'])}" for notice in (job.merge.notices if job.merge else ())),
+    ]
+    return f"---\n{metadata}---\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+class _NoAliases(yaml.SafeDumper):
+    """Writes a value that occurs twice twice: the Hub's metadata has no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _metadata(job: Job, repo: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "base_model": list(dict.fromkeys(source.repo for source in job.sources)),
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": policy.result_licence(job.sources),
+        "tags": ["merge", "mergekit", OUTPUT_TAG],
+    }
+    results = _model_index(job)
+    if results:
+        metadata["model-index"] = [{"name": repo.partition("/")[2], "results": results}]
+    return metadata
+
+
+def _model_index(job: Job) -> list[dict[str, Any]]:
+    assert job.evaluation is not None
+    task = {"type": "text-generation", "name": "Text Generation"}
+    results = []
+    for score in job.evaluation.merged.scores if job.evaluation.merged else ():
+        metric = {
+            "type": score.metric,
+            "value": round(score.value, 6),
+            "name": f"{score.metric}, {score.few_shot}-shot",
+        }
+        results.append({"task": task, "dataset": _dataset(score), "metrics": [metric]})
+    heads = leaderboard.measured_heads(job.evaluation.decode_speed)
+    ratio, interval = (None, None) if heads is None else leaderboard.speedup(heads)
+    verdict = None if heads is None else heads["speedup"].get("verdict")
+    # Figures of the metadata travel without the page around them: one that allows no verdict stays here.
+    if ratio is not None and interval is not None and verdict in CONCLUSIVE:
+        metric = {
+            "type": "medusa_speedup",
+            "value": round(ratio, 4),
+            "name": f"tokens per second, Medusa / plain greedy, 95 % interval {interval[0]:.2f} to {interval[1]:.2f}",
+        }
+        results.append(
+            {"task": task, "dataset": {"type": "prompts", "name": "Speed test prompts"}, "metrics": [metric]}
+        )
+    return results
+
+
+def _dataset(score: Score) -> dict[str, str]:
+    """The dataset of a score as `model-index` names it: the repo the questions came from, where there is one."""
+    data = score.data
+    if data is None or data.repo is None:
+        return {"type": score.task, "name": score.task}
+    found = {
+        "type": data.repo,
+        "name": score.task,
+        "config": data.config,
+        "split": data.split,
+        "revision": data.revision,
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _speed(job: Job) -> str:
+    assert job.evaluation is not None
+    speed = job.evaluation.decode_speed
+    if speed is None:
+        return messages.NO_SPEED
+    heads = leaderboard.measured_heads(speed)
+    if heads is None or heads["tokens_per_s"] is None:
+        return plain(speed["sentence"])
+    lines = [
+        f"| {plain(_conditions(speed))} | tokens/s | tokens per step |",
+        "|---|---:|---:|",
+        f"| plain greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
+        f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
+    ]
+    drawn = f"![Decode speed over plain decoding]({SPEED_PICTURE})" if speed_figure(speed) else ""
+    notes = "\n".join(f"- {plain(warning)}." for warning in speed.get("warnings") or ())
+    tables = [plain(speed["sentence"]), drawn, "\n".join(lines), _asked(speed), notes, _transfer_table(speed)]
+    return "\n\n".join(table for table in tables if table)
+
+
+def _conditions(speed: Mapping[str, Any]) -> str:
+    """In which type and where decoding was timed, as far as the report says."""
+    model, machine = speed.get("model") or {}, speed.get("environment") or {}
+    dtype, device, threads = model.get("dtype"), machine.get("device"), machine.get("threads")
+    told = [str(dtype)] if dtype else []
+    if device:
+        counted = f", {threads} thread{'s' * (threads != 1)}" if device == "cpu" and threads else ""
+        told.append(f"on {device}{counted}")
+    return " ".join(told)
+
+
+def _asked(speed: Mapping[str, Any]) -> str:
+    """Number of timed questions and the length of the answers, as far as the report has them."""
+    suite = speed.get("suite") or {}
+    questions, tokens = suite.get("questions"), suite.get("max_new_tokens")
+    return f"Questions: {questions}, each answer at most {tokens} tokens." if questions and tokens else ""
+
+
+def _use_heads(job: Job, repo: str) -> list[str]:
+    assert job.evaluation is not None
+    if not job.evaluation.heads:
+        return []
+    return [messages.HEADS, fenced(messages.USE_HEADS.format(repo=repo), "python"), messages.HEADS_CAUTION]
+
+
+def _transfer_table(speed: Mapping[str, Any]) -> str:
+    """Every set of heads on the merged model at the same tree; nothing where the parents brought none."""
+    if not speed.get("transfer"):
+        return ""
+    lines = ["| heads | right at the first guess, by head | tokens per step, same tree |", "|---|---|---:|"]
+    for row in speed["candidates"]:
+        if row["origin"] not in ("identity", "parent", "merged", "fresh"):
+            continue
+        if row["absent_because"] is not None:
+            lines.append(f"| {plain(way_of(row['id']))} | {plain(row['absent_because'])} | – |")
+            continue
+        shares, rate = (
+            " ".join(f"{head['top1']:.2f}" for head in row["accuracy"]),
+            row["tokens_per_step"]["common_tree"],
+        )
+        lines.append(f"| {plain(way_of(row['id']))} | {shares} | {'–' if rate is None else format(rate, '.2f')} |")
+    return "\n".join(lines)
+
+
+def _source_table(sources: tuple[Source, ...]) -> str:
+    lines = ["| source | commit | licence |", "|---|---|---|"]
+    lines += [f"| {code(source.repo)} | `{source.revision}` | {code(str(source.licence))} |" for source in sources]
+    return "\n".join(lines)
+
+
+def _lm_eval(job: Job) -> dict[str, Any]:
+    assert job.evaluation is not None and job.evaluation.merged is not None
+    return {
+        "merged": asdict(job.evaluation.merged),
+        "sources": {name: asdict(evaluation) for name, evaluation in job.evaluation.sources.items()},
+    }
+
+
+# -- answers -----------------------------------------------------------------------------------------------------
+
+
+def answer(
+    request: MergeRequest, job: Job | None, refusal: Mapping[str, Any] | None, settings: Settings
+) -> dict[str, Any]:
+    """What the publisher writes on the requesting repo when its request has ended."""
+    key = request.key[:12]
+    event, text = _ending(job, refusal, settings)
+    return {
+        "repo": request.repo,
+        "title": messages.TITLE.format(key=key),
+        "opening": messages.OPENING,
+        "event": event,
+        "text": text,
+        "ref": messages.REFERENCE.format(key=key, event=event),
+    }
+
+
+def _ending(job: Job | None, refusal: Mapping[str, Any] | None, settings: Settings) -> tuple[str, str]:
+    if job is None:
+        assert refusal is not None
+        said = {"code": refusal["code"], "sentence": plain(refusal["message"]), "next_step": plain(refusal["next"])}
+        return "refused", messages.REFUSED.format(**said)
+    if job.publication is not None:
+        repo = job.publication.repo
+        scores = evaluation_section.scores(job, repo)
+        url = f"{settings.hub}/{repo}"
+        return "published", messages.PUBLISHED.format(repo=repo, url=url, commit=job.publication.commit, scores=scores)
+    if job.cancelled_at is not None:
+        return "cancelled", messages.CANCELLED
+    last = job.failures[-1]
+    return "failed", messages.FAILED.format(
+        code=last.code, sentence=plain(last.sentence), next_step=plain(last.next_step)
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,273 @@
+"""Published evaluations become rows, and rows become the dataset the board reads.
+
+    {namespace}/mergebot-leaderboard   README.md, data/leaderboard.jsonl          one line a published merge
+    {namespace}/mergebot-results       {owner}/{model}/results_{time}.json        the layout public boards parse
+                                       evaluations/...                            the sources' (kept_evaluations.py)
+
+Both are an export of the facts: the same facts give the same bytes, so repeating a refresh changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from bot.errors import Refused
+from bot.hub import Hub
+from bot.jobs import policy, shared_evaluations
+from bot.jobs.job import Job
+from bot.settings import Settings
+from evaluators.comparison import report
+from evaluators.comparison.verdict import Comparison
+from evaluators.harness.scores import ModelEvaluation
+
+BOARD = "mergebot-leaderboard"
+BOARD_FILE = "data/leaderboard.jsonl"
+BOARD_LIMIT_BYTES = 64 * 1024 * 1024
+
+BOARD_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/leaderboard.jsonl
+tags:
+- made-with-mergebot
+- leaderboard
+---
+# Merges published by mergebot
+
+One line a merge: what it was made of, what lm-eval measured with 95 % intervals, how fast it decodes with Medusa
+heads, and the commit that holds exactly the measured bytes. Only rows with equal `ranking` are
+comparable: the same questions, asked the same way by the same version of lm-eval.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One task's primary score of one model; a fraction, with its standard error and its 95 % interval where the
+    harness gives a standard error."""
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One published merge, as the board shows it."""
+
+    model: str
+    repo_url: str
+    commit: str
+    requester: str
+    method: str
+    sources: tuple[str, ...]
+    licence: str
+    parameters: int
+    suite: str | None
+    suite_digest: str | None
+    device: str | None
+    average: float | None
+    average_stderr: float | None
+    results: tuple[Measured, ...]  # the merge's own first, then its sources'
+    tokens_per_step: float | None
+    plain_tokens_per_s: float | None
+    speedup: float | None
+    speedup_ci: tuple[float, float] | None
+    published_at: str
+    verdict: str | None = None  # what the merge is beside its parents, in words
+    ranking: str | None = None  # `ModelEvaluation.board`; rows that lack it are told apart by their suite
+    asked: str | None = None  # how, in words
+    average_interval: tuple[float, float] | None = None  # 95 %
+    speed_verdict: str | None = None  # the speed test's own: an interval from too few questions has none
+
+    @property
+    def ranked_in(self) -> str | None:
+        """Rows with an equal one are compared; None where nothing was scored."""
+        return self.ranking or self.suite_digest
+
+    @property
+    def scores(self) -> dict[str, tuple[float, float | None]]:
+        """The merge's own scores by task."""
+        return {each.task: (each.value, each.stderr) for each in self.results if each.model == self.model}
+
+    @property
+    def intervals(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """The 95 % intervals by model and task, where they were taken."""
+        return {(each.model, each.task): each.interval for each in self.results if each.interval is not None}
+
+    @property
+    def source_scores(self) -> dict[str, dict[str, tuple[float, float | None]]]:
+        """The sources' scores, by source and task."""
+        found: dict[str, dict[str, tuple[float, float | None]]] = {}
+        for each in self.results:
+            if each.model != self.model:
+                found.setdefault(each.model, {})[each.task] = (each.value, each.stderr)
+        return found
+
+
+_ROW = TypeAdapter(Row)
+
+
+def row(job: Job, settings: Settings) -> Row:
+    """The row of a published job."""
+    assert job.publication is not None and job.evaluation is not None and job.merge is not None
+    merged, speed = job.evaluation.merged, job.evaluation.decode_speed
+    comparison = job.evaluation.comparison
+    measured = [] if merged is None else list(_measured(job.publication.repo, merged, _intervals(comparison, "")))
+    for name, evaluation in job.evaluation.sources.items():
+        measured += _measured(name.partition("@")[0], evaluation, _intervals(comparison, name))
+    average, stderr = (None, None) if merged is None else _average(merged)
+    heads = measured_heads(speed)
+    ratio, interval = (None, None) if heads is None else speedup(heads)
+    return Row(
+        model=job.publication.repo,
+        repo_url=f"{settings.hub}/{job.publication.repo}",
+        commit=job.publication.commit,
+        requester=job.request.requester,
+        method=str(job.plan["method"]),
+        sources=tuple(source.repo for source in job.sources),
+        licence=policy.result_licence(job.sources),
+        parameters=job.merge.parameters,
+        suite=None if merged is None else merged.suite,
+        suite_digest=None if merged is None else merged.suite_digest,
+        device=None if merged is None else merged.environment.device,
+        average=average,
+        average_stderr=stderr,
+        results=tuple(measured),
+        tokens_per_step=None if heads is None else heads["tokens_per_step"]["measured"],
+        plain_tokens_per_s=None if speed is None or speed.get("plain") is None else speed["plain"]["tokens_per_s"],
+        speedup=ratio,
+        speedup_ci=interval,
+        published_at="" if job.ended_at is None else job.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        verdict=None if comparison is None else report.headline(comparison) or None,
+        ranking=None if merged is None else merged.board,
+        asked=None if merged is None else _asked(merged),
+        average_interval=None if merged is None else merged.average_interval95,
+        speed_verdict=None if heads is None else heads["speedup"].get("verdict"),
+    )
+
+
+def _asked(merged: ModelEvaluation) -> str:
+    """`quick, 100 samples a task, chat template, bfloat16`."""
+    here = merged.environment
+    limit = [f"{here.limit} samples a task"] if here.limit else []
+    return ", ".join([merged.suite, *limit, *(["chat template"] if here.chat_template else []), here.dtype])
+
+
+def _intervals(comparison: Comparison | None, model: str) -> dict[str, tuple[float, float]]:
+    """By task, of the model with this name in the comparison ("" is the merge)."""
+    tasks = comparison.tasks if comparison else ()
+    return {task.task: each.interval for task in tasks for each in (task.merge, *task.parents) if each.model == model}
+
+
+def measured_heads(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The heads a decode-speed report timed, as its candidate row; None where none were, or where it is refused.
+
+    They are shown also where the report advises against them: a ratio below 1 is a result.
+    """
+    rows = [] if speed is None or speed.get("refusal") else speed["candidates"]
+    timed = [
+        row for row in rows
+        if row["origin"] in ("fresh", "merged", "parent") and row["tokens_per_step"]["measured"] is not None
+    ]  # fmt: skip
+    # Every board row speaks of the same thing, so heads made for the model come first.
+    return next((dict(row) for row in sorted(timed, key=lambda row: row["origin"] != "fresh")), None)
+
+
+def speedup(heads: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
+    """The ratio to plain decoding on the clock the report trusts, and its 95 % interval."""
+    measured, clock = heads["speedup"], heads["speedup"]["clock_used"]
+    if clock is None:
+        return None, None
+    interval = measured[f"{clock}_ci95"]
+    return measured[clock], None if interval is None else (interval[0], interval[1])
+
+
+def _measured(
+    model: str, evaluation: ModelEvaluation, intervals: Mapping[str, tuple[float, float]]
+) -> Iterable[Measured]:
+    for score in evaluation.scores:
+        interval = intervals.get(score.task, score.interval95)
+        yield Measured(model, score.task, score.metric, score.value, score.stderr, interval)
+
+
+def _average(evaluation: ModelEvaluation) -> tuple[float | None, float | None]:
+    """Mean of the scores, from chance on where the suite counts so, and its standard error, the tasks taken as
+    independent."""
+    scores = [score for score in evaluation.scores if score.higher_is_better]
+    errors = [None if score.stderr is None else score.stderr / (1 - (score.chance or 0.0)) for score in scores]
+    stderr = None
+    if scores and all(error is not None for error in errors):
+        stderr = math.sqrt(sum(error**2 for error in errors if error is not None)) / len(scores)
+    return evaluation.average, stderr
+
+
+def refresh_spec(published: list[Job], settings: Settings) -> dict[str, Any]:
+    """What the publisher writes so that board and results hold every published job: repo -> path -> text."""
+    rows = [row(job, settings) for job in published]
+    lines = "".join(_ROW.dump_json(each).decode() + "\n" for each in rows)
+    results = {_results_path(job): json.dumps(_results(job), indent=1) for job in published}
+    return {
+        "datasets": {
+            f"{settings.namespace}/{shared_evaluations.RESULTS}": {
+                **results,
+                **shared_evaluations.files(published, settings),
+            },
+            f"{settings.namespace}/{BOARD}": {"README.md": BOARD_CARD, BOARD_FILE: lines},
+        },
+        "message": f"mergebot: {len(rows)} published merges",
+    }
+
+
+def _results_path(job: Job) -> str:
+    assert job.publication is not None and job.ended_at is not None
+    return f"{job.publication.repo}/results_{job.ended_at.strftime('%Y-%m-%dT%H-%M-%S.%f')}.json"
+
+
+def _results(job: Job) -> dict[str, Any]:
+    """One merge in the results layout that public leaderboards parse (hub.md 1.6)."""
+    assert job.publication is not None and job.evaluation is not None and job.ended_at is not None
+    merged = job.evaluation.merged
+    results: dict[str, dict[str, float | None]] = {}
+    for score in merged.scores if merged else ():
+        results.setdefault(score.task, {}).update({score.metric: score.value, f"{score.metric}_stderr": score.stderr})
+    return {
+        "config": {
+            "model_name": job.publication.repo,
+            "model_dtype": f"torch.{merged.environment.dtype}" if merged else None,
+            "model_sha": job.publication.commit,
+            "submission_date": job.submitted_at.strftime("%Y-%m-%d"),
+        },
+        "results": results,
+        "versions": {score.task: score.task_version for score in (merged.scores if merged else ())},
+        "n-shot": {score.task: score.few_shot for score in (merged.scores if merged else ())},
+        "decode_speed": job.evaluation.decode_speed,
+        "mergebot": {
+            "digest": job.digest,
+            "manifest": job.evaluation.manifest,
+            "environment": None if merged is None else asdict(merged.environment),
+            "suite": None if merged is None else merged.suite,
+            "suite_digest": None if merged is None else merged.suite_digest,
+        },
+    }
+
+
+def read(hub: Hub, settings: Settings) -> tuple[Row, ...]:
+    """The public board, newest merge first. Empty before the first merge. Raises Transient when the Hub is away."""
+    repo = f"{settings.namespace}/{BOARD}"
+    try:
+        pinned = hub.resolve(repo, repo_type="dataset")
+    except Refused:
+        return ()
+    text = hub.read_text(repo, pinned.revision, BOARD_FILE, limit_bytes=BOARD_LIMIT_BYTES, repo_type="dataset")
+    return tuple(_ROW.validate_json(line) for line in reversed((text or "").splitlines()))

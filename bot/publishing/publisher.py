@@ -1,0 +1,237 @@
+"""The publisher: makes a repo exist exactly once, under a lease. The only process that holds the write token.
+
+It imports no torch, no transformers, no templates and reads no stranger's YAML: it gets finished texts and a manifest,
+hashes bytes and uploads them. The steps are those of safety.md 6.2; every one may be repeated after a crash.
+
+    P1 re-hash   P2 create the repo, read the marker   P3 upload   P4 ONE commit   P5 read back   P6 make public
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from bot.errors import Failed, Refused, Transient
+from bot.hub import FileFact, Hub
+from bot.jobs import stage_process
+from bot.jobs.job import Lease, Publication
+from bot.jobs.queue import Queue, open_queue
+from bot.progress import Show
+from bot.settings import Settings, crashpoint
+
+MARKER = ".mergebot.json"
+UNTOUCHED = {".gitattributes"}
+ATTEMPTS = 3
+
+Content = bytes | Path
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to publish: a repo, the commit to build on, and the commit that already holds everything, if one does."""
+
+    repo: str
+    head: str | None
+    done: str | None
+
+
+def publish(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
+    """Publish the files of `spec` and prove on the Hub that they are the evaluated ones -> Publication."""
+    started = time.monotonic()
+    hub, queue = Hub(settings.hub, token=settings.write_token()), open_queue(settings)
+    lease = TypeAdapter(Lease).validate_python(spec["lease"])
+    files = _verified(Path(spec["out"]), spec["files"])
+    heads = _verified(Path(spec["carried"]), spec["heads"])
+    crashpoint("publish.after_manifest_check")
+    marker = {"schema": 1, "digest": spec["digest"], "manifest": spec["manifest"]}
+    bytes_of_marker = (json.dumps(marker, sort_keys=True) + "\n").encode()
+    evaluated: dict[str, Content] = {**files, MARKER: bytes_of_marker}
+
+    for _ in range(ATTEMPTS):
+        place = _place(hub, list(spec["texts"]), marker)
+        crashpoint("publish.after_create_repo")
+        if place.done is not None:
+            queue.begin_commit(lease)
+            # An earlier attempt's commit: texts and heads may be of an earlier measurement, its weights are the same.
+            commit, expected = place.done, evaluated
+            break
+        expected = evaluated | heads | {path: text.encode() for path, text in spec["texts"][place.repo].items()}
+        made = _commit(hub, queue, lease, place, expected, spec, report)
+        if made is not None:
+            commit = made
+            break
+    else:
+        raise Transient("PUBLISH_CONFLICT", f"{place.repo} changed while it was being published.", "It is tried again.")
+    crashpoint("publish.after_commit")
+    _read_back(hub, place.repo, commit, expected, alone=place.done is None)
+    crashpoint("publish.after_readback")
+    for source in spec["sources"]:
+        _still_there(hub, source["repo"], source["revision"])
+    hub.make_public(place.repo)
+    crashpoint("publish.after_public")
+    fact = Publication(place.repo, commit, time.monotonic() - started)
+    return dict(TypeAdapter(Publication).dump_python(fact, mode="json"))
+
+
+def _verified(out: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    """P1: every file again equals what was merged and evaluated."""
+    for name, file in files.items():
+        with (out / name).open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != file["sha256"]:
+            raise Failed("PUBLISH_CONFLICT", f"{name} is not the file that was evaluated.", "Ask for the merge again.")
+    return {name: out / name for name in files}
+
+
+def _place(hub: Hub, names: list[str], marker: Mapping[str, Any]) -> Place:
+    """P2: the first name that is ours or free. Without our marker only a private, empty repo is written to."""
+    for repo in names:
+        hub.create_private(repo)
+        head = hub.head(repo)
+        text = None if head is None else hub.read_text(repo, head, MARKER, limit_bytes=4096)
+        if text is None:
+            paths = set() if head is None else set(hub.tree(repo, head))
+            if paths <= UNTOUCHED and hub.resolve(repo).private:
+                return Place(repo, head, None)
+            continue
+        found = json.loads(text)
+        if found["digest"] != marker["digest"]:
+            continue
+        if found["manifest"] != marker["manifest"]:
+            raise Failed(
+                "PUBLISH_CONFLICT",
+                f"{repo} already holds another result of the same request.",
+                "The operator should compare the two; nothing was changed.",
+            )
+        return Place(repo, head, head)
+    raise Failed("PUBLISH_CONFLICT", f"Every name for {names[0]} is taken.", "Ask again under another name.")
+
+
+def _commit(
+    hub: Hub,
+    queue: Queue,
+    lease: Lease,
+    place: Place,
+    contents: Mapping[str, Content],
+    spec: Mapping[str, Any],
+    report: Show,
+) -> str | None:
+    """P3 and P4. None when somebody else committed in between: look again."""
+    total = len(contents)
+    for done, path in enumerate(hub.upload(place.repo, contents)):
+        report(f"Uploading {path}", done, total)
+        crashpoint("publish.after_upload", done)
+    queue.begin_commit(lease)
+    crashpoint("publish.before_commit")
+    try:
+        return hub.commit(
+            place.repo,
+            contents,
+            parent=place.head,
+            message=f"mergebot: publish {spec['key12']}",
+            description=f"manifest {spec['manifest']}",
+        )
+    except Refused as conflict:
+        if conflict.code != "PUBLISH_CONFLICT":
+            raise
+        return None
+
+
+def _read_back(hub: Hub, repo: str, commit: str, expected: Mapping[str, Content], *, alone: bool) -> None:
+    """P5: the tree at `commit` holds what is expected, byte for byte, and nothing else when it stands `alone`."""
+    tree = hub.tree(repo, commit)
+    wrong = sorted(set(expected) - set(tree))
+    wrong += sorted(set(tree) - set(expected) - UNTOUCHED) if alone else []
+    wrong += [path for path, content in expected.items() if path in tree and not _same(content, tree[path])]
+    if wrong:
+        raise Failed(
+            "PUBLISH_CONFLICT",
+            f"{repo} does not hold the evaluated bytes: {wrong[0]} differs.",
+            "The operator should look at it before anybody uses it.",
+        )
+
+
+def _same(content: Content, stored: FileFact) -> bool:
+    if stored.sha256 is not None:
+        return stored.sha256 == _digest(content, hashlib.sha256())
+    length = content.stat().st_size if isinstance(content, Path) else len(content)
+    return stored.size == length and stored.blob_id == _digest(content, hashlib.sha1(f"blob {length}\0".encode()))
+
+
+def _digest(content: Content, digest: Any) -> str:
+    for block in _blocks(content):
+        digest.update(block)
+    return str(digest.hexdigest())
+
+
+def _blocks(content: Content) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            yield block
+
+
+def _still_there(hub: Hub, repo: str, revision: str) -> None:
+    try:
+        hub.resolve(repo, revision)
+    except Refused as gone:
+        raise Failed(
+            "SOURCE_CHANGED_OR_GONE", f"{repo} at {revision[:7]} is no longer public.", "The merge stays private."
+        ) from gone
+
+
+def board(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
+    """Write the board and the results datasets; a file that is already equal is left alone."""
+    hub = Hub(settings.hub, token=settings.write_token())
+    for number, (repo, texts) in enumerate(spec["datasets"].items()):
+        report(f"Updating {repo}", number, len(spec["datasets"]))
+        _write_dataset(hub, repo, texts, spec["message"])
+        crashpoint("board.after_results" if number == 0 else "board.after_commit")
+    return {}
+
+
+def _write_dataset(hub: Hub, repo: str, texts: Mapping[str, str], message: str) -> None:
+    hub.create_private(repo, repo_type="dataset")
+    for _ in range(ATTEMPTS):
+        head = hub.head(repo, repo_type="dataset")
+        tree = {} if head is None else hub.tree(repo, head, repo_type="dataset")
+        changed: dict[str, Content] = {
+            path: text.encode()
+            for path, text in texts.items()
+            if path not in tree or not _same(text.encode(), tree[path])
+        }
+        if not changed:
+            break
+        try:
+            hub.commit(repo, changed, parent=head, message=message, repo_type="dataset")
+            break
+        except Refused as conflict:
+            if conflict.code != "PUBLISH_CONFLICT":
+                raise
+    else:
+        raise Transient("PUBLISH_CONFLICT", f"{repo} keeps changing.", "It is tried again.")
+    hub.make_public(repo, repo_type="dataset")
+
+
+def reply(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
+    """Answer a request from a card in one discussion on its repo; the same answer is never written twice."""
+    hub = Hub(settings.hub, token=settings.write_token())
+    number = hub.find_discussion(spec["repo"], spec["title"])
+    if number is None:
+        number = hub.open_discussion(spec["repo"], spec["title"], spec["opening"])
+    hub.comment(spec["repo"], number, spec["text"], ref=spec["ref"])
+    crashpoint("reply.after_post")
+    return {}
+
+
+if __name__ == "__main__":
+    stage_process.main({"publish": publish, "board": board, "reply": reply})

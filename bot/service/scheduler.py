@@ -1,0 +1,282 @@
+"""The ticks: look for tagged repos, walk jobs, sweep dead leases, keep the board and the answers up to date.
+
+APScheduler only ticks, in memory; what is to be done stands in the queue. One scheduler leads at a time (a leader row);
+jobs are claimed by lease, so even two leaders would do no job twice.
+
+`walk` is the whole life of a job: the first missing fact is produced and recorded, until none is missing. A restart
+walks on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from apscheduler.schedulers.background import BackgroundScheduler
+from pydantic import TypeAdapter
+
+from bot.errors import Failed, MergebotError, Transient
+from bot.hub import Hub
+from bot.jobs.job import Evaluation, Failure, Job, Lease, Merge, Progress, Publication, Source, missing
+from bot.jobs.queue import UNCOUNTED, Queue, open_queue
+from bot.jobs.request import MergeRequest
+from bot.publishing import card, leaderboard
+from bot.service import intake
+from bot.service.executors import Executor
+from bot.service.executors.local import LocalExecutor
+from bot.settings import Settings, Zone, crashpoint
+
+log = logging.getLogger(__name__)
+logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a tick that is still at work is no news
+Fact = TypeVar("Fact", Merge, Evaluation, Publication)
+SEED = 0
+RENEW_EVERY_S = 1.0
+UNREACHABLE = "unreachable"
+JOB_ID = re.compile(r"[0-9a-f]{12}")
+
+
+class Stopping(Exception):
+    """The scheduler is being stopped: running stages end, and their jobs go back into the queue."""
+
+
+class Scheduler:
+    """Runs the bot under `settings`. `start` returns at once; `stop` waits for running stages to be ended."""
+
+    def __init__(self, settings: Settings, *, queue: Queue | None = None, executor: Executor | None = None) -> None:
+        self.settings = settings
+        self.queue = queue or open_queue(settings)
+        self.executor = executor or LocalExecutor(settings)
+        self.hub = Hub(settings.hub)
+        self.owner = f"{socket.gethostname()}-{id(self):x}"
+        self._walkers = ThreadPoolExecutor(settings.slots, thread_name_prefix="walk")
+        self._walking: set[str] = set()
+        self._stopping = threading.Event()
+        self._seen: set[tuple[str, str]] = set()
+        self._telling = threading.Lock()
+        self._on_board = 0  # unknown after a start, so the board is looked at once
+        self._ticks = BackgroundScheduler(
+            timezone=UTC, job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
+        )
+
+    def start(self) -> None:
+        token = self.settings.publish_token_file
+        if token is None or not token.is_file():
+            where = "MERGEBOT_PUBLISH_TOKEN_FILE is not set" if token is None else f"there is no file {token}"
+            log.warning("Nothing can be published: %s. Name a file with a write token there, and start again.", where)
+        self._clear_scratch()
+        every: tuple[tuple[Callable[[], None], float], ...] = (
+            (self.dispatch, self.settings.tick_s),
+            (self.poll, self.settings.poll_s),
+            (self.tell, self.settings.tick_s * 2),
+        )
+        for tick, seconds in every:
+            self._ticks.add_job(self._guarded(tick), "interval", seconds=seconds, next_run_time=datetime.now(UTC))
+        self._ticks.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._ticks.running:
+            self._ticks.shutdown(wait=True)
+        self._walkers.shutdown(wait=True)
+
+    # -- ticks ---------------------------------------------------------------------------------------------------
+
+    def dispatch(self) -> None:
+        """Claim jobs while slots are free; each is walked in a thread that waits for child processes."""
+        self.queue.sweep()
+        self._clear_scratch()
+        while not self._stopping.is_set() and len(self._walking) < self.settings.slots:
+            lease = self.queue.claim(self.owner)
+            if lease is None:
+                return
+            crashpoint("claim.after_commit")
+            self._walking.add(lease.job_id)
+            self._walkers.submit(self._walk_and_free, lease)
+
+    def poll(self) -> None:
+        """Take the requests of tagged repos. A refusal is remembered, so it is answered once."""
+        for repo in intake.changed(self.hub, self.settings, self._seen):
+            try:
+                intake.take_tagged(repo, self.hub, self.queue, self.settings)
+            except Transient as error:
+                log.warning("%s waits: %s", repo.repo, error)  # not marked as seen, so the next poll asks again
+                continue
+            except Exception:  # one stranger's repo must not shut the door for the others
+                log.exception("%s could not be looked at", repo.repo)
+            self._seen.add((repo.repo, repo.revision))
+
+    def tell(self) -> None:
+        """Bring the public board and the answers on requesting repos up to date with the facts."""
+        with self._telling:
+            published = self.queue.count_published()
+            if published != self._on_board:
+                spec = leaderboard.refresh_spec(self.queue.published(), self.settings)
+                self._publisher("board", spec, self.settings.scratch / "_board")
+                self._on_board = published
+            for request, job, refusal in self.queue.unanswered():
+                self._answer(request, job, refusal)
+
+    def _answer(self, request: MergeRequest, job: Job | None, refusal: Mapping[str, Any] | None) -> None:
+        """One repo that cannot be answered must not keep the others waiting."""
+        spec = card.answer(request, job, refusal, self.settings)
+        try:
+            self._publisher("reply", spec, self.settings.scratch / "_reply")
+        except Transient as error:
+            log.warning("the answer to %s waits: %s", request.repo, error)
+            return
+        except MergebotError as error:
+            log.warning("%s cannot be answered: %s", request.repo, error)
+            spec["event"] = UNREACHABLE
+        self.queue.answered(request.key, spec["event"])
+
+    def _guarded(self, tick: Callable[[], None]) -> Callable[[], None]:
+        """A tick that is led by one scheduler and whose failure is logged and tried again at the next tick."""
+
+        def run() -> None:
+            name = tick.__name__
+            try:
+                if name == "dispatch" or self.queue.lead(name, self.owner, for_s=max(30.0, self.settings.poll_s * 2)):
+                    tick()
+            except MergebotError as error:
+                log.warning("%s: %s", name, error)
+            except Exception:
+                log.exception("%s stopped on a defect", name)
+
+        run.__name__ = tick.__name__
+        return run
+
+    # -- the walk ------------------------------------------------------------------------------------------------
+
+    def walk(self, lease: Lease) -> None:
+        """Produce and record the missing facts of one job, in order."""
+        job = self.queue.job(lease.job_id)
+        if not job.merge:
+            job = self._record(lease, self._merge(job, lease))
+            crashpoint("merge.after_fact")
+        if not job.evaluation:
+            job = self._record(lease, self._evaluate(job, lease))
+            crashpoint("eval.after_fact")
+        if not job.publication:
+            job = self._record(lease, self._publish(job, lease))
+            crashpoint("publish.after_fact")
+
+    def _walk_and_free(self, lease: Lease) -> None:
+        try:
+            self.walk(lease)
+        except Stopping:
+            self.queue.release(lease)
+        except MergebotError as error:
+            self._fail(lease, error)
+        except Exception:
+            log.exception("job %s stopped on a defect", lease.job_id)
+            self._fail(
+                lease,
+                Failed("INTERNAL", "The job stopped on a defect of mergebot.", "The operator finds it in the log."),
+            )
+        finally:
+            self._walking.discard(lease.job_id)
+
+    def _record(self, lease: Lease, fact: Merge | Evaluation | Publication) -> Job:
+        self.queue.record(lease, fact)
+        return self.queue.job(lease.job_id)
+
+    def _fail(self, lease: Lease, error: MergebotError) -> None:
+        if error.code in ("LEASE_LOST", "CANCELLED"):
+            log.info("job %s: %s", lease.job_id, error)
+            return
+        job = self.queue.job(lease.job_id)
+        retry_at = None
+        # A paused publisher is the operator's affair and fails nobody's job, however often it is met.
+        endless = job.committing or error.code in UNCOUNTED
+        if isinstance(error, Transient) and (endless or job.attempts < self.settings.attempts):
+            retry_at = datetime.now(UTC) + timedelta(seconds=error.retry_after_s)
+        failure = Failure(missing(job), error.code, error.message, error.next_step, retry_at)
+        try:
+            self.queue.record(lease, failure)
+        except Failed as lost:
+            log.info("job %s: %s", lease.job_id, lost)
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def _merge(self, job: Job, lease: Lease) -> Merge:
+        spec = {
+            "recipe": job.recipe,
+            "out": str(self._out(job)),
+            "seed": SEED,
+            "sources": TypeAdapter(tuple[Source, ...]).dump_python(job.sources, mode="json"),
+            "evaluate": asdict(job.request.evaluate),
+        }
+        return self._worker("merge", spec, job, lease, self.settings.merge_timeout_s, Merge)
+
+    def _evaluate(self, job: Job, lease: Lease) -> Evaluation:
+        assert job.merge is not None
+        spec = {
+            "out": str(self._out(job)),
+            "scratch": str(self._scratch(job)),
+            "manifest": job.merge.manifest,
+            "sources": TypeAdapter(tuple[Source, ...]).dump_python(job.sources, mode="json"),
+            "evaluate": asdict(job.request.evaluate),
+        }
+        return self._worker("evaluate", spec, job, lease, self.settings.evaluate_timeout_s, Evaluation)
+
+    def _publish(self, job: Job, lease: Lease) -> Publication:
+        spec = {
+            "job": job.id,
+            "lease": TypeAdapter(Lease).dump_python(lease, mode="json"),
+            "out": str(self._out(job)),
+            "carried": str(self._scratch(job) / "carried"),
+            **card.publication_spec(job, self.settings),
+        }
+        result = self._run("publish", spec, self._scratch(job), lease, "publisher", self.settings.publish_timeout_s)
+        return TypeAdapter(Publication).validate_python(result)
+
+    def _worker(
+        self, name: str, spec: Mapping[str, Any], job: Job, lease: Lease, timeout_s: float, fact: type[Fact]
+    ) -> Fact:
+        return TypeAdapter(fact).validate_python(self._run(name, spec, self._scratch(job), lease, "worker", timeout_s))
+
+    def _publisher(self, name: str, spec: Mapping[str, Any], scratch: Path) -> None:
+        self._run(name, spec, scratch, None, "publisher", self.settings.publish_timeout_s)
+
+    def _run(
+        self, name: str, spec: Mapping[str, Any], scratch: Path, lease: Lease | None, zone: Zone, timeout_s: float
+    ) -> dict[str, Any]:
+        renewed = 0.0
+
+        def beat(progress: Progress | None) -> None:
+            nonlocal renewed
+            if self._stopping.is_set():
+                raise Stopping
+            if lease is not None and time.monotonic() - renewed >= RENEW_EVERY_S:
+                self.queue.renew(lease, progress)
+                renewed = time.monotonic()
+
+        return self.executor.run(name, spec, scratch, zone=zone, timeout_s=timeout_s, beat=beat)
+
+    # -- scratch -------------------------------------------------------------------------------------------------
+
+    def _scratch(self, job: Job) -> Path:
+        return (self.settings.scratch / job.id).resolve()
+
+    def _out(self, job: Job) -> Path:
+        return self._scratch(job) / "model"
+
+    def _clear_scratch(self) -> None:
+        """An ended job keeps nothing on this disk, however it ended; folders that are no job's stay."""
+        folders = [folder for folder in self.settings.scratch.glob("*") if JOB_ID.fullmatch(folder.name)]
+        if not folders:
+            return
+        keep = self.queue.unfinished() | self._walking
+        for folder in folders:
+            if folder.name not in keep:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,295 @@
+"""The operator's own work, at the command line: local folders beside Hub repos, no queue, no publication."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bot.errors import Failed, Refused
+from bot.merge.checkpoints.checkpoint import LocalFiles
+from bot.merge.checkpoints.pickled import pickles
+from bot.merge.planning import plan, planner
+from bot.merge.recipe import reading as recipe
+from bot.progress import Show, named
+from bot.settings import Settings
+from bot.stages import output_folder, sources, verification
+from bot.stages.evaluator_errors import translated
+from bot.stages.sources import Opened
+from bot.stages.verification import Verdict
+
+if TYPE_CHECKING:
+    from bot.hub import Hub
+    from bot.merge.execution.engine import Merged
+    from evaluators.comparison.verdict import Comparison
+    from evaluators.harness import Estimate
+    from evaluators.harness.conditions import Question
+    from evaluators.harness.scores import ModelEvaluation
+    from evaluators.vitals import Vitals
+
+
+def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
+    """The recipe in `file`; `unknown_keys`: refuse or ignore. Raises Refused as the parser, Failed FILE_NOT_FOUND."""
+    if unknown_keys not in ("refuse", "ignore"):
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"--unknown-keys {unknown_keys[:40]!r} is not known.", "Write refuse or ignore."
+        )
+    ignored = unknown_keys == "ignore"
+    return recipe.parse(
+        read_text(file), trust="operator", unknown_keys="ignore" if ignored else "refuse", file=str(file)
+    )
+
+
+def read_text(file: Path) -> str:
+    """The text of a recipe file. Raises Failed FILE_NOT_FOUND."""
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise Failed("FILE_NOT_FOUND", f"{file} cannot be read: {error.strerror}.", "Name a recipe file.") from None
+    except UnicodeDecodeError:
+        raise Failed("FILE_NOT_FOUND", f"{file} is not a text file.", "Name a recipe file.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and the sources it was made from."""
+
+    plan: plan.Plan
+    opened: Opened
+
+
+def plan_from_headers(
+    asked: recipe.Recipe,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES,
+    allow_pickle: bool = False,
+) -> Planned:
+    """The plan of a recipe, from headers alone: local folders are opened, Hub repos are read by range.
+
+    allow_pickle: pickled weights in local folders are made into safetensors first, by a process of its own.
+    """
+    seen = sources.opened(asked, _hub(settings), convert=_converter(settings, allow_pickle))
+    made = planner.make(seen.recipe, seen.sources, seed=seed, shard_limit_bytes=shard_limit_bytes)
+    return Planned(made, seen)
+
+
+def merge(
+    asked: recipe.Recipe,
+    out: Path,
+    settings: Settings,
+    report: Show,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    allow_pickle: bool = False,
+    hash_sources: bool = False,
+    overwrite: bool = False,
+    shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES,
+    threads: int = plan.WORKERS,
+) -> Merged | None:
+    """Plan, fetch what the plan reads, merge into `out`; None when `out` holds this merge already.
+
+    overwrite: an output of ours there gives way once the new one is whole. hash_sources: put the SHA-256 of local
+    weight files into the provenance. `verify` can then tell a changed source from a changed output; it costs a core
+    for the time of reading them, so it is not done unasked. threads: tensors worked on at a time. Raises `bot.errors`.
+    """
+    planned = plan_from_headers(
+        asked, settings, seed=seed, allow_pickle=allow_pickle, shard_limit_bytes=shard_limit_bytes
+    )
+    made, out = planned.plan, output_folder.folder_meant(out)
+    output_folder.settle(out)
+    if not overwrite and output_folder.holds(out, made):
+        output_folder.require_up_to_date(out, made, planned.opened)
+        _remove_stages(made, out, device)
+        return None
+    place = output_folder.place_for(out, made, planned.opened, overwrite=overwrite)
+    from bot.merge.execution import engine, stages
+
+    engine.require_device(device, made)  # before anything is downloaded
+    here = sources.fetched(made, planned.opened, _hub(settings), settings, report)
+    with sources.hashing_sources(here, made if hash_sources else None) as known:
+        shown = named(report, "Merging")
+        folders = {ref: each.folder for ref, each in here.items()}
+        output_folder.remove_empty(place)
+        merged = stages.merge(made, folders, place, device=device, progress=shown, known=known, threads=threads)
+    output_folder.put_in_place(place, out)
+    return merged
+
+
+def _remove_stages(made: plan.Plan, out: Path, device: str) -> None:
+    """What a process left that died between the end and the tidying up: the engine removes it, and then refuses."""
+    if made.stages and out.with_name(out.name + ".stages").is_dir():
+        from bot.merge.execution import stages
+
+        with suppress(Refused):
+            stages.merge(made, {}, out, device=device)
+
+
+def _converter(settings: Settings, allow_pickle: bool) -> Callable[[Path], Path]:
+    """What to put in the place of a local folder: where its pickled weights lie as safetensors, if they may be read."""
+    from bot.stages import unpickling
+
+    return functools.partial(unpickling.as_safetensors, settings=settings) if allow_pickle else _without_pickles
+
+
+def _without_pickles(folder: Path) -> Path:
+    files = LocalFiles(folder).sizes()
+    found = pickles(files)
+    if found and not any(name.endswith(".safetensors") for name in files):
+        raise Refused(
+            "SOURCE_NOT_SAFETENSORS", f"{folder} has only pickled weights, such as {found[0]}.",
+            "Add --allow-pickle to read them in a process that runs nothing they ask for.", value=str(folder),
+        )  # fmt: skip
+    return folder
+
+
+def verify(
+    model: str, settings: Settings, report: Show, *, device: str = "auto", allow_pickle: bool = False
+) -> Verdict:
+    """Merge a folder's or repo's model again from its provenance and compare. Raises `bot.errors`."""
+    convert = _converter(settings, allow_pickle)
+    return verification.verified(model, settings, _hub(settings), report, device=device, convert=convert)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Evaluations by the name each model was given, the judged one's first; `known` are those that were stored."""
+
+    found: Mapping[str, ModelEvaluation]
+    known: frozenset[str]
+
+
+def whole_models(names: Sequence[str], settings: Settings, report: Show) -> dict[str, tuple[Path, str]]:
+    """By name each model's folder, and what stands for its bytes: a commit, or a digest of them.
+
+    Raises Refused for a name that is neither a folder nor a repo, Failed MODEL_UNLOADABLE for a folder without one.
+    """
+    from evaluators.content import content_digest
+
+    found = {}
+    for name in dict.fromkeys(names):
+        folder, identity = _whole_model(name, settings, report)
+        with translated():
+            found[name] = folder, identity or content_digest(folder)
+    return found
+
+
+def evaluate(
+    models: Mapping[str, tuple[Path, str]],
+    question: Question,
+    settings: Settings,
+    report: Show,
+    told: Callable[[str, Estimate], None],
+) -> Evaluated:
+    """The evaluation of every one of `whole_models`, asked alike; those that are stored are not made again.
+
+    `told` hears what each will take. Raises Failed as the harness does.
+    """
+    from bot.stages import evaluation
+
+    found: dict[str, ModelEvaluation] = {}
+    asked: set[str] = set()
+
+    def begun(model: str, ahead: Estimate) -> None:
+        asked.add(model)
+        told(model, ahead)
+
+    for model, (folder, identity) in models.items():
+        scratch = settings.scratch / "evaluate"
+        found[model] = evaluation.evaluate(
+            folder, model, question, settings, scratch, report, identity, functools.partial(begun, model)
+        )
+    return Evaluated(found, frozenset(found) - asked)
+
+
+def require_writable(file: Path, *, overwrite: bool) -> None:
+    """Refuse to write scores where something lies already, before anything is measured. Raises OUTPUT_EXISTS."""
+    there = [path for path in (file, file.with_suffix(".svg")) if path.exists()]
+    if file.is_dir() or (there and not overwrite):
+        raise Refused(
+            "OUTPUT_EXISTS", f"{there[0]} {'is a folder' if file.is_dir() else 'exists already'}.",
+            "Name another file." if file.is_dir() else "Add --overwrite to replace it, or name another file.",
+            value=str(file),
+        )  # fmt: skip
+
+
+def write_evaluations(
+    file: Path,
+    found: Mapping[str, ModelEvaluation],
+    comparison: Comparison | None,
+    looks: Mapping[str, Vitals],
+    settings: Settings,
+) -> list[Path]:
+    """The evaluations as JSON, the model's own first, each with the folder of its samples; the first looks, and the
+    comparison, which is also drawn, beside the file. Returns what was written."""
+    from evaluators.comparison.remarks import remarks
+    from evaluators.pictures.score_figure import score_figure
+
+    model, first = next(iter(found.items()))
+    told = {
+        "model": model,
+        "against": list(found)[1:],
+        "suite": first.suite,
+        "suite_digest": first.suite_digest,
+        "evaluations": {name: _as_dict(each, settings) for name, each in found.items()},
+        "first_look": {name: signs.as_dict() for name, signs in looks.items()},
+        "comparison": None if comparison is None else comparison.named(model).as_dict(),
+        "remarks": remarks(found),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told, indent=1) + "\n")
+    drawn = "" if comparison is None else score_figure(comparison, Path(model).name or model)
+    picture = file.with_suffix(".svg")
+    if not drawn:
+        picture.unlink(missing_ok=True)  # of what the file told before
+        return [file]
+    picture.write_text(drawn, encoding="utf-8")
+    return [file, picture]
+
+
+def _as_dict(evaluation: ModelEvaluation, settings: Settings) -> dict[str, object]:
+    from evaluators.harness.results import folder_of
+
+    return {
+        **evaluation.as_dict(),
+        "average": evaluation.average,
+        "average_interval95": evaluation.average_interval95,
+        "folder": str(folder_of(evaluation, settings.evaluations)),
+    }
+
+
+def model_folder(model: str, settings: Settings, report: Show) -> Path:
+    """The folder of a model named on the command line: a local one, or a Hub repo downloaded at its present commit."""
+    return _whole_model(model, settings, report)[0]
+
+
+def _whole_model(model: str, settings: Settings, report: Show) -> tuple[Path, str | None]:
+    """Its folder and, for a Hub repo, `repo@commit`, which names its bytes."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise Failed("MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Name a folder with a model in it.")
+        return sources.whole_folder(folder).resolve(), None
+    pinned = sources.operators_repo(model, None, _hub(settings))
+    hub = _hub(settings)()
+    into = settings.source_folder(pinned.repo, pinned.revision)
+    hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))
+    return into, f"{pinned.repo}@{pinned.revision}"
+
+
+def _hub(settings: Settings) -> Callable[[], Hub]:
+    """The Hub, only when a recipe names a repo: its client takes a second to import."""
+
+    @functools.cache
+    def hub() -> Hub:
+        from bot.hub import Hub
+
+        return Hub(settings.hub)
+
+    return hub

@@ -1,0 +1,195 @@
+"""The folder a merge is to fill: is it there already, can it be made, may it take the place of another?
+
+    OUT               whole or not there, as the engine leaves it
+    OUT.replacement   with `--overwrite` the new merge, until it is whole; it grows in OUT.replacement.partial
+    OUT.replaced      the old one, between the two renames that exchange them and while it is removed
+
+Killed between the renames, OUT is missing for once and both lie beside it: the next merge puts the old one back first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bot.errors import Refused
+from bot.merge.planning.output_names import MANIFEST, MANIFEST_SCHEMA, PROVENANCE
+from bot.merge.planning.plan import Plan
+from bot.stages.sources import Opened
+
+
+def folder_meant(out: Path) -> Path:
+    """`out` with a name of its own, and behind a link to a folder that folder: a merge grows beside it."""
+    return out.resolve() if out.name in ("", "..") or (out.is_symlink() and out.is_dir()) else out
+
+
+def holds(out: Path, made: Plan) -> bool:
+    """Whether `out` is the finished result of this plan, every file as long as it was written."""
+    told = _json(out / PROVENANCE)
+    try:
+        return bool(told["plan_digest"] == made.digest) and _whole(out, told["outputs"])
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def require_up_to_date(out: Path, made: Plan, opened: Opened) -> None:
+    """Refuse where a local source was changed after `out` was made from it: headers tell nothing of the numbers."""
+    finished = (out / PROVENANCE).stat().st_mtime_ns
+    for path in _read_files(made, opened):
+        if path.stat().st_ctime_ns > finished:
+            raise Refused(
+                "OUTPUT_EXISTS", f"{out} holds this merge, but {path} was changed after it was made.",
+                "Add --overwrite to merge again, or name another folder.", value=str(out),
+            )  # fmt: skip
+
+
+def place_for(out: Path, made: Plan, opened: Opened, *, overwrite: bool) -> Path:
+    """Where the engine is to merge to: `out`, or beside it what will take its place.
+
+    Raises Refused OUTPUT_EXISTS for a folder that is not ours to fill, OUTPUT_UNWRITABLE where none can be made.
+    """
+    _require_writable(out)
+    if not out.exists() and not out.is_symlink():
+        return out
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+        _require_removable(out)
+        return out
+    if not overwrite:
+        ours = _strange_file(out) is None
+        raise Refused(
+            "OUTPUT_EXISTS", f"{out} {'holds another merge' if ours else 'exists already'}.",
+            "Add --overwrite to replace it, or name another folder." if ours else "Name another folder, or remove it.",
+            value=str(out),
+        )  # fmt: skip
+    _require_ours(out)
+    if any(folder.resolve() == out.resolve() for folder in opened.folders.values()):
+        raise Refused("OUTPUT_EXISTS", f"{out} is a source of this merge.", "Name another folder.", value=str(out))
+    place = _beside(out, "replacement")
+    if place.exists():  # whole, and its process died before it took its place
+        _require_ours(place)
+        _clear(place)
+    return place
+
+
+def remove_empty(place: Path) -> None:
+    """An empty folder gives way to the one that is renamed to its name."""
+    with suppress(OSError):
+        place.rmdir()
+
+
+def put_in_place(place: Path, out: Path) -> None:
+    """Exchange `out` for the finished `place` beside it, and remove what it was."""
+    if place == out:
+        return
+    old = _beside(out, "replaced")
+    out.rename(old)
+    place.rename(out)
+    _sync(out.parent)
+    _clear(old)
+
+
+def settle(out: Path) -> None:
+    """Tidy up after a process that died while it exchanged two outputs: put the old one back, or finish removing it."""
+    old = _beside(out, "replaced")
+    if not old.is_dir() or _strange_file(old) is not None:
+        return
+    if out.exists():
+        _clear(old)
+    elif _whole(old, {entry["path"]: entry for entry in _json(old / MANIFEST)["files"]}):
+        old.rename(out)
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.name}.{what}")
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _whole(folder: Path, files: dict[str, Any]) -> bool:
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return all(sizes.get(name) == fact["bytes"] for name, fact in files.items())
+
+
+def _read_files(made: Plan, opened: Opened) -> Iterator[Path]:
+    """The files in local folders that a plan reads."""
+    for part in made.parts:
+        named = [(source.model.bare, file) for source in part.sources for file in source.headers]
+        for ref, file in [*named, *((copied.model, copied.file) for copied in part.copies)]:
+            if ref in opened.folders:
+                yield opened.folders[ref] / file
+
+
+def _require_writable(out: Path) -> None:
+    """Make a folder beside `out` and remove it again: a path like /proc/x looks writable and is not."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent)).rmdir()
+    except OSError as error:
+        raise Refused(
+            "OUTPUT_UNWRITABLE", f"{out} cannot be made: {os.strerror(error.errno or 0)}.",
+            "Name a folder where you may write.", value=str(out),
+        ) from None  # fmt: skip
+
+
+def _require_removable(empty: Path) -> None:
+    if empty.samefile(Path.cwd()) or os.path.ismount(empty):
+        what = "the folder you are in" if empty.samefile(Path.cwd()) else "where a disk is mounted"
+        raise Refused(
+            "OUTPUT_EXISTS", f"{empty} is {what}, and a merge makes its folder anew.",
+            f"Name a folder in it, such as {empty / 'merged'}.", value=str(empty),
+        )  # fmt: skip
+
+
+def _strange_file(folder: Path) -> str | None:
+    """A file that no merge of ours left in `folder` as far as its manifest tells, None when there is none."""
+    listed = _json(folder / MANIFEST)
+    names = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else [folder.name]
+    try:
+        known = {entry["path"] for entry in listed["files"]} if listed["schema"] == MANIFEST_SCHEMA else set()
+    except (KeyError, TypeError):
+        known = set()
+    return next((name for name in names if PROVENANCE not in known or name not in {*known, MANIFEST}), None)
+
+
+def _require_ours(out: Path) -> None:
+    strange = _strange_file(out)
+    if strange is not None:
+        raise Refused(
+            "OUTPUT_EXISTS", f"{out} holds {strange[:60]}, which no merge wrote, so --overwrite leaves it alone.",
+            "Move that away, or name another folder.", value=str(out),
+        )  # fmt: skip
+
+
+def _clear(folder: Path) -> None:
+    """Remove an output of ours; the manifest last, for it says whose the others are."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        path.unlink()
+    folder.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def new_folder(path: Path) -> Path:
+    """`path`, a folder that does not exist or is empty. Raises Refused OUTPUT_EXISTS."""
+    if path.is_dir() and not any(path.iterdir()):
+        return path
+    if path.exists():
+        what = "is there and not empty" if path.is_dir() else "is a file"
+        raise Refused("OUTPUT_EXISTS", f"{path} {what}.", "Name a new folder.", value=str(path))
+    return path

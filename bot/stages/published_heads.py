@@ -1,0 +1,60 @@
+"""The Medusa heads that a published merge carries: the best of its speed test, and the code that generates with them.
+
+medusa/medusa_lm_head.safetensors, config.json, training.json     the heads, and the tree to try
+custom_generate/generate.py                                       what transformers' `custom_generate` runs
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bot.jobs.job import PublishedFile
+from bot.stages.head_candidates import CARRIED, LIMIT_BYTES, SMALL_FILES
+from bot.stages.merged_heads import WEIGHTS
+
+# row of the speed report -> where the speed test left its heads
+FOLDERS = {"fresh": "heads", "merged": "merged_heads", "merged_tuned": "merged_tuned"}
+
+
+def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, PublishedFile]:
+    """Put what a repo carries into the new folder `into`: the heads that won the test, else the fresh ones.
+
+    `measured` is the folder of the speed test. Returns the files by their names in the repo; none where no heads were
+    trained, where the report is refused, or where they are larger than anybody would fetch.
+    """
+    from evaluators.medusa.formats import write_json
+    from evaluators.medusa.formats.carried import put_code
+    from evaluators.medusa.speed import conclusions
+
+    shutil.rmtree(into, ignore_errors=True)
+    name = conclusions.carried(speed, FOLDERS)
+    if name is None or not _fetchable(measured / FOLDERS[name] / WEIGHTS):
+        return {}
+    source = measured / FOLDERS[name]
+    heads = into / CARRIED
+    heads.mkdir(parents=True)
+    for file in (WEIGHTS, *SMALL_FILES):
+        if (source / file).is_file():
+            shutil.copyfile(source / file, heads / file)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("base_model_name_or_path", None)  # a path of this machine; the base is the repo they stand in
+    row = next(row for row in speed["candidates"] if row["id"] == name)
+    if paths := row["tree"]["paths"]:
+        config["mergebot_tree"] = paths
+    write_json(heads / "config.json", config)
+    put_code(into)
+    return {path.relative_to(into).as_posix(): _fact(path) for path in sorted(into.rglob("*")) if path.is_file()}
+
+
+def _fetchable(weights: Path) -> bool:
+    return weights.is_file() and weights.stat().st_size <= LIMIT_BYTES
+
+
+def _fact(path: Path) -> PublishedFile:
+    with path.open("rb") as stream:
+        return PublishedFile(path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())

@@ -1,0 +1,263 @@
+"""Verify a merged model: take its provenance at its word, do the work again, and name whatever differs.
+
+the model, as it lies there -> claim -> its sources, pinned -> plan -> fetch -> merge into scratch -> compare
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bot.errors import Failed, Refused
+from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, Files, LocalFiles
+from bot.merge.execution import verify
+from bot.merge.execution.verify import Claim, Difference
+from bot.merge.planning import plan, planner
+from bot.merge.planning.plan import NUMERICS_VERSION
+from bot.merge.recipe.spec import ModelRef
+from bot.progress import Show, named
+from bot.settings import Settings
+from bot.stages import sources
+
+if TYPE_CHECKING:
+    from bot.hub import Hub
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came out. `differences` is empty when everything is as the provenance says; `remarks` explain."""
+
+    model: str
+    tensors: int
+    bytes: int
+    differences: tuple[Difference, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        if not self.differences:
+            return f"{self.model} is what its provenance says: {self.tensors:,} tensors are the same, byte for byte."
+        tensors = sum(each.what == "tensor" for each in self.differences)
+        others = len(self.differences) - tensors
+        first = self.differences[0].sentence
+        return f"{self.model} is not what its provenance says ({tensors:,} tensors, {others:,} other things): {first}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict as plain JSON values."""
+        whole = {"model": self.model, "same": not self.differences, "tensors": self.tensors, "bytes": self.bytes}
+        return {**whole, "differences": [asdict(each) for each in self.differences], "remarks": list(self.remarks)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The model under examination, a folder or a repo at a commit."""
+
+    name: str
+    files: Files
+    sha256: Callable[[str], str | None]
+    on_hub: bool
+
+
+def verified(
+    model: str,
+    settings: Settings,
+    hub: Callable[[], Hub],
+    show: Show,
+    *,
+    device: str = "auto",
+    convert: Callable[[Path], Path] = lambda folder: folder,
+) -> Verdict:
+    """Merge the model in a folder or Hub repo (`owner/name[@revision]`) again and compare.
+
+    `convert` may put another folder in the place of a local source: that of its pickled weights as safetensors.
+    Raises Refused NOT_VERIFIABLE where there is nothing to go by, SOURCE_CHANGED_OR_GONE where a source is not what
+    it was, and whatever planning, fetching and merging raise.
+    """
+    subject = _subject(model, hub)
+    claim = verify.read_claim(subject.files)
+    _require_pinned(claim, subject)
+    seen, made = _planned_again(claim, hub, convert)
+    _require_same_folders(claim, seen, show)
+    subject = replace(subject, sha256=verify.bounded(made, subject.files, subject.sha256))
+    found = verify.against_listing(made, _listing(subject.files))
+    found += verify.against_files(claim, subject.sha256)
+    found += verify.against_plan(claim, made, subject.files)
+    here = sources.fetched(made, seen, hub, settings, show)
+    kind = _possible(claim.device if claim.device in ("cpu", "cuda") and device == "auto" else device)
+    folders = {ref: each.folder for ref, each in here.items()}
+    settings.scratch.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"verify-{made.digest[:16]}-", dir=settings.scratch))
+    try:
+        compare = _on_disk if subject.on_hub else _streaming
+        found += compare(made, folders, scratch, subject, kind, show)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    unique = tuple(dict.fromkeys(found))
+    return Verdict(subject.name, len(made.steps), made.bytes_out, unique, _remarks(claim, kind, bool(unique)))
+
+
+def _on_disk(
+    made: plan.Plan, folders: Mapping[ModelRef, Path], scratch: Path, subject: _Subject, device: str, show: Show
+) -> list[Difference]:
+    """Merge into scratch: of a repo only the shards whose hash differs are then read."""
+    from bot.merge.execution import stages
+
+    merged = stages.merge(made, folders, scratch / "model", device=device, progress=named(show, "Merging again"))
+    written = {name: fact.sha256 for name, fact in merged.files.items()}
+    shown = named(show, "Comparing")
+    return verify.against_merge(made, scratch / "model", subject.files, subject.sha256, written, shown)
+
+
+def _streaming(
+    made: plan.Plan, folders: Mapping[ModelRef, Path], scratch: Path, subject: _Subject, device: str, show: Show
+) -> list[Difference]:
+    """Merge into nothing but the comparison; only stages need room."""
+    from bot.merge.execution import engine
+    from bot.merge.execution.device import choose_devices
+
+    here = dict(folders)
+    for ref, stage in made.stages:
+        place = scratch / stage.digest[:32]
+        engine.merge(stage, here, place, device=device, progress=named(show, f"Merging {ref} again"))
+        here[ref] = place
+    sink = verify.Comparing(made, subject.files)
+    files = {ref: LocalFiles(folder) for ref, folder in here.items()}
+    shown = named(show, "Merging again and comparing")
+    engine.run_steps(made, files, sink, devices=choose_devices(device), progress=shown)
+    return sink.differences() + verify.against_copies(made, files, subject.sha256)
+
+
+def _subject(model: str, hub: Callable[[], Hub]) -> _Subject:
+    folder = Path(model)
+    if folder.is_dir():
+        local = LocalFiles(sources.whole_folder(folder))
+
+        @cache
+        def of_file(name: str) -> str | None:
+            return verify.hash_of(local, name)
+
+        return _Subject(model, local, of_file, on_hub=False)
+    name, _, revision = model.partition("@")
+    pinned = sources.operators_repo(name, revision or None, hub)
+    remote = hub().files(pinned.repo, pinned.revision)
+    named_by_commit = remote.sha256s()
+
+    @cache
+    def of_repo(path: str) -> str | None:
+        return named_by_commit.get(path) or verify.hash_of(remote, path)
+
+    return _Subject(f"{pinned.repo}@{pinned.revision[:7]}", remote, of_repo, on_hub=True)
+
+
+def _listing(files: Files) -> list[str]:
+    """The names of all files; of a folder those at its top, and its folders with a slash."""
+    if not isinstance(files, LocalFiles):
+        return list(files.sizes())
+    top = [name for name in files.sizes() if "/" not in name]
+    return [*top, *(f"{each.name}/" for each in files.path.iterdir() if each.is_dir())]
+
+
+def _require_pinned(claim: Claim, subject: _Subject) -> None:
+    """A stranger's file must not make us look into folders of this machine, nor at whatever a branch holds today."""
+    loose = [ref for ref in claim.recipe.repos if not _COMMIT.fullmatch(ref.revision or "")]
+    if loose and subject.on_hub:
+        raise Refused(
+            "NOT_VERIFIABLE", f"{subject.name} was merged from {loose[0]}, which names no commit on the Hub.",
+            "Ask its author for the sources.", value=str(loose[0]),
+        )  # fmt: skip
+    gone = next((ref for ref in loose if ref.revision is None and not Path(ref.path).is_dir()), None)
+    if gone is not None:
+        raise Refused(
+            "SOURCE_CHANGED_OR_GONE", f"The folder {gone} that it was merged from is not here.",
+            "Run this where the sources lie, from the same folder as the merge.", value=str(gone),
+        )  # fmt: skip
+
+
+def _planned_again(
+    claim: Claim, hub: Callable[[], Hub], convert: Callable[[Path], Path]
+) -> tuple[sources.Opened, plan.Plan]:
+    """The plan as the operator makes it, or as a stranger's request is planned: the one whose digest is claimed."""
+    made: list[tuple[sources.Opened, plan.Plan]] = []
+    every_ref_on_hub = all(ref.revision for ref in claim.recipe.repos)
+    for limits in (OPERATOR, STRANGER) if every_ref_on_hub else (OPERATOR,):
+        seen = sources.opened(claim.recipe, hub, limits=limits, convert=convert)
+        again = planner.make(
+            seen.recipe, seen.sources, seed=claim.seed, shard_limit_bytes=claim.shard_limit_bytes, limits=limits
+        )
+        if again.digest == claim.plan_digest and set(_files(again)) <= set(claim.outputs):
+            return seen, again
+        made.append((seen, again))
+    return made[0]
+
+
+def _files(made: plan.Plan) -> list[str]:
+    return [*(copied.file for copied in made.copies), *made.texts, *(shard.file for shard in made.shards)]
+
+
+def _require_same_folders(claim: Claim, seen: sources.Opened, show: Show) -> None:
+    """Folders carry no commit: their files are hashed. Raises Refused SOURCE_CHANGED_OR_GONE."""
+    local = [ref for ref in seen.sources if ref not in seen.repos]
+    for number, ref in enumerate(local):
+        show("Checking the sources", number, len(local))
+        folder = LocalFiles(seen.folders[ref])
+        for name, fact in claim.sources.get(str(ref), {}).items():
+            if "sha256" in fact and verify.hash_of(folder, name) != fact["sha256"]:
+                raise Refused(
+                    "SOURCE_CHANGED_OR_GONE", f"{name} of {ref} is not the file that was merged.",
+                    "Put the original back, then verify again.", value=str(ref),
+                )  # fmt: skip
+
+
+def _possible(device: str) -> str:
+    """The device of the claim, or the CPU where there is none of its kind."""
+    from bot.merge.execution import engine
+
+    try:
+        return engine.choose_device(device).type
+    except Refused:
+        return "cpu"
+
+
+def _remarks(claim: Claim, device: str, differs: bool) -> tuple[str, ...]:
+    import torch
+
+    out = []
+    if claim.numerics != NUMERICS_VERSION:
+        out.append(f"It was merged by numerics version {claim.numerics}; this is version {NUMERICS_VERSION}.")
+    if claim.device != device:
+        out.append(f"It was merged on {claim.device} and verified on {device}.")
+    if claim.torch != torch.__version__:
+        out.append(f"It was merged with torch {claim.torch} and verified with {torch.__version__}.")
+    if out and differs:
+        out.append("Bytes may then differ in the last bit: compare the largest differences, given in ulp.")
+    unhashed = [ref for ref, files in claim.sources.items() if _only_headers(files)]
+    if unhashed and differs:
+        out.append(
+            f"The bytes of {_some(unhashed)} were not recorded, so a changed source looks like a changed result: "
+            "merge with --hash-sources to tell them apart."
+        )
+    return tuple(out)
+
+
+def _some(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`, `a, b, c and 2 more`."""
+    shown = [*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if shown[:-1] else shown)
+
+
+def _only_headers(files: Mapping[str, Mapping[str, object]]) -> bool:
+    return any(fact.get("verified") == "header" for fact in files.values())
+
+
+def require_same(verdict: Verdict) -> None:
+    """Raise Failed NOT_THE_SAME unless nothing differs: so a command ends with status 1 and one sentence."""
+    if verdict.differences:
+        raise Failed("NOT_THE_SAME", verdict.sentence, "")

@@ -1,0 +1,105 @@
+"""Files that survive a crash: atomic writes, fsync, file locks, SHA-256 of a file, journal lines, sizes as text."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+IN_PARTS = ".ranges"  # a folder that holds this holds parts of files only
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON in one step."""
+    write_atomic(path, json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1).encode())
+
+
+def read_json(path: Path) -> Any | None:
+    """The value stored at `path`, or None where nothing is."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def exclusive(lock_file: Path) -> Iterator[None]:
+    """Hold one lock, against other threads and other processes alike (each call opens its own descriptor)."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, 64 hex characters."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def journal_line(entry: Mapping[str, object]) -> bytes:
+    """A line of a journal: the entry as JSON, a space, and the CRC-32 of the JSON."""
+    text = json.dumps(entry).encode()
+    return b"%s %08x\n" % (text, zlib.crc32(text))
+
+
+def journal_entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of a journal line; None if the line was cut or damaged."""
+    text, _, crc = line.removesuffix(b"\n").rpartition(b" ")
+    if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
+        return None
+    return dict(json.loads(text))
+
+
+def size_text(size_bytes: float) -> str:
+    """A number of bytes for people: `282 GB`, `1.3 GB`, `270 MB`, `6 kB`, `12 bytes`."""
+    if size_bytes >= 10_000_000_000:
+        return f"{size_bytes / 1e9:,.0f} GB"
+    if size_bytes >= 1_000_000_000:
+        return f"{size_bytes / 1e9:.1f} GB"
+    if size_bytes >= 1_000_000:
+        return f"{size_bytes / 1e6:,.0f} MB"
+    return f"{size_bytes / 1e3:,.0f} kB" if size_bytes >= 1000 else f"{size_bytes:.0f} bytes"
