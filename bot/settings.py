@@ -60,36 +60,38 @@ class Settings(BaseSettings):
     )
     database: str | None = Field(default=None, description="SQLAlchemy address; default: SQLite in `home`")
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    slots: int = Field(default=1, ge=1, description="jobs at work at the same time")
-    attempts: int = Field(default=3, ge=1)
-    lease_s: float = Field(default=120.0, gt=0)
-    poll_s: float = Field(default=60.0, gt=0, description="how often tagged repos are looked for")
-    tick_s: float = Field(default=1.0, gt=0, description="how often the queue is looked at")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where merges and evaluations run")
+    slots: int = Field(default=1, ge=1, description="jobs that run at the same time")
+    attempts: int = Field(default=3, ge=1, description="tries of a stage before its job fails")
+    lease_s: float = Field(default=120.0, gt=0, description="seconds after which a silent worker loses its job")
+    poll_s: float = Field(default=60.0, gt=0, description="seconds between two polls for tagged repos")
+    tick_s: float = Field(default=1.0, gt=0, description="seconds between two looks at the queue")
 
-    open_requests_per_person: int = Field(default=3, ge=1)
-    requests_per_person_and_day: int = Field(default=20, ge=1)
-    queue_limit: int = Field(default=1000, ge=1)
-    disk_limit_bytes: int = Field(default=120_000_000_000, gt=0)
-    memory_limit_bytes: int = Field(default=64_000_000_000, gt=0)
-    merge_timeout_s: float = Field(default=4 * 3600, gt=0)
-    evaluate_timeout_s: float = Field(default=8 * 3600, gt=0)
-    publish_timeout_s: float = Field(default=2 * 3600, gt=0)
+    open_requests_per_person: int = Field(default=3, ge=1, description="unfinished requests per person")
+    requests_per_person_and_day: int = Field(default=20, ge=1, description="requests per person and day")
+    queue_limit: int = Field(default=1000, ge=1, description="unfinished jobs in all")
+    disk_limit_bytes: int = Field(default=120_000_000_000, gt=0, description="disk space of one job")
+    memory_limit_bytes: int = Field(default=64_000_000_000, gt=0, description="memory of one job")
+    merge_timeout_s: float = Field(default=4 * 3600, gt=0, description="time limit of the merge stage")
+    evaluate_timeout_s: float = Field(default=8 * 3600, gt=0, description="time limit of the evaluate stage")
+    publish_timeout_s: float = Field(default=2 * 3600, gt=0, description="time limit of the publish stage")
 
-    suite: str = Field(default="quick", description="suite the form starts with")
+    suite: str = Field(default="quick", description="suite that the form offers first")
     first_stage: int = Field(
         default=0,
         ge=0,
-        description="questions a task after which a merge that cannot win is stopped; 0 never stops one",
+        description="questions per task after which a merge that cannot win is stopped; 0: never",
     )
-    first_stage_margin: float = Field(default=0.0, ge=-1, le=1, description="how much better than each source is a win")
+    first_stage_margin: float = Field(
+        default=0.0, ge=-1, le=1, description="lead over each source that counts as a win"
+    )
     first_stage_error: float = Field(default=0.05, gt=0, lt=1, description="share of winning merges stopped, at most")
     speed_budget_s: float = Field(default=600.0, gt=0, description="time for heads, calibration and the speed test")
-    speed_questions: int = Field(default=16, ge=1)
-    speed_new_tokens: int = Field(default=48, ge=8)
+    speed_questions: int = Field(default=16, ge=1, description="questions of the speed test")
+    speed_new_tokens: int = Field(default=48, ge=8, description="new tokens per answer of the speed test")
 
-    webhook_secret: SecretStr | None = None
-    public: bool = Field(default=False, description="strangers can reach the Space: login is required")
+    webhook_secret: SecretStr | None = Field(default=None, description="not used yet")
+    public: bool = Field(default=False, description="the Space is open to everybody: visitors must log in")
     schedule: bool = Field(
         default=True, description="the Space runs the jobs too; off where a scheduler runs elsewhere"
     )
@@ -136,6 +138,16 @@ class Settings(BaseSettings):
         return self.publish_token_file.read_text().strip()
 
 
+def settings_page() -> str:
+    """Markdown of docs/settings.md: a row per setting."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None or field.default_factory is not None else f"`{field.default}`"
+        rows.append(f"| `MERGEBOT_{name.upper()}` | {default} | {field.description} |")
+    head = "# Settings\n\nEnvironment variables. Generated from `bot/settings.py`.\n\n"
+    return "\n".join([f"{head}| variable | default | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
 def activate(settings: Settings) -> None:
     """Put this process, and what it imports from here on, under `settings`.
 
@@ -178,7 +190,7 @@ def _client_environment(settings: Settings) -> dict[str, str]:
 
 
 def crashpoint(name: str, k: int | None = None) -> None:
-    """Die here, as if the power failed, when `MERGEBOT_CRASH_AT` is `name` or `name:k` (tests of safety.md 7).
+    """Die here, as if the power failed, when `MERGEBOT_CRASH_AT` is `name` or `name:k` (tests of reliability.md 7).
 
     With `MERGEBOT_CRASH_ONCE` a file's name, only the process that makes this file dies; the next one passes.
     """

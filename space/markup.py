@@ -1,7 +1,7 @@
 """HTML from values. Text is escaped unless it was made here, so no page can forget to.
 
 `tag("p", "5 < 6")` -> `<p>5 &lt; 6</p>`. Control, bidirectional and zero-width characters of strangers are dropped
-(safety.md 4.6): they can make one name look like another.
+(reliability.md 4.6): they can make one name look like another.
 """
 
 from __future__ import annotations

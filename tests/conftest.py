@@ -28,7 +28,7 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_foreign_hosts() -> Iterator[None]:
-    """Fail any test that resolves a host other than this machine (safety.md, side traffic)."""
+    """Fail any test that resolves a host other than this machine (reliability.md, side traffic)."""
     real = socket.getaddrinfo
 
     def guarded(host: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from bot import localhub
 from bot.cli.main import app
 from bot.merge.methods.__main__ import page
+from bot.settings import settings_page
 from bot.stages.suite_file import chosen
 from tests import family
 from tests.evaluators import tiny_harness
@@ -115,6 +116,22 @@ def test_every_command_and_the_suite_file_of_the_evaluation_pages_run(workplace:
 
 def test_the_table_of_methods_is_the_registry() -> None:
     assert (REPO / "docs" / "methods.md").read_text() == page(), "python -m bot.merge.methods > docs/methods.md"
+
+
+def test_the_table_of_settings_is_generated() -> None:
+    assert (REPO / "docs" / "settings.md").read_text() == settings_page(), "bot.settings.settings_page()"
+
+
+def test_references_to_design_documents_lead_to_a_section() -> None:
+    design = REPO / "docs" / "design"
+    found = 0
+    for folder in ("bot", "evaluators", "space", "tests", "benchmarks"):
+        for file in (REPO / folder).rglob("*.py"):
+            for name, number in re.findall(r"\b(\w+)\.md`? (\d+(?:\.\d+)*)", file.read_text()):
+                headings = re.findall(r"^#+ (\d+(?:\.\d+)*)\b", (design / f"{name}.md").read_text(), re.MULTILINE)
+                assert number in headings, f"{file}: {name}.md {number}"
+                found += 1
+    assert found > 50
 
 
 def test_every_verb_and_path_the_documents_name_is_there() -> None:

@@ -1,4 +1,4 @@
-"""Hold one merged folder against another, tensor by tensor and token by token (merging.md section 9)."""
+"""Hold one merged folder against another, tensor by tensor and token by token (merging.md 6)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class User:
 
 
 def check_repo_id(repo: str) -> str:
-    """`owner/name`, or Refused NOT_A_REPO_ID (safety.md 4.3): asked before anything else looks at the text."""
+    """`owner/name`, or Refused NOT_A_REPO_ID (reliability.md 4.3): asked before anything else looks at the text."""
     if not _ID.fullmatch(repo) or "--" in repo or ".." in repo or repo.endswith(".git"):
         raise Refused(
             "NOT_A_REPO_ID",
@@ -181,7 +181,7 @@ class Hub:
 
         return self._line.ask(f"the list of repos tagged {tag}", deed)
 
-    # -- writing: none of these is repeated blindly; the caller looks first (safety.md 6.2)
+    # -- writing: none of these is repeated blindly; the caller looks first (reliability.md 6.2)
 
     def create_private(self, repo: str, repo_type: str = "model") -> None:
         """Make sure the repo exists; one that exists keeps its visibility (`make_public` and `resolve` tell)."""
@@ -279,7 +279,7 @@ class Hub:
         except Refused as error:
             if error.code != "HUB_FORBIDDEN":
                 raise
-            # safety.md 8.2: a token that lost its rights must not fail anybody's job
+            # reliability.md 8.2: a token that lost its rights must not fail anybody's job
             raise Transient(
                 "PUBLISHING_PAUSED", f"The Hub does not accept our token for {about}.",
                 "Publishing waits until the operator has renewed it.", retry_after_s=600,

@@ -30,7 +30,7 @@ from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.checkpoints.weight_files import INDEX, weight_file
 from bot.storage import size_text
 
-# safety.md 5, row 1: what of a source is ever written to our disk. Only files at the top of the repo.
+# reliability.md 5: what of a source is ever written to our disk. Only files at the top of the repo.
 ALLOWED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", *TOKENIZER_FILES, *OTHER_FILES,
 )  # fmt: skip

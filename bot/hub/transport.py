@@ -3,7 +3,7 @@
 huggingface_hub shares one HTTP client per process, by default without any timeout; its own retries obey `Retry-After`
 without bound (hub.md 8.1). The factory installed here adds timeouts for everybody. Within a `Line.ask`, hooks stop what
 the library would sit out: an answer that asks to come back later, a lost connection and a passed deadline become
-exceptions its retry loop does not catch, so that all waiting is decided in one place, by safety.md 8.2.
+exceptions its retry loop does not catch, so that all waiting is decided in one place, by reliability.md 8.2.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAX_TRIES, FIRST_WAIT_S, LONGEST_WAIT_S = 6, 1.0, 60.0
 INVALID_ANSWER_TRIES = 3
 _LONGEST_ASKED_S = 24 * 3600
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
-# Where the live Hub keeps large files (unverified list; safety.md 5, row 6). A local Hub keeps them itself.
+# Where the live Hub keeps large files (unverified list; reliability.md 5). A local Hub keeps them itself.
 _STORAGE = (".huggingface.co", ".hf.co", ".amazonaws.com")
 
 

@@ -5,7 +5,7 @@
     add_user(root, ...)    users, organisations, tokens          (users.py)
     seed(root, folder)     repos from a folder                   (seeding.py)
 
-hub.md section 5 is its contract; storage.py draws what lies on disk.
+hub.md 5 is its contract; storage.py draws what lies on disk.
 """
 
 from bot.localhub.app import LocalHub, create_app

@@ -1,7 +1,7 @@
 """The publisher: makes a repo exist exactly once, under a lease. The only process that holds the write token.
 
 It imports no torch, no transformers, no templates and reads no stranger's YAML: it gets finished texts and a manifest,
-hashes bytes and uploads them. The steps are those of safety.md 6.2; every one may be repeated after a crash.
+hashes bytes and uploads them. The steps are those of reliability.md 6.2; every one may be repeated after a crash.
 
     P1 re-hash   P2 create the repo, read the marker   P3 upload   P4 ONE commit   P5 read back   P6 make public
 """

@@ -81,7 +81,7 @@ def _source(repo: PinnedRepo, source: sources.Source) -> Source:
 
 
 def _require_open(source: PinnedRepo) -> None:
-    """A merge is published for everybody, so its sources must be there for everybody (safety.md 5, row 19)."""
+    """A merge is published for everybody, so its sources must be there for everybody (reliability.md 5)."""
     if source.gated or source.private:
         kind = "gated" if source.gated else "private"
         raise Refused(

@@ -52,7 +52,7 @@ class RunningHub:
         return token_of(user)
 
     def env(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """The environment of hub.md section 7; `home` holds the child's caches."""
+        """The environment of hub.md 7; `home` holds the child's caches."""
         kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
         settings = {
             "HF_ENDPOINT": self.url,

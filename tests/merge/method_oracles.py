@@ -1,6 +1,6 @@
 """Every merge method once more, slowly, in float64, element by element where that is clearest.
 
-Written from merging.md section 2 and independent of `bot.merge.methods`: flat Python lists and plain loops, no
+Written from merging.md 2 and independent of `bot.merge.methods`: flat Python lists and plain loops, no
 selection by threshold, no coefficient space. Inputs are numpy arrays of one shape, in float64 if not said otherwise.
 """
 

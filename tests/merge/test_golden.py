@@ -1,4 +1,4 @@
-"""Every golden recipe agrees with what mergekit 0.1.5 made of it (merging.md section 9)."""
+"""Every golden recipe agrees with what mergekit 0.1.5 made of it (merging.md 6)."""
 
 from __future__ import annotations
 

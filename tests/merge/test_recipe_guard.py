@@ -1,4 +1,4 @@
-"""Texts made to hurt the parser are stopped early, safety.md 3.1."""
+"""Texts made to hurt the parser are stopped early, reliability.md 3.1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed at any call to the system, a merge continues and ends with the same bytes (tough case 3, merging.md 9)."""
+"""Killed at any call to the system, a merge continues and ends with the same bytes (tough case 3, merging.md 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory grows with pieces, not with tensors or models (tough case 4 of merging.md section 9), scaled down.
+"""Memory grows with pieces, not with tensors or models (tough case 4 of merging.md 6), scaled down.
 
 A child process merges one tensor under a limit on what it may allocate. The limit leaves room for the interpreter,
 for torch and for pieces, not for a single copy of the tensor: the same limit is shown to break such a copy.

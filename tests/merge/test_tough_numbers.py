@@ -1,4 +1,4 @@
-"""Numbers: the float64 truth rounded once, and values that are not finite (tough cases 2 and 9, merging.md 9)."""
+"""Numbers: the float64 truth rounded once, and values that are not finite (tough cases 2 and 9, merging.md 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeded masks (tough case 5, merging.md 9): a draw belongs to seed, source and tensor, and to nothing else."""
+"""Seeded masks (tough case 5, merging.md 6): a draw belongs to seed, source and tensor, and to nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices (tough case 10 of merging.md section 9): who gives what where a stack is put together from parts."""
+"""Slices (tough case 10 of merging.md 6): who gives what where a stack is put together from parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A family nobody knows (tough case 8 of merging.md section 9): other names, no class, layers of differing shapes."""
+"""A family nobody knows (tough case 8 of merging.md 6): other names, no class, layers of differing shapes."""
 
 from __future__ import annotations
 

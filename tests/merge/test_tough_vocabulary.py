@@ -1,4 +1,4 @@
-"""A mess of vocabularies with real tokenizers (tough case 7 of merging.md section 9), as in practice, scaled down.
+"""A mess of vocabularies with real tokenizers (tough case 7 of merging.md 6), as in practice, scaled down.
 
 `base` is padded, `more` has seven tokens more and its ids permuted, `tied` has no head and an id beyond its matrix.
 """

@@ -1,7 +1,7 @@
 """A checkpoint seen through its headers: config, tensors, shards. No weight is read here and no torch imported.
 
 `Files` is the only way to its bytes, so a folder and a Hub repo at a commit (`bot.hub`) look the same. Rules:
-safety.md 4.2 and 4.3; what is refused: pickled weights, truncated or hostile headers, shard names that leave the
+reliability.md 4.2 and 4.3; what is refused: pickled weights, truncated or hostile headers, shard names that leave the
 folder, quantised weights.
 """
 

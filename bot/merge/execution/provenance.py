@@ -1,4 +1,6 @@
-"""What a merge was made of and what it made: merge_provenance.json and manifest.json. merging.md 3.3, safety.md 6.1.
+"""merge_provenance.json (sources, settings and results of a merge) and manifest.json (its files).
+
+merging.md 3.3, reliability.md 6.1.
 
 No clock and no host: equal work in an equal environment gives equal files.
 """

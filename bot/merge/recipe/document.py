@@ -218,5 +218,5 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether `name` is owner/name as the Hub spells ids (safety.md 4.3)."""
+    """Whether `name` is owner/name as the Hub spells ids (reliability.md 4.3)."""
     return bool(_REPO_ID.fullmatch(name)) and "--" not in name and ".." not in name and not name.endswith(".git")

@@ -1,7 +1,7 @@
 """mergekit YAML -> Recipe, behind a guard that no recipe can get past by being large, deep or clever.
 
 The text is read as a stream of events and every limit holds while it streams; no YAML loader ever constructs a
-value. The tree that results goes through `grammar.py`. Threats and limits: safety.md 3.1, 4.1.
+value. The tree that results goes through `grammar.py`. Threats and limits: reliability.md 3.1, 4.1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse(
 ) -> Recipe:
     """Read a recipe, or refuse it with file, line, YAML path and the nearest valid name.
 
-    `stranger` applies the limits of safety.md 4.1 and takes model names only as owner/name[@revision].
+    `stranger` applies the limits of reliability.md 4.1 and takes model names only as owner/name[@revision].
     `unknown_keys="ignore"` turns unknown keys into notices. Raises `bot.errors.Refused`.
     """
     if trust == "operator":

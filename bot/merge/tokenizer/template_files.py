@@ -1,7 +1,7 @@
 """The chat templates in the files of a model that is published: kept where they are known, left out where not.
 
-A template is a program of its author's that runs wherever the model is used (safety.md 4.5). It is judged by its text,
-whichever file holds it.
+A template is a program that runs wherever the model is used (reliability.md 4.5). It is judged by its text, in
+whatever file it stands.
 """
 
 from __future__ import annotations
