@@ -145,3 +145,15 @@ def test_every_verb_and_path_the_documents_name_is_there() -> None:
     )
     assert len(paths) > 10
     assert [path for path in paths if not any(REPO.glob(f"{path.rstrip('/')}*"))] == []
+
+
+def test_every_attack_of_the_page_is_a_test() -> None:
+    page = (REPO / "tests" / "attacks" / "README.md").read_text()
+    file = ""
+    found = re.findall(r"`(tests/[\w/]+\.py|test_\w+)`", page)
+    assert len(found) > 40
+    for name in found:
+        if name.startswith("tests/"):
+            file = (REPO / name).read_text()
+        else:
+            assert f"def {name}(" in file, name

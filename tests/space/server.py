@@ -42,7 +42,7 @@ def running_space(home: Path, hub: str, *, log: Path, environment: Mapping[str, 
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait(address, process, log)
+        wait_for(address, process, log)
         yield address
     finally:
         process.terminate()
@@ -53,7 +53,8 @@ def running_space(home: Path, hub: str, *, log: Path, environment: Mapping[str, 
             process.wait()
 
 
-def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once `/healthz` answers."""
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if process.poll() is not None:

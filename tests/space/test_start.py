@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urljoin
 
 import pytest
+import yaml
 from gradio_client import Client
 
 from bot.jobs.queue import Queue
@@ -21,7 +22,7 @@ from bot.localhub import seed
 from tests.localhub.server import running_hub
 from tests.space import exhibits
 from tests.space.conftest import Stage
-from tests.space.server import REPO, running_space
+from tests.space.server import REPO, running_space, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -140,3 +141,33 @@ def test_an_address_that_is_taken_is_not_announced(tmp_path: Path) -> None:
         done = start("from bot.cli.main import main; main()", tmp_path, argv=argv)
     assert done.returncode != 0 and "http://" not in done.stdout
     assert "Nothing can be published: MERGEBOT_PUBLISH_TOKEN_FILE is not set." in done.stderr
+
+
+def test_the_metadata_of_the_space_asks_for_logins_and_the_pinned_gradio() -> None:
+    _, metadata, _ = (REPO / "space" / "README.md").read_text().split("---\n", 2)
+    read = yaml.safe_load(metadata)
+    assert read["sdk"] == "gradio" and read["app_file"] == "app.py" and read["hf_oauth"] is True
+    assert f"gradio=={read['sdk_version']}" in (REPO / "constraints.txt").read_text().splitlines()
+    assert read["python_version"] == "3.11" and len(read["short_description"]) <= 60
+
+
+def test_a_copy_of_the_entry_point_serves_the_space(tmp_path: Path) -> None:
+    app = tmp_path / "app.py"
+    app.write_bytes((REPO / "space" / "__main__.py").read_bytes())
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+    settings = {"MERGEBOT_HOME": str(tmp_path), "MERGEBOT_HUB": "http://127.0.0.1:9", "MERGEBOT_SCHEDULE": "false"}
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(app), str(port)],
+            env=kept | settings | {"PYTHONPATH": str(REPO)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}", process, log)
+    finally:
+        process.terminate()
+        process.wait(20)
