@@ -188,7 +188,7 @@ def measure(subject: Subject, limits: Limits, repeats: int) -> Figures:
     base = subject.base
     runner = _runner(base)
     candidates = [bench.Candidate(str(nodes), subject.drafter, greedy_tree(subject.accuracy, nodes)) for nodes in NODES]
-    blocks = bench.run_blocks(base, candidates, subject.questions, limits, runner=runner, repeats=repeats)
+    blocks = bench.run_blocks(runner, candidates, subject.questions, limits, bench.Schedule(repeats))
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     attention = base.model.config._attn_implementation
     return Figures(subject.name, parameters, runner.execution, attention, subject.accuracy, blocks)
@@ -206,7 +206,7 @@ def _others(subject: Subject, limits: Limits, into: Figures) -> None:
     """The growing cache and transformers' own loops, with the library's attention; medians, the first call warms up."""
     base = subject.base
     base.model.set_attn_implementation("sdpa")
-    blocks = bench.run_blocks(base, [], subject.questions, limits, runner=EagerRunner(base))
+    blocks = bench.run_blocks(EagerRunner(base), [], subject.questions, limits)
     rates = [len(t.tokens) / bench.end_to_end_s(t) for block in blocks for t in block.plain]
     into.others["plain loop, growing cache, eager"] = statistics.median(rates)
     for name, cache in OTHERS.items():

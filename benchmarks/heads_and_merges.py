@@ -271,9 +271,16 @@ def _time(family: Family, cache: Path, prompts: Path | None, budget_s: float) ->
         for ref, heads in family.heads.items()
     ]
     return medusa.measure(
-        merged, cache / "timed", prompts=prompts, budget_s=budget_s, questions=TIMED_QUESTIONS,
-        max_new_tokens=TIMED_TOKENS, given=[*given, medusa.Given("merged", "merged", folder)],
-    )  # fmt: skip
+        merged,
+        cache / "timed",
+        medusa.SpeedOptions(
+            prompts=prompts,
+            budget_s=budget_s,
+            questions=TIMED_QUESTIONS,
+            max_new_tokens=TIMED_TOKENS,
+            given=[*given, medusa.Given("merged", "merged", folder)],
+        ),
+    )
 
 
 def _row(

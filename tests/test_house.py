@@ -92,8 +92,6 @@ MANY_PARAMETERS = frozenset(
         "bot/stages/evaluation.py:evaluate",
         "bot/stages/local_runs.py:merge",
         "evaluators/harness/evaluation.py:evaluate",
-        "evaluators/medusa/speed/bench.py:run_blocks",
-        "evaluators/medusa/speed/evaluation.py:measure",
     }
 )
 # processes that read untrusted requests or hold the token start without these

@@ -46,6 +46,7 @@ def bench(
     from bot.cli import medusa_output, output
     from bot.stages import head_training, local_runs, speed_test
     from bot.stages.head_candidates import by_hand, require_folder
+    from evaluators.medusa import SpeedOptions
 
     kind = options.one_of("--dtype", dtype, options.PRECISIONS)
     for folder in heads or ():
@@ -56,8 +57,8 @@ def bench(
     with output.progress() as shown:
         found = local_runs.model_folder(model, configured, shown)
         given = by_hand(found, heads or (), parent or (), beside, configured, seed)
-        asked = speed_test.Speed(prompts, budget_s, questions, new_tokens, turns, given, kind, tree)
-        report = speed_test.bench(found, beside, asked, configured, shown, seed=seed)
+        test = SpeedOptions(prompts, budget_s, questions, new_tokens, turns, seed, given=given, dtype=kind, tree=tree)
+        report = speed_test.bench(found, beside, test, configured, shown)
     medusa_output.speed(report, _at(out, beside))
 
 

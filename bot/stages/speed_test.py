@@ -1,8 +1,8 @@
-"""Between the job and the speed test: which heads are tried on which folder, with which questions, for how long."""
+"""Runs the Medusa speed test of a job or a command."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,40 +12,30 @@ from bot.settings import Settings
 from bot.stages.evaluator_errors import translated
 
 if TYPE_CHECKING:
-    from evaluators.medusa import Given
+    from evaluators.medusa import SpeedOptions
 
 
-SEED = 0  # of every merge, so that their speed tests draw alike
+SEED = 0  # the same for every merge, so that their speed tests draw the same numbers
 
 
 def of_merge(out: Path, sources: tuple[Source, ...], settings: Settings, scratch: Path, report: Show) -> dict[str, Any]:
-    """The Medusa report of the merged model, with its sentence for people; its sources' heads are tried where there
-    are any."""
+    """Return the Medusa report of the merged model, with its summary sentence; includes the heads of its sources."""
     from bot.hub import Hub
     from bot.stages import head_candidates
+    from evaluators.medusa import SpeedOptions
 
-    given = head_candidates.of_job(out, sources, scratch / "medusa", settings, Hub(settings.hub), SEED)
-    asked = Speed(None, settings.speed_budget_s, settings.speed_questions, settings.speed_new_tokens, given=given)
-    return bench(out, scratch / "medusa", asked, settings, report, seed=SEED)
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """What to time: questions (built in without a file), how many, of how many turns, which heads there are, and the
-    file of the tree to time, if it is not to be chosen."""
-
-    prompts: Path | None = None
-    budget_s: float = 600.0
-    questions: int = 16
-    new_tokens: int = 48
-    turns: int = 1
-    given: tuple[Given, ...] = ()
-    dtype: str = "auto"
-    tree: Path | None = None
+    options = SpeedOptions(
+        budget_s=settings.speed_budget_s,
+        questions=settings.speed_questions,
+        max_new_tokens=settings.speed_new_tokens,
+        seed=SEED,
+        given=head_candidates.of_job(out, sources, scratch / "medusa", settings, Hub(settings.hub), SEED),
+    )
+    return bench(out, scratch / "medusa", options, settings, report)
 
 
-def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Show, *, seed: int = 0) -> dict[str, Any]:
-    """Train heads on the model in `folder`, unless some are given, and time decoding with them. Raises Failed."""
+def bench(folder: Path, out: Path, options: SpeedOptions, settings: Settings, report: Show) -> dict[str, Any]:
+    """Time decoding of the model in `folder` with Medusa heads on the device of the settings. Raises Failed."""
     from bot.merge.execution.engine import choose_device
     from evaluators import medusa
 
@@ -53,16 +43,7 @@ def bench(folder: Path, out: Path, asked: Speed, settings: Settings, report: Sho
         measured = medusa.measure(
             folder,
             out,
-            prompts=asked.prompts,
-            budget_s=asked.budget_s,
-            questions=asked.questions,
-            max_new_tokens=asked.new_tokens,
-            turns=asked.turns,
-            seed=seed,
-            device=choose_device(settings.device).type,
-            given=asked.given,
-            dtype=asked.dtype,
-            tree=asked.tree,
+            replace(options, device=choose_device(settings.device).type),
             progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
         )
     return {**measured, "sentence": medusa.sentence(measured)}

@@ -18,12 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluators.medusa.speed.evaluation import measure
+    from evaluators.medusa.speed.options import SpeedOptions
     from evaluators.medusa.speed.report import sentence
     from evaluators.medusa.speed.transfer import Given
 
-__all__ = ["Given", "measure", "sentence"]
+__all__ = ["Given", "SpeedOptions", "measure", "sentence"]
 
-_HOMES = {"Given": "speed.transfer", "measure": "speed.evaluation", "sentence": "speed.report"}
+_HOMES = {
+    "Given": "speed.transfer",
+    "SpeedOptions": "speed.options",
+    "measure": "speed.evaluation",
+    "sentence": "speed.report",
+}
 
 
 def __getattr__(name: str) -> Any:

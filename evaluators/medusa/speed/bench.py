@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluators.medusa.decoding.decode import Clock, Limits, Trace, medusa, plain
-from evaluators.medusa.decoding.runners import EagerRunner, Runner
+from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.document import ClockName, Interval
@@ -79,41 +79,50 @@ class Ratio:
     questions: int
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Order and end of a timing. `next_turn` makes the question that follows an answer, or returns None.
+
+    Each question is run `repeats` times. `deadline` is a time of time.monotonic(). `progress` receives (done, total).
+    `warm` means that `warm_up` has already run.
+    """
+
+    repeats: int = 1
+    next_turn: Callable[[Question, Sequence[int]], Question | None] = lambda question, answer: None
+    deadline: float | None = None
+    progress: Callable[[int, int], None] | None = None
+    warm: bool = False
+
+
 def run_blocks(
-    base: Base,
+    runner: Runner,
     candidates: Sequence[Candidate],
     questions: Sequence[Question],
     limits: Limits,
-    *,
-    runner: Runner | None = None,
-    repeats: int = 1,
-    next_turn: Callable[[Question, Sequence[int]], Question | None] = lambda question, answer: None,
-    deadline: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    warm: bool = False,
+    schedule: Schedule | None = None,
 ) -> list[Block]:
-    """Run the questions in order until all are done or the next would not fit before `deadline` (time.monotonic).
+    """Run the questions in order until all are done or the next would not fit before the deadline of the schedule.
 
-    At least one block is always run. `warm` says that `warm_up` was called. `next_turn` makes the question that follows
-    an answer, if there is one; each is run `repeats` times.
+    At least one block is always run.
     """
-    runner = runner or EagerRunner(base)
-    if questions and not warm:
+    schedule = schedule or Schedule()
+    if questions and not schedule.warm:
         warm_up(runner, candidates, questions[0], limits)
     blocks: list[Block] = []
     longest_s = 0.0
     for number, question in enumerate(questions):
-        asked: Question | None = question
-        while asked is not None:
-            if deadline is not None and blocks and time.monotonic() + longest_s > deadline:
-                return blocks
+        following: Question | None = question
+        while following is not None:
             started = time.monotonic()
-            rounds = [_round(runner, candidates, asked, limits, (number + n) % 2 == 1) for n in range(repeats)]
-            blocks.append(_joined(asked, rounds))
+            if schedule.deadline is not None and blocks and started + longest_s > schedule.deadline:
+                return blocks
+            inside_out = [(number + n) % 2 == 1 for n in range(schedule.repeats)]
+            rounds = [_round(runner, candidates, following, limits, each) for each in inside_out]
+            blocks.append(_joined(following, rounds))
             longest_s = max(longest_s, time.monotonic() - started)
-            asked = next_turn(asked, blocks[-1].plain[0].tokens)
-        if progress is not None:
-            progress(number + 1, len(questions))
+            following = schedule.next_turn(following, blocks[-1].plain[0].tokens)
+        if schedule.progress is not None:
+            schedule.progress(number + 1, len(questions))
     return blocks
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
 from evaluators.medusa.speed import baselines, bench, calibrate, conclusions, head_rows, report, rows, timing, transfer
 from evaluators.medusa.speed.document import Row, Suite, as_json
+from evaluators.medusa.speed.options import SpeedOptions
 from evaluators.medusa.speed.rows import Scored
-from evaluators.medusa.speed.run import Asked, Progress, Run
-from evaluators.medusa.speed.transfer import Given, HeadSet
+from evaluators.medusa.speed.run import Progress, Run
+from evaluators.medusa.speed.transfer import HeadSet
 from evaluators.medusa.training import distillation, fitting, prompt_sets, train, training_file
 from evaluators.medusa.training.distillation import gather
 from evaluators.medusa.trees import tree_files
@@ -57,51 +58,32 @@ class _Texts:
 
 
 def measure(
-    model: Path,
-    out: Path,
-    *,
-    prompts: Path | None = None,
-    budget_s: float = 60,
-    questions: int = 8,
-    max_new_tokens: int = 48,
-    turns: int = 1,
-    repeats: int = 1,
-    seed: int = 0,
-    device: str = "cpu",
-    given: Sequence[Given] = (),
-    dtype: str = "auto",
-    tree: Path | None = None,
-    runner: Callable[[Base], Runner] = fastest,
-    progress: Progress | None = None,
+    model: Path, out: Path, options: SpeedOptions | None = None, *, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Get heads for the checkpoint in `model`, time decoding with them, write the report and heads under `out`.
+    """Obtain heads for the checkpoint in `model`, time decoding with them, write the report and heads under `out`.
 
-    `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are dropped.
-    `given` heads are compared with those trained here; with some of origin "fresh" among them none are trained.
-    `budget_s` bounds everything from loading to writing, but judging texts that left plain decoding may take a
-    twentieth more. Where it is short, less text is learnt from, and fewer
-    questions or tokens are timed; never less than one question of 16 tokens, plainly and with the heads, twice each.
-    `dtype` is auto, float32, bfloat16 or float16. `tree` is a file with the tree to time instead of the one that
-    promises most (tree_files). `progress` gets (stage, done, total). Returns the report. Raises
-    EvaluationError for a checkpoint that cannot be loaded or whose logits are not finite, and for fresh heads or a tree
-    that do not fit; a model that cannot take trees gives a report with `refusal`, an encoder-decoder one without rows.
+    `progress` receives (stage, done, total). Returns the report. Raises EvaluationError for a checkpoint that cannot be
+    loaded or whose logits are not finite, and for fresh heads or a tree that do not fit. A model that does not support
+    trees gives a report with `refusal`; the report of an encoder-decoder also lacks rows.
     """
-    shape = None if tree is None else tree_files.read(tree)
-    asked = Asked(max(1, questions), max_new_tokens, turns, repeats, given, dtype, shape, runner)
-    run = Run(model, out, budget_s, seed, asked, progress or (lambda stage, done, total: None))
-    run.note(mode="full" if turns > 1 else "quick", refusal=support.reason_against(model))
+    options = options or SpeedOptions()
+    options = replace(options, questions=max(1, options.questions))
+    tree = None if options.tree is None else tree_files.read(options.tree)
+    run = Run(model, out, options, progress or (lambda stage, done, total: None), tree)
+    run.note(mode="full" if options.turns > 1 else "quick", refusal=support.reason_against(model))
     if run.report.refusal is None:
-        with steadiest_threads(device):
-            _examine(run, device, prompts)
+        with steadiest_threads(options.device):
+            _examine(run)
     return _written(run)
 
 
-def _test_questions(run: Run, prompts: Path | None) -> list[prompt_sets.Prompt]:
+def _test_questions(run: Run) -> list[prompt_sets.Prompt]:
     """The test questions on which none of the given heads were trained, as far as these say."""
-    test = prompt_sets.builtin("test", run.seed) if prompts is None else prompt_sets.read(prompts)
-    least = min(run.asked.questions, conclusions.LEAST_FOR_A_VERDICT)
-    left, known, given = transfer.kept_apart(test, run.asked.given, least)
-    run.asked = replace(run.asked, given=given)
+    prompts, seed = run.options.prompts, run.options.seed
+    test = prompt_sets.builtin("test", seed) if prompts is None else prompt_sets.read(prompts)
+    least = min(run.options.questions, conclusions.LEAST_FOR_A_VERDICT)
+    left, known, given = transfer.kept_apart(test, run.options.given, least)
+    run.options = replace(run.options, given=given)
     if not left:
         raise EvaluationError(
             "SPEED_CHECK_FAILED", "The given heads were trained on every one of these questions.",
@@ -124,25 +106,25 @@ def _written(run: Run) -> dict[str, Any]:
     return written
 
 
-def _loaded(run: Run, device: str) -> Base:
-    base, reason = packed.load(run.folder, device, run.asked.dtype)
-    if reason is not None and device == "cpu":
+def _loaded(run: Run) -> Base:
+    base, reason = packed.load(run.folder, run.options.device, run.options.dtype)
+    if reason is not None and run.options.device == "cpu":
         run.warn(f"plain and speculative decoding both ran with unpacked weights: {reason}")
     return base
 
 
-def _examine(run: Run, device: str, prompts: Path | None) -> None:
+def _examine(run: Run) -> None:
     run.progress("load", 0, 1)
-    asked = prompt_sets.in_turns(_test_questions(run, prompts), run.asked.questions)
-    base = _loaded(run, device)
+    asked = prompt_sets.in_turns(_test_questions(run), run.options.questions)
+    base = _loaded(run)
     reason = reason_against_trees(base)
     kernel = getattr(base.model.config, "_attn_implementation", None)
     run.note(
         model=report.describe_model(base, run.folder),
-        environment=report.describe_environment(base, kernel, run.seed),
+        environment=report.describe_environment(base, kernel, run.options.seed),
     )
-    test = [bench.question(base, prompt, run.asked.max_new_tokens) for prompt in asked]
-    _describe_suite(run, base, test, prompts)
+    test = [bench.question(base, prompt, run.options.max_new_tokens) for prompt in asked]
+    _describe_suite(run, base, test)
     if (unapplied := baselines.unapplied_settings(base)) is not None:
         run.warn(unapplied)
     now = run.stage("load", run.started)
@@ -156,16 +138,16 @@ def _examine(run: Run, device: str, prompts: Path | None) -> None:
 
 def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
     """A model that cannot take trees: its plain speed, transformers' own loop, and why there is nothing else."""
-    limits = decode.Limits(run.asked.max_new_tokens, base.stop_ids)
+    limits = decode.Limits(run.options.max_new_tokens, base.stop_ids)
     base.window = None  # what was not proven is left to the cache that transformers gives the model
     runner = _runner(run, base)
-    blocks = bench.run_blocks(base, [], test, limits, runner=runner, deadline=run.until(REFUSED_BY))
+    blocks = bench.run_blocks(runner, [], test, limits, bench.Schedule(deadline=run.until(REFUSED_BY)))
     versus = timing.time_native(run, base, blocks, limits, runner)
-    machine = rows.machine_of(base, blocks, run.seed)
+    machine = rows.machine_of(base, blocks, run.options.seed)
     run.report = rows.described(run.report, blocks, limits.max_new_tokens, machine)
     run.note(
         candidates=(
-            rows.none_row(blocks, run.seed, machine),
+            rows.none_row(blocks, run.options.seed, machine),
             rows.native_row(versus, machine),
             Row("prompt_lookup", "prompt_lookup", absent_because=reason),
         ),
@@ -174,8 +156,8 @@ def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: st
 
 
 def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float) -> None:
-    given, warnings = transfer.load(run.asked.given, base)
-    given, shape = transfer.filling(given, run.asked.tree), run.asked.tree
+    given, warnings = transfer.load(run.options.given, base)
+    given, shape = transfer.filling(given, run.tree), run.tree
     run.warn(*warnings)
     texts = _generate(run, base, test, learning=all(each.origin != "fresh" for each in given))
     now = run.stage("generate", now)
@@ -187,7 +169,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     run.progress("calibrate", 0, 1)
     reference = next(each for each in sets if each.origin == "fresh")
     assert reference.heads is not None  # given ones that do not fit were refused, others were made here
-    context = sum(len(q.ids) for q in test) // len(test) + run.asked.max_new_tokens // 2
+    context = sum(len(q.ids) for q in test) // len(test) + run.options.max_new_tokens // 2
     runner = _runner(run, base)
     widths = calibrate.WIDTHS if shape is None else (1, shape.nodes)
     cost = calibrate.cost_curve(runner, reference.heads, context, widths=widths, deadline=run.until(CALIBRATED_BY))
@@ -209,28 +191,28 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         blocks=blocks,
         versus=versus,
         max_new_tokens=limits.max_new_tokens,
-        seed=run.seed,
-        deadline=run.deadline + timing.JUDGED_WITHIN * run.budget_s,
+        seed=run.options.seed,
+        deadline=run.deadline + timing.JUDGED_WITHIN * run.options.budget_s,
     )
     run.report = head_rows.completed(run.report, measured)
 
 
 def _warn_of_budget(run: Run, questions: int) -> None:
     """Say where the budget allowed shorter answers or fewer of the `questions` than were asked for."""
-    asked, timed = min(run.asked.questions, questions), run.report.suite.questions or 0
+    asked, timed = min(run.options.questions, questions), run.report.suite.questions or 0
     new_tokens = run.report.suite.max_new_tokens or 0
     less = []
-    if new_tokens < run.asked.max_new_tokens:
-        less.append(f"answers of at most {new_tokens} tokens instead of {run.asked.max_new_tokens}")
+    if new_tokens < run.options.max_new_tokens:
+        less.append(f"answers of at most {new_tokens} tokens instead of {run.options.max_new_tokens}")
     if timed < asked:
         less.append(f"{timed} of {asked} questions")
     if less:
-        run.warn(f"the budget of {run.budget_s:g} s allowed {' and '.join(less)}")
+        run.warn(f"the budget of {run.options.budget_s:g} s allowed {' and '.join(less)}")
 
 
 def _runner(run: Run, base: Base) -> Runner:
     """The runner of every timed loop; the report says how it runs."""
-    runner = run.asked.runner(base)
+    runner = (run.options.runner or fastest)(base)
     attention = base.model.config._attn_implementation
     run.note(environment=replace(run.report.environment, execution=runner.execution, attention=attention))
     return runner
@@ -239,7 +221,7 @@ def _runner(run: Run, base: Base) -> Runner:
 def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning: bool) -> _Texts:
     """Answers for both splits in the same batches, so that a short budget thins them alike."""
     asked = [question.prompt for question in test]
-    sources, held_out = (prompt_sets.builtin(split, run.seed) for split in ("train", "calibration"))
+    sources, held_out = (prompt_sets.builtin(split, run.options.seed) for split in ("train", "calibration"))
     sources, held_out, dropped = prompt_sets.apart(sources, held_out, asked, HELD_OUT)
     if dropped:
         run.warn(f"{len(dropped)} of our prompts were too close to a test prompt: {dropped}")
@@ -284,14 +266,16 @@ def _sets(
     left_s = max(1.0, run.until(FITTED_BY) - time.monotonic())
     sets = list(given)
     if merged is not None:  # one pass over the merged model's own text
-        limits = train.Limits(TUNING_SHARE * left_s, run.seed)
+        limits = train.Limits(TUNING_SHARE * left_s, run.options.seed)
         course = fitting.Course(merged.spec, TUNING, limits, None, merged)
         tuned, facts = _learnt(run, base, "merged_tuned", course, features, texts)
         sets.append(HeadSet("merged_tuned", "merged", tuned, "the merged heads, trained a little further", None, facts))
         left_s *= 1.0 - TUNING_SHARE
-    count = fitting.HEADS if run.asked.tree is None else max(fitting.HEADS, run.asked.tree.max_depth)
-    recipe = train.QUICK if run.budget_s < LONG_BUDGET_S else train.LONG
-    course = fitting.Course(HeadSpec("shared", count, 1, conditioned=True), recipe, train.Limits(left_s, run.seed))
+    count = fitting.HEADS if run.tree is None else max(fitting.HEADS, run.tree.max_depth)
+    recipe = train.QUICK if run.options.budget_s < LONG_BUDGET_S else train.LONG
+    course = fitting.Course(
+        HeadSpec("shared", count, 1, conditioned=True), recipe, train.Limits(left_s, run.options.seed)
+    )
     heads, facts = _learnt(run, base, "heads", course, features, texts)
     return [*sets, HeadSet("fresh", "fresh", heads, training=facts)]
 
@@ -323,15 +307,16 @@ def _with_cosine(run: Run, each: Scored, base: Base, said: Sequence[distillation
     return replace(each, cosine=transfer.hidden_cosine(each.set.model, base, said[:COMPARED_TEXTS]))
 
 
-def _describe_suite(run: Run, base: Base, test: Sequence[bench.Question], given: Path | None) -> None:
+def _describe_suite(run: Run, base: Base, test: Sequence[bench.Question]) -> None:
+    prompts = run.options.prompts
     text = "\n".join("\x1f".join(question.prompt.turns) for question in test)
     run.note(
         suite=Suite(
-            name="built-in" if given is None else given.stem,
+            name="built-in" if prompts is None else prompts.stem,
             sha256=hashlib.sha256(text.encode()).hexdigest(),
             chat_template=prompt_sets.takes_turns(base),
-            turns=run.asked.turns,
-            repeats=2 * run.asked.repeats,
+            turns=run.options.turns,
+            repeats=2 * run.options.repeats,
             order="ABBA",
         )
     )

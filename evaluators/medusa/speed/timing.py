@@ -44,11 +44,11 @@ def time_candidates(
     worth = _worth(scored)
     candidates = [bench.Candidate(name, HeadDrafter(heads), choice.tree) for name, heads, choice in worth]
     share = TIMED_BY if any(each.set.model for each in scored) else FINISHED_BY
-    writing_s = min(run.report.seconds["calibrate"], WRITTEN_WITHIN * run.budget_s)  # they do much the same
-    ends = min(run.until(share), run.deadline - writing_s - JUDGED_WITHIN * run.budget_s)
+    writing_s = min(run.report.seconds["calibrate"], WRITTEN_WITHIN * run.options.budget_s)  # they do much the same
+    ends = min(run.until(share), run.deadline - writing_s - JUDGED_WITHIN * run.options.budget_s)
     # Seconds that a token takes with each candidate, in plain steps.
     prices = [choice.overhead / max(choice.expected, 1.0) for _, _, choice in worth]
-    most = decode.Limits(run.asked.max_new_tokens, base.stop_ids)
+    most = decode.Limits(run.options.max_new_tokens, base.stop_ids)
     overheads = [1.0, *(choice.overhead for _, _, choice in worth)]
     slower = _slower(bench.warm_up(runner, candidates, test[0], most), [cost.plain_wall_s * each for each in overheads])
     lookup_price = cost.overhead(LOOKUP_TOKENS + 1)
@@ -61,12 +61,10 @@ def time_candidates(
     limits = decode.Limits(_affordable(run, cost, prices, question_s / slower), base.stop_ids)
 
     def next_turn(question: bench.Question, answer: Sequence[int]) -> bench.Question | None:
-        return _next_turn(base, question, answer, limits.max_new_tokens) if run.asked.turns > 1 else None
+        return _next_turn(base, question, answer, limits.max_new_tokens) if run.options.turns > 1 else None
 
-    blocks = bench.run_blocks(
-        base, candidates, test, limits, runner=runner, repeats=run.asked.repeats, next_turn=next_turn, deadline=ends,
-        progress=run.named("bench"), warm=True,
-    )  # fmt: skip
+    schedule = bench.Schedule(run.options.repeats, next_turn, ends, run.named("bench"), warm=True)
+    blocks = bench.run_blocks(runner, candidates, test, limits, schedule)
     return limits, blocks
 
 
@@ -88,7 +86,7 @@ def _next_turn(base: Base, question: bench.Question, answer: Sequence[int], new_
 
 def _question_s(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], tokens: int) -> float:
     """What one question takes: plain and every candidate twice, each time with its prompt to read."""
-    runs = 2 * run.asked.repeats * run.asked.turns
+    runs = 2 * run.options.repeats * run.options.turns
     return runs * cost.plain_wall_s * (PREFILL_STEPS * (1 + len(prices)) + tokens * (1 + sum(prices)))
 
 
@@ -102,7 +100,7 @@ def _affordable(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], qu
     """As many tokens as answer a question in `question_s`, from sixteen up to what was asked for."""
     reading_s = _question_s(run, cost, prices, 0)
     each_s = _question_s(run, cost, prices, 1) - reading_s
-    most = run.asked.max_new_tokens
+    most = run.options.max_new_tokens
     return max(min(LEAST_TIMED_TOKENS, most), min(most, int((question_s - reading_s) / each_s)))
 
 
@@ -112,7 +110,7 @@ def time_native(
     """transformers' own loop on the first questions, as far as it still fits into the budget."""
     likely_s = 2.5 * max(bench.end_to_end_s(trace) for trace in blocks[0].plain)
     questions = [block.question for block in blocks[:NATIVE_QUESTIONS]]
-    ends = run.deadline - JUDGED_WITHIN * run.budget_s
+    ends = run.deadline - JUDGED_WITHIN * run.options.budget_s
     if time.monotonic() + likely_s > ends:
         return []
     versus = baselines.against_native(base, questions, limits, runner=runner, deadline=ends)

@@ -100,7 +100,7 @@ def test_blocks_alternate_run_everything_twice_and_stay_exact() -> None:
         bench.Candidate("fresh", tiny.Always(3), full((1, 2))),
         bench.Candidate("b", tiny.Always(0), chain(2)),
     ]
-    blocks = bench.run_blocks(base, candidates, questions, limits, runner=runner)
+    blocks = bench.run_blocks(runner, candidates, questions, limits)
     assert [b.question.prompt.id for b in blocks] == ["0", "1", "2"]
     warm_up, outside_in, inside_out = [1, 4, 3], [1, 4, 3, 3, 4, 1], [4, 3, 1, 1, 3, 4]
     assert runner.order == [*warm_up, *outside_in, *inside_out, *outside_in]
@@ -108,7 +108,7 @@ def test_blocks_alternate_run_everything_twice_and_stay_exact() -> None:
         assert b.plain[0].tokens == b.plain[1].tokens == b.runs["fresh"][0].tokens == b.runs["b"][1].tokens
         assert min(t.decode.wall_s for t in (*b.plain, *b.runs["fresh"])) > 0
     assert exactness.divergences(base, blocks, "fresh") == []
-    assert len(bench.run_blocks(base, candidates, questions, limits, deadline=0.0)) == 1
+    assert len(bench.run_blocks(runner, candidates, questions, limits, bench.Schedule(deadline=0.0))) == 1
 
 
 def test_transformers_own_greedy_loop_gives_the_same_text() -> None:
@@ -116,7 +116,7 @@ def test_transformers_own_greedy_loop_gives_the_same_text() -> None:
     question = bench.Question(Prompt("1", "x", ("?",)), (4, 5, 9))
     limits = Limits(25, base.stop_ids)
     tokens, clock = baselines.native(base, question, limits)
-    assert tokens == bench.run_blocks(base, [], [question], limits)[0].plain[0].tokens
+    assert tokens == bench.run_blocks(EagerRunner(base), [], [question], limits)[0].plain[0].tokens
     assert clock.wall_s > 0 and clock.cpu_s > 0
 
 

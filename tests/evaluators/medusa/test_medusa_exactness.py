@@ -51,7 +51,7 @@ class Forgetful(EagerRunner):
 def timed(base: Base, runner: EagerRunner) -> list[bench.Block]:
     questions = [bench.Question(Prompt(str(n), "x", ("?",)), (n, 5, 9)) for n in range(4)]
     candidates = [bench.Candidate("fresh", tiny.Always(6), chain(2))]
-    return bench.run_blocks(base, candidates, questions, Limits(24, base.stop_ids), runner=runner)
+    return bench.run_blocks(runner, candidates, questions, Limits(24, base.stop_ids))
 
 
 def forged(block: bench.Block, *answers: list[int]) -> bench.Block:

@@ -102,7 +102,9 @@ def test_the_cost_of_passes_is_measured_on_graphs() -> None:
 @pytest.mark.slow
 def test_a_report_and_the_benchmark_run_on_graphs(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("gqa"))
-    measured = evaluator.measure(folder, tmp_path / "out", budget_s=20, questions=2, device="cuda")
+    measured = evaluator.measure(
+        folder, tmp_path / "out", evaluator.SpeedOptions(budget_s=20, questions=2, device="cuda")
+    )
     assert measured["environment"]["execution"] == "cuda_graph"
     out = tmp_path / "figures.md"
     assert decoding.main(["--shape", "tiny", "--device", "cuda", "--out", str(out)]) == 0

@@ -172,7 +172,9 @@ def test_in_16_bit_a_wrong_place_in_a_table_of_positions_is_seen_however_alike_i
 @pytest.mark.slow
 def test_a_measurement_in_bfloat16_is_whole_and_leaves_plain_text_only_at_ties(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("llama").to(torch.bfloat16))
-    report = medusa.measure(folder, tmp_path / "out", budget_s=20, questions=3, max_new_tokens=16, dtype="bfloat16")
+    report = medusa.measure(
+        folder, tmp_path / "out", medusa.SpeedOptions(budget_s=20, questions=3, max_new_tokens=16, dtype="bfloat16")
+    )
     assert report["refusal"] is None
     assert (report["model"]["dtype"], report["environment"]["execution"]) == ("bfloat16", "packed")
     row = next(row for row in report["candidates"] if row["id"] == "fresh")

@@ -122,7 +122,10 @@ def test_a_measurement_is_whole_exact_and_on_disk(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("gqa", initializer_range=0.15, max_position_embeddings=512))
     heard: list[tuple[str, int, int]] = []
     measured = medusa.measure(
-        folder, tmp_path / "out", budget_s=9, questions=4, max_new_tokens=24, progress=lambda *a: heard.append(a)
+        folder,
+        tmp_path / "out",
+        medusa.SpeedOptions(budget_s=9, questions=4, max_new_tokens=24),
+        progress=lambda *a: heard.append(a),
     )
     assert_whole(measured)
     assert json.loads((tmp_path / "out" / "decode_speed.json").read_text()) == measured
@@ -168,7 +171,9 @@ def test_given_prompts_are_timed_and_none_of_them_is_trained_on(shared: Path, tm
     published = (shared / "hub_seed" / "mt_bench" / "question.jsonl").read_text().splitlines()[:2]
     (tmp_path / "question.jsonl").write_text("\n".join([json.dumps(asked), *published]))
     measured = medusa.measure(
-        folder, tmp_path / "out", prompts=tmp_path / "question.jsonl", budget_s=4, questions=3, max_new_tokens=16
+        folder,
+        tmp_path / "out",
+        medusa.SpeedOptions(prompts=tmp_path / "question.jsonl", budget_s=4, questions=3, max_new_tokens=16),
     )
     assert_whole(measured)
     assert measured["suite"]["name"] == "question" and measured["suite"]["chat_template"] is False
@@ -195,7 +200,7 @@ def test_a_degenerate_model_still_gives_a_whole_report(habit: str, tmp_path: Pat
         model.lm_head.weight.zero_()
         model.lm_head.weight[favourite] = 1.0
     folder = tiny.write(tmp_path / "model", model)
-    measured = medusa.measure(folder, tmp_path / "out", budget_s=4, questions=2, max_new_tokens=24)
+    measured = medusa.measure(folder, tmp_path / "out", medusa.SpeedOptions(budget_s=4, questions=2, max_new_tokens=24))
     assert_whole(measured)
     fresh = measured["candidates"][-1]
     if habit == "stops at once":
@@ -209,7 +214,7 @@ def test_a_degenerate_model_still_gives_a_whole_report(habit: str, tmp_path: Pat
 @pytest.mark.slow
 def test_questions_that_exceed_the_context_are_named_and_timed_to_its_end(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("gpt2"))  # 64 positions, and every token is a byte
-    measured = medusa.measure(folder, tmp_path / "out", budget_s=6, questions=2, max_new_tokens=48)
+    measured = medusa.measure(folder, tmp_path / "out", medusa.SpeedOptions(budget_s=6, questions=2, max_new_tokens=48))
     assert measured["suite"]["shortened"] == measured["suite"]["questions"] >= 1
     assert any("only their ends were asked" in warning for warning in measured["warnings"])
 
@@ -217,7 +222,9 @@ def test_questions_that_exceed_the_context_are_named_and_timed_to_its_end(tmp_pa
 @pytest.mark.slow
 def test_answers_and_questions_that_the_budget_takes_away_are_named(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("llama"))
-    measured = medusa.measure(folder, tmp_path / "out", budget_s=0.1, questions=3, max_new_tokens=500)
+    measured = medusa.measure(
+        folder, tmp_path / "out", medusa.SpeedOptions(budget_s=0.1, questions=3, max_new_tokens=500)
+    )
     suite = measured["suite"]
     assert suite["max_new_tokens"] == 16 and suite["questions"] < 3
     said = "the budget of 0.1 s allowed answers of at most 16 tokens instead of 500 and {questions} of 3 questions"
@@ -227,7 +234,7 @@ def test_answers_and_questions_that_the_budget_takes_away_are_named(tmp_path: Pa
 @pytest.mark.slow
 def test_a_model_that_cannot_take_trees_gives_a_report_with_a_refusal(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("chunked"))
-    measured = medusa.measure(folder, tmp_path / "out", budget_s=4, questions=2)
+    measured = medusa.measure(folder, tmp_path / "out", medusa.SpeedOptions(budget_s=4, questions=2))
     assert_whole(measured)
     assert not any("budget" in warning for warning in measured["warnings"])
     assert "attention windows or chunks" in measured["refusal"]
@@ -242,7 +249,9 @@ def test_a_model_with_a_window_is_measured_past_it_with_as_many_heads_as_a_given
     folder = tiny.write(tmp_path / "model", tiny.model("window"))
     (tmp_path / "tree.json").write_text("[[0], [1], [0, 0], [0, 0, 0], [0, 0, 0, 0]]")
     measured = medusa.measure(
-        folder, tmp_path / "out", budget_s=6, questions=3, max_new_tokens=24, tree=tmp_path / "tree.json"
+        folder,
+        tmp_path / "out",
+        medusa.SpeedOptions(budget_s=6, questions=3, max_new_tokens=24, tree=tmp_path / "tree.json"),
     )
     assert_whole(measured)
     assert measured["refusal"] is None
@@ -260,15 +269,15 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_not_filled_up(tmp_path:
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EvaluationError, match=r"1 of its tensors are missing.*layers\.1\.mlp\.up_proj") as refused:
-        medusa.measure(folder, tmp_path / "out", budget_s=10)
+        medusa.measure(folder, tmp_path / "out", medusa.SpeedOptions(budget_s=10))
     assert refused.value.code == "MODEL_UNLOADABLE"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"holds no config\.json"):
-        medusa.measure(tmp_path, tmp_path / "out", budget_s=4)
+        medusa.measure(tmp_path, tmp_path / "out", medusa.SpeedOptions(budget_s=4))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(EvaluationError) as refused:
-        medusa.measure(tmp_path, tmp_path / "out", budget_s=4)
+        medusa.measure(tmp_path, tmp_path / "out", medusa.SpeedOptions(budget_s=4))
     assert refused.value.code == "MODEL_UNLOADABLE"
     assert not (tmp_path / "out").exists()

@@ -274,7 +274,9 @@ def test_grouped_attention_leaves_alone_what_is_not_grouped() -> None:
 @pytest.mark.slow
 def test_a_report_says_how_its_passes_were_run(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("gqa"))
-    measured = evaluator.measure(folder, tmp_path / "out", budget_s=6, questions=2, runner=StaticRunner)
+    measured = evaluator.measure(
+        folder, tmp_path / "out", evaluator.SpeedOptions(budget_s=6, questions=2, runner=StaticRunner)
+    )
     assert measured["environment"]["execution"] == "static"
     assert measured["environment"]["attention"] == GROUPED
     assert measured["candidates"][0]["id"] == "none" and measured["plain"]["tokens_per_s"] > 0

@@ -23,6 +23,7 @@ from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import transfer
 from evaluators.medusa.speed.evaluation import measure
+from evaluators.medusa.speed.options import SpeedOptions
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.training import distillation, joint, prompt_sets, store, train, training_file
 from evaluators.medusa.training.head_loss import Targets, draft_loss
@@ -82,7 +83,7 @@ def test_questions_that_given_heads_were_trained_on_are_not_timed(model: Path, t
     assert prompt_sets.unlearnt([seen, unseen], learnt) == ([unseen], ["seen"])
     (tmp_path / "asked.jsonl").write_text(lines[2])
     with pytest.raises(EvaluationError, match="trained on every one of these questions"):
-        measure(model, tmp_path / "out", prompts=tmp_path / "asked.jsonl", given=given)
+        measure(model, tmp_path / "out", SpeedOptions(prompts=tmp_path / "asked.jsonl", given=given))
 
 
 def test_one_seed_gives_one_set_of_heads_and_answers_are_computed_once(model: Path, tmp_path: Path) -> None:

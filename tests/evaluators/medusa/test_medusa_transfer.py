@@ -27,7 +27,8 @@ from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, rows, timing, transfer
 from evaluators.medusa.speed.document import Report
-from evaluators.medusa.speed.run import Asked, Run
+from evaluators.medusa.speed.options import SpeedOptions
+from evaluators.medusa.speed.run import Run
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.training import distillation, prompt_sets, simulation, train
 from evaluators.medusa.training.prompt_sets import Prompt
@@ -78,7 +79,7 @@ def test_where_no_tree_can_win_nothing_is_speculated_and_nothing_is_lost() -> No
     least: dict[tuple[str, int], float] = {}
     ratio = 0.0
     for _ in range(16):  # others use this machine, too; the least of many runs is what the work itself takes
-        blocks = bench.run_blocks(base, [nothing], asked(2), Limits(50))
+        blocks = bench.run_blocks(EagerRunner(base), [nothing], asked(2), Limits(50))
         for number, each in enumerate(blocks):
             assert all(trace.steps == len(trace.tokens) - 1 for trace in each.runs["nothing"])
             for name, traces in (("plain", each.plain), ("nothing", each.runs["nothing"])):
@@ -117,7 +118,7 @@ def test_a_machine_slower_than_its_calibration_gets_short_answers_and_fewer_ques
     heads = identity_heads(SPEC, base)
     scored = [rows.Scored(transfer.HeadSet("fresh", "fresh", heads), calibrate.Choice(chain(2), 1.0, 1.1, 0.9, False))]
     swift = calibrate.CostCurve(10, "wall", ((1, 1e-6), (4, 1e-6)), 1e-6, 1e-9)
-    run = Run(tmp_path, tmp_path, 0.05, 0, Asked(questions=8, max_new_tokens=48), lambda stage, done, total: None)
+    run = Run(tmp_path, tmp_path, SpeedOptions(budget_s=0.05), lambda stage, done, total: None)
     run.note(seconds={"load": 0.0, "calibrate": 0.0})
     limits, blocks = timing.time_candidates(run, base, asked(8), scored, swift, EagerRunner(base))
     assert limits.max_new_tokens == timing.LEAST_TIMED_TOKENS == 16 and 1 <= len(blocks) < 8
@@ -210,7 +211,7 @@ def test_the_second_turn_continues_the_plain_answer_and_counts_with_its_first() 
         )
 
     candidates = [bench.Candidate("c", tiny.Always(3), chain(2))]
-    blocks = bench.run_blocks(base, candidates, [first], Limits(8), repeats=2, next_turn=following)
+    blocks = bench.run_blocks(EagerRunner(base), candidates, [first], Limits(8), bench.Schedule(2, following))
     assert len(blocks) == 2 and [len(b.plain) for b in blocks] == [4, 4] and len(blocks[1].runs["c"]) == 4
     text = base.tokenizer.decode(list(blocks[1].question.ids))
     assert text.endswith("[user] Say more.\n[assistant] ")
@@ -224,7 +225,7 @@ def test_what_is_spoken_while_timing_is_text_to_judge_any_heads_on() -> None:
     base = tiny.base("gqa")
     heads = tiny.random_heads(base, HeadSpec("shared", 2))
     tree = Tree(((0,), (1,), (0, 0)))
-    blocks = bench.run_blocks(base, [bench.Candidate("h", HeadDrafter(heads), tree)], asked(3), Limits(30))
+    blocks = bench.run_blocks(EagerRunner(base), [bench.Candidate("h", HeadDrafter(heads), tree)], asked(3), Limits(30))
     said = distillation.gather(base, bench.spoken(base, blocks))
     assert said.lengths == tuple(len(b.plain[0].tokens) for b in blocks)
     measured = bench.rate(blocks, "h")
@@ -248,7 +249,9 @@ def test_parents_heads_merged_heads_and_fresh_ones_stand_in_one_report(tmp_path:
         Given("parent:none", "parent", None, "it brings no heads."),
         Given("merged", "merged", tmp_path / "merged"),
     ]
-    measured = medusa.measure(folder, tmp_path / "out", budget_s=20, questions=3, max_new_tokens=24, given=given)
+    measured = medusa.measure(
+        folder, tmp_path / "out", medusa.SpeedOptions(budget_s=20, questions=3, max_new_tokens=24, given=given)
+    )
     assert_whole(measured)
     rows = {row["id"]: row for row in measured["candidates"]}
     assert list(rows) == [
@@ -278,7 +281,9 @@ def test_given_heads_are_timed_untrained_upon_and_such_that_do_not_fit_are_refus
     formats.save(tiny.random_heads(causal_lm.load(folder), SPEC), tmp_path / "own")
     given = [Given("heads:own", "fresh", tmp_path / "own")]
     measured = medusa.measure(
-        folder, tmp_path / "out", budget_s=12, questions=2, max_new_tokens=16, given=given, runner=Slowed
+        folder,
+        tmp_path / "out",
+        medusa.SpeedOptions(budget_s=12, questions=2, max_new_tokens=16, given=given, runner=Slowed),
     )
     assert_whole(measured)
     rows = {row["id"]: row for row in measured["candidates"]}
@@ -287,4 +292,4 @@ def test_given_heads_are_timed_untrained_upon_and_such_that_do_not_fit_are_refus
     assert "transformers' own `generate`" in measured["refusal"], "the plain loop was slowed"
     narrow = tiny.write(tmp_path / "narrow", tiny.model("llama", hidden_size=16))
     with pytest.raises(EvaluationError, match="shape"):
-        medusa.measure(narrow, tmp_path / "again", budget_s=12, given=given)
+        medusa.measure(narrow, tmp_path / "again", medusa.SpeedOptions(budget_s=12, given=given))
