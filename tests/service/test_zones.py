@@ -93,11 +93,11 @@ import json, subprocess, sys
 from pathlib import Path
 grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path(json.loads(Path(sys.argv[2]).read_text())["pid"]).write_text(str(grandchild.pid))
-from bot.service.executors import child
+from bot.jobs import stage_process
 def sleep(spec, settings, report):
     report("sleeping", 0, 1)
     grandchild.wait()
-child.main({"sleep": sleep})
+stage_process.main({"sleep": sleep})
 """
 
 

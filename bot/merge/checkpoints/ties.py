@@ -227,7 +227,8 @@ def _embedding_name(label: str, config: Mapping[str, Any], tensors: Mapping[str,
     if any(tensors[name].shape == shape for name in loose if not _POSITION.search(name)):
         return None
     family = str(config.get("model_type"))
-    beside = next((match for name in loose if (match := _BESIDE_WORDS.fullmatch(name))), None)
+    text = [name for name in loose if not any(tower.search(name) for tower in (VISION, AUDIO))]
+    beside = next((match for name in text if (match := _BESIDE_WORDS.fullmatch(name))), None)
     if beside is not None:
         return f"{beside['parent']}{'tok' if family == 'modernbert' else 'word'}_embeddings.weight"
     for name in tensors:

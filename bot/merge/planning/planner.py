@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from bot.errors import Refused
@@ -40,6 +42,19 @@ from bot.merge.tokenizer import chat_template, template_files
 from bot.merge.tokenizer.tokenizer import Alignment, align, remapped_ids
 
 
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Pause the garbage collector, which takes a third of the time of a plan with 30,000 tensors."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_collection_paused()
 def make(
     recipe: Recipe,
     opened: Mapping[ModelRef, Checkpoint | Adapter],
