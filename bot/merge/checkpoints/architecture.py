@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bot.errors import Refused
@@ -142,14 +143,17 @@ def _stacks(names: Iterable[str]) -> list[Stack]:
     ]
 
 
+def stored_bytes(checkpoint: Checkpoint, stack: Stack) -> int:
+    """Bytes of all tensors of a stack."""
+    return sum(checkpoint.tensors[name].nbytes for layer in stack.layers for name in layer.values())
+
+
 def _main_stack(
     checkpoint: Checkpoint, stacks: list[Stack], depth: int | None
 ) -> tuple[Stack, tuple[Mapping[str, str], ...]]:
     """The stack that the config counts, and the layers stored behind its end, which transformers does not load."""
 
-    def weight(stack: Stack) -> int:
-        return sum(checkpoint.tensors[name].nbytes for layer in stack.layers for name in layer.values())
-
+    weight = partial(stored_bytes, checkpoint)
     fitting = [stack for stack in stacks if depth is None or len(stack.layers) == depth]
     if fitting:
         return max(fitting, key=weight), ()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from bot.errors import Refused, Where
-from bot.merge.checkpoints.architecture import Architecture, Stack
+from bot.merge.checkpoints.architecture import Architecture, Stack, stored_bytes
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.tensor_names import AUDIO, VISION
 from bot.merge.checkpoints.ties import is_head
@@ -126,9 +127,7 @@ def _kind(text: str) -> Kind:
 def _counting(checkpoint: Checkpoint, whole: Architecture) -> dict[str, Stack]:
     """The heaviest stack of every kind, by kind; a stack of no known kind if it is heavy."""
 
-    def weight(stack: Stack) -> int:
-        return sum(checkpoint.tensors[name].nbytes for layer in stack.layers for name in layer.values())
-
+    weight = partial(stored_bytes, checkpoint)
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     kind_of_main = _kind(whole.main.prefix)
     out: dict[str, Stack] = {"text" if kind_of_main == "other" else kind_of_main: whole.main}

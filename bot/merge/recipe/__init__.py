@@ -1,1 +1,1 @@
-"""What a recipe says: text -> Recipe, and the table of what each method asks for. Knows no model."""
+"""Recipes: text -> Recipe. Nothing here looks at a model."""

@@ -1,7 +1,7 @@
-"""The two programs of 2023 -> Recipe: the arguments of `main.py`, and the YAML of `bakllama.py`. merging.md 4.
+"""Recipes of the 2023 programs: arguments of `main.py`, YAML of `bakllama.py`. docs/design/merging.md 4.
 
-What mergekit's language can say is said in it: a bakllama file becomes `passthrough` slices, `--weight` a parameter.
-What it cannot is kept in `Recipe.classic` and carried out by `planning/classic_tensors.py`.
+Whatever mergekit's language can express is written in it: a bakllama file becomes `passthrough` slices, `--weight` a
+parameter. The rest is stored in `Recipe.classic` and carried out by `planning/classic_tensors.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Arguments:
 
 @dataclass(slots=True)
 class _Inputs:
-    """The models in order, the base among them; which of them were named by `--merge`, by position."""
+    """The models in order, including the base, and the positions of those named by `--merge`."""
 
     models: list[ModelRef]
     base: ModelRef | None
@@ -59,7 +59,7 @@ class _Inputs:
 
 
 def recipe(arguments: Arguments) -> Recipe:
-    """The recipe that the arguments of `main.py` ask for. Raises `Refused` for what it could not do either."""
+    """The recipe for the arguments of `main.py`. Raises `Refused` where `main.py` would have failed, too."""
     if arguments.method not in ("ties", "linear", "slerp"):
         _refuse("UNKNOWN_METHOD", f"--method {arguments.method[:40]} is not known.", "Use ties, linear or slerp.")
     inputs = _inputs(arguments)
@@ -159,7 +159,7 @@ def _weights(arguments: Arguments, inputs: _Inputs, has_gradient: bool) -> dict[
 
 
 def _per_model(values: Sequence[float], inputs: _Inputs, flag: str) -> dict[ModelRef, float]:
-    """One value for all, or one for each `--merge` by position."""
+    """One value for all models, or one per `--merge` by position."""
     count = len(inputs.named)
     if len(values) not in (1, count):
         _refuse(
@@ -182,9 +182,9 @@ def _own(
 
 
 def bakllama(text: str, *, file: str = "recipe") -> Recipe:
-    """The recipe that a config of `bakllama.py` asks for: layers stacked, and who gives what stands around them.
+    """The recipe for a config of `bakllama.py`: stacked layers, and the models of the tensors before and after them.
 
-    A slice without layers names the model that gives the embeddings, or final norm and head. Raises `Refused`.
+    A slice without layers names the model of the embeddings, or of final norm and head. Raises `Refused`.
     """
     reader = Reader(file, "operator", "refuse")
     top = reader.mapping(read_yaml(text, trust="operator", file=file), "")

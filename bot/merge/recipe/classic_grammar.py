@@ -1,4 +1,4 @@
-"""The `classic:` block, which a recipe that came from the 2023 `main.py` carries and mergekit ignores."""
+"""The `classic:` block of recipes made from arguments of the 2023 `main.py`; mergekit ignores it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ KEY = "classic"
 
 
 def classic(reader: Reader, top: Table) -> Classic | None:
-    """The block as `Recipe.document` writes it, None without one. To strangers the key is unknown."""
+    """The block as `Recipe.document` writes it, None without one. In untrusted recipes the key is unknown."""
     node = top.given(KEY)
     if node is None:
         return None

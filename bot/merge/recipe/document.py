@@ -1,7 +1,7 @@
-"""A recipe's text as a tree of nodes that remember their lines, and the typed readers of that tree.
+"""Tree of the nodes of a recipe with their line numbers, and typed readers of that tree.
 
-Every scalar is kept as text: `no`, `1e-3` and `2024-01-01` mean what the asked-for type says, not what YAML 1.1
-guesses. No YAML library is imported here; `reading.py` builds the tree.
+Every scalar is kept as text: `no`, `1e-3` and `2024-01-01` are read as the expected type and not as YAML 1.1
+would guess. No YAML library is imported here; `reading.py` builds the tree.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A mapping with unique text keys; `key_lines` tells where each key stands, `anchored` the keys whose
-    value carries a YAML anchor that is used elsewhere."""
+    """A mapping with unique text keys. `key_lines` holds the line of each key, `anchored` the keys whose value
+    carries a YAML anchor that is used elsewhere."""
 
     items: Mapping[str, Node]
     key_lines: Mapping[str, int]
@@ -58,7 +58,7 @@ class Table:
     anchored: frozenset[str] = frozenset()
 
     def given(self, key: str) -> Node | None:
-        """The value of a key, None if the key is absent or null: the two mean the same."""
+        """The value of a key; None if the key is absent or null, which mean the same."""
         node = self.items.get(key)
         return None if isinstance(node, Text) and node.is_null else node
 
@@ -67,13 +67,13 @@ Node = Text | Sequence | Table
 
 
 def shown(text: str) -> str:
-    """A value of the requester's as it may stand in a sentence: quoted, escaped, at most 80 characters."""
+    """An untrusted value for use in a message: quoted, escaped, at most 80 characters."""
     cut = text if len(text) <= 80 else text[:77] + "..."
     return "`" + cut.encode("unicode_escape").decode().replace("`", "'") + "`"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The next step after an unknown name: the valid name it is close to, else all valid names."""
+    """Next step for an unknown name: the closest valid name, else all valid names."""
     names = sorted(set(valid))
     close = closest(name, names)
     return f"Did you mean `{close}`?" if close else "Valid here: " + ", ".join(f"`{n}`" for n in names) + "."
@@ -81,16 +81,16 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 @dataclass(slots=True)
 class Reader:
-    """Typed reading of a document; collects notices, refuses with file, line and YAML path."""
+    """Typed reader of a document. Collects notices; refuses with file, line and YAML path."""
 
     file: str
     trust: Trust
     unknown_keys: UnknownKeys
-    made: frozenset[str] = frozenset()  # names of the recipe's documents, which stand for models too
+    made: frozenset[str] = frozenset()  # names of the recipe's documents, which can be used as models
     notices: list[Notice] = field(default_factory=list)
 
     def refuse(self, code: str, node: Node | int | None, path: str, message: str, next_step: str) -> NoReturn:
-        """Raise the refusal; `node` or a line number says where it stands."""
+        """Raise a refusal at `node`, which is a node or a line number."""
         line = node if isinstance(node, int) or node is None else node.line
         value = node.text if isinstance(node, Text) else None
         raise Refused(code, message, next_step, value=value, where=Where(self.file, line, path or None))
@@ -133,13 +133,13 @@ class Reader:
 
     def boolean(self, node: Node, path: str) -> bool:
         word = node.text.strip().lower() if isinstance(node, Text) else ""
-        word = {"1.0": "1", "0.0": "0"}.get(word, word)  # as mergekit itself writes flags
+        word = {"1.0": "1", "0.0": "0"}.get(word, word)  # mergekit writes flags as numbers
         if word not in _TRUE | _FALSE:
             self._wrong(node, path, "`true` or `false`")
         return word in _TRUE
 
     def model(self, node: Node, path: str) -> ModelRef:
-        """A reference as text `path[@revision][+lora[@revision]]`, or as the mapping mergekit writes."""
+        """A model reference: the text `path[@revision][+lora[@revision]]` or mergekit's mapping."""
         if isinstance(node, Table):
             return self._model_mapping(node, path)
         text = self.text(node, path)
@@ -184,7 +184,7 @@ class Reader:
         return ModelRef(name, revision)
 
     def unknown(self, node: Table, path: str, valid: Iterable[str]) -> None:
-        """Refuse keys outside `valid`, naming the nearest; or note them where the caller ignores them."""
+        """Refuse keys outside `valid`, naming the closest one; add a notice instead if unknown keys are ignored."""
         names = set(valid)
         for key in node.items:
             if key not in names:
@@ -218,5 +218,5 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether `name` is owner/name as the Hub spells ids (reliability.md 4.3)."""
+    """True if `name` is owner/name as the Hub spells ids (docs/design/reliability.md 4.3)."""
     return bool(_REPO_ID.fullmatch(name)) and "--" not in name and ".." not in name and not name.endswith(".git")

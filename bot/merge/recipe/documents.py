@@ -1,7 +1,8 @@
-"""Several documents in one recipe: their names, who uses whom, which of them is the result. merging.md 3.1.
+"""Recipes of several documents: names, dependencies, the final document. docs/design/merging.md 3.1.
 
 A model whose path is the name of a document means that document's result. The final document is the unnamed one;
-where all have names, the last of those that no other uses. The others run before it, each after those it uses.
+if all have names, it is the last of those that no other document uses. The others run before it, each after those it
+uses.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from bot.merge.recipe import grammar
 from bot.merge.recipe.document import Node, Reader, Table, Text, shown
 from bot.merge.recipe.spec import ModelRef, Notice, Recipe, Stage
 
-MOST = 8  # documents in one recipe
+MOST = 8  # maximum number of documents in one recipe
 _NAME = re.compile(r"[^\x00-\x1f\x7f+@]{1,96}")
-MakeReader = Callable[[frozenset[str]], Reader]  # given the names of the documents
+MakeReader = Callable[[frozenset[str]], Reader]  # reader of a document, from the names of all documents
 
 
 def recipe(make_reader: MakeReader, roots: Sequence[Node]) -> Recipe:
@@ -83,7 +84,7 @@ def _name(reader: Reader, root: Node) -> str | None:
 
 
 def _uses(reader: Reader, root: Node, built: Recipe, names: Sequence[str | None]) -> list[int]:
-    """The documents whose results a document names, in the order in which it does: no shuffle of the text matters."""
+    """Documents whose results a document uses, in the order of use, so that reordering the text changes nothing."""
     places: Mapping[ModelRef, int] = {ModelRef(name): i for i, name in enumerate(names) if name is not None}
     for ref in built.sources:
         if ref.lora in places:
@@ -98,7 +99,7 @@ def _uses(reader: Reader, root: Node, built: Recipe, names: Sequence[str | None]
 def _order(
     reader: Reader, roots: Sequence[Node], names: Sequence[str | None], uses: Sequence[Sequence[int]]
 ) -> list[int]:
-    """The final document last, before it those it needs, each after those it needs itself."""
+    """Order of execution: the final document last, every document after those it uses."""
     used = {i for some in uses for i in some}
     ends = [i for i in range(len(roots)) if i not in used]
     order: list[int] = []
@@ -119,7 +120,7 @@ def _order(
         entered.pop()
         order.append(i)
 
-    # whoever stands in a circle is used by another, so a walk from every document finds it
+    # a document in a circle is used by another one, so only a walk from every document finds it
     for i in range(len(roots)):
         visit(i)
     final = names.index(None) if None in names else ends[-1]

@@ -1,6 +1,6 @@
-"""Storage types of tensors, under their three names: safetensors' code, torch's name, bytes per element.
+"""Storage types of tensors: safetensors code, torch name, bytes per element.
 
-Planning must not import torch, so the few facts it needs stand here. Source of codes: the safetensors format.
+Planning must not import torch and reads this table instead. The codes are those of the safetensors format.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """One storage type. `quantised` marks types that carry no value without a scale kept elsewhere."""
+    """One storage type. `quantised` marks types whose values need a scale that is stored elsewhere."""
 
     code: str
     name: str

@@ -1,8 +1,8 @@
-"""The recipe language: a document tree -> Recipe. merging.md 1.2, 1.3, 1.6 and 3.1.
+"""Parser of the recipe language: document tree -> Recipe. docs/design/merging.md 1.2, 1.3, 1.6 and 3.1.
 
 Keys fall into three classes: known to this method (used, range checked), known to another method or harmless
-(accepted, noted), unknown (refused with the nearest name). Everything that can be judged without seeing a model is
-judged here, where the line is known.
+(accepted, noted), unknown (refused with the nearest name). Everything that can be checked without a model is
+checked here, where the line is known.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TOP = frozenset(
 _LAYOUTS = ("models", "slices", "modules")
 _MISPLACED = _TOP - {"parameters", "models", "slices", "modules", "name"}
 
-# Written by mergekit or by older recipes, without effect on any method here.
+# Keys of mergekit and of older recipes without effect on any method here.
 IGNORED_PARAMETERS = frozenset(
     {"int8_mask", "residual_weight", "embed_slerp", "random_seed", "name", "consensus_method", "swapping"}
 )
@@ -196,7 +196,7 @@ def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, rang
 
 
 def _no_revision(reader: Reader, table: Table, where: str) -> None:
-    """A revision beside the model would be lost without a word in mergekit; here it belongs to the reference."""
+    """Refuse a revision beside the model. mergekit ignores it silently; here it is part of the reference."""
     model, revision = table.items.get("model"), table.items.get("revision")
     if isinstance(model, Text) and isinstance(revision, Text) and reader.unknown_keys == "refuse":
         reader.refuse(
@@ -332,7 +332,7 @@ def _check_range(reader: Reader, node: Node, path: str, parameter: Parameter, se
 
 
 def _check_inputs(reader: Reader, top: Table, built: Recipe, method: Method) -> None:
-    """Base and number of inputs of every slice, merging.md 1.2."""
+    """Check base and number of inputs of every slice. docs/design/merging.md 1.2."""
     for module in built.modules:
         for i, piece in enumerate(module.slices):
             prefix = f"modules.{module.name}." if built.modular else ""

@@ -1,4 +1,4 @@
-"""References to models, as recipes write them: `path[@revision][+adapter[@revision]]`, or mergekit's mapping."""
+"""References to models in recipes: `path[@revision][+adapter[@revision]]`, or mergekit's mapping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ModelRef:
         return ModelRef(self.path, self.revision)
 
     def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> ModelRef:
-        """The reference with model and adapter each replaced as `commits` says of bare references."""
+        """The reference with model and adapter replaced by their entries in `commits` (keyed by bare references)."""
         bare = commits.get(self.bare, self.bare)
         return bare if self.lora is None else replace(bare, lora=self.lora.pinned(commits))
 
@@ -29,7 +29,7 @@ class ModelRef:
         return own if self.lora is None else f"{own}+{self.lora}"
 
     def document(self) -> object:
-        """The reference as a recipe writes it: its text, or a mapping where a path has an `@` or a `+` in it."""
+        """The reference as written in a recipe: text, or a mapping if a path contains `@` or `+`."""
         parts = [part for part in (self.bare, self.lora) if part is not None]
         if not any(sign in part.path for part in parts for sign in "@+"):
             return str(self)

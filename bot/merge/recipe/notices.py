@@ -1,4 +1,4 @@
-"""Notices in the making: things a person should know that do not stop the work."""
+"""Collector of notices: remarks for the user that do not stop the work."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Configs of other programs given as a recipe: each is refused by name, with the next step."""
+"""Refusal of configs of other programs given as a recipe, with the name of the program and the next step."""
 
 from __future__ import annotations
 
 from bot.merge.recipe.document import Reader, Table
 
-# a top-level key that only this program's config has -> what the file is, what to do
+# a top-level key that only one program's configs have -> description of the file, next step
 _BY_KEY: dict[str, tuple[str, str]] = {
     "experts": (
         "this is a config of mergekit-moe, which assembles a mixture of experts from several models",
@@ -31,7 +31,7 @@ _BY_KEY: dict[str, tuple[str, str]] = {
 
 
 def refuse_other_programs(reader: Reader, top: Table) -> None:
-    """Refuse a file that belongs to another program, whatever the caller does about unknown keys."""
+    """Refuse a file of another program, even if unknown keys are ignored."""
     for key, (what, instead) in _BY_KEY.items():
         if key in top.items and key not in top.anchored:
             line = top.key_lines[key]

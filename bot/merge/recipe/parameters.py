@@ -1,7 +1,7 @@
-"""Which value a setting has for one tensor. merging.md 1.3.
+"""Values of parameters for single tensors. docs/design/merging.md 1.3.
 
-Resolution is by level, first hit wins: source, slice, module, recipe, the method's default. A level whose
-conditions do not match falls through to the next.
+The first level with a value wins: source, slice, module, recipe, the method's default. A level whose conditions do not
+match is skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bot.merge.recipe.spec import Conditions, Gradient, Parameters, Scalar
 def resolve(parameter: Parameter, levels: Iterable[Parameters], tensor: str, u: float) -> Scalar | Absent:
     """The value of `parameter` for `tensor` at layer position `u` in [0, 1].
 
-    `Absent.REQUIRED` means that no level gives a value and the method has none; `Absent.NONE` that it stays unset.
+    `Absent.REQUIRED`: neither a level nor the method has a value. `Absent.NONE`: the parameter stays unset.
     """
     value = written(parameter.name, levels, tensor)
     if value is None:
@@ -24,7 +24,7 @@ def resolve(parameter: Parameter, levels: Iterable[Parameters], tensor: str, u: 
 
 
 def written(name: str, levels: Iterable[Parameters], tensor: str) -> Scalar | Gradient | None:
-    """The recipe's value of the parameter `name` for `tensor`: the first level's that applies, None without one."""
+    """The value of the parameter `name` for `tensor` at the first level that has one, else None."""
     for level in levels:
         setting = level.get(name)
         if not isinstance(setting, Conditions):
@@ -38,7 +38,7 @@ def written(name: str, levels: Iterable[Parameters], tensor: str) -> Scalar | Gr
 
 
 def position(layer: int, layers: int) -> float:
-    """Layer position u of layer `layer` of a slice of `layers`: 0 for the first, 1 for the last (and an only one)."""
+    """Position u of layer `layer` in a slice of `layers`: 0 for the first, 1 for the last (and for a single layer)."""
     return layer / (layers - 1) if layers > 1 else 1.0
 
 

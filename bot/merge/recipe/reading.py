@@ -1,7 +1,7 @@
-"""mergekit YAML -> Recipe, behind a guard that no recipe can get past by being large, deep or clever.
+"""Guarded reader: mergekit YAML -> Recipe, with limits on size, depth and aliases.
 
-The text is read as a stream of events and every limit holds while it streams; no YAML loader ever constructs a
-value. The tree that results goes through `grammar.py`. Threats and limits: reliability.md 3.1, 4.1.
+The text is read as a stream of events and the limits are checked on the way; a YAML loader never constructs a value.
+The resulting tree goes through `grammar.py`. Threats and limits: docs/design/reliability.md 3.1, 4.1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ModelRef", "Recipe", "from_canonical", "parse", "read_stream", "read
 
 @dataclass(frozen=True, slots=True)
 class TextLimits:
-    """Bounds on a recipe's text. `alias_nodes` is how many nodes aliases to collections may add in all."""
+    """Limits on the text of a recipe. `alias_nodes`: nodes that aliases to collections may add in total."""
 
     text_bytes: int
     depth: int
@@ -43,18 +43,18 @@ def parse(
 ) -> Recipe:
     """Read a recipe, or refuse it with file, line, YAML path and the nearest valid name.
 
-    `stranger` applies the limits of reliability.md 4.1 and takes model names only as owner/name[@revision].
+    `stranger` applies the limits of docs/design/reliability.md 4.1 and accepts only owner/name[@revision] as models.
     `unknown_keys="ignore"` turns unknown keys into notices. Raises `bot.errors.Refused`.
     """
     if trust == "operator":
-        text = text.removeprefix("\ufeff")  # as some editors begin a file
+        text = text.removeprefix("\ufeff")  # byte order mark, written by some editors
     roots = read_stream(text, trust=trust, file=file)
     recipe = documents.recipe(lambda made: Reader(file, trust, unknown_keys, made), roots)
     return replace(recipe, original=text if trust == "operator" else None)
 
 
 def from_canonical(canonical: str) -> Recipe:
-    """The recipe whose `canonical()` text this is."""
+    """The recipe of a `canonical()` text."""
     try:
         loaded = json.loads(canonical)
         roots = [_from_json(value) for value in (loaded if isinstance(loaded, list) else [loaded])]
@@ -64,7 +64,7 @@ def from_canonical(canonical: str) -> Recipe:
 
 
 def write_yaml(document: Document) -> str:
-    """Stable block-style YAML of plain values, keys in the given order; a list becomes a stream of documents."""
+    """Block-style YAML of plain values with keys in the given order; a list becomes a stream of documents."""
     each = document if isinstance(document, list) else [document]
     return yaml.safe_dump_all(each, sort_keys=False, default_flow_style=False, allow_unicode=True, width=1000)
 
@@ -133,7 +133,7 @@ class _Open:
 
 
 class _Builder:
-    """Builds the trees from the event stream and stops at the first event past a limit."""
+    """Builds the trees from the event stream and stops at the first event beyond a limit."""
 
     def __init__(self, file: str, trust: Trust, limits: TextLimits) -> None:
         self.file, self.trust, self.limits = file, trust, limits

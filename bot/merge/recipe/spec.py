@@ -1,7 +1,7 @@
-"""The values a recipe is made of. Frozen; built by `reading.parse` and by nobody else from text.
+"""Values of a recipe. They are frozen; from text they are built by `reading.parse` only.
 
 Recipe
-  |-- slices | models      what is stacked, and from which sources
+  |-- slices | models      stacked layers and their sources
   |     `-- Source         a model, its layers, its own parameters
   |-- parameters           name -> Setting
   `-- tokenizer, dtype ...
@@ -26,7 +26,7 @@ Document = dict[str, object] | list[dict[str, object]]
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """Values spread evenly over the layers of a slice, `merging.md` 1.3."""
+    """Values spread evenly over the layers of a slice. docs/design/merging.md 1.3."""
 
     values: tuple[Scalar, ...]
 
@@ -52,7 +52,7 @@ Parameters = Mapping[str, Setting]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input of a slice: a model, the half-open range of its layers (None: all), its own parameters."""
+    """One input of a slice: a model, a half-open range of its layers (None: all), its own parameters."""
 
     model: ModelRef
     layers: tuple[int, int] | None = None
@@ -80,7 +80,7 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class TokenSource:
-    """Where the row of one token comes from: a model's row of a token, or zeros."""
+    """Source of the row of one token: a model's row of a token, or zeros."""
 
     kind: Literal["model", "model_token", "zero"]
     model: ModelRef | None = None
@@ -99,17 +99,17 @@ class TokenRule:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The vocabulary asked for: `union`, `base` or a model's; rules for single tokens; padding of the rows."""
+    """The requested vocabulary: `union`, `base` or a model's; rules for single tokens; padding of the rows."""
 
     source: Literal["union", "base"] | ModelRef
     tokens: tuple[TokenRule, ...] = ()
     pad_to_multiple_of: int | None = None
-    legacy: bool = False  # written as `tokenizer_source`
+    legacy: bool = False  # written with the key `tokenizer_source`
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something a person should know that does not stop the work. `code` is stable, `count` sums equal notices."""
+    """A remark for the user that does not stop the work. `code` is stable, `count` is the number of equal notices."""
 
     code: str
     text: str
@@ -118,7 +118,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Classic:
-    """What sets a merge in the manner of the 2023 `main.py` apart: lenient shapes and names, float32 embeddings.
+    """Options of a merge as the 2023 `main.py` did it, with lenient shapes and names and float32 embeddings.
 
     naive_count: ties elects by the number of signs; layer_gradient: values over embeddings, layers and final norm.
     """
@@ -130,7 +130,7 @@ class Classic:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """An intermediate of a recipe of several documents: what `name` means as a model there."""
+    """An intermediate merge in a recipe of several documents; later documents use it as the model `name`."""
 
     name: str
     recipe: Recipe
@@ -143,7 +143,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One merge, as asked for. `digest` is the identity of the work once the references are pinned.
+    """One requested merge. `digest` identifies the work once the references are pinned.
 
     A recipe of several documents is its final document; `stages` are the others, each after those it uses.
     """
@@ -160,11 +160,11 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     classic: Classic | None = None
     notices: tuple[Notice, ...] = field(default=(), compare=False)
-    original: str | None = field(default=None, compare=False)  # the operator's own text
+    original: str | None = field(default=None, compare=False)  # text of a trusted recipe
 
     @property
     def sources(self) -> tuple[ModelRef, ...]:
-        """Every model this document names, as written, each once; the base keeps its place or comes last."""
+        """Every model of this document as written, each once; the base keeps its place or comes last."""
         found: dict[ModelRef, None] = {}
         for piece in (piece for module in self.modules for piece in module.slices):
             found.update(dict.fromkeys(source.model for source in piece.sources))
@@ -182,7 +182,7 @@ class Recipe:
 
     @property
     def repos(self) -> tuple[ModelRef, ...]:
-        """Every model and adapter to be read from outside, each once and bare, the stages' first."""
+        """Every model and adapter to resolve, each once and bare, those of the stages first."""
         made = {stage.ref for stage in self.stages}
         found: dict[ModelRef, None] = {}
         for ref in (ref for part in (*(stage.recipe for stage in self.stages), self) for ref in part.sources):
@@ -191,13 +191,13 @@ class Recipe:
 
     @property
     def donor(self) -> ModelRef:
-        """The model that gives config and tokenizer: the base, else the first source."""
+        """Source of config and tokenizer: the base, else the first source."""
         return self.base or self.sources[0]
 
     def taking_part(self, module: Module, piece: Slice) -> tuple[tuple[Source, ...], int | None]:
-        """The inputs of a slice in order, and which of them is the base (None: no input plays that part).
+        """The inputs of a slice in order, and the index of the base among them (None: no base).
 
-        Under `models` an unlisted base is appended last; under `slices` it never is (merging.md 1.2).
+        Under `models` an unlisted base is appended; under `slices` it is not (docs/design/merging.md 1.2).
         """
         sources, base = piece.sources, piece.base or self.base
         if base is not None and module.layout == "models" and all(source.model != base for source in sources):
@@ -207,10 +207,10 @@ class Recipe:
         return sources, next((i for i, source in enumerate(sources) if source.model == base), None)
 
     def passes_through(self, module: Module, piece: Slice) -> bool:
-        """True if the only input of this slice or module is copied, whatever the method's parameters.
+        """True if the only input of this slice or module is copied, whatever the parameters of the method.
 
-        In a part of a model a method for two inputs does so with either; a method that adds task vectors to a base
-        does so with the base alone, as mergekit does.
+        As in mergekit, in a part of a model a method for two inputs copies a single one, base or not. A method that
+        adds task vectors to a base copies only the base.
         """
         method = METHODS[self.method]
         sources, base = self.taking_part(module, piece)
@@ -222,7 +222,7 @@ class Recipe:
         return sum(len(each.slices) for each in self.modules) > 1
 
     def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> Recipe:
-        """The same recipe, stages and adapters included, with every bare reference replaced that is in `commits`."""
+        """The recipe with every bare reference found in `commits` replaced, including stages and adapters."""
         return replace(
             self,
             stages=tuple(replace(stage, recipe=stage.recipe.pinned(commits)) for stage in self.stages),
@@ -235,7 +235,7 @@ class Recipe:
         )
 
     def document(self) -> Document:
-        """The recipe as plain JSON values in mergekit's language; parsing them gives this recipe back.
+        """The recipe as plain JSON values in mergekit's language; parsing them gives an equal recipe.
 
         With stages it is a list of documents, each stage with its name, the final document last.
         """
@@ -274,7 +274,7 @@ class Recipe:
 
 
 def plain_number(value: float) -> float | int:
-    """A whole number without its fraction, so that 1 and 1.0 are the same text."""
+    """A whole number without its fraction, so that 1 and 1.0 give the same text."""
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value)
 
 

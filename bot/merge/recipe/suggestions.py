@@ -1,4 +1,4 @@
-"""Suggestions for mistyped names, made only where the typing error is small."""
+"""Suggestions for mistyped names, limited to small typing errors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 MOST_EDITS = 2
 LONGEST = 80
-LETTERS_PER_EDIT = 3  # a name of five letters may differ in one, from six letters on in two
+LETTERS_PER_EDIT = 3  # a name of five letters may differ in one letter, a longer one in two
 
 
 def closest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that differs from `name` in the fewest letters, None where no name is close.
+    """The valid name with the smallest edit distance to `name`, None if none is close.
 
     Case and the difference between `-` and `_` do not count; equally close names are taken in alphabetical order.
     """

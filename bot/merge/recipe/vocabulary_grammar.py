@@ -1,4 +1,4 @@
-"""The keys `tokenizer`, `tokenizer_source`: which vocabulary the output has. merging.md 3.1."""
+"""Parser of the keys `tokenizer` and `tokenizer_source`. docs/design/merging.md 3.2."""
 
 from __future__ import annotations
 
