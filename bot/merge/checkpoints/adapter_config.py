@@ -1,4 +1,4 @@
-"""adapter_config.json -> what a LoRA adapter means: its scale for every module. PEFT's keys, strictly typed.
+"""Reader of adapter_config.json: rank and scale of a LoRA adapter per module. PEFT's keys, strictly typed.
 
 LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353. Other kinds are refused (`adapter_kinds`).
 """

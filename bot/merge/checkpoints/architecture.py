@@ -1,4 +1,4 @@
-"""Which tensors, layers and ties a model has, inferred from its config and headers. merging.md 5.2.
+"""Tensors, layers and ties of a model, inferred from config and headers. docs/design/merging.md 5.2.
 
 A layer's tensors are the suffixes that really stand in that layer, never a template, so hybrids, leading dense
 layers and pruned shapes need no description.
@@ -113,12 +113,12 @@ def layer_count(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, int 
 
 
 def is_optional(name: str) -> bool:
-    """Whether a model may lack this tensor: a bias. (A tied head is decided by the planner.)"""
+    """True if a model may lack this tensor: a bias. (A tied head is decided by the planner.)"""
     return name.endswith((".bias", "_bias", ".b"))
 
 
 def may_count_tokens(name: str) -> bool:
-    """Whether a loose tensor of this name has one row for every token, if it has as many rows as the embedding."""
+    """True if a loose tensor of this name has one row per token, provided it has as many rows as the embedding."""
     return is_embedding(name) or is_head(name) or bool(_PER_TOKEN.search(name))
 
 

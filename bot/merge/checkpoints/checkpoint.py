@@ -273,7 +273,7 @@ def _json_object(text: str, where: str, notices: list[str] | None = None) -> dic
 
 
 def nests_deeper(value: object, depth: int = DEPTH) -> bool:
-    """Whether lists and objects nest deeper than `depth` levels."""
+    """True if lists and objects nest deeper than `depth` levels."""
     level: list[object] = [value]
     for _ in range(depth):
         parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]

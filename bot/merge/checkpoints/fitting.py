@@ -3,7 +3,7 @@
     Checkpoint of m + Adapter l  ->  Checkpoint of m+l, which computes what PEFT's unmerged model of both computes
 
 An adapter changes modules. A tied pair is one stored tensor and two modules; a change of one of them unties the pair.
-merging.md 5.3.
+docs/design/merging.md 5.3.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ BESIDE_FLOAT16: dict[str, tuple[str, ...]] = {
 
 
 def stays_float32(name: str, dtype: str, config: Mapping[str, Any]) -> bool:
-    """Whether the tensor `name` of a model with this config, stored in float32, is not cast to `dtype`."""
+    """True if the tensor `name` of a model with this config, stored in float32, is not cast to `dtype`."""
     if dtype not in ("bfloat16", "float16"):
         return False
     tables = (ALWAYS,) if dtype == "bfloat16" else (ALWAYS, BESIDE_FLOAT16)

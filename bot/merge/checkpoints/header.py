@@ -1,4 +1,4 @@
-"""The header of one safetensors file: bytes -> tensors, or a refusal. reliability.md 3.2 and 4.2.
+"""The header of one safetensors file: bytes -> tensors, or a refusal. docs/design/reliability.md 3.2 and 4.2.
 
 What we accept, the safetensors library accepts too; we refuse more: duplicate keys, oversized headers, hostile
 names, extra keys. After `parse` nobody checks a header again.
@@ -19,7 +19,7 @@ _STRICT_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on what a checkpoint may bring. Two trusts: `STRANGER` and `OPERATOR` (architecture.md)."""
+    """Limits of a checkpoint: `STRANGER` (untrusted) and `OPERATOR` (trusted), docs/design/architecture.md."""
 
     header_bytes: int
     tensors: int

@@ -1,4 +1,4 @@
-"""A LoRA adapter seen through its headers. No weight is read, no torch imported. merging.md 5.3.
+"""A LoRA adapter seen through its headers. Weights are not read. docs/design/merging.md 5.3.
 
 `open_source` opens whatever lies in a folder or repo; `fitting.py` sees a model through an adapter.
 """
@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """What is known of a LoRA adapter before its weights are read. `digest` covers its config."""
+    """A LoRA adapter before its weights are read. `digest` covers its config."""
 
     name: str
     config: LoraConfig

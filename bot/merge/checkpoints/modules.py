@@ -1,8 +1,8 @@
-"""The modules of a model with several stacks: which layers and loose tensors each owns, and what it may be called.
+"""Modules of a model with several stacks: their layers, loose tensors and names.
 
 A stack is told apart by the first part of its name that no other stack shares: `language_model.` and `vision_tower.`,
 or `encoder.` and `decoder.`. What stands outside of all (a projector, a shared embedding) is a module without layers.
-merging.md 1.4.
+docs/design/merging.md 1.4.
 """
 
 from __future__ import annotations

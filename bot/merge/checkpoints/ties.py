@@ -5,7 +5,8 @@
     both stored and unequal   not tied, whatever the config says
 
 `as_loaded` turns the stored tensors into those of the loaded model under the names that transformers saves. Source:
-`PreTrainedModel.tie_weights` and the `_tied_weights_keys` of its classes, transformers 5.23. merging.md 1.5.
+`PreTrainedModel.tie_weights` and the `_tied_weights_keys` of its classes, transformers 5.23.
+docs/design/merging.md 1.5.
 """
 
 from __future__ import annotations

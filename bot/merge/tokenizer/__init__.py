@@ -1,1 +1,1 @@
-"""What the output's vocabulary and chat template are, and which rows of which matrices its tokens take."""
+"""Vocabulary and chat template of the output, and the sources of the rows of its tokens."""

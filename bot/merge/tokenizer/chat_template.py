@@ -85,7 +85,7 @@ def _note_markers(
     alignment: Alignment | None,
     notes: Notes,
 ) -> None:
-    """Say which of the template's markers the output's vocabulary lacks: it would read them letter by letter."""
+    """Add a notice about markers of the template that the vocabulary lacks and would split into letters."""
     own = None if alignment is not None else read_tokens(checkpoints[recipe.donor])
     known = alignment.ids if alignment is not None else None if own is None else own.ids
     lacking = [] if known is None else [marker for marker in MARKERS[name] if marker not in known]

@@ -1,4 +1,4 @@
-"""Index arrays that put the rows of a source's matrix into the order of the output's vocabulary. merging.md 3.2.
+"""Index arrays from the rows of a source to the output's vocabulary. docs/design/merging.md 3.2.
 
 The row of an output token in source i is i's own row of that token. Where i has none (or the recipe forces one):
 the rule for the token, else the only source that has it, else the base's row, else the mean of those that have it,
@@ -99,7 +99,7 @@ def _substitute(
     matrices: Mapping[ModelRef, int],
     held: Mapping[ModelRef, Mapping[str, int]],
 ) -> list[tuple[ModelRef, int]]:
-    """Which rows make up the row of a token its source lacks."""
+    """Rows that make up the row of a token its source lacks."""
     rule = alignment.rules.get(token)
     if rule is not None and rule.source is not None:
         given = rule.source

@@ -1,4 +1,4 @@
-"""Which tokens the output knows, and which rows of which matrices become the row of a token. merging.md 3.2.
+"""Vocabulary of the output, and the rows that become the row of each token. docs/design/merging.md 3.2.
 
 Only plain JSON is read: `tokenizer.json` of fast tokenizers. Everything is decided while planning, as index arrays;
 the engine gathers rows by them and never looks at a token.
