@@ -1,9 +1,9 @@
-"""`mergebot evaluate`: a model, and the models it is held against, measured alike with lm-eval."""
+"""`mergebot evaluate`: evaluates a model and the models to compare with under equal conditions."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,10 +12,10 @@ from bot.errors import Failed
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo (owner/name[@revision]).", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub repo (owner/name[@revision]).", metavar="MODEL")],
     against: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A model to compare with, such as a parent; repeat it. Measured once and kept."),
+        list[str] | None,
+        typer.Option(help="Model to compare with, such as a parent; repeatable. Evaluated once and cached."),
     ] = None,
     suite: Annotated[
         str,
@@ -24,34 +24,36 @@ def evaluate(
         ),
     ] = "quick",
     task: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             "--task",
             "--tasks",
-            help="In place of a suite, what lm-eval takes: tasks, groups, tags, patterns, task files or folders; "
+            help="Instead of a suite, as for lm_eval --tasks: tasks, groups, tags, patterns, task files or folders; "
             "repeat it or use commas.",
         ),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="Write JSON here, and a picture.", metavar="FILE")] = None,  # noqa: UP045
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Maximum samples per task.", min=1)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the scores as JSON, and a figure beside it.", metavar="FILE")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
     first_look: Annotated[
-        bool, typer.Option(help="Look whether the models speak, and refuse one that talks nonsense.")
+        bool, typer.Option(help="Run the sanity check before the benchmark; refuse a model that generates nonsense.")
     ] = True,
     chat_template: Annotated[
         bool,
         typer.Option(
             "--chat-template",
-            help="Ask through the models' chat templates; all have to have one. Verdicts need equal prompts.",
+            help="Apply the models' chat templates; each model needs one. Verdicts need equal prompts.",
         ),
     ] = False,
-    batch_size: Annotated[str, typer.Option(help="auto, or a number.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Batch size: auto or a number.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     backend: Annotated[str, typer.Option(help="hf, or vllm (needs mergebot[vllm]).")] = "hf",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
 ) -> None:
-    """Measure a model with lm-eval, and its parents beside it. Stopped half-way, the same command continues."""
+    """Evaluate a model and its parents with lm-eval. After an interruption the same command continues."""
     from bot.cli import evaluation_output, output
     from bot.stages import local_runs, sanity_check, suite_file
     from bot.stages.evaluator_errors import translated

@@ -1,4 +1,4 @@
-"""What `mergebot evaluate` shows: what is ahead, then every task with its intervals, and what it proves."""
+"""Output of `mergebot evaluate`: the estimate, then scores with intervals and verdicts per task."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STYLES = {Outcome.BETTER: "green", Outcome.WORSE: "red"}
 
 
 def estimate(model: str, ahead: Estimate) -> None:
-    """What an evaluation that begins will take."""
+    """Size and duration of an evaluation that begins."""
     parts = [f"{ahead.requests:,} requests", f"{ahead.tokens:,} tokens to read"]
     if ahead.new_tokens:
         parts.append(f"at most {ahead.new_tokens:,} to write")
@@ -47,7 +47,7 @@ def _duration(seconds: float) -> str:
 
 
 def first_look(looks: Mapping[str, Vitals]) -> None:
-    """What was seen before the tasks, a column a model."""
+    """Results of the sanity check, one column per model."""
     if not looks:
         return
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
@@ -61,7 +61,7 @@ def first_look(looks: Mapping[str, Vitals]) -> None:
 
 
 def evaluations(evaluated: Evaluated, comparison: Comparison | None, why_not: str) -> None:
-    """A block a task: every model's score, the difference to each, the words; then the average and the conditions."""
+    """One block per task: scores, differences and verdicts; then the average and the conditions."""
     full = labels(list(evaluated.found))
     judged, *others = evaluated.found
     models = {"": evaluated.found[judged], **{name: evaluated.found[name] for name in others}}
@@ -87,13 +87,13 @@ def evaluations(evaluated: Evaluated, comparison: Comparison | None, why_not: st
 
 
 def labels(models: Sequence[str]) -> dict[str, str]:
-    """By the name each was given, how it is called here: its last part, where that is no other's."""
+    """Display labels: the last path component where unique, else the full name."""
     last = {model: report.short(Path(model).name) or model for model in models}
     return {model: name if list(last.values()).count(name) == 1 else model for model, name in last.items()}
 
 
 def fitted(names: Mapping[str, str], room: int) -> dict[str, str]:
-    """Names of at most `room` characters, the middle of long ones left out where that leaves them different."""
+    """Names of at most `room` characters; long ones lose their middle if they stay different."""
     room = max(room, LEAST_NAME)
     cut = {
         model: name if len(name) <= room else f"{name[: room // 2]}…{name[len(name) - (room - 1) // 2 :]}"
@@ -160,7 +160,7 @@ class _Blocks:
 
 
 def _proved(comparison: Comparison, names: Mapping[str, str], terms: report.Terms) -> Iterable[str]:
-    """The verdict, then whose answers they are."""
+    """Verdict, then agreement with the parents' answers."""
 
     def show(model: str) -> str:
         return names.get(model, model)
@@ -172,7 +172,7 @@ def _proved(comparison: Comparison, names: Mapping[str, str], terms: report.Term
 
 
 def _origin(evaluated: Evaluated, names: Mapping[str, str]) -> str:
-    """Which models were measured now, and whose answers were there already."""
+    """Models evaluated now, and those with cached answers."""
     now = [name for model, name in names.items() if model not in evaluated.known]
     kept = [name for model, name in names.items() if model in evaluated.known]
     told = [f"Measured now: {report.joined(now)}." if now else ""]
@@ -191,11 +191,11 @@ def _conditions(evaluation: ModelEvaluation) -> str:
 
 
 def written(files: Iterable[Path]) -> None:
-    """Where the scores are, and the picture of them if one was drawn."""
+    """Paths of the scores and of the figure."""
     _say(f"Every score is in {', a picture in '.join(str(file) for file in files)}.")
 
 
 def _say(sentence: str, *, style: str = "", markup: bool = False) -> None:
-    """A sentence, broken between words where somebody watches; one line in a log."""
+    """Print a sentence: wrapped on a terminal, one line in a log."""
     text = sentence if markup else escape(sentence)
     console.print(text, style=style, soft_wrap=not console.is_terminal, highlight=False)

@@ -1,4 +1,4 @@
-"""What Ctrl-C leaves of a verb's work, and how to go on: said alike by every verb that may take long."""
+"""Message of an interrupted command: what was kept, and how to continue."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ _LEFT = {
 
 
 def stopped(verb: str) -> Failed:
-    """What a verb that was interrupted ends with: CANCELLED."""
+    """Error CANCELLED of an interrupted command."""
     left, next_step = _LEFT.get(verb, ("nothing is changed", ""))
     return Failed("CANCELLED", f"Stopped; {left}.", next_step)

@@ -1,11 +1,11 @@
-"""The `mergebot` command: a verb each, no logic of its own. Nothing heavy is imported before a verb needs it."""
+"""Command-line entry point. Heavy imports are deferred to the command that needs them."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -24,29 +24,33 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Merge models, measure what came out, publish exactly what was measured. "
-    "`--home`, `--hub` and `--debug` may stand behind the command, too.",
+    help="Merge models, evaluate the result and publish exactly what was evaluated. "
+    "`--home`, `--hub` and `--debug` can also be given after the command.",
 )
-app.command("evaluate", rich_help_panel="Do one step yourself", cls=Verb)(evaluate.evaluate)
-app.add_typer(medusa.app, name="medusa", rich_help_panel="Do one step yourself")
+app.command("evaluate", rich_help_panel="Single steps", cls=Verb)(evaluate.evaluate)
+app.add_typer(medusa.app, name="medusa", rich_help_panel="Single steps")
 
-WALK, STEP, RUN = "Run the whole walk", "Do one step yourself", "Ask a running bot"
-Recipe = Annotated[Path, typer.Argument(help="A mergekit recipe (YAML).", metavar="RECIPE")]
+WALK, STEP, RUN = "Run the bot", "Single steps", "Requests to a running bot"
+Recipe = Annotated[Path, typer.Argument(help="mergekit recipe (YAML).", metavar="RECIPE")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-UnknownKeys = Annotated[str, typer.Option(help="refuse, or ignore: keys nobody knows become notices.")]
-HashSources = Annotated[bool, typer.Option("--hash-sources", help="Hash local sources into the provenance.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read *.bin and *.pt weights in local folders too.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUT once this one is whole.")]
-ShardSize = Annotated[str, typer.Option(help="Size of an output file at most, as 5GB or 500MB.", metavar="SIZE")]
-Threads = Annotated[
-    int, typer.Option(help="Tensors worked on at a time; memory grows with them.", min=1, max=256, metavar="N")
+UnknownKeys = Annotated[str, typer.Option(help="Unknown recipe keys: refuse, or ignore with a notice.")]
+HashSources = Annotated[
+    bool, typer.Option("--hash-sources", help="Record hashes of local sources in the provenance file.")
 ]
-Out = Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read *.bin and *.pt weights of local folders.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier merge at OUT once this one is complete.")
+]
+ShardSize = Annotated[str, typer.Option(help="Maximum shard size, e.g. 5GB or 500MB.", metavar="SIZE")]
+Threads = Annotated[
+    int, typer.Option(help="Tensors processed in parallel; memory grows with the number.", min=1, max=256, metavar="N")
+]
+Out = Annotated[Path, typer.Argument(help="Output folder.", metavar="OUT")]
 
 
 class _State:
-    """What the options before the verb said."""
+    """Global options: --home, --hub and --debug."""
 
     debug = False
     home: Path | None = None
@@ -55,7 +59,7 @@ class _State:
 
 
 def settings(**overrides: object) -> Settings:
-    """Settings from the environment and the options, in force for this process from here on."""
+    """Settings from the environment and the options; activates them for this process."""
     from pydantic import ValidationError
 
     from bot.errors import Refused
@@ -86,8 +90,8 @@ def _show_version(asked: bool) -> None:
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    home: Annotated[Optional[Path], typer.Option(help="Folder for the database, caches and scratch files.")] = None,  # noqa: UP045
-    hub: Annotated[Optional[str], typer.Option(help="Address of the Hub, HF_ENDPOINT unless given.")] = None,  # noqa: UP045
+    home: Annotated[Path | None, typer.Option(help="Folder for the database, caches and scratch files.")] = None,
+    hub: Annotated[str | None, typer.Option(help="Address of the Hub; default: HF_ENDPOINT.")] = None,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
@@ -101,12 +105,12 @@ def options(
 
 @app.command(rich_help_panel=WALK)
 def demo(
-    directory: Annotated[Path, typer.Option("--dir", help="Folder for everything the demo makes.")] = Path("demo"),
-    once: Annotated[bool, typer.Option("--once", help="Exit when the walk is done instead of serving.")] = False,
-    report: Annotated[Optional[Path], typer.Option(help="Write what happened as JSON.")] = None,  # noqa: UP045
+    directory: Annotated[Path, typer.Option("--dir", help="Folder for all files of the demo.")] = Path("demo"),
+    once: Annotated[bool, typer.Option("--once", help="Exit after the last job instead of serving.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write a report as JSON.")] = None,
     port: Annotated[int, typer.Option(help="Port of the Space.")] = 7860,
 ) -> None:
-    """The main job on this machine: local Hub, real model, two requests, merged, measured, published, on a board."""
+    """Run the main job on this machine: local Hub, real model, two merges evaluated, published and listed."""
     from bot.cli import output
     from bot.demo import run
 
@@ -118,7 +122,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
 ) -> None:
-    """Serve the Space and run the bot: forms, tagged repos, jobs, board."""
+    """Serve the Space and run the bot: forms, tagged repos, jobs, leaderboard."""
     from bot.service import serve
 
     serve.serve(settings(), host, port)
@@ -128,9 +132,9 @@ def serve(
 def hub(
     directory: Annotated[Path, typer.Option("--dir", help="Folder that holds the repos.")] = Path("hub"),
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8765,
-    user: Annotated[Optional[str], typer.Option(help="Make this user, and show a token that may write.")] = None,  # noqa: UP045
+    user: Annotated[str | None, typer.Option(help="Create this user and show a write token.")] = None,
 ) -> None:
-    """Serve a Hub of your own from a folder, for tests and trials; the real clients speak to it through HF_ENDPOINT."""
+    """Serve a local Hub from a folder, for tests and trials; clients connect through HF_ENDPOINT."""
     import secrets
 
     from bot import localhub
@@ -153,13 +157,13 @@ def hub(
 def plan(
     recipe: Recipe,
     seed: Seed = 0,
-    tensor: Annotated[Optional[str], typer.Option(help="Show what the recipe comes to for this tensor.")] = None,  # noqa: UP045
+    tensor: Annotated[str | None, typer.Option(help="Show the resolved parameters of this tensor.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     unknown_keys: UnknownKeys = "refuse",
     allow_pickle: AllowPickle = False,
     shard_size: ShardSize = "5GB",
 ) -> None:
-    """What a recipe would do, from headers alone: tensors, bytes, memory, resolved values. Reads no weights."""
+    """Show the plan of a recipe from headers alone: tensors, bytes, memory, resolved values. Reads no weights."""
     from bot.cli import output
     from bot.merge.planning import summary
     from bot.stages import local_runs
@@ -188,7 +192,7 @@ def merge(
     hash_sources: HashSources = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge the models of a recipe into a new folder. Killed half-way, the same command continues."""
+    """Merge the models of a recipe into a new folder. After an interruption the same command continues."""
     from bot.cli import output
     from bot.stages import local_runs
 
@@ -205,7 +209,7 @@ def merge(
 
 @app.command(rich_help_panel=STEP, cls=Verb)
 def verify(
-    model: Annotated[str, typer.Argument(help="A merged folder, or a Hub repo (owner/name[@revision]).")],
+    model: Annotated[str, typer.Argument(help="Folder of a merge, or a Hub repo (owner/name[@revision]).")],
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of sentences.")] = False,
     allow_pickle: AllowPickle = False,
@@ -224,20 +228,20 @@ def verify(
 @app.command(rich_help_panel=STEP, cls=Verb)
 def classic(
     out: Out,
-    merge: Annotated[list[str], typer.Option(help="A model to merge, MODEL or MODEL+ADAPTER; repeat it.")],
-    density: Annotated[Optional[list[float]], typer.Option(help="Share of each task vector kept by ties.")] = None,  # noqa: UP045
-    weight: Annotated[Optional[list[float]], typer.Option(help="Weight of each model; t of slerp.")] = None,  # noqa: UP045
+    merge: Annotated[list[str], typer.Option(help="Model to merge, MODEL or MODEL+ADAPTER; repeatable.")],
+    density: Annotated[list[float] | None, typer.Option(help="Share of each task vector kept by ties.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Weight of each model; t of slerp.")] = None,
     method: Annotated[str, typer.Option(help="ties, linear or slerp.")] = "ties",
-    base_model: Annotated[Optional[str], typer.Option(help="The base; ties needs one.")] = None,  # noqa: UP045
-    layer_gradient: Annotated[Optional[str], typer.Option(help='Values over the layers, as in "[0, 0.5, 1]".')] = None,  # noqa: UP045
-    normalize: Annotated[bool, typer.Option(help="Divide by the weights.")] = True,
-    bf16: Annotated[bool, typer.Option(help="Write bfloat16; off: the stored type.")] = True,
-    naive_count: Annotated[bool, typer.Option(help="Elect signs by their number.")] = False,
-    copy_tokenizer: Annotated[bool, typer.Option(help="Copy the tokenizer of the base, else of the first.")] = True,
+    base_model: Annotated[str | None, typer.Option(help="Base model; required for ties.")] = None,
+    layer_gradient: Annotated[str | None, typer.Option(help='Values over the layers, e.g. "[0, 0.5, 1]".')] = None,
+    normalize: Annotated[bool, typer.Option(help="Divide by the sum of the weights.")] = True,
+    bf16: Annotated[bool, typer.Option(help="Write bfloat16; otherwise the stored type.")] = True,
+    naive_count: Annotated[bool, typer.Option(help="Elect signs by count.")] = False,
+    copy_tokenizer: Annotated[bool, typer.Option(help="Copy the tokenizer of the base, or of the first model.")] = True,
     cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="Compute on a GPU.")] = False,
     int8_mask: Annotated[bool, typer.Option("--int8-mask/--no-int8-mask", help="Accepted, without effect.")] = False,
-    cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect: see --home.")] = None,  # noqa: UP045
-    merged_cache_dir: Annotated[Optional[str], typer.Option(help="Accepted, without effect.")] = None,  # noqa: UP045
+    cache_dir: Annotated[str | None, typer.Option(help="Accepted, without effect: see --home.")] = None,
+    merged_cache_dir: Annotated[str | None, typer.Option(help="Accepted, without effect.")] = None,
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -260,7 +264,7 @@ def classic(
 
 @app.command(rich_help_panel=STEP, cls=Verb)
 def bakllama(
-    config: Annotated[Path, typer.Argument(help="A config with layer_slices (YAML).", metavar="CONFIG")],
+    config: Annotated[Path, typer.Argument(help="Config with layer_slices (YAML).", metavar="CONFIG")],
     out: Out,
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
@@ -285,12 +289,12 @@ def bakllama(
 def submit(
     recipe: Recipe,
     name: Annotated[str, typer.Option(help="Name of the merged repo.")],
-    requester: Annotated[str, typer.Option(help="On whose behalf.")] = "operator",
-    suite: Annotated[str, typer.Option(help="Suite of tasks.")] = "quick",
-    limit: Annotated[Optional[int], typer.Option(help="Samples a task, at most.", min=1)] = None,  # noqa: UP045
+    requester: Annotated[str, typer.Option(help="User the request is recorded for.")] = "operator",
+    suite: Annotated[str, typer.Option(help="Evaluation suite.")] = "quick",
+    limit: Annotated[int | None, typer.Option(help="Maximum samples per task.", min=1)] = None,
     speed: Annotated[bool, typer.Option(help="Also run the Medusa speed test.")] = False,
 ) -> None:
-    """Put a request into the queue of the bot that shares this `--home`."""
+    """Add a request to the queue of the bot that shares this `--home`."""
     from bot.cli import output
     from bot.hub import Hub
     from bot.jobs.queue import open_queue
@@ -307,9 +311,9 @@ def submit(
 
 @app.command(rich_help_panel=RUN)
 def status(
-    job_id: Annotated[str | None, typer.Argument(help="One job; all recent ones without it.", metavar="[JOB]")] = None,
+    job_id: Annotated[str | None, typer.Argument(help="Job id; default: all recent jobs.", metavar="[JOB]")] = None,
 ) -> None:
-    """Where the jobs stand."""
+    """Show the status of jobs."""
     from bot.cli import output
     from bot.jobs.queue import open_queue
 
@@ -336,8 +340,8 @@ def main() -> None:
 
 
 def _end_at_once() -> NoReturn:
-    """Leave without taking torch apart, which takes a third of a second: a merge that returned has closed its files
-    and ended its threads, and only what was printed may still lie in a buffer."""
+    """Exit without unloading torch, which takes a third of a second. A finished merge has closed its files and ended
+    its threads; only printed text can still be in a buffer."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The verbs of `mergebot medusa`. Options are looked at first; nothing heavy is imported before all of them hold.
+"""Commands of `mergebot medusa`. Options are validated before heavy imports.
 
 `context.obj` is the function of bot.cli.main that makes settings of options.
 """
@@ -6,43 +6,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional, cast
+from typing import Annotated, Literal, cast
 
 import typer
 
 from bot.cli import options
 from bot.cli.options import Verb
 
-app = typer.Typer(no_args_is_help=True, help="Medusa heads: train them on a model and measure how fast it decodes.")
+app = typer.Typer(no_args_is_help=True, help="Train Medusa heads and measure the decoding speed.")
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Dtype = Annotated[str, typer.Option(help="auto: what the machine multiplies fastest; float32, bfloat16, float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto (the fastest type on this machine), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 
 
 @app.command("bench", cls=Verb)
 def bench(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub repo.", metavar="MODEL")],
     out: Annotated[
-        Path, typer.Option(help="The report (NAME.json), or a folder for it; trained heads lie beside it.")
+        Path, typer.Option(help="Report file (NAME.json) or its folder; trained heads are written beside it.")
     ] = Path("medusa"),
-    heads: Annotated[Optional[list[Path]], typer.Option(help="Time these, train none; repeat it.")] = None,  # noqa: UP045
-    parent: Annotated[Optional[list[str]], typer.Option(help="NAME=DIR: heads of a parent; repeat it.")] = None,  # noqa: UP045
+    heads: Annotated[list[Path] | None, typer.Option(help="Heads to time instead of training; repeatable.")] = None,
+    parent: Annotated[list[str] | None, typer.Option(help="NAME=DIR: heads of a parent; repeatable.")] = None,
     tree: Annotated[
-        Path | None, typer.Option(help="A file of the tree to time, .json or .py; FILE.py:NAME for one of several.")
+        Path | None, typer.Option(help="File with the tree, .json or .py; FILE.py:NAME selects one of several.")
     ] = None,
-    prompts: Annotated[Optional[Path], typer.Option(help="Questions, JSON lines as in MT-bench.")] = None,  # noqa: UP045
-    questions: Annotated[int, typer.Option(help="How many of them; a verdict needs 8.", min=1)] = 16,
-    new_tokens: Annotated[int, typer.Option(help="Tokens an answer, at most.", min=8)] = 48,
-    turns: Annotated[int, typer.Option(help="2 also asks each question's second turn.", min=1, max=2)] = 1,
+    prompts: Annotated[Path | None, typer.Option(help="Questions in MT-bench's JSON lines format.")] = None,
+    questions: Annotated[int, typer.Option(help="Number of questions; a verdict needs 8.", min=1)] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Maximum new tokens per answer.", min=8)] = 48,
+    turns: Annotated[int, typer.Option(help="2 includes the second turn of each question.", min=1, max=2)] = 1,
     budget_s: Annotated[
-        float, typer.Option(help="Seconds for all of it, loading included; one question is always timed.", min=10)
+        float, typer.Option(help="Time budget in seconds, loading included; at least one question is timed.", min=10)
     ] = 600.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Compare decoding with Medusa heads to plain greedy decoding, honestly: fresh heads, given ones, the parents'."""
+    """Benchmark decoding with Medusa heads (new, given or the parents') against baseline greedy decoding."""
     from bot.cli import medusa_output, output
     from bot.stages import head_training, local_runs, speed_test
     from bot.stages.head_candidates import by_hand, require_folder
@@ -63,7 +63,7 @@ def bench(
 
 
 def _at(out: Path, beside: Path) -> Path:
-    """The report where it was asked for; the folder beside a file is left only if heads lie in it."""
+    """Move the report to its path; keep the folder beside it only if it holds heads."""
     written = beside / "decode_speed.json"
     if out == beside:
         return written
@@ -76,24 +76,24 @@ def _at(out: Path, beside: Path) -> Path:
 @app.command("generate", cls=Verb)
 def generate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.", metavar="MODEL")],
-    prompt: Annotated[str, typer.Argument(help="What you say to the model.", metavar="PROMPT")],
-    heads: Annotated[Optional[Path], typer.Option(help="Heads of any format; else those it carries.")] = None,  # noqa: UP045
-    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer, at most.", min=1)] = 256,
-    stop: Annotated[Optional[list[str]], typer.Option(help="End the answer with this text; repeat it.")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Argument(help="Folder or Hub repo.", metavar="MODEL")],
+    prompt: Annotated[str, typer.Argument(help="Prompt.", metavar="PROMPT")],
+    heads: Annotated[Path | None, typer.Option(help="Heads of any format; default: those of the model's repo.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Maximum new tokens.", min=1)] = 256,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")] = None,
     sample: Annotated[
-        str, typer.Option(help="greedy and exact keep the model's own text; typical is Medusa's approximate rule.")
+        str, typer.Option(help="greedy and exact preserve the model's output; typical is Medusa's approximate rule.")
     ] = "greedy",
-    temperature: Annotated[float, typer.Option(help="Of exact and typical sampling.", min=0.01, max=10)] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Of exact sampling: only the k likeliest tokens; 0: all.", min=0)] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Of exact sampling: only the likeliest, to this sum.", min=0.01, max=1)
-    ] = 1,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of exact and typical sampling.", min=0.01, max=10)
+    ] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Exact sampling: top-k tokens; 0: all.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(help="Exact sampling: top-p probability.", min=0.01, max=1)] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Answer a prompt with Medusa heads, as it is decoded; what the heads had guessed stands in green."""
+    """Generate with Medusa heads and stream the text; accepted guesses are green."""
     from bot.cli import medusa_output, output
     from bot.stages import head_training, local_runs
     from bot.stages.head_candidates import require_folder
@@ -120,21 +120,19 @@ def generate(
 @app.command("export", cls=Verb)
 def export(
     context: typer.Context,
-    heads: Annotated[
-        Path, typer.Argument(help="Heads of any format, or a model's folder that carries them.", metavar="HEADS")
-    ],
-    out: Annotated[Path, typer.Argument(help="The new folder.", metavar="OUT")],
-    model: Annotated[str, typer.Option(help="The model they belong to, a folder or a Hub repo.")],
+    heads: Annotated[Path, typer.Argument(help="Heads of any format, or a model folder with heads.", metavar="HEADS")],
+    out: Annotated[Path, typer.Argument(help="Output folder.", metavar="OUT")],
+    model: Annotated[str, typer.Option(help="Model of the heads, a folder or a Hub repo.")],
     layout: Annotated[
         str,
         typer.Option(
             "--format",
-            help="v1, v2, tgi or vllm, which carry no conditioned heads (train with --no-conditioned), or ours.",
+            help="v1, v2, tgi or vllm (for heads trained with --no-conditioned), or ours.",
         ),
     ],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Write Medusa heads in the layout of another program, or read another program's into ours."""
+    """Convert Medusa heads between formats."""
     from bot.cli import output
     from bot.stages import head_training, local_runs
     from bot.stages.head_candidates import require_folder
@@ -158,26 +156,33 @@ def export(
 @app.command("train", cls=Verb)
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder or a Hub repo.", metavar="MODEL")],
-    out: Annotated[Path, typer.Argument(help="The folder for the heads.", metavar="OUT")],
-    budget_s: Annotated[float, typer.Option(help="Seconds for answers and training.", min=5)] = 600.0,
-    kind: Annotated[str, typer.Option(help="shared: the model's own projection; own: one a head.")] = "shared",
-    heads: Annotated[int, typer.Option(help="How many tokens ahead.", min=1, max=16)] = 3,
-    layers: Annotated[int, typer.Option(help="Residual blocks a head.", min=1, max=8)] = 1,
+    model: Annotated[str, typer.Argument(help="Folder or Hub repo.", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="Output folder of the heads.", metavar="OUT")],
+    budget_s: Annotated[float, typer.Option(help="Time budget in seconds for answers and training.", min=5)] = 600.0,
+    kind: Annotated[str, typer.Option(help="shared: the model's lm_head; own: one projection per head.")] = "shared",
+    heads: Annotated[int, typer.Option(help="Number of heads.", min=1, max=16)] = 3,
+    layers: Annotated[int, typer.Option(help="Residual blocks per head.", min=1, max=8)] = 1,
     conditioned: Annotated[
-        bool, typer.Option(help="The first block reads the next token, too: better guesses, for mergebot alone.")
+        bool,
+        typer.Option(help="Condition the first block on the next token: more accurate, readable by mergebot only."),
     ] = True,
-    vocab: Annotated[str, typer.Option(help="Tokens the heads may propose, or full.", metavar="N|full")] = "8192",
-    prompts: Annotated[Optional[Path], typer.Option(help="Train on these, JSON lines as in MT-bench.")] = None,  # noqa: UP045
-    test: Annotated[Optional[Path], typer.Option(help="Never train on these.")] = None,  # noqa: UP045
-    answers: Annotated[Optional[int], typer.Option(help="Answer so many prompts, whatever it takes.", min=1)] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="Train so many steps, whatever they take.", min=1)] = None,  # noqa: UP045
-    joint: Annotated[bool, typer.Option("--joint", help="Train the model, too. THIS CHANGES THE MODEL.")] = False,
+    vocab: Annotated[str, typer.Option(help="Size of the draft vocabulary, or full.", metavar="N|full")] = "8192",
+    prompts: Annotated[Path | None, typer.Option(help="Training prompts in MT-bench's JSON lines format.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Test questions to exclude from training.")] = None,
+    answers: Annotated[
+        int | None, typer.Option(help="Number of prompts to answer, regardless of the budget.", min=1)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of training steps, regardless of the budget.", min=1)
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Also train the model (Medusa-2). THIS CHANGES THE MODEL.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train Medusa heads on a model's own answers. A run that was stopped goes on when asked again."""
+    """Train Medusa heads on the model's own answers. After an interruption the same command continues."""
     from bot.cli import output
     from bot.stages import head_training, local_runs
 

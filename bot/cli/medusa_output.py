@@ -1,4 +1,4 @@
-"""What `mergebot medusa` shows: every way of decoding with its speed, and text as it is decoded."""
+"""Output of `mergebot medusa`: speeds of the decoding methods, and streamed text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def speed(report: Mapping[str, Any], file: Path) -> None:
-    """The report of the speed test: one row a way of decoding, one a category of questions."""
+    """The report of the speed test: one row per decoding method, one per category of questions."""
     say(escape(str(report["sentence"])))
     if report["candidates"]:
         _show_rows(report)
@@ -59,7 +59,7 @@ def _show_rows(report: Mapping[str, Any]) -> None:
 
 
 def speech(pieces: Iterable[Piece]) -> None:
-    """Text as it comes, the tokens that heads had guessed in green. A model may say what steers a terminal."""
+    """Stream text, accepted guesses in green. A model can emit terminal control sequences."""
     for piece in pieces:
         harmless = "".join(letter for letter in piece.text if letter.isprintable() or letter in "\n\t")
         console.print(Text(harmless, "green" if piece.guessed else ""), end="", soft_wrap=True)

@@ -1,8 +1,8 @@
-"""Flags of the command line beyond what typer knows: those of mergekit, those that stand behind the verb, and values
-that are refused at once, before anything heavy is imported or any model read.
+"""Command-line options beyond typer: mergekit's flags, global options after the command, and validation of values
+before heavy imports.
 
-A flag of mergekit that a verb lacks is answered with what to do here instead. `--home`, `--hub` and `--debug` belong
-before the verb and are found behind it as well.
+Unsupported mergekit flags are explained with their replacement. `--home`, `--hub` and `--debug` are accepted before and
+after the command.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _OF_MERGEKIT = {
 
 
 class Verb(TyperCommand):
-    """A command that answers flags of mergekit which it has not, and says on Ctrl-C what is left of its work."""
+    """A command that explains unsupported mergekit flags; on Ctrl-C, reports what was kept."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {flag for param in self.params for flag in (*param.opts, *param.secondary_opts)}
@@ -121,7 +121,7 @@ def device(value: str) -> str:
 
 
 def vocabulary(value: str) -> int | None:
-    """`full` (None) or how many tokens heads may propose. Raises Refused VALUE_OUT_OF_RANGE."""
+    """`full` (None) or the number of tokens that heads may propose. Raises Refused VALUE_OUT_OF_RANGE."""
     if value == "full":
         return None
     if not value.isascii() or not value.isdigit() or not 2 <= int(value[:12]) < 2**31:
@@ -133,7 +133,7 @@ def vocabulary(value: str) -> int | None:
 
 
 def _close(flag: str, own: Iterable[str]) -> list[str]:
-    """The options that `flag` is a beginning of, else the one it is a misspelling of."""
+    """Options that begin with `flag`, otherwise the closest spelling."""
     close = closest(flag, own)
     return [name for name in own if name.startswith(flag)] or ([close] if close else [])
 
@@ -146,7 +146,7 @@ def _advice(flag: str) -> str | None:
 
 
 def _common_first(args: Sequence[str]) -> list[str]:
-    """The arguments with the options of all verbs before the verb; nothing behind `--` is touched."""
+    """Arguments with the global options moved before the command; arguments after `--` stay."""
     first: list[str] = []
     others: list[str] = []
     rest = list(args)

@@ -1,4 +1,4 @@
-"""What the command line shows: tables and progress bars. Facts come in whole; nothing is decided here."""
+"""Tables and progress bars of the command line."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _INPUT = ("model", "tensor", "dtype", "base", "adapter")  # what `Plan.values_of
 
 
 def say(sentence: str) -> None:
-    """A line a sentence, however long: a terminal wraps it itself, and a log should not."""
+    """Print one line per sentence; wrapping is left to the terminal."""
     console.print(sentence, soft_wrap=True)
 
 
 @contextmanager
 def progress(*, hidden: bool = False) -> Iterator[Show]:
-    """A bar a task: call the result with (what, done, total) as often as you like. `hidden` where JSON is printed.
+    """One bar per task: call the result with (what, done, total) as often as you like. `hidden` where JSON is printed.
 
     Without a terminal a line when a task begins and one when it ends.
     """
@@ -96,7 +96,7 @@ def _stage(told: Mapping[str, Any]) -> str:
 
 
 def _values(told: Mapping[str, Any]) -> str:
-    """A line a parameter; one a condition, as `t for self_attn: 0.3`, where it has them."""
+    """One line per parameter, or per condition, as `t for self_attn: 0.3`, where it has them."""
     lines = []
     for name, value in told.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -120,7 +120,7 @@ def _value(value: Any) -> str:
 
 
 def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
-    """What a recipe comes to for one tensor: a row an input, with its parameters; a table for every stage before."""
+    """Resolved values of one tensor: a row per input with its parameters; a table per earlier stage."""
     if as_json:
         console.print_json(json.dumps(values))
         return
