@@ -1,1 +1,1 @@
-"""The speed test: what a tree costs, paired timing, the report."""
+"""Speed test: cost of a tree, paired timing, report."""

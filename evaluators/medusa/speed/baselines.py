@@ -1,4 +1,4 @@
-"""What plain decoding itself is held against: transformers' own greedy `generate`. Nothing may be won by slowing it."""
+"""Comparison of the baseline loop with transformers' own greedy `generate`, so that a slow baseline is detected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NATIVE_SLACK = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Versus:
-    """One question by transformers' own `generate` and by the plain loop, one right after the other, end to end."""
+    """Runs of one question by transformers' `generate` and by the baseline loop, one after the other, end to end."""
 
     question: Question
     tokens: list[int]
@@ -39,7 +39,7 @@ def against_native(
     runner: Runner | None = None,
     deadline: float | None = None,
 ) -> list[Versus]:
-    """The questions by `generate` and plainly, in alternating order, while the next would fit before `deadline`."""
+    """Time the questions by `generate` and by the baseline in alternating order until `deadline`."""
     runner = runner or EagerRunner(base)
     found: list[Versus] = []
     longest_s = 0.0
@@ -59,23 +59,22 @@ def against_native(
 
 
 def plain_is_slow(found: Sequence[Versus], clock: ClockName) -> bool:
-    """The plain loop took clearly longer than `generate` on every question, whichever of the two went first."""
+    """Return True if the baseline was clearly slower than `generate` on every question, in either order."""
     return len(found) > 1 and all(
         seconds(each.plain, clock) > NATIVE_SLACK * seconds(each.native, clock) for each in found
     )
 
 
 def never_equal(found: Sequence[Versus]) -> str | None:
-    """In a sentence, that the two texts differ everywhere, as those of a model do that keeps its state elsewhere than
-    in the cache; None where they do not."""
+    """Return a sentence if the two texts differ on every question, as for models that keep state outside the cache;
+    else None."""
     if not found or any(each.tokens == each.plain_tokens for each in found):
         return None
     return "plain decoding gave another text than transformers' own `generate` on every question they were compared on"
 
 
 def unapplied_settings(base: Base) -> str | None:
-    """A clause that names the settings of the model's own generation config that no loop here applies; None without
-    any."""
+    """Return a clause that names the settings of the model's generation config that no loop here applies, or None."""
     set_by_model = steering(base.model.generation_config, limits=False)
     asked = [f"{name} {value}" if isinstance(value, int | float) else name for name, value in set_by_model.items()]
     if not asked:
@@ -85,7 +84,7 @@ def unapplied_settings(base: Base) -> str | None:
 
 @torch.no_grad()
 def native(base: Base, question: Question, limits: Limits, cache: str | None = None) -> tuple[list[int], Clock]:
-    """transformers' own greedy `generate`: its tokens, and what it took end to end.
+    """Run transformers' own greedy `generate`; return its tokens and its end-to-end time.
 
     Nothing but the stop ids is taken from the model's generation config, and it ends where the context is full, as in
     the plain loop. With the cache "static" it compiles the model on a GPU, in the first call.

@@ -1,4 +1,4 @@
-"""The speed check: plain against speculating, paired and in alternating order, with what makes it trustworthy.
+"""Paired timing of candidates against the baseline in alternating order, with checks of the machine.
 
 Each question is run plain, candidates, candidates backwards, plain (ABBA; every other question starts with the
 candidates), so that drift cancels. Both loops share code, cache, dtype and kernels. Only decoding is compared; the
@@ -35,8 +35,8 @@ AA_SLACK = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One turn of a prompt, as token ids. `answers` are the plain answers to the turns before; `shortened` where the
-    context holds only the end of the prompt."""
+    """One turn of a prompt as token ids. `answers` are the baseline's answers to earlier turns; `shortened` means that
+    the context holds only the end of the prompt."""
 
     prompt: Prompt
     ids: tuple[int, ...]
@@ -45,7 +45,7 @@ class Question:
 
 
 def question(base: Base, prompt: Prompt, new_tokens: int, answers: Sequence[str] = ()) -> Question:
-    """The turn of `prompt` that follows `answers`, with room for `new_tokens` of its own answer."""
+    """Build the turn of `prompt` that follows `answers`, with room for `new_tokens` of its own answer."""
     turn = len(answers)
     whole = prompt_sets.encode(base, prompt.turns[turn], list(zip(prompt.turns, answers, strict=False)))
     ids = prompt_sets.shortened(base, whole, new_tokens)
@@ -54,7 +54,7 @@ def question(base: Base, prompt: Prompt, new_tokens: int, answers: Sequence[str]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way of speculating that is timed against plain decoding."""
+    """A drafter with a tree, timed against the baseline."""
 
     id: str
     drafter: Drafter
@@ -63,7 +63,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """All runs of one question: plain twice, each candidate twice, as often as it is repeated."""
+    """All runs of one question: the baseline twice and each candidate twice per repetition."""
 
     question: Question
     plain: tuple[Trace, ...]
@@ -127,7 +127,7 @@ def run_blocks(
 
 
 def warm_up(runner: Runner, candidates: Sequence[Candidate], question: Question, limits: Limits) -> list[Trace]:
-    """A few tokens plainly and with each candidate, so that nothing is done for the first time under the clock."""
+    """Decode a few tokens with the baseline and each candidate, so that first-time work is not timed."""
     few = Limits(min(WARM_UP_TOKENS, limits.max_new_tokens), limits.stop_ids)
     return [
         plain(runner, question.ids, few),
@@ -167,7 +167,8 @@ def _joined(question: Question, rounds: Sequence[_Round]) -> Block:
 
 
 def spoken(base: Base, blocks: Sequence[Block]) -> list[Dialogue]:
-    """The plain answers with the states that predicted them: text on which any heads can be judged without the base."""
+    """Return the baseline's answers with the states that predicted them; heads can be evaluated on these without the
+    base."""
     return [
         Dialogue(block.question.ids, tuple(block.plain[0].tokens), torch.stack(block.plain[0].hidden).to(base.device))
         for block in blocks
@@ -183,24 +184,25 @@ def seconds(clock: Clock, name: ClockName) -> float:
 
 
 def decoded(traces: Sequence[Trace]) -> int:
-    """Tokens of the decoding phase: the prefill's one token is not among them."""
+    """Count the tokens of the decoding phase, without the one from the prefill."""
     return sum(len(trace.tokens) - 1 for trace in traces)
 
 
 def speedup(blocks: Sequence[Block], candidate: str, clock: ClockName, seed: int = 0) -> Ratio | None:
-    """Ratio of summed decode tokens/s, candidate to plain; None if nothing was decoded."""
+    """Return the ratio of summed decode tokens/s, candidate to baseline; None if nothing was decoded."""
     names = [block.question.prompt.id for block in blocks]
     return _ratio(names, [b.runs[candidate] for b in blocks], [block.plain for block in blocks], clock, seed)
 
 
 def a_a(blocks: Sequence[Block], clock: ClockName, seed: int = 0) -> Ratio | None:
-    """The first plain run of each block against the second: what the machine does to equal work."""
+    """Compare the first baseline run of each block with the second: the noise of the machine."""
     names = [block.question.prompt.id for block in blocks]
     return _ratio(names, [block.plain[::2] for block in blocks], [block.plain[1::2] for block in blocks], clock, seed)
 
 
 def a_a_ok(ratio: Ratio | None) -> bool:
-    """The interval holds 1.0 (with 2 % of slack, since few questions make it narrow) and is within +-10 %."""
+    """Return True if the interval contains 1.0 (with 2 % of slack, since few questions make it narrow) and is within
+    +-10 %."""
     if ratio is None or ratio.interval is None:
         return False
     low, high = ratio.interval
@@ -214,7 +216,7 @@ def _ratio(
     clock: ClockName,
     seed: int,
 ) -> Ratio | None:
-    """The turns of a prompt belong together: the interval is over prompts, by `names`."""
+    """Ratio with an interval over prompts, by `names`; the turns of one prompt are resampled together."""
     rows = [
         (decoded(a), sum(seconds(t.decode, clock) for t in a), decoded(b), sum(seconds(t.decode, clock) for t in b))
         for a, b in zip(above, below, strict=True)
@@ -244,7 +246,7 @@ def rate(blocks: Sequence[Block], candidate: str, seed: int = 0) -> Ratio | None
 
 
 def _by_name(rows: Sequence[tuple[str, tuple[float, ...]]]) -> NDArray[np.float64]:
-    """Rows of one name summed, in order of first appearance."""
+    """Sum the rows of each name, in order of first appearance."""
     found: dict[str, NDArray[np.float64]] = {}
     for name, row in rows:
         found[name] = found.get(name, np.zeros(len(row))) + np.array(row, dtype=np.float64)
@@ -252,7 +254,7 @@ def _by_name(rows: Sequence[tuple[str, tuple[float, ...]]]) -> NDArray[np.float6
 
 
 def _resampled(table: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """[questions, columns] -> [resamples, columns]: sums over questions drawn with replacement."""
+    """Sums over questions drawn with replacement: [questions, columns] -> [resamples, columns]."""
     drawn = np.random.default_rng(seed).integers(0, len(table), size=(RESAMPLES, len(table)))
     sums: NDArray[np.float64] = table[drawn].sum(axis=1)
     return sums
@@ -264,18 +266,18 @@ def _interval(values: NDArray[np.float64]) -> Interval:
 
 
 def end_to_end_s(trace: Trace, clock: ClockName = "wall") -> float:
-    """Seconds of a whole generation, reading the prompt included."""
+    """Seconds of a whole generation, prefill included."""
     return seconds(trace.prefill, clock) + seconds(trace.decode, clock)
 
 
 def step_s(traces: Sequence[Trace]) -> float | None:
-    """Mean seconds inside a step, by the clocks inside it."""
+    """Mean seconds per step, by the clocks inside the step."""
     steps = sum(trace.steps for trace in traces)
     return sum(t.draft_s + t.forward_s + t.accept_s for t in traces) / steps if steps else None
 
 
 def identity_error(blocks: Sequence[Block], candidate: str) -> tuple[float | None, float | None]:
-    """(overhead, error): overhead = step / plain step, error = |speedup * overhead / tokens per step - 1|.
+    """Return (overhead, error): overhead = step / plain step, error = |speedup * overhead / tokens per step - 1|.
 
     The speedup comes from the clocks around whole generations, the overhead from those inside the steps; they can
     only disagree if something outside the steps was slow, or was left out.
@@ -291,7 +293,7 @@ def identity_error(blocks: Sequence[Block], candidate: str) -> tuple[float | Non
 
 
 def clocks_disagree(blocks: Sequence[Block], candidate: str) -> bool:
-    """The identity is broken by more than 2 %, and by more than a process switch between two clocks explains."""
+    """Return True if the identity error exceeds 2 % and also what a process switch between two clocks explains."""
     _, error = identity_error(blocks, candidate)
     traces = [trace for block in blocks for trace in (*block.plain, *block.runs[candidate])]
     outside_s = sum(t.decode.wall_s - t.draft_s - t.forward_s - t.accept_s for t in traces)

@@ -1,4 +1,4 @@
-"""Which tree, if any: the cost of a forward pass here, and the choice.
+"""Choice of the tree: cost of a forward pass on this machine and tokens per step on held-out answers.
 
 speedup = tokens per step / overhead. The numerator comes from held-out answers without running the base again, the
 denominator from timing this base on this machine; "do not speculate" is one of the candidates.
@@ -31,7 +31,7 @@ WIDTHS = (1, 4, 8, 2, 16, 6, 12, 32, 64)  # in the order they are timed: the tel
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
-    """Milliseconds of one forward pass by tree width, after `context` cached tokens; `draft_ms` is the heads'.
+    """Milliseconds per forward pass by tree width, after `context` cached tokens; `draft_ms` is the time of the heads.
 
     `plain_wall_s` is the plain step on the wall, whichever clock the points are from.
     """
@@ -57,7 +57,7 @@ class CostCurve:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The best speculating tree, or the one that was given, what it is expected to bring, and whether to speculate."""
+    """The best tree, or the given one, with its expected tokens per step and the decision to speculate."""
 
     tree: Tree
     expected: float
@@ -77,7 +77,7 @@ def cost_curve(
     repeats: int = REPEATS,
     deadline: float | None = None,
 ) -> CostCurve:
-    """Time one forward pass per width after `context` tokens, and one draft; the smallest of `repeats` each.
+    """Time one forward pass per width after `context` tokens, and one draft; take the minimum of `repeats` each.
 
     The wall clock counts unless this process got less than 85 % of its threads' time, which means the machine is
     shared: then its CPU clock does. Past `deadline` (time.monotonic) only the widths timed so far are given, at
@@ -105,7 +105,7 @@ def cost_curve(
 
 @torch.inference_mode()
 def with_draft_of(cost: CostCurve, heads: Heads) -> CostCurve:
-    """The same curve for other heads on the same model: only drafting costs something else."""
+    """Return the curve for other heads on the same model: only the drafting time differs."""
     spent = _draft(heads, torch.zeros(heads.base.hidden, device=heads.base.device, dtype=heads.base.dtype), REPEATS)
     return replace(cost, draft_ms=1000 * (spent.cpu_s if cost.clock == "cpu" else spent.wall_s))
 
@@ -116,19 +116,19 @@ def _draft(heads: Heads, h: Tensor, repeats: int) -> Clock:
 
 
 def _of_width(nodes: int) -> Tree:
-    """A tree of exactly `nodes` nodes; its shape hardly matters for the cost, its width does."""
+    """Build a tree of exactly `nodes` nodes; the cost depends on its width and hardly on its shape."""
     return full((nodes - 1,)) if nodes <= 4 else full((3, nodes)).first(nodes)
 
 
 def _undone(runner: Runner, tokens: Tensor, tree: Tree) -> None:
-    """One forward pass, then the cache as before: keep only the root, and forget that as well."""
+    """Run one forward pass, then restore the cache: keep only the root, then remove the root."""
     runner.forward(tokens, tree)
     runner.keep((0,))
     runner.rewind(1)
 
 
 def _least(call: Callable[[], object], repeats: int, device: torch.device) -> Clock:
-    """The smallest seconds of several calls, on each clock; one more call warms up."""
+    """Minimum seconds of several calls on each clock, after one warm-up call."""
     call()
     spent = []
     for _ in range(repeats):
@@ -140,7 +140,7 @@ def _least(call: Callable[[], object], repeats: int, device: torch.device) -> Cl
 
 
 def choose_tree(heads: Heads, features: Features, cost: CostCurve, given: Tree | None = None) -> Choice:
-    """argmax over widths of simulated tokens per step / overhead; below a gain of 1.02 do not speculate.
+    """Choose the width with the largest simulated tokens per step / overhead; below a gain of 1.02 do not speculate.
 
     The tree of the best speculating width is returned either way, so that it can be measured honestly; with a `given`
     tree there is nothing to choose.
@@ -155,7 +155,7 @@ def choose_tree(heads: Heads, features: Features, cost: CostCurve, given: Tree |
 
 
 def tree_by_accuracy(shares: Sequence[Sequence[float]], cost: CostCurve) -> Tree:
-    """As `choose_tree` where there are no answers to simulate on, only shares of right guesses by head and rank.
+    """Choose the tree from accuracies by head and rank alone, without answers to simulate on.
 
     The root alone where nothing gains 1.02.
     """
@@ -169,5 +169,5 @@ def tree_by_accuracy(shares: Sequence[Sequence[float]], cost: CostCurve) -> Tree
 
 
 def _grown(shares: Sequence[Sequence[float]], cost: CostCurve) -> list[Tree]:
-    """The best tree of each width that was timed, plain decoding aside."""
+    """The best tree of each timed width, without width 1."""
     return [greedy_tree(shares, width) for width, _ in cost.points if width > 1]

@@ -1,4 +1,4 @@
-"""What follows from a speed check, drawn here and nowhere else: may a speed be stated, who is faster, what to do.
+"""Conclusions of the speed test: refusal, verdict, recommendation, choice. The only place where they are drawn.
 
 Rows and blocks are facts; the report's `refusal`, `verdict`, `recommendation`, `chosen` and `transfer` are what this
 module makes of them, and so is the set of heads that a merge carries away.
@@ -20,7 +20,7 @@ DO_NOT = "do not speculate"
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What conclusions are drawn from. `candidates` are the rows of the report.
+    """Input of the conclusions. `candidates` are the rows of the report.
 
     `reference` and `best` are the ids of the heads made for the model and of those whose tree promised most on the
     calibration text; `promised` says that this was enough to speculate. `slow_plain` says that the plain loop took
@@ -38,7 +38,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Conclusions:
-    """The keys of these names in the report."""
+    """Keys of the same names in the report."""
 
     refusal: str | None = None
     verdict: Verdict | None = None
@@ -48,7 +48,7 @@ class Conclusions:
 
 
 def drawn(facts: Facts) -> Conclusions:
-    """What is refused recommends nothing. What was measured overrules what the calibration text promised."""
+    """Draw the conclusions. A refused report recommends nothing; measured figures override predicted ones."""
     rows = {row.id: row for row in facts.candidates}
     said = transfer_sentence(facts.candidates, facts.common_nodes)
     reason = _refusal(facts, rows)
@@ -65,8 +65,8 @@ def drawn(facts: Facts) -> Conclusions:
 
 
 def verdict(interval: Interval | None, questions: int, machine_ok: bool) -> Verdict:
-    """`faster` only where the whole interval lies above 1; nothing from fewer than eight questions, or where equal work
-    took unequal time."""
+    """Return `faster` only if the whole interval is above 1; `inconclusive` for fewer than eight questions or an
+    unsteady machine."""
     if interval is None or not machine_ok or questions < LEAST_FOR_A_VERDICT:
         return "inconclusive"
     low, high = interval
@@ -74,7 +74,7 @@ def verdict(interval: Interval | None, questions: int, machine_ok: bool) -> Verd
 
 
 def carried(report: Mapping[str, Any], able: Collection[str]) -> str | None:
-    """The row of `able` whose heads a merge carries away: those that won, else those made for it.
+    """Return the row of `able` whose heads a merge carries: the fastest ones, else those made for it.
 
     None where the report is refused, or where they learnt nothing.
     """
@@ -89,13 +89,13 @@ def carried(report: Mapping[str, Any], able: Collection[str]) -> str | None:
 
 
 def hardly_trained(training: Mapping[str, Any]) -> bool:
-    """Whether heads had so little text or time that their figures say nothing of what heads can bring."""
+    """Return True if heads had too little text or time for their figures to mean anything."""
     steps, tokens = training["steps"], training["tokens"]
     return steps is not None and (steps < LEAST_STEPS or (tokens is not None and tokens < LEAST_LEARNT_TOKENS))
 
 
 def _refusal(facts: Facts, rows: Mapping[str, Row]) -> str | None:
-    """Why no speed may be stated, the gravest reason first."""
+    """Return the gravest reason against stating a speed, or None."""
     for row in rows.values():
         wrong = {each.prompt for each in row.exact.divergences if each.tie is False}
         if wrong:
@@ -117,13 +117,13 @@ def _refusal(facts: Facts, rows: Mapping[str, Row]) -> str | None:
 
 
 def _no_slower(row: Row) -> bool:
-    """Whether it was timed and was no slower, even if too few questions were asked for a verdict."""
+    """Return True if the candidate was timed and was not slower, even without enough questions for a verdict."""
     ratio = row.speedup.counting
     return ratio is not None and ratio >= 1
 
 
 def transfer_sentence(candidates: Sequence[Row], nodes: int) -> str | None:
-    """What the transfer test says, for people: tokens per step of every kind of heads at the same tree."""
+    """Sentence on the transfer test: tokens per step of every kind of heads with the same tree."""
     at = {row.id: row.tokens_per_step.common_tree for row in candidates}
     parents = [rate for name, rate in at.items() if name.startswith("parent:") and rate is not None]
     own = next((row.tokens_per_step.common_tree for row in candidates if row.origin == "fresh"), None)

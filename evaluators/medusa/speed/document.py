@@ -1,4 +1,4 @@
-"""The speed report `mergebot.decode_speed/1` as a value: every key is always there, None means not measured.
+"""Speed report `mergebot.decode_speed/1` as a value: every key is always present, None means not measured.
 
 Speeds are tokens per second; intervals are pairs; `asdict` of a Report is the file, key for key.
 """
@@ -18,7 +18,7 @@ Verdict = Literal["faster", "slower", "same", "inconclusive"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The checkpoint, and the type it was run in."""
+    """The checkpoint and the dtype it ran in."""
 
     weights_sha256: str | None = None
     architecture: str | None = None
@@ -47,8 +47,7 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The questions as they were asked; `looping` answers repeat themselves, of `shortened` ones the context holds only
-    the end."""
+    """The questions as asked; `looping` counts repetitive answers, `shortened` prompts cut to the context."""
 
     name: str | None = None
     sha256: str | None = None
@@ -65,7 +64,7 @@ class Suite:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A forward pass of `n` tokens; `ratio` is to one token."""
+    """A forward pass of `n` tokens; `ratio` is relative to one token."""
 
     n: int
     forward_ms: float
@@ -74,7 +73,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What a forward pass costs by the number of tokens."""
+    """Cost of a forward pass by the number of tokens."""
 
     context_tokens: int | None = None
     clock: ClockName | None = None
@@ -83,7 +82,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Steadiness:
-    """Equal work against equal work: the first plain run of each question over the second."""
+    """A/A comparison: the first baseline run of each question over the second."""
 
     ratio: float | None = None
     ci95: Interval | None = None
@@ -92,7 +91,7 @@ class Steadiness:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Plain decoding, all its runs together."""
+    """The baseline, all its runs together."""
 
     tokens: int | None = None
     steps: int | None = None
@@ -106,7 +105,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class HeadFacts:
-    """What a set of heads is; `vocab_coverage` is the share of the timed text's tokens that it may propose."""
+    """Shape of a set of heads; `vocab_coverage` is the share of the timed text's tokens that it can propose."""
 
     kind: str | None = None
     count: int | None = None
@@ -120,7 +119,7 @@ class HeadFacts:
 
 @dataclass(frozen=True, slots=True)
 class HeadAccuracy:
-    """How often one head is right at its first guess, and among its first five."""
+    """Top-1 and top-5 accuracy of one head."""
 
     head: int
     top1: float | None
@@ -130,7 +129,7 @@ class HeadAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class TreeFacts:
-    """The tree that was tried, and how it was come by."""
+    """The timed tree and its origin."""
 
     nodes: int | None = None
     depth: int | None = None
@@ -140,7 +139,7 @@ class TreeFacts:
 
 @dataclass(frozen=True, slots=True)
 class StepMs:
-    """Milliseconds of a step by its parts."""
+    """Milliseconds per step by its parts."""
 
     draft: float | None = None
     forward: float | None = None
@@ -149,8 +148,8 @@ class StepMs:
 
 @dataclass(frozen=True, slots=True)
 class TokensPerStep:
-    """Expected by the calibration text, simulated on the timed one, measured; `common_tree` is simulated with one tree
-    for all sets, `without_loops` measured on answers that do not repeat themselves."""
+    """Expected from the calibration text, simulated on the timed text, measured; `common_tree` is simulated with one
+    tree for all sets, `without_loops` measured on answers that do not repeat themselves."""
 
     expected: float | None = None
     simulated: float | None = None
@@ -162,7 +161,7 @@ class TokensPerStep:
 
 @dataclass(frozen=True, slots=True)
 class Macro:
-    """Means in which every category counts once."""
+    """Means in which every category has equal weight."""
 
     tokens_per_step: float | None = None
     speedup: float | None = None
@@ -170,7 +169,7 @@ class Macro:
 
 @dataclass(frozen=True, slots=True)
 class EndToEnd:
-    """With reading the prompt."""
+    """Figures that include the prefill."""
 
     tokens_per_s: float | None = None
     speedup: float | None = None
@@ -178,7 +177,7 @@ class EndToEnd:
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """Over plain decoding, by each clock; `clock_used` is the one that counts, None where nothing was timed."""
+    """Speedup over the baseline by each clock; `clock_used` is the decisive one, None if nothing was timed."""
 
     wall: float | None = None
     wall_ci95: Interval | None = None
@@ -191,13 +190,13 @@ class Speedup:
 
     @property
     def counting(self) -> float | None:
-        """The ratio by the clock that counts."""
+        """The ratio by the decisive clock."""
         return {"wall": self.wall, "cpu": self.cpu, None: None}[self.clock_used]
 
 
 @dataclass(frozen=True, slots=True)
 class Parting:
-    """Where a run left the plain text; `tie` says whether rounding explains it, None where that was not judged."""
+    """First difference from the baseline; `tie`: True if rounding explains it, None if that was not checked."""
 
     prompt: str
     index: int
@@ -208,7 +207,7 @@ class Parting:
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """How many answers are those of plain decoding."""
+    """Number of answers equal to the baseline's."""
 
     prompts: int | None = None
     equal: int | None = None
@@ -217,7 +216,7 @@ class Exact:
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """The figures of one category of questions."""
+    """Figures of one category of questions."""
 
     name: str
     prompts: int
@@ -227,7 +226,7 @@ class Category:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What it cost to make a set of heads, and after how many tokens that is won back."""
+    """Cost of making a set of heads, and the tokens after which it pays off."""
 
     prompts: int | None = None
     tokens: int | None = None
@@ -242,7 +241,7 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A way of decoding; where it was not tried, `absent_because` says why."""
+    """One decoding method; `absent_because` gives the reason if it was not tried."""
 
     id: str
     origin: str
@@ -268,7 +267,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A whole speed check. From `chosen` to `transfer` it is what conclusions.drawn makes of the rest."""
+    """A whole speed report. The keys from `chosen` to `transfer` come from conclusions.drawn."""
 
     schema: str = SCHEMA
     mode: Literal["quick", "full"] = "quick"
@@ -289,6 +288,6 @@ class Report:
 
 
 def as_json(value: Report | Row) -> dict[str, Any]:
-    """What stands in the file."""
+    """Return the content of the report file."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(value), allow_nan=False))
     return found

@@ -1,4 +1,4 @@
-"""The whole speed check of one checkpoint, inside one time budget: distil, train, calibrate, time, write.
+"""Speed test of one checkpoint within one time budget: distil, train, calibrate, time, write.
 
 out/decode_speed.json            the report
 out/heads/                       the heads made for the model (formats)
@@ -50,7 +50,7 @@ TUNING = train.Recipe(1e-3, 128, 1)
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """The model's own answers by split, and the fingerprints of the prompts that those for training answer."""
+    """Answers of the model by split, and the fingerprints of the training prompts."""
 
     train: list[distillation.Dialogue]
     calibration: list[distillation.Dialogue]
@@ -78,7 +78,7 @@ def measure(
 
 
 def _test_questions(run: Run) -> list[prompt_sets.Prompt]:
-    """The test questions on which none of the given heads were trained, as far as these say."""
+    """Return the test questions on which none of the given heads were trained, according to their training files."""
     prompts, seed = run.options.prompts, run.options.seed
     test = prompt_sets.builtin("test", seed) if prompts is None else prompt_sets.read(prompts)
     least = min(run.options.questions, conclusions.LEAST_FOR_A_VERDICT)
@@ -137,7 +137,7 @@ def _examine(run: Run) -> None:
 
 
 def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
-    """A model that cannot take trees: its plain speed, transformers' own loop, and why there is nothing else."""
+    """Report a model without tree support: its baseline speed, transformers' own loop, the reason."""
     limits = decode.Limits(run.options.max_new_tokens, base.stop_ids)
     base.window = None  # what was not proven is left to the cache that transformers gives the model
     runner = _runner(run, base)
@@ -198,7 +198,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
 
 
 def _warn_of_budget(run: Run, questions: int) -> None:
-    """Say where the budget allowed shorter answers or fewer of the `questions` than were asked for."""
+    """Warn if the budget allowed shorter answers or fewer than the requested `questions`."""
     asked, timed = min(run.options.questions, questions), run.report.suite.questions or 0
     new_tokens = run.report.suite.max_new_tokens or 0
     less = []
@@ -211,7 +211,7 @@ def _warn_of_budget(run: Run, questions: int) -> None:
 
 
 def _runner(run: Run, base: Base) -> Runner:
-    """The runner of every timed loop; the report says how it runs."""
+    """Create the runner of every timed loop and record its execution mode in the report."""
     runner = (run.options.runner or fastest)(base)
     attention = base.model.config._attn_implementation
     run.note(environment=replace(run.report.environment, execution=runner.execution, attention=attention))
@@ -219,7 +219,7 @@ def _runner(run: Run, base: Base) -> Runner:
 
 
 def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning: bool) -> _Texts:
-    """Answers for both splits in the same batches, so that a short budget thins them alike."""
+    """Generate answers for both splits in the same batches, so that a short budget reduces both alike."""
     asked = [question.prompt for question in test]
     sources, held_out = (prompt_sets.builtin(split, run.options.seed) for split in ("train", "calibration"))
     sources, held_out, dropped = prompt_sets.apart(sources, held_out, asked, HELD_OUT)
@@ -244,13 +244,13 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
 
 
 def _labelled(base: Base, split: str, prompts: Sequence[prompt_sets.Prompt]) -> list[tuple[str, list[int]]]:
-    """(split, token ids) of each prompt, with room for an answer to learn from."""
+    """Return (split, token ids) of each prompt, with room for an answer."""
     whole = [prompt_sets.encode(base, prompt.turns[0]) for prompt in prompts]
     return [(split, prompt_sets.shortened(base, ids, fitting.ANSWER_TOKENS)) for ids in whole]
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
-    """One item of each queue after another until all are empty; a queue given thrice gives three."""
+    """Interleave the queues until all are empty; a queue listed three times gives three items per round."""
     ended = object()
     rounds = iter(lambda: [item for queue in queues if (item := next(queue, ended)) is not ended], [])
     return [item for turn in rounds for item in turn]  # type: ignore[misc]
@@ -259,7 +259,7 @@ def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tup
 def _sets(
     run: Run, base: Base, features: dict[str, distillation.Features], given: Sequence[HeadSet], texts: _Texts
 ) -> list[HeadSet]:
-    """The given sets, merged ones also after a short fine-tune, and fresh ones unless such are given."""
+    """Return the given sets, merged ones also after a short fine-tune, and fresh ones unless such are given."""
     if any(each.origin == "fresh" for each in given):
         return list(given)
     merged = next((each.heads for each in given if each.id == "merged" and each.heads is not None), None)
@@ -283,7 +283,7 @@ def _sets(
 def _learnt(
     run: Run, base: Base, name: str, course: fitting.Course, features: dict[str, distillation.Features], texts: _Texts
 ) -> tuple[Heads, dict[str, Any]]:
-    """Heads and the facts of their training, both written under `out`."""
+    """Train heads; write them and the facts of their training under `out`."""
     heads, _, facts = fitting.learn(course, base, features["train"], features["calibration"], run.named("fit"))
     spent = run.report.seconds
     facts |= {"prompts": len(texts.train), "prompt_fingerprints": texts.prompts, "generate_s": spent["generate"],

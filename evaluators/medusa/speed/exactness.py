@@ -1,4 +1,4 @@
-"""Where speculating left the text of plain decoding, and whether rounding explains that."""
+"""Divergences of speculative decoding from the baseline's text, and the check that rounding explains them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evaluators.medusa.speed.bench import Block
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """A run that left the plain text of its question at token `index` of the answer.
+    """A run that differs from the baseline's text of its question from token `index` of the answer on.
 
     `tie` says whether rounding explains every token from there on; None where that could not be judged. The token that
     it explains least lies `gap` below the best in float32, where rounding reaches `limit` far.
@@ -28,7 +28,7 @@ class Divergence:
 
 
 def divergences(base: Base, blocks: Sequence[Block], candidate: str, deadline: float | None = None) -> list[Divergence]:
-    """Every run of a candidate that left the plain text, equal ones of a question once; each is judged.
+    """Return every run of a candidate that differs from the baseline, each checked; equal ones of a question once.
 
     Past `deadline` (time.monotonic) no other than the first is.
     """

@@ -1,4 +1,4 @@
-"""The rows of sets of heads in the speed report. No timing happens here."""
+"""Report rows for sets of heads. Nothing is timed here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Known = Mapping[str, simulation.Accuracy]
 
 
 def completed(report: Report, m: Measured) -> Report:
-    """The report with the baselines, all candidates and what follows from them."""
+    """Return the report with the baselines, all candidates and the conclusions."""
     machine = rows.machine_of(m.base, m.blocks, m.seed)
     report = rows.described(report, m.blocks, m.max_new_tokens, machine)
     heads = {FLOOR: m.floor} | {each.set.id: each.set.heads for each in m.scored if each.set.heads is not None}
@@ -94,7 +94,7 @@ def _row(scored: Scored, m: Measured, machine: Machine, known: Known) -> Row:
 
 
 def _unlike_simulation(found: Sequence[Row], m: Measured) -> list[str]:
-    """In float32 decoding does what the arithmetic on the same text says, or one of the two is wrong."""
+    """Check measured against simulated tokens per step; in float32 they are equal unless one of them is wrong."""
     said = []
     for row in found:
         measured, simulated = row.tokens_per_step.measured, row.tokens_per_step.simulated
@@ -106,7 +106,7 @@ def _unlike_simulation(found: Sequence[Row], m: Measured) -> list[str]:
 
 
 def _identity(m: Measured, known: simulation.Accuracy) -> Row:
-    """Untrained heads on the same answers: what the trained ones are held against, by arithmetic alone."""
+    """Row of untrained heads on the same answers, by simulation alone: the reference for trained ones."""
     choice = m.reference.choice
     return Row(
         FLOOR,
@@ -156,7 +156,7 @@ def _simulated(heads: Heads, m: Measured, tree: Tree) -> float | None:
 
 
 def _training(each: transfer.HeadSet, ratio: bench.Ratio | None, m: Measured) -> Made:
-    """What it cost to make the heads, and after how many tokens that is won back at the measured speed."""
+    """Cost of making the heads, and the tokens after which it pays off at the measured speed."""
     known = Made(**{key: (each.training or {}).get(key) for key in COSTS})
     spent = [part for part in (known.generate_s, known.features_s, known.fit_s) if part is not None]
     speed = rows.plain_figures(m.blocks).tokens_per_s

@@ -1,4 +1,4 @@
-"""What a speed report says of the model and the machine, and the report in one paragraph for people."""
+"""Description of model and machine in the speed report, and the report as one paragraph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VERDICTS = {
 
 
 def describe_model(base: Base, folder: Path) -> Model:
-    """The checkpoint in `folder` as it was loaded."""
+    """Describe the checkpoint in `folder` as loaded."""
     config = base.config
     return Model(
         weights_sha256=weights_sha256(folder),
@@ -39,7 +39,7 @@ def describe_model(base: Base, folder: Path) -> Model:
 
 
 def describe_environment(base: Base, kernel: str | None, seed: int) -> Environment:
-    """The machine, and how the base runs on it."""
+    """Describe the machine and the execution of the base on it."""
     return Environment(
         device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -54,7 +54,7 @@ def describe_environment(base: Base, kernel: str | None, seed: int) -> Environme
 
 
 def load() -> float | None:
-    """The one-minute load average, this process included; None where the system has none."""
+    """One-minute load average, this process included; None if the system has none."""
     try:
         return round(os.getloadavg()[0], 2)
     except (OSError, AttributeError):
@@ -73,7 +73,7 @@ def weights_sha256(folder: Path) -> str | None:
 
 
 def sentence(report: Mapping[str, Any]) -> str:
-    """One paragraph for a model card. A speedup below 1 is said first, not hidden."""
+    """Summarise the report in one paragraph for a model card. A speedup below 1 is stated first."""
     if report["refusal"]:
         return f"Decode speed with Medusa heads was not measured: {report['refusal']}"
     fresh = [row for row in report["candidates"] if row["origin"] == "fresh"]

@@ -1,4 +1,4 @@
-"""From what was measured to the rows of the speed report. No timing happens here."""
+"""Report rows from measurements. Nothing is timed here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GOOD_OVERHEAD = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A set of heads and the tree that was chosen for it; no choice without heads. `cosine` is to its own model."""
+    """A set of heads and the tree chosen for it; None without heads. `cosine` is relative to the heads' own model."""
 
     set: HeadSet
     choice: calibrate.Choice | None
@@ -47,7 +47,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything a report is written from. `features` has the splits timed, and held_out: with the calibration's.
+    """All measurements behind a report. `features` has the splits timed and held_out, which includes the calibration's.
 
     `reference` is the set made for this model, `floor` untrained heads of its shape, `common` the tree all are
     compared at. Past `deadline` (time.monotonic) no more than must be is still looked at.
@@ -68,26 +68,26 @@ class Measured:
 
     @property
     def best(self) -> Scored:
-        """The set whose tree promises most; of equals the one made for this model."""
+        """The set whose tree has the highest predicted gain; of equals the one made for this model."""
         able = [each for each in self.scored if each.choice is not None]
         return max(able, key=lambda each: (each.choice.gain, each is self.reference))  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The clock that counts, and equal work against equal work on it."""
+    """The decisive clock and the A/A comparison on it."""
 
     clock: ClockName
     steadiness: Steadiness
 
     @property
     def ok(self) -> bool:
-        """Whether equal work took equal time."""
+        """True if the A/A comparison holds."""
         return self.steadiness.ok is True
 
 
 def baseline_rows(m: Measured, machine: Machine) -> tuple[Row, Row, Row]:
-    """What stands beside any heads: plain decoding, transformers' own loop, prompt lookup."""
+    """Rows beside those of heads: baseline, transformers' own loop, prompt lookup."""
     lookup = Row("prompt_lookup", "prompt_lookup")
     if all("prompt_lookup" in block.runs for block in m.blocks):
         lookup = with_timings(replace(lookup, tree=TreeFacts(chosen="common")), m, machine)
@@ -97,8 +97,7 @@ def baseline_rows(m: Measured, machine: Machine) -> tuple[Row, Row, Row]:
 
 
 def described(report: Report, blocks: Sequence[bench.Block], max_new_tokens: int, machine: Machine) -> Report:
-    """The report with the suite as it was run, plain decoding, the machine, and warnings of answers that repeat
-    themselves and of questions that do not fit the context."""
+    """Add the suite as run, the baseline, the machine, and warnings of repetitive answers and shortened questions."""
     shortened = [block.question.prompt.id for block in blocks if block.question.shortened]
     looping = [block.question.prompt.id for block in blocks if repetition.loops(block.plain[0].tokens)]
     context = sum(len(b.question.ids) + len(b.plain[0].tokens) / 2 for b in blocks) / max(len(blocks), 1)
@@ -123,7 +122,7 @@ def described(report: Report, blocks: Sequence[bench.Block], max_new_tokens: int
 
 
 def machine_of(base: Base, blocks: Sequence[bench.Block], seed: int) -> Machine:
-    """The wall clock if equal work took equal time on it; else, the machine being shared, this process's CPU clock."""
+    """Choose the wall clock if the A/A comparison holds on it, else (shared machine) this process's CPU clock."""
     clock: ClockName = "wall"
     ratio = bench.a_a(blocks, clock, seed)
     if not bench.a_a_ok(ratio) and base.device.type == "cpu":
@@ -133,13 +132,13 @@ def machine_of(base: Base, blocks: Sequence[bench.Block], seed: int) -> Machine:
 
 
 def curve_of(cost: calibrate.CostCurve) -> Curve:
-    """The cost curve, each point also as a ratio to one token."""
+    """Cost curve, each point also as a ratio to one token."""
     points = (Point(n, round(ms, 2), round(ms / cost.points[0][1], 3)) for n, ms in cost.points)
     return Curve(cost.context, cost.clock, tuple(points))
 
 
 def plain_figures(blocks: Sequence[bench.Block]) -> Plain:
-    """Plain decoding, all its runs together."""
+    """Figures of the baseline, all its runs together."""
     traces = [trace for block in blocks for trace in block.plain]
     tokens = bench.decoded(traces)
     wall, cpu = sum(t.decode.wall_s for t in traces), sum(t.decode.cpu_s for t in traces)
@@ -158,7 +157,7 @@ def plain_figures(blocks: Sequence[bench.Block]) -> Plain:
 
 
 def none_row(blocks: Sequence[bench.Block], seed: int, machine: Machine) -> Row:
-    """Not speculating is plain decoding, so its speedup is that of the first plain runs over the second: A/A."""
+    """Row of the baseline itself: its speedup is that of the first runs over the second (A/A)."""
     wall, cpu = bench.a_a(blocks, "wall", seed), bench.a_a(blocks, "cpu", seed)
     speed = replace(_on_both_clocks(wall, cpu, machine), predicted_here=1.0)
     return Row(
@@ -173,12 +172,12 @@ def none_row(blocks: Sequence[bench.Block], seed: int, machine: Machine) -> Row:
 
 
 def _on_both_clocks(wall: bench.Ratio | None, cpu: bench.Ratio | None, machine: Machine) -> Speedup:
-    """A speedup by each clock with its interval, and which of them counts."""
+    """Speedup by each clock with its interval, and the decisive clock."""
     return Speedup(value(wall), ci(wall), value(cpu), ci(cpu), machine.clock)
 
 
 def native_row(versus: Sequence[baselines.Versus], machine: Machine) -> Row:
-    """Against plain decoding end to end, prefill included. A plain loop that was made slow shows here."""
+    """Row of transformers' own loop against the baseline, end to end, prefill included. A slow baseline shows here."""
     if not versus:
         return Row("native", "native", absent_because="there was no time left to run it.")
     plain_s, native_s = (sum(getattr(each, side).wall_s for each in versus) for side in ("plain", "native"))
@@ -197,7 +196,7 @@ def native_row(versus: Sequence[baselines.Versus], machine: Machine) -> Row:
 
 
 def with_timings(row: Row, m: Measured, machine: Machine) -> Row:
-    """The row with what the blocks say about its candidate: speed, rate, exactness, and whether the clocks agree."""
+    """Add speed, tokens per step, exactness and agreement of the clocks from the blocks of the row's candidate."""
     name = row.id
     runs = [trace for block in m.blocks for trace in block.runs[name]]
     steps = sum(trace.steps for trace in runs)
@@ -239,7 +238,7 @@ def _speedup(known: Speedup, m: Measured, name: str, machine: Machine, rate: ben
 
 
 def _end_to_end(blocks: Sequence[bench.Block], name: str, clock: ClockName) -> EndToEnd:
-    """With reading the prompt, as a user waits for it."""
+    """Figures that include the prefill, as a user experiences them."""
     runs = [trace for block in blocks for trace in block.runs[name]]
     plain = [trace for block in blocks for trace in block.plain]
 
@@ -282,7 +281,7 @@ def _categories(m: Measured, candidate: str, clock: ClockName) -> tuple[Category
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Every category counts once, whatever its number of tokens."""
+    """Mean over categories with equal weight, whatever their numbers of tokens."""
     known = [each for each in values if each is not None]
     return rounded(sum(known) / len(known)) if known else None
 

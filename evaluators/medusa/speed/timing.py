@@ -1,4 +1,4 @@
-"""The timing stage of a measurement: which candidates, how many tokens, within what is left of the budget."""
+"""Timing stage of a speed test: choice of candidates and answer lengths within the rest of the budget."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def time_candidates(
 
 
 def _worth(scored: Sequence[Scored]) -> list[tuple[str, Heads, calibrate.Choice]]:
-    """The sets that are timed; the others get a prediction."""
+    """Return the sets to be timed; the others only get a prediction."""
     able = [(each.set, each.set.heads, each.choice) for each in scored if each.set.heads and each.choice]
     moved = [each for each in able if each[0].origin != "fresh"]
     best = max(moved, key=lambda each: each[2].gain, default=None)
@@ -77,7 +77,7 @@ def _worth(scored: Sequence[Scored]) -> list[tuple[str, Heads, calibrate.Choice]
 
 
 def _next_turn(base: Base, question: bench.Question, answer: Sequence[int], new_tokens: int) -> bench.Question | None:
-    """The next turn of the prompt after the plain answer to this one; None where there is none."""
+    """Return the next turn of the prompt after the baseline's answer to this one; None after the last."""
     answers = (*question.answers, base.tokenizer.decode(list(answer), skip_special_tokens=True))
     if len(answers) >= len(question.prompt.turns):
         return None
@@ -85,19 +85,19 @@ def _next_turn(base: Base, question: bench.Question, answer: Sequence[int], new_
 
 
 def _question_s(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], tokens: int) -> float:
-    """What one question takes: plain and every candidate twice, each time with its prompt to read."""
+    """Seconds per question: baseline and every candidate twice, each with its prefill."""
     runs = 2 * run.options.repeats * run.options.turns
     return runs * cost.plain_wall_s * (PREFILL_STEPS * (1 + len(prices)) + tokens * (1 + sum(prices)))
 
 
 def _slower(traces: Sequence[decode.Trace], promised_s: Sequence[float]) -> float:
-    """How much longer steps take than the fastest passes promise, by a trace each; several times where others work."""
+    """Return the ratio of real steps to the fastest passes, from one trace each; well above 1 on a shared machine."""
     whole_s = sum(trace.steps * step_s for trace, step_s in zip(traces, promised_s, strict=True))
     return max(1.0, sum(trace.decode.wall_s for trace in traces) / whole_s) if whole_s else 1.0
 
 
 def _affordable(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], question_s: float) -> int:
-    """As many tokens as answer a question in `question_s`, from sixteen up to what was asked for."""
+    """Return the tokens that can be decoded in `question_s`, from sixteen up to the requested number."""
     reading_s = _question_s(run, cost, prices, 0)
     each_s = _question_s(run, cost, prices, 1) - reading_s
     most = run.options.max_new_tokens
@@ -107,7 +107,7 @@ def _affordable(run: Run, cost: calibrate.CostCurve, prices: Sequence[float], qu
 def time_native(
     run: Run, base: Base, blocks: Sequence[bench.Block], limits: decode.Limits, runner: Runner
 ) -> list[baselines.Versus]:
-    """transformers' own loop on the first questions, as far as it still fits into the budget."""
+    """Time transformers' own loop on the first questions, as far as the budget allows."""
     likely_s = 2.5 * max(bench.end_to_end_s(trace) for trace in blocks[0].plain)
     questions = [block.question for block in blocks[:NATIVE_QUESTIONS]]
     ends = run.deadline - JUDGED_WITHIN * run.options.budget_s

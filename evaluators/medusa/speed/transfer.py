@@ -1,4 +1,4 @@
-"""The transfer test: which heads still fit a merged model? Its parents', as they are or merged, against fresh ones.
+"""Transfer test: accuracy on a merged model of its parents' heads, as they are or merged, against fresh ones.
 
 One pass of the merged model over held-out text serves every set of heads: accuracy and tokens per step of a greedy
 decoder are arithmetic on its hidden states (simulation.simulate).
@@ -32,7 +32,7 @@ Origin = Literal["parent", "merged", "fresh"]
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Heads somebody has. Without a `folder` they are a row that says why (`absent_because`).
+    """Heads supplied by the caller. Without a `folder` they are a row with a reason (`absent_because`).
 
     `model` is the folder of the model they were trained on; its hidden states are compared with the measured model's.
     """
@@ -47,7 +47,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class HeadSet:
-    """One candidate. `training` holds what is known of how the heads were made, empty if nothing is."""
+    """One candidate. `training` holds the facts of its training, empty if unknown."""
 
     id: str
     origin: Origin
@@ -59,7 +59,7 @@ class HeadSet:
 
 
 def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
-    """The sets that are given, in order, and warnings.
+    """Load the given sets in order; return them and warnings.
 
     Parents' and merged heads that do not fit this model are kept with the reason. Raises EvaluationError for others.
     """
@@ -81,7 +81,7 @@ def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
 
 
 def filling(sets: Sequence[HeadSet], tree: Tree | None) -> list[HeadSet]:
-    """The sets whose heads fill a given tree. Parents' and merged ones that do not are kept with the reason.
+    """Return the sets with enough heads for a given tree; others of parents or merges are kept with the reason.
 
     Raises EvaluationError for others.
     """
@@ -105,12 +105,12 @@ def _too_small(heads: Heads, tree: Tree) -> str | None:
 
 
 def common_tree(heads: Heads, calibration: distillation.Features) -> Tree:
-    """The tree all sets are compared at: the best of that size for `heads`, the reference."""
+    """The tree used to compare all sets: the best of its size for `heads`, the reference."""
     return greedy_tree(simulation.accuracy(heads, calibration).shares, COMMON_NODES)
 
 
 def retention(top1: Sequence[float], untrained: Sequence[float], reference: Sequence[float]) -> list[float | None]:
-    """Per head, the share of what training on this model gains that a set has: (acc - floor) / (fresh - floor).
+    """Share per head of the gain from training on this model that a set has: (acc - floor) / (fresh - floor).
 
     None where training gained less than 0.02, which would divide by noise. Sets of unequal size are compared as far as
     both go.
@@ -145,7 +145,7 @@ def hidden_cosine(model: Path, base: Base, texts: Sequence[distillation.Dialogue
 
 
 def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
-    """Sentences on sets that learnt from clearly more or less text than the reference, or of which nobody knows."""
+    """Sentences on sets trained on clearly more or less text than the reference, or on an unknown amount."""
     wanted = (reference.training or {}).get("positions")
     said = []
     for each in sets:
@@ -166,7 +166,7 @@ def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
 def kept_apart(
     test: Sequence[Prompt], given: Sequence[Given], least: int
 ) -> tuple[list[Prompt], list[str], list[Given]]:
-    """(questions on which no heads were trained, ids of the others, the given heads), as far as heads say.
+    """Return (questions unseen in training, ids of the others, the given heads), according to the training files.
 
     What stands beside heads of a parent is a stranger's word: where it would leave fewer than `least` questions, those
     heads are left out in place of the questions, and those merged from them.
@@ -193,6 +193,6 @@ def kept_apart(
 
 
 def learnt_prompts(given: Sequence[Given]) -> frozenset[str]:
-    """The fingerprints of the prompts that given heads say they were trained on; heads of unknown origin say none."""
+    """Return the prompt fingerprints in the training files of the given heads; none for heads without one."""
     folders = [each.folder for each in given if each.folder is not None]
     return frozenset(print_ for folder in folders for print_ in training_file.learnt_prompts(folder))
