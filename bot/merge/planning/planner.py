@@ -83,7 +83,7 @@ def make(
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What one document is planned from: `opened` by bare reference, `checkpoints` by `recipe.sources` as written."""
+    """Inputs of one document's plan: `opened` by bare reference, `checkpoints` by `recipe.sources` as written."""
 
     recipe: Recipe
     opened: Mapping[ModelRef, Checkpoint | Adapter]
@@ -307,7 +307,7 @@ def _same_width(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> N
 
 
 def _roles(recipe: Recipe, ref: ModelRef) -> tuple[str, ...]:
-    """What the bare `ref` is used for."""
+    """The uses of the bare `ref`."""
     pieces = [piece for module in recipe.modules for piece in module.slices]
     bases = [base for base in (recipe.base, *(piece.base for piece in pieces)) if base is not None]
     roles = []
