@@ -31,7 +31,7 @@ demo: $(READY) ## the whole walk on a local Hub: train two parents, merge, measu
 	@$(BIN)/mergebot demo --dir $(DEMO)
 
 test: check ## lint, types and every test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-fast: $(READY) ## the tests that are not slow, a few minutes
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
