@@ -49,6 +49,12 @@ def changed(path: Path, changes: dict[str, Any]) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.parametrize("names", [1, True, "LlamaForCausalLM", {"a": 1}, [None, 3]])
+def test_a_list_of_classes_that_is_none_is_planned_or_refused_in_a_sentence(pair: Path, names: Any) -> None:
+    changed(pair / "a" / "config.json", {"architectures": names})
+    planned_or_refused(LINEAR, pair)
+
+
 @PAST
 @given(st.dictionaries(st.sampled_from(CONFIG_KEYS), anything, min_size=1, max_size=2))
 def test_any_config_is_planned_or_refused_in_a_sentence(pair: Path, changes: dict[str, Any]) -> None:

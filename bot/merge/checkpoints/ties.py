@@ -114,6 +114,12 @@ def config_ties(config: Mapping[str, Any]) -> bool | None:
     return any(flags) if flags else None
 
 
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """The model classes that a config names; empty where `architectures` is absent or no list."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def with_flag(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     """The config with the flag set wherever transformers 4 and 5 look for it, and with nothing else changed by that."""
     out = dict(config)
@@ -194,7 +200,7 @@ def require_equal(read: Read, label: str, kept: TensorInfo, left_out: TensorInfo
 
 
 def _headless(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    generates = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
+    generates = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in class_names(config))
     if generates and main_head(list(tensors)) is None:
         yield f"{label} stores no head and its config ties none; transformers fills the head with random numbers"
 

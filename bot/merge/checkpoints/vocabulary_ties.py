@@ -10,6 +10,7 @@ from bot.merge.checkpoints.architecture import may_count_tokens
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.tensor_names import LAYER
 from bot.merge.checkpoints.ties import (
+    class_names,
     config_ties,
     is_copy,
     is_embedding,
@@ -53,8 +54,7 @@ class VocabularyTies:
         return [self.name_of(f"{side}.embed_tokens.weight") for side in ("encoder", "decoder")] if self.shared else []
 
     def _ties_head(self, model: Checkpoint) -> bool:
-        names = model.config.get("architectures") or ["CausalLM"]
-        generates = any(_GENERATES.search(str(name)) for name in names)
+        generates = any(_GENERATES.search(name) for name in class_names(model.config) or ["CausalLM"])
         return generates and not self._has_head and config_ties(model.config) is not False
 
     def source_of(self, wanted: str) -> str | None:
