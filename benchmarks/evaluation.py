@@ -29,12 +29,11 @@ OURS = """
 import os, sys
 from pathlib import Path
 from evaluators import harness
-from evaluators.harness import suites
+from evaluators.harness import Conditions, Question, RunOptions, suites
 model, limit, batch, place = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-harness.evaluate(
-    model, suites.own_suite(sys.argv[5].split(",")), limit=limit, batch_size=batch, cache=place / "cache",
-    scratch=place / "scratch", timeout_s=3600, model_identity="benchmark", environment=os.environ,
-)
+question = Question(suites.own_suite(sys.argv[5].split(",")), Conditions(limit, batch_size=str(batch)))
+run = RunOptions(place / "cache", place / "scratch", timeout_s=3600, environment=os.environ)
+harness.evaluate(model, question, run, identity="benchmark")
 """
 THEIRS = """
 import json, sys

@@ -75,7 +75,6 @@ LONG_FUNCTIONS = frozenset(
         "bot/merge/planning/work.py:work_of",
         "bot/merge/tokenizer/tokenizer.py:align",
         "bot/stages/local_runs.py:merge",
-        "evaluators/harness/evaluation.py:evaluate",
         "evaluators/harness/journal.py:resuming",
         "space/api.py:publish",
         "space/app.py:create",
@@ -89,9 +88,7 @@ MANY_PARAMETERS = frozenset(
         "bot/merge/execution/engine.py:merge",
         "bot/merge/execution/engine.py:run_steps",
         "bot/merge/execution/stages.py:_carried_out",
-        "bot/stages/evaluation.py:evaluate",
         "bot/stages/local_runs.py:merge",
-        "evaluators/harness/evaluation.py:evaluate",
     }
 )
 # processes that read untrusted requests or hold the token start without these

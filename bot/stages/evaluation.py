@@ -1,12 +1,12 @@
-"""Between the job and lm-eval: which folders to measure, with which suite, under which conditions.
+"""Evaluation of a job: the merged model and its sources, on the requested suite.
 
-A source is evaluated once for all merges that share it: the harness keeps its results by content, suite and settings.
+The harness stores results by content, suite and settings, so a source is evaluated once for all merges that share it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from bot.settings import Settings, child_environment
 from bot.stages import early_stopping
 from bot.stages.evaluator_errors import translated
 from evaluators import comparison, harness
-from evaluators.harness import Estimate, suites
+from evaluators.harness import Estimate, RunOptions, suites
 from evaluators.harness.conditions import Conditions, Question
 from evaluators.harness.scores import ModelEvaluation
 
@@ -29,8 +29,22 @@ if TYPE_CHECKING:
 NO_SUITE = "none"
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Model to evaluate: its folder, its name in messages, and its identity (a commit or a manifest's digest), which
+    spares hashing the weights."""
+
+    folder: Path
+    name: str
+    identity: str | None
+
+
+def _ignored(_estimate: Estimate) -> None:
+    """Default callback."""
+
+
 def suite_named(name: str) -> suites.Suite:
-    """The suite with this name. Raises Refused UNKNOWN_TASK."""
+    """Suite by name. Raises Refused UNKNOWN_TASK."""
     if name not in suites.SUITES:
         raise Refused(
             "UNKNOWN_TASK", f"There is no suite `{name}`.", f"Choose one of {', '.join(sorted(suites.SUITES))}."
@@ -39,19 +53,17 @@ def suite_named(name: str) -> suites.Suite:
 
 
 def measures_nothing(asked: EvaluateOptions) -> bool:
-    """Whether no model is to be scored at all."""
+    """Return whether the request asks for no evaluation."""
     return asked.suite == NO_SUITE and not asked.tasks
 
 
 def question_of(asked: EvaluateOptions, settings: Settings) -> Question:
-    """The question of a request. Raises Refused UNKNOWN_TASK."""
+    """Suite and conditions of a request. Raises Refused UNKNOWN_TASK."""
     suite = suites.own_suite(asked.tasks) if asked.tasks else suite_named(asked.suite)
     return Question(
         suite,
-        Conditions(
-            limit=asked.limit, device=settings.device, batch_size="auto", chat_template=asked.chat_template
-        ),
-    )  # fmt: skip
+        Conditions(asked.limit, device=settings.device, batch_size="auto", chat_template=asked.chat_template),
+    )
 
 
 def scores(
@@ -63,11 +75,10 @@ def scores(
     scratch: Path,
     report: Show,
 ) -> tuple[ModelEvaluation | None, dict[str, ModelEvaluation]]:
-    """The merged model's scores, and its sources' by `repo@revision`.
+    """Evaluate the merged model and its sources; the sources' evaluations are keyed by `repo@revision`.
 
-    The merge is asked first what tells its sources apart most a second, so that what is known early, or when time runs
-    out, is what counts most. Raises Failed as the harness does, and NOT_BETTER where the operator lets hopeless merges
-    be stopped early.
+    The merge's tasks run in order of information per second, so a cut-off run keeps the most useful results. Raises
+    Failed as the harness does, and NOT_BETTER if the operator enabled early stopping and the merge cannot win.
     """
     if measures_nothing(asked):
         return None, {}
@@ -75,16 +86,15 @@ def scores(
     found = {}
     for source in (source for source in sources if not source.adapter):
         folder = settings.source_folder(source.repo, source.revision)
-        found[str(source)] = evaluate(folder, source.repo, question, settings, scratch, report, str(source))
+        parent = Model(folder, source.repo, str(source))
+        found[str(source)] = evaluate(parent, question, settings, scratch, report)
     looks: list[ModelEvaluation] = []
     order = comparison.most_telling(found, cache=settings.evaluations)
+    merge = Model(out, "the merge", manifest)
 
     def of_merge(limit: int | None) -> ModelEvaluation:
         here = replace(question, conditions=replace(question.conditions, limit=limit))
-        found_here = evaluate(
-            out, "the merge", here, settings, scratch, report, manifest, reuse=looks[-1:], order=order
-        )
-        looks.append(found_here)
+        looks.append(evaluate(merge, here, settings, scratch, report, reuse=looks[-1:], order=order))
         return looks[-1]
 
     early_stopping.require_hope(of_merge, found, settings)
@@ -92,39 +102,32 @@ def scores(
 
 
 def is_known(source: Source, asked: EvaluateOptions, settings: Settings, hub: Hub) -> bool:
-    """Whether a source was measured before, here or for the results dataset, so that its weights need not be here."""
+    """Return whether a stored evaluation makes the weights of a source unnecessary."""
     repo = f"{settings.namespace}/{shared_evaluations.RESULTS}"
     return shared_evaluations.take(hub, repo, question_of(asked, settings), str(source), settings)
 
 
 def evaluate(
-    folder: Path,
-    name: str,
+    model: Model,
     question: Question,
     settings: Settings,
     scratch: Path,
     report: Show,
-    identity: str | None,
-    estimated: Callable[[Estimate], None] | None = None,
+    estimated: Callable[[Estimate], None] = _ignored,
     reuse: Sequence[ModelEvaluation] = (),
     order: Sequence[str] = (),
 ) -> ModelEvaluation:
-    """`identity` stands for the bytes (a commit, a manifest) and spares hashing them again; `reuse` are the same
-    model's evaluations on fewer samples, whose questions are not asked again; `order` names tasks to begin with."""
-    with translated(about=name):
-        return harness.evaluate(
-            folder,
-            question.suite,
-            **asdict(question.conditions),
-            endpoint=settings.hub,
-            cache=settings.evaluations,
-            scratch=scratch / "lm-eval",
-            timeout_s=settings.evaluate_timeout_s,
-            model_identity=identity,
-            environment=child_environment(settings, "worker"),
-            progress=named(report, f"Evaluating {name}"),
-            estimated=estimated,
-            memory_limit_bytes=settings.memory_limit_bytes,
-            reuse=reuse,
-            order=order,
-        )
+    """Evaluate one model, or return its stored evaluation. `reuse` are evaluations of the same model on fewer samples;
+    their requests are not repeated. `order` names the tasks that run first. Raises Failed as the harness does."""
+    run = RunOptions(
+        cache=settings.evaluations,
+        scratch=scratch / "lm-eval",
+        timeout_s=settings.evaluate_timeout_s,
+        endpoint=settings.hub,
+        environment=child_environment(settings, "worker"),
+        memory_limit_bytes=settings.memory_limit_bytes,
+        progress=named(report, f"Evaluating {model.name}"),
+        estimated=estimated,
+    )
+    with translated(about=model.name):
+        return harness.evaluate(model.folder, question, run, identity=model.identity, order=order, reuse=reuse)

@@ -202,9 +202,9 @@ def evaluate(
 
     for model, (folder, identity) in models.items():
         scratch = settings.scratch / "evaluate"
-        found[model] = evaluation.evaluate(
-            folder, model, question, settings, scratch, report, identity, functools.partial(begun, model)
-        )
+        subject = evaluation.Model(folder, model, identity)
+        estimated = functools.partial(begun, model)
+        found[model] = evaluation.evaluate(subject, question, settings, scratch, report, estimated)
     return Evaluated(found, frozenset(found) - asked)
 
 

@@ -1,8 +1,8 @@
-"""lm-eval on one model: which questions (suites), how they are asked (conditions), and what came of it (results)."""
+"""Evaluation with lm-eval: task suites, conditions, isolated runs and stored results."""
 
 from evaluators.content import content_digest
 from evaluators.harness.conditions import Conditions, Question, key_of
-from evaluators.harness.evaluation import Estimate, evaluate
+from evaluators.harness.evaluation import Estimate, RunOptions, evaluate
 from evaluators.harness.results import folder_of
 from evaluators.harness.suites import SUITES, Suite, SuiteTask
 
@@ -11,6 +11,7 @@ __all__ = [
     "Conditions",
     "Estimate",
     "Question",
+    "RunOptions",
     "Suite",
     "SuiteTask",
     "content_digest",

@@ -1,13 +1,13 @@
-"""lm-eval in a process of its own: one model, one suite, scores with standard errors, results kept and reused.
+"""Evaluation of one model on one suite: lm-eval in its own process, with stored results reused.
 
-    cache/results, tasks, partial      what was found: whole, finished tasks, answers (results.py)
+    cache/results, tasks, partial      whole results, finished tasks, single answers (results.py)
     cache/hub-<endpoint>/              datasets as the libraries cache them
-    scratch/harness.log                what the process printed
+    scratch/harness.log                output of the process
 
-A result is named by the model's content, the suite and every condition that can change a number, so a parent that many
-merges share is evaluated once. A finished task is named likewise but for the suite, and every suite that has it takes
-it. The process reads strangers' checkpoints: its environment is built from an allow-list,
-its memory and time are limited, and it dies with its parent.
+The key of a result covers the model's content, the suite and every condition that can change a number, so a parent
+shared by many merges is evaluated once. The key of a finished task leaves the suite out, so all suites share it. The
+process reads untrusted checkpoints: its environment is built from an allow-list, its memory and time are limited, and
+it ends with its parent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from evaluators import memory
 from evaluators.content import content_digest
 from evaluators.errors import EvaluationError
 from evaluators.harness import results, suites
-from evaluators.harness.conditions import Conditions
+from evaluators.harness.conditions import Conditions, Question
 from evaluators.harness.results import folder_of
 from evaluators.harness.scores import ModelEvaluation
 from evaluators.harness.suites import Suite
@@ -41,9 +41,9 @@ _CODE = Path(__file__).resolve().parents[2]
 Progress = Callable[[int, int, str], None]
 
 _INHERITED = (
-    "PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NO_PROXY", "SSL_CERT_FILE",
-)  # fmt: skip
+    *("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "NO_PROXY", "SSL_CERT_FILE"),
+    *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+)
 _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_UPDATE_CHECK": "1",
@@ -63,8 +63,8 @@ _LIVE_HUB = "https://huggingface.co"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What an evaluation will take, as it begins: requests to the model, tokens it reads and at most writes, seconds
-    and bytes of memory; None where the backend does not let them be told ahead."""
+    """Expected cost of an evaluation, known as it begins: requests to the model, tokens read, tokens written at most,
+    seconds and bytes of memory. None where the backend does not allow an estimate."""
 
     requests: int
     tokens: int
@@ -73,76 +73,80 @@ class Estimate:
     memory_bytes: int | None = None
 
 
+def _ignored(*_arguments: object) -> None:
+    """Default callback."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Options of a run that change none of its numbers.
+
+    `cache` holds stored results, `scratch` the process's log and home. `endpoint` is the Hub that datasets come from;
+    None works offline, from the cache. `environment` is filtered by an allow-list before the process inherits it.
+    `progress(done, total, what)` and `estimated` are called during the run; an exception of theirs ends the
+    evaluation, and a later call resumes it.
+    """
+
+    cache: Path
+    scratch: Path
+    timeout_s: float
+    endpoint: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    memory_limit_bytes: int | None = None
+    progress: Progress = _ignored
+    estimated: Callable[[Estimate], None] = _ignored
+
+
 def evaluate(
     model: Path,
-    suite: Suite,
+    question: Question,
+    run: RunOptions,
     *,
-    cache: Path,
-    scratch: Path,
-    timeout_s: float,
-    limit: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: str = "auto",
-    batch_size: int | str = 16,
-    chat_template: bool = False,
-    backend: str = "hf",
-    endpoint: str | None = None,
-    progress: Progress | None = None,
-    estimated: Callable[[Estimate], None] | None = None,
-    model_identity: str | None = None,
-    environment: Mapping[str, str] | None = None,
-    memory_limit_bytes: int | None = None,
+    identity: str | None = None,
     order: Sequence[str] = (),
     reuse: Sequence[ModelEvaluation] = (),
 ) -> ModelEvaluation:
-    """Measure the model in folder `model` on `suite`, or return what is stored for the same question.
+    """Evaluate the model in folder `model`, or return the stored result of the same question.
 
-    The conditions are those of `conditions.Conditions`. `endpoint` is the Hub that datasets come from; None works
-    offline, with data that are cached already. `model_identity` (a commit or a manifest's digest) spares hashing the
-    weights. `environment` is what the process may inherit from, by allow-list. `progress(done, total, what)` and
-    `estimated` are told as it goes; what they raise ends the evaluation, which a later call takes up again. `order`
-    names tasks to begin with. `reuse` are stored evaluations of the same model on fewer samples: what they asked is
-    not asked again.
+    `identity` (a commit or a manifest's digest) spares hashing the weights. `order` names the tasks that run first.
+    `reuse` are stored evaluations of the same model on fewer samples; their requests are not repeated. Tasks
+    that finished before an error are kept.
 
     Raises EvaluationError: VALUE_OUT_OF_RANGE, UNKNOWN_TASK, DEVICE_UNAVAILABLE, BACKEND_UNAVAILABLE, MODEL_UNLOADABLE,
-    NO_CHAT_TEMPLATE, DATASET_UNAVAILABLE, DATASET_GATED, TIME_LIMIT, MEMORY_LIMIT, EVALUATION_FAILED. Tasks that are
-    finished are kept, whatever is raised.
+    NO_CHAT_TEMPLATE, DATASET_UNAVAILABLE, DATASET_GATED, TIME_LIMIT, MEMORY_LIMIT, EVALUATION_FAILED.
     """
+    suite, conditions = question.suite, question.conditions
     located = suites.find(suite.tasks)
-    conditions = Conditions(limit, seed, device, dtype, str(batch_size), chat_template, backend)
     conditions.check()
-    identity = model_identity or content_digest(model)
-    key = conditions.key(identity, suite.digest)
-    found = results.stored(cache, key)
-    if found is not None:
+    identity = identity or content_digest(model)
+    key = question.key(identity)
+    if (found := results.stored(run.cache, key)) is not None:
         return found
-    deadline = time.monotonic() + timeout_s
-    with results.under_way(cache, key, deadline) as folder:
-        found = results.stored(cache, key)  # by the process that was waited for
+    deadline = time.monotonic() + run.timeout_s
+    with results.under_way(run.cache, key, deadline) as folder:
+        found = results.stored(run.cache, key)  # another process may have finished it during the wait
         if found is not None:
             return found
         task_keys = [conditions.key(identity, task.digest) for task in suite.tasks]
-        missing = [task_key for task_key in task_keys if results.finished(cache, task_key) is None]
-        if missing:
-            memory.require_memory(model, dtype, device, memory_limit_bytes)
-            scratch.mkdir(parents=True, exist_ok=True)
-            job = _job(model, located.values(), conditions, folder, cache, endpoint)
-            tasks = _tasks(suite, task_keys, located, scratch)
-            job["tasks"] = [each for each in _ordered(tasks, order) if each["key"] in missing]
-            job["reuse"] = [str(folder_of(each, cache).resolve()) for each in reuse]
-            job["memory_limit_bytes"] = memory_limit_bytes
-            heard = _Heard(progress or _unheard, estimated or _unheard)
-            with _Child(job, scratch, _environment(environment or {}, endpoint, cache, scratch)) as child:
-                child.wait(deadline, timeout_s, heard)
-            _require_all(heard.failed, len(suite.tasks))
-        found = results.read(cache, suite, task_keys, key)
-        results.keep(cache, found, task_keys)
+        tasks = _tasks(suite, task_keys, located, run)
+        tasks = [each for each in tasks if results.finished(run.cache, each["key"]) is None]
+        if tasks:
+            memory.require_memory(model, conditions.dtype, conditions.device, run.memory_limit_bytes)
+            job = _job(model, located.values(), conditions, folder, run, _ordered(tasks, order), reuse)
+            _require_all(_run(job, run, deadline), len(suite.tasks))
+        found = results.read(run.cache, suite, task_keys, key)
+        results.keep(run.cache, found, task_keys)
     return found
 
 
-def _unheard(*_told: object) -> None:
-    """Nobody listens."""
+def _run(job: Mapping[str, Any], run: RunOptions, deadline: float) -> Mapping[str, Sequence[str]]:
+    """Run the process to its end and return the tasks that failed, by name."""
+    run.scratch.mkdir(parents=True, exist_ok=True)
+    messages = _Messages(run.progress, run.estimated)
+    environment = _environment(run.environment, run.endpoint, run.cache, run.scratch)
+    with _Child(job, run.scratch, environment) as child:
+        child.wait(deadline, run.timeout_s, messages)
+    return messages.failed
 
 
 def _ordered(tasks: Sequence[dict[str, Any]], first: Sequence[str]) -> list[dict[str, Any]]:
@@ -151,7 +155,7 @@ def _ordered(tasks: Sequence[dict[str, Any]], first: Sequence[str]) -> list[dict
 
 
 def _require_all(failed: Mapping[str, Sequence[str]], count: int) -> None:
-    """Raise the first task's failure, saying what became of the others."""
+    """Raise the first failure, with the outcome of the other tasks, if any failed."""
     for code, message, next_step in failed.values():
         others = [f"`{name}`" for name in list(failed)[1:]]
         also = f" {', '.join(others)} failed, too." if others else ""
@@ -165,27 +169,31 @@ def _job(
     located: Iterable[Located],
     conditions: Conditions,
     folder: Path,
-    cache: Path,
-    endpoint: str | None,
+    run: RunOptions,
+    tasks: Sequence[dict[str, Any]],
+    reuse: Sequence[ModelEvaluation],
 ) -> dict[str, Any]:
-    private = {str(model.resolve().parent), str(cache.resolve()), str(_CODE), str(Path.home()), sys.prefix}
+    private = {str(model.resolve().parent), str(run.cache.resolve()), str(_CODE), str(Path.home()), sys.prefix}
     private |= {str(file.parent.parent) for task in located for file in task.files.values()}
     private |= {str(task.folder) for task in located if task.folder}
     return {
         **asdict(conditions),
         "model": str(model.resolve()),
-        "offline": endpoint is None,
-        "cache": str(cache.resolve()),
+        "offline": run.endpoint is None,
+        "cache": str(run.cache.resolve()),
         "folder": str(folder.resolve()),
-        "hub_cache": str(_hub_home(cache, endpoint) / "hub"),
+        "hub_cache": str(_hub_home(run.cache, run.endpoint) / "hub"),
+        "memory_limit_bytes": run.memory_limit_bytes,
+        "tasks": tasks,
+        "reuse": [str(folder_of(each, run.cache).resolve()) for each in reuse],
         "private_paths": sorted(private - {"/"}, key=len, reverse=True),
     }
 
 
 def _tasks(
-    suite: Suite, task_keys: Sequence[str], located: Mapping[str, Located], scratch: Path
+    suite: Suite, task_keys: Sequence[str], located: Mapping[str, Located], run: RunOptions
 ) -> list[dict[str, Any]]:
-    """The suite's tasks as the process reads them."""
+    """Tasks of the job's JSON."""
     return [
         {
             "name": task.name,
@@ -193,7 +201,7 @@ def _tasks(
             "few_shot": task.few_shot,
             "files": {name: str(file) for name, file in located[task.name].files.items()},
             "tags": located[task.name].tags,
-            "folder": str((located[task.name].folder or scratch).resolve()),
+            "folder": str((located[task.name].folder or run.scratch).resolve()),
             "metric": None if task.metric == suites.ANY else task.metric,
             "filter": task.filter,
         }
@@ -202,13 +210,13 @@ def _tasks(
 
 
 def _hub_home(cache: Path, endpoint: str | None) -> Path:
-    """Hubs are kept apart: the same name on two of them is two datasets."""
+    """Dataset cache of one Hub: a name on two Hubs is two datasets."""
     place = hashlib.sha256((endpoint or _LIVE_HUB).encode()).hexdigest()[:12]
     return (cache / f"hub-{place}").resolve()
 
 
 def _environment(given: Mapping[str, str], endpoint: str | None, cache: Path, scratch: Path) -> dict[str, str]:
-    """The whole environment of the process, built from nothing."""
+    """Complete environment of the process; nothing else is inherited."""
     made = {"PATH": os.defpath, "LANG": "C.UTF-8", "NO_PROXY": "127.0.0.1,localhost"} | _QUIET
     made |= {name: given[name] for name in _INHERITED if name in given}
     made["HOME"] = str(scratch.resolve())
@@ -218,31 +226,31 @@ def _environment(given: Mapping[str, str], endpoint: str | None, cache: Path, sc
     if endpoint is None:
         made |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     elif endpoint != _LIVE_HUB:
-        made["HF_HUB_DISABLE_XET"] = "1"  # other Hubs need not speak the Xet protocol
+        made["HF_HUB_DISABLE_XET"] = "1"  # other Hubs may lack the Xet protocol
     return made
 
 
 @dataclass(slots=True)
-class _Heard:
-    """What the process says: how far it is goes on to the caller, failed tasks are noted."""
+class _Messages:
+    """Messages of the process: progress goes to the callbacks, failed tasks are collected."""
 
     progress: Progress
     estimated: Callable[[Estimate], None]
     failed: dict[str, Sequence[str]] = field(default_factory=dict)
 
-    def line(self, told: Mapping[str, Any]) -> None:
-        if "error" in told:
-            raise EvaluationError(*told["error"])
-        if "failed" in told:
-            self.failed[told["failed"]] = told["because"]
-        elif "estimate" in told:
-            self.estimated(Estimate(**told["estimate"]))
+    def handle(self, message: Mapping[str, Any]) -> None:
+        if "error" in message:
+            raise EvaluationError(*message["error"])
+        if "failed" in message:
+            self.failed[message["failed"]] = message["because"]
+        elif "estimate" in message:
+            self.estimated(Estimate(**message["estimate"]))
         else:
-            self.progress(told["done"], told["total"], told["what"])
+            self.progress(message["done"], message["total"], message["what"])
 
 
 class _Child:
-    """The process that runs lm-eval, its pipe and its end."""
+    """Process that runs lm-eval, with its message pipe."""
 
     def __init__(self, job: Mapping[str, Any], scratch: Path, environment: Mapping[str, str]) -> None:
         self._log_path = scratch / "harness.log"
@@ -252,7 +260,7 @@ class _Child:
             with self._log_path.open("ab") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "evaluators.harness.process"],
-                    stdin=subprocess.PIPE,  # the job, and then its end tells the child that we are gone
+                    stdin=subprocess.PIPE,  # the job; its end signals the end of this process
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=dict(environment),
@@ -266,7 +274,7 @@ class _Child:
 
     def _send(self, job: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died already: `wait` says of what
+        with contextlib.suppress(BrokenPipeError):  # the process died already; `wait` reports the reason
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -274,7 +282,7 @@ class _Child:
         return self
 
     def __exit__(self, *reason: object) -> None:
-        # The whole group, whatever ended the wait: nothing of an evaluation outlives it.
+        # Kill the whole group: no process may outlive the evaluation.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -283,8 +291,8 @@ class _Child:
                 self._process.stdin.close()
         self._pipe.close()
 
-    def wait(self, deadline: float, timeout_s: float, heard: _Heard) -> None:
-        """Pass on what it says until the process ends; raises EvaluationError with the reason unless it ended well."""
+    def wait(self, deadline: float, timeout_s: float, messages: _Messages) -> None:
+        """Handle messages until the process ends. Raises EvaluationError with the reason of a failure."""
         waiting = b""
         while True:
             left = deadline - time.monotonic()
@@ -301,7 +309,7 @@ class _Child:
                 break
             *lines, waiting = (waiting + chunk).split(b"\n")
             for line in lines:
-                heard.line(json.loads(line))
+                messages.handle(json.loads(line))
         self._ended(max(1.0, deadline - time.monotonic()))
 
     def _ended(self, left_s: float) -> None:
@@ -322,7 +330,7 @@ class _Child:
             )
 
     def _last_words(self) -> str:
-        """The last line of the log when it names an exception, without paths."""
+        """Last line of the log if it names an exception and contains no path."""
         lines = self._log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1].strip() if lines else ""
         return f": {last[:200].rstrip('.')}" if ": " in last and "/" not in last else ""

@@ -293,7 +293,8 @@ def test_a_merge_whose_parent_is_known_costs_one_model_and_no_download(place: Pa
     def report(what: str, done: float, total: float) -> None:
         heard.append(what)
 
-    first = evaluation.evaluate(place / "first", parent.repo, put, settings, place / "scratch", report, str(parent))
+    model = evaluation.Model(place / "first", parent.repo, str(parent))
+    first = evaluation.evaluate(model, put, settings, place / "scratch", report)
     twin = Source("alice/b", "0" * 39 + "b", "mit", 1)  # the same answers, stored under another name
     stored = settings.evaluations / "results" / put.key(str(twin))
     shutil.copytree(results.folder_of(first, settings.evaluations), stored)

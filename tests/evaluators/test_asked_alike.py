@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, T5Config
 from transformers.models.auto import AutoModelForSeq2SeqLM
 
-from evaluators import comparison, harness, loading
+from evaluators import comparison, loading
 from evaluators.comparison.remarks import remarks
 from evaluators.comparison.verdict import Outcome
 from evaluators.errors import EvaluationError
@@ -24,7 +24,7 @@ from evaluators.harness.lengths import cut_prompts
 from evaluators.harness.process import require_chat_template
 from evaluators.harness.scores import Cut
 from evaluators.harness.suites import Suite, SuiteTask
-from tests.evaluators import chain
+from tests.evaluators import chain, tiny_harness
 
 CHOICES = (" yes", " no", " true")
 QUESTIONS = ("question one", "question two", "question three")
@@ -331,8 +331,8 @@ def test_equal_weights_get_no_verdict_whatever_stands_beside_them(tmp_path: Path
         generation={"repetition_penalty": 5.0, "max_new_tokens": 2, "eos_token_id": 2},
     )  # fmt: skip
     found = {
-        model.name: harness.evaluate(
-            model, questions, cache=cache, scratch=tmp_path / "scratch", timeout_s=240, batch_size=4,
+        model.name: tiny_harness.evaluate(
+            model, questions, cache=cache, scratch=tmp_path / "scratch", timeout_s=240, batch_size="4",
             environment={"OMP_NUM_THREADS": "1"},
         )
         for model in (plain, other)

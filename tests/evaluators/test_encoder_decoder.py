@@ -9,7 +9,7 @@ import torch
 from transformers import BartConfig, T5Config
 from transformers.models.auto import AutoModelForSeq2SeqLM
 
-from evaluators import harness, loading, vitals
+from evaluators import loading, vitals
 from evaluators.vitals import require_sound
 from tests.evaluators import tiny_harness
 
@@ -67,8 +67,8 @@ def test_the_scores_of_a_t5_are_those_of_lm_eval(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForSeq2SeqLM.from_config(CONFIGS["t5"]).save_pretrained(model)
     suite = tiny_harness.suite(tmp_path / "task", rows=10)
-    found = harness.evaluate(
-        model, suite, cache=tmp_path / "cache", scratch=tmp_path / "scratch", timeout_s=240, batch_size=4,
+    found = tiny_harness.evaluate(
+        model, suite, cache=tmp_path / "cache", scratch=tmp_path / "scratch", timeout_s=240, batch_size="4",
         environment={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     direct = simple_evaluate(

@@ -61,7 +61,7 @@ def suite(place: Path) -> Suite:
 def measure(place: Path) -> Callable[..., ModelEvaluation]:
     def run(model: Path, suite: Suite, scratch: str, **options: Any) -> ModelEvaluation:
         settings = {"timeout_s": TIMEOUT_S, "environment": ONE_THREAD} | options
-        return harness.evaluate(model, suite, cache=place / "cache", scratch=place / scratch, **settings)
+        return tiny_harness.evaluate(model, suite, cache=place / "cache", scratch=place / scratch, **settings)
 
     return run
 
@@ -99,7 +99,7 @@ def test_scores_are_exactly_those_of_calling_lm_eval(measured: ModelEvaluation, 
         HFLM(
             pretrained=AutoModelForCausalLM.from_pretrained(model),
             tokenizer=AutoTokenizer.from_pretrained(model),
-            batch_size=16,
+            batch_size="16",
         ),
         tasks=["which_animal"],
         task_manager=TaskManager(include_path=str(file.parent), include_defaults=False),
@@ -135,7 +135,7 @@ def test_a_metric_that_a_task_has_not_is_said_before_anything_is_asked(place: Pa
     asked: list[tuple[int, int, str]] = []
     where = {"cache": place / "cache-of-a-slip", "scratch": place / "scratch-of-a-slip"}
     with pytest.raises(EvaluationError, match="`which_animal` has no metric `exact_match,none`") as caught:
-        harness.evaluate(model, wrong, timeout_s=100, progress=lambda *told: asked.append(told), **where)
+        tiny_harness.evaluate(model, wrong, timeout_s=100, progress=lambda *told: asked.append(told), **where)
     assert caught.value.next_step.endswith(": acc,none, acc_norm,none.")
     assert {done for done, _, _ in asked} == {0}
 
@@ -198,11 +198,12 @@ def test_the_process_dies_with_whoever_started_it(place: Path, model: Path, suit
     code = f"""
 from pathlib import Path
 from evaluators import harness
+from evaluators.harness import Conditions, Question, RunOptions
 from evaluators.harness.suites import Suite, SuiteTask
 suite = Suite("animals", 1, (SuiteTask("which_animal", file=Path({str(suite.tasks[0].file)!r})),))
-harness.evaluate(Path({str(model)!r}), suite, cache=Path({str(place / "cache-of-the-dead")!r}),
-                 scratch=Path({str(place / "scratch-of-the-dead")!r}), timeout_s=100,
-                 progress=lambda done, total, what: print(what, flush=True))
+run = RunOptions(Path({str(place / "cache-of-the-dead")!r}), Path({str(place / "scratch-of-the-dead")!r}),
+                 timeout_s=100, progress=lambda done, total, what: print(what, flush=True))
+harness.evaluate(Path({str(model)!r}), Question(suite, Conditions()), run)
 """
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None

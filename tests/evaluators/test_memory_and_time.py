@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from evaluators import harness, memory
+from evaluators import memory
 from evaluators.errors import EvaluationError
 from evaluators.harness import Estimate, amounts
 from evaluators.harness.amounts import Amount
@@ -31,8 +31,8 @@ def test_memory_that_runs_out_halves_the_batch_and_the_scores_are_the_same(model
     suite = Suite("animals", 1, (tiny_harness.task(tmp_path / "task", "which_animal", 300),))
     where = {"cache": tmp_path / "cache", "scratch": tmp_path / "scratch"}
     told: list[Estimate] = []
-    small = harness.evaluate(model, suite, batch_size=16, estimated=told.append, **where, **SETTINGS)
-    large = harness.evaluate(model, suite, batch_size=512, memory_limit_bytes=LIMIT_BYTES, **where, **SETTINGS)
+    small = tiny_harness.evaluate(model, suite, batch_size="16", estimated=told.append, **where, **SETTINGS)
+    large = tiny_harness.evaluate(model, suite, batch_size="512", memory_limit_bytes=LIMIT_BYTES, **where, **SETTINGS)
     assert small.smallest_batch == 16
     assert large.smallest_batch is not None and 16 <= large.smallest_batch < 512
     assert [score.value for score in large.scores] == [score.value for score in small.scores]
@@ -48,7 +48,7 @@ def test_weights_that_cannot_fit_are_refused_before_a_process_starts(device: str
         pytest.skip("there is a GPU")
     suite = Suite("animals", 1, (tiny_harness.task(tmp_path / "task", "which_animal"),))
     with pytest.raises(EvaluationError) as caught:
-        harness.evaluate(
+        tiny_harness.evaluate(
             model, suite, cache=tmp_path / "cache", scratch=tmp_path / "scratch", memory_limit_bytes=1000,
             device=device, **SETTINGS,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from evaluators.harness.scores import ModelEvaluation, TaskData
 from evaluators.harness.suites import Suite, SuiteTask
 from tests.evaluators import stored, tiny_harness
 
-SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}, "batch_size": 4}
+SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}, "batch_size": "4"}
 ROWS = {"which_animal": 30, "which_bird": 600}  # the second long enough to be interrupted
 LOOK = 20
 
@@ -48,7 +48,7 @@ def suite(place: Path) -> Suite:
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path, model: Path, suite: Suite) -> ModelEvaluation:
-    return harness.evaluate(model, suite, cache=place / "quiet", scratch=place / "s0", **SETTINGS)
+    return tiny_harness.evaluate(model, suite, cache=place / "quiet", scratch=place / "s0", **SETTINGS)
 
 
 def interrupted(place: Path, cache: str, end: Callable[[], None]) -> Callable[[int, int, str], None]:
@@ -86,16 +86,16 @@ def test_killed_and_then_cancelled_an_evaluation_ends_with_the_numbers_of_an_und
     where = {"cache": place / "disturbed", "scratch": place / "s1"}
     before = set(psutil.Process().children(recursive=True))
     with pytest.raises(EvaluationError) as caught:
-        harness.evaluate(model, suite, progress=interrupted(place, "disturbed", kill), **where, **SETTINGS)
+        tiny_harness.evaluate(model, suite, progress=interrupted(place, "disturbed", kill), **where, **SETTINGS)
     assert caught.value.code == "MEMORY_LIMIT"
     answered = _answered(place / "disturbed")
     with pytest.raises(Cancelled):
-        harness.evaluate(model, suite, progress=interrupted(place, "disturbed", cancel), **where, **SETTINGS)
+        tiny_harness.evaluate(model, suite, progress=interrupted(place, "disturbed", cancel), **where, **SETTINGS)
     assert set(psutil.Process().children(recursive=True)) <= before
     assert _answered(place / "disturbed") >= answered
     answered = _answered(place / "disturbed")
     told: list[tuple[int, int, str]] = []
-    found = harness.evaluate(model, suite, progress=lambda *line: told.append(line), **where, **SETTINGS)
+    found = tiny_harness.evaluate(model, suite, progress=lambda *line: told.append(line), **where, **SETTINGS)
     assert (found.scores, found.others) == (undisturbed.scores, undisturbed.others)
     assert same_samples(place, "disturbed", found)
     assert "which_animal" not in {what for _, _, what in told}
@@ -116,7 +116,7 @@ def _answered(cache: Path) -> int:
 def first_look(place: Path, model: Path, suite: Suite) -> ModelEvaluation:
     """Some samples of each task, those of the second one first."""
     where = {"cache": place / "staged", "scratch": place / "s2"}
-    return harness.evaluate(model, suite, limit=LOOK, order=("which_bird",), **where, **SETTINGS)
+    return tiny_harness.evaluate(model, suite, limit=LOOK, order=("which_bird",), **where, **SETTINGS)
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_a_first_look_at_some_samples_is_not_asked_again(
 ) -> None:
     told: list[tuple[int, int, str]] = []
     assert [score.samples for score in first_look.scores] == [LOOK, LOOK]
-    found = harness.evaluate(
+    found = tiny_harness.evaluate(
         model,
         suite,
         cache=place / "staged",
@@ -148,7 +148,7 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(
     absent = tiny_harness.task(place / "more", "which_fish", repo="nobody/no-such-data")
     asked = Suite("with a gap", 1, (absent, *suite.tasks))
     with pytest.raises(EvaluationError) as caught:
-        harness.evaluate(model, asked, limit=LOOK, cache=place / "gap", scratch=place / "s3", **SETTINGS)
+        tiny_harness.evaluate(model, asked, limit=LOOK, cache=place / "gap", scratch=place / "s3", **SETTINGS)
     assert caught.value.code == "DATASET_UNAVAILABLE"
     assert caught.value.message == (
         "The data of task `which_fish` cannot be loaded: there is no Hub to load it from. "
@@ -156,7 +156,7 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(
     )
     asked_again: list[str] = []
     where = {"cache": place / "gap", "scratch": place / "s3"}
-    found = harness.evaluate(
+    found = tiny_harness.evaluate(
         model, suite, limit=LOOK, progress=lambda *line: asked_again.append(line[2]), **where, **SETTINGS
     )
     assert asked_again == []  # without the task that failed it is another suite of the same tasks
@@ -174,7 +174,7 @@ def test_in_another_suite_only_tasks_that_are_new_or_changed_are_asked(
     added = tiny_harness.task(place / "tasks", "which_fish", 8)
     asked = Suite("other", 2, (added, replace(suite.tasks[1], metric="acc_norm"), changed))
     told: list[str] = []
-    found = harness.evaluate(
+    found = tiny_harness.evaluate(
         model, asked, limit=LOOK, cache=place / "staged", scratch=place / "s2",
         progress=lambda *line: told.append(line[2]), **SETTINGS,
     )  # fmt: skip

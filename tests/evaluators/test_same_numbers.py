@@ -54,8 +54,8 @@ def hub(shared: Path, place: Path) -> Iterator[RunningHub]:
 
 @pytest.fixture(scope="module")
 def ours(hub: RunningHub, model: Path, place: Path) -> ModelEvaluation:
-    return harness.evaluate(
-        model, SUITE, cache=place / "cache", scratch=place / "scratch", timeout_s=240, limit=LIMIT, batch_size=1,
+    return tiny_harness.evaluate(
+        model, SUITE, cache=place / "cache", scratch=place / "scratch", timeout_s=240, limit=LIMIT, batch_size="1",
         endpoint=hub.url, environment={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -119,10 +119,18 @@ def test_with_a_chat_template_every_prompt_and_answer_is_lm_evals_own(hub: Runni
     template = "{% for message in messages %}which {{ message.role }} {{ message.content }} answer {% endfor %}"
     model = tiny_harness.model(place / "models" / "chat", positions=2048, chat_template=template)
     suite = Suite("chat", 1, (SuiteTask("arc_easy", "acc_norm", 2),))
-    ours = harness.evaluate(
-        model, suite, cache=place / "chat-cache", scratch=place / "chat-scratch", timeout_s=240, limit=2, batch_size=1,
-        chat_template=True, endpoint=hub.url, environment={"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    ours = tiny_harness.evaluate(
+        model,
+        suite,
+        cache=place / "chat-cache",
+        scratch=place / "chat-scratch",
+        timeout_s=240,
+        limit=2,
+        batch_size="1",
+        chat_template=True,
+        endpoint=hub.url,
+        environment={"OMP_NUM_THREADS": "1"},
+    )
     results, samples = their_run(hub, model, place, "their-chat", suite, 2, "--apply_chat_template")
     assert "which user" in samples["arc_easy"][0]["arguments"]["gen_args_0"]["arg_0"]
     assert ours.scores[0].value == results["results"]["arc_easy"]["acc_norm,none"]

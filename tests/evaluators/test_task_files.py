@@ -172,9 +172,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[str]]
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place / "work")
         tasks = [task for text in asked for task in suites.named(f"../{text}")]
-        found = harness.evaluate(
+        found = tiny_harness.evaluate(
             tiny_harness.model(place / "model"), Suite("all", 1, tuple(tasks)), cache=place / "cache",
-            scratch=place / "scratch", timeout_s=240, batch_size=4, environment={"OMP_NUM_THREADS": "1"},
+            scratch=place / "scratch", timeout_s=240, batch_size="4", environment={"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     # The group has no score of its own, so its members have; local data are no dataset repo.
     names = ["working", "beside", "directory", "folder", "twin", "plain", "tagged"]

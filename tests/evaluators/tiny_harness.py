@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evaluators.harness import folder_of
+from evaluators import harness
+from evaluators.harness import Conditions, Question, RunOptions, folder_of
 from evaluators.harness.scores import ModelEvaluation
 from evaluators.harness.suites import Suite, SuiteTask
 
@@ -69,6 +70,14 @@ def model(
 def suite(folder: Path, *, rows: int = 24, repo: str | None = None) -> Suite:
     """A task `which_animal` of `rows` questions with answers of one and two tokens; `repo` replaces its local data."""
     return Suite("animals", 1, (task(folder, "which_animal", rows, repo),))
+
+
+def evaluate(model: Path, suite: Suite, **options: Any) -> ModelEvaluation:
+    """`harness.evaluate` with the fields of Conditions and RunOptions as keywords."""
+    conditions, run = (
+        {name: options.pop(name) for name in kind.__slots__ if name in options} for kind in (Conditions, RunOptions)
+    )
+    return harness.evaluate(model, Question(suite, Conditions(**conditions)), RunOptions(**run), **options)
 
 
 def logged(found: ModelEvaluation, cache: Path, task: str = "which_animal") -> list[dict[str, Any]]:
