@@ -71,24 +71,14 @@ LONG_FUNCTIONS = frozenset(
         "bot/cli/medusa.py:train",
         "bot/jobs/queue/table.py:Queue.claim",
         "bot/jobs/queue/table.py:Queue.submit",
-        "bot/merge/execution/engine.py:merge",
         "bot/merge/planning/work.py:work_of",
         "bot/merge/tokenizer/tokenizer.py:align",
-        "bot/stages/local_runs.py:merge",
         "evaluators/harness/journal.py:resuming",
         "space/api.py:publish",
         "space/app.py:create",
         "space/board.py:build",
         "space/submit.py:build",
         "space/theme.py:theme",
-    }
-)
-MANY_PARAMETERS = frozenset(
-    {
-        "bot/merge/execution/engine.py:merge",
-        "bot/merge/execution/engine.py:run_steps",
-        "bot/merge/execution/stages.py:_carried_out",
-        "bot/stages/local_runs.py:merge",
     }
 )
 # processes that read untrusted requests or hold the token start without these
@@ -257,8 +247,7 @@ def test_functions_take_at_most_eight_parameters() -> None:
         return len([each for each in given if each.arg not in ("self", "cls")])
 
     many = {name for name, node in functions() if count(node) > MAX_PARAMETERS and not name.startswith("bot/cli/")}
-    assert many - MANY_PARAMETERS == set()
-    assert MANY_PARAMETERS - many == set(), "take these off the list"
+    assert many == set()
 
 
 def test_processes_that_serve_or_publish_start_without_torch() -> None:

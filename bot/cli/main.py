@@ -194,15 +194,19 @@ def merge(
 ) -> None:
     """Merge the models of a recipe into a new folder. After an interruption the same command continues."""
     from bot.cli import output
+    from bot.merge.execution.options import MergeOptions
     from bot.stages import local_runs
 
     asked, limit = local_runs.read_recipe(recipe, unknown_keys=unknown_keys), bytes_of(shard_size)
     configured = settings()
     with output.progress() as shown:
+        planned = local_runs.plan_from_headers(
+            asked, configured, seed=seed, shard_limit_bytes=limit, allow_pickle=allow_pickle
+        )
+        options = MergeOptions(device=device, threads=threads)
         merged = local_runs.merge(
-            asked, out, configured, shown, device=device, seed=seed, allow_pickle=allow_pickle,
-            hash_sources=hash_sources, overwrite=overwrite, shard_limit_bytes=limit, threads=threads,
-        )  # fmt: skip
+            planned, out, configured, shown, options, hash_sources=hash_sources, overwrite=overwrite
+        )
     output.merged(merged, out)
     _State.ends_at_once = True
 
@@ -247,6 +251,7 @@ def classic(
 ) -> None:
     """Merge as mergekit's `main.py` of 2023 did, with its flags."""
     from bot.cli import output
+    from bot.merge.execution.options import MergeOptions
     from bot.merge.recipe.classic import Arguments, recipe
     from bot.stages import local_runs
 
@@ -254,11 +259,11 @@ def classic(
         Arguments(merge, density or (), weight or (), layer_gradient, method, base_model, normalize, bf16,
                   naive_count, copy_tokenizer)
     )  # fmt: skip
+    configured = settings()
     with output.progress() as shown:
-        device = "cuda" if cuda else "cpu"
-        merged = local_runs.merge(
-            asked, out, settings(), shown, device=device, allow_pickle=allow_pickle, overwrite=overwrite
-        )
+        planned = local_runs.plan_from_headers(asked, configured, allow_pickle=allow_pickle)
+        options = MergeOptions(device="cuda" if cuda else "cpu")
+        merged = local_runs.merge(planned, out, configured, shown, options, overwrite=overwrite)
     output.merged(merged, out)
 
 
@@ -271,14 +276,15 @@ def bakllama(
 ) -> None:
     """Stack layers of models as mergekit's `bakllama.py` of 2023 did, with its config."""
     from bot.cli import output
+    from bot.merge.execution.options import MergeOptions
     from bot.merge.recipe.classic import bakllama as recipe
     from bot.stages import local_runs
 
     asked = recipe(local_runs.read_text(config), file=str(config))
+    configured = settings()
     with output.progress() as shown:
-        merged = local_runs.merge(
-            asked, out, settings(), shown, device="cpu", allow_pickle=allow_pickle, overwrite=overwrite
-        )
+        planned = local_runs.plan_from_headers(asked, configured, allow_pickle=allow_pickle)
+        merged = local_runs.merge(planned, out, configured, shown, MergeOptions(), overwrite=overwrite)
     output.merged(merged, out)
 
 

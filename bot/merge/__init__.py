@@ -7,7 +7,7 @@
     tokens/        vocabularies -> which row of which matrix each token takes; chat templates
     planning/      Recipe + Checkpoints -> Plan
     operands/      what a step reads, chunk by chunk: stored tensors, LoRA patches, gathered rows
-    execution/     Plan + folders -> OUT: the engine, a step's lane, the writer, provenance, stages
+    execution/     Plan + folders -> OUT: the engine, workers, the writer, provenance, stages
     verify.py      is OUT what its provenance says?
 
 Each imports only those above it (tests/test_house.py). Planning starts without torch.

@@ -1,4 +1,4 @@
-"""The operator's own work, at the command line: local folders beside Hub repos, no queue, no publication."""
+"""Work of the command line: local folders beside Hub repos, without queue and publication."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.pickled import pickles
+from bot.merge.execution.options import MergeOptions
 from bot.merge.planning import plan, planner
 from bot.merge.recipe import reading as recipe
 from bot.progress import Show, named
@@ -80,55 +81,47 @@ def plan_from_headers(
 
 
 def merge(
-    asked: recipe.Recipe,
+    planned: Planned,
     out: Path,
     settings: Settings,
     report: Show,
+    options: MergeOptions,
     *,
-    device: str = "auto",
-    seed: int = 0,
-    allow_pickle: bool = False,
     hash_sources: bool = False,
     overwrite: bool = False,
-    shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES,
-    threads: int = plan.WORKERS,
 ) -> Merged | None:
-    """Plan, fetch what the plan reads, merge into `out`; None when `out` holds this merge already.
+    """Fetch the bytes that the plan reads and merge them into `out`; None when `out` holds this merge already.
 
-    overwrite: an output of ours there gives way once the new one is whole. hash_sources: put the SHA-256 of local
-    weight files into the provenance. `verify` can then tell a changed source from a changed output; it costs a core
-    for the time of reading them, so it is not done unasked. threads: tensors worked on at a time. Raises `bot.errors`.
+    overwrite: replace an output of mergebot there once the new one is complete. hash_sources: record the SHA-256 of
+    local weight files in the provenance. `verify` can then tell a changed source from a changed output; hashing takes
+    a core while the files are read, so it is off by default. Raises `bot.errors`.
     """
-    planned = plan_from_headers(
-        asked, settings, seed=seed, allow_pickle=allow_pickle, shard_limit_bytes=shard_limit_bytes
-    )
     made, out = planned.plan, output_folder.folder_meant(out)
     output_folder.settle(out)
     if not overwrite and output_folder.holds(out, made):
         output_folder.require_up_to_date(out, made, planned.opened)
-        _remove_stages(made, out, device)
+        _remove_stages(made, out, options)
         return None
     place = output_folder.place_for(out, made, planned.opened, overwrite=overwrite)
     from bot.merge.execution import engine, stages
 
-    engine.require_device(device, made)  # before anything is downloaded
+    engine.require_device(options.device, made)  # before anything is downloaded
     here = sources.fetched(made, planned.opened, _hub(settings), settings, report)
     with sources.hashing_sources(here, made if hash_sources else None) as known:
-        shown = named(report, "Merging")
         folders = {ref: each.folder for ref, each in here.items()}
         output_folder.remove_empty(place)
-        merged = stages.merge(made, folders, place, device=device, progress=shown, known=known, threads=threads)
+        merged = stages.merge(made, folders, place, replace(options, progress=named(report, "Merging"), known=known))
     output_folder.put_in_place(place, out)
     return merged
 
 
-def _remove_stages(made: plan.Plan, out: Path, device: str) -> None:
-    """What a process left that died between the end and the tidying up: the engine removes it, and then refuses."""
+def _remove_stages(made: plan.Plan, out: Path, options: MergeOptions) -> None:
+    """Remove stages left by a process that died after the merge: the engine removes them, then refuses."""
     if made.stages and out.with_name(out.name + ".stages").is_dir():
         from bot.merge.execution import stages
 
         with suppress(Refused):
-            stages.merge(made, {}, out, device=device)
+            stages.merge(made, {}, out, options)
 
 
 def _converter(settings: Settings, allow_pickle: bool) -> Callable[[Path], Path]:

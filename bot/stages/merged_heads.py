@@ -290,7 +290,7 @@ def _carry_out(recipe: Recipe, folders: Mapping[ModelRef, Path], out: Path, seed
     from bot.merge.planning import planner
 
     made = planner.make(recipe, {ref: open_source(LocalFiles(folder)) for ref, folder in folders.items()}, seed=seed)
-    stages.merge(made, folders, out, device="cpu")
+    stages.merge(made, folders, out)
     return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bot.errors import Failed, Refused
 from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, Files, LocalFiles
 from bot.merge.execution import verify
+from bot.merge.execution.options import MergeOptions
 from bot.merge.execution.verify import Claim, Difference
 from bot.merge.planning import plan, planner
 from bot.merge.planning.plan import NUMERICS_VERSION
@@ -110,7 +111,8 @@ def _on_disk(
     """Merge into scratch: of a repo only the shards whose hash differs are then read."""
     from bot.merge.execution import stages
 
-    merged = stages.merge(made, folders, scratch / "model", device=device, progress=named(show, "Merging again"))
+    options = MergeOptions(device=device, progress=named(show, "Merging again"))
+    merged = stages.merge(made, folders, scratch / "model", options)
     written = {name: fact.sha256 for name, fact in merged.files.items()}
     shown = named(show, "Comparing")
     return verify.against_merge(made, scratch / "model", subject.files, subject.sha256, written, shown)
@@ -126,12 +128,13 @@ def _streaming(
     here = dict(folders)
     for ref, stage in made.stages:
         place = scratch / stage.digest[:32]
-        engine.merge(stage, here, place, device=device, progress=named(show, f"Merging {ref} again"))
+        options = MergeOptions(device=device, progress=named(show, f"Merging {ref} again"))
+        engine.merge(stage, here, place, options)
         here[ref] = place
     sink = verify.Comparing(made, subject.files)
     files = {ref: LocalFiles(folder) for ref, folder in here.items()}
-    shown = named(show, "Merging again and comparing")
-    engine.run_steps(made, files, sink, devices=choose_devices(device), progress=shown)
+    options = MergeOptions(progress=named(show, "Merging again and comparing"))
+    engine.run_steps(made, files, sink, options, choose_devices(device))
     return sink.differences() + verify.against_copies(made, files, subject.sha256)
 
 

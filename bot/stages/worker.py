@@ -42,6 +42,7 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     """Plan, fetch, verify, merge into `spec["out"]`. A finished folder of an earlier attempt is checked and kept."""
     from bot.hub import Hub
     from bot.merge.execution import stages
+    from bot.merge.execution.options import MergeOptions
 
     started, out = time.monotonic(), Path(spec["out"])
     hub = Hub(settings.hub)
@@ -53,11 +54,13 @@ def merge(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str
     here = sources.fetched(made, seen, lambda: hub, settings, report, whole=whole)
     crashpoint("download.after_verify")
     if not (out / MANIFEST).exists():
-        stages.merge(
-            made, {ref: each.folder for ref, each in here.items()}, out,
-            device=settings.device, on_nonfinite="fail", progress=named(report, "Merging"),
+        options = MergeOptions(
+            device=settings.device,
+            on_nonfinite="fail",
+            progress=named(report, "Merging"),
             known=lambda: {ref: each.files for ref, each in here.items()},
-        )  # fmt: skip
+        )
+        stages.merge(made, {ref: each.folder for ref, each in here.items()}, out, options)
     for file in out.iterdir():
         file.chmod(0o444)  # what is measured and what is published are the same bytes
     crashpoint("writer.after_rename")

@@ -109,9 +109,9 @@ def test_eight_layers_of_thirty_two_move_eight_layers(deep: RunningHub, tmp_path
     assert 8 * layer < moved < 9 * layer
     assert {verified[name] for name in verified if name.endswith(".safetensors")} == {"ranges"}
     assert verified["config.json"] == "git"
-    merged = engine.merge(made, {ref: tmp_path / "part"}, tmp_path / "from-part", device="cpu")
+    merged = engine.merge(made, {ref: tmp_path / "part"}, tmp_path / "from-part")
     whole = hub.download(ref.path, str(ref.revision), tmp_path / "whole")
-    again = engine.merge(made, {ref: whole}, tmp_path / "from-whole", device="cpu")
+    again = engine.merge(made, {ref: whole}, tmp_path / "from-whole")
     assert merged.files["model.safetensors"] == again.files["model.safetensors"]
     on_disk = sum(path.stat().st_blocks * 512 for path in (tmp_path / "part").iterdir())
     assert on_disk < 9 * layer + 200_000

@@ -29,6 +29,7 @@ from tiny_checkpoints import plan_of
 
 from bot.errors import Refused
 from bot.merge.execution import stages
+from bot.merge.execution.options import MergeOptions
 
 CALLS = ("pwrite", "fdatasync", "fsync", "write", "update", "chmod", "unlink", "rename", "posix_fallocate", "mkdir")
 NOBODY = 65534
@@ -65,7 +66,7 @@ def child(text: str, folder: Path, out: Path, seen: Seen | None, finished: Calla
             planned, folders = plan_of(text, folder, shard_limit_bytes=6000)
             if seen is not None:
                 watch(seen)
-            stages.merge(planned, folders, out, sync_bytes=600)
+            stages.merge(planned, folders, out, MergeOptions(sync_bytes=600))
             finished()
             code = 0
         except Refused as error:

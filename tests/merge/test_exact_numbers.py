@@ -14,7 +14,7 @@ from tiny_checkpoints import llama_tensors, load, merge, save
 from torch import Tensor
 
 from bot.errors import Failed
-from bot.merge.execution.lane import rounded_to_odd
+from bot.merge.execution.worker import rounded_to_odd
 from bot.merge.methods import METHODS
 from bot.merge.planning.memory import memory_of
 from bot.merge.streaming import selection

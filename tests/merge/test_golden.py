@@ -15,6 +15,7 @@ import yaml
 
 from bot.merge.checkpoints import checkpoint
 from bot.merge.execution import engine
+from bot.merge.execution.options import MergeOptions
 from bot.merge.planning import planner
 from bot.merge.planning.plan import Plan
 from bot.merge.recipe import reading as recipe
@@ -52,7 +53,7 @@ def merged_golden(name: str, golden: Path, out: Path, **options: Any) -> Plan:
         folders = {ref: Path(ref.path) for ref in parsed.sources}
         opened = {ref: checkpoint.open_checkpoint(checkpoint.LocalFiles(folder)) for ref, folder in folders.items()}
         planned = planner.make(parsed, opened)
-        engine.merge(planned, folders, out, **options)
+        engine.merge(planned, folders, out, MergeOptions(**options))
     return planned
 
 

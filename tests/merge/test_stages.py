@@ -16,6 +16,7 @@ from tiny_checkpoints import llama_tensors, load, merge, save
 from bot.errors import Refused
 from bot.merge.checkpoints import checkpoint
 from bot.merge.execution import stages
+from bot.merge.execution.options import MergeOptions
 from bot.merge.planning import plan, planner, summary
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
@@ -59,7 +60,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_a_staged_merge_gives_the_bytes_of_its_documents_run_one_by_one(models: Path) -> None:
     made, folders = planned(STAGED, models)
     seen: list[tuple[int, int, str]] = []
-    merged = stages.merge(made, folders, models / "out", progress=lambda *what: seen.append(what))
+    merged = stages.merge(made, folders, models / "out", options=MergeOptions(progress=lambda *what: seen.append(what)))
     for text, name in zip(STAGED.split("---\n"), ("one", "two", "result"), strict=True):
         merge(text, models, models / name, shard_limit_bytes=3000)
     together, apart = load(models / "out"), load(models / "result")
@@ -118,7 +119,7 @@ def test_an_intermediate_made_from_replaced_weights_is_not_built_on(models: Path
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        stages.merge(made, folders, models / "out", progress=stop)
+        stages.merge(made, folders, models / "out", options=MergeOptions(progress=stop))
     save(models / "b", llama_tensors(7, layers=2), shards=2)
     with pytest.raises(Refused) as caught:
         stages.merge(made, folders, models / "out")
@@ -135,7 +136,7 @@ def test_two_merges_cannot_share_the_folder_of_their_stages(models: Path) -> Non
                 stages.merge(made, folders, models / "other", scratch=models / "scratch")
             codes.append(caught.value.code)
 
-    stages.merge(made, folders, models / "out", scratch=models / "scratch", progress=second)
+    stages.merge(made, folders, models / "out", scratch=models / "scratch", options=MergeOptions(progress=second))
     assert codes == ["OUTPUT_EXISTS"]
     assert not (models / "scratch").exists()
 
@@ -151,7 +152,7 @@ def merged(folder: Path, out: Path, kill_at: int = 0) -> int:
         if seen == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    stages.merge(made, folders, out, progress=progress, sync_bytes=600)
+    stages.merge(made, folders, out, MergeOptions(progress=progress, sync_bytes=600))
     return seen
 
 

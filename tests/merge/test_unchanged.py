@@ -9,6 +9,7 @@ import pytest
 
 from bot.errors import Failed
 from bot.merge.execution import engine
+from bot.merge.execution.options import MergeOptions
 from tests.merge.tiny_checkpoints import llama_tensors, plan_of, save
 
 RECIPE = """merge_method: linear
@@ -41,7 +42,7 @@ def test_a_source_edited_under_way_ends_the_merge_by_name(tmp_path: Path, how: s
             (tmp_path / "copy").replace(victim)
 
     with pytest.raises(Failed) as caught:
-        engine.merge(planned, folders, tmp_path / "out", progress=edit)
+        engine.merge(planned, folders, tmp_path / "out", MergeOptions(progress=edit))
     assert caught.value.code == "SOURCE_CHANGED_OR_GONE"
     assert "model.safetensors of b" in caught.value.message
     assert not (tmp_path / "out").exists()

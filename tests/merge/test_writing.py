@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from bot.errors import Failed, MergebotError, Refused
 from bot.merge.execution import engine
+from bot.merge.execution.options import MergeOptions
 
 TIES = """
 merge_method: ties
@@ -149,7 +150,7 @@ def test_a_copied_file_that_grew_is_not_cut_to_its_planned_length(models: Path) 
         (models / "base" / "tokenizer_config.json").write_text('{"x": 2, "longer": true}')
 
     with pytest.raises(Failed) as caught:
-        engine.merge(planned, folders, models / "out", progress=rewrite)
+        engine.merge(planned, folders, models / "out", MergeOptions(progress=rewrite))
     assert caught.value.code == "SOURCE_CHANGED_OR_GONE" and "tokenizer_config.json" in caught.value.message
     assert not (models / "out").exists()
 
@@ -188,7 +189,7 @@ def test_two_processes_cannot_write_one_output(models: Path) -> None:
                 engine.merge(planned, folders, models / "out")
             problems.append(caught.value)
 
-    engine.merge(planned, folders, models / "out", progress=second)
+    engine.merge(planned, folders, models / "out", MergeOptions(progress=second))
     assert [error.code for error in problems] == ["OUTPUT_EXISTS"]
     assert "another process" in problems[0].message
 

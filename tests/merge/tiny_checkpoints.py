@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bot.merge.checkpoints import checkpoint, lora
 from bot.merge.execution import engine
+from bot.merge.execution.options import MergeOptions
 from bot.merge.planning import plan, planner
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
@@ -114,4 +115,4 @@ def merge(
 ) -> engine.Merged:
     """Parse, plan and merge."""
     planned, folders = plan_of(text, folder, seed=seed, shard_limit_bytes=shard_limit_bytes, limits=limits)
-    return engine.merge(planned, folders, out, progress=progress, **options)
+    return engine.merge(planned, folders, out, MergeOptions(progress=progress, **options))

@@ -18,6 +18,7 @@ from bot.hub import Hub
 from bot.jobs.job import Source
 from bot.jobs.request import EvaluateOptions
 from bot.localhub import seed
+from bot.merge.execution.options import MergeOptions
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
 from bot.service import intake
@@ -83,6 +84,14 @@ def settings_of(hub: RunningHub, home: Path) -> Settings:
 
 def quiet(what: str, done: float, total: float) -> None:
     """Progress nobody looks at."""
+
+
+def merge(
+    asked: recipe.Recipe, out: Path, settings: Settings, *, device: str = "cpu", hash_sources: bool = False
+) -> None:
+    """Plan and merge as the command does."""
+    planned = local_runs.plan_from_headers(asked, settings)
+    local_runs.merge(planned, out, settings, quiet, MergeOptions(device=device), hash_sources=hash_sources)
 
 
 def work(hub: RunningHub, home: Path, text: str, **evaluate: Any) -> tuple[dict[str, Any], Path, intake.Checked]:
@@ -159,7 +168,7 @@ def test_a_template_that_is_left_out_is_told_and_intake_and_worker_plan_alike(hu
 def test_the_operators_own_merge_takes_the_template_along(hub: RunningHub, tmp_path: Path) -> None:
     text = "merge_method: passthrough\nmodels: [{model: alice/left}]\ndtype: float32\n"
     settings = settings_of(hub, tmp_path)
-    local_runs.merge(recipe.parse(text), tmp_path / "out", settings, quiet, device="cpu")
+    merge(recipe.parse(text), tmp_path / "out", settings)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
@@ -189,7 +198,7 @@ slices:
 
 def test_parts_of_a_model_are_never_taken_for_the_model(hub: RunningHub, tmp_path: Path) -> None:
     settings = settings_of(hub, tmp_path)
-    local_runs.merge(recipe.parse(THROUGH_ADAPTER), tmp_path / "out", settings, quiet, device="cpu")
+    merge(recipe.parse(THROUGH_ADAPTER), tmp_path / "out", settings)
     [parts] = (settings.home / "cache" / "parts" / "alice" / "base").glob("[0-9a-f]*")
     for deed in (
         lambda: local_runs.model_folder(str(parts), settings, quiet),
@@ -204,7 +213,7 @@ def test_parts_of_a_model_are_never_taken_for_the_model(hub: RunningHub, tmp_pat
 def test_a_device_that_is_none_is_told_before_anything_is_downloaded(hub: RunningHub, tmp_path: Path) -> None:
     settings = settings_of(hub, tmp_path)
     with pytest.raises(Refused) as caught:
-        local_runs.merge(recipe.parse(THROUGH_ADAPTER), tmp_path / "out", settings, quiet, device="gpu")
+        merge(recipe.parse(THROUGH_ADAPTER), tmp_path / "out", settings, device="gpu")
     assert caught.value.code == "DEVICE_UNAVAILABLE"
     assert not (settings.home / "cache" / "parts").exists()
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from bot.errors import Refused
 from bot.hub import Hub
 from bot.localhub import seed
+from bot.merge.execution.options import MergeOptions
 from bot.merge.recipe import reading as recipe
 from bot.settings import Settings
 from bot.stages import local_runs
@@ -37,6 +38,14 @@ def quiet(what: str, done: float, total: float) -> None:
     """Progress nobody looks at."""
 
 
+def merge(
+    asked: recipe.Recipe, out: Path, settings: Settings, *, device: str = "cpu", hash_sources: bool = False
+) -> None:
+    """Plan and merge as the command does."""
+    planned = local_runs.plan_from_headers(asked, settings)
+    local_runs.merge(planned, out, settings, quiet, MergeOptions(device=device), hash_sources=hash_sources)
+
+
 @pytest.fixture
 def merged(tmp_path: Path) -> tuple[Settings, Path]:
     """A merge of three local folders."""
@@ -44,7 +53,7 @@ def merged(tmp_path: Path) -> tuple[Settings, Path]:
         save(tmp_path / "models" / name, llama_tensors(number), shards=2)
     settings = Settings(home=tmp_path / "bot", hub="http://127.0.0.1:9", device="cpu")
     asked = recipe.parse(RECIPE.format(tmp_path / "models"))
-    local_runs.merge(asked, tmp_path / "out", settings, quiet, device="cpu", hash_sources=True)
+    merge(asked, tmp_path / "out", settings, hash_sources=True)
     return settings, tmp_path / "out"
 
 
@@ -86,7 +95,7 @@ def test_a_merge_of_another_version_is_compared_all_the_same(merged: tuple[Setti
 def test_without_hashes_a_changed_source_is_told_as_possible(merged: tuple[Settings, Path], tmp_path: Path) -> None:
     settings, _ = merged
     asked = recipe.parse(RECIPE.format(tmp_path / "models"))
-    local_runs.merge(asked, tmp_path / "plain", settings, quiet, device="cpu")
+    merge(asked, tmp_path / "plain", settings)
     assert verdict((settings, tmp_path / "plain")).remarks == ()
     shard = tmp_path / "models" / "left" / "model-00001-of-00002.safetensors"
     content = bytearray(shard.read_bytes())
@@ -350,7 +359,7 @@ def family(tmp_path: Path) -> Iterator[RunningHub]:
 def test_a_repo_on_the_hub_is_verified_from_its_commits(family: RunningHub, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "bot", hub=family.url, device="cpu")
     out = tmp_path / "out"
-    local_runs.merge(recipe.parse(RECIPE.format("alice")), out, settings, quiet, device="cpu", hash_sources=True)
+    merge(recipe.parse(RECIPE.format("alice")), out, settings, hash_sources=True)
     hub = Hub(family.url, family.token_of("mergebot"))
     hub.create_private("mergebot/result")
     files: dict[str, bytes | Path] = {file.name: file for file in out.iterdir()}

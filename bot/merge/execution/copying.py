@@ -1,44 +1,42 @@
-"""Steps whose output is stored bytes as they are. No arithmetic, and so no torch, which takes a second to import."""
+"""Carry out steps that copy stored bytes. Without arithmetic, hence without torch, which takes a second to import."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
+from bot.merge.execution.options import DEFAULTS, MergeOptions, NonFinite
 from bot.merge.execution.writer import Found, Sink
 from bot.merge.operands.stored import StoredBytes
 from bot.merge.planning.plan import Plan, Step
 from bot.merge.planning.work import Operand, Work
 from bot.merge.recipe.spec import ModelRef
-from bot.merge.streaming.operation import CHUNK
 
-NonFinite = Literal["notice", "fail"]
 Bytes = NDArray[np.uint8]
-_EXPONENTS: dict[str, Any] = {  # the bits of the exponent: all of them are set in NaN and infinite numbers alone
+_EXPONENTS: dict[str, Any] = {  # exponent bits: all set only in NaN and infinite numbers
     "float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80),
     "float32": np.uint32(0x7F800000), "float64": np.uint64(0x7FF0000000000000),
 }  # fmt: skip
 
 
 class Copier:
-    """What one worker has to itself: buffers that serve for every tensor."""
+    """State of one thread: buffers that are reused for every tensor."""
 
     def __init__(
         self,
         sources: Mapping[ModelRef, LocalFiles],
         sink: Sink,
-        on_nonfinite: NonFinite = "notice",
-        chunk: int = CHUNK,
+        options: MergeOptions = DEFAULTS,
         stopped: threading.Event | None = None,
     ) -> None:
-        self.sources, self._sink, self._on_nonfinite, self._chunk = sources, sink, on_nonfinite, chunk
+        self.sources, self._sink, self._options = sources, sink, options
         self._stopped = stopped or threading.Event()
         self._buffers: dict[int, Bytes] = {}
 
@@ -47,19 +45,19 @@ class Copier:
         self._sink.finished(step, self._equal(step) if step.work.action == "equal" else self._copied(step))
 
     def _copied(self, step: Step) -> Found:
-        """One operand, looked at on the way."""
+        """Copy one operand and count its non-finite values."""
         (operand,) = step.work.operands
         stored, nonfinite = self._stored(operand), dict[str, int]()
         for start, count in self._parts(step.work):
             data = self._read(stored, 0, start, count)
             if bad := count_nonfinite(data, step.work.dtype.name):
                 nonfinite[str(operand.source)] = nonfinite.get(str(operand.source), 0) + bad
-                judge(step, nonfinite, self._on_nonfinite)
+                judge(step, nonfinite, self._options.on_nonfinite)
             self._sink.write(step, start, data.data)
         return Found(nonfinite)
 
     def _equal(self, step: Step) -> Found:
-        """Tensors that are not floating point: copied if they are the same in every source."""
+        """Copy a tensor that is not floating point if it is equal in every source."""
         every = [self._stored(operand) for operand in step.work.operands]
         for start, count in self._parts(step.work):
             first, *others = (self._read(stored, i, start, count) for i, stored in enumerate(every))
@@ -69,12 +67,12 @@ class Copier:
         return Found()
 
     def _parts(self, work: Work) -> Iterator[tuple[int, int]]:
-        """(first byte, bytes) of each piece."""
-        piece, end = self._chunk * work.dtype.itemsize, work.elements * work.dtype.itemsize
-        for start in range(0, end, piece):
+        """(first byte, bytes) of each chunk."""
+        size, end = self._options.chunk * work.dtype.itemsize, work.elements * work.dtype.itemsize
+        for start in range(0, end, size):
             if self._stopped.is_set():
                 raise CancelledError
-            yield start, min(piece, end - start)
+            yield start, min(size, end - start)
 
     def _read(self, stored: StoredBytes, number: int, start: int, count: int) -> Bytes:
         if number not in self._buffers or len(self._buffers[number]) < count:
@@ -88,12 +86,12 @@ class Copier:
 
 
 def only_copies(plan: Plan) -> bool:
-    """Whether no step of `plan` computes anything."""
+    """Return True if every step of `plan` copies."""
     return all(copies(step.work) for step in plan.steps)
 
 
 def copies(work: Work) -> bool:
-    """Whether the output's bytes are those of an operand."""
+    """Return True if the output's bytes are those of an operand."""
     if work.action == "equal":
         return True
     first = work.operands[0]
@@ -103,7 +101,7 @@ def copies(work: Work) -> bool:
 
 
 def count_nonfinite(data: Bytes, dtype: str) -> int:
-    """How many numbers of this type are NaN or infinite. Other types than floating-point ones have none."""
+    """Count NaN and infinite values; 0 for types that are not floating point."""
     if dtype not in _EXPONENTS or not len(data):
         return 0
     exponent = _EXPONENTS[dtype]
@@ -112,7 +110,7 @@ def count_nonfinite(data: Bytes, dtype: str) -> int:
 
 
 def judge(step: Step, nonfinite: Mapping[str, int], on_nonfinite: NonFinite) -> None:
-    """End the merge if NaN or infinite values mean that. Raises Failed NOT_FINITE."""
+    """Raise Failed NOT_FINITE for NaN or infinite values if `on_nonfinite` is fail."""
     if nonfinite and on_nonfinite == "fail":
         source, count = next(iter(nonfinite.items()))
         raise Failed(
@@ -122,7 +120,7 @@ def judge(step: Step, nonfinite: Mapping[str, int], on_nonfinite: NonFinite) -> 
 
 
 def read_ahead(step: Step, sources: Mapping[ModelRef, LocalFiles]) -> None:
-    """Let the system read what `step` will want."""
+    """Ask the operating system to read the operands of `step` ahead."""
     for operand in step.work.reads:
         StoredBytes(sources[operand.model], operand.tensor).will_need()
 

@@ -1,10 +1,10 @@
-"""A merge with its stages: each intermediate is merged into scratch, then the result; then scratch goes.
+"""Merge with stages: each intermediate is merged into scratch, then the result; then scratch is removed.
 
     SCRATCH/<plan digest>-<device>-<torch>/           a finished intermediate, a whole output folder of the engine
     SCRATCH/<plan digest>-<device>-<torch>.sources    the size, inode and time of the files it is made from
     SCRATCH/<plan digest>-<device>-<torch>.partial/   one that was interrupted; it continues from its journal
 
-Whatever moment the process dies at, the same call continues there and the output has the same bytes.
+After a crash at any moment, the same call continues and gives an output of the same bytes.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
 
 from bot.errors import Refused, Transient
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.execution import engine
-from bot.merge.execution.engine import Merged, Options
+from bot.merge.execution.engine import Merged
+from bot.merge.execution.options import DEFAULTS, MergeOptions
 from bot.merge.execution.partial import hold
 from bot.merge.execution.provenance import torch_version
 from bot.merge.execution.unchanged import require_same
-from bot.merge.execution.writer import Progress
 from bot.merge.planning.output_names import MANIFEST, PROVENANCE
 from bot.merge.planning.plan import Plan
 from bot.merge.recipe.spec import ModelRef, Notice
@@ -37,55 +36,52 @@ def merge(
     plan: Plan,
     folders: Mapping[ModelRef, Path],
     out: Path,
+    options: MergeOptions = DEFAULTS,
     *,
     scratch: Path | None = None,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    **options: Unpack[Options],
 ) -> Merged:
     """Carry out `plan` and the stages before it; `folders` holds what `plan.recipe.repos` names.
 
-    scratch: where intermediates lie meanwhile, `OUT.stages` by default; nothing of them is left when `out` stands.
-    `options` are those of `engine.merge`, which says what is raised. Progress counts the bytes of all stages.
+    scratch: folder of the intermediates, `OUT.stages` by default; they are removed once `out` is complete.
+    Progress counts the bytes of all stages. Raises as `engine.merge`.
     """
     if not plan.stages:
-        return engine.merge(plan, folders, out, device=device, progress=progress, **options)
+        return engine.merge(plan, folders, out, options)
     started, out = time.monotonic(), Path(out)
     scratch = Path(scratch) if scratch is not None else out.with_name(out.name + ".stages")
-    kind = f"{engine.choose_device(device).type}-torch-{torch_version()}"  # another torch may round otherwise
+    kind = f"{engine.choose_device(options.device).type}-torch-{torch_version()}"  # another torch may round otherwise
     places = {ref: scratch / f"{made.digest[:32]}-{kind}" for ref, made in plan.stages}
     if out.exists() or out.is_symlink():
         if _finished(out, plan):
-            _remove(places.values(), scratch)  # killed between the end and the tidying up
+            _remove(places.values(), scratch)  # left by a process killed between the end and the removal
         raise Refused("OUTPUT_EXISTS", f"{out} exists already.", "Name another folder, or remove it.", value=str(out))
     with _alone_in(scratch):
-        return _carried_out(plan, folders, out, scratch, places, device, progress, options, started)
+        _require_space(plan, places, scratch)
+        merged = _merge_all(plan, folders, out, places, options)
+        _remove(places.values(), scratch)
+    return replace(merged, seconds=time.monotonic() - started)
 
 
-def _carried_out(
-    plan: Plan, folders: Mapping[ModelRef, Path], out: Path, scratch: Path, places: Mapping[ModelRef, Path],
-    device: str, progress: Progress | None, options: Options, started: float,
-) -> Merged:  # fmt: skip
-    _require_space(plan, places, scratch)
+def _merge_all(
+    plan: Plan, folders: Mapping[ModelRef, Path], out: Path, places: Mapping[ModelRef, Path], options: MergeOptions
+) -> Merged:
+    """Merge every stage that is not complete into its place, then the result into `out`."""
     here, done_before, notices = dict(folders), 0, list[Notice]()
     total = sum(part.bytes_out for part in plan.parts)
     for ref, made in plan.stages:
-        shown = None if progress is None else _shifted(progress, done_before, total, f"{ref}: ")
         _require_same_sources(made, here, places)
         if not (places[ref] / MANIFEST).exists():
-            engine.merge(made, here, places[ref], device=device, progress=shown, **options)
+            engine.merge(made, here, places[ref], _shifted(options, done_before, total, f"{ref}: "))
         notices += _notices(places[ref])
         done_before += made.bytes_out
         here[ref] = places[ref]
-    shown = None if progress is None else _shifted(progress, done_before, total, "")
-    merged = engine.merge(plan, here, out, device=device, progress=shown, **options)
-    _remove(places.values(), scratch)
-    return replace(merged, seconds=time.monotonic() - started, notices=(*notices, *merged.notices))
+    merged = engine.merge(plan, here, out, _shifted(options, done_before, total, ""))
+    return replace(merged, notices=(*notices, *merged.notices))
 
 
 @contextmanager
 def _alone_in(scratch: Path) -> Iterator[None]:
-    """No other process works there meanwhile. Raises `Refused(OUTPUT_EXISTS)`."""
+    """Lock `scratch` for this process. Raises `Refused(OUTPUT_EXISTS)`."""
     handle = -1
     while True:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -94,7 +90,7 @@ def _alone_in(scratch: Path) -> Iterator[None]:
             if os.path.samestat(os.fstat(handle), scratch.stat()):
                 break
         except FileNotFoundError:
-            pass  # the process before removed the folder between our opening and locking it
+            pass  # the previous holder removed the folder between our opening and locking it
         os.close(handle)
     try:
         yield
@@ -103,7 +99,7 @@ def _alone_in(scratch: Path) -> Iterator[None]:
 
 
 def _require_same_sources(made: Plan, folders: Mapping[ModelRef, Path], places: Mapping[ModelRef, Path]) -> None:
-    """Note beside an intermediate what it is made from; refuse to build on one that was made from something else."""
+    """Record the source files beside an intermediate; refuse to continue one made from other files."""
     place = places[next(ref for ref in places if places[ref].name.startswith(made.digest[:32]))]
     sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
     facts = engine.watched(made, sources).facts()
@@ -121,14 +117,18 @@ def _note(place: Path) -> Path:
     return place.with_name(place.name + ".sources")
 
 
-def _shifted(progress: Progress, before: int, total: int, label: str) -> Callable[[int, int, str], None]:
-    return lambda done, _, tensor: progress(before + done, total, label + tensor)
+def _shifted(options: MergeOptions, before: int, total: int, label: str) -> MergeOptions:
+    """Options of one part of the merge, whose progress counts in the whole."""
+    progress = options.progress
+    if progress is None:
+        return options
+    return replace(options, progress=lambda done, _, tensor: progress(before + done, total, label + tensor))
 
 
 def _require_space(plan: Plan, places: Mapping[ModelRef, Path], scratch: Path) -> None:
-    """Every part is checked when it begins; this looks whether they fit together, before the first begins."""
+    """Check before the first part that all parts fit on the disk together; each one is checked again when it begins."""
     if any(path.exists() or _partial(path).exists() for path in places.values()):
-        return  # some of it stands on the disk already
+        return  # part of it is on the disk already
     scratch.mkdir(parents=True, exist_ok=True)
     need, free = sum(part.disk_bytes for part in plan.parts), shutil.disk_usage(scratch).free
     if need > free:

@@ -1,4 +1,4 @@
-"""Carry out one step: views of its operands, the method's passes, rounding, the sink. Memory: a few pieces."""
+"""Carry out one step: views of its operands, passes of the method, rounding, output. Memory: a few chunks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
-from bot.merge.execution.copying import Copier, NonFinite, copies, count_nonfinite, judge
+from bot.merge.execution.copying import Copier, copies, count_nonfinite, judge
 from bot.merge.execution.device import TILE, DeviceReader
+from bot.merge.execution.options import DEFAULTS, MergeOptions
 from bot.merge.execution.writer import Found, Sink
 from bot.merge.methods import METHODS
 from bot.merge.operands.gather import GatheredView
@@ -26,11 +27,10 @@ from bot.merge.planning.plan import Step
 from bot.merge.planning.work import Operand, Work
 from bot.merge.recipe.spec import ModelRef
 from bot.merge.streaming.inputs import Chunk, CpuReader, Inputs, Reader, Scratch, Spans, View
-from bot.merge.streaming.operation import CHUNK
 
 
 class Stoppable:
-    """A reader that brings no further chunk once the merge has been stopped, in any pass."""
+    """Reader that raises CancelledError once the merge is stopped, in any pass."""
 
     def __init__(self, reader: Reader, stopped: threading.Event) -> None:
         self.device, self._reader, self._stopped = reader.device, reader, stopped
@@ -43,30 +43,29 @@ class Stoppable:
 
 
 @dataclass(slots=True)
-class Lane:
-    """What one worker has to itself: a device and buffers that serve for every tensor."""
+class Worker:
+    """State of one thread: a device and buffers that are reused for every tensor."""
 
     sources: Mapping[ModelRef, LocalFiles]
     sink: Sink
-    on_nonfinite: NonFinite = "notice"
+    options: MergeOptions = DEFAULTS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    chunk: int = CHUNK
     stopped: threading.Event = field(default_factory=threading.Event)
     scratch: Scratch = field(default_factory=Scratch)
     copier: Copier = field(init=False)
 
     def __post_init__(self) -> None:
-        self.copier = Copier(self.sources, self.sink, self.on_nonfinite, self.chunk, self.stopped)
+        self.copier = Copier(self.sources, self.sink, self.options, self.stopped)
 
     def carry_out(self, step: Step) -> None:
-        """Compute one tensor and hand it to the sink. Raises `bot.errors.Failed`."""
+        """Compute one tensor and write it to the sink. Raises `bot.errors.Failed`."""
         if copies(step.work):
             self.copier.carry_out(step)
         else:
             self.sink.finished(step, self._merged(step))
 
     def view(self, operand: Operand, wide: torch.dtype, name: str) -> View:
-        """One operand before its rows are re-indexed."""
+        """View of one operand before its rows are re-indexed."""
         stored = StoredView(self.sources[operand.model], operand.tensor, wide, self.scratch, name)
         patch = operand.patch
         if patch is None:
@@ -88,8 +87,8 @@ class Lane:
         unit = common_unit(views) if row_length(work) == 1 else max(common_unit(views), row_length(work))
         on_cpu = self.device.type == "cpu"
         reader = Stoppable(CpuReader(views) if on_cpu else DeviceReader(views, wide, self.device), self.stopped)
-        chunk = self.chunk if on_cpu else TILE
-        on_nonfinite = partial(judge, step, on_nonfinite=self.on_nonfinite)
+        chunk = self.options.chunk if on_cpu else TILE
+        on_nonfinite = partial(judge, step, on_nonfinite=self.options.on_nonfinite)
         inputs = Inputs(work, reader, wide, unit, chunk=chunk, scratch=self.scratch, on_nonfinite=on_nonfinite)
         if not work.elements:
             return Found()
@@ -114,10 +113,10 @@ class Lane:
 
 
 def rounded_to_odd(wide: Tensor) -> Tensor:
-    """float64 as float32 with the last bit set where something was cut off.
+    """Round float64 to float32, with the last bit set where the value is not exact (round to odd).
 
-    What is rounded to bfloat16 or float16 from there comes out as if from float64; torch goes through the nearest
-    float32, and rounds a value near the middle of two twice. Cf. S. Boldo and G. Melquiond, Emulation of FMA and
+    Rounding the result to bfloat16 or float16 equals rounding the float64 directly; torch goes through the nearest
+    float32 and rounds twice. Cf. S. Boldo and G. Melquiond, Emulation of FMA and
     correctly rounded sums, IEEE Transactions on Computers 2008.
     """
     out = wide.to(torch.float32)
@@ -126,10 +125,13 @@ def rounded_to_odd(wide: Tensor) -> Tensor:
     return torch.where(out == wide, out, (bits | 1).view(torch.float32), out=out)
 
 
-def lane_of_one_thread(
-    sources: Mapping[ModelRef, LocalFiles], sink: Sink, on_nonfinite: NonFinite, device: torch.device, chunk: int,
+def single_threaded_worker(
+    sources: Mapping[ModelRef, LocalFiles],
+    sink: Sink,
+    options: MergeOptions,
+    device: torch.device,
     stopped: threading.Event,
-) -> Lane:  # fmt: skip
-    """A lane for the calling thread; how torch splits a tensor among threads would show in the last bits."""
+) -> Worker:
+    """Worker for the calling thread. torch computes single-threaded: splitting a tensor would show in the last bits."""
     torch.set_num_threads(1)
-    return Lane(sources, sink, on_nonfinite, device, chunk, stopped)
+    return Worker(sources, sink, options, device, stopped)
