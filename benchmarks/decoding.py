@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.sections import with_section
 from benchmarks.simulated import SHAPES, Simulated, SimulatedDrafter, real_heads, shares, simulated
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.decode import Limits, Trace
 from evaluators.medusa.decoding.runners import EagerRunner, Runner

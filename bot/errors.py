@@ -1,23 +1,23 @@
-"""What can go wrong, as a tree.
+"""Errors of mergebot and their stable codes.
 
     MergebotError              one sentence, one next step, one stable code
-    |-- Refused                what was asked for cannot be done; asking again unchanged will not help
+    |-- Refused                the request cannot be carried out; repeating it unchanged does not help
     |-- Failed                 accepted work cannot be finished; the job ends with this reason
-    `-- Transient              something outside is in the way; the same work may succeed later
+    |   `-- EvaluationError    a measurement failed
+    `-- Transient              an outside cause; the same work may succeed later
 
-What the evaluators cannot measure, they raise as EvaluationError with a code of the list below;
-`bot.stages.evaluator_errors` makes it a Failed or a Refused.
+Errors that code catches by name are subclasses with one code, such as PublishConflict. `Refused("PUBLISH_CONFLICT",
+...)` makes one, so the class follows from the code even where an error is rebuilt from JSON.
 
-Anything else that is raised is a defect of ours: it is logged with its traceback and reaches a person as
-`INTERNAL` with the request's id only.
+Any other exception is a defect: it is logged with its traceback, and a user sees only `INTERNAL` and the request's id.
 
-The codes below are a stable interface (they stand in job pages and in JSON answers): new
-ones may be added, old ones keep their meaning.
+The codes are a stable interface of job pages and JSON answers: codes may be added, existing ones keep their meaning.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 CODES = frozenset(
     {
@@ -49,7 +49,7 @@ CODES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The place in a text of the requester's that an error speaks of (`line` counts from 1)."""
+    """Place of an error in a user's text; `line` counts from 1."""
 
     file: str
     line: int | None = None
@@ -57,10 +57,20 @@ class Where:
 
 
 class MergebotError(Exception):
-    """One thing that went wrong: a stable `code`, a `message` of one sentence, a `next_step`.
+    """An error with a stable `code`, a `message` of one sentence and a `next_step`.
 
-    `value` is the offending value where there is one; it is shortened to 80 characters and never interpreted.
+    `value` is the offending value, if any, shortened to 80 characters and never interpreted.
     """
+
+    _named: ClassVar[dict[str, list[type[MergebotError]]]] = {}
+
+    def __init_subclass__(cls, code: str = "") -> None:
+        if code:
+            cls._named.setdefault(code, []).append(cls)
+
+    def __new__(cls, code: str, *_: Any, **__: Any) -> Self:
+        named = [each for each in cls._named.get(code, ()) if issubclass(each, cls)]
+        return super().__new__(named[0] if named else cls)
 
     def __init__(
         self,
@@ -84,7 +94,7 @@ class MergebotError(Exception):
         return f"{self.message} {self.next_step}".strip()
 
     def as_dict(self) -> dict[str, object]:
-        """The JSON shape every door of the bot answers with."""
+        """The error as JSON, in the shape of every interface."""
         where = (
             None if self.where is None else {"file": self.where.file, "line": self.where.line, "path": self.where.path}
         )
@@ -92,7 +102,7 @@ class MergebotError(Exception):
 
 
 class Refused(MergebotError):
-    """What was asked for cannot be done; asking again unchanged will not help."""
+    """The request cannot be carried out; repeating it unchanged does not help."""
 
 
 class Failed(MergebotError):
@@ -100,7 +110,7 @@ class Failed(MergebotError):
 
 
 class Transient(MergebotError):
-    """Something outside is in the way; `retry_after_s` is when to try again."""
+    """An outside cause stopped the work; it may be repeated after `retry_after_s`."""
 
     def __init__(
         self,
@@ -114,3 +124,51 @@ class Transient(MergebotError):
     ) -> None:
         super().__init__(code, message, next_step, value=value, where=where)
         self.retry_after_s = retry_after_s
+
+
+class EvaluationError(Failed):
+    """A measurement failed."""
+
+
+class ModelNonsense(EvaluationError, code="MODEL_NONSENSE"):
+    """The model fails the sanity check."""
+
+
+class Cancelled(Failed, code="CANCELLED"):
+    """The work was cancelled."""
+
+
+class LeaseLost(Failed, code="LEASE_LOST"):
+    """Another worker has claimed the job."""
+
+
+class LimitReached(Refused, code="LIMIT_REACHED"):
+    """The user has too many jobs at present."""
+
+
+class QueueFull(Refused, code="QUEUE_FULL"):
+    """The queue is at its limit."""
+
+
+class SourceNotFound(Refused, code="SOURCE_NOT_FOUND"):
+    """A repo, revision or folder does not exist or is not visible."""
+
+
+class PublishConflict(Refused, code="PUBLISH_CONFLICT"):
+    """The repo changed between look and commit."""
+
+
+class HubForbidden(Refused, code="HUB_FORBIDDEN"):
+    """The token has no right to do this."""
+
+
+class HubUnavailable(Transient, code="HUB_UNAVAILABLE"):
+    """The Hub does not answer or answers with a server error."""
+
+
+class HubAnswerInvalid(Transient, code="HUB_ANSWER_INVALID"):
+    """The Hub's answer cannot be read."""
+
+
+class PublishingPaused(Transient, code="PUBLISHING_PAUSED"):
+    """The Hub does not accept the write token."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 
 _CONTENT = (
     "*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "merges.txt",

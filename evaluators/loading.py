@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # what one is made of
 

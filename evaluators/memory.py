@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 
 _HEADER_LIMIT_BYTES = 100 * 1000 * 1000  # the format's own cap
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}

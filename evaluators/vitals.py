@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bot.errors import EvaluationError
 from evaluators import memory
-from evaluators.errors import EvaluationError
 from evaluators.figures import number
 from evaluators.prompt_tokens import prompt_tokens
 from evaluators.repetition import distinct_4grams, ends_in_a_loop, loops

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ast
+import pickle
 from collections.abc import Iterator
 
 import pytest
 
-from bot.errors import CODES, Failed, Refused, Where
-from bot.stages.evaluator_errors import translated
-from evaluators.errors import EvaluationError
+from bot.errors import CODES, Cancelled, EvaluationError, Failed, LeaseLost, PublishConflict, Refused, Transient, Where
+from bot.stages.error_subjects import translated
 from tests.test_house import sources
 
-ERRORS = frozenset({"Refused", "Failed", "Transient", "EvaluationError"})
-# a task's failure within the harness: `evaluators.harness.process` makes it EVALUATION_FAILED before anybody sees it
-INNER = frozenset({"TASK_FAILED"})
+ERRORS = frozenset({"Refused", "Failed", "Transient", "EvaluationError", "TaskFailed"})
 
 
 def _name(called: ast.expr) -> str:
@@ -70,14 +68,14 @@ def raised() -> dict[str, str]:
 
 
 def test_every_code_that_is_raised_is_in_the_list() -> None:
-    assert {code: place for code, place in raised().items() if code not in CODES | INNER} == {}
+    assert {code: place for code, place in raised().items() if code not in CODES} == {}
 
 
 def test_every_code_of_the_list_is_raised_somewhere() -> None:
     assert CODES - raised().keys() == set()
 
 
-def test_an_evaluators_error_becomes_the_bots_with_its_code_and_the_thing_it_is_about() -> None:
+def test_a_translated_evaluation_error_keeps_its_code_and_names_its_subject() -> None:
     with pytest.raises(Failed) as failed, translated(about="org/a"):
         raise EvaluationError("BAD_HEADS", "Head 2 is cut short.", "Train it again.")
     assert failed.value.code == "BAD_HEADS"
@@ -89,3 +87,12 @@ def test_an_evaluators_error_becomes_the_bots_with_its_code_and_the_thing_it_is_
     assert refused.value.where == Where("suite.yml", 3)
     with pytest.raises(KeyError), translated():
         raise KeyError  # what is no measurement's failure passes
+
+
+def test_the_class_of_an_error_follows_from_its_code() -> None:
+    assert type(Failed("LEASE_LOST", "Gone.")) is LeaseLost
+    assert type(LeaseLost("LEASE_LOST", "Gone.")) is LeaseLost
+    assert type(Refused("PUBLISH_CONFLICT", "Changed.")) is PublishConflict
+    assert type(Transient("PUBLISH_CONFLICT", "Changed.", retry_after_s=1)) is Transient
+    assert type(Refused("CANCELLED", "Cancelled.")) is Refused
+    assert type(pickle.loads(pickle.dumps(Failed("CANCELLED", "Cancelled.")))) is Cancelled

@@ -35,7 +35,7 @@ PARTS = {
         "streaming", "methods", "recipe", "checkpoints", "tokenizer", "planning", "operands", "execution",
     ),
     "evaluators": (
-        "errors", "figures", "generation_settings", "content", "paired", "repetition", "memory", "loading",
+        "figures", "generation_settings", "content", "paired", "repetition", "memory", "loading",
         "prompt_tokens", "harness", "vitals", "comparison", "pictures", "medusa",
     ),
     "evaluators/medusa": (

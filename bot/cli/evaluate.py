@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bot.errors import Failed
+from bot.errors import Failed, ModelNonsense
 
 
 def evaluate(
@@ -56,13 +56,11 @@ def evaluate(
     """Evaluate a model and its parents with lm-eval. After an interruption the same command continues."""
     from bot.cli import evaluation_output, output
     from bot.stages import local_runs, sanity_check, suite_file
-    from bot.stages.evaluator_errors import translated
     from evaluators.harness.conditions import Conditions, Question
 
     asked = suite_file.chosen(suite, task or ())
     conditions = Conditions(limit, seed, device, dtype, batch_size, chat_template, backend)
-    with translated():
-        conditions.check()
+    conditions.check()
     configured = context.obj()
     if out is not None:
         local_runs.require_writable(out, overwrite=overwrite)
@@ -74,9 +72,7 @@ def evaluate(
                 looks = sanity_check.first_look(models, model, configured, shown, device=device, dtype=dtype)
             question = Question(asked, conditions)
             evaluated = local_runs.evaluate(models, question, configured, shown, evaluation_output.estimate)
-    except Failed as failed:
-        if failed.code != "MODEL_NONSENSE":
-            raise
+    except ModelNonsense as failed:
         advice = "Merge with smaller weights or another method, or add --no-first-look to measure it all the same."
         raise Failed(failed.code, failed.message, advice) from failed
     found = evaluated.found

@@ -354,8 +354,6 @@ def _end_at_once() -> NoReturn:
 
 
 def _sentence(error: Exception) -> str:
-    from evaluators.errors import EvaluationError
-
     if isinstance(error, MergebotError):
         where = error.where
         if error.next_step.startswith("It is tried again"):  # by a running bot, not by a command
@@ -363,8 +361,6 @@ def _sentence(error: Exception) -> str:
         if where is None or not where.line:
             return f"{error} [{error.code}]"
         return f"{where.file}:{where.line}: {str(error).removeprefix(f'line {where.line}: ')} [{error.code}]"
-    if isinstance(error, EvaluationError):
-        return f"{error} [{error.code}]"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'A file'}: {error.strerror}. Choose another place, or make room there."
     return f"mergebot stopped on a defect of its own ({type(error).__name__}). Report what `mergebot --debug` shows."

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import disable_progress_bars
 
-from bot.errors import Refused, Transient
+from bot.errors import HubForbidden, Refused, SourceNotFound, Transient
 from bot.hub import threads
 from bot.hub.files import DOWNLOAD_LIMIT_BYTES, FileFact, Progress, RepoFiles, download, read_tree, stream
 from bot.hub.ranges import Verified, fetch
@@ -194,10 +194,8 @@ class Hub:
         """The commit of main, None when there is no such repo."""
         try:
             return self.resolve(repo, repo_type=repo_type).revision
-        except Refused as error:
-            if error.code == "SOURCE_NOT_FOUND":
-                return None
-            raise
+        except SourceNotFound:
+            return None
 
     def upload(self, repo: str, files: Mapping[str, Content], repo_type: str = "model") -> Iterator[str]:
         """Send large contents ahead of the commit, one by one; yields each path once its content is on the Hub.
@@ -276,9 +274,7 @@ class Hub:
     def _write(self, about: str, deed: Callable[[], T], *, repeat: bool = False, deadline_s: float | None = None) -> T:
         try:
             return self._line.ask(about, deed, repeat=repeat, deadline_s=deadline_s)
-        except Refused as error:
-            if error.code != "HUB_FORBIDDEN":
-                raise
+        except HubForbidden as error:
             # reliability.md 8.2: a token that lost its rights must not fail anybody's job
             raise Transient(
                 "PUBLISHING_PAUSED", f"The Hub does not accept our token for {about}.",

@@ -30,7 +30,7 @@ from typing import Literal
 import httpx2
 from huggingface_hub import HfApi
 
-from bot.errors import Refused, Transient
+from bot.errors import Failed, Refused, Transient
 from bot.hub.files import FileFact, Progress, RepoFiles, alone, answer, check_room, fetch_whole, sync_folder
 from bot.hub.transport import Away, Line, check_deadline
 from bot.settings import crashpoint
@@ -303,7 +303,7 @@ def _receive(
             for chunk in response.iter_bytes():
                 check_deadline()
                 if stop.is_set():
-                    raise Refused("CANCELLED", f"Fetching {files} was stopped.", "")
+                    raise Failed("CANCELLED", f"Fetching {files} was stopped.", "")
                 if at + len(chunk) > span[1]:
                     raise ValueError("the Hub sent more than it was asked for")
                 _write_at(handle, chunk, at)

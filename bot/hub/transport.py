@@ -36,7 +36,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 from huggingface_hub.utils._http import hf_request_event_hook
 
-from bot.errors import Failed, MergebotError, Refused, Transient
+from bot.errors import Failed, HubAnswerInvalid, HubUnavailable, MergebotError, Refused, Transient
 from bot.settings import LIVE_HUB
 
 T = TypeVar("T")
@@ -169,9 +169,9 @@ class Line:
                     fault = _typed(error, about)
                     if not isinstance(fault, Transient):
                         raise fault from error
-                    tries = INVALID_ANSWER_TRIES if fault.code == "HUB_ANSWER_INVALID" else MAX_TRIES
+                    tries = INVALID_ANSWER_TRIES if isinstance(fault, HubAnswerInvalid) else MAX_TRIES
                     wait_s = self._wait_s(error, attempt)
-                    passing = fault.code in ("HUB_UNAVAILABLE", "HUB_ANSWER_INVALID") and attempt < tries
+                    passing = isinstance(fault, HubUnavailable | HubAnswerInvalid) and attempt < tries
                     may_repeat = repeat or not asked.acted
                     if not (passing and may_repeat) or time.monotonic() + wait_s > until:
                         fault.retry_after_s = max(wait_s, 60.0)

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bot.errors import Failed, Refused, Transient
+from bot.errors import Failed, PublishConflict, Refused, Transient
 from bot.hub import FileFact, Hub
 from bot.jobs import stage_process
 from bot.jobs.job import Lease, Publication
@@ -138,9 +138,7 @@ def _commit(
             message=f"mergebot: publish {spec['key12']}",
             description=f"manifest {spec['manifest']}",
         )
-    except Refused as conflict:
-        if conflict.code != "PUBLISH_CONFLICT":
-            raise
+    except PublishConflict:
         return None
 
 
@@ -214,9 +212,8 @@ def _write_dataset(hub: Hub, repo: str, texts: Mapping[str, str], message: str) 
         try:
             hub.commit(repo, changed, parent=head, message=message, repo_type="dataset")
             break
-        except Refused as conflict:
-            if conflict.code != "PUBLISH_CONFLICT":
-                raise
+        except PublishConflict:
+            continue
     else:
         raise Transient("PUBLISH_CONFLICT", f"{repo} keeps changing.", "It is tried again.")
     hub.make_public(repo, repo_type="dataset")

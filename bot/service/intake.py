@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from bot.errors import Failed, Refused, Transient
+from bot.errors import Failed, LimitReached, QueueFull, Refused, Transient
 from bot.hub import Hub, PinnedRepo
 from bot.jobs import policy
 from bot.jobs.job import ENDED, Job, Source, Stage, stage
@@ -44,7 +44,6 @@ from bot.stages import evaluation, sources
 from evaluators.harness import suites
 
 # Refusals that time mends: a form is told at once, a card waits its turn.
-PASSING = frozenset({"LIMIT_REACHED", "QUEUE_FULL"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +173,9 @@ def take_tagged(repo: PinnedRepo, hub: Hub, queue: Queue, settings: Settings) ->
         return
     try:
         take(request, hub, queue, settings)
+    except (LimitReached, QueueFull) as refusal:
+        raise Transient(refusal.code, refusal.message, refusal.next_step) from refusal
     except (Refused, Failed) as refusal:
-        if refusal.code in PASSING:
-            raise Transient(refusal.code, refusal.message, refusal.next_step) from refusal
         queue.refuse(request, refusal)
 
 

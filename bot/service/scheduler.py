@@ -25,10 +25,10 @@ from typing import Any, TypeVar
 from apscheduler.schedulers.background import BackgroundScheduler
 from pydantic import TypeAdapter
 
-from bot.errors import Failed, MergebotError, Transient
+from bot.errors import Cancelled, Failed, LeaseLost, MergebotError, PublishingPaused, Transient
 from bot.hub import Hub
 from bot.jobs.job import Evaluation, Failure, Job, Lease, Merge, Progress, Publication, Source, missing
-from bot.jobs.queue import UNCOUNTED, Queue, open_queue
+from bot.jobs.queue import Queue, open_queue
 from bot.jobs.request import MergeRequest
 from bot.publishing import card, leaderboard
 from bot.service import intake
@@ -191,13 +191,13 @@ class Scheduler:
         return self.queue.job(lease.job_id)
 
     def _fail(self, lease: Lease, error: MergebotError) -> None:
-        if error.code in ("LEASE_LOST", "CANCELLED"):
+        if isinstance(error, LeaseLost | Cancelled):
             log.info("job %s: %s", lease.job_id, error)
             return
         job = self.queue.job(lease.job_id)
         retry_at = None
         # A paused publisher is the operator's affair and fails nobody's job, however often it is met.
-        endless = job.committing or error.code in UNCOUNTED
+        endless = job.committing or isinstance(error, PublishingPaused)
         if isinstance(error, Transient) and (endless or job.attempts < self.settings.attempts):
             retry_at = datetime.now(UTC) + timedelta(seconds=error.retry_after_s)
         failure = Failure(missing(job), error.code, error.message, error.next_step, retry_at)

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bot.errors import Failed
+from bot.errors import EvaluationError, Failed
 from bot.settings import Settings
 from evaluators import comparison
 from evaluators.comparison import stopping
-from evaluators.errors import EvaluationError
 from evaluators.harness.scores import ModelEvaluation
 
 

@@ -17,7 +17,7 @@ from bot.jobs.request import EvaluateOptions
 from bot.progress import Show, named
 from bot.settings import Settings, child_environment
 from bot.stages import early_stopping
-from bot.stages.evaluator_errors import translated
+from bot.stages.error_subjects import translated
 from evaluators import comparison, harness
 from evaluators.harness import Estimate, RunOptions, suites
 from evaluators.harness.conditions import Conditions, Question

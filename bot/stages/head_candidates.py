@@ -19,7 +19,7 @@ from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef, Recipe
 from bot.settings import Settings
 from bot.stages import merged_heads
-from bot.stages.evaluator_errors import translated
+from bot.stages.error_subjects import translated
 from bot.stages.sources import local_folder
 
 if TYPE_CHECKING:

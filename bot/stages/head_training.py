@@ -10,7 +10,6 @@ from bot.errors import Refused
 from bot.progress import Show
 from bot.settings import Settings
 from bot.stages import output_folder
-from bot.stages.evaluator_errors import translated
 from bot.stages.merged_heads import WEIGHTS
 
 if TYPE_CHECKING:
@@ -32,15 +31,14 @@ def train(model: Path, out: Path, wanted: Wanted, settings: Settings, report: Sh
     from evaluators.medusa.training import head_training
 
     require_room(out)
-    with translated():
-        return head_training.train_heads(
-            model,
-            out,
-            settings.home / "cache" / "medusa",
-            wanted,
-            device=choose_device(settings.device).type,
-            progress=lambda stage, done, total: report(f"Training heads: {stage}", done, total),
-        )
+    return head_training.train_heads(
+        model,
+        out,
+        settings.home / "cache" / "medusa",
+        wanted,
+        device=choose_device(settings.device).type,
+        progress=lambda stage, done, total: report(f"Training heads: {stage}", done, total),
+    )
 
 
 def require_room(out: Path) -> None:
@@ -56,12 +54,11 @@ def require_readable(prompts: Path | None, other: Path | None, tree: Path | None
     from evaluators.medusa.training import prompt_sets
     from evaluators.medusa.trees import tree_files
 
-    with translated():
-        for file in (prompts, other):
-            if file is not None:
-                prompt_sets.read(file)
-        if tree is not None:
-            tree_files.read(tree)
+    for file in (prompts, other):
+        if file is not None:
+            prompt_sets.read(file)
+    if tree is not None:
+        tree_files.read(tree)
 
 
 def rule(name: str, temperature: float, seed: int, top_k: int = 0, top_p: float = 1.0) -> Rule:

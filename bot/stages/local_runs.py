@@ -19,7 +19,6 @@ from bot.merge.recipe import reading as recipe
 from bot.progress import Show, named
 from bot.settings import Settings
 from bot.stages import output_folder, sources, verification
-from bot.stages.evaluator_errors import translated
 from bot.stages.sources import Opened
 from bot.stages.verification import Verdict
 
@@ -168,8 +167,7 @@ def whole_models(names: Sequence[str], settings: Settings, report: Show) -> dict
     found = {}
     for name in dict.fromkeys(names):
         folder, identity = _whole_model(name, settings, report)
-        with translated():
-            found[name] = folder, identity or content_digest(folder)
+        found[name] = folder, identity or content_digest(folder)
     return found
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from bot.errors import EvaluationError
 from bot.jobs.job import Source
 from bot.jobs.request import EvaluateOptions
 from bot.progress import Show
 from bot.settings import Settings
 from bot.stages.evaluation import measures_nothing
-from bot.stages.evaluator_errors import translated
 from evaluators import comparison, memory, vitals
 from evaluators.comparison.verdict import Comparison
-from evaluators.errors import EvaluationError
 from evaluators.harness.scores import ModelEvaluation
 from evaluators.vitals import Vitals
 
@@ -59,16 +58,15 @@ def first_look(
     Raises Failed as `vital_signs` where `judged` is not fit for tasks, measured by the others, and MEMORY_LIMIT.
     """
     found: dict[str, Vitals] = {}
-    with translated():
-        for place, (name, (folder, identity)) in enumerate(models.items()):
-            report("Looking whether the models speak", place, len(models))
-            cache = settings.evaluations
-            signs = vitals.stored(cache, identity, device=device, dtype=dtype)
-            if signs is None and (folder / "config.json").is_file():  # a source that was measured before may be gone
-                memory.require_memory(folder, dtype, device, settings.memory_limit_bytes)
-                signs = vitals.of_folder(folder, cache=cache, device=device, dtype=dtype, model_identity=identity)
-            if signs is not None:
-                found[name] = signs
-        report("Looking whether the models speak", len(models), len(models))
-        vitals.require_sound(found[judged], [signs for name, signs in found.items() if name != judged])
+    for place, (name, (folder, identity)) in enumerate(models.items()):
+        report("Looking whether the models speak", place, len(models))
+        cache = settings.evaluations
+        signs = vitals.stored(cache, identity, device=device, dtype=dtype)
+        if signs is None and (folder / "config.json").is_file():  # a source that was measured before may be gone
+            memory.require_memory(folder, dtype, device, settings.memory_limit_bytes)
+            signs = vitals.of_folder(folder, cache=cache, device=device, dtype=dtype, model_identity=identity)
+        if signs is not None:
+            found[name] = signs
+    report("Looking whether the models speak", len(models), len(models))
+    vitals.require_sound(found[judged], [signs for name, signs in found.items() if name != judged])
     return found

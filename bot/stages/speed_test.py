@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from bot.jobs.job import Source
 from bot.progress import Show
 from bot.settings import Settings
-from bot.stages.evaluator_errors import translated
 
 if TYPE_CHECKING:
     from evaluators.medusa import SpeedOptions
@@ -39,11 +38,10 @@ def bench(folder: Path, out: Path, options: SpeedOptions, settings: Settings, re
     from bot.merge.execution.engine import choose_device
     from evaluators import medusa
 
-    with translated():
-        measured = medusa.measure(
-            folder,
-            out,
-            replace(options, device=choose_device(settings.device).type),
-            progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
-        )
+    measured = medusa.measure(
+        folder,
+        out,
+        replace(options, device=choose_device(settings.device).type),
+        progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
+    )
     return {**measured, "sentence": medusa.sentence(measured)}

@@ -28,8 +28,8 @@ from typing import Any, TypeVar
 from bot.errors import Failed, Refused, Where
 from bot.merge.recipe.document import Node, Reader, Text
 from bot.merge.recipe.reading import read_yaml
+from bot.stages.error_subjects import translated
 from bot.stages.evaluation import suite_named
-from bot.stages.evaluator_errors import translated
 from evaluators.harness import suites
 from evaluators.harness.suites import Suite, SuiteTask
 

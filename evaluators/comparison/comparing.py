@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bot.errors import EvaluationError
 from evaluators import harness, paired
 from evaluators.comparison import alike, samples, stopping
 from evaluators.comparison.samples import Answers, Unpaired
@@ -27,7 +28,6 @@ from evaluators.comparison.verdict import (
     Scored,
     TaskVerdict,
 )
-from evaluators.errors import EvaluationError
 from evaluators.harness.scores import ModelEvaluation, Score, require_comparable
 from evaluators.paired import Interval, Values
 

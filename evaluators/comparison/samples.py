@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.harness.results import samples_file
 from evaluators.harness.scores import Score
 from evaluators.paired import Values

@@ -12,7 +12,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.generation_settings import steering
 from evaluators.harness.conditions import SOFTMAX_DTYPE
 from evaluators.prompt_tokens import added_tokens, text_digest

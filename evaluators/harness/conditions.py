@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from bot.errors import EvaluationError
 from evaluators.content import content_digest
-from evaluators.errors import EvaluationError
 from evaluators.harness.suites import Suite
 from evaluators.memory import computed_on
 

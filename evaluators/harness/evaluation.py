@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from bot.errors import EvaluationError
 from evaluators import memory
 from evaluators.content import content_digest
-from evaluators.errors import EvaluationError
 from evaluators.harness import results, suites
 from evaluators.harness.conditions import Conditions, Question
 from evaluators.harness.results import folder_of

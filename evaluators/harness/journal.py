@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 
 
 class Told(Protocol):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bot.errors import EvaluationError
 from evaluators import loading, memory
-from evaluators.errors import EvaluationError
 from evaluators.harness import amounts
 from evaluators.harness.amounts import Amount
 from evaluators.harness.conditions import GENERATION, LIBRARIES, SOFTMAX_DTYPE

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.harness import amounts, model_loading, task_loading
 from evaluators.harness.amounts import Amount
 from evaluators.harness.journal import Journal, resuming
@@ -31,6 +31,10 @@ REPORT_EVERY_S = 0.2
 # lm-eval's command line draws with these seeds when it is given none; ours are counted from there.
 FIRST_SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 BOOTSTRAP_ITERATIONS = 1000
+
+
+class TaskFailed(EvaluationError):
+    """One task of a suite failed; the others continue."""
 
 
 class Pipe:
@@ -147,10 +151,8 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
     for task in tasks:
         try:
             _ask(task, lm, job, pipe, facts, (done, whole.requests))
-        except EvaluationError as error:
-            if error.code != "TASK_FAILED":
-                raise
-            pipe.failed(task.name, EvaluationError("EVALUATION_FAILED", error.message, error.next_step))
+        except TaskFailed as error:
+            pipe.failed(task.name, error)
         done += work[task.key].requests
     pipe.progress(whole.requests, whole.requests, "done")
 
@@ -209,7 +211,7 @@ def _ask(
     facts: Mapping[str, Any],
     progress: tuple[int, int],
 ) -> None:
-    """Evaluate one task and write it down; memory that runs out halves the batch. Raises EvaluationError TASK_FAILED
+    """Evaluate one task and write it down; memory that runs out halves the batch. Raises TaskFailed
     for what concerns this task alone."""
     before, total = progress
     began = time.monotonic()
@@ -269,12 +271,12 @@ def _results(task: task_loading.Prepared, lm: Any, job: Mapping[str, Any]) -> Ma
     return None
 
 
-def _task_failed(name: str, error: Exception) -> EvaluationError:
+def _task_failed(name: str, error: Exception) -> TaskFailed:
     lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, OverflowError):  # the exponential in a perplexity
         lines = ["a score is too large for a number, as the model gives the right answers almost no probability"]
-    return EvaluationError(
-        "TASK_FAILED",
+    return TaskFailed(
+        "EVALUATION_FAILED",
         f"Task `{name}` stopped on an error: {lines[0][:300].rstrip('.')}.",
         "Look into the log of the evaluation, or leave the task out.",
     )

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.harness.scores import Cut, Environment, Loaded, ModelEvaluation, Score, TaskData
 from evaluators.harness.suites import ANY, Suite, SuiteTask
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 
 _Z95 = 1.959964
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.harness import task_files
 from evaluators.harness.task_files import Located
 

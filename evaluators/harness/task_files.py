@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 
 OWN_TASKS = Path(__file__).parents[1] / "tasks"
 SUFFIXES = (".yaml", ".yml")

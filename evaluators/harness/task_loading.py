@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.harness.results import finish, no_such_metric
 
 # What lm-eval's results say of the machine and its folders rather than of the model (hub.md 8.4).

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.decoding import batch
 from evaluators.medusa.decoding.acceptance import GREEDY, Rule

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from bot.cli.main import app
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.model import causal_lm

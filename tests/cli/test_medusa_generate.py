@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from bot.cli.main import app
+from bot.errors import EvaluationError
 from bot.stages import head_training
-from evaluators.errors import EvaluationError
 from evaluators.medusa import formats, generation
 from evaluators.medusa.decoding.acceptance import Exact, Typical
 from evaluators.medusa.decoding.decode import Limits, plain

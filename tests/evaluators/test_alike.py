@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from bot.errors import EvaluationError
 from evaluators import comparison
 from evaluators.comparison import report
 from evaluators.comparison.remarks import remarks
 from evaluators.comparison.verdict import Comparison
-from evaluators.errors import EvaluationError
 from evaluators.harness.scores import Cut, Environment, Loaded, ModelEvaluation, differences
 from tests.evaluators import stored
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, T5Config
 from transformers.models.auto import AutoModelForSeq2SeqLM
 
+from bot.errors import EvaluationError
 from evaluators import comparison, loading
 from evaluators.comparison.remarks import remarks
 from evaluators.comparison.verdict import Outcome
-from evaluators.errors import EvaluationError
 from evaluators.harness.asking import AskingLM
 from evaluators.harness.lengths import cut_prompts
 from evaluators.harness.process import require_chat_template

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bot.errors import EvaluationError
 from evaluators import comparison, harness
 from evaluators.comparison import comparing, report
 from evaluators.comparison.report import inheritance, words
 from evaluators.comparison.verdict import Comparison, Difference, Outcome
-from evaluators.errors import EvaluationError
 from evaluators.harness.scores import ModelEvaluation
 from tests.evaluators import stored
 

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from bot.errors import EvaluationError
 from bot.localhub import seed
 from evaluators import harness, loading, memory
 from evaluators.comparison import samples
-from evaluators.errors import EvaluationError
 from evaluators.harness import evaluation, suites
 from evaluators.harness.conditions import Conditions
 from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from bot.errors import EvaluationError
 from evaluators import memory
-from evaluators.errors import EvaluationError
 from evaluators.harness import Estimate, amounts
 from evaluators.harness.amounts import Amount
 from evaluators.harness.suites import Suite

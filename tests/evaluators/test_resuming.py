@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from bot.errors import EvaluationError
 from evaluators import harness
-from evaluators.errors import EvaluationError
 from evaluators.harness import results
 from evaluators.harness.journal import Journal
 from evaluators.harness.scores import ModelEvaluation, TaskData

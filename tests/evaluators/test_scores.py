@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData, differences, require_comparable
 from evaluators.paired import quantile
 

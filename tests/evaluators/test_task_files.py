@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from bot.errors import EvaluationError
 from evaluators import harness
-from evaluators.errors import EvaluationError
 from evaluators.harness import suites, task_files
 from evaluators.harness.suites import ANY, Suite, SuiteTask
 from tests.evaluators import tiny_harness

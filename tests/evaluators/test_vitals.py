@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bot.errors import EvaluationError
 from evaluators import vitals
-from evaluators.errors import EvaluationError
 from evaluators.repetition import ends_in_a_loop
 from evaluators.vitals import HELD_TEXT, Vitals, examine, is_broken, require_sound
 from tests import family

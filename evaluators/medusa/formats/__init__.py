@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.formats import reading
 from evaluators.medusa.formats.layout import Holding, examine

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 
 WEIGHTS = "medusa_lm_head.safetensors"
 PICKLED = "medusa_lm_head.pt"

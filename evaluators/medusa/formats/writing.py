@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.formats.reading import MODEL, WEIGHTS
 from evaluators.medusa.trees.tree import Tree

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import logging
 
+from bot.errors import EvaluationError
 from evaluators import loading
-from evaluators.errors import EvaluationError
 from evaluators.medusa.model import support
 from evaluators.medusa.model.support import rope_of
 from evaluators.medusa.model.windows import empty_cache, window_of

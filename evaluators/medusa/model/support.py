@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.model.windows import empty_cache, window_of
 
 ALIBI_MODELS = frozenset({"bloom", "mpt"})

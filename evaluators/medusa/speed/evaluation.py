@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.decoding import decode
 from evaluators.medusa.decoding.capability import reason_against_trees

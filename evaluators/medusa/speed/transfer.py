@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model import causal_lm

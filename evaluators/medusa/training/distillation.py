@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bot.errors import EvaluationError
 from evaluators import repetition
-from evaluators.errors import EvaluationError
 from evaluators.medusa.model import growing
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.rounding import doubts, step

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from bot.errors import EvaluationError
 from evaluators import repetition
 from evaluators.content import content_digest
-from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, require_own_projection

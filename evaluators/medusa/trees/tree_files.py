@@ -12,7 +12,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.trees.tree import Tree
 
 LIMIT_BYTES = 64 << 10

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.decoding import batch
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.decoding.batch import Request

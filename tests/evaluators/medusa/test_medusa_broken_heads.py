@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_heads import CUT, DEEP, OWN, SHARED, refusal
 from torch import Tensor
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.model.causal_lm import Base

@@ -18,7 +18,7 @@ from transformers import (
     RwkvConfig,
 )  # fmt: skip
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.decoding import reference
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.decoding.capability import reason_against_trees

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_heads import KEEP
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner

@@ -9,7 +9,7 @@ import tiny_causal_lms as tiny
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.decoding.acceptance import Exact
 from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain

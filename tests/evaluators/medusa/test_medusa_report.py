@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from bot.errors import EvaluationError
 from evaluators import medusa
-from evaluators.errors import EvaluationError
 from evaluators.medusa.speed import conclusions, report, transfer
 from evaluators.medusa.speed.document import Exact, Parting, Report, Row, Speedup, TreeFacts, as_json
 from evaluators.medusa.training import prompt_sets

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import Recorded
 
+from bot.errors import EvaluationError
 from evaluators import medusa as evaluator
-from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain

@@ -10,8 +10,8 @@ import tiny_causal_lms as tiny
 import torch
 from tokenizers import processors
 
+from bot.errors import EvaluationError
 from evaluators import repetition
-from evaluators.errors import EvaluationError
 from evaluators.medusa.decoding.decode import Limits, plain
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base

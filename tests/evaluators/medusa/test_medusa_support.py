@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoConfig, BartConfig, T5Config
 
 from bot.cli import medusa_output
+from bot.errors import EvaluationError
 from evaluators import medusa
-from evaluators.errors import EvaluationError
 from evaluators.medusa import generation
 from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.model import support

@@ -15,8 +15,8 @@ import tiny_causal_lms as tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from bot.errors import EvaluationError
 from evaluators.content import content_digest
-from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import causal_lm

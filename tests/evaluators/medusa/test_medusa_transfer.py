@@ -12,11 +12,11 @@ import torch
 from test_medusa_bench import block, trace
 from test_medusa_report import assert_whole
 
+from bot.errors import EvaluationError
 from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef
 from bot.stages import merged_heads
 from evaluators import medusa
-from evaluators.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.decode import Clock, Limits
 from evaluators.medusa.decoding.decode import plain as plain_run

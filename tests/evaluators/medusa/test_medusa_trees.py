@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, expected_tokens, full, greedy_tree, grow
 

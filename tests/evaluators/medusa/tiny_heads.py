@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError
 from evaluators.medusa.drafting.heads import HeadSpec
 
 KEEP = (5, 299, 0, 17, 100)

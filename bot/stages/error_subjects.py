@@ -1,17 +1,16 @@
-"""What an evaluator could not measure, as an error of the bot: the same code, sentence and next step."""
+"""Evaluation errors as refusals, or with the name of the model they concern."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bot.errors import Failed, MergebotError, Where
-from evaluators.errors import EvaluationError
+from bot.errors import EvaluationError, Failed, MergebotError, Where
 
 
 @contextmanager
 def translated(kind: type[MergebotError] = Failed, *, about: str = "", where: Where | None = None) -> Iterator[None]:
-    """Raise what the block raises as EvaluationError as `kind`; `about` names the thing where the sentence does not."""
+    """Raise an EvaluationError of the block as `kind`, with `about` before a sentence that does not contain it."""
     try:
         yield
     except EvaluationError as error:
