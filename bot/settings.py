@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Zone = Literal["worker", "publisher"]
@@ -90,7 +91,6 @@ class Settings(BaseSettings):
     speed_questions: int = Field(default=16, ge=1, description="questions of the speed test")
     speed_new_tokens: int = Field(default=48, ge=8, description="new tokens per answer of the speed test")
 
-    webhook_secret: SecretStr | None = Field(default=None, description="not used yet")
     public: bool = Field(default=False, description="the Space is open to everybody: visitors must log in")
     schedule: bool = Field(
         default=True, description="the Space runs the jobs too; off where a scheduler runs elsewhere"
@@ -155,7 +155,7 @@ def activate(settings: Settings) -> None:
     process finds the same values.
     """
     os.environ.update(_client_environment(settings))
-    os.environ.update(_own_environment(settings, without={"webhook_secret"}))
+    os.environ.update(_own_environment(settings))
     os.environ.pop("HF_TOKEN", None)
 
 
@@ -164,7 +164,7 @@ def child_environment(settings: Settings, zone: Zone) -> dict[str, str]:
 
     A database address may hold a password, and a worker reads strangers' files: it has no business with the queue.
     """
-    hidden = {"webhook_secret"} | ({"publish_token_file", "database"} if zone == "worker" else set())
+    hidden = {"publish_token_file", "database"} if zone == "worker" else set()
     environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment.update(_client_environment(settings))
     environment.update(_own_environment(settings, without=hidden))
@@ -172,7 +172,7 @@ def child_environment(settings: Settings, zone: Zone) -> dict[str, str]:
     return environment
 
 
-def _own_environment(settings: Settings, *, without: set[str]) -> dict[str, str]:
+def _own_environment(settings: Settings, *, without: Collection[str] = ()) -> dict[str, str]:
     environment = {}
     for name in Settings.model_fields:
         value = getattr(settings, name)

@@ -14,19 +14,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bot import storage
 from bot.errors import Failed, MergebotError, Transient
+from bot.jobs import specs
 from bot.progress import Show
 from bot.settings import Settings, activate
 
-Stage = Callable[[Mapping[str, Any], Settings, Show], dict[str, Any]]
+Stage = Callable[[Any, Settings, Show], Any]
 REPORT_EVERY_S = 0.2
 PR_SET_PDEATHSIG = 1
 
 
-def main(stages: Mapping[str, Stage]) -> None:
-    """Run `sys.argv[1]` of `stages` on the spec file `sys.argv[2]` and write the result file `sys.argv[3]`.
+def main(stages: Mapping[str, tuple[type[Any], Stage]]) -> None:
+    """Run stage `sys.argv[1]` on the spec file `sys.argv[2]` and write the result file `sys.argv[3]`.
 
-    `sys.argv[4]` is the process id of the parent.
+    `stages` holds the type of each stage's spec and its function. `sys.argv[4]` is the process id of the parent.
     """
     stage, spec_file, result_file = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     _die_with_parent(int(sys.argv[4]))
@@ -36,7 +38,9 @@ def main(stages: Mapping[str, Stage]) -> None:
     settings = Settings()
     activate(settings)
     try:
-        result: dict[str, Any] = {"ok": stages[stage](json.loads(spec_file.read_text()), settings, _reporter(progress))}
+        kind, run = stages[stage]
+        made = run(specs.decode(kind, json.loads(spec_file.read_text())), settings, _reporter(progress))
+        result: dict[str, Any] = {"ok": specs.encode(made)}
     except MergebotError as error:
         traceback.print_exc()
         result = {"error": _described(error)}
@@ -55,7 +59,7 @@ def main(stages: Mapping[str, Stage]) -> None:
             "The operator finds the details in the job's log.",
         )
         result = {"error": _described(unexpected)}
-    _write_whole(result_file, json.dumps(result))
+    storage.write_atomic(result_file, json.dumps(result).encode())
 
 
 def _described(error: MergebotError) -> dict[str, Any]:
@@ -76,15 +80,6 @@ def _reporter(progress: Any) -> Show:
         progress.write(json.dumps({"text": text, "done": done, "total": total}) + "\n")
 
     return report
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(file)
 
 
 def _die_with_parent(parent: int) -> None:

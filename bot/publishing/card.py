@@ -16,6 +16,7 @@ import yaml
 from bot.jobs import policy
 from bot.jobs.job import Job, Source
 from bot.jobs.request import MergeRequest
+from bot.jobs.specs import PublicationContent, ReplySpec
 from bot.merge.recipe import reading as recipe
 from bot.publishing import evaluation_section, leaderboard, messages
 from bot.publishing.markdown import code, fenced, listed, plain
@@ -30,8 +31,8 @@ SPEED_PICTURE = "results/decode_speed.svg"
 CONCLUSIVE = ("faster", "slower", "same")  # verdicts of a speed test that are one
 
 
-def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
-    """Everything the publisher needs: the files, and the finished texts for each name to try, in order."""
+def publication_content(job: Job, settings: Settings) -> PublicationContent:
+    """Files and finished texts of a publication."""
     assert job.merge is not None and job.evaluation is not None
     names = output_names(job, settings.namespace)
     results: dict[str, str] = {}
@@ -41,16 +42,16 @@ def publication_spec(job: Job, settings: Settings) -> dict[str, Any]:
         results["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
         if drawn := speed_figure(job.evaluation.decode_speed):
             results[SPEED_PICTURE] = drawn
-    return {
-        "digest": job.digest,
-        "manifest": job.merge.manifest,
-        "key12": job.request.key[:12],
-        "files": {name: asdict(file) for name, file in job.merge.files.items()},
-        "heads": {name: asdict(file) for name, file in job.evaluation.heads.items()},
-        # A card speaks of the repo it stands in, so there is one for each name that may be taken.
-        "texts": {name: {"README.md": model_card(job, name), **_comparison(job, name), **results} for name in names},
-        "sources": [asdict(source) for source in job.sources],
-    }
+    return PublicationContent(
+        digest=job.digest,
+        manifest=job.merge.manifest,
+        key12=job.request.key[:12],
+        files=job.merge.files,
+        heads=job.evaluation.heads,
+        # A card names its own repo, so each name to try has a card.
+        texts={name: {"README.md": model_card(job, name), **_comparison(job, name), **results} for name in names},
+        sources=job.sources,
+    )
 
 
 def _comparison(job: Job, repo: str) -> dict[str, str]:
@@ -245,20 +246,21 @@ def _lm_eval(job: Job) -> dict[str, Any]:
 # -- answers -----------------------------------------------------------------------------------------------------
 
 
-def answer(
+def reply_spec(
     request: MergeRequest, job: Job | None, refusal: Mapping[str, Any] | None, settings: Settings
-) -> dict[str, Any]:
-    """What the publisher writes on the requesting repo when its request has ended."""
+) -> ReplySpec:
+    """The reply on the requesting repo after its request has ended."""
+    assert request.repo is not None  # only requests by card are replied to
     key = request.key[:12]
     event, text = _ending(job, refusal, settings)
-    return {
-        "repo": request.repo,
-        "title": messages.TITLE.format(key=key),
-        "opening": messages.OPENING,
-        "event": event,
-        "text": text,
-        "ref": messages.REFERENCE.format(key=key, event=event),
-    }
+    return ReplySpec(
+        repo=request.repo,
+        title=messages.TITLE.format(key=key),
+        opening=messages.OPENING,
+        event=event,
+        text=text,
+        ref=messages.REFERENCE.format(key=key, event=event),
+    )
 
 
 def _ending(job: Job | None, refusal: Mapping[str, Any] | None, settings: Settings) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from bot.errors import Refused
 from bot.hub import Hub
 from bot.jobs import policy, shared_evaluations
 from bot.jobs.job import Job
+from bot.jobs.specs import BoardSpec
 from bot.settings import Settings
 from evaluators.comparison import report
 from evaluators.comparison.verdict import Comparison
@@ -212,21 +213,21 @@ def _average(evaluation: ModelEvaluation) -> tuple[float | None, float | None]:
     return evaluation.average, stderr
 
 
-def refresh_spec(published: list[Job], settings: Settings) -> dict[str, Any]:
-    """What the publisher writes so that board and results hold every published job: repo -> path -> text."""
+def board_spec(published: list[Job], settings: Settings) -> BoardSpec:
+    """The datasets of board and results with every published job."""
     rows = [row(job, settings) for job in published]
     lines = "".join(_ROW.dump_json(each).decode() + "\n" for each in rows)
     results = {_results_path(job): json.dumps(_results(job), indent=1) for job in published}
-    return {
-        "datasets": {
+    return BoardSpec(
+        datasets={
             f"{settings.namespace}/{shared_evaluations.RESULTS}": {
                 **results,
                 **shared_evaluations.files(published, settings),
             },
             f"{settings.namespace}/{BOARD}": {"README.md": BOARD_CARD, BOARD_FILE: lines},
         },
-        "message": f"mergebot: {len(rows)} published merges",
-    }
+        message=f"mergebot: {len(rows)} published merges",
+    )
 
 
 def _results_path(job: Job) -> str:

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from bot.errors import Failed, PublishConflict, Refused, Transient
 from bot.hub import FileFact, Hub
 from bot.jobs import stage_process
-from bot.jobs.job import Lease, Publication
+from bot.jobs.job import Publication, PublishedFile
 from bot.jobs.queue import Queue, open_queue
+from bot.jobs.specs import BoardSpec, PublishSpec, ReplySpec
 from bot.progress import Show
 from bot.settings import Settings, crashpoint
+from bot.storage import sha256_file
 
 MARKER = ".mergebot.json"
 UNTOUCHED = {".gitattributes"}
@@ -42,28 +42,26 @@ class Place:
     done: str | None
 
 
-def publish(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
-    """Publish the files of `spec` and prove on the Hub that they are the evaluated ones -> Publication."""
-    started = time.monotonic()
+def publish(spec: PublishSpec, settings: Settings, report: Show) -> Publication:
+    """Publish the files of `spec` and verify on the Hub that they are the evaluated ones."""
+    started, content, lease = time.monotonic(), spec.content, spec.lease
     hub, queue = Hub(settings.hub, token=settings.write_token()), open_queue(settings)
-    lease = TypeAdapter(Lease).validate_python(spec["lease"])
-    files = _verified(Path(spec["out"]), spec["files"])
-    heads = _verified(Path(spec["carried"]), spec["heads"])
+    files, heads = _verified(spec.out, content.files), _verified(spec.carried, content.heads)
     crashpoint("publish.after_manifest_check")
-    marker = {"schema": 1, "digest": spec["digest"], "manifest": spec["manifest"]}
+    marker = {"schema": 1, "digest": content.digest, "manifest": content.manifest}
     bytes_of_marker = (json.dumps(marker, sort_keys=True) + "\n").encode()
     evaluated: dict[str, Content] = {**files, MARKER: bytes_of_marker}
 
     for _ in range(ATTEMPTS):
-        place = _place(hub, list(spec["texts"]), marker)
+        place = _place(hub, list(content.texts), marker)
         crashpoint("publish.after_create_repo")
         if place.done is not None:
             queue.begin_commit(lease)
             # An earlier attempt's commit: texts and heads may be of an earlier measurement, its weights are the same.
             commit, expected = place.done, evaluated
             break
-        expected = evaluated | heads | {path: text.encode() for path, text in spec["texts"][place.repo].items()}
-        made = _commit(hub, queue, lease, place, expected, spec, report)
+        expected = evaluated | heads | {path: text.encode() for path, text in content.texts[place.repo].items()}
+        made = _commit(hub, queue, spec, place, expected, report)
         if made is not None:
             commit = made
             break
@@ -72,20 +70,17 @@ def publish(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[s
     crashpoint("publish.after_commit")
     _read_back(hub, place.repo, commit, expected, alone=place.done is None)
     crashpoint("publish.after_readback")
-    for source in spec["sources"]:
-        _still_there(hub, source["repo"], source["revision"])
+    for source in content.sources:
+        _still_there(hub, source.repo, source.revision)
     hub.make_public(place.repo)
     crashpoint("publish.after_public")
-    fact = Publication(place.repo, commit, time.monotonic() - started)
-    return dict(TypeAdapter(Publication).dump_python(fact, mode="json"))
+    return Publication(place.repo, commit, time.monotonic() - started)
 
 
-def _verified(out: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
-    """P1: every file again equals what was merged and evaluated."""
+def _verified(out: Path, files: Mapping[str, PublishedFile]) -> dict[str, Path]:
+    """P1: compare every file with the recorded hash of what was merged and evaluated."""
     for name, file in files.items():
-        with (out / name).open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != file["sha256"]:
+        if sha256_file(out / name) != file.sha256:
             raise Failed("PUBLISH_CONFLICT", f"{name} is not the file that was evaluated.", "Ask for the merge again.")
     return {name: out / name for name in files}
 
@@ -117,10 +112,9 @@ def _place(hub: Hub, names: list[str], marker: Mapping[str, Any]) -> Place:
 def _commit(
     hub: Hub,
     queue: Queue,
-    lease: Lease,
+    spec: PublishSpec,
     place: Place,
     contents: Mapping[str, Content],
-    spec: Mapping[str, Any],
     report: Show,
 ) -> str | None:
     """P3 and P4. None when somebody else committed in between: look again."""
@@ -128,15 +122,15 @@ def _commit(
     for done, path in enumerate(hub.upload(place.repo, contents)):
         report(f"Uploading {path}", done, total)
         crashpoint("publish.after_upload", done)
-    queue.begin_commit(lease)
+    queue.begin_commit(spec.lease)
     crashpoint("publish.before_commit")
     try:
         return hub.commit(
             place.repo,
             contents,
             parent=place.head,
-            message=f"mergebot: publish {spec['key12']}",
-            description=f"manifest {spec['manifest']}",
+            message=f"mergebot: publish {spec.content.key12}",
+            description=f"manifest {spec.content.manifest}",
         )
     except PublishConflict:
         return None
@@ -187,14 +181,13 @@ def _still_there(hub: Hub, repo: str, revision: str) -> None:
         ) from gone
 
 
-def board(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
+def board(spec: BoardSpec, settings: Settings, report: Show) -> None:
     """Write the board and the results datasets; a file that is already equal is left alone."""
     hub = Hub(settings.hub, token=settings.write_token())
-    for number, (repo, texts) in enumerate(spec["datasets"].items()):
-        report(f"Updating {repo}", number, len(spec["datasets"]))
-        _write_dataset(hub, repo, texts, spec["message"])
+    for number, (repo, texts) in enumerate(spec.datasets.items()):
+        report(f"Updating {repo}", number, len(spec.datasets))
+        _write_dataset(hub, repo, texts, spec.message)
         crashpoint("board.after_results" if number == 0 else "board.after_commit")
-    return {}
 
 
 def _write_dataset(hub: Hub, repo: str, texts: Mapping[str, str], message: str) -> None:
@@ -219,16 +212,15 @@ def _write_dataset(hub: Hub, repo: str, texts: Mapping[str, str], message: str) 
     hub.make_public(repo, repo_type="dataset")
 
 
-def reply(spec: Mapping[str, Any], settings: Settings, report: Show) -> dict[str, Any]:
+def reply(spec: ReplySpec, settings: Settings, report: Show) -> None:
     """Answer a request from a card in one discussion on its repo; the same answer is never written twice."""
     hub = Hub(settings.hub, token=settings.write_token())
-    number = hub.find_discussion(spec["repo"], spec["title"])
+    number = hub.find_discussion(spec.repo, spec.title)
     if number is None:
-        number = hub.open_discussion(spec["repo"], spec["title"], spec["opening"])
-    hub.comment(spec["repo"], number, spec["text"], ref=spec["ref"])
+        number = hub.open_discussion(spec.repo, spec.title, spec.opening)
+    hub.comment(spec.repo, number, spec.text, ref=spec.ref)
     crashpoint("reply.after_post")
-    return {}
 
 
 if __name__ == "__main__":
-    stage_process.main({"publish": publish, "board": board, "reply": reply})
+    stage_process.main({"publish": (PublishSpec, publish), "board": (BoardSpec, board), "reply": (ReplySpec, reply)})

@@ -17,19 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from apscheduler.schedulers.background import BackgroundScheduler
-from pydantic import TypeAdapter
 
 from bot.errors import Cancelled, Failed, LeaseLost, MergebotError, PublishingPaused, Transient
 from bot.hub import Hub
-from bot.jobs.job import Evaluation, Failure, Job, Lease, Merge, Progress, Publication, Source, missing
+from bot.jobs.job import Evaluation, Failure, Job, Lease, Merge, Progress, Publication, missing
 from bot.jobs.queue import Queue, open_queue
 from bot.jobs.request import MergeRequest
+from bot.jobs.specs import BoardSpec, EvaluateSpec, MergeSpec, PublishSpec, ReplySpec, decode
 from bot.publishing import card, leaderboard
 from bot.service import intake
 from bot.service.executors import Executor
@@ -120,7 +119,7 @@ class Scheduler:
         with self._telling:
             published = self.queue.count_published()
             if published != self._on_board:
-                spec = leaderboard.refresh_spec(self.queue.published(), self.settings)
+                spec = leaderboard.board_spec(self.queue.published(), self.settings)
                 self._publisher("board", spec, self.settings.scratch / "_board")
                 self._on_board = published
             for request, job, refusal in self.queue.unanswered():
@@ -128,7 +127,7 @@ class Scheduler:
 
     def _answer(self, request: MergeRequest, job: Job | None, refusal: Mapping[str, Any] | None) -> None:
         """One repo that cannot be answered must not keep the others waiting."""
-        spec = card.answer(request, job, refusal, self.settings)
+        spec = card.reply_spec(request, job, refusal, self.settings)
         try:
             self._publisher("reply", spec, self.settings.scratch / "_reply")
         except Transient as error:
@@ -136,8 +135,9 @@ class Scheduler:
             return
         except MergebotError as error:
             log.warning("%s cannot be answered: %s", request.repo, error)
-            spec["event"] = UNREACHABLE
-        self.queue.answered(request.key, spec["event"])
+            self.queue.answered(request.key, UNREACHABLE)
+            return
+        self.queue.answered(request.key, spec.event)
 
     def _guarded(self, tick: Callable[[], None]) -> Callable[[], None]:
         """A tick that is led by one scheduler and whose failure is logged and tried again at the next tick."""
@@ -209,48 +209,30 @@ class Scheduler:
     # -- stages --------------------------------------------------------------------------------------------------
 
     def _merge(self, job: Job, lease: Lease) -> Merge:
-        spec = {
-            "recipe": job.recipe,
-            "out": str(self._out(job)),
-            "seed": SEED,
-            "sources": TypeAdapter(tuple[Source, ...]).dump_python(job.sources, mode="json"),
-            "evaluate": asdict(job.request.evaluate),
-        }
+        spec = MergeSpec(job.recipe, self._out(job), SEED, job.sources, job.request.evaluate)
         return self._worker("merge", spec, job, lease, self.settings.merge_timeout_s, Merge)
 
     def _evaluate(self, job: Job, lease: Lease) -> Evaluation:
         assert job.merge is not None
-        spec = {
-            "out": str(self._out(job)),
-            "scratch": str(self._scratch(job)),
-            "manifest": job.merge.manifest,
-            "sources": TypeAdapter(tuple[Source, ...]).dump_python(job.sources, mode="json"),
-            "evaluate": asdict(job.request.evaluate),
-        }
+        out, scratch = self._out(job), self._scratch(job)
+        spec = EvaluateSpec(out, scratch, job.merge.manifest, job.sources, job.request.evaluate)
         return self._worker("evaluate", spec, job, lease, self.settings.evaluate_timeout_s, Evaluation)
 
     def _publish(self, job: Job, lease: Lease) -> Publication:
-        spec = {
-            "job": job.id,
-            "lease": TypeAdapter(Lease).dump_python(lease, mode="json"),
-            "out": str(self._out(job)),
-            "carried": str(self._scratch(job) / "carried"),
-            **card.publication_spec(job, self.settings),
-        }
+        content = card.publication_content(job, self.settings)
+        spec = PublishSpec(lease, self._out(job), self._scratch(job) / "carried", content)
         result = self._run("publish", spec, self._scratch(job), lease, "publisher", self.settings.publish_timeout_s)
-        return TypeAdapter(Publication).validate_python(result)
+        return decode(Publication, result)
 
     def _worker(
-        self, name: str, spec: Mapping[str, Any], job: Job, lease: Lease, timeout_s: float, fact: type[Fact]
+        self, name: str, spec: MergeSpec | EvaluateSpec, job: Job, lease: Lease, timeout_s: float, fact: type[Fact]
     ) -> Fact:
-        return TypeAdapter(fact).validate_python(self._run(name, spec, self._scratch(job), lease, "worker", timeout_s))
+        return decode(fact, self._run(name, spec, self._scratch(job), lease, "worker", timeout_s))
 
-    def _publisher(self, name: str, spec: Mapping[str, Any], scratch: Path) -> None:
+    def _publisher(self, name: str, spec: BoardSpec | ReplySpec, scratch: Path) -> None:
         self._run(name, spec, scratch, None, "publisher", self.settings.publish_timeout_s)
 
-    def _run(
-        self, name: str, spec: Mapping[str, Any], scratch: Path, lease: Lease | None, zone: Zone, timeout_s: float
-    ) -> dict[str, Any]:
+    def _run(self, name: str, spec: Any, scratch: Path, lease: Lease | None, zone: Zone, timeout_s: float) -> Any:
         renewed = 0.0
 
         def beat(progress: Progress | None) -> None:

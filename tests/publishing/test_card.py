@@ -153,13 +153,13 @@ def test_how_many_questions_each_task_has_is_said_of_all_of_them() -> None:
 
 
 def test_the_picture_is_published_beside_the_card_that_shows_it(tmp_path: Path) -> None:
-    texts = card.publication_spec(judged(tmp_path), SETTINGS)["texts"]
+    texts = card.publication_content(judged(tmp_path), SETTINGS).texts
     for name, files in texts.items():
         assert f"]({evaluation_section.PICTURE})" in files["README.md"]
         assert files[evaluation_section.PICTURE].startswith("<svg ") and name in files[evaluation_section.PICTURE]
         told = Comparison.from_dict(json.loads(files["results/comparison.json"]))
         assert told.suite == "animals" and told.tasks[0].merge.model == name and name in told.keys
-    before = card.publication_spec(job(), SETTINGS)["texts"]["mergebot/alice-both"]
+    before = card.publication_content(job(), SETTINGS).texts["mergebot/alice-both"]
     assert evaluation_section.PICTURE not in before and "results/comparison.json" not in before
     assert "comparison.svg" not in before["README.md"]
 
@@ -269,7 +269,7 @@ def test_a_taken_name_gets_the_digest() -> None:
 
 
 def test_each_name_that_may_be_taken_has_a_card_of_its_own() -> None:
-    texts = card.publication_spec(job(publication=None), SETTINGS)["texts"]
+    texts = card.publication_content(job(publication=None), SETTINGS).texts
     assert list(texts) == ["mergebot/alice-both", "mergebot/alice-both-dddddddd"]
     for name, files in texts.items():
         assert f'from_pretrained("{name}")' in files["README.md"]
@@ -285,9 +285,7 @@ def test_a_card_shows_how_to_generate_with_the_heads_that_the_repo_carries() -> 
     assert 'custom_generate="mergebot/alice-both", trust_remote_code=True' in text
     [promised] = [sentence for sentence in text.split(". ") if "text is that of plain generation" in sentence]
     assert "in float32" in promised and "in 16 bit until" in promised
-    assert card.publication_spec(carrying, SETTINGS)["heads"] == {
-        name: {"bytes": 10, "sha256": "e" * 64} for name in files
-    }
+    assert card.publication_content(carrying, SETTINGS).heads == files
 
 
 def test_every_ending_has_an_answer_with_its_reference() -> None:
@@ -298,14 +296,14 @@ def test_every_ending_has_an_answer_with_its_reference() -> None:
     for found, refused, event in (
         (job(), None, "published"), (failed, None, "failed"), (cancelled, None, "cancelled"), (None, refusal, "refused")
     ):  # fmt: skip
-        spec = card.answer(request, found, refused, SETTINGS)
-        assert spec["event"] == event
-        assert spec["ref"] == f"ref: mergebot/{request.key[:12]}/{event}"
-        assert "<b>" not in spec["text"]
+        spec = card.reply_spec(request, found, refused, SETTINGS)
+        assert spec.event == event
+        assert spec.ref == f"ref: mergebot/{request.key[:12]}/{event}"
+        assert "<b>" not in spec.text
 
 
 def test_the_board_is_a_function_of_the_facts() -> None:
-    first, second = leaderboard.refresh_spec([job()], SETTINGS), leaderboard.refresh_spec([job()], SETTINGS)
+    first, second = leaderboard.board_spec([job()], SETTINGS), leaderboard.board_spec([job()], SETTINGS)
     assert first == second
     row = leaderboard.row(job(), SETTINGS)
     assert row.average == pytest.approx(0.55)

@@ -15,6 +15,8 @@ import pytest
 
 from bot.errors import CODES, Failed, Refused, Transient
 from bot.jobs.job import Progress
+from bot.jobs.request import EvaluateOptions
+from bot.jobs.specs import MergeSpec
 from bot.service.executors.local import LocalExecutor
 from bot.settings import Settings, Zone, child_environment
 
@@ -28,13 +30,13 @@ def settings(tmp_path: Path) -> Settings:
     token.write_text(SECRET)
     return Settings(
         home=tmp_path / "home", hub="http://127.0.0.1:9", publish_token_file=token,
-        database="postgresql://bot:databasepassword@127.0.0.1/bot", webhook_secret="w" * 40,
+        database="postgresql://bot:databasepassword@127.0.0.1/bot",
     )  # fmt: skip
 
 
 def test_the_worker_learns_of_no_secret(settings: Settings) -> None:
     environment = json.dumps(child_environment(settings, "worker"))
-    for secret in (SECRET, "TOKEN_FILE", "databasepassword", "w" * 40):
+    for secret in (SECRET, "TOKEN_FILE", "databasepassword"):
         assert secret not in environment
 
 
@@ -42,7 +44,6 @@ def test_the_publisher_learns_where_the_token_lies_and_nothing_more(settings: Se
     environment = child_environment(settings, "publisher")
     assert environment["MERGEBOT_PUBLISH_TOKEN_FILE"] == str(settings.publish_token_file)
     assert SECRET not in json.dumps(environment)
-    assert "w" * 40 not in json.dumps(environment)
 
 
 def test_a_child_inherits_by_list_and_not_by_accident(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,10 +51,6 @@ def test_a_child_inherits_by_list_and_not_by_accident(settings: Settings, monkey
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     for zone in ("worker", "publisher"):
         assert SECRET not in json.dumps(child_environment(settings, zone))  # type: ignore[arg-type]
-
-
-def test_settings_do_not_show_their_secret(settings: Settings) -> None:
-    assert "w" * 40 not in repr(settings)
 
 
 def test_a_stage_that_is_unknown_ends_as_a_defect_with_one_sentence(tmp_path: Path) -> None:
@@ -71,7 +68,7 @@ def test_a_worker_that_is_killed_is_a_passing_fault(tmp_path: Path) -> None:
         for child in _children():
             os.kill(child, signal.SIGKILL)
 
-    spec = {"recipe": "{}", "out": str(tmp_path / "o"), "seed": 0}
+    spec = MergeSpec("{}", tmp_path / "o", 0, (), EvaluateOptions())
     with pytest.raises((Transient, Refused, Failed)) as died:
         executor.run("merge", spec, tmp_path / "scratch", zone="worker", timeout_s=60, beat=kill)
     assert died.value.code in CODES
@@ -97,7 +94,7 @@ from bot.jobs import stage_process
 def sleep(spec, settings, report):
     report("sleeping", 0, 1)
     grandchild.wait()
-stage_process.main({"sleep": sleep})
+stage_process.main({"sleep": (dict, sleep)})
 """
 
 

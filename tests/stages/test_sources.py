@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from bot.errors import Failed, Refused
 from bot.hub import Hub
-from bot.jobs.job import Source
+from bot.jobs.job import Merge
 from bot.jobs.request import EvaluateOptions
+from bot.jobs.specs import MergeSpec
 from bot.localhub import seed
 from bot.merge.execution.options import MergeOptions
 from bot.merge.recipe import reading as recipe
@@ -94,17 +93,12 @@ def merge(
     local_runs.merge(planned, out, settings, quiet, MergeOptions(device=device), hash_sources=hash_sources)
 
 
-def work(hub: RunningHub, home: Path, text: str, **evaluate: Any) -> tuple[dict[str, Any], Path, intake.Checked]:
+def work(hub: RunningHub, home: Path, text: str, **evaluate: Any) -> tuple[Merge, Path, intake.Checked]:
     """A stranger's request through intake and worker, as the scheduler hands it over."""
     settings = settings_of(hub, home)
     checked = intake.check(text, Hub(hub.url), settings)
-    spec = {
-        "recipe": checked.recipe.canonical(),
-        "out": str(home / "out"),
-        "seed": 0,
-        "sources": TypeAdapter(tuple[Source, ...]).dump_python(checked.sources, mode="json"),
-        "evaluate": asdict(EvaluateOptions(**{"suite": "none", **evaluate})),
-    }
+    options = EvaluateOptions(**{"suite": "none", **evaluate})
+    spec = MergeSpec(checked.recipe.canonical(), home / "out", 0, checked.sources, options)
     return worker.merge(spec, settings, quiet), home / "out", checked
 
 
@@ -129,7 +123,7 @@ def test_a_strangers_adapter_is_pinned_licensed_counted_and_merged(hub: RunningH
     assert all(torch.allclose(got[name], expected[name], atol=1e-6) for name in expected)
     told = json.loads((out / "merge_provenance.json").read_text())
     assert {source["ref"].partition("@")[0] for source in told["sources"]} == {"alice/base", "bob/tuned"}
-    assert fact["files"]["merge_provenance.json"]
+    assert fact.files["merge_provenance.json"]
     verdict = local_runs.verify(str(out), settings_of(hub, tmp_path / "again"), quiet)
     assert verdict.differences == (), verdict.sentence
 
@@ -158,7 +152,7 @@ def test_a_strangers_recipe_of_several_documents_is_merged_and_verified(hub: Run
 def test_a_template_that_is_left_out_is_told_and_intake_and_worker_plan_alike(hub: RunningHub, tmp_path: Path) -> None:
     text = "merge_method: passthrough\nmodels: [{model: alice/left}]\ndtype: float32\n"
     fact, out, checked = work(hub, tmp_path, text)
-    assert "TEMPLATE_DROPPED" in {notice["code"] for notice in fact["notices"]}
+    assert "TEMPLATE_DROPPED" in {notice["code"] for notice in fact.notices}
     assert not (out / "chat_template.jinja").exists()
     told = json.loads((out / "merge_provenance.json").read_text())
     assert told["plan_digest"] == checked.plan["plan_digest"]

@@ -1,4 +1,4 @@
-"""Where a stage of a job runs. One protocol: a stage gets a spec (JSON) and answers with a result (JSON).
+"""Executors: run a stage of a job somewhere. A stage takes a spec and returns a result, both JSON (bot/jobs/specs.py).
 
     scratch/<stage>.spec.json     what to do; never a token
     scratch/<stage>.result.json   {"ok": ...} or {"error": {...}}; written whole or not at all
@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,14 +21,14 @@ class Executor(Protocol):
     def run(
         self,
         stage: str,
-        spec: Mapping[str, Any],
+        spec: Any,
         scratch: Path,
         *,
         zone: Zone,
         timeout_s: float,
         beat: Callable[[Progress | None], None],
-    ) -> dict[str, Any]:
-        """Run `stage` to its end and return its result.
+    ) -> Any:
+        """Run `stage` on `spec` to its end and return its result, both as in `bot.jobs.specs`.
 
         `beat` is called at least every few seconds, with what the stage says of its progress; what it raises (a lost
         lease, a cancel) stops the stage, with everything it started, before it reaches the caller.

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bot.errors import Failed, MergebotError, Refused, Transient
 from bot.jobs.job import Progress
+from bot.jobs.specs import encode
 from bot.settings import Settings, Zone, child_environment
 
 MODULES: dict[Zone, str] = {"worker": "bot.stages.worker", "publisher": "bot.publishing.publisher"}
@@ -39,17 +40,17 @@ class LocalExecutor:
     def run(
         self,
         stage: str,
-        spec: Mapping[str, Any],
+        spec: Any,
         scratch: Path,
         *,
         zone: Zone,
         timeout_s: float,
         beat: Callable[[Progress | None], None],
-    ) -> dict[str, Any]:
+    ) -> Any:
         scratch.mkdir(parents=True, exist_ok=True)
         spec_file, result_file = scratch / f"{stage}.spec.json", scratch / f"{stage}.result.json"
         result_file.unlink(missing_ok=True)
-        spec_file.write_text(json.dumps(spec))
+        spec_file.write_text(json.dumps(encode(spec)))
         logs = self._settings.logs / scratch.name
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{stage}.log").open("ab") as log:
@@ -125,7 +126,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         child.stdout.close()
 
 
-def _result(result_file: Path, stage: str, code: int) -> dict[str, Any]:
+def _result(result_file: Path, stage: str, code: int) -> Any:
     if not result_file.exists():
         cause = f"signal {-code}" if code < 0 else f"exit status {code}"
         raise Transient(
@@ -135,7 +136,7 @@ def _result(result_file: Path, stage: str, code: int) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(result_file.read_text())
     error = result.get("error")
     if error is None:
-        return dict(result["ok"])
+        return result["ok"]
     kind = KINDS.get(error["kind"], Failed)
     if kind is Transient:
         raise Transient(
