@@ -53,6 +53,15 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+def try_lock(handle: int) -> bool:
+    """Lock an open file or folder; False if another descriptor holds the lock. Closing the descriptor releases it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def exclusive(lock_file: Path) -> Iterator[None]:
     """Hold one lock, against other threads and other processes alike (each call opens its own descriptor)."""
@@ -72,6 +81,19 @@ def sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make the files of a flat folder and their names survive a power cut."""
+    for path in folder.iterdir():
+        sync_file(path)
+    sync_folder(folder)
+
+
+def move_into_place(temporary: Path, final: Path) -> None:
+    """Replace `final` by the complete file `temporary`, its content on the disk first."""
+    sync_file(temporary)
+    temporary.replace(final)
 
 
 def sha256_file(path: Path) -> str:

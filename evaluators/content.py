@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from bot.errors import EvaluationError
+from bot.storage import sha256_file
 
 _CONTENT = (
     "*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "merges.txt",
@@ -28,6 +29,5 @@ def content_digest(model: Path) -> str:
         )
     content = hashlib.sha256()
     for name in sorted(paths):
-        with paths[name].open("rb") as file:
-            content.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        content.update(f"{name}\0{sha256_file(paths[name])}\n".encode())
     return content.hexdigest()

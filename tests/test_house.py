@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -57,7 +60,12 @@ HOMES = {
     ),
     "apscheduler": ("bot/service/scheduler.py",),
     "lm_eval": ("evaluators/harness/",),
+    "fcntl": ("bot/storage.py",),
 }
+# besides storage.py: files that are written through an open descriptor
+SYNCS = {"bot/storage.py", "bot/merge/execution/writer.py", "bot/localhub/blobs.py"}
+# import name -> name on the package index, where they differ
+DISTRIBUTIONS = {"yaml": "pyyaml", "re2": "google-re2", "markdown-it": "markdown-it-py"}
 MAX_PARAMETERS, MAX_FUNCTION_LINES, MAX_FILE_LINES = 8, 40, 400
 # functions beyond these limits, by path: those there are, and no more
 LONG_FUNCTIONS = frozenset(
@@ -204,6 +212,22 @@ def test_each_library_has_one_home(library: str) -> None:
         if any(name.partition(".")[0] == library for name in imports(tree)) and not path.startswith(HOMES[library])
     ]
     assert wrong == []
+
+
+def test_every_import_is_declared() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {re.split(r"[^\w.-]", each)[0].lower().replace("_", "-") for each in itertools.chain(*lists)}
+    top = {name.partition(".")[0] for _, tree in sources() for name in imports(tree)} - set(PACKAGES)
+    foreign = {name.replace("_", "-") for name in top - sys.stdlib_module_names}
+    assert {DISTRIBUTIONS.get(name, name) for name in foreign} - declared == set()
+
+
+def test_files_are_synced_in_one_place() -> None:
+    def syncs(tree: ast.Module) -> bool:
+        return any(isinstance(node, ast.Attribute) and node.attr == "fsync" for node in ast.walk(tree))
+
+    assert {path for path, tree in sources() if syncs(tree)} == SYNCS
 
 
 def test_only_settings_read_the_environment() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import Failed
+from bot.storage import sync_tree
 
 REPO = "mergebot/smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,9 +60,7 @@ def build(cache: Path, progress: Callable[[int, int, str], None] | None = None) 
 
 def settle(folder: Path, target: Path) -> None:
     """Sync the files of `folder` to disk, then give it its name; a folder that stands there already wins."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    sync_tree(folder)
     try:
         folder.rename(target)
     except OSError:

@@ -9,10 +9,10 @@ the base's own greedy ones; both are made once for a base and kept beside it, wh
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bot.storage import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -69,13 +69,7 @@ def conversations(base: Path, model: Any, tokenizer: Any) -> list[torch.Tensor]:
     kept = base.with_name(f"{base.name}-replay.json")
     if not kept.is_file():
         rows = _answered(model, tokenizer)
-        with tempfile.TemporaryDirectory(prefix=".replay-", dir=kept.parent) as made:
-            written = Path(made) / kept.name
-            with written.open("w") as file:
-                json.dump(rows, file)
-                file.flush()
-                os.fsync(file.fileno())
-            written.replace(kept)
+        write_json(kept, rows)
     return [torch.tensor(row) for row in json.loads(kept.read_text())]
 
 

@@ -6,11 +6,9 @@ names them; the client library itself compares sizes only.
 
 from __future__ import annotations
 
-import fcntl
 import fnmatch
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from bot.errors import Refused, Transient
 from bot.hub.transport import Away, Line, check_deadline
 from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.checkpoints.weight_files import INDEX, weight_file
-from bot.storage import size_text
+from bot.storage import exclusive, move_into_place, size_text, sync_folder
 
 # reliability.md 5: what of a source is ever written to our disk. Only files at the top of the repo.
 ALLOWED = (
@@ -201,7 +199,7 @@ def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Pro
     """
     into.parent.mkdir(parents=True, exist_ok=True)
     partial = into.with_name(into.name + ".partial")
-    with alone(into.with_name(f".{into.name}.lock")):
+    with exclusive(into.with_name(f".{into.name}.lock")):
         if into.is_dir():
             return into
         partial.mkdir(exist_ok=True)
@@ -229,17 +227,6 @@ def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Pro
         if progress is not None:
             progress(total, total, "")
     return into
-
-
-@contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Two jobs may want one source: the second waits and finds it complete."""
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def allowed_files(files: RepoFiles) -> dict[str, FileFact]:
@@ -308,10 +295,8 @@ def fetch_whole(
         _receive(files, api, line, name, fact, arriving, advanced)
         found = _digest_of(arriving, fact)
         if found == _expected(fact):
-            with arriving.open("rb+") as file:
-                os.fsync(file.fileno())
             arriving.chmod(0o444)
-            arriving.replace(place)
+            move_into_place(arriving, place)
             return
         arriving.unlink()
     raise Transient(
@@ -354,11 +339,3 @@ def _digest_of(path: Path, fact: FileFact) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

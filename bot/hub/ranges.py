@@ -15,7 +15,6 @@ checked.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -31,10 +30,10 @@ import httpx2
 from huggingface_hub import HfApi
 
 from bot.errors import Failed, Refused, Transient
-from bot.hub.files import FileFact, Progress, RepoFiles, alone, answer, check_room, fetch_whole, sync_folder
+from bot.hub.files import FileFact, Progress, RepoFiles, answer, check_room, fetch_whole
 from bot.hub.transport import Away, Line, check_deadline
 from bot.settings import crashpoint
-from bot.storage import IN_PARTS, journal_entry, journal_line
+from bot.storage import IN_PARTS, exclusive, journal_entry, journal_line, sha256_file, sync_folder, write_atomic
 
 PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it
 AT_ONCE = 6
@@ -66,7 +65,7 @@ def fetch(
     """
     facts = _wanted_facts(files, ranges)
     into.parent.mkdir(parents=True, exist_ok=True)
-    with alone(into.with_name(f".{into.name}.lock")):
+    with exclusive(into.with_name(f".{into.name}.lock")):
         (into / IN_PARTS).mkdir(parents=True, exist_ok=True)
         parts = [_Part.open(into, name, fact, ranges[name]) for name, fact in facts.items() if fact.sha256]
         small = {name: fact for name, fact in facts.items() if not fact.sha256}
@@ -156,10 +155,7 @@ class _Part:
         self.here, self.proven = [], False
         with self.place.open("xb") as file:
             file.truncate(self.fact.size)
-        with self.journal.open("wb") as file:
-            file.write(self.head())
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomic(self.journal, self.head())
 
     def add(self, entry: Mapping[str, object]) -> None:
         """Append one line to the journal; it is on the disk when this returns."""
@@ -199,12 +195,7 @@ class _Part:
             self.here = [one for one in self.here if one not in rotten]
             self.proven = False
             kept = b"".join(journal_line({"start": a, "end": b, "crc": crc}) for a, b, crc in self.here)
-            renewed = self.journal.with_name(self.journal.name + ".new")
-            with renewed.open("wb") as file:
-                file.write(self.head() + kept)
-                file.flush()
-                os.fsync(file.fileno())
-            renewed.replace(self.journal)
+            write_atomic(self.journal, self.head() + kept)
 
 
 def without(wanted: Sequence[Range], held: Sequence[Range]) -> list[Range]:
@@ -358,8 +349,7 @@ def _checked(files: RepoFiles, api: HfApi, line: Line, part: _Part, told: _Told)
         return "sha256"
     found = ""
     for attempt in range(2):
-        with part.place.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_file(part.place)
         if found == part.fact.sha256:
             part.add({"whole": True})
             return "sha256"

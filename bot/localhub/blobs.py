@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bot.localhub.answers import HubError
-from bot.storage import sync_folder, write_atomic
+from bot.storage import sha256_file, sync_file, sync_folder, write_atomic
 
 CHUNK_BYTES = 1 << 20
 
@@ -114,9 +114,8 @@ class Blobs:
             if self.has(sha256):
                 return  # a repeated completion after a lost answer
             raise HubError(400, "no part of this upload has arrived")
-        with path.open("rb+") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
+        digest = sha256_file(path)
+        sync_file(path)
         if path.stat().st_size != size or digest != sha256:
             path.unlink(missing_ok=True)
             raise HubError(400, "the uploaded parts do not have the announced size and sha256")

@@ -11,7 +11,6 @@ the base.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -35,6 +34,7 @@ from bot.merge.recipe.spec import (
     Source,
     Stage,
 )
+from bot.storage import sync_tree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -322,9 +322,7 @@ def _write(made: Mapping[str, Tensor], keep: list[int] | None, folder: Path, ask
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    sync_tree(folder)
 
 
 def _made(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from bot.errors import Refused
 from bot.merge.planning.output_names import MANIFEST, MANIFEST_SCHEMA, PROVENANCE
 from bot.merge.planning.plan import Plan
 from bot.stages.sources import Opened
+from bot.storage import sync_folder
 
 
 def folder_meant(out: Path) -> Path:
@@ -89,7 +90,7 @@ def put_in_place(place: Path, out: Path) -> None:
     old = _beside(out, "replaced")
     out.rename(old)
     place.rename(out)
-    _sync(out.parent)
+    sync_folder(out.parent)
     _clear(old)
 
 
@@ -175,14 +176,6 @@ def _clear(folder: Path) -> None:
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         path.unlink()
     folder.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def new_folder(path: Path) -> Path:

@@ -6,7 +6,6 @@ custom_generate/generate.py                                       what transform
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from bot.jobs.job import PublishedFile
 from bot.stages.head_candidates import CARRIED, LIMIT_BYTES, SMALL_FILES
 from bot.stages.merged_heads import WEIGHTS
+from bot.storage import sha256_file
 
 # row of the speed report -> where the speed test left its heads
 FOLDERS = {"fresh": "heads", "merged": "merged_heads", "merged_tuned": "merged_tuned"}
@@ -56,5 +56,4 @@ def _fetchable(weights: Path) -> bool:
 
 
 def _fact(path: Path) -> PublishedFile:
-    with path.open("rb") as stream:
-        return PublishedFile(path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+    return PublishedFile(path.stat().st_size, sha256_file(path))

@@ -19,6 +19,7 @@ from bot.merge.checkpoints.checkpoint import INDEX, LocalFiles, read_json, shard
 from bot.merge.checkpoints.header import OPERATOR
 from bot.merge.checkpoints.pickled import REFUSED, converted_name, pickles
 from bot.settings import Settings, child_environment
+from bot.storage import sha256_file, sync_tree
 
 TIME_LIMIT_S = 3600.0
 MEMORY_BYTES = 6 * 2**30  # on top of twice the largest file, which is mapped
@@ -57,7 +58,7 @@ def as_safetensors(folder: Path, settings: Settings) -> Path:
                 shutil.copyfile(files.locate(name), partial / name)
         _run([files.locate(name) for name in wanted], partial, folder, settings)
         _write_index(files, sizes, partial)
-        _make_durable(partial)
+        sync_tree(partial)
         try:
             partial.rename(place)
         except OSError:
@@ -66,15 +67,6 @@ def as_safetensors(folder: Path, settings: Settings) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return place
-
-
-def _make_durable(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _run(sources: list[Path], into: Path, folder: Path, settings: Settings) -> None:
@@ -116,6 +108,5 @@ def _write_index(files: LocalFiles, sizes: dict[str, int], into: Path) -> None:
 def _digest(files: LocalFiles, names: list[str]) -> str:
     whole = hashlib.sha256()
     for name in names:
-        with files.locate(name).open("rb") as stream:
-            whole.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        whole.update(f"{name}\0{sha256_file(files.locate(name))}\n".encode())
     return whole.hexdigest()

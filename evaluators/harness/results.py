@@ -13,7 +13,6 @@ cache/partial/<key>.lock                  held by the process that evaluates
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import EvaluationError
+from bot.storage import sync_file, try_lock
 from evaluators.harness.scores import Cut, Environment, Loaded, ModelEvaluation, Score, TaskData
 from evaluators.harness.suites import ANY, Suite, SuiteTask
 
@@ -73,13 +73,11 @@ def _locked(path: Path, deadline: float) -> Iterator[None]:
     """Hold the lock file at `path`, which its holder may remove. Raises TIME_LIMIT."""
     while True:
         with path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(lock.fileno()):
                 if time.monotonic() > deadline:
                     raise EvaluationError(
                         "TIME_LIMIT", "Another process evaluates the same model and is not done.", "Try again later."
-                    ) from None
+                    )
                 time.sleep(_LOOK_EVERY_S)
                 continue
             if not _is_at(lock.fileno(), path):
@@ -138,8 +136,7 @@ def finish(cache: Path, task_key: str, told: str, samples: Mapping[str, Iterable
 def _write(file: Path, lines: Iterable[str]) -> None:
     with file.open("w", encoding="utf-8") as stream:
         stream.writelines(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
+    sync_file(file)
 
 
 def no_such_metric(task: str, asked: str, known: Iterable[str]) -> EvaluationError:

@@ -10,7 +10,6 @@ without any token: `bot/stages/unpickling.py` starts it.
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bot.errors import Refused
 from bot.merge.recipe.dtypes import BY_NAME
+from bot.storage import sync_file
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +64,7 @@ def convert(source: Path, target: Path) -> None:
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(flat), _PIECE_BYTES):
                 out.write(flat[start : start + _PIECE_BYTES])
-        out.flush()
-        os.fsync(out.fileno())
+    sync_file(target)
 
 
 def _tensors(source: Path, torch: Any) -> dict[str, torch.Tensor]:

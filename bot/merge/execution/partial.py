@@ -5,7 +5,6 @@ Its owner holds a lock on the folder itself, which outlives the journal: the jou
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import stat
@@ -13,22 +12,23 @@ from pathlib import Path
 
 from bot.errors import Refused
 from bot.merge.planning.output_names import MANIFEST
+from bot.storage import try_lock
 
 
 def hold(partial: Path) -> int:
     """Lock the folder; the lock lasts until the returned handle is closed. Raises `Refused(OUTPUT_EXISTS)`."""
     handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        free = try_lock(handle)
+    except OSError:
+        return handle  # some network file systems lock no folders; the lock on the journal remains
+    if not free:
         os.close(handle)
         raise Refused(
             "OUTPUT_EXISTS",
             f"another process is merging into {partial.name.removesuffix('.partial')}.",
             "Wait for it, or name another folder.",
-        ) from None
-    except OSError:
-        pass  # some network file systems lock no folders; the lock on the journal remains
+        )
     return handle
 
 

@@ -11,7 +11,6 @@ ends with the same bytes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ from bot.merge.execution.hashing import Hashing
 from bot.merge.execution.partial import held_bytes, hold, reclaim
 from bot.merge.execution.unchanged import Fact, require_same
 from bot.merge.planning.plan import Plan, Step
-from bot.storage import size_text
+from bot.storage import journal_entry, journal_line, size_text, sync_folder, try_lock
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
 JOURNAL = "journal"
@@ -49,17 +48,13 @@ class Record:
     def line(self) -> bytes:
         """The journal line, ending in the CRC-32 of what stands before it."""
         entry = {"step": self.step, "crc": self.crc, "nonfinite": dict(self.nonfinite), "corners": dict(self.corners)}
-        text = json.dumps(entry).encode()
-        return b"%s %08x\n" % (text, zlib.crc32(text))
+        return journal_line(entry)
 
     @classmethod
     def read(cls, line: bytes) -> Record | None:
         """The record of a line, None if the line is torn."""
-        text, _, crc = line.rpartition(b" ")
-        if crc != b"%08x" % zlib.crc32(text):
-            return None
-        entry = json.loads(text)
-        return cls(entry["step"], entry["crc"], entry["nonfinite"], entry["corners"])
+        entry = journal_entry(line)
+        return None if entry is None else cls(entry["step"], entry["crc"], entry["nonfinite"], entry["corners"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +257,9 @@ class Writer:
             if self.out.exists():
                 raise Refused("OUTPUT_EXISTS", f"{self.out} has appeared meanwhile.", "Remove it and run again.")
             (self.partial / JOURNAL).unlink()
-            _sync_folder(self.partial)
+            sync_folder(self.partial)
             self.partial.rename(self.out)
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
         except OSError as error:
             raise self._explained(error) from error
 
@@ -277,16 +272,14 @@ class Writer:
         self._folder = hold(self.partial)
         reclaim(self.partial, JOURNAL)
         self._journal = os.open(self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._journal):
             raise Refused(
                 "OUTPUT_EXISTS", f"another process is merging into {self.out}.", "Wait for it, or name another folder."
-            ) from None
+            )
         self._read_journal()
         self._open_shards()
         self._forget_what_is_not_there()
-        _sync_folder(self.partial)
+        sync_folder(self.partial)
 
     def _open_shards(self) -> None:
         for number, shard in enumerate(self.plan.shards):
@@ -330,7 +323,7 @@ class Writer:
             )
         good = len(begun) + 1 if content else len(head)
         for line in content[good:].splitlines(keepends=True):
-            record = Record.read(line[:-1]) if line.endswith(b"\n") else None
+            record = Record.read(line)
             if record is None:
                 break
             self.done[record.step] = record
@@ -377,11 +370,3 @@ def _write_all(handle: int, content: bytes) -> None:
     view = memoryview(content)
     while view.nbytes:
         view = view[os.write(handle, view) :]
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,7 +17,6 @@ config key that contains "num" with "heads" or "layers", so there is one of each
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bot.errors import EvaluationError
+from bot.storage import move_into_place
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.formats.reading import MODEL, WEIGHTS
 from evaluators.medusa.trees.tree import Tree
@@ -68,7 +68,7 @@ def save(
     temporary = target.with_name(target.name + ".part")
     # Copies of one tensor would share memory, which safetensors refuses to write.
     save_file(_apart(typed), str(temporary), metadata={"format": "pt"})
-    _settle(temporary, target)
+    move_into_place(temporary, target)
     write_json(folder / CONFIG, _vllm_config(heads) if fmt == "vllm" else _config(heads, fmt, copied, base_model, tree))
     return _notes(heads, fmt, copied, base_model)
 
@@ -83,13 +83,7 @@ def block(heads: Heads, head: int, index: int) -> tuple[Tensor, Tensor]:
 def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _settle(temporary, path)
-
-
-def _settle(temporary: Path, final: Path) -> None:
-    with temporary.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(final)
+    move_into_place(temporary, path)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from bot.storage import sha256_file
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.conclusions import DO_NOT, hardly_trained
 from evaluators.medusa.speed.document import Environment, Model
@@ -63,10 +64,7 @@ def load() -> float | None:
 
 def weights_sha256(folder: Path) -> str | None:
     """SHA-256 of the weights: of the single safetensors file, or of the lines `sha256  name` of several."""
-    digests: list[tuple[str, str]] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as handle:
-            digests.append((path.name, hashlib.file_digest(handle, "sha256").hexdigest()))
+    digests = [(path.name, sha256_file(path)) for path in sorted(folder.glob("*.safetensors"))]
     if len(digests) <= 1:
         return digests[0][1] if digests else None
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests).encode()).hexdigest()

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bot.storage import move_into_place
+
 LIMIT_BYTES = 8 << 30
 ABANDONED_S = 24 * 3600.0
 
@@ -38,9 +40,7 @@ def save(tensors: Mapping[str, Tensor], file: Path, facts: Mapping[str, Any] | N
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(plain, str(part), metadata={"facts": json.dumps(facts or {})})
-        with part.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        part.replace(file)
+        move_into_place(part, file)
     finally:
         part.unlink(missing_ok=True)
 
