@@ -5,8 +5,8 @@
                   +-- transient fault, attempts left ---+      otherwise -> FAILED
     QUEUED | MERGING | EVALUATING -- cancel -> CANCELLED
 
-Facts (Merge, Evaluation, Publication, Failure) are recorded when they happen and never changed. Nobody sets a status:
-`stage` derives it from the facts and the lease, and nothing else does.
+Facts (Merge, Evaluation, Publication, Failure) are recorded when they happen and never changed. The status is not
+stored: `stage` derives it from the facts and the lease.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ ENDED = frozenset({Stage.PUBLISHED, Stage.FAILED, Stage.CANCELLED})
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model pinned to a commit; `bytes` of weights; `licence` as its card at that commit says.
+    """A model pinned to a commit, with the bytes of its weights and the license of its card at that commit.
 
-    An `adapter` is no model by itself: it is merged and named, and cannot be evaluated.
+    An `adapter` is merged and named like a model, but cannot be evaluated alone.
     """
 
     repo: str
@@ -73,10 +73,10 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Fact 2: the files of `manifest` were measured; `sources` holds the same suite for `repo@revision`.
+    """Fact 2: measurements of the files of `manifest`; `sources` holds those of each source by `repo@revision`.
 
-    `comparison` judges the merge against its sources; where there is none, `not_compared` may say why. `vitals` are by
-    `repo@revision`, too, "" is the merge. Facts from before these were taken have none of them.
+    `comparison` compares the merge with its sources; without one, `not_compared` may give the reason. `vitals` holds
+    the sanity checks by `repo@revision`, with "" for the merge. Facts recorded by older versions lack these fields.
     """
 
     manifest: str
@@ -92,7 +92,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """Fact 3: the files stand in `repo` at `commit`."""
+    """Fact 3: the files are in `repo` at `commit`."""
 
     repo: str
     commit: str
@@ -115,7 +115,7 @@ Fact = Merge | Evaluation | Publication | Failure
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Proof that its holder, and nobody else, may record facts about a job. `token` changes with every claim."""
+    """Proof that its holder alone may record facts about a job. `token` changes with every claim."""
 
     job_id: str
     owner: str
@@ -125,7 +125,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What the running stage says of itself: for people to look at, never for decisions."""
+    """Progress of the running stage, for display only."""
 
     text: str
     done: float
@@ -156,7 +156,7 @@ class Job:
 
 
 def stage(job: Job, now: datetime) -> Stage:
-    """Where the job stands, from its facts alone."""
+    """Stage of a job, derived from its facts and its lease."""
     if job.publication is not None:
         return Stage.PUBLISHED
     if job.cancelled_at is not None:

@@ -1,7 +1,7 @@
-"""May this be done? Licences, gating, size, quotas. Pure: it is told the facts and answers or refuses.
+"""Policy: licenses, gating, sizes, quotas. Pure functions of facts, without I/O.
 
-The licence table is an engineer's reading, not a lawyer's: it errs on the side of refusing. A merge carries the
-strictest licence of its sources; two different restricted licences do not mix.
+The license table is an engineer's reading, not a lawyer's, and refuses in case of doubt. A merge carries the strictest
+license of its sources; two different restricted licenses cannot be combined.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def check_size(plan: Mapping[str, Any], *, disk_limit_bytes: int, memory_limit_b
 
 
 def check_quota(*, open_jobs: int, requests_today: int, open_limit: int, day_limit: int) -> None:
-    """Refuse a person who has enough at work already. Raises Refused LIMIT_REACHED."""
+    """Refuse a user with too many open jobs or requests. Raises Refused LIMIT_REACHED."""
     if open_jobs >= open_limit:
         raise Refused(
             "LIMIT_REACHED",

@@ -1,7 +1,7 @@
-"""Bytes of a form or a card become a `MergeRequest`: bounded, canonical, unverified. No I/O.
+"""Requests: the content of a form or a card as a `MergeRequest`. Sizes are limited here; nothing is looked up.
 
-`from_form` and `from_card` are the two doors; the command line uses the first. What the recipe means and whether it
-may be done is decided later, in `bot.service.intake`.
+`from_form` and `from_card` are the two entry points; the command line uses the first. `bot.service.intake` then checks
+the recipe.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """What to measure: a suite by name, or `tasks` instead of it; `limit` samples a task; the speed test or not."""
+    """Evaluation of a request: a suite by name or `tasks`, `limit` samples per task, and the speed test."""
 
     suite: str = "quick"
     tasks: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, slots=True)
 class MergeRequest:
-    """A request as received. `requester` is the login of the form's visitor or the namespace of the tagged repo."""
+    """A request as received. `requester` is the visitor's login or the namespace of the tagged repo."""
 
     requester: str
     origin: Origin
@@ -59,7 +59,7 @@ class MergeRequest:
 
     @property
     def key(self) -> str:
-        """Identity of the request before anything is looked up: the same words asked twice are one request."""
+        """Identity of the request by its own text, before any lookup: a repeated request has the same key."""
         asked = {
             "requester": self.requester,
             "origin": self.origin.value,
@@ -75,7 +75,7 @@ class MergeRequest:
 
 @dataclass(frozen=True, slots=True)
 class CardBlock:
-    """The `mergebot:` block of a model card: the recipe itself, or the path of its file in the same repo."""
+    """The `mergebot:` block of a model card: the recipe itself, or the path of a recipe file in the repo."""
 
     recipe: str | None
     recipe_path: str | None
@@ -87,7 +87,7 @@ class CardBlock:
 
 
 def from_form(requester: str, text: str, name: str, evaluate: EvaluateOptions) -> MergeRequest:
-    """A request of the form's visitor. Raises Refused RECIPE_TOO_LARGE, REQUEST_INVALID."""
+    """Request of the form's visitor. Raises Refused RECIPE_TOO_LARGE, REQUEST_INVALID."""
     if len(text.encode("utf-8", "surrogatepass")) > RECIPE_LIMIT_BYTES:
         raise Refused("RECIPE_TOO_LARGE", "The recipe is larger than 64 KiB.", "Shorten it.")
     if not text.strip():
@@ -97,7 +97,7 @@ def from_form(requester: str, text: str, name: str, evaluate: EvaluateOptions) -
 
 
 def front_matter(readme: str) -> str | None:
-    """The metadata text of a model card, None when it has none."""
+    """The YAML metadata of a model card as text; None without metadata."""
     found = FRONT_MATTER.match(readme.removeprefix("\ufeff"))
     if found is None:
         return None
@@ -122,7 +122,7 @@ def read_block(readme: str) -> CardBlock:
 
 
 def from_card(repo: str, revision: str, block: CardBlock, text: str) -> MergeRequest:
-    """A request of the namespace that owns the tagged repo; `text` is the recipe, read at the same commit."""
+    """Request of the namespace that owns the tagged repo; `text` is the recipe, read at the same commit."""
     owner, _, plain_name = repo.partition("/")
     return MergeRequest(
         requester=owner,
@@ -138,7 +138,7 @@ def from_card(repo: str, revision: str, block: CardBlock, text: str) -> MergeReq
 
 
 def unreadable_card(repo: str, revision: str, readme: str) -> MergeRequest:
-    """Stands for a card that could not be read as a request, so that its author gets one answer."""
+    """Placeholder for a card that cannot be read as a request, so that its author gets one reply."""
     owner, _, name = repo.partition("/")
     return MergeRequest(
         owner, Origin.CARD, readme[:RECIPE_LIMIT_BYTES], name, repo=repo, revision=revision, reply="discussion"

@@ -1,11 +1,11 @@
-"""Evaluations of parents in the results dataset: made once, for every merge and every machine that asks for them.
+"""Evaluations of parents in the results dataset, shared by all merges and machines.
 
     {namespace}/mergebot-results
         evaluations/<key>/evaluation.json       {model: repo@commit, evaluation, structure, samples: {task: sha256}}
-        evaluations/<key>/samples/<task>.jsonl  who was right where, without the questions
+        evaluations/<key>/samples/<task>.jsonl  correct answers per sample, without the questions
 
-`<key>` is the one of the local cache. What is read is checked as if a stranger had written it: it answers exactly the
-question that is asked, and its scores are those of its samples. Otherwise the parent is measured anew.
+`<key>` is the key of the local cache. The dataset is read as untrusted: an evaluation must answer exactly the requested
+question, and its scores must be those of its samples. Otherwise the parent is measured again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def files(published: Iterable[Job], settings: Settings) -> dict[str, str]:
 
 
 def _files_of(model: str, evaluation: ModelEvaluation, settings: Settings) -> dict[str, str]:
-    """Empty where the samples are not here any more, or are too many to be published."""
+    """Files of an evaluation; empty if its samples are missing or too many to publish."""
     samples = results.short_samples(evaluation, settings.evaluations) if evaluation.key else {}
     size = sum(len(text) for text in samples.values())
     if not samples or size > LIMIT_BYTES or not all(_TASK.fullmatch(task) for task in samples):
@@ -70,8 +70,10 @@ def _files_of(model: str, evaluation: ModelEvaluation, settings: Settings) -> di
 
 
 def take(hub: Hub, repo: str, question: Question, model: str, settings: Settings) -> bool:
-    """Bring the evaluation of `model` (repo@commit) from the dataset `repo` into the local cache, if it is there and
-    holds good. Never raises: without it the model is measured."""
+    """Copy the evaluation of `model` (repo@commit) from the dataset `repo` into the local cache, if it is valid.
+
+    Never raises: without it the model is measured.
+    """
     key = question.key(model)
     if results.stored(settings.evaluations, key) is not None:
         return True
@@ -106,7 +108,7 @@ def take(hub: Hub, repo: str, question: Question, model: str, settings: Settings
 
 
 def _answers(found: ModelEvaluation, question: Question, key: str) -> bool:
-    """Whether an evaluation is the answer to exactly this question, by these versions of the libraries."""
+    """Return whether an evaluation answers exactly this question, with these versions of the libraries."""
     here, conditions = found.environment, asdict(question.conditions)
     same = ("limit", "seed", "batch_size", "chat_template", "backend")
     return (
@@ -122,7 +124,7 @@ def _answers(found: ModelEvaluation, question: Question, key: str) -> bool:
 
 
 def _ranked(task: SuiteTask, score: Score) -> bool:
-    """Whether it is the score that the suite ranks the task by."""
+    """Return whether the suite ranks the task by this score."""
     asked = ANY if task.metric == ANY else (task.metric, task.filter)
     shots = task.few_shot in (None, score.few_shot)
     return score.task == task.name and asked in (ANY, (score.metric, score.filter)) and shots

@@ -55,7 +55,7 @@ class PublicationContent:
 
 @dataclass(frozen=True, slots=True)
 class PublishSpec:
-    """Publish `content` under `lease`: its files lie in `out`, its heads in `carried`."""
+    """Publish `content` under `lease`: its files are in `out`, its heads in `carried`."""
 
     lease: Lease
     out: Path

@@ -1,8 +1,7 @@
-"""The first stage of an evaluation: a merge that cannot beat its parents any more is stopped after few questions.
+"""Early stopping for futility: an evaluation ends early if the merge can no longer beat its parents.
 
-Off unless the operator sets `first_stage`. The parents are measured in full, once for all their merges. A merge answers
-the first questions of every task, twice as many at every look, as long as that is no more than half of all; then the
-whole suite follows.
+Off unless `first_stage` is set. The parents are measured in full, once for all their merges. The merge answers the
+first questions of every task, twice as many in each round, up to half of all questions; then the whole suite follows.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from evaluators.harness.scores import ModelEvaluation
 def require_hope(
     ask: Callable[[int], ModelEvaluation], sources: Mapping[str, ModelEvaluation], settings: Settings
 ) -> None:
-    """`ask(n)` measures the merge on the first n questions of each task; `sources` are measured in full.
+    """Measure the merge by `ask(n)`, on the first n questions of each task; `sources` are measured in full.
 
-    Raises Failed NOT_BETTER, which happens to a merge that would end `first_stage_margin` better than every source
-    with a probability of `first_stage_error` at most, and what `ask` raises. The rate supposes that the order of a
-    dataset says nothing about its questions.
+    Raises Failed NOT_BETTER, and the errors of `ask`. A merge that would end `first_stage_margin` better than every
+    source is stopped with a probability of at most `first_stage_error`, if the order of a dataset is independent of its
+    content.
     """
     rule = stopping.Rule(settings.first_stage_margin, settings.first_stage_error)
     sizes = [score.samples for source in [*sources.values()][:1] for score in source.scores]
@@ -44,7 +43,7 @@ def require_hope(
 def decided(
     merged: ModelEvaluation, sources: Mapping[str, ModelEvaluation], questions: int, rule: stopping.Rule, cache: Path
 ) -> stopping.Decision:
-    """The decision after what was measured; `questions` is how many the largest task has.
+    """Decision after a round; `questions` is the number of the largest task.
 
     Evaluations that cannot be compared decide nothing.
     """

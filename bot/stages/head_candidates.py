@@ -1,7 +1,7 @@
-"""Which heads a merged model can be tried with: those of its parents as they are, and those merged by its recipe.
+"""Medusa heads to try on a merged model: those of its parents, and those merged by its recipe.
 
-A model's repo or folder carries its heads under `medusa/`. Only safetensors in our own layout (which is that of V1 and
-V2) are taken from a stranger's repo.
+A model's repo or folder holds its heads under `medusa/`. From untrusted repos only safetensors in our own layout, which
+covers V1 and V2, are read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIMIT_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """One source of a merge: the folder of its heads, or why there are none, and its own folder where it is at hand."""
+    """One source of a merge: the folder of its heads or the reason for their absence, and its own folder if local."""
 
     name: str
     ref: ModelRef
@@ -46,10 +46,10 @@ class Parent:
 def by_hand(
     model: Path, own: Sequence[Path], parents: Sequence[str], scratch: Path, settings: Settings, seed: int
 ) -> tuple[Given, ...]:
-    """What the options of a command line name: heads made for `model`, and NAME=DIR of its parents.
+    """Heads named on the command line: some made for `model`, and NAME=DIR for its parents.
 
-    DIR holds heads, or is a model's folder that carries them. Raises Refused for names that the recipe in `model` does
-    not have, Failed FILE_NOT_FOUND for folders that are not there.
+    DIR holds heads, or is the folder of a model with heads. Raises Refused for names that the recipe in `model` lacks,
+    Failed FILE_NOT_FOUND for missing folders.
     """
     for folder in own:
         require_folder(folder)
@@ -68,7 +68,7 @@ def by_hand(
 def of_job(
     model: Path, sources: Sequence[Source], scratch: Path, settings: Settings, hub: Hub, seed: int
 ) -> tuple[Given, ...]:
-    """The heads that the sources of a job carry; nothing where none of them does."""
+    """Heads of the sources of a job; empty if none has any."""
     found = []
     for source in sources:
         if source.adapter:
@@ -88,7 +88,7 @@ def of_job(
 
 
 def candidates(asked: Recipe | None, parents: Sequence[Parent], scratch: Path, seed: int) -> tuple[Given, ...]:
-    """A row for each parent, and one for their heads merged by the recipe `asked`, made under `scratch`."""
+    """A row per parent, and one for their heads merged by the recipe `asked`, made under `scratch`."""
     from evaluators.medusa import Given
 
     if not parents:
@@ -114,7 +114,7 @@ def candidates(asked: Recipe | None, parents: Sequence[Parent], scratch: Path, s
 
 
 def _told_apart(names: Sequence[str]) -> list[str]:
-    """The names, those that stand there more than once numbered."""
+    """The names, with a number added to repeated ones."""
     seen: dict[str, int] = {}
     found = []
     for name in names:
@@ -124,7 +124,7 @@ def _told_apart(names: Sequence[str]) -> list[str]:
 
 
 def recipe_of(model: Path) -> Recipe | None:
-    """The recipe a merged folder was made by; None where there is none that can be read."""
+    """Recipe of a merged folder; None if it has none that can be read."""
     try:
         text = (model / RECIPE).read_text(encoding="utf-8")
         return reading.parse(text, unknown_keys="ignore", file=RECIPE)
@@ -133,7 +133,7 @@ def recipe_of(model: Path) -> Recipe | None:
 
 
 def fetched(hub: Hub, repo: str, revision: str, into: Path) -> Path | None:
-    """The heads that a repo carries at a commit, whole and checked, in `into`; None where it carries none."""
+    """Heads of a repo at a commit, complete and verified, in `into`; None if the repo has none."""
     files = hub.files(repo, revision)
     sizes, hashes = files.sizes(), files.sha256s()
     weights = f"{CARRIED}/{merged_heads.WEIGHTS}"
@@ -182,7 +182,7 @@ def _source(asked: Recipe, name: str) -> ModelRef:
 
 
 def _model_of(ref: ModelRef, folder: Path, settings: Settings) -> Path | None:
-    """The parent's own checkpoint: the folder that was named if it is one, else wherever its source lies here."""
+    """The parent's own checkpoint: the named folder if it is a model, else the local folder of its source."""
     if (folder / CARRIED).is_dir() and (folder / "config.json").is_file():
         return folder
     if ref.lora is not None:
@@ -198,7 +198,7 @@ def _heads_in(folder: Path) -> Path:
 
 
 def _in_our_layout(parent: Parent, scratch: Path) -> Path:
-    """The folder of the parent's heads, written anew if they came in somebody else's layout."""
+    """Folder of the parent's heads, converted if they came in another layout."""
     assert parent.heads is not None
     if (parent.heads / merged_heads.WEIGHTS).is_file() or parent.model is None:
         return parent.heads

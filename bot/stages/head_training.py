@@ -50,7 +50,7 @@ def require_room(out: Path) -> None:
 
 
 def require_readable(prompts: Path | None, other: Path | None, tree: Path | None = None) -> None:
-    """Raises Failed for files of prompts, or of a tree, that are not there or hold none."""
+    """Raises Failed for missing or empty files of prompts or of a tree."""
     from evaluators.medusa.training import prompt_sets
     from evaluators.medusa.trees import tree_files
 
@@ -62,7 +62,7 @@ def require_readable(prompts: Path | None, other: Path | None, tree: Path | None
 
 
 def rule(name: str, temperature: float, seed: int, top_k: int = 0, top_p: float = 1.0) -> Rule:
-    """The way tokens are accepted that has this name in SAMPLING; the cuts are those of exact sampling."""
+    """The acceptance rule named in SAMPLING, with the cuts of exact sampling."""
     from evaluators.medusa.decoding.acceptance import GREEDY, Exact, Typical
 
     if name == "greedy":
@@ -71,7 +71,7 @@ def rule(name: str, temperature: float, seed: int, top_k: int = 0, top_p: float 
 
 
 def told(facts: dict[str, Any], model: str, out: Path) -> list[str]:
-    """What came of a training, a sentence each, and the commands that use its heads."""
+    """Summary of a training in sentences, with the commands that use the heads."""
     from evaluators.medusa.speed.conclusions import hardly_trained
 
     held_out, spent = facts["held_out"], facts["seconds"]
@@ -107,7 +107,7 @@ def told(facts: dict[str, Any], model: str, out: Path) -> list[str]:
 
 
 def _next_commands(facts: dict[str, Any], model: str, out: Path) -> list[str]:
-    """What to do with the heads, as it is typed."""
+    """Commands that use the heads, as typed in a shell."""
     said, place = ["Next:"], str(out)
     if "joint" in facts:
         changed = f"{place}-model"

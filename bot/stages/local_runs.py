@@ -70,9 +70,9 @@ def plan_from_headers(
     shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES,
     allow_pickle: bool = False,
 ) -> Planned:
-    """The plan of a recipe, from headers alone: local folders are opened, Hub repos are read by range.
+    """Plan of a recipe from headers alone: local folders are opened, Hub repos are read by range.
 
-    allow_pickle: pickled weights in local folders are made into safetensors first, by a process of its own.
+    allow_pickle: convert pickled weights in local folders to safetensors first, in a child process.
     """
     seen = sources.opened(asked, _hub(settings), convert=_converter(settings, allow_pickle))
     made = planner.make(seen.recipe, seen.sources, seed=seed, shard_limit_bytes=shard_limit_bytes)
@@ -89,11 +89,11 @@ def merge(
     hash_sources: bool = False,
     overwrite: bool = False,
 ) -> Merged | None:
-    """Fetch the bytes that the plan reads and merge them into `out`; None when `out` holds this merge already.
+    """Fetch the bytes that the plan reads and merge them into `out`; None if `out` already holds this merge.
 
-    overwrite: replace an output of mergebot there once the new one is complete. hash_sources: record the SHA-256 of
-    local weight files in the provenance. `verify` can then tell a changed source from a changed output; hashing takes
-    a core while the files are read, so it is off by default. Raises `bot.errors`.
+    overwrite: replace an output of mergebot once the new one is complete. hash_sources: record the SHA-256 of local
+    weight files in the provenance, so that `verify` can tell a changed source from a changed output; hashing takes a
+    core while the files are read, so it is off by default. Raises `bot.errors`.
     """
     made, out = planned.plan, output_folder.folder_meant(out)
     output_folder.settle(out)
@@ -124,7 +124,7 @@ def _remove_stages(made: plan.Plan, out: Path, options: MergeOptions) -> None:
 
 
 def _converter(settings: Settings, allow_pickle: bool) -> Callable[[Path], Path]:
-    """What to put in the place of a local folder: where its pickled weights lie as safetensors, if they may be read."""
+    """Function that replaces a local folder of pickled weights by one of safetensors, if that is allowed."""
     from bot.stages import unpickling
 
     return functools.partial(unpickling.as_safetensors, settings=settings) if allow_pickle else _without_pickles
@@ -151,16 +151,16 @@ def verify(
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """Evaluations by the name each model was given, the judged one's first; `known` are those that were stored."""
+    """Evaluations by model name, the model under test first; `known` names those that were stored."""
 
     found: Mapping[str, ModelEvaluation]
     known: frozenset[str]
 
 
 def whole_models(names: Sequence[str], settings: Settings, report: Show) -> dict[str, tuple[Path, str]]:
-    """By name each model's folder, and what stands for its bytes: a commit, or a digest of them.
+    """Folder and content identity (commit or digest) of each model, by name.
 
-    Raises Refused for a name that is neither a folder nor a repo, Failed MODEL_UNLOADABLE for a folder without one.
+    Raises Refused for a name that is neither a folder nor a repo, Failed MODEL_UNLOADABLE for a folder without a model.
     """
     from evaluators.content import content_digest
 
@@ -178,9 +178,9 @@ def evaluate(
     report: Show,
     told: Callable[[str, Estimate], None],
 ) -> Evaluated:
-    """The evaluation of every one of `whole_models`, asked alike; those that are stored are not made again.
+    """Evaluate all `whole_models` under the same conditions; stored evaluations are reused.
 
-    `told` hears what each will take. Raises Failed as the harness does.
+    `told` is called with the estimate of each. Raises Failed as the harness does.
     """
     from bot.stages import evaluation
 
@@ -200,7 +200,7 @@ def evaluate(
 
 
 def require_writable(file: Path, *, overwrite: bool) -> None:
-    """Refuse to write scores where something lies already, before anything is measured. Raises OUTPUT_EXISTS."""
+    """Refuse to overwrite scores, before the evaluation starts. Raises OUTPUT_EXISTS."""
     there = [path for path in (file, file.with_suffix(".svg")) if path.exists()]
     if file.is_dir() or (there and not overwrite):
         raise Refused(
@@ -217,8 +217,10 @@ def write_evaluations(
     looks: Mapping[str, Vitals],
     settings: Settings,
 ) -> list[Path]:
-    """The evaluations as JSON, the model's own first, each with the folder of its samples; the first looks, and the
-    comparison, which is also drawn, beside the file. Returns what was written."""
+    """Write the evaluations as JSON, with the folders of their samples, the sanity checks and the comparison.
+
+    The comparison is also drawn beside the file. Returns what was written.
+    """
     from evaluators.comparison.remarks import remarks
     from evaluators.pictures.score_figure import score_figure
 
@@ -256,7 +258,7 @@ def _as_dict(evaluation: ModelEvaluation, settings: Settings) -> dict[str, objec
 
 
 def model_folder(model: str, settings: Settings, report: Show) -> Path:
-    """The folder of a model named on the command line: a local one, or a Hub repo downloaded at its present commit."""
+    """Folder of a model named on the command line: a local one, or a Hub repo downloaded at its current commit."""
     return _whole_model(model, settings, report)[0]
 
 
@@ -275,7 +277,7 @@ def _whole_model(model: str, settings: Settings, report: Show) -> tuple[Path, st
 
 
 def _hub(settings: Settings) -> Callable[[], Hub]:
-    """The Hub, only when a recipe names a repo: its client takes a second to import."""
+    """Hub client, created on first use because its import takes a second."""
 
     @functools.cache
     def hub() -> Hub:

@@ -1,9 +1,8 @@
-"""Medusa heads merged as their models were: the same recipe, carried out by the merge engine on the heads' tensors.
+"""Merged Medusa heads: the recipe of the models, applied by the merge engine to the tensors of their heads.
 
-Heads sit after the last layer, and the recipe is rewritten for that (`for_heads`): gradients over layers take their
-last value, of slices the last one counts, filters reach the heads only where they name `lm_head`, which is what a
-head's own projection stands for. Task vectors start at the base's heads; without any, at untrained ones, which repeat
-the base.
+Heads sit after the last layer, so `for_heads` rewrites the recipe: gradients over layers take their last value, the
+last slice counts, and filters apply only where they name `lm_head`, which corresponds to a head's own projection. Task
+vectors start at the base's heads or, if it has none, at untrained heads, which repeat the base.
 
     heads/medusa_lm_head.safetensors      {i}.{j}.linear.weight / .bias, {i}.{L}.weight, keep
 """
@@ -63,7 +62,7 @@ class _Heads:
 
     @property
     def shape(self) -> dict[str, object]:
-        """What has to be equal before two sets can be merged, by its name in a sentence."""
+        """Properties that must be equal in two sets of heads before they are merged, by name."""
         first = self.blocks[0, 0, "weight"].shape
         return {
             "kind": "own" if self.projections else "shared",
@@ -84,10 +83,9 @@ def merge(
 ) -> Path:
     """Merge the heads in the folders `heads`, by source of the recipe, into the new folder `out`; returns it.
 
-    `models` are folders of the sources themselves: only the base's is read, and only where heads with projections of
-    their own start from untrained ones. Everything is computed in float64 and stored in float32, so that equal heads
-    give those heads again, bit for bit, whatever their weights. Raises Refused NOT_SUPPORTED with the reason where
-    heads are missing or do not fit each other.
+    `models` are folders of the sources. Only the base's is read, and only if heads with their own projections start
+    from untrained ones. Computed in float64 and stored in float32, so that equal heads stay equal bit for bit, whatever
+    their weights. Raises Refused NOT_SUPPORTED with the reason if heads are missing or do not match.
     """
     recipe = for_heads(asked)
     found = {_one(ref): _read(folder) for ref, folder in heads.items()}
@@ -147,7 +145,7 @@ def _parameters(parameters: Parameters) -> Parameters:
 
 
 def _setting(setting: Setting) -> Setting | None:
-    """What a parameter comes to at the heads; None where none of its conditions reaches them."""
+    """Value of a parameter for the heads; None if none of its conditions applies to them."""
     if not isinstance(setting, Conditions):
         return _at_the_end(setting)
     items = tuple(
@@ -163,7 +161,7 @@ def _at_the_end(value: Scalar | Gradient) -> Scalar:
 
 
 def _one(ref: ModelRef) -> ModelRef:
-    """A model with its adapter has one set of heads, so for the engine it is one source."""
+    """A model with its adapter has one set of heads and is one source for the engine."""
     return ref if ref.lora is None else ModelRef(str(ref))
 
 
@@ -201,7 +199,7 @@ def _read(folder: Path) -> _Heads:
 
 
 def _is_plain(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of a stranger's file, if it is one of heads, is what its name says."""
+    """Return whether a tensor of an untrusted file has the shape that its name promises."""
     if name == "keep":
         return tensor.ndim == 1 and not tensor.is_floating_point() and 0 < len(tensor) <= MOST_TOKENS
     block = _BLOCK.fullmatch(name)
@@ -213,7 +211,7 @@ def _is_plain(name: str, tensor: Tensor) -> bool:
 def _untrained(
     ref: ModelRef, recipe: Recipe, found: Mapping[ModelRef, _Heads], models: Mapping[ModelRef, Path]
 ) -> _Heads:
-    """Heads that repeat the base: where task vectors start. Raises Refused where `ref` is no such base."""
+    """Heads that repeat the base, the start of task vectors. Raises Refused if `ref` is not such a base."""
     parts = (*(stage.recipe for stage in recipe.stages), recipe)
     starts = [part for part in parts if _is_start(part, ref)]
     if not starts or not found:
@@ -228,13 +226,13 @@ def _untrained(
 
 
 def _is_start(part: Recipe, ref: ModelRef) -> bool:
-    """Whether task vectors are taken from `ref`; slerp's base is one of the two ends instead."""
+    """Return whether task vectors start at `ref`; the base of slerp is one of its two ends instead."""
     bases = (part.base, *(piece.base for module in part.modules for piece in module.slices))
     return ref in bases and METHODS[part.method].base is not Base.IGNORED and part.method != "slerp"
 
 
 def _projection(folder: Path) -> Tensor:
-    """The output projection of a model [V, H] in float32: its own, or the embedding it is tied to."""
+    """Output projection of a model [V, H] in float32: its own, or the tied embedding."""
     from safetensors import safe_open
 
     for pattern in (_HEAD, _EMBEDDING):

@@ -1,10 +1,10 @@
-"""The folder a merge is to fill: is it there already, can it be made, may it take the place of another?
+"""Output folder of a merge: reuse, creation and replacement.
 
-    OUT               whole or not there, as the engine leaves it
-    OUT.replacement   with `--overwrite` the new merge, until it is whole; it grows in OUT.replacement.partial
-    OUT.replaced      the old one, between the two renames that exchange them and while it is removed
+    OUT               complete or absent, as the engine leaves it
+    OUT.replacement   with `--overwrite`, the new merge once complete; it grows in OUT.replacement.partial
+    OUT.replaced      the old merge, between the two renames that exchange them and until it is removed
 
-Killed between the renames, OUT is missing for once and both lie beside it: the next merge puts the old one back first.
+After a kill between the renames OUT is absent and both folders exist; the next merge first restores the old one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from bot.storage import sync_folder
 
 
 def folder_meant(out: Path) -> Path:
-    """`out` with a name of its own, and behind a link to a folder that folder: a merge grows beside it."""
+    """`out` as a named folder, with links to folders resolved: a merge grows beside its target."""
     return out.resolve() if out.name in ("", "..") or (out.is_symlink() and out.is_dir()) else out
 
 
 def holds(out: Path, made: Plan) -> bool:
-    """Whether `out` is the finished result of this plan, every file as long as it was written."""
+    """Return whether `out` is the complete result of this plan, every file with its original size."""
     told = _json(out / PROVENANCE)
     try:
         return bool(told["plan_digest"] == made.digest) and _whole(out, told["outputs"])
@@ -39,7 +39,7 @@ def holds(out: Path, made: Plan) -> bool:
 
 
 def require_up_to_date(out: Path, made: Plan, opened: Opened) -> None:
-    """Refuse where a local source was changed after `out` was made from it: headers tell nothing of the numbers."""
+    """Refuse if a local source changed after `out` was made: headers do not show changed weights."""
     finished = (out / PROVENANCE).stat().st_mtime_ns
     for path in _read_files(made, opened):
         if path.stat().st_ctime_ns > finished:
@@ -50,9 +50,9 @@ def require_up_to_date(out: Path, made: Plan, opened: Opened) -> None:
 
 
 def place_for(out: Path, made: Plan, opened: Opened, *, overwrite: bool) -> Path:
-    """Where the engine is to merge to: `out`, or beside it what will take its place.
+    """Folder that the engine merges to: `out`, or its replacement beside it.
 
-    Raises Refused OUTPUT_EXISTS for a folder that is not ours to fill, OUTPUT_UNWRITABLE where none can be made.
+    Raises Refused OUTPUT_EXISTS for a folder that mergebot did not write, OUTPUT_UNWRITABLE if none can be created.
     """
     _require_writable(out)
     if not out.exists() and not out.is_symlink():
@@ -84,7 +84,7 @@ def remove_empty(place: Path) -> None:
 
 
 def put_in_place(place: Path, out: Path) -> None:
-    """Exchange `out` for the finished `place` beside it, and remove what it was."""
+    """Exchange `out` for the complete `place` beside it and remove the old one."""
     if place == out:
         return
     old = _beside(out, "replaced")
@@ -131,7 +131,7 @@ def _read_files(made: Plan, opened: Opened) -> Iterator[Path]:
 
 
 def _require_writable(out: Path) -> None:
-    """Make a folder beside `out` and remove it again: a path like /proc/x looks writable and is not."""
+    """Create and remove a folder beside `out`: a path such as /proc/x looks writable and is not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent)).rmdir()
@@ -152,7 +152,7 @@ def _require_removable(empty: Path) -> None:
 
 
 def _strange_file(folder: Path) -> str | None:
-    """A file that no merge of ours left in `folder` as far as its manifest tells, None when there is none."""
+    """A file in `folder` that its manifest does not list; None if there is none."""
     listed = _json(folder / MANIFEST)
     names = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else [folder.name]
     try:
@@ -172,7 +172,7 @@ def _require_ours(out: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove an output of ours; the manifest last, for it says whose the others are."""
+    """Remove an output of mergebot; the manifest goes last, since it identifies the other files."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         path.unlink()
     folder.rmdir()

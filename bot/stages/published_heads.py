@@ -1,7 +1,7 @@
-"""The Medusa heads that a published merge carries: the best of its speed test, and the code that generates with them.
+"""Medusa heads in a published repo: the best of the speed test, and the code that generates with them.
 
 medusa/medusa_lm_head.safetensors, config.json, training.json     the heads, and the tree to try
-custom_generate/generate.py                                       what transformers' `custom_generate` runs
+custom_generate/generate.py                                       code that transformers' `custom_generate` runs
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FOLDERS = {"fresh": "heads", "merged": "merged_heads", "merged_tuned": "merged_t
 
 
 def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, PublishedFile]:
-    """Put what a repo carries into the new folder `into`: the heads that won the test, else the fresh ones.
+    """Copy the heads for publication into the new folder `into`: the fastest of the test, else the fresh ones.
 
-    `measured` is the folder of the speed test. Returns the files by their names in the repo; none where no heads were
-    trained, where the report is refused, or where they are larger than anybody would fetch.
+    `measured` is the folder of the speed test. Returns the files by their names in the repo; empty if no heads were
+    trained, the report is refused, or the heads exceed the size limit.
     """
     from evaluators.medusa.formats import write_json
     from evaluators.medusa.formats.carried import put_code

@@ -1,4 +1,4 @@
-"""Around the tasks: whether a merge speaks before they begin, and what it is beside its sources when they are done."""
+"""Sanity check before the benchmark, comparison with the parents after it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from evaluators.vitals import Vitals
 def compared(
     merged: ModelEvaluation | None, sources: Mapping[str, ModelEvaluation], settings: Settings
 ) -> tuple[Comparison | None, str]:
-    """The verdict on the merge against its sources, or why there is none: that costs nobody a finished evaluation."""
+    """Comparison of the merge with its sources, or the reason for its absence; never an error."""
     if merged is None or not sources:
         return None, ""
     try:
@@ -32,9 +32,9 @@ def compared(
 def vital_signs(
     out: Path, manifest: str, sources: tuple[Source, ...], asked: EvaluateOptions, settings: Settings, report: Show
 ) -> dict[str, Vitals]:
-    """A look at each source (once for all merges that share it) and at the merge, under "", before any task.
+    """Sanity checks of the sources (stored and reused) and of the merge, under "".
 
-    Raises Failed NOT_FINITE, MODEL_UNLOADABLE or MODEL_NONSENSE where the tasks would be wasted on the merge.
+    Raises Failed NOT_FINITE, MODEL_UNLOADABLE or MODEL_NONSENSE if the merge cannot be evaluated.
     """
     if measures_nothing(asked):
         return {}
@@ -53,9 +53,9 @@ def first_look(
     device: str,
     dtype: str = "auto",
 ) -> dict[str, Vitals]:
-    """A look at each model, by name its folder and what stands for its bytes; those known from before are not loaded.
+    """Sanity check of each model, given by name as folder and content identity; stored checks are reused.
 
-    Raises Failed as `vital_signs` where `judged` is not fit for tasks, measured by the others, and MEMORY_LIMIT.
+    Raises Failed as `vital_signs` if `judged` fails in comparison with the others, and MEMORY_LIMIT.
     """
     found: dict[str, Vitals] = {}
     for place, (name, (folder, identity)) in enumerate(models.items()):

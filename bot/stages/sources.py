@@ -1,10 +1,10 @@
-"""Where models come from: what the references of a recipe mean, seen through headers, then as folders of bytes.
+"""Sources: resolves model references to headers for planning, then to local files for merging.
 
-    opened    references -> pinned recipe, headers of every model and adapter       nothing else is read
-    fetched   plan -> a folder for each, with at least the bytes the plan reads     local, whole, or in parts
+    opened    references -> pinned recipe, headers of every model and adapter
+    fetched   plan -> a folder per source, with at least the bytes that the plan reads
 
-A local folder stays where it is. Of a Hub repo only the needed byte ranges are fetched, unless the whole of it is here
-already or is wanted for something else too.
+Local folders stay in place. Of a Hub repo only the needed byte ranges are fetched, unless all of it is already local
+or is needed for evaluation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A recipe with every reference pinned, and by (bare) reference what lies there; `repos` are those on the Hub."""
+    """A recipe with pinned references, and the opened source of each reference; `repos` are those on the Hub."""
 
     recipe: Recipe
     sources: Mapping[ModelRef, Source]
@@ -56,11 +56,13 @@ def opened(
     accept: Callable[[PinnedRepo], None] = lambda repo: None,
     convert: Callable[[Path], Path] = lambda folder: folder,
 ) -> Opened:
-    """Pin and open everything `asked` names. Strict limits (a stranger's) mean Hub repos only, and only files that are
-    safe to publish; `accept` may refuse a repo before any of its files is read. `convert` may put another folder in the
-    place of a local one: that of pickled weights made into safetensors.
+    """Pin and open every reference of `asked`.
 
-    Raises Refused as the Hub and the reader of checkpoints do; Transient while the Hub is away.
+    Strict limits (an untrusted request) allow only Hub repos and only files that are safe to publish. `accept` may
+    refuse a repo before its files are read. `convert` may replace a local folder of pickled weights by one of
+    safetensors.
+
+    Raises Refused as the Hub and the reader of checkpoints do; Transient while the Hub is unavailable.
     """
     pins: dict[ModelRef, ModelRef] = {}
     sources: dict[ModelRef, Source] = {}
@@ -91,7 +93,7 @@ def opened(
 
 
 def operators_repo(path: str, revision: str | None, hub: Callable[[], Hub]) -> PinnedRepo:
-    """A name that is no folder here: a repo, unless it cannot be one. Nothing asks again later by itself."""
+    """Resolve a name as a Hub repo. The command line does not retry, so Transient becomes Failed."""
     if Path(path).is_file() or path.endswith(_WEIGHTS):
         what = "a file of weights, which mergekit-pytorch merges" if path.endswith(_WEIGHTS) else "a file"
         raise Refused(
@@ -114,7 +116,7 @@ def operators_repo(path: str, revision: str | None, hub: Callable[[], Hub]) -> P
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The folder of one source, and what is known of the files a plan reads there."""
+    """Local folder of one source, and the known facts about the files that a plan reads."""
 
     folder: Path
     files: Mapping[str, SourceFile]
@@ -169,10 +171,9 @@ def _from_hub(
 
 @contextmanager
 def hashing_sources(here: Mapping[ModelRef, Fetched], made: Plan | None) -> Iterator[Callable[[], Known]]:
-    """While the body runs, hash the files of local folders that `made` reads from; the value waits for the end of it.
+    """Hash the local files that `made` reads while the body runs; the yielded function waits for the hashes.
 
-    What lies on the Hub is known by its commit; of a folder only its bytes can tell later whether it is the same.
-    Without a plan nothing is hashed, and only what is known already is told.
+    Files of the Hub are identified by their commit. Without a plan nothing is hashed.
     """
     parts = () if made is None else made.parts
     headers = {source.model.bare: source.headers for part in parts for source in part.sources}
@@ -207,9 +208,9 @@ def _sha256(file: Path, stop: threading.Event) -> str:
 
 
 def local_folder(ref: ModelRef) -> Path | None:
-    """The folder a reference means, None when it means a Hub repo: a folder that exists wins, as in mergekit.
+    """Local folder of a reference; None for a Hub repo. As in mergekit, an existing folder takes precedence.
 
-    What follows an `@` may be a revision or a part of the folder's name.
+    The part after an `@` is a revision or belongs to the folder's name.
     """
     folder = Path(str(ref.bare))
     return whole_folder(folder) if folder.is_dir() else None

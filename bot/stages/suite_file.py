@@ -40,10 +40,11 @@ _TASK_KEYS = ("task", "few_shot", "metric", "filter", "chance", "file")
 
 
 def chosen(suite: str, tasks: Listed[str] = ()) -> Suite:
-    """The suite that the command line means: `tasks` before `suite`, a name or a file.
+    """Suite of a command: `tasks` take precedence over `suite`, a name or a file.
 
-    `tasks` are what lm-eval's `--tasks` takes: names, tags, patterns, task files and folders, also several with commas.
-    Raises Refused UNKNOWN_TASK, SUITE_INVALID, DATASET_UNAVAILABLE and those of the YAML guard; Failed FILE_NOT_FOUND.
+    `tasks` are as in lm-eval's `--tasks`: names, tags, patterns, task files and folders, separated by commas or
+    repeated. Raises Refused UNKNOWN_TASK, SUITE_INVALID, DATASET_UNAVAILABLE and those of the YAML guard; Failed
+    FILE_NOT_FOUND.
     """
     if not tasks:
         return read(Path(suite)) if suite.endswith((".yml", ".yaml")) else suite_named(suite)
@@ -57,7 +58,7 @@ def chosen(suite: str, tasks: Listed[str] = ()) -> Suite:
 
 
 def read(file: Path) -> Suite:
-    """The suite in `file`, every task of it looked up."""
+    """The suite in `file`, with every task resolved."""
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -112,7 +113,7 @@ def _suite(text: str, file: Path) -> Suite:
 
 
 def _tasks(reader: Reader, node: Node, path: str, folder: Path) -> list[SuiteTask]:
-    """The tasks of one entry: a tag or a pattern stands for several."""
+    """The tasks of one entry; a tag or a pattern expands to several."""
     if isinstance(node, Text):
         return list(suites.named_in_lm_eval(reader.text(node, path)))
     table = reader.mapping(node, path)

@@ -1,7 +1,7 @@
-"""Pickled weights of the operator's, made into safetensors by a child process and kept by their content.
+"""Conversion of trusted pickled weights to safetensors in a child process, stored by their content.
 
-CACHE/<sha256 of every file>/      a model folder as any other
-CACHE/<sha256 ...>.<pid>.partial/  one in the making; renamed when it is whole
+CACHE/<sha256 of every file>/      a model folder
+CACHE/<sha256 ...>.<pid>.partial/  a model folder under construction, renamed when complete
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 def as_safetensors(folder: Path, settings: Settings) -> Path:
-    """`folder`, or where its weights lie as safetensors if it has only pickled ones.
+    """`folder`, or its safetensors conversion if it holds only pickled weights.
 
-    Raises `Refused` BAD_CHECKPOINT if a file asks for anything but tensors; `Failed` TIME_LIMIT, MEMORY_LIMIT.
+    Raises `Refused` BAD_CHECKPOINT if a file holds anything but tensors; `Failed` TIME_LIMIT, MEMORY_LIMIT.
     """
     files = LocalFiles(folder)
     sizes = files.sizes()

@@ -1,6 +1,6 @@
-"""Verify a merged model: take its provenance at its word, do the work again, and name whatever differs.
+"""Verification of a merged model: repeats the merge from its provenance and names every difference.
 
-the model, as it lies there -> claim -> its sources, pinned -> plan -> fetch -> merge into scratch -> compare
+model -> provenance -> its sources, pinned -> plan -> fetch -> merge into scratch -> compare
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came out. `differences` is empty when everything is as the provenance says; `remarks` explain."""
+    """Result of a verification; `differences` is empty if everything matches the provenance."""
 
     model: str
     tensors: int
@@ -78,9 +78,9 @@ def verified(
 ) -> Verdict:
     """Merge the model in a folder or Hub repo (`owner/name[@revision]`) again and compare.
 
-    `convert` may put another folder in the place of a local source: that of its pickled weights as safetensors.
-    Raises Refused NOT_VERIFIABLE where there is nothing to go by, SOURCE_CHANGED_OR_GONE where a source is not what
-    it was, and whatever planning, fetching and merging raise.
+    `convert` may replace a local source of pickled weights by its safetensors conversion. Raises Refused NOT_VERIFIABLE
+    without usable provenance, SOURCE_CHANGED_OR_GONE for a changed source, and the errors of planning, fetching,
+    merging.
     """
     subject = _subject(model, hub)
     claim = verify.read_claim(subject.files)
@@ -121,7 +121,7 @@ def _on_disk(
 def _streaming(
     made: plan.Plan, folders: Mapping[ModelRef, Path], scratch: Path, subject: _Subject, device: str, show: Show
 ) -> list[Difference]:
-    """Merge into nothing but the comparison; only stages need room."""
+    """Merge without storing the output; only stages need disk space."""
     from bot.merge.execution import engine
     from bot.merge.execution.device import choose_devices
 
@@ -169,7 +169,7 @@ def _listing(files: Files) -> list[str]:
 
 
 def _require_pinned(claim: Claim, subject: _Subject) -> None:
-    """A stranger's file must not make us look into folders of this machine, nor at whatever a branch holds today."""
+    """Refuse unpinned sources: an untrusted file must not name local folders or moving branches."""
     loose = [ref for ref in claim.recipe.repos if not _COMMIT.fullmatch(ref.revision or "")]
     if loose and subject.on_hub:
         raise Refused(
@@ -187,7 +187,7 @@ def _require_pinned(claim: Claim, subject: _Subject) -> None:
 def _planned_again(
     claim: Claim, hub: Callable[[], Hub], convert: Callable[[Path], Path]
 ) -> tuple[sources.Opened, plan.Plan]:
-    """The plan as the operator makes it, or as a stranger's request is planned: the one whose digest is claimed."""
+    """The plan with the recorded digest, under the limits of a trusted or of an untrusted request."""
     made: list[tuple[sources.Opened, plan.Plan]] = []
     every_ref_on_hub = all(ref.revision for ref in claim.recipe.repos)
     for limits in (OPERATOR, STRANGER) if every_ref_on_hub else (OPERATOR,):
@@ -220,7 +220,7 @@ def _require_same_folders(claim: Claim, seen: sources.Opened, show: Show) -> Non
 
 
 def _possible(device: str) -> str:
-    """The device of the claim, or the CPU where there is none of its kind."""
+    """The recorded device, or the CPU if this machine lacks it."""
     from bot.merge.execution import engine
 
     try:
@@ -261,6 +261,6 @@ def _only_headers(files: Mapping[str, Mapping[str, object]]) -> bool:
 
 
 def require_same(verdict: Verdict) -> None:
-    """Raise Failed NOT_THE_SAME unless nothing differs: so a command ends with status 1 and one sentence."""
+    """Raise Failed NOT_THE_SAME if anything differs, so that the command exits with status 1."""
     if verdict.differences:
         raise Failed("NOT_THE_SAME", verdict.sentence, "")

@@ -96,7 +96,7 @@ def verified_files(out: Path) -> dict[str, PublishedFile]:
 
 
 def manifest_id(out: Path) -> str:
-    """Identity of the bytes: what is evaluated and what is published carry the same one."""
+    """SHA-256 of the manifest, which identifies the evaluated and published bytes."""
     return sha256_file(out / MANIFEST)
 
 

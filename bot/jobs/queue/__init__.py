@@ -1,4 +1,4 @@
-"""The jobs table: what was asked, who works on it, which facts are known. The only home of SQLAlchemy."""
+"""The queue: requests, jobs, leases and facts in a database. The only home of SQLAlchemy."""
 
 from sqlalchemy.exc import ArgumentError
 
@@ -10,7 +10,7 @@ __all__ = ["UNCOUNTED", "Queue", "open_queue"]
 
 
 def open_queue(settings: Settings) -> Queue:
-    """The queue that `settings` speak of; its tables are made when they are missing."""
+    """The queue of `settings`; missing tables are created."""
     settings.home.mkdir(parents=True, exist_ok=True)
     try:
         return Queue(

@@ -1,4 +1,4 @@
-"""Rows to values and back: what the tables of `schema` hold, as jobs and facts."""
+"""Conversion between the rows of `schema` and jobs, requests and facts."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def insert_fact(connection: Connection, job_id: str, fact: Fact, at: float) -> N
 
 
 def update_held(connection: Connection, lease: Lease, values: Mapping[str, Any]) -> None:
-    """Update the job while `lease` holds it. Raises Failed CANCELLED or LEASE_LOST, with nothing changed."""
+    """Update the job while `lease` holds it. Raises Failed CANCELLED or LEASE_LOST and then changes nothing."""
     held = (JOBS.c.id == lease.job_id, JOBS.c.lease_token == lease.token)
     if connection.execute(sa.update(JOBS).where(*held).values(**values)).rowcount:
         return

@@ -36,7 +36,7 @@ class Queue:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def known(self, key: str) -> Job | Mapping[str, Any] | None:
-        """What became of the request with this key: its job, its refusal (as_dict), or None when it is new."""
+        """Result of an earlier request with this key: its job, its refusal (as_dict), or None for a new key."""
         with self._reading.connect() as connection:
             row = connection.execute(sa.select(REQUESTS).where(REQUESTS.c.key == key)).mappings().first()
         if row is None:
@@ -53,9 +53,9 @@ class Queue:
         plan: Mapping[str, Any],
         now: datetime | None = None,
     ) -> Job:
-        """Accept `request`; returns the job that does the work, an existing one when the same work is known.
+        """Accept `request` and return the job that does the work: an existing one for the same work.
 
-        The same request twice is one request. Work that failed or was cancelled is not "known": asking anew runs anew.
+        A repeated request counts once. Failed and cancelled work is not reused: the same request then runs again.
         Raises Refused QUEUE_FULL.
         """
         at = seconds(now)
@@ -87,14 +87,14 @@ class Queue:
             return read_job(connection, job_id)
 
     def refuse(self, request: MergeRequest, refusal: MergebotError, now: datetime | None = None) -> None:
-        """Remember that `request` was refused, so that it is answered once and not looked at again."""
+        """Record the refusal of `request`, so that it is answered once and not checked again."""
         if self.known(request.key) is not None:
             return
         with self._writing.begin() as connection:
             insert_request(connection, request, seconds(now), job_id=None, refusal=refusal.as_dict())
 
     def requests_since(self, requester: str, since: datetime) -> int:
-        """How many requests of this person were accepted since then."""
+        """Number of accepted requests of this user since then."""
         query = sa.select(sa.func.count()).where(
             REQUESTS.c.requester == requester, REQUESTS.c.received_at >= seconds(since), REQUESTS.c.job_id.is_not(None)
         )
@@ -102,13 +102,13 @@ class Queue:
             return int(connection.execute(query).scalar_one())
 
     def open_jobs(self, requester: str) -> int:
-        """How many jobs of this person have not ended."""
+        """Number of jobs of this user that have not ended."""
         query = sa.select(sa.func.count()).where(JOBS.c.requester == requester, JOBS.c.ended_at.is_(None))
         with self._reading.connect() as connection:
             return int(connection.execute(query).scalar_one())
 
     def unanswered(self) -> list[tuple[MergeRequest, Job | None, Mapping[str, Any] | None]]:
-        """Requests from cards whose end (published, failed, cancelled, refused) their author has not been told."""
+        """Requests by card that have ended (published, failed, cancelled, refused) and await their reply."""
         query = (
             sa.select(REQUESTS)
             .outerjoin(JOBS, REQUESTS.c.job_id == JOBS.c.id)
@@ -124,14 +124,14 @@ class Queue:
         return found
 
     def answered(self, key: str, event: str) -> None:
-        """The author of request `key` was told of `event`."""
+        """Record that the author of request `key` received the reply for `event`."""
         with self._writing.begin() as connection:
             connection.execute(sa.update(REQUESTS).where(REQUESTS.c.key == key).values(answered=event))
 
     # -- work ----------------------------------------------------------------------------------------------------
 
     def claim(self, owner: str, now: datetime | None = None) -> Lease | None:
-        """Take the next job: whoever was served longest ago, each person's jobs in their order. None: nothing waits."""
+        """Claim the next job: of the user served longest ago, in the order of submission. None if no job waits."""
         at = seconds(now)
         served = sa.select(JOBS.c.requester, sa.func.max(JOBS.c.claimed_at).label("at")).group_by(JOBS.c.requester)
         last = served.subquery()
@@ -207,16 +207,16 @@ class Queue:
             )
 
     def begin_commit(self, lease: Lease) -> None:
-        """The point of no return before the one commit. Raises Failed LEASE_LOST, CANCELLED.
+        """Mark the point of no return before the commit. Raises Failed LEASE_LOST, CANCELLED.
 
-        From here a cancel is refused, and passing faults are met again without counting attempts: what may already
-        stand on the Hub has to be finished.
+        From here on a cancel is refused and transient errors are retried without using up attempts: the commit may
+        already be on the Hub and has to be finished.
         """
         with self._writing.begin() as connection:
             update_held(connection, lease, {"committing": True})
 
     def cancel(self, job_id: str, by: str, now: datetime | None = None) -> Job:
-        """Stop a job for its owner. Raises Refused JOB_NOT_FOUND, NOT_YOURS, or CANCELLED when it is too late."""
+        """Cancel a job for its owner. Raises Refused JOB_NOT_FOUND, NOT_YOURS, or CANCELLED when it is too late."""
         at = seconds(now)
         with self._writing.begin() as connection:
             job = read_job(connection, job_id)
@@ -233,7 +233,7 @@ class Queue:
             return read_job(connection, job_id)
 
     def sweep(self, now: datetime | None = None) -> int:
-        """Fail the jobs whose last attempt died without a word; returns how many."""
+        """Fail the jobs whose last attempt ended without a record; returns their number."""
         at = seconds(now)
         dead = sa.select(JOBS.c.id).where(
             JOBS.c.ended_at.is_(None),
@@ -285,7 +285,7 @@ class Queue:
         return self._all(query)
 
     def published(self) -> list[Job]:
-        """Every published job, oldest first."""
+        """All published jobs, oldest first."""
         query = (
             sa.select(JOBS.c.id)
             .join(FACTS, sa.and_(FACTS.c.job_id == JOBS.c.id, FACTS.c.kind == "publication"))
@@ -294,20 +294,20 @@ class Queue:
         return self._all(query)
 
     def count_published(self) -> int:
-        """How many jobs are published: cheap enough to ask at every tick."""
+        """Number of published jobs, a cheap query."""
         query = sa.select(sa.func.count()).select_from(FACTS).where(FACTS.c.kind == "publication")
         with self._reading.connect() as connection:
             return int(connection.execute(query).scalar_one())
 
     def position(self, job_id: str) -> int:
-        """How many open jobs were submitted before this one."""
+        """Number of open jobs submitted before this one."""
         with self._reading.connect() as connection:
             at = connection.execute(sa.select(JOBS.c.submitted_at).where(JOBS.c.id == job_id)).scalar_one()
             query = sa.select(sa.func.count()).where(JOBS.c.ended_at.is_(None), JOBS.c.submitted_at < at)
             return int(connection.execute(query).scalar_one())
 
     def unfinished(self) -> set[str]:
-        """Ids of the jobs that have not ended: only their scratch folders may stay."""
+        """Ids of the jobs that have not ended; only their scratch folders are kept."""
         with self._reading.connect() as connection:
             return set(connection.execute(sa.select(JOBS.c.id).where(JOBS.c.ended_at.is_(None))).scalars())
 
