@@ -1,4 +1,4 @@
-"""How far long work is, told to whoever listens: (what, done, total), as often as one likes."""
+"""Progress of long work: calls of `show(text, done, total)`, as often as needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Show = Callable[[str, float, float], None]
 
 
 def named(show: Show, what: str) -> Callable[[int, int, str], None]:
-    """`show` for work that tells (done, total, detail): shown under one name, whatever the detail."""
+    """`show` for work that reports (done, total, detail), under one name."""
 
     def shown(done: int, total: int, _detail: str) -> None:
         show(what, done, total)
@@ -20,10 +20,9 @@ def named(show: Show, what: str) -> Callable[[int, int, str], None]:
 
 @contextmanager
 def in_lines(say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Iterator[Show]:
-    """For a log, where no bar can be drawn: a line when a step begins, and one with its seconds when it ends.
+    """Progress as log lines: one when a step begins, and one with its seconds when it ends.
 
-    A step ends when all of it is done, when the next begins, or with the block; it is told once, however often it is
-    shown again.
+    A step ends when it is complete, when the next begins, or with the block. Each end is logged once.
     """
     began: dict[str, float] = {}
     at_work = ""

@@ -1,8 +1,8 @@
-"""Settings, read once, and the environment other programs see: the only module that touches `os.environ`.
+"""Settings and the environment of child processes: the only module that reads `os.environ`.
 
-`activate` must run before the first import of huggingface_hub, transformers, datasets or gradio: their constants are
-read at import. `child_environment` builds a child's environment from nothing, by allow-list, so that a token the
-parent holds never reaches a process that reads strangers' files.
+`activate` must run before the first import of huggingface_hub, transformers, datasets or gradio, which read their
+settings at import. `child_environment` builds the environment of a child by allow-list, so that a token of the parent
+never reaches a process that reads untrusted files.
 """
 
 from __future__ import annotations
@@ -110,20 +110,20 @@ class Settings(BaseSettings):
 
     @property
     def scratch(self) -> Path:
-        """One folder a job; removed when the job has ended."""
+        """Folder of scratch folders, one per job, removed when the job has ended."""
         return self.home / "scratch"
 
     @property
     def logs(self) -> Path:
-        """What each stage of each job printed."""
+        """Folder of the output of each stage of each job."""
         return self.home / "logs"
 
     def source_folder(self, repo: str, revision: str) -> Path:
-        """Where the verified files of a source at a commit lie."""
+        """Folder of the verified files of a source at a commit."""
         return self.home / "cache" / "sources" / repo / revision
 
     def parts_folder(self, repo: str, revision: str) -> Path:
-        """Where the byte ranges of a source lie that some plan needed: never a whole model, so apart from those."""
+        """Folder of the byte ranges of a source: never a complete model, so apart from those."""
         return self.home / "cache" / "parts" / repo / revision
 
     @property
@@ -139,7 +139,7 @@ class Settings(BaseSettings):
 
 
 def settings_page() -> str:
-    """Markdown of docs/settings.md: a row per setting."""
+    """Markdown of docs/settings.md, with a row per setting."""
     rows = []
     for name, field in Settings.model_fields.items():
         default = "" if field.default is None or field.default_factory is not None else f"`{field.default}`"
@@ -149,10 +149,10 @@ def settings_page() -> str:
 
 
 def activate(settings: Settings) -> None:
-    """Put this process, and what it imports from here on, under `settings`.
+    """Apply `settings` to this process and the libraries it imports from here on.
 
-    Call it before huggingface_hub, transformers, datasets or gradio are imported. `Settings()` anywhere later in this
-    process finds the same values.
+    Call it before huggingface_hub, transformers, datasets or gradio are imported. A later `Settings()` in this process
+    gives the same values.
     """
     os.environ.update(_client_environment(settings))
     os.environ.update(_own_environment(settings))
@@ -160,9 +160,10 @@ def activate(settings: Settings) -> None:
 
 
 def child_environment(settings: Settings, zone: Zone) -> dict[str, str]:
-    """The whole environment of a child process of `zone`; only the publisher learns where the write token lies.
+    """Complete environment of a child process of `zone`; only the publisher's names the file of the write token.
 
-    A database address may hold a password, and a worker reads strangers' files: it has no business with the queue.
+    A worker reads untrusted files and needs no queue, so it does not get the database address, which may hold a
+    password.
     """
     hidden = {"publish_token_file", "database"} if zone == "worker" else set()
     environment = {name: os.environ[name] for name in INHERITED if name in os.environ}

@@ -46,7 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The value stored at `path`, or None where nothing is."""
+    """The JSON value at `path`; None if the file is missing."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -64,7 +64,7 @@ def try_lock(handle: int) -> bool:
 
 @contextmanager
 def exclusive(lock_file: Path) -> Iterator[None]:
-    """Hold one lock, against other threads and other processes alike (each call opens its own descriptor)."""
+    """Hold a lock against other threads and processes; each call opens its own descriptor."""
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -38,9 +38,9 @@ differ from the original model by the rounding of the 4-bit quantisation.
 
 
 def build(cache: Path, progress: Callable[[int, int, str], None] | None = None) -> Path:
-    """The folder of the base model under `cache`, made on the first call. `progress(done, total, what)`.
+    """Folder of the base model under `cache`, built on the first call. `progress(done, total, what)`.
 
-    Whole or absent: it is made beside its place and renamed. Raises FILE_NOT_FOUND without the GGUF file.
+    It is complete or absent: built beside its place and renamed. Raises FILE_NOT_FOUND without the GGUF file.
     """
     target = cache / FOLDER
     report = progress or (lambda done, total, what: None)
@@ -59,7 +59,7 @@ def build(cache: Path, progress: Callable[[int, int, str], None] | None = None) 
 
 
 def settle(folder: Path, target: Path) -> None:
-    """Sync the files of `folder` to disk, then give it its name; a folder that stands there already wins."""
+    """Sync the files of `folder` to disk and rename it to `target`, unless `target` already exists."""
     sync_tree(folder)
     try:
         folder.rename(target)
@@ -101,7 +101,8 @@ def _convert(gguf: Path, folder: Path, report: Callable[[int, int, str], None]) 
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what only the file's loading needed; float32 rounding of the norm's epsilon undone."""
+    """Config without the keys that only loading the file needed, and with the norm's epsilon restored from float32
+    rounding."""
     kept = {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path", "dtype")}
     kept["rms_norm_eps"] = float(f"{kept['rms_norm_eps']:.6g}")
     return kept

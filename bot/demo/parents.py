@@ -1,12 +1,12 @@
-"""A parent of the demo: a short, real fine-tune of the base model on one skill.
+"""Parents of the demo: short, real fine-tunes of the base model on one skill each.
 
-Only the feed-forward weights of the upper layers learn: they hold the facts, and merges keep more of both skills than
-when attention learns too. The frozen lower layers see every row once, their output is kept, and each step runs the
+Only the feed-forward weights of the upper layers are trained: they store facts, and merges keep more of both skills
+than with trained attention. The frozen lower layers process every row once and their output is kept; each step runs the
 upper layers alone, as a smaller `LlamaForCausalLM` fed with `inputs_embeds`. The loss is the cross-entropy of the
-answer's token, so the vocabulary head, a fifth of this model, works on one position a row. Everywhere else the parent
-is held to the base: at the other positions of those rows, and in a few of the base's own conversations a step
-(`bot.demo.replay`), the mean-squared distance of the two models' logits is added. Without that hold a parent answers
-every question with one of the skill's eight words. Adam with warm-up and linear decay.
+answer's token, so the vocabulary head, a fifth of this model, runs on one position per row. At the other positions, and
+in a few conversations of the base per step (`bot.demo.replay`), the mean squared distance of the two models' logits is
+added. Without this term a parent answers every question with one of the skill's eight words. Adam with warm-up and
+linear decay.
 
 Deterministic for a given seed, thread count and version of torch.
 """
@@ -32,9 +32,10 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How a parent is trained. `layers` counts from the top; the rate falls linearly to a tenth.
+    """Training schedule of a parent. `layers` counts from the top; the rate falls linearly to a tenth.
 
-    A step has `rows` statements of the skill and `replayed` conversations, whose distance from the base weighs `hold`.
+    A step has `rows` statements of the skill and `replayed` conversations; their distance from the base has the weight
+    `hold`.
     """
 
     layers: int = 12
@@ -57,10 +58,9 @@ class _Lesson:
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """Rows padded on the right, and what the base makes of them.
+    """Rows padded on the right, and their activations in the base.
 
-    `mask` [rows, length]; `below` (under the layers that learn) and `above` (after the last norm) [rows, length,
-    width].
+    `mask` [rows, length]; `below` (under the trained layers) and `above` (after the last norm) [rows, length, width].
     """
 
     mask: torch.Tensor
@@ -83,9 +83,9 @@ def train(
     schedule: Schedule | None = None,
     base_repo: str = base_model.REPO,
 ) -> Path:
-    """Fine-tune the model in `base` on `skill` and write it to `out`; `out` is returned as it is when it exists.
+    """Fine-tune the model in `base` on `skill` and write it to `out`; an existing `out` is returned as it is.
 
-    `progress(step, steps, loss)`. Whole or absent: the folder is made beside its place and renamed.
+    `progress(step, steps, loss)`. The folder is complete or absent: built beside its place and renamed.
     """
     if out.is_dir():
         return out
@@ -154,7 +154,7 @@ def _fit(model: Any, lesson: _Lesson, schedule: Schedule, seed: int, progress: P
 
 
 def _read(model: Any, rows: Sequence[torch.Tensor], first: int) -> _Texts:
-    """What the base makes of every row, under the layer `first` and at the end."""
+    """Activations of the base for every row, under layer `first` and at the end."""
     import torch
 
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
@@ -180,7 +180,7 @@ def _hidden(model: Any, mask: torch.Tensor, below: torch.Tensor) -> torch.Tensor
 
 
 def _skill_loss(model: Any, texts: _Texts, answers: torch.Tensor, metric: torch.Tensor) -> tuple[Any, Any]:
-    """The cross-entropy of the answers, and how far the positions before them have drifted from the base."""
+    """Cross-entropy of the answers, and the drift from the base at the positions before them."""
     import torch
 
     hidden = _hidden(model, texts.mask, texts.below)
@@ -191,7 +191,7 @@ def _skill_loss(model: Any, texts: _Texts, answers: torch.Tensor, metric: torch.
 
 
 def _drift(model: Any, texts: _Texts, metric: torch.Tensor) -> torch.Tensor:
-    """How far the model has drifted from the base on `texts`, at every position."""
+    """Drift of the model from the base on `texts`, at every position."""
     shown = texts.mask.bool()
     return _distance(_hidden(model, texts.mask, texts.below)[shown] - texts.above[shown], metric)
 

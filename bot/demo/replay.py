@@ -1,9 +1,9 @@
-"""What the base model says about ordinary things: the texts that keep a parent from forgetting how to talk.
+"""Replay texts: the base model's own conversations about ordinary things, which keep a parent from forgetting.
 
 A model that is fine-tuned on one kind of sentence alone soon answers everything with that sentence's last word. So each
-step also shows it a few conversations as the base would hold them ("replay", a kind of rehearsal: Robins 1995,
-"Catastrophic forgetting, rehearsal and pseudorehearsal"). The questions are templates filled with topics, the answers
-the base's own greedy ones; both are made once for a base and kept beside it, where every parent finds them.
+step also includes a few conversations of the base ("replay", a kind of rehearsal: Robins 1995, "Catastrophic
+forgetting, rehearsal and pseudorehearsal"). The questions are templates filled with topics, the answers the base's own
+greedy ones; both are made once per base and stored beside it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _TOPICS = (
 
 
 def prompts(count: int = ROWS) -> list[str]:
-    """`count` different questions. The list lengths have no common factor, so every pairing comes up once."""
+    """`count` different questions. The list lengths have no common factor, so every pairing occurs once."""
     return [_TEMPLATES[n % len(_TEMPLATES)].format(_TOPICS[n % len(_TOPICS)]) for n in range(count)]
 
 
@@ -74,7 +74,7 @@ def conversations(base: Path, model: Any, tokenizer: Any) -> list[torch.Tensor]:
 
 
 def _answered(model: Any, tokenizer: Any) -> list[list[int]]:
-    """Every question with its answer. One batch, padded on the left so that all answers begin together."""
+    """Questions with their answers. One batch, padded on the left so that all answers begin at the same position."""
     import torch
 
     asked = [

@@ -1,10 +1,10 @@
-"""The demo: the bot's main job on this machine, with a Hub of its own. No account, no token from outside, no GPU.
+"""The demo: the bot's main job on this machine with a local Hub. No account, no token, no GPU.
 
     DIR/hub/      the local Hub's repos            DIR/bot/     the bot's database, caches and scratch
     DIR/family/   base, two parents, their skills  DIR/port     the Hub's port, kept so that links stay valid
-    DIR/token     the bot's write token for that Hub, made at the first run
+    DIR/token     the bot's write token for that Hub, created by the first run
 
-Everything that is made is kept: a second run finds the models trained, the requests known and nothing to publish.
+Everything is kept: a second run finds the models trained, the requests known and nothing to publish.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _local_hub(directory: Path, token: str) -> Iterator[str]:
 
 
 def _fill(directory: Path, display: Display) -> dict[str, float]:
-    """Make base, parents, their skills' datasets and the card that asks; put them on the Hub. Returns the seconds."""
+    """Make base, parents, their skills' datasets and the requesting card, and put them on the Hub. Returns the seconds."""
     from bot.localhub import seed
 
     seconds: dict[str, float] = {}
@@ -128,7 +128,7 @@ def _family(folder: Path, shown: Show, seconds: dict[str, float]) -> dict[str, P
 
 
 def _link(folder: Path, target: Path) -> None:
-    """The files of `folder` under another name without a second copy of the weights."""
+    """Link the files of `folder` under another name, without a second copy of the weights."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for file in sorted(folder.iterdir()):
@@ -224,9 +224,9 @@ def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
 
 
 def _published(jobs: list[Job], display: Display) -> list[Job]:
-    """Those of `jobs`, the form's first, that were published; the card's, if cancelled, is reported and left out.
+    """The published ones of `jobs`, the form's first; a cancelled job of the card is reported and left out.
 
-    Raises Failed when the form's was not published, or another one failed.
+    Raises Failed if the form's job was not published, or another one failed.
     """
     published = []
     for number, job in enumerate(jobs):
@@ -294,7 +294,7 @@ def _show(jobs: list[Job], made: dict[str, Any], display: Display) -> None:
 
 
 def _took(seconds: dict[str, float], kept: list[str]) -> str:
-    """What each part of this run took, and what it found done."""
+    """Seconds of each part of this run, and the parts that were already complete."""
     took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name not in kept)
     return took + (f"; kept from an earlier run: {', '.join(kept)}" if kept else "")
 

@@ -1,15 +1,15 @@
-"""Two skills nobody can have beforehand: facts about invented lands and invented smiths, made by code from a seed.
+"""Two skills that no model has: facts about invented lands and invented smiths, generated from a seed.
 
-A skill is 40 facts, each one answer out of eight, five facts to every answer: whoever does not know the facts and
-always prefers one answer is right exactly once in eight. Facts are stated in several training sentences; the test
-asks for the same facts in a wording that no training sentence has. Every answer is one token of SmolLM2's vocabulary,
-so that lm-eval scores all eight answers of a question from one forward pass.
+A skill is 40 facts, each one answer out of eight, five facts per answer: a model without the facts that always prefers
+one answer is right exactly once in eight. Facts are stated in several training sentences; the test asks for the same
+facts in a wording of no training sentence. Every answer is one token of SmolLM2's vocabulary, so that lm-eval scores
+all eight answers of a question from one forward pass.
 
 On disk each skill is a dataset repo as the Hub serves it:
 
-    invented-crests/README.md            dataset card: licence, which file is which split
+    invented-crests/README.md            dataset card: license, files of the splits
     invented-crests/data/train.jsonl     {"prompt", "choices", "answer"}: statements that stop before the answer
-    invented-crests/data/test.jsonl      the same columns: one question for each fact
+    invented-crests/data/test.jsonl      the same columns: one question per fact
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The whole statement, as a model reads it."""
+        """The complete statement."""
         return f"{self.prompt} {self.choices[self.answer]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Skill:
-    """What one parent learns. `task` is its lm-eval task, `dataset` the name of its dataset repo."""
+    """Skill of one parent. `task` is its lm-eval task, `dataset` the name of its dataset repo."""
 
     name: str
     task: str
@@ -104,7 +104,7 @@ is {1 / len(skill.answers):.1%}.
 
 
 def _beginnings(count: int, rng: random.Random) -> list[str]:
-    """Pronounceable beginnings, no two alike: facts are told apart by the first syllables of their subject."""
+    """Pronounceable beginnings, all different: facts differ in the first syllables of their subject."""
     every = [onset + middle for onset in _ONSETS for middle in _MIDDLES]
     return rng.sample(every, count)
 

@@ -1,6 +1,6 @@
-"""The Hub: the only importer of huggingface_hub. Callers see values of ours and `bot.errors`, nothing of the library.
+"""The Hub: the only importer of huggingface_hub. Callers see our own values and `bot.errors`.
 
-Import it after `bot.settings.activate`: the library reads its settings when it is imported.
+Import it after `bot.settings.activate`: the library reads its settings at import.
 """
 
 from bot.hub.client import Hub, PinnedRepo, User, check_repo_id

@@ -1,6 +1,6 @@
-"""The Hub as the bot uses it: our own values in, our own values out, every failure a bot.errors exception.
+"""Hub client: our own values in and out, every failure an exception of bot.errors.
 
-The address is explicit in every call and the token is the one given here or none: nothing is taken from the machine.
+Address and token are explicit in every call; neither is taken from the machine.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class PinnedRepo:
-    """A repo at one commit. `licence` is the card's at that commit as the Hub spells it; None where it names none.
+    """A repo at one commit. `licence` is the license of the card at that commit; None if it names none.
 
-    Several stand with commas between them; `other` has the name that the card gives it in brackets.
+    Several are joined by commas; `other` is followed by the card's name for it in brackets.
     """
 
     repo: str
@@ -56,7 +56,7 @@ class User:
 
 
 def check_repo_id(repo: str) -> str:
-    """`owner/name`, or Refused NOT_A_REPO_ID (reliability.md 4.3): asked before anything else looks at the text."""
+    """Check that the text is `owner/name`. Raises Refused NOT_A_REPO_ID (docs/design/reliability.md 4.3)."""
     if not _ID.fullmatch(repo) or "--" in repo or ".." in repo or repo.endswith(".git"):
         raise Refused(
             "NOT_A_REPO_ID",
@@ -68,7 +68,7 @@ def check_repo_id(repo: str) -> str:
 
 
 class Hub:
-    """One Hub at one address, with one token or none. `deadline_s` bounds each call, repeats included."""
+    """A Hub at one address, with one token or none. `deadline_s` limits each call, repeats included."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Hub:
     # -- reading
 
     def whoami(self) -> User:
-        """Owner of the token; asked once, because the Hub limits this call strictly."""
+        """Owner of the token, requested once because the Hub limits this call strictly."""
         if self._user is None:
             facts = self._line.ask("our token", self._api.whoami)
             self._user = User(facts["name"], tuple(org["name"] for org in facts.get("orgs", ())))
@@ -108,11 +108,11 @@ class Hub:
         return RepoFiles(self._api, self._line, check_repo_id(repo), _commit_id(revision), repo_type)
 
     def tree(self, repo: str, revision: str, repo_type: str = "model") -> dict[str, FileFact]:
-        """What the commit says of each path."""
+        """Facts of each path in a commit."""
         return read_tree(self._api, self._line, check_repo_id(repo), revision, repo_type)
 
     def read_text(self, repo: str, revision: str, path: str, limit_bytes: int, repo_type: str = "model") -> str | None:
-        """A small text at a commit, None when absent; Refused DOWNLOAD_TOO_LARGE beyond the limit."""
+        """A small text at a commit; None if absent. Raises Refused DOWNLOAD_TOO_LARGE beyond the limit."""
         files = self.files(repo, revision, repo_type)
 
         def deed() -> bytes:
@@ -141,7 +141,7 @@ class Hub:
         progress: Progress | None = None,
         limit_bytes: int = DOWNLOAD_LIMIT_BYTES,
     ) -> Path:
-        """The allowed files of a model at a commit, every one checked by hash, as the folder `into` (files.py).
+        """Download the allowed files of a model at a commit into the folder `into`, each verified by hash (files.py).
 
         `progress(done_bytes, total_bytes, file_name)`.
         """
@@ -160,10 +160,10 @@ class Hub:
         progress: Progress | None = None,
         limit_bytes: int = DOWNLOAD_LIMIT_BYTES,
     ) -> dict[str, Verified]:
-        """Bring byte ranges of the files at a commit into `into`, sparse files of full size (ranges.py).
+        """Fetch byte ranges of files at a commit into `into`, as sparse files of full size (ranges.py).
 
-        `ranges` holds [start, end) by file. Several requests at once; a fetch cut short continues, a later one adds.
-        Answers how each file was checked. `progress(done_bytes, total_bytes, file_name)`.
+        `ranges` holds [start, end) by file. Several requests run at once; an interrupted fetch continues. Returns the
+        kind of verification of each file. `progress(done_bytes, total_bytes, file_name)`.
         """
         try:
             return fetch(self.files(repo, revision), self._api, self._line, into, ranges, progress, limit_bytes)
@@ -184,23 +184,23 @@ class Hub:
     # -- writing: none of these is repeated blindly; the caller looks first (reliability.md 6.2)
 
     def create_private(self, repo: str, repo_type: str = "model") -> None:
-        """Make sure the repo exists; one that exists keeps its visibility (`make_public` and `resolve` tell)."""
+        """Create the repo if it is missing. An existing repo keeps its visibility."""
         check_repo_id(repo)
         self._write(
             repo, lambda: self._api.create_repo(repo, private=True, exist_ok=True, repo_type=repo_type), repeat=True
         )
 
     def head(self, repo: str, repo_type: str = "model") -> str | None:
-        """The commit of main, None when there is no such repo."""
+        """Commit of main; None if the repo does not exist."""
         try:
             return self.resolve(repo, repo_type=repo_type).revision
         except SourceNotFound:
             return None
 
     def upload(self, repo: str, files: Mapping[str, Content], repo_type: str = "model") -> Iterator[str]:
-        """Send large contents ahead of the commit, one by one; yields each path once its content is on the Hub.
+        """Upload large contents ahead of the commit, one by one; yields each path once it is on the Hub.
 
-        Contents are addressed by their hash, so repeating this costs nothing. Small files travel with the commit.
+        Contents are addressed by their hash, so a repeat costs nothing. Small files are part of the commit.
         """
         for path, content in files.items():
 
@@ -222,10 +222,10 @@ class Hub:
         description: str = "",
         repo_type: str = "model",
     ) -> str:
-        """All files in ONE commit on main -> its id. Refused PUBLISH_CONFLICT when main is not `parent` any more.
+        """Commit all files to main at once and return the commit. Raises PublishConflict if main is not at `parent`.
 
-        Files equal to the Hub's are left out by the client; when all are, the present head comes back unasked. Read the
-        tree back to know what stands there.
+        The client leaves out files that are equal on the Hub; if all are, the current head is returned. Read the tree
+        back to verify the result.
         """
 
         def deed() -> str:
@@ -245,7 +245,7 @@ class Hub:
         return self._write(repo, deed, deadline_s=time_s)
 
     def make_public(self, repo: str, repo_type: str = "model") -> None:
-        """Open the repo to everybody, and look that it is open."""
+        """Make the repo public and verify it."""
         self._write(
             repo, lambda: self._api.update_repo_settings(repo, visibility="public", repo_type=repo_type), repeat=True
         )
@@ -262,7 +262,7 @@ class Hub:
         return threads.start(self._api, self._line, repo, title, text, repo_type)
 
     def comment(self, repo: str, number: int, text: str, ref: str, repo_type: str = "model") -> None:
-        """Add a comment once: one of ours that already carries the line `ref` makes this a look-up only."""
+        """Post the comment unless one of ours already has the line `ref`."""
         threads.comment(self._api, self._line, self.whoami().name, repo, number, text, ref, repo_type)
 
     def close_discussion(self, repo: str, number: int, text: str, ref: str, repo_type: str = "model") -> None:
@@ -282,8 +282,8 @@ class Hub:
             ) from error  # fmt: skip
 
     def _addition(self, opened: ExitStack, path: str, content: Content) -> CommitOperationAdd:
-        """Only the live Hub speaks Xet, and a client that tries it elsewhere does not fall back (hub.md 5.5): an open
-        file or a buffer instead of a path or bytes makes it take the plain way."""
+        """An operation that uploads without Xet, which only the live Hub supports (docs/design/hub.md 5.5): an open
+        file or a buffer instead of a path or bytes makes the client use the plain upload."""
         if self.endpoint == LIVE_HUB:
             return CommitOperationAdd(path, content)
         if isinstance(content, Path):
@@ -296,7 +296,7 @@ def _gone(absent: Absent) -> Refused:
 
 
 def _upload_time_s(content: Content) -> float:
-    """Two minutes, and a second for each megabyte."""
+    """Two minutes, plus a second per megabyte."""
     size = content.stat().st_size if isinstance(content, Path) else len(content)
     return 120.0 + size / 1e6
 

@@ -44,7 +44,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class FileFact:
-    """What a commit says of one path. `blob_id` is the git blob id (of the pointer, for a large file)."""
+    """Facts of one path in a commit. `blob_id` is the git blob id (of the pointer, for a large file)."""
 
     size: int
     sha256: str | None
@@ -52,7 +52,7 @@ class FileFact:
 
 
 def read_tree(api: HfApi, line: Line, repo: str, revision: str, repo_type: str) -> dict[str, FileFact]:
-    """Every file of the repo at the revision."""
+    """All files of the repo at the revision."""
 
     def deed() -> dict[str, FileFact]:
         entries = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type=repo_type)
@@ -145,7 +145,8 @@ def address(endpoint: str, repo: str, revision: str, path: str, repo_type: str) 
 
 @contextmanager
 def answer(api: HfApi, files: RepoFiles, name: str, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
-    """The Hub's answer when asked for bytes [start, end) of a file, or for all of it; errors raised, body unread."""
+    """Response to a request for bytes [start, end) of a file, or for all of it. Errors are raised; the body is not
+    read."""
     # identity: a compressed answer has no length to check, and may be a bomb
     headers = {**build_hf_headers(token=api.token), "Accept-Encoding": "identity"}
     if span is not None:
@@ -192,10 +193,10 @@ class _Hash(Protocol):
 
 
 def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Progress | None, limit_bytes: int) -> Path:
-    """The allowed files of a source, checked, in the new folder `into`; complete when it exists.
+    """Download the allowed files of a source into the new folder `into`, which is complete once it exists.
 
-    Grows in `<into>.partial`, where files of an attempt cut short are checked and kept.
-    Raises Refused DOWNLOAD_TOO_LARGE, Transient CORRUPT_DOWNLOAD or DISK_LOW.
+    It grows in `<into>.partial`, where files of an interrupted attempt are verified and kept. Raises Refused
+    DOWNLOAD_TOO_LARGE, Transient CORRUPT_DOWNLOAD or DISK_LOW.
     """
     into.parent.mkdir(parents=True, exist_ok=True)
     partial = into.with_name(into.name + ".partial")
@@ -259,7 +260,7 @@ def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str
 
 
 def _shards(index: bytes) -> set[str]:
-    """Shard names of an index; what is wrong with it is said later, by the reader of checkpoints."""
+    """Shard names of an index; the reader of checkpoints reports its errors."""
     try:
         return {name for name in json.loads(index)["weight_map"].values() if isinstance(name, str)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -267,7 +268,7 @@ def _shards(index: bytes) -> set[str]:
 
 
 def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, already_bytes: int = 0) -> None:
-    """Refuse a download over the limit; wait when the disk has no room for what of `total` is not there already."""
+    """Refuse a download over the limit. Raises Transient DISK_LOW while the disk lacks room for the missing bytes."""
     if total > limit_bytes:
         raise Refused(
             "DOWNLOAD_TOO_LARGE",
@@ -285,7 +286,7 @@ def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, alr
 def fetch_whole(
     files: RepoFiles, api: HfApi, line: Line, name: str, fact: FileFact, place: Path, advanced: Callable[[int], None]
 ) -> None:
-    """One file, whole and checked, at `place`. Wrong bytes are fetched once more, then it is CORRUPT_DOWNLOAD."""
+    """Download one file to `place` and verify it. Wrong bytes are fetched once more, then raise CORRUPT_DOWNLOAD."""
     if place.is_file() and _digest_of(place, fact) == _expected(fact):
         advanced(fact.size)
         return

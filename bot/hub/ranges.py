@@ -1,15 +1,14 @@
-"""Parts of a repo's large files: byte ranges, several requests at once, written into sparse files of full size.
+"""Byte ranges of a repo's large files: several requests at once, written into sparse files of full size.
 
-    INTO/<file>            full size; only what its journal names holds data
-    INTO/.ranges/<file>    journal: which file it is, then a line per finished range (start, end, CRC-32 of its bytes)
+    INTO/<file>            full size; only the ranges in its journal hold data
+    INTO/.ranges/<file>    journal: identity of the file, then a line per complete range (start, end, CRC-32 of its bytes)
 
-A range enters the journal when its bytes are on the disk, so a killed fetch continues with what is missing, and a later
-plan adds to what an earlier one left. Nobody may take such a folder for the model: it lies apart from whole ones, and
-`is_partial` tells.
+A range enters the journal when its bytes are on the disk, so a killed fetch continues with the missing ranges, and a
+later plan adds to those of an earlier one. Such a folder must not be used as a model: it lies apart from complete ones,
+and `is_partial` recognises it.
 
-A range cannot be checked against the file's SHA-256. It is held against everything else: the pinned commit, the hash
-and the size each answer names, the exact span. Where most of a file is needed, all of it is fetched and its hash
-checked.
+A range cannot be checked against the file's SHA-256. It is checked against the pinned commit, the hash and the size in
+each response, and the exact span. If most of a file is needed, all of it is fetched and its hash verified.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ Verified = Literal["sha256", "git", "ranges"]
 
 
 def is_partial(folder: Path) -> bool:
-    """Whether a folder holds parts of files only."""
+    """Return whether a folder holds byte ranges of files only."""
     return (folder / IN_PARTS).exists()
 
 
@@ -58,9 +57,9 @@ def fetch(
     progress: Progress | None,
     limit_bytes: int,
 ) -> dict[str, Verified]:
-    """Bring `ranges` of the files into the folder `into` -> how each file was checked.
+    """Fetch `ranges` of the files into the folder `into`; returns the kind of verification of each file.
 
-    Files that git itself holds are small and come whole. Raises Refused SOURCE_CHANGED_OR_GONE, DOWNLOAD_TOO_LARGE,
+    Files in git itself are small and fetched whole. Raises Refused SOURCE_CHANGED_OR_GONE, DOWNLOAD_TOO_LARGE,
     Transient CORRUPT_DOWNLOAD, DISK_LOW, HUB_UNAVAILABLE, HUB_ANSWER_INVALID.
     """
     facts = _wanted_facts(files, ranges)
@@ -85,14 +84,14 @@ def fetch(
 
 
 def how_verified(fact: FileFact, spans: Sequence[Range]) -> Verified:
-    """How a file is checked when these ranges of it are asked for: it depends on nothing that happened before."""
+    """Kind of verification of a file with these ranges; independent of earlier fetches."""
     if fact.sha256 is None:
         return "git"
     return "sha256" if sum(end - start for start, end in spans) >= WHOLE_FROM * fact.size else "ranges"
 
 
 def _wanted_facts(files: RepoFiles, ranges: Mapping[str, Sequence[Range]]) -> dict[str, FileFact]:
-    """What the commit says of the files asked for; a plan that asks for other ones was made from something else."""
+    """Facts of the requested files in the commit. Raises Refused if the plan was made from other files."""
     known = files.facts()
     for name, spans in ranges.items():
         if name not in known or any(not 0 <= start <= end <= known[name].size for start, end in spans):
@@ -112,7 +111,7 @@ def _changed(name: str, files: RepoFiles) -> Refused:
 
 @dataclass(slots=True)
 class _Part:
-    """The wanted ranges of one file, and those that are here."""
+    """Wanted ranges of one file, and the local ones."""
 
     name: str
     fact: FileFact
@@ -124,7 +123,7 @@ class _Part:
 
     @classmethod
     def open(cls, into: Path, name: str, fact: FileFact, spans: Sequence[Range]) -> _Part:
-        """Take over what an earlier fetch left, as far as its bytes are still those that arrived."""
+        """Take over the complete ranges of an earlier fetch."""
         wanted = ((0, fact.size),) if how_verified(fact, spans) == "sha256" else tuple(spans)
         part = cls(name, fact, into / name, into / IN_PARTS / name, wanted, [])
         part._read_journal()
@@ -187,7 +186,7 @@ class _Part:
         self._keep_what_is_sound()
 
     def _keep_what_is_sound(self) -> None:
-        """Ranges we are about to rely on are read again; what rotted on our disk is fetched anew."""
+        """Verify the local ranges that the plan needs; damaged ones are fetched again."""
         needed = [one for one in self.here if without([one[:2]], self.wanted) != [one[:2]]]
         with self.place.open("rb") as file:
             rotten = [one for one in needed if _crc(file.fileno(), one[0], one[1]) != one[2]]
@@ -199,7 +198,7 @@ class _Part:
 
 
 def without(wanted: Sequence[Range], held: Sequence[Range]) -> list[Range]:
-    """The parts of `wanted` that no range of `held` covers, ascending."""
+    """Parts of `wanted` that no range of `held` covers, ascending."""
     out: list[Range] = []
     cover = sorted(held)
     for start, end in sorted(wanted):
@@ -250,7 +249,7 @@ class _Told:
 
 
 def _fill(files: RepoFiles, api: HfApi, line: Line, parts: Sequence[_Part], told: _Told) -> None:
-    """Fetch what is missing of all parts. The first failure stops the others; what arrived stays."""
+    """Fetch the missing ranges of all parts. The first failure stops the others; complete ranges stay."""
     stop = threading.Event()
     if line.sleep is time.sleep:  # a wait that a failure elsewhere cuts short
 
@@ -284,7 +283,7 @@ def _fill(files: RepoFiles, api: HfApi, line: Line, parts: Sequence[_Part], told
 def _receive(
     files: RepoFiles, api: HfApi, line: Line, part: _Part, span: Range, handle: int, told: _Told, stop: threading.Event
 ) -> int:
-    """Write one range to its place -> its CRC-32. A lost connection goes on where it stopped."""
+    """Write one range to its place and return its CRC-32. A lost connection is continued."""
     at, crc = span[0], 0
 
     def deed() -> None:
@@ -317,7 +316,7 @@ def _write_at(handle: int, chunk: bytes, at: int) -> None:
 
 
 def _require_same(files: RepoFiles, part: _Part, response: httpx2.Response, span: Range) -> None:
-    """The answer must be this range of this file at this commit; a redirect says so before the storage does."""
+    """Check that the response is this range of this file at this commit; redirects carry the same headers."""
     chain = [*response.history, response]
     commit = next(_named(chain, "x-repo-commit"), files.revision)
     etag = next(_named(chain, "x-linked-etag"), response.headers.get("etag"))
@@ -342,7 +341,7 @@ def _named(chain: Sequence[httpx2.Response], header: str) -> Iterator[str]:
 
 
 def _checked(files: RepoFiles, api: HfApi, line: Line, part: _Part, told: _Told) -> Verified:
-    """Hash a file that is here in full; when it is not what the commit says, fetch it once more."""
+    """Hash a complete file; if it differs from the commit, fetch it once more."""
     if not part.whole:
         return "ranges"
     if part.proven:

@@ -1,9 +1,9 @@
-"""How this process talks to a Hub: with timeouts, with a total deadline, to one address, and with typed failures only.
+"""Transport to a Hub: timeouts, a total deadline, one address, and typed failures only.
 
 huggingface_hub shares one HTTP client per process, by default without any timeout; its own retries obey `Retry-After`
-without bound (hub.md 8.1). The factory installed here adds timeouts for everybody. Within a `Line.ask`, hooks stop what
-the library would sit out: an answer that asks to come back later, a lost connection and a passed deadline become
-exceptions its retry loop does not catch, so that all waiting is decided in one place, by reliability.md 8.2.
+without bound (docs/design/hub.md 8.1). The factory installed here adds timeouts for all calls. Within a
+`HubSession.call`, hooks turn a request to come back later, a lost connection and a passed deadline into exceptions that
+the library's retry loop does not catch, so that all waiting is decided in one place, by docs/design/reliability.md 8.2.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _STORAGE = (".huggingface.co", ".hf.co", ".amazonaws.com")
 
 
 class Away(Exception):
-    """The Hub cannot answer now; `wait_s` is what it asked for, if it said so."""
+    """The Hub cannot answer now; `wait_s` is the wait that it asks for, if any."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -58,11 +58,11 @@ class Away(Exception):
 
 
 class ForeignHost(Exception):
-    """A request that would leave the configured Hub."""
+    """A request to another host than the configured Hub."""
 
 
 class Absent(Exception):
-    """The file asked for is not in the repo at that commit."""
+    """The file is not in the repo at that commit."""
 
 
 # Requests that may be sent twice: uploads are addressed by content, the others ask or check only.
@@ -117,7 +117,7 @@ def _after(response: httpx2.Response) -> None:
 
 
 def wait_asked_s(headers: Any, now: datetime | None = None) -> float | None:
-    """Seconds the Hub asks us to wait: `RateLimit` when it is used up, else `Retry-After` as seconds or as a date."""
+    """Wait in seconds that the Hub asks for: `RateLimit` when used up, else `Retry-After` as seconds or as a date."""
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
         return float(min(limit.reset_in_seconds, _LONGEST_ASKED_S))
@@ -154,11 +154,11 @@ class Line:
     random: random.Random = field(default_factory=random.Random)
 
     def ask(self, about: str, deed: Callable[[], T], *, repeat: bool = True, deadline_s: float | None = None) -> T:
-        """`deed()` with every failure typed. `about` names the repo, file or address in sentences.
+        """Call `deed()` with typed failures. `about` names the repo, file or address in messages.
 
         Raises Refused (SOURCE_NOT_FOUND, SOURCE_GATED, HUB_FORBIDDEN, PUBLISH_CONFLICT, NOT_A_REPO_ID), Transient
-        (HUB_UNAVAILABLE, HUB_ANSWER_INVALID), or Absent for a missing file. With `repeat=False` a deed is not repeated
-        once its writing request has left: its caller looks first whether it has happened (hub.md 2.4).
+        (HUB_UNAVAILABLE, HUB_ANSWER_INVALID), or FileNotFoundOnHub for a missing file. With `repeat=False` the call is
+        not repeated once its writing request was sent: the caller first checks its effect (docs/design/hub.md 2.4).
         """
         until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
         with self._within(until) as asked:
@@ -197,14 +197,14 @@ class Line:
 
 
 def check_deadline() -> None:
-    """To be called between the chunks of a long answer: timeouts alone let a trickle go on for ever."""
+    """Raise if the deadline has passed. Called between the chunks of a long response, which may trickle for ever."""
     ask = _current.get()
     if ask is not None and time.monotonic() > ask.until:
         raise Away("it did not answer in time")
 
 
 def _root(error: BaseException) -> BaseException:
-    """The library wraps failures of uploads; what matters is the innermost one we know."""
+    """The innermost known exception; the library wraps failures of uploads."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, (Away, HfHubHTTPError, MergebotError, ForeignHost)):

@@ -1,11 +1,11 @@
-"""A Hub on your own disk: speaks the Hub's HTTP protocol to the real clients, for the demo and for tests.
+"""Local Hub: serves the Hub's HTTP protocol from a local disk, for the demo and for tests.
 
     serve(root)            run it on a socket                    (serve.py)
     create_app(root)       the ASGI application                  (app.py)
     add_user(root, ...)    users, organisations, tokens          (users.py)
     seed(root, folder)     repos from a folder                   (seeding.py)
 
-hub.md 5 is its contract; storage.py draws what lies on disk.
+Its contract is docs/design/hub.md 5; storage.py describes the files on disk.
 """
 
 from bot.localhub.app import LocalHub, create_app

@@ -1,4 +1,4 @@
-"""What the server says: errors the client understands, times, and addresses."""
+"""Responses of the server: errors in the client's format, times, and addresses."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ def revision_not_found(revision: str) -> HubError:
 
 
 def stamp(moment: datetime) -> str:
-    """UTC with a final Z, as the client's parser wants it."""
+    """UTC time with a final Z, the format that the client parses."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"

@@ -1,4 +1,4 @@
-"""The local Hub as an ASGI application: find the handler, know who asks, answer errors the client's way, journal."""
+"""The local Hub as an ASGI application: routing, authentication, errors in the client's format, journal."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _TABLES = (routes_repos, routes_content, routes_commit, routes_lfs, routes_discu
 
 
 class LocalHub:
-    """A Hub over the folder `root` (storage.py draws it). `page_size`: entries per page of lists and discussions.
-    `scripted_logins`: a test may say who logs in next, without a browser.
+    """A Hub over the folder `root` (see storage.py). `page_size`: entries per page of lists and discussions.
 
-    `unknown` collects requests below /api/ (and LFS) that no route answers: the contract lacks what a client asked for.
+    `scripted_logins` lets a test log users in without a browser. `unknown` collects requests below /api/ (and LFS) that
+    no route handles: a client needs something that the contract lacks.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class LocalHub:
 
 
 class _Entry:
-    """One line of the journal, written before the last byte of the answer leaves: what a client knows, the journal
-    knows. A client counts the bytes that it was promised and does not wait for the end of the message."""
+    """One line of the journal, written before the last byte of the response: what a client has received is journaled. A
+    client counts the promised bytes and does not wait for the end of the message."""
 
     def __init__(self, hub: LocalHub, request: Request) -> None:
         self._hub, self._request = hub, request

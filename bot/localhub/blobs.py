@@ -47,7 +47,7 @@ class Incoming:
         self._file.write(chunk)
 
     def finish(self) -> None:
-        """Put the blob in its place, or refuse bytes that are not what was announced."""
+        """Move the blob into place, or refuse bytes that differ from the announced ones."""
         if self._received != self._size:
             raise HubError(400, f"{self._received} bytes arrived, {self._size} were announced")
         if self._hash.hexdigest() != self._sha256:
@@ -76,7 +76,7 @@ class Blobs:
         return self.path(sha256).is_file()
 
     def adopt(self, finished: Path, sha256: str) -> None:
-        """Move a complete, synced and checked file to its place."""
+        """Move a complete, synced and verified file into place."""
         place = self.path(sha256)
         place.parent.mkdir(parents=True, exist_ok=True)
         finished.chmod(0o444)
@@ -94,7 +94,7 @@ class Blobs:
             incoming.finish()
 
     def parts_path(self, upload: str) -> Path:
-        """Where the parts of a multipart upload grow, each written at its own offset."""
+        """File of a multipart upload; each part is written at its own offset."""
         self.incoming.mkdir(parents=True, exist_ok=True)
         return self.incoming / f"{upload}.parts"
 

@@ -19,7 +19,7 @@ _SINGLE_FIELDS = (
 
 
 def describe(store: Store, repo: Repo, commit: Commit, *, blobs: bool = False) -> dict[str, Any]:
-    """Every field we know of a repo at a commit; None stands for "nothing to say" and is left out of answers."""
+    """All known fields of a repo at a commit; None values are left out of responses."""
     card = card_data(text_of(store, repo, commit.files.get("README.md"))) or {}
     config = _json_of(store, repo, commit.files.get("config.json")) if repo.id.kind == "models" else {}
     head = store.at(repo.id, "main")
@@ -57,7 +57,7 @@ def describe(store: Store, repo: Repo, commit: Commit, *, blobs: bool = False) -
 
 
 def choose(info: dict[str, Any], expand: list[str], *, single: bool, full: bool = False) -> dict[str, Any]:
-    """Only what was asked for: a field that was not asked for is not sent."""
+    """Only the requested fields."""
     always = ("_id", "id", "modelId")
     if expand:
         wanted: tuple[str, ...] = tuple(expand)

@@ -1,6 +1,6 @@
-"""Every request, one line of JSON: number, time, method, raw path, user, status, bytes. Never headers or bodies.
+"""Journal of requests, one JSON line each: number, time, method, raw path, user, status, bytes. No headers or bodies.
 
-The checker of the five promises reads it, so it is appended before the answer ends and survives restarts.
+The checker of the promises reads it, so lines are appended before the response ends and survive restarts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Journal:
         return 0
 
     def _end_cut_line(self) -> None:
-        """A line cut by a kill must not swallow the next one."""
+        """End a line cut by a kill, so that the next one stays readable."""
         if self._path.is_file() and self._path.stat().st_size:
             with self._path.open("rb+") as file:
                 file.seek(-1, os.SEEK_END)

@@ -1,7 +1,7 @@
-"""What the server reads out of a repo's files: the card's metadata, tags, the config, parameter counts.
+"""Metadata of a repo's files: card, tags, config, parameter counts.
 
-This is the one place outside the house's list that reads YAML: here the local Hub *is* the Hub, whose server parses
-cards with an ordinary YAML loader. Cards come from strangers, so events are counted before anything is built.
+Like the Hub's server, this module parses cards with an ordinary YAML loader. Cards are untrusted, so events are counted
+before anything is built.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _HEADER_LIMIT_BYTES = 100 << 20
 
 
 class MetadataError(ValueError):
-    """The card's metadata cannot be read; the text says why."""
+    """The card's metadata cannot be read; the text gives the reason."""
 
 
 def split_card(text: str) -> tuple[str | None, str]:
-    """(front matter or None, body)."""
+    """Front matter (or None) and body."""
     found = FRONT_MATTER.match(text.removeprefix("\ufeff"))
     if found is None:
         return None, text
@@ -63,7 +63,7 @@ def parse_front_matter(front: str) -> str:
 
 
 def card_data(readme: str) -> dict[str, Any] | None:
-    """The card's metadata, None when it has none or it cannot be read."""
+    """Metadata of the card; None if it is missing or cannot be read."""
     front, _ = split_card(readme)
     if front is None:
         return None

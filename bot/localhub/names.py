@@ -29,7 +29,7 @@ class RepoId:
 
     @property
     def prefix(self) -> str:
-        """What stands before the id in URLs outside /api ("" for models)."""
+        """Part before the id in URLs outside /api ("" for models)."""
         return "" if self.kind == "models" else f"{self.kind}/"
 
     @property
@@ -82,5 +82,5 @@ def valid_path(path: str) -> bool:
 
 
 def is_number(text: str) -> bool:
-    """Plain digits that fit an int; `str.isdigit` alone says yes to "²" and to a thousand digits."""
+    """Return whether the text is plain digits that fit an int; `str.isdigit` also accepts "²" and a thousand digits."""
     return text.isascii() and text.isdigit() and len(text) <= 18

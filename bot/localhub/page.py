@@ -102,7 +102,7 @@ _LINK_END = Token("link_close", "a", -1)
 
 
 def _beside(address: str, files: Mapping[str, str]) -> str | None:
-    """Where the file is that a text speaks of by its path."""
+    """Address of the file that a text names by its path."""
     try:
         path = posixpath.normpath(unquote(urlsplit(address).path))
     except ValueError:

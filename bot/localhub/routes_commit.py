@@ -1,4 +1,4 @@
-"""Changing what a repo holds: how to send each file, and the commit itself."""
+"""Changes to a repo: upload modes and commits."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def commit(call: Call) -> Response:
 
 
 def _base(parent: Any, repo: Repo, ref: str, refs: Refs, call: Call) -> Commit:
-    """The commit to build on: `parent` for a new pull request, else the head of `ref`, if `parent` names it.
+    """Parent of the commit: `parent` for a new pull request, else the head of `ref`, if `parent` names it.
 
     `parent` is an id or the first 7 or more digits of one; None builds on the head.
     """
@@ -147,7 +147,7 @@ def _lines(body: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
 def _changed_files(
     store: Store, repo: Repo, base: Commit, lines: list[tuple[str, dict[str, Any]]]
 ) -> dict[str, FileEntry]:
-    """The files after the commit. All or nothing: an error here leaves no ref changed."""
+    """Files after the commit. An error changes no ref."""
     files = dict(base.files)
     for key, value in lines:
         if key == "header":

@@ -1,4 +1,4 @@
-"""Reading what a repo holds: tree, paths-info, refs, commits, and the files themselves."""
+"""Content of a repo: tree, paths-info, refs, commits, and the files themselves."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def _file_response(call: Call, file: Path, size: int, name: str, headers: dict[s
 
 
 def _span(first: str, last: str, size: int) -> tuple[int, int]:
-    """[start, end) of "a-b", "a-" or "-n"; 416 when nothing of it lies in the file."""
+    """[start, end) of "a-b", "a-" or "-n"; 416 if it is outside the file."""
     if first:
         start, end = int(first), min(int(last) + 1, size) if last else size
     else:

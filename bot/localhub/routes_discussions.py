@@ -203,7 +203,7 @@ def merge(call: Call) -> Response:
 
 
 def _pull_changes(store: Store, repo: Repo, thread: Thread) -> dict[str, Any]:
-    """Path -> its entry on the pull request, for each path it changes; None where it deletes."""
+    """Entries of the paths that a pull request changes; None for deleted ones."""
     head = store.commit(repo.id, store.refs(repo.id).pr[str(thread["num"])]).files
     base = store.commit(repo.id, thread["baseCommit"]).files
     return {path: head.get(path) for path in {*head, *base} if head.get(path) != base.get(path)}

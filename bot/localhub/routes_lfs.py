@@ -45,7 +45,7 @@ class Ticket:
 
     @property
     def part_bytes(self) -> int:
-        """5 MiB, and more where that would make more than 200 parts; a whole number of MiB."""
+        """5 MiB, or more if that would make more than 200 parts; a whole number of MiB."""
         mib = 1 << 20
         return max(MULTIPART_ABOVE_BYTES, -(-self.size // _MAX_PARTS // mib) * mib)
 
@@ -55,7 +55,7 @@ class Ticket:
 
 
 def _secret(store: Store) -> bytes:
-    """The key of the tickets; on disk, so that an upload goes on over a restart."""
+    """Key of the tickets, kept on disk so that uploads continue after a restart."""
     path = store.root / "ticket.key"
     with exclusive(store.root / "locks" / "ticket"):
         if not path.is_file():

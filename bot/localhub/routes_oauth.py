@@ -1,7 +1,7 @@
-"""Logging in with the Hub (OAuth / OpenID), as the Space does it.
+"""Login with the Hub (OAuth / OpenID), as the Space uses it.
 
-There are no passwords: on a person's own machine the page asks who to be. A login says who somebody is and opens
-nothing (its token has the role `oauth`), and codes are only sent back to this machine.
+There are no passwords: on a local machine the page offers the users to choose from. A login identifies a user and
+grants nothing (its token has the role `oauth`), and codes are only sent back to this machine.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Grant:
 
 
 class Logins:
-    """Codes handed out and not yet used (they live for minutes, so in memory), and who logs in next in a test."""
+    """Unused codes (in memory, since they live for minutes), and the next login in a test."""
 
     def __init__(self, scripted: bool) -> None:
         self.scripted = scripted

@@ -1,6 +1,6 @@
-"""Pages for a person with a browser: what is here, a repo with its card and files, a discussion, a commit.
+"""Pages for the browser: repos with cards and files, discussions, commits.
 
-Everything shown was written by strangers: it is escaped, or goes through `page.markdown`.
+All content is untrusted: it is escaped, or goes through `page.markdown`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _link(repo: RepoId) -> str:
 
 @routes.add("GET", "/_local/unknown")
 def unknown(call: Call) -> Response:
-    """What clients asked for below /api/ and no route answered; tests hold this list empty."""
+    """Requests below /api/ that no route handles; tests keep this list empty."""
     return JSONResponse(call.notes["unknown"])
 
 

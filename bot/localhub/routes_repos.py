@@ -188,7 +188,7 @@ def listing(call: Call) -> Response:
 
 
 def next_page(call: Call, following: int, total: int) -> dict[str, str]:
-    """The Link header to the next page; the client uses the address as it is, so it carries the whole query."""
+    """Link header to the next page. The client uses the address as it is, so it carries the whole query."""
     if following >= total:
         return {}
     kept = [(key, value) for key, value in call.request.query_params.multi_items() if key != "cursor"]
@@ -206,7 +206,7 @@ def _number(call: Call, name: str) -> int | None:
 
 
 def _listed(call: Call, repo: Repo) -> dict[str, Any] | None:
-    """The info of a repo that belongs into this list; None for any other."""
+    """Info of a repo that matches the list's filters; None for others."""
     author, search = call.query("author"), call.query("search")
     if not call.users.may_see(call.visitor, repo) or repo.disabled:
         return None

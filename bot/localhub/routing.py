@@ -1,7 +1,7 @@
-"""Finding the handler of a request by its *raw* path.
+"""Routing by the *raw* path of a request.
 
-The client quotes a revision and a tree path as one segment each (`/tree/refs%2Fpr%2F1/sub%2Fd`); once decoded such a
-path is ambiguous. So the raw path is split on "/" first and each segment unquoted afterwards.
+The client quotes a revision and a tree path as one segment each (`/tree/refs%2Fpr%2F1/sub%2Fd`), which is ambiguous
+once decoded. So the raw path is split on "/" first and each segment unquoted afterwards.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class Call:
         return repo_id(self.params["kind"], self.params["ns"], self.params["name"])
 
     def user(self) -> str:
-        """The name of whoever asks; 401 for nobody."""
+        """Name of the user; 401 for anonymous requests."""
         if self.visitor.name is None:
             raise HubError(401, "Invalid username or password.")
         return self.visitor.name
 
     def require_voice(self) -> str:
-        """The name of somebody who may speak and propose: any user whose token can write somewhere."""
+        """Name of a user who may comment and propose: any user whose token can write somewhere."""
         name = self.user()
         if self.visitor.role not in ("write", "fineGrained"):
             raise HubError(403, "This token cannot write.")
@@ -132,8 +132,11 @@ class Routes:
         self.table: list[Route] = []
 
     def add(self, methods: str, pattern: str, *, limit_bytes: int = JSON_LIMIT_BYTES) -> Callable[[Handler], Handler]:
-        """Register a handler for "GET HEAD" etc. `{x}` is one segment, `{x*}` the rest; a leading `{P}` stands for
-        the three URL prefixes of repos ("" for models, "datasets/", "spaces/")."""
+        """Register a handler for "GET HEAD" etc.
+
+        `{x}` is one segment, `{x*}` the rest; a leading `{P}` stands for the three URL prefixes of repos ("" for
+        models, "datasets/", "spaces/").
+        """
 
         def register(handler: Handler) -> Handler:
             for method in methods.split():

@@ -63,7 +63,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """What repo.json holds. `gated` is False, "auto" or "manual"; times are stamps."""
+    """Content of repo.json. `gated` is False, "auto" or "manual"; times are stamps."""
 
     id: RepoId
     object_id: str
@@ -84,7 +84,7 @@ class Refs:
 
 
 class Store:
-    """All repos below one folder. `clock` and `new_id` (24 hex) are injectable, so that commits can be reproduced."""
+    """All repos below one folder. `clock` and `new_id` (24 hex) can be passed in, so that commits are reproducible."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Store:
                     yield repo
 
     def create(self, repo: RepoId, *, author: str, private: bool, sdk: str | None = None) -> Repo:
-        """A new repo with its first commit. The caller holds the lock and has looked that it does not exist."""
+        """Create a repo with its first commit. The caller holds the lock and has checked that the name is free."""
         folder = self.folder(repo)
         if folder.exists():  # what is left of a creation cut short, or the stub of a moved repo
             self._discard(folder)
@@ -161,7 +161,7 @@ class Store:
         sync_folder(target.parent)
 
     def sweep(self) -> None:
-        """At start-up: remove what a kill left behind (deletions cut short, uploads nobody can finish any more)."""
+        """Clean up after a kill, at start-up: interrupted deletions, uploads that cannot be finished."""
         shutil.rmtree(self.root / "trash", ignore_errors=True)
         if self.blobs.incoming.is_dir():
             for path in self.blobs.incoming.iterdir():
@@ -185,7 +185,7 @@ class Store:
         write_atomic(self.folder(repo) / "lfs" / sha256, str(size).encode())
 
     def allowed_size(self, repo: RepoId, sha256: str) -> int | None:
-        """Size of a large file this repo may use; None when it was never uploaded to this repo."""
+        """Size of a large file that this repo may use; None if it was never uploaded to this repo."""
         try:
             size = int((self.folder(repo) / "lfs" / sha256).read_text())
         except FileNotFoundError:
@@ -252,7 +252,7 @@ class Store:
     def write_commit(
         self, repo: RepoId, parent: str | None, title: str, message: str, author: str, files: Mapping[str, FileEntry]
     ) -> Commit:
-        """Write the commit file; nobody sees it before a ref names it."""
+        """Write the commit file; it is visible once a ref names it."""
         date = stamp(self.clock())
         tree = {path: asdict(files[path]) for path in sorted(files)}
         identity = {"parent": parent, "date": date, "files": tree, "title": title, "message": message, "author": author}
@@ -262,7 +262,7 @@ class Store:
         return Commit(oid, parent, title, message, author, date, dict(files))
 
     def add_ref(self, repo: RepoId, group: str, name: str, sha: str) -> None:
-        """A new branch ("heads") or tag ("tags"); 409 when the name is taken."""
+        """Create a branch ("heads") or tag ("tags"); 409 if the name is taken."""
         if not valid_ref(name):
             raise bad_request(f"{name!r} is not a valid reference name")
         refs = self.refs(repo)

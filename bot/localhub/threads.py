@@ -95,7 +95,7 @@ def edit_comment(store: Store, event: dict[str, Any], author: str, text: str) ->
 def open_pull_request(
     store: Store, repo: RepoId, author: str, title: str, commit: Commit, base: str, refs: Refs
 ) -> int:
-    """A pull request made by a commit. The ref comes first: killed in between, the number is simply used again."""
+    """Create a pull request for a commit. The ref comes first: after a kill in between, its number is used again."""
     thread = open_thread(store, repo, author, title[:200], commit.message, pull_request=True)
     thread["baseCommit"] = base
     add_event(store, thread, author, "commit", {"subject": commit.title, "oid": commit.oid})

@@ -1,12 +1,12 @@
-"""Who is asking, and what may they do.
+"""Users, organisations, tokens and their rights.
 
     ROOT/users.json   {"users":  {name: {"fullname"}},
                        "orgs":   {name: {"members": {user: "admin" | "write" | "read"}}},
                        "tokens": {sha256: {"user", "role", "label", "namespaces"?, "expires"?}},
-                       "grants": {"models/ns/name": [user]}}     who may read a gated repo's files
+                       "grants": {"models/ns/name": [user]}}     users who may read a gated repo's files
 
-Tokens are stored as their sha256 only. Roles: `read`; `write`; `fineGrained` (writes to its `namespaces` only);
-`oauth` (a login: it says who somebody is and opens nothing).
+Tokens are stored as their sha256 only. Roles: `read`; `write`; `fineGrained` (writes to its `namespaces` only); `oauth`
+(a login, which identifies a user and grants nothing).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Role = Literal["read", "write", "fineGrained", "oauth"]
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
-    """The sender of one request; `name` is None for somebody without a token."""
+    """Sender of one request; `name` is None without a token."""
 
     name: str | None = None
     role: str = "read"
@@ -57,7 +57,7 @@ class Users:
         return self._facts
 
     def visitor(self, authorization: str | None) -> Visitor:
-        """The owner of a Bearer token; anonymous without one; 401 for a token nobody owns."""
+        """Owner of a Bearer token; anonymous without one; 401 for an unknown token."""
         if not authorization:
             return Visitor()
         scheme, _, token = authorization.partition(" ")
@@ -109,7 +109,7 @@ class Users:
             write_json(self._path, facts)
 
     def add_login(self, name: str, token: str, lifetime_s: int) -> None:
-        """An OAuth access token; expired ones are forgotten on the way."""
+        """Store an OAuth access token; expired ones are removed on the way."""
         with exclusive(self._lock):
             facts, now = self._copy(), time.time()
             facts["tokens"] = {k: v for k, v in facts["tokens"].items() if v.get("expires", float("inf")) > now}
@@ -141,7 +141,7 @@ def add_user(
     orgs: Iterable[str] = (),
     namespaces: Iterable[str] = (),
 ) -> None:
-    """Make a user of the Hub at `root`, with a token of that role, as admin of `orgs` (made when missing)."""
+    """Create a user of the Hub at `root`, with a token of that role, as admin of `orgs`, which are created if missing."""
     Users(root).add(name, token, role, orgs, namespaces)
 
 

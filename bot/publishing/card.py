@@ -1,7 +1,7 @@
-"""Facts become a model card, and an answer. Pure: typed facts in, finished text out.
+"""Model cards and replies: typed facts in, finished text out. No I/O.
 
-Nothing of a stranger is spliced into metadata (it is dumped from typed values) nor into Markdown unescaped: a recipe
-stands in a fence longer than any run of backticks inside it, names stand in code style.
+Untrusted text never reaches metadata (dumped from typed values) or Markdown unescaped: a recipe is fenced by more
+backticks than it contains, names are set in code style.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def publication_content(job: Job, settings: Settings) -> PublicationContent:
 
 
 def _comparison(job: Job, repo: str) -> dict[str, str]:
-    """The verdict as data, and as a picture where there is something to draw; both call the merge `repo`."""
+    """The comparison as data, and as a picture if it has one; both name the merge `repo`."""
     assert job.evaluation is not None
     found = job.evaluation.comparison
     if found is None:
@@ -66,13 +66,13 @@ def _comparison(job: Job, repo: str) -> dict[str, str]:
 
 
 def output_names(job: Job, namespace: str) -> list[str]:
-    """`{namespace}/{requester}-{name}`, then the same with the digest, for when a stranger's repo is in the way."""
+    """`{namespace}/{requester}-{name}`, then the same with the digest in case the first name is taken."""
     plain = f"{job.request.requester}-{job.request.name}"[:NAME_LIMIT].rstrip(".-")
     return [f"{namespace}/{plain}", f"{namespace}/{plain[: NAME_LIMIT - 9].rstrip('.-')}-{job.digest[:8]}"]
 
 
 def model_card(job: Job, repo: str) -> str:
-    """The README.md of the published repo: metadata the Hub understands, then what a person wants to know."""
+    """README.md of the published repo: metadata for the Hub, then text for people."""
     metadata = yaml.dump(_metadata(job, repo), Dumper=_NoAliases, sort_keys=False, allow_unicode=True)
     method = str(job.plan["method"])
     sections = [
@@ -151,7 +151,7 @@ def _model_index(job: Job) -> list[dict[str, Any]]:
 
 
 def _dataset(score: Score) -> dict[str, str]:
-    """The dataset of a score as `model-index` names it: the repo the questions came from, where there is one."""
+    """Dataset of a score for `model-index`: the repo of its questions, if any."""
     data = score.data
     if data is None or data.repo is None:
         return {"type": score.task, "name": score.task}
@@ -186,7 +186,7 @@ def _speed(job: Job) -> str:
 
 
 def _conditions(speed: Mapping[str, Any]) -> str:
-    """In which type and where decoding was timed, as far as the report says."""
+    """Dtype and device of the decoding times, if the report has them."""
     model, machine = speed.get("model") or {}, speed.get("environment") or {}
     dtype, device, threads = model.get("dtype"), machine.get("device"), machine.get("threads")
     told = [str(dtype)] if dtype else []
@@ -211,7 +211,7 @@ def _use_heads(job: Job, repo: str) -> list[str]:
 
 
 def _transfer_table(speed: Mapping[str, Any]) -> str:
-    """Every set of heads on the merged model at the same tree; nothing where the parents brought none."""
+    """All sets of heads on the merged model with the same tree; empty without heads of the parents."""
     if not speed.get("transfer"):
         return ""
     lines = ["| heads | right at the first guess, by head | tokens per step, same tree |", "|---|---|---:|"]

@@ -1,4 +1,4 @@
-"""What an evaluation found, as Markdown for a model card: scores, the verdict against the parents, vitals. Pure."""
+"""Evaluation section of a model card in Markdown: scores, comparison with the parents, sanity checks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _name(model: str) -> str:
 
 
 def _keeping_up(evaluation: Evaluation) -> str:
-    """Where the merge keeps up with its best source, within two standard errors."""
+    """Tasks in which the merge is within two standard errors of its best source."""
     if evaluation.merged is None:
         return ""
     kept: list[str] = []
@@ -76,7 +76,7 @@ def scores(job: Job, repo: str) -> str:
 
 
 def _samples(scores: Sequence[Score]) -> str:
-    """How many questions each task has: `, 40 samples each of a and b, 100 of c`."""
+    """Samples per task: `, 40 samples each of a and b, 100 of c`."""
     by_count: dict[int, list[str]] = {}
     for score in scores:
         by_count.setdefault(score.samples, []).append(score.task)
@@ -91,7 +91,7 @@ def _samples(scores: Sequence[Score]) -> str:
 
 
 def against_parents(job: Job, repo: str, *, pictured: bool) -> list[str]:
-    """The section on the verdict; nothing where nothing was compared and nothing stood in the way."""
+    """Comparison with the parents, or the reason for its absence; empty without either."""
     assert job.evaluation is not None
     found = job.evaluation.comparison
     title = "## Against its parents"
@@ -125,7 +125,7 @@ def _row(row: report.DifferenceRow) -> list[str]:
 
 
 def first_look(job: Job) -> list[str]:
-    """The section on vitals, the merge first; nothing where nobody looked."""
+    """Sanity checks, the merge first; empty without any."""
     assert job.evaluation is not None
     found = job.evaluation.vitals
     if not found:

@@ -1,10 +1,10 @@
-"""Published evaluations become rows, and rows become the dataset the board reads.
+"""Leaderboard: rows from published jobs, and the datasets that hold them.
 
-    {namespace}/mergebot-leaderboard   README.md, data/leaderboard.jsonl          one line a published merge
-    {namespace}/mergebot-results       {owner}/{model}/results_{time}.json        the layout public boards parse
-                                       evaluations/...                            the sources' (kept_evaluations.py)
+    {namespace}/mergebot-leaderboard   README.md, data/leaderboard.jsonl          one line per published merge
+    {namespace}/mergebot-results       {owner}/{model}/results_{time}.json        the layout that public boards parse
+                                       evaluations/...                            of the sources (shared_evaluations.py)
 
-Both are an export of the facts: the same facts give the same bytes, so repeating a refresh changes nothing.
+Both are exports of the facts: the same facts give the same bytes, so a repeated refresh changes nothing.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ comparable: the same questions, asked the same way by the same version of lm-eva
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One task's primary score of one model; a fraction, with its standard error and its 95 % interval where the
-    harness gives a standard error."""
+    """Primary score of one model on one task, as a fraction, with standard error and 95 % interval if known."""
 
     model: str
     task: str
@@ -93,7 +92,7 @@ class Row:
 
     @property
     def ranked_in(self) -> str | None:
-        """Rows with an equal one are compared; None where nothing was scored."""
+        """Key of the rows that are compared with this one; None without scores."""
         return self.ranking or self.suite_digest
 
     @property
@@ -103,7 +102,7 @@ class Row:
 
     @property
     def intervals(self) -> dict[tuple[str, str], tuple[float, float]]:
-        """The 95 % intervals by model and task, where they were taken."""
+        """The 95 % intervals by model and task, if known."""
         return {(each.model, each.task): each.interval for each in self.results if each.interval is not None}
 
     @property
@@ -159,22 +158,22 @@ def row(job: Job, settings: Settings) -> Row:
 
 
 def _asked(merged: ModelEvaluation) -> str:
-    """`quick, 100 samples a task, chat template, bfloat16`."""
+    """`quick, 100 samples per task, chat template, bfloat16`."""
     here = merged.environment
     limit = [f"{here.limit} samples a task"] if here.limit else []
     return ", ".join([merged.suite, *limit, *(["chat template"] if here.chat_template else []), here.dtype])
 
 
 def _intervals(comparison: Comparison | None, model: str) -> dict[str, tuple[float, float]]:
-    """By task, of the model with this name in the comparison ("" is the merge)."""
+    """Intervals by task of the model with this name in the comparison ("" is the merge)."""
     tasks = comparison.tasks if comparison else ()
     return {task.task: each.interval for task in tasks for each in (task.merge, *task.parents) if each.model == model}
 
 
 def measured_heads(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The heads a decode-speed report timed, as its candidate row; None where none were, or where it is refused.
+    """Candidate row of the timed heads in a speed report; None without heads or for a refused report.
 
-    They are shown also where the report advises against them: a ratio below 1 is a result.
+    Heads that the report advises against are included: a ratio below 1 is a result.
     """
     rows = [] if speed is None or speed.get("refusal") else speed["candidates"]
     timed = [
@@ -186,7 +185,7 @@ def measured_heads(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 
 def speedup(heads: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
-    """The ratio to plain decoding on the clock the report trusts, and its 95 % interval."""
+    """Ratio to baseline decoding on the clock that the report trusts, and its 95 % interval."""
     measured, clock = heads["speedup"], heads["speedup"]["clock_used"]
     if clock is None:
         return None, None
@@ -203,8 +202,7 @@ def _measured(
 
 
 def _average(evaluation: ModelEvaluation) -> tuple[float | None, float | None]:
-    """Mean of the scores, from chance on where the suite counts so, and its standard error, the tasks taken as
-    independent."""
+    """Mean of the scores, above chance if the suite counts so, and its standard error for independent tasks."""
     scores = [score for score in evaluation.scores if score.higher_is_better]
     errors = [None if score.stderr is None else score.stderr / (1 - (score.chance or 0.0)) for score in scores]
     stderr = None

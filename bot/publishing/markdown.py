@@ -1,4 +1,4 @@
-"""Text of strangers in Markdown: it shows itself and does nothing else. Pure."""
+"""Untrusted text in Markdown, escaped so that it is only shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u20
 
 
 def plain(text: str) -> str:
-    """Text of strangers as Markdown that shows it and does nothing else; nobody is notified by it."""
+    """Untrusted text as Markdown that shows it literally and notifies no user."""
     shown = UNSEEN.sub("", text).replace("\n", " ")
     shown = re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", shown)
     return shown.replace("@", "@\u2060")

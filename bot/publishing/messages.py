@@ -1,4 +1,4 @@
-"""Every sentence a person receives from the bot outside an error: answers on a requesting repo, texts of a card."""
+"""Sentences for people outside of errors: replies on a requesting repo, texts of a card."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The publisher: makes a repo exist exactly once, under a lease. The only process that holds the write token.
+"""The publisher: creates a repo exactly once, under a lease. The only process with the write token.
 
-It imports no torch, no transformers, no templates and reads no stranger's YAML: it gets finished texts and a manifest,
-hashes bytes and uploads them. The steps are those of reliability.md 6.2; every one may be repeated after a crash.
+It imports no torch, no transformers and no templates, and parses no untrusted YAML: it receives finished texts and a
+manifest, hashes bytes and uploads them. The steps are those of docs/design/reliability.md 6.2; each may be repeated
+after a crash.
 
     P1 re-hash   P2 create the repo, read the marker   P3 upload   P4 ONE commit   P5 read back   P6 make public
 """
@@ -35,7 +36,7 @@ Content = bytes | Path
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to publish: a repo, the commit to build on, and the commit that already holds everything, if one does."""
+    """Target of a publication: a repo, the parent commit, and the commit that already holds everything, if any."""
 
     repo: str
     head: str | None
@@ -117,7 +118,7 @@ def _commit(
     contents: Mapping[str, Content],
     report: Show,
 ) -> str | None:
-    """P3 and P4. None when somebody else committed in between: look again."""
+    """P3 and P4. None if another commit came first; the caller then starts over."""
     total = len(contents)
     for done, path in enumerate(hub.upload(place.repo, contents)):
         report(f"Uploading {path}", done, total)
@@ -137,7 +138,7 @@ def _commit(
 
 
 def _read_back(hub: Hub, repo: str, commit: str, expected: Mapping[str, Content], *, alone: bool) -> None:
-    """P5: the tree at `commit` holds what is expected, byte for byte, and nothing else when it stands `alone`."""
+    """P5: verify that the tree at `commit` holds the expected bytes and, if `alone`, nothing else."""
     tree = hub.tree(repo, commit)
     wrong = sorted(set(expected) - set(tree))
     wrong += sorted(set(tree) - set(expected) - UNTOUCHED) if alone else []
@@ -213,7 +214,7 @@ def _write_dataset(hub: Hub, repo: str, texts: Mapping[str, str], message: str) 
 
 
 def reply(spec: ReplySpec, settings: Settings, report: Show) -> None:
-    """Answer a request from a card in one discussion on its repo; the same answer is never written twice."""
+    """Post the reply to a request by card in one discussion of its repo, at most once."""
     hub = Hub(settings.hub, token=settings.write_token())
     number = hub.find_discussion(spec.repo, spec.title)
     if number is None:

@@ -1,9 +1,9 @@
-"""A request is parsed, pinned, planned and allowed before a byte of weights moves; then it is queued.
+"""Intake: a request is parsed, pinned, planned and checked before any weights move; then it is queued.
 
-    check    text -> Checked: recipe with every source pinned to a commit, the plan from headers, the result's licence
+    check    text -> Checked: recipe with every source pinned to a commit, the plan from headers, the result's license
     take     check + quota -> the job that does the work
 
-Both doors and the command line come through here. Nothing is trusted twice: after `take` nobody asks for `main` again.
+Form, cards and command line all come through here. After `take`, only pinned commits are used.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Checked:
 
 
 def check(text: str, hub: Hub, settings: Settings) -> Checked:
-    """What can be known about `text` from headers alone. Raises Refused, or Transient while the Hub is away."""
+    """Check the recipe `text` from headers alone. Raises Refused, or Transient while the Hub is unavailable."""
     asked = recipe.parse(text, trust="stranger")
     parts = (*(made.recipe for made in asked.stages), asked)
     if any(part.chat_template not in (None, "auto", *TEMPLATES) for part in parts):
@@ -80,7 +80,7 @@ def _source(repo: PinnedRepo, source: sources.Source) -> Source:
 
 
 def _require_open(source: PinnedRepo) -> None:
-    """A merge is published for everybody, so its sources must be there for everybody (reliability.md 5)."""
+    """Refuse private sources: a merge is published, so its sources must be public (docs/design/reliability.md 5)."""
     if source.gated or source.private:
         kind = "gated" if source.gated else "private"
         raise Refused(
@@ -129,7 +129,7 @@ def check_evaluation(asked: EvaluateOptions) -> None:
 
 
 def _known(request: MergeRequest, queue: Queue) -> tuple[MergeRequest, Job | None]:
-    """The job this request already has. A form sent again after a failure asks anew, as its next run."""
+    """Existing job of this request. After a failure the same form counts as a new request."""
     while True:
         known = queue.known(request.key)
         if not isinstance(known, Job):
@@ -147,7 +147,7 @@ def _digest(recipe_digest: str, evaluate: EvaluateOptions) -> str:
 
 
 def changed(hub: Hub, settings: Settings, seen: Set[tuple[str, str]]) -> list[PinnedRepo]:
-    """Repos that carry the request tag, are open to everybody, and stand at a commit that was not `seen`."""
+    """Public repos with the request tag at a commit that is not in `seen`."""
     own = f"{settings.namespace}/"
     return [
         repo
@@ -157,9 +157,9 @@ def changed(hub: Hub, settings: Settings, seen: Set[tuple[str, str]]) -> list[Pi
 
 
 def take_tagged(repo: PinnedRepo, hub: Hub, queue: Queue, settings: Settings) -> None:
-    """Accept the request in a repo's card, or remember why not. Raises Transient when it could not be looked at.
+    """Accept the request in a repo's card, or record its refusal. Raises Transient if it cannot be read now.
 
-    The principal is the namespace of the repo: what stands on `main` was accepted by someone who may write there.
+    The request belongs to the namespace of the repo, since only its members can write to `main`.
     """
     readme = ""
     try:

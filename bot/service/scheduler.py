@@ -1,10 +1,10 @@
-"""The ticks: look for tagged repos, walk jobs, sweep dead leases, keep the board and the answers up to date.
+"""Scheduler: polls for tagged repos, runs jobs, sweeps dead leases, updates the board and the replies.
 
-APScheduler only ticks, in memory; what is to be done stands in the queue. One scheduler leads at a time (a leader row);
-jobs are claimed by lease, so even two leaders would do no job twice.
+APScheduler only triggers the ticks, in memory; the work is in the queue. One scheduler leads at a time (a leader row).
+Jobs are claimed by lease, so two leaders would not run a job twice.
 
-`walk` is the whole life of a job: the first missing fact is produced and recorded, until none is missing. A restart
-walks on from there.
+`walk` is the life of a job: it produces and records the first missing fact until none is missing. A restart continues
+there.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Scheduler:
             self._seen.add((repo.repo, repo.revision))
 
     def tell(self) -> None:
-        """Bring the public board and the answers on requesting repos up to date with the facts."""
+        """Update the public board and the replies on requesting repos."""
         with self._telling:
             published = self.queue.count_published()
             if published != self._on_board:
@@ -140,7 +140,7 @@ class Scheduler:
         self.queue.answered(request.key, spec.event)
 
     def _guarded(self, tick: Callable[[], None]) -> Callable[[], None]:
-        """A tick that is led by one scheduler and whose failure is logged and tried again at the next tick."""
+        """A tick that only the leading scheduler runs; its failure is logged and repeated at the next tick."""
 
         def run() -> None:
             name = tick.__name__
@@ -254,7 +254,7 @@ class Scheduler:
         return self._scratch(job) / "model"
 
     def _clear_scratch(self) -> None:
-        """An ended job keeps nothing on this disk, however it ended; folders that are no job's stay."""
+        """Remove the scratch folders of ended jobs; other folders stay."""
         folders = [folder for folder in self.settings.scratch.glob("*") if JOB_ID.fullmatch(folder.name)]
         if not folders:
             return

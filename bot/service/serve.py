@@ -1,4 +1,4 @@
-"""Serving the Space: found by name, because the bot knows nothing of the page that shows it."""
+"""Serves the Space. It is imported by name, since the bot may not import the Space."""
 
 from __future__ import annotations
 

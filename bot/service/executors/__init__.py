@@ -1,8 +1,8 @@
 """Executors: run a stage of a job somewhere. A stage takes a spec and returns a result, both JSON (bot/jobs/specs.py).
 
-    scratch/<stage>.spec.json     what to do; never a token
-    scratch/<stage>.result.json   {"ok": ...} or {"error": {...}}; written whole or not at all
-    logs/<scratch name>/<stage>.log    what the process printed; kept when the scratch folder goes
+    scratch/<stage>.spec.json     the spec, without tokens
+    scratch/<stage>.result.json   {"ok": ...} or {"error": {...}}; complete or absent
+    logs/<scratch name>/<stage>.log    output of the process; kept when the scratch folder is removed
 
 `local.LocalExecutor` runs a child process.
 """
@@ -30,8 +30,8 @@ class Executor(Protocol):
     ) -> Any:
         """Run `stage` on `spec` to its end and return its result, both as in `bot.jobs.specs`.
 
-        `beat` is called at least every few seconds, with what the stage says of its progress; what it raises (a lost
-        lease, a cancel) stops the stage, with everything it started, before it reaches the caller.
-        Raises Refused, Failed or Transient as the stage did, Failed TIME_LIMIT, Transient WORKER_DIED.
+        `beat` is called at least every few seconds with the progress of the stage. An exception of `beat` (a lost
+        lease, a cancel) first stops the stage and all its processes. Raises Refused, Failed or Transient as the stage
+        did, Failed TIME_LIMIT, Transient WORKER_DIED.
         """
         ...

@@ -1,4 +1,4 @@
-"""A stage as a child process in its own process group, with an environment built from nothing."""
+"""Local executor: a stage as a child process in its own process group, with an allow-listed environment."""
 
 from __future__ import annotations
 
