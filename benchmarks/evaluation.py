@@ -29,9 +29,9 @@ OURS = """
 import os, sys
 from pathlib import Path
 from evaluators import harness
-from evaluators.harness import Conditions, Question, RunOptions, suites
+from evaluators.harness import EvalConfig, Question, RunOptions, suites
 model, limit, batch, place = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-question = Question(suites.own_suite(sys.argv[5].split(",")), Conditions(limit, batch_size=str(batch)))
+question = Question(suites.own_suite(sys.argv[5].split(",")), EvalConfig(limit, batch_size=str(batch)))
 run = RunOptions(place / "cache", place / "scratch", timeout_s=3600, environment=os.environ)
 harness.evaluate(model, question, run, identity="benchmark")
 """

@@ -190,7 +190,7 @@ def _client_environment(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def crashpoint(name: str, k: int | None = None) -> None:
+def failpoint(name: str, k: int | None = None) -> None:
     """Die here, as if the power failed, when `MERGEBOT_CRASH_AT` is `name` or `name:k` (tests of reliability.md 7).
 
     With `MERGEBOT_CRASH_ONCE` a file's name, only the process that makes this file dies; the next one passes.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bot.jobs.job import Evaluation
 from bot.publishing import messages
-from evaluators import vitals
+from evaluators import sanity_check
 from evaluators.comparison import report
 from evaluators.comparison.remarks import remarks
 from evaluators.comparison.verdict import Comparison, Outcome
@@ -97,9 +97,9 @@ def _difference(row: report.DifferenceRow) -> Markup:
 
 
 def _vitals(found: Evaluation) -> Markup | None:
-    signs: Mapping[str, vitals.Vitals] = found.vitals
+    signs: Mapping[str, sanity_check.SanityCheck] = found.vitals
     if not signs:
         return None
-    rows = [_row(report.short(name) or "This merge", list(vitals.cells(each))) for name, each in signs.items()]
-    titles = ("Model", *(title[0].upper() + title[1:] for title in vitals.COLUMNS))
+    rows = [_row(report.short(name) or "This merge", list(sanity_check.cells(each))) for name, each in signs.items()]
+    titles = ("Model", *(title[0].upper() + title[1:] for title in sanity_check.COLUMNS))
     return join([tag("h3", "First look"), rows_table(titles, rows), tag("p", messages.FIRST_LOOK, class_="fine")])

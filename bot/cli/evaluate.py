@@ -56,10 +56,10 @@ def evaluate(
     """Evaluate a model and its parents with lm-eval. After an interruption the same command continues."""
     from bot.cli import evaluation_output, output
     from bot.stages import local_runs, sanity_check, suite_file
-    from evaluators.harness.conditions import Conditions, Question
+    from evaluators.harness.eval_config import EvalConfig, Question
 
     asked = suite_file.chosen(suite, task or ())
-    conditions = Conditions(limit, seed, device, dtype, batch_size, chat_template, backend)
+    conditions = EvalConfig(limit, seed, device, dtype, batch_size, chat_template, backend)
     conditions.check()
     configured = context.obj()
     if out is not None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bot.cli.output import console
 from bot.storage import size_text
-from evaluators import vitals
+from evaluators import sanity_check
 from evaluators.comparison import report
 from evaluators.comparison.remarks import remarks
 from evaluators.comparison.verdict import Outcome
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from evaluators.comparison.verdict import Comparison
     from evaluators.harness import Estimate
     from evaluators.harness.scores import ModelEvaluation
-    from evaluators.vitals import Vitals
+    from evaluators.sanity_check import SanityCheck
 
 LEAST_NAME = 8  # characters, however narrow the screen
 _GAP = 2  # blanks before a figure
@@ -46,7 +46,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def first_look(looks: Mapping[str, Vitals]) -> None:
+def first_look(looks: Mapping[str, SanityCheck]) -> None:
     """Results of the sanity check, one column per model."""
     if not looks:
         return
@@ -54,7 +54,7 @@ def first_look(looks: Mapping[str, Vitals]) -> None:
     table.add_column("first look", no_wrap=True)
     for name in labels(list(looks)).values():
         table.add_column(escape(name), justify="right", overflow="fold")
-    for title, *cells in zip(vitals.COLUMNS, *map(vitals.cells, looks.values()), strict=True):
+    for title, *cells in zip(sanity_check.COLUMNS, *map(sanity_check.cells, looks.values()), strict=True):
         table.add_row(title, *cells)
     console.print(table)
     console.print()

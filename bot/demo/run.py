@@ -89,7 +89,7 @@ def _local_hub(directory: Path, token: str) -> Iterator[str]:
 
 
 def _fill(directory: Path, display: Display) -> dict[str, float]:
-    """Make base, parents, their skills' datasets and the requesting card, and put them on the Hub. Returns the seconds."""
+    """Make base, parents, their skills' datasets and the requesting card, and put them on the Hub. Returns seconds."""
     from bot.localhub import seed
 
     seconds: dict[str, float] = {}

@@ -21,7 +21,7 @@ from bot.errors import HubForbidden, Refused, SourceNotFound, Transient
 from bot.hub import threads
 from bot.hub.files import DOWNLOAD_LIMIT_BYTES, FileFact, Progress, RepoFiles, download, read_tree, stream
 from bot.hub.ranges import Verified, fetch
-from bot.hub.transport import Absent, Line
+from bot.hub.transport import FileNotFoundOnHub, HubSession
 from bot.settings import LIVE_HUB
 
 # Progress is reported through our own callbacks; the library's bars would be drawn over them.
@@ -79,7 +79,7 @@ class Hub:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.endpoint = endpoint.rstrip("/")
-        self._line = Line(self.endpoint, deadline_s, sleep)
+        self._session = HubSession(self.endpoint, deadline_s, sleep)
         # token=False: never a token that happens to lie on this machine
         self._api = HfApi(endpoint=self.endpoint, token=token or False)
         self._user: User | None = None
@@ -89,7 +89,7 @@ class Hub:
     def whoami(self) -> User:
         """Owner of the token, requested once because the Hub limits this call strictly."""
         if self._user is None:
-            facts = self._line.ask("our token", self._api.whoami)
+            facts = self._session.call("our token", self._api.whoami)
             self._user = User(facts["name"], tuple(org["name"] for org in facts.get("orgs", ())))
         return self._user
 
@@ -98,30 +98,30 @@ class Hub:
         check_repo_id(repo)
         about = repo if revision is None else f"{repo}@{revision}"
 
-        def deed() -> PinnedRepo:
+        def operation() -> PinnedRepo:
             return _pinned(self._api.repo_info(repo, revision=revision, repo_type=repo_type))
 
-        return self._line.ask(about, deed)
+        return self._session.call(about, operation)
 
     def files(self, repo: str, revision: str, repo_type: str = "model") -> RepoFiles:
         """The files at a commit, read by HTTP range. Refuses a revision that is not a full commit id."""
-        return RepoFiles(self._api, self._line, check_repo_id(repo), _commit_id(revision), repo_type)
+        return RepoFiles(self._api, self._session, check_repo_id(repo), _commit_id(revision), repo_type)
 
     def tree(self, repo: str, revision: str, repo_type: str = "model") -> dict[str, FileFact]:
         """Facts of each path in a commit."""
-        return read_tree(self._api, self._line, check_repo_id(repo), revision, repo_type)
+        return read_tree(self._api, self._session, check_repo_id(repo), revision, repo_type)
 
     def read_text(self, repo: str, revision: str, path: str, limit_bytes: int, repo_type: str = "model") -> str | None:
         """A small text at a commit; None if absent. Raises Refused DOWNLOAD_TOO_LARGE beyond the limit."""
         files = self.files(repo, revision, repo_type)
 
-        def deed() -> bytes:
+        def operation() -> bytes:
             with stream(self._api, files, path, 0, limit_bytes + 1, whole=True) as chunks:
                 return b"".join(chunks)
 
         try:
-            data = self._line.ask(f"{path} of {files}", deed)
-        except Absent:
+            data = self._session.call(f"{path} of {files}", operation)
+        except FileNotFoundOnHub:
             return None
         if len(data) > limit_bytes:
             raise Refused(
@@ -146,8 +146,8 @@ class Hub:
         `progress(done_bytes, total_bytes, file_name)`.
         """
         try:
-            return download(self.files(repo, revision), self._api, self._line, into, progress, limit_bytes)
-        except Absent as gone:
+            return download(self.files(repo, revision), self._api, self._session, into, progress, limit_bytes)
+        except FileNotFoundOnHub as gone:
             raise _gone(gone) from gone
 
     def fetch(
@@ -166,8 +166,8 @@ class Hub:
         kind of verification of each file. `progress(done_bytes, total_bytes, file_name)`.
         """
         try:
-            return fetch(self.files(repo, revision), self._api, self._line, into, ranges, progress, limit_bytes)
-        except Absent as gone:
+            return fetch(self.files(repo, revision), self._api, self._session, into, ranges, progress, limit_bytes)
+        except FileNotFoundOnHub as gone:
             raise _gone(gone) from gone
 
     def tagged(self, tag: str, repo_type: str = "model", limit: int | None = None) -> list[PinnedRepo]:
@@ -175,11 +175,11 @@ class Hub:
         fields = ["sha", "lastModified", "tags", "private", "gated", "disabled"]
         lists: dict[str, Callable[..., Any]] = {"model": self._api.list_models, "dataset": self._api.list_datasets}
 
-        def deed() -> list[PinnedRepo]:
+        def operation() -> list[PinnedRepo]:
             found = lists[repo_type](filter=tag, sort="last_modified", limit=limit, expand=fields)
             return [_pinned(info) for info in found if not info.disabled]
 
-        return self._line.ask(f"the list of repos tagged {tag}", deed)
+        return self._session.call(f"the list of repos tagged {tag}", operation)
 
     # -- writing: none of these is repeated blindly; the caller looks first (reliability.md 6.2)
 
@@ -204,12 +204,12 @@ class Hub:
         """
         for path, content in files.items():
 
-            def deed(path: str = path, content: Content = content) -> None:
+            def operation(path: str = path, content: Content = content) -> None:
                 with ExitStack() as opened:
                     addition = self._addition(opened, path, content)
                     self._api.preupload_lfs_files(repo, [addition], repo_type=repo_type, free_memory=False)
 
-            self._write(f"{path} of {repo}", deed, repeat=True, deadline_s=_upload_time_s(content))
+            self._write(f"{path} of {repo}", operation, repeat=True, deadline_s=_upload_time_s(content))
             yield path
 
     def commit(
@@ -228,7 +228,7 @@ class Hub:
         back to verify the result.
         """
 
-        def deed() -> str:
+        def operation() -> str:
             with ExitStack() as opened:
                 return str(
                     self._api.create_commit(
@@ -242,7 +242,7 @@ class Hub:
                 )
 
         time_s = sum(_upload_time_s(content) for content in files.values())
-        return self._write(repo, deed, deadline_s=time_s)
+        return self._write(repo, operation, deadline_s=time_s)
 
     def make_public(self, repo: str, repo_type: str = "model") -> None:
         """Make the repo public and verify it."""
@@ -256,24 +256,26 @@ class Hub:
 
     def find_discussion(self, repo: str, title: str, repo_type: str = "model") -> int | None:
         """Our own open or closed discussion with exactly this title."""
-        return threads.find(self._api, self._line, self.whoami().name, repo, title, repo_type)
+        return threads.find(self._api, self._session, self.whoami().name, repo, title, repo_type)
 
     def open_discussion(self, repo: str, title: str, text: str, repo_type: str = "model") -> int:
-        return threads.start(self._api, self._line, repo, title, text, repo_type)
+        return threads.start(self._api, self._session, repo, title, text, repo_type)
 
     def comment(self, repo: str, number: int, text: str, ref: str, repo_type: str = "model") -> None:
         """Post the comment unless one of ours already has the line `ref`."""
-        threads.comment(self._api, self._line, self.whoami().name, repo, number, text, ref, repo_type)
+        threads.comment(self._api, self._session, self.whoami().name, repo, number, text, ref, repo_type)
 
     def close_discussion(self, repo: str, number: int, text: str, ref: str, repo_type: str = "model") -> None:
         """Close with a last comment, each of the two at most once."""
-        threads.close(self._api, self._line, self.whoami().name, repo, number, text, ref, repo_type)
+        threads.close(self._api, self._session, self.whoami().name, repo, number, text, ref, repo_type)
 
     # -- inside
 
-    def _write(self, about: str, deed: Callable[[], T], *, repeat: bool = False, deadline_s: float | None = None) -> T:
+    def _write(
+        self, about: str, operation: Callable[[], T], *, repeat: bool = False, deadline_s: float | None = None
+    ) -> T:
         try:
-            return self._line.ask(about, deed, repeat=repeat, deadline_s=deadline_s)
+            return self._session.call(about, operation, repeat=repeat, deadline_s=deadline_s)
         except HubForbidden as error:
             # reliability.md 8.2: a token that lost its rights must not fail anybody's job
             raise Transient(
@@ -291,7 +293,7 @@ class Hub:
         return CommitOperationAdd(path, io.BytesIO(content))
 
 
-def _gone(absent: Absent) -> Refused:
+def _gone(absent: FileNotFoundOnHub) -> Refused:
     return Refused("SOURCE_CHANGED_OR_GONE", f"{absent} is no longer there.", "Ask again with the repo as it is now.")
 
 

@@ -23,7 +23,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from bot.errors import Refused, Transient
-from bot.hub.transport import Away, Line, check_deadline
+from bot.hub.transport import HubSession, Unavailable, check_deadline
 from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.checkpoints.weight_files import INDEX, weight_file
 from bot.storage import exclusive, move_into_place, size_text, sync_folder
@@ -51,10 +51,10 @@ class FileFact:
     blob_id: str
 
 
-def read_tree(api: HfApi, line: Line, repo: str, revision: str, repo_type: str) -> dict[str, FileFact]:
+def read_tree(api: HfApi, session: HubSession, repo: str, revision: str, repo_type: str) -> dict[str, FileFact]:
     """All files of the repo at the revision."""
 
-    def deed() -> dict[str, FileFact]:
+    def operation() -> dict[str, FileFact]:
         entries = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type=repo_type)
         return {
             entry.path: FileFact(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
@@ -62,7 +62,7 @@ def read_tree(api: HfApi, line: Line, repo: str, revision: str, repo_type: str) 
             if isinstance(entry, RepoFile)
         }
 
-    return line.ask(f"{repo}@{revision[:7]}", deed)
+    return session.call(f"{repo}@{revision[:7]}", operation)
 
 
 class RepoFiles:
@@ -71,9 +71,9 @@ class RepoFiles:
     Satisfies `bot.merge.checkpoints.checkpoint.Files`. Not for several threads at once.
     """
 
-    def __init__(self, api: HfApi, line: Line, repo: str, revision: str, repo_type: str = "model") -> None:
+    def __init__(self, api: HfApi, session: HubSession, repo: str, revision: str, repo_type: str = "model") -> None:
         self.repo, self.revision, self.repo_type = repo, revision, repo_type
-        self._api, self._line = api, line
+        self._api, self._session = api, session
         self._facts: dict[str, FileFact] | None = None
         self._starts: dict[str, bytes] = {}
 
@@ -82,7 +82,7 @@ class RepoFiles:
 
     def facts(self) -> dict[str, FileFact]:
         if self._facts is None:
-            self._facts = read_tree(self._api, self._line, self.repo, self.revision, self.repo_type)
+            self._facts = read_tree(self._api, self._session, self.repo, self.revision, self.repo_type)
         return self._facts
 
     def sizes(self) -> dict[str, int]:
@@ -112,14 +112,14 @@ class RepoFiles:
             return b""
         about = f"{name} of {self}"
 
-        def deed() -> bytes:
+        def operation() -> bytes:
             with stream(self._api, self, name, start, start + length) as chunks:
                 data = b"".join(chunks)
             if len(data) != length:
-                raise Away(f"it sent {len(data)} of {length} bytes")
+                raise Unavailable(f"it sent {len(data)} of {length} bytes")
             return data
 
-        return self._line.ask(about, deed)
+        return self._session.call(about, operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,9 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Progress | None, limit_bytes: int) -> Path:
+def download(
+    files: RepoFiles, api: HfApi, session: HubSession, into: Path, progress: Progress | None, limit_bytes: int
+) -> Path:
     """Download the allowed files of a source into the new folder `into`, which is complete once it exists.
 
     It grows in `<into>.partial`, where files of an interrupted attempt are verified and kept. Raises Refused
@@ -204,7 +206,7 @@ def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Pro
         if into.is_dir():
             return into
         partial.mkdir(exist_ok=True)
-        wanted = _wanted(files, api, line, partial)
+        wanted = _wanted(files, api, session, partial)
         total = sum(fact.size for fact in wanted.values())
         check_room(files, total, limit_bytes, partial, sum(path.stat().st_size for path in partial.iterdir()))
         done = 0
@@ -217,7 +219,7 @@ def download(files: RepoFiles, api: HfApi, line: Line, into: Path, progress: Pro
                 if progress is not None:
                     progress(before + count, total, name)
 
-            fetch_whole(files, api, line, name, fact, partial / name, advanced)
+            fetch_whole(files, api, session, name, fact, partial / name, advanced)
             done += fact.size
         for stray in list(partial.iterdir()):
             if stray.name not in wanted:
@@ -239,7 +241,7 @@ def allowed_files(files: RepoFiles) -> dict[str, FileFact]:
     }
 
 
-def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str, FileFact]:
+def _wanted(files: RepoFiles, api: HfApi, session: HubSession, partial: Path) -> dict[str, FileFact]:
     """The allowed files; of the weights only those that belong to the checkpoint (repos may hold them twice)."""
     top = allowed_files(files)
     first = weight_file(top)
@@ -249,7 +251,7 @@ def _wanted(files: RepoFiles, api: HfApi, line: Line, partial: Path) -> dict[str
                 "BAD_CHECKPOINT", f"{INDEX} of {files} has {top[INDEX].size} bytes; the limit is 8 MiB.",
                 "Ask its author to save the model again.",
             )  # fmt: skip
-        fetch_whole(files, api, line, INDEX, top[INDEX], partial / INDEX, lambda count: None)
+        fetch_whole(files, api, session, INDEX, top[INDEX], partial / INDEX, lambda count: None)
         shards = _shards((partial / INDEX).read_bytes())
     elif first is not None:
         shards = {first}
@@ -284,7 +286,13 @@ def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, alr
 
 
 def fetch_whole(
-    files: RepoFiles, api: HfApi, line: Line, name: str, fact: FileFact, place: Path, advanced: Callable[[int], None]
+    files: RepoFiles,
+    api: HfApi,
+    session: HubSession,
+    name: str,
+    fact: FileFact,
+    place: Path,
+    advanced: Callable[[int], None],
 ) -> None:
     """Download one file to `place` and verify it. Wrong bytes are fetched once more, then raise CORRUPT_DOWNLOAD."""
     if place.is_file() and _digest_of(place, fact) == _expected(fact):
@@ -293,7 +301,7 @@ def fetch_whole(
     arriving = place.with_name(f".{name}.arriving")
     found = ""
     for _ in range(2):
-        _receive(files, api, line, name, fact, arriving, advanced)
+        _receive(files, api, session, name, fact, arriving, advanced)
         found = _digest_of(arriving, fact)
         if found == _expected(fact):
             arriving.chmod(0o444)
@@ -308,12 +316,18 @@ def fetch_whole(
 
 
 def _receive(
-    files: RepoFiles, api: HfApi, line: Line, name: str, fact: FileFact, arriving: Path, advanced: Callable[[int], None]
+    files: RepoFiles,
+    api: HfApi,
+    session: HubSession,
+    name: str,
+    fact: FileFact,
+    arriving: Path,
+    advanced: Callable[[int], None],
 ) -> None:
     """Bring `arriving` to its full length; a lost connection goes on where it stopped."""
     with arriving.open("ab") as file:
 
-        def deed() -> None:
+        def operation() -> None:
             start = file.tell()
             if start >= fact.size:
                 return
@@ -322,12 +336,12 @@ def _receive(
                     file.write(chunk)
                     advanced(file.tell())
             if file.tell() != fact.size:
-                raise Away(f"it sent {file.tell()} of {fact.size} bytes")
+                raise Unavailable(f"it sent {file.tell()} of {fact.size} bytes")
 
         if file.tell() > fact.size:
             file.truncate(0)
         # A big file takes its time: at least 1 MB/s is expected over the usual deadline.
-        line.ask(f"{name} of {files}", deed, deadline_s=line.deadline_s + fact.size / 1e6)
+        session.call(f"{name} of {files}", operation, deadline_s=session.deadline_s + fact.size / 1e6)
 
 
 def _expected(fact: FileFact) -> str:

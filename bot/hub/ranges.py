@@ -1,7 +1,7 @@
 """Byte ranges of a repo's large files: several requests at once, written into sparse files of full size.
 
     INTO/<file>            full size; only the ranges in its journal hold data
-    INTO/.ranges/<file>    journal: identity of the file, then a line per complete range (start, end, CRC-32 of its bytes)
+    INTO/.ranges/<file>    journal: identity of the file, then a line per complete range (start, end, CRC-32)
 
 A range enters the journal when its bytes are on the disk, so a killed fetch continues with the missing ranges, and a
 later plan adds to those of an earlier one. Such a folder must not be used as a model: it lies apart from complete ones,
@@ -30,8 +30,8 @@ from huggingface_hub import HfApi
 
 from bot.errors import Failed, Refused, Transient
 from bot.hub.files import FileFact, Progress, RepoFiles, answer, check_room, fetch_whole
-from bot.hub.transport import Away, Line, check_deadline
-from bot.settings import crashpoint
+from bot.hub.transport import HubSession, Unavailable, check_deadline
+from bot.settings import failpoint
 from bot.storage import IN_PARTS, exclusive, journal_entry, journal_line, sha256_file, sync_folder, write_atomic
 
 PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it
@@ -51,7 +51,7 @@ def is_partial(folder: Path) -> bool:
 def fetch(
     files: RepoFiles,
     api: HfApi,
-    line: Line,
+    session: HubSession,
     into: Path,
     ranges: Mapping[str, Sequence[Range]],
     progress: Progress | None,
@@ -73,13 +73,13 @@ def fetch(
         check_room(files, missing, limit_bytes, into)
         told = _Told(progress, total, total - missing - sum(fact.size for fact in small.values()))
         for name, fact in small.items():
-            fetch_whole(files, api, line, name, fact, into / name, lambda count: None)
+            fetch_whole(files, api, session, name, fact, into / name, lambda count: None)
             told.more(fact.size, name)
         sync_folder(into)
-        _fill(files, api, line, parts, told)
+        _fill(files, api, session, parts, told)
         verified: dict[str, Verified] = dict.fromkeys(small, "git")
         for part in parts:
-            verified[part.name] = _checked(files, api, line, part, told)
+            verified[part.name] = _checked(files, api, session, part, told)
         return verified
 
 
@@ -248,27 +248,27 @@ class _Told:
                 self._progress(min(self._done, self._total), self._total, name)
 
 
-def _fill(files: RepoFiles, api: HfApi, line: Line, parts: Sequence[_Part], told: _Told) -> None:
+def _fill(files: RepoFiles, api: HfApi, session: HubSession, parts: Sequence[_Part], told: _Told) -> None:
     """Fetch the missing ranges of all parts. The first failure stops the others; complete ranges stay."""
     stop = threading.Event()
-    if line.sleep is time.sleep:  # a wait that a failure elsewhere cuts short
+    if session.sleep is time.sleep:  # a wait that a failure elsewhere cuts short
 
         def pause(seconds: float) -> None:
             stop.wait(seconds)
 
-        line = replace(line, sleep=pause)
+        session = replace(session, sleep=pause)
     lock = threading.Lock()
     work = [(part, span) for part in parts for span in pieces(part.missing())]
     with contextlib.ExitStack() as opened, ThreadPoolExecutor(AT_ONCE, "fetch") as pool:
         handles = {part.name: opened.enter_context(part.place.open("rb+")).fileno() for part, _ in work}
 
         def one(part: _Part, span: Range) -> None:
-            crc = _receive(files, api, line, part, span, handles[part.name], told, stop)
+            crc = _receive(files, api, session, part, span, handles[part.name], told, stop)
             os.fdatasync(handles[part.name])
             with lock:
                 part.add({"start": span[0], "end": span[1], "crc": crc})
                 part.here.append((*span, crc))
-                crashpoint("download.after_range", sum(len(each.here) for each in parts))
+                failpoint("download.after_range", sum(len(each.here) for each in parts))
 
         futures: list[Future[None]] = [pool.submit(one, part, span) for part, span in work]
         try:
@@ -281,12 +281,19 @@ def _fill(files: RepoFiles, api: HfApi, line: Line, parts: Sequence[_Part], told
 
 
 def _receive(
-    files: RepoFiles, api: HfApi, line: Line, part: _Part, span: Range, handle: int, told: _Told, stop: threading.Event
+    files: RepoFiles,
+    api: HfApi,
+    session: HubSession,
+    part: _Part,
+    span: Range,
+    handle: int,
+    told: _Told,
+    stop: threading.Event,
 ) -> int:
     """Write one range to its place and return its CRC-32. A lost connection is continued."""
     at, crc = span[0], 0
 
-    def deed() -> None:
+    def operation() -> None:
         nonlocal at, crc
         with answer(api, files, part.name, (at, span[1])) as response:
             _require_same(files, part, response, (at, span[1]))
@@ -300,11 +307,11 @@ def _receive(
                 at, crc = at + len(chunk), zlib.crc32(chunk, crc)
                 told.more(len(chunk), part.name)
         if at < span[1]:
-            raise Away(f"it ended {span[1] - at} bytes early")
+            raise Unavailable(f"it ended {span[1] - at} bytes early")
 
     # At least 1 MB/s for all requests together is expected over the usual deadline.
-    patience_s = line.deadline_s + AT_ONCE * (span[1] - span[0]) / 1e6
-    line.ask(f"{part.name} of {files}", deed, deadline_s=patience_s)
+    patience_s = session.deadline_s + AT_ONCE * (span[1] - span[0]) / 1e6
+    session.call(f"{part.name} of {files}", operation, deadline_s=patience_s)
     return crc
 
 
@@ -340,7 +347,7 @@ def _named(chain: Sequence[httpx2.Response], header: str) -> Iterator[str]:
 # -- whole files
 
 
-def _checked(files: RepoFiles, api: HfApi, line: Line, part: _Part, told: _Told) -> Verified:
+def _checked(files: RepoFiles, api: HfApi, session: HubSession, part: _Part, told: _Told) -> Verified:
     """Hash a complete file; if it differs from the commit, fetch it once more."""
     if not part.whole:
         return "ranges"
@@ -354,7 +361,7 @@ def _checked(files: RepoFiles, api: HfApi, line: Line, part: _Part, told: _Told)
             return "sha256"
         part.forget()
         if attempt == 0:
-            _fill(files, api, line, [part], told)
+            _fill(files, api, session, [part], told)
     raise Transient(
         "CORRUPT_DOWNLOAD",
         f"{part.name} of {files} arrived damaged twice: {str(part.fact.sha256)[:8]} expected, {found[:8]} got.",

@@ -7,45 +7,51 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.community import DiscussionComment
 
-from bot.hub.transport import Line
+from bot.hub.transport import HubSession
 
 
-def find(api: HfApi, line: Line, me: str, repo: str, title: str, repo_type: str) -> int | None:
-    def deed() -> int | None:
+def find(api: HfApi, session: HubSession, me: str, repo: str, title: str, repo_type: str) -> int | None:
+    def operation() -> int | None:
         found = api.get_repo_discussions(repo, author=me, discussion_type="discussion", repo_type=repo_type)
         # A stranger may open a thread with our title: only our own counts.
         numbers = [thread.num for thread in found if thread.title == title and thread.author == me]
         return min(numbers, default=None)
 
-    return line.ask(f"the discussions of {repo}", deed)
+    return session.call(f"the discussions of {repo}", operation)
 
 
-def start(api: HfApi, line: Line, repo: str, title: str, text: str, repo_type: str) -> int:
-    def deed() -> int:
+def start(api: HfApi, session: HubSession, repo: str, title: str, text: str, repo_type: str) -> int:
+    def operation() -> int:
         return int(api.create_discussion(repo, title, description=text, repo_type=repo_type).num)
 
-    return line.ask(f"the discussions of {repo}", deed, repeat=False)
+    return session.call(f"the discussions of {repo}", operation, repeat=False)
 
 
-def comment(api: HfApi, line: Line, me: str, repo: str, number: int, text: str, ref: str, repo_type: str) -> None:
-    if any(_carries(event, me, ref) for event in _details(api, line, repo, number, repo_type).events):
+def comment(
+    api: HfApi, session: HubSession, me: str, repo: str, number: int, text: str, ref: str, repo_type: str
+) -> None:
+    if any(_carries(event, me, ref) for event in _details(api, session, repo, number, repo_type).events):
         return
     about = f"discussion {number} of {repo}"
-    line.ask(
+    session.call(
         about, lambda: api.comment_discussion(repo, number, _with_ref(text, ref), repo_type=repo_type), repeat=False
     )
 
 
-def close(api: HfApi, line: Line, me: str, repo: str, number: int, text: str, ref: str, repo_type: str) -> None:
-    comment(api, line, me, repo, number, text, ref, repo_type)
-    if _details(api, line, repo, number, repo_type).status != "closed":
+def close(
+    api: HfApi, session: HubSession, me: str, repo: str, number: int, text: str, ref: str, repo_type: str
+) -> None:
+    comment(api, session, me, repo, number, text, ref, repo_type)
+    if _details(api, session, repo, number, repo_type).status != "closed":
         about = f"discussion {number} of {repo}"
-        line.ask(about, lambda: api.change_discussion_status(repo, number, "closed", repo_type=repo_type), repeat=False)
+        session.call(
+            about, lambda: api.change_discussion_status(repo, number, "closed", repo_type=repo_type), repeat=False
+        )
 
 
-def _details(api: HfApi, line: Line, repo: str, number: int, repo_type: str) -> Any:
+def _details(api: HfApi, session: HubSession, repo: str, number: int, repo_type: str) -> Any:
     about = f"discussion {number} of {repo}"
-    return line.ask(about, lambda: api.get_discussion_details(repo, number, repo_type=repo_type))
+    return session.call(about, lambda: api.get_discussion_details(repo, number, repo_type=repo_type))
 
 
 def _carries(event: Any, me: str, ref: str) -> bool:

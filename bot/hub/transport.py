@@ -49,7 +49,7 @@ _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _STORAGE = (".huggingface.co", ".hf.co", ".amazonaws.com")
 
 
-class Away(Exception):
+class Unavailable(Exception):
     """The Hub cannot answer now; `wait_s` is the wait that it asks for, if any."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
@@ -61,7 +61,7 @@ class ForeignHost(Exception):
     """A request to another host than the configured Hub."""
 
 
-class Absent(Exception):
+class FileNotFoundOnHub(Exception):
     """The file is not in the repo at that commit."""
 
 
@@ -88,7 +88,7 @@ class _Client(httpx2.Client):
         except httpx2.TransportError as error:
             if _current.get() is None:
                 raise
-            raise Away(f"no connection ({type(error).__name__})") from error
+            raise Unavailable(f"no connection ({type(error).__name__})") from error
 
 
 def _before(request: httpx2.Request) -> None:
@@ -96,7 +96,7 @@ def _before(request: httpx2.Request) -> None:
     if ask is None:
         return
     if time.monotonic() > ask.until:
-        raise Away("it did not answer in time")
+        raise Unavailable("it did not answer in time")
     if not _is_ours(ask.endpoint, str(request.url)):
         raise ForeignHost(f"a request to {request.url.host} was stopped")
     if request.method not in ("GET", "HEAD", "PUT") and not _REPEATABLE.search(request.url.path):
@@ -113,10 +113,10 @@ def _is_ours(endpoint: str, url: str) -> bool:
 
 def _after(response: httpx2.Response) -> None:
     if _current.get() is not None and response.status_code in _RETRIED:
-        raise Away(f"it answered {response.status_code}", wait_asked_s(response.headers))
+        raise Unavailable(f"it answered {response.status_code}", requested_wait_s(response.headers))
 
 
-def wait_asked_s(headers: Any, now: datetime | None = None) -> float | None:
+def requested_wait_s(headers: Any, now: datetime | None = None) -> float | None:
     """Wait in seconds that the Hub asks for: `RateLimit` when used up, else `Retry-After` as seconds or as a date."""
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
@@ -145,16 +145,18 @@ set_client_factory(new_client)
 
 
 @dataclass(slots=True)
-class Line:
-    """The line to one Hub. `deadline_s` bounds one `ask` in all, waits and repeats included."""
+class HubSession:
+    """Calls to one Hub. `deadline_s` limits one `call`, waits and repeats included."""
 
     endpoint: str
     deadline_s: float = 120.0
     sleep: Callable[[float], None] = time.sleep
     random: random.Random = field(default_factory=random.Random)
 
-    def ask(self, about: str, deed: Callable[[], T], *, repeat: bool = True, deadline_s: float | None = None) -> T:
-        """Call `deed()` with typed failures. `about` names the repo, file or address in messages.
+    def call(
+        self, about: str, operation: Callable[[], T], *, repeat: bool = True, deadline_s: float | None = None
+    ) -> T:
+        """Call `operation()` with typed failures. `about` names the repo, file or address in messages.
 
         Raises Refused (SOURCE_NOT_FOUND, SOURCE_GATED, HUB_FORBIDDEN, PUBLISH_CONFLICT, NOT_A_REPO_ID), Transient
         (HUB_UNAVAILABLE, HUB_ANSWER_INVALID), or FileNotFoundOnHub for a missing file. With `repeat=False` the call is
@@ -164,7 +166,7 @@ class Line:
         with self._within(until) as asked:
             for attempt in range(1, MAX_TRIES + 1):
                 try:
-                    return deed()
+                    return operation()
                 except Exception as error:
                     fault = _typed(error, about)
                     if not isinstance(fault, Transient):
@@ -190,7 +192,7 @@ class Line:
 
     def _wait_s(self, error: BaseException, attempt: int) -> float:
         away = _root(error)
-        if isinstance(away, Away) and away.wait_s is not None:
+        if isinstance(away, Unavailable) and away.wait_s is not None:
             return float(away.wait_s)
         grown = min(FIRST_WAIT_S * 2.0 ** (attempt - 1), LONGEST_WAIT_S)
         return grown * self.random.uniform(0.75, 1.25)
@@ -200,14 +202,14 @@ def check_deadline() -> None:
     """Raise if the deadline has passed. Called between the chunks of a long response, which may trickle for ever."""
     ask = _current.get()
     if ask is not None and time.monotonic() > ask.until:
-        raise Away("it did not answer in time")
+        raise Unavailable("it did not answer in time")
 
 
 def _root(error: BaseException) -> BaseException:
     """The innermost known exception; the library wraps failures of uploads."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, (Away, HfHubHTTPError, MergebotError, ForeignHost)):
+        if isinstance(seen, (Unavailable, HfHubHTTPError, MergebotError, ForeignHost)):
             return seen
         seen = seen.__cause__
     return error
@@ -215,10 +217,10 @@ def _root(error: BaseException) -> BaseException:
 
 def _typed(error: Exception, about: str) -> Exception:
     found = _root(error)
-    if isinstance(found, (MergebotError, Absent)):
+    if isinstance(found, (MergebotError, FileNotFoundOnHub)):
         return found
-    if isinstance(found, (Away, httpx2.TransportError, OfflineModeIsEnabled)):
-        reason = str(found) if isinstance(found, Away) else type(found).__name__
+    if isinstance(found, (Unavailable, httpx2.TransportError, OfflineModeIsEnabled)):
+        reason = str(found) if isinstance(found, Unavailable) else type(found).__name__
         return Transient(
             "HUB_UNAVAILABLE", f"The Hub is not available for {about}: {reason}.", "It is tried again later by itself."
         )
@@ -246,7 +248,7 @@ def _typed_answer(error: HfHubHTTPError, about: str) -> Exception:
             "SOURCE_GATED", f"{about} is gated: its files are not open to everybody.", "Choose an ungated model."
         )
     if isinstance(error, EntryNotFoundError):
-        return Absent(about)
+        return FileNotFoundOnHub(about)
     if isinstance(error, RevisionNotFoundError):
         return Refused("SOURCE_NOT_FOUND", f"{about} has no such revision.", "Check the branch, tag or commit.")
     if isinstance(error, (RepositoryNotFoundError, DisabledRepoError)):

@@ -20,7 +20,7 @@ from typing import Any
 from bot.jobs.request import MergeRequest
 from evaluators.comparison.verdict import Comparison
 from evaluators.harness.scores import ModelEvaluation
-from evaluators.vitals import Vitals
+from evaluators.sanity_check import SanityCheck
 
 
 class Stage(StrEnum):
@@ -87,7 +87,7 @@ class Evaluation:
     heads: Mapping[str, PublishedFile] = field(default_factory=dict)  # what the repo carries besides the weights
     comparison: Comparison | None = None
     not_compared: str = ""
-    vitals: Mapping[str, Vitals] = field(default_factory=dict)
+    vitals: Mapping[str, SanityCheck] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,13 @@ from bot.errors import MergebotError
 from bot.jobs.job import Job
 from bot.settings import Settings
 from evaluators.harness import results
-from evaluators.harness.conditions import LIBRARIES
+from evaluators.harness.eval_config import LIBRARIES
 from evaluators.harness.scores import ModelEvaluation, Score
 from evaluators.harness.suites import ANY, SuiteTask
 
 if TYPE_CHECKING:
     from bot.hub import Hub
-    from evaluators.harness.conditions import Question
+    from evaluators.harness.eval_config import Question
 
 RESULTS = "mergebot-results"  # name of the results dataset
 RECENT_JOBS = 20  # older ones were written by earlier refreshes

@@ -87,13 +87,13 @@ def details(call: Call) -> Response:
     return JSONResponse(shown)
 
 
-def _change(call: Call, deed: Callable[[Repo, Thread, str], dict[str, Any]]) -> Response:
+def _change(call: Call, change: Callable[[Repo, Thread, str], dict[str, Any]]) -> Response:
     """Do one thing to one thread under the repo's lock, and store the thread."""
     repo = call.repo()
     author = call.require_voice()
     with call.store.locked(repo.id):
         thread = threads.load(call.store, repo.id, _number(call))
-        answer = deed(repo, thread, author)
+        answer = change(repo, thread, author)
         threads.save(call.store, repo.id, thread)
     return JSONResponse(answer)
 
@@ -112,19 +112,19 @@ def comment(call: Call) -> Response:
 def edit(call: Call) -> Response:
     text = _bounded(call.json().get("content"))
 
-    def deed(_: Repo, thread: Thread, author: str) -> dict[str, Any]:
+    def change(_: Repo, thread: Thread, author: str) -> dict[str, Any]:
         event = threads.comment_of(thread, call.params["event"])
         if event["author"]["name"] != author:
             raise HubError(403, "Only its author can edit a comment")
         threads.edit_comment(call.store, event, author, text)
         return {"updatedComment": event}
 
-    return _change(call, deed)
+    return _change(call, change)
 
 
 @routes.add("POST", _ROOT + "/{num}/comment/{event}/hide")
 def hide(call: Call) -> Response:
-    def deed(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
+    def change(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
         event = threads.comment_of(thread, call.params["event"])
         if event["author"]["name"] != author and not call.users.may_write(call.visitor, repo.id.namespace):
             raise HubError(403, "Only its author or the repo's owner can hide a comment")
@@ -132,7 +132,7 @@ def hide(call: Call) -> Response:
         event["data"]["latest"]["raw"] = ""
         return {"updatedComment": event}
 
-    return _change(call, deed)
+    return _change(call, change)
 
 
 @routes.add("POST", _ROOT + "/{num}/status")
@@ -142,7 +142,7 @@ def status(call: Call) -> Response:
     if wanted not in ("open", "closed"):
         raise bad_request("status must be open or closed")
 
-    def deed(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
+    def change(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
         _require_say(call, repo, thread, author)
         if thread["status"] == "merged":
             raise HubError(409, "a merged pull request keeps its status")
@@ -151,7 +151,7 @@ def status(call: Call) -> Response:
         thread["status"] = wanted
         return {"newStatus": threads.add_event(call.store, thread, author, "status-change", {"status": wanted})}
 
-    return _change(call, deed)
+    return _change(call, change)
 
 
 def _require_say(call: Call, repo: Repo, thread: Thread, author: str) -> None:
@@ -165,18 +165,18 @@ def retitle(call: Call) -> Response:
     if not 3 <= len(title) <= 200:
         raise bad_request("a title has 3 to 200 characters")
 
-    def deed(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
+    def change(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
         _require_say(call, repo, thread, author)
         change = {"from": thread["title"], "to": title}
         thread["title"] = title
         return {"newTitle": threads.add_event(call.store, thread, author, "title-change", change)}
 
-    return _change(call, deed)
+    return _change(call, change)
 
 
 @routes.add("POST", _ROOT + "/{num}/merge")
 def merge(call: Call) -> Response:
-    def deed(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
+    def change(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
         call.require_write(repo.id.namespace)
         if not thread["isPullRequest"] or thread["status"] not in ("open", "draft"):
             raise HubError(409, "there is no open pull request of this number")
@@ -199,7 +199,7 @@ def merge(call: Call) -> Response:
         threads.add_event(call.store, thread, author, "status-change", {"status": "merged"})
         return {}
 
-    return _change(call, deed)
+    return _change(call, change)
 
 
 def _pull_changes(store: Store, repo: Repo, thread: Thread) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def add_user(
     orgs: Iterable[str] = (),
     namespaces: Iterable[str] = (),
 ) -> None:
-    """Create a user of the Hub at `root`, with a token of that role, as admin of `orgs`, which are created if missing."""
+    """Create a user of the Hub at `root`, with a token of that role, as admin of `orgs`; missing ones are created."""
     Users(root).add(name, token, role, orgs, namespaces)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bot.jobs.job import Evaluation, Job
 from bot.publishing import messages
 from bot.publishing.markdown import code, joined, listed, plain, table
-from evaluators import vitals
+from evaluators import sanity_check
 from evaluators.comparison import report
 from evaluators.comparison.remarks import remarks
 from evaluators.harness.scores import Score
@@ -130,5 +130,5 @@ def first_look(job: Job) -> list[str]:
     found = job.evaluation.vitals
     if not found:
         return []
-    rows = [[_name(name) if name else "this merge", *vitals.cells(each)] for name, each in found.items()]
-    return ["## First look", table(["model", *vitals.COLUMNS], rows), messages.FIRST_LOOK]
+    rows = [[_name(name) if name else "this merge", *sanity_check.cells(each)] for name, each in found.items()]
+    return ["## First look", table(["model", *sanity_check.COLUMNS], rows), messages.FIRST_LOOK]

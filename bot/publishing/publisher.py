@@ -24,7 +24,7 @@ from bot.jobs.job import Publication, PublishedFile
 from bot.jobs.queue import Queue, open_queue
 from bot.jobs.specs import BoardSpec, PublishSpec, ReplySpec
 from bot.progress import Show
-from bot.settings import Settings, crashpoint
+from bot.settings import Settings, failpoint
 from bot.storage import sha256_file
 
 MARKER = ".mergebot.json"
@@ -48,14 +48,14 @@ def publish(spec: PublishSpec, settings: Settings, report: Show) -> Publication:
     started, content, lease = time.monotonic(), spec.content, spec.lease
     hub, queue = Hub(settings.hub, token=settings.write_token()), open_queue(settings)
     files, heads = _verified(spec.out, content.files), _verified(spec.carried, content.heads)
-    crashpoint("publish.after_manifest_check")
+    failpoint("publish.after_manifest_check")
     marker = {"schema": 1, "digest": content.digest, "manifest": content.manifest}
     bytes_of_marker = (json.dumps(marker, sort_keys=True) + "\n").encode()
     evaluated: dict[str, Content] = {**files, MARKER: bytes_of_marker}
 
     for _ in range(ATTEMPTS):
         place = _place(hub, list(content.texts), marker)
-        crashpoint("publish.after_create_repo")
+        failpoint("publish.after_create_repo")
         if place.done is not None:
             queue.begin_commit(lease)
             # An earlier attempt's commit: texts and heads may be of an earlier measurement, its weights are the same.
@@ -68,13 +68,13 @@ def publish(spec: PublishSpec, settings: Settings, report: Show) -> Publication:
             break
     else:
         raise Transient("PUBLISH_CONFLICT", f"{place.repo} changed while it was being published.", "It is tried again.")
-    crashpoint("publish.after_commit")
+    failpoint("publish.after_commit")
     _read_back(hub, place.repo, commit, expected, alone=place.done is None)
-    crashpoint("publish.after_readback")
+    failpoint("publish.after_readback")
     for source in content.sources:
         _still_there(hub, source.repo, source.revision)
     hub.make_public(place.repo)
-    crashpoint("publish.after_public")
+    failpoint("publish.after_public")
     return Publication(place.repo, commit, time.monotonic() - started)
 
 
@@ -122,9 +122,9 @@ def _commit(
     total = len(contents)
     for done, path in enumerate(hub.upload(place.repo, contents)):
         report(f"Uploading {path}", done, total)
-        crashpoint("publish.after_upload", done)
+        failpoint("publish.after_upload", done)
     queue.begin_commit(spec.lease)
-    crashpoint("publish.before_commit")
+    failpoint("publish.before_commit")
     try:
         return hub.commit(
             place.repo,
@@ -188,7 +188,7 @@ def board(spec: BoardSpec, settings: Settings, report: Show) -> None:
     for number, (repo, texts) in enumerate(spec.datasets.items()):
         report(f"Updating {repo}", number, len(spec.datasets))
         _write_dataset(hub, repo, texts, spec.message)
-        crashpoint("board.after_results" if number == 0 else "board.after_commit")
+        failpoint("board.after_results" if number == 0 else "board.after_commit")
 
 
 def _write_dataset(hub: Hub, repo: str, texts: Mapping[str, str], message: str) -> None:
@@ -220,7 +220,7 @@ def reply(spec: ReplySpec, settings: Settings, report: Show) -> None:
     if number is None:
         number = hub.open_discussion(spec.repo, spec.title, spec.opening)
     hub.comment(spec.repo, number, spec.text, ref=spec.ref)
-    crashpoint("reply.after_post")
+    failpoint("reply.after_post")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from bot.merge.planning.plan import NUMERICS_VERSION
 from bot.merge.recipe import document
 from bot.merge.recipe import reading as recipe
 from bot.merge.tokenizer.named_templates import TEMPLATES
-from bot.settings import Settings, crashpoint
+from bot.settings import Settings, failpoint
 from bot.stages import evaluation, sources
 from evaluators.harness import suites
 
@@ -66,9 +66,9 @@ def check(text: str, hub: Hub, settings: Settings) -> Checked:
             "The recipe brings a chat template of its own, and the bot publishes only templates it knows.",
             f"Leave `chat_template` out, or write `auto`, {', '.join(f'`{name}`' for name in TEMPLATES)}.",
         )
-    seen = sources.opened(asked, lambda: hub, limits=checkpoint.STRANGER, accept=_require_open)
-    crashpoint("resolve.after_pin")
-    made = summary.summary(planner.make(seen.recipe, seen.sources, limits=checkpoint.STRANGER))
+    seen = sources.opened(asked, lambda: hub, limits=checkpoint.UNTRUSTED, accept=_require_open)
+    failpoint("resolve.after_pin")
+    made = summary.summary(planner.make(seen.recipe, seen.sources, limits=checkpoint.UNTRUSTED))
     policy.check_size(made, disk_limit_bytes=settings.disk_limit_bytes, memory_limit_bytes=settings.memory_limit_bytes)
     found = tuple(_source(seen.repos[ref], source) for ref, source in seen.sources.items())
     return Checked(seen.recipe, found, made, policy.result_licence(found))
@@ -104,7 +104,7 @@ def take(request: MergeRequest, hub: Hub, queue: Queue, settings: Settings) -> J
         open_limit=settings.open_requests_per_person,
         day_limit=settings.requests_per_person_and_day,
     )
-    crashpoint("intake.before_insert")
+    failpoint("intake.before_insert")
     job = queue.submit(
         request,
         digest=_digest(checked.recipe.digest, request.evaluate),
@@ -112,7 +112,7 @@ def take(request: MergeRequest, hub: Hub, queue: Queue, settings: Settings) -> J
         sources=checked.sources,
         plan=dict(checked.plan),
     )
-    crashpoint("intake.after_insert")
+    failpoint("intake.after_insert")
     return job
 
 

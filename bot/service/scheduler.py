@@ -33,7 +33,7 @@ from bot.publishing import card, leaderboard
 from bot.service import intake
 from bot.service.executors import Executor
 from bot.service.executors.local import LocalExecutor
-from bot.settings import Settings, Zone, crashpoint
+from bot.settings import Settings, Zone, failpoint
 
 log = logging.getLogger(__name__)
 logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a tick that is still at work is no news
@@ -98,7 +98,7 @@ class Scheduler:
             lease = self.queue.claim(self.owner)
             if lease is None:
                 return
-            crashpoint("claim.after_commit")
+            failpoint("claim.after_commit")
             self._walking.add(lease.job_id)
             self._walkers.submit(self._walk_and_free, lease)
 
@@ -162,13 +162,13 @@ class Scheduler:
         job = self.queue.job(lease.job_id)
         if not job.merge:
             job = self._record(lease, self._merge(job, lease))
-            crashpoint("merge.after_fact")
+            failpoint("merge.after_fact")
         if not job.evaluation:
             job = self._record(lease, self._evaluate(job, lease))
-            crashpoint("eval.after_fact")
+            failpoint("eval.after_fact")
         if not job.publication:
             job = self._record(lease, self._publish(job, lease))
-            crashpoint("publish.after_fact")
+            failpoint("publish.after_fact")
 
     def _walk_and_free(self, lease: Lease) -> None:
         try:

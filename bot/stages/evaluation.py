@@ -20,7 +20,7 @@ from bot.stages import early_stopping
 from bot.stages.error_subjects import translated
 from evaluators import comparison, harness
 from evaluators.harness import Estimate, RunOptions, suites
-from evaluators.harness.conditions import Conditions, Question
+from evaluators.harness.eval_config import EvalConfig, Question
 from evaluators.harness.scores import ModelEvaluation
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def question_of(asked: EvaluateOptions, settings: Settings) -> Question:
     suite = suites.own_suite(asked.tasks) if asked.tasks else suite_named(asked.suite)
     return Question(
         suite,
-        Conditions(asked.limit, device=settings.device, batch_size="auto", chat_template=asked.chat_template),
+        EvalConfig(asked.limit, device=settings.device, batch_size="auto", chat_template=asked.chat_template),
     )
 
 

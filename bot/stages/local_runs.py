@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from bot.merge.execution.engine import Merged
     from evaluators.comparison.verdict import Comparison
     from evaluators.harness import Estimate
-    from evaluators.harness.conditions import Question
+    from evaluators.harness.eval_config import Question
     from evaluators.harness.scores import ModelEvaluation
-    from evaluators.vitals import Vitals
+    from evaluators.sanity_check import SanityCheck
 
 
 def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
@@ -214,7 +214,7 @@ def write_evaluations(
     file: Path,
     found: Mapping[str, ModelEvaluation],
     comparison: Comparison | None,
-    looks: Mapping[str, Vitals],
+    looks: Mapping[str, SanityCheck],
     settings: Settings,
 ) -> list[Path]:
     """Write the evaluations as JSON, with the folders of their samples, the sanity checks and the comparison.
@@ -269,7 +269,7 @@ def _whole_model(model: str, settings: Settings, report: Show) -> tuple[Path, st
         if not (folder / "config.json").is_file():
             raise Failed("MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Name a folder with a model in it.")
         return sources.whole_folder(folder).resolve(), None
-    pinned = sources.operators_repo(model, None, _hub(settings))
+    pinned = sources.trusted_repo(model, None, _hub(settings))
     hub = _hub(settings)()
     into = settings.source_folder(pinned.repo, pinned.revision)
     hub.download(pinned.repo, pinned.revision, into, progress=named(report, f"Downloading {model}"))

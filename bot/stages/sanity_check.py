@@ -11,10 +11,10 @@ from bot.jobs.request import EvaluateOptions
 from bot.progress import Show
 from bot.settings import Settings
 from bot.stages.evaluation import measures_nothing
-from evaluators import comparison, memory, vitals
+from evaluators import comparison, memory, sanity_check
 from evaluators.comparison.verdict import Comparison
 from evaluators.harness.scores import ModelEvaluation
-from evaluators.vitals import Vitals
+from evaluators.sanity_check import SanityCheck
 
 
 def compared(
@@ -29,9 +29,9 @@ def compared(
         return None, str(error)
 
 
-def vital_signs(
+def sanity_checks(
     out: Path, manifest: str, sources: tuple[Source, ...], asked: EvaluateOptions, settings: Settings, report: Show
-) -> dict[str, Vitals]:
+) -> dict[str, SanityCheck]:
     """Sanity checks of the sources (stored and reused) and of the merge, under "".
 
     Raises Failed NOT_FINITE, MODEL_UNLOADABLE or MODEL_NONSENSE if the merge cannot be evaluated.
@@ -52,21 +52,21 @@ def first_look(
     *,
     device: str,
     dtype: str = "auto",
-) -> dict[str, Vitals]:
+) -> dict[str, SanityCheck]:
     """Sanity check of each model, given by name as folder and content identity; stored checks are reused.
 
-    Raises Failed as `vital_signs` if `judged` fails in comparison with the others, and MEMORY_LIMIT.
+    Raises Failed as `sanity_checks` if `judged` fails in comparison with the others, and MEMORY_LIMIT.
     """
-    found: dict[str, Vitals] = {}
+    found: dict[str, SanityCheck] = {}
     for place, (name, (folder, identity)) in enumerate(models.items()):
         report("Looking whether the models speak", place, len(models))
         cache = settings.evaluations
-        signs = vitals.stored(cache, identity, device=device, dtype=dtype)
+        signs = sanity_check.stored(cache, identity, device=device, dtype=dtype)
         if signs is None and (folder / "config.json").is_file():  # a source that was measured before may be gone
             memory.require_memory(folder, dtype, device, settings.memory_limit_bytes)
-            signs = vitals.of_folder(folder, cache=cache, device=device, dtype=dtype, model_identity=identity)
+            signs = sanity_check.of_folder(folder, cache=cache, device=device, dtype=dtype, model_identity=identity)
         if signs is not None:
             found[name] = signs
     report("Looking whether the models speak", len(models), len(models))
-    vitals.require_sound(found[judged], [signs for name, signs in found.items() if name != judged])
+    sanity_check.require_sound(found[judged], [signs for name, signs in found.items() if name != judged])
     return found

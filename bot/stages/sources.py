@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bot.errors import Failed, Refused, Transient
-from bot.merge.checkpoints.checkpoint import OPERATOR, Checkpoint, Files, Limits, LocalFiles
+from bot.merge.checkpoints.checkpoint import TRUSTED, Checkpoint, Files, Limits, LocalFiles
 from bot.merge.checkpoints.lora import Adapter, open_source
 from bot.merge.execution.provenance import Known, SourceFile
 from bot.merge.planning.needs import Range, needed
@@ -52,15 +52,14 @@ def opened(
     asked: Recipe,
     hub: Callable[[], Hub],
     *,
-    limits: Limits = OPERATOR,
+    limits: Limits = TRUSTED,
     accept: Callable[[PinnedRepo], None] = lambda repo: None,
     convert: Callable[[Path], Path] = lambda folder: folder,
 ) -> Opened:
     """Pin and open every reference of `asked`.
 
-    Strict limits (an untrusted request) allow only Hub repos and only files that are safe to publish. `accept` may
-    refuse a repo before its files are read. `convert` may replace a local folder of pickled weights by one of
-    safetensors.
+    Strict limits (an untrusted request) allow only Hub repos with files that are safe to publish. `accept` may refuse a
+    repo before its files are read. `convert` may replace a local folder of pickled weights.
 
     Raises Refused as the Hub and the reader of checkpoints do; Transient while the Hub is unavailable.
     """
@@ -73,7 +72,7 @@ def opened(
         pins[ref] = ref
         if folder is None:
             name = (ref.path, ref.revision)
-            repo = hub().resolve(*name) if limits.strict else operators_repo(*name, hub)
+            repo = hub().resolve(*name) if limits.strict else trusted_repo(*name, hub)
             accept(repo)
             pins[ref] = replace(ref, revision=repo.revision)
             repos[pins[ref]] = repo
@@ -92,7 +91,7 @@ def opened(
     return Opened(asked.pinned(pins), sources, repos, folders)
 
 
-def operators_repo(path: str, revision: str | None, hub: Callable[[], Hub]) -> PinnedRepo:
+def trusted_repo(path: str, revision: str | None, hub: Callable[[], Hub]) -> PinnedRepo:
     """Resolve a name as a Hub repo. The command line does not retry, so Transient becomes Failed."""
     if Path(path).is_file() or path.endswith(_WEIGHTS):
         what = "a file of weights, which mergekit-pytorch merges" if path.endswith(_WEIGHTS) else "a file"

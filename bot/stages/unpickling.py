@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoints.checkpoint import INDEX, LocalFiles, read_json, shard_like
-from bot.merge.checkpoints.header import OPERATOR
+from bot.merge.checkpoints.header import TRUSTED
 from bot.merge.checkpoints.pickled import REFUSED, converted_name, pickles
 from bot.settings import Settings, child_environment
 from bot.storage import sha256_file, sync_tree
@@ -97,7 +97,7 @@ def _write_index(files: LocalFiles, sizes: dict[str, int], into: Path) -> None:
     """The index of several shards, with the names their files have now."""
     if _PICKLED_INDEX not in sizes:
         return
-    index, _ = read_json(files, sizes, _PICKLED_INDEX, str(files), OPERATOR)
+    index, _ = read_json(files, sizes, _PICKLED_INDEX, str(files), TRUSTED)
     mapped = index.get("weight_map")
     if not isinstance(mapped, dict) or not all(isinstance(shard, str) for shard in mapped.values()):
         raise Refused("BAD_CHECKPOINT", f"{files}: {_PICKLED_INDEX} has no weight_map.", "Use safetensors.")

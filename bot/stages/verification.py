@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bot.errors import Failed, Refused
-from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, Files, LocalFiles
+from bot.merge.checkpoints.checkpoint import TRUSTED, UNTRUSTED, Files, LocalFiles
 from bot.merge.execution import verify
 from bot.merge.execution.options import MergeOptions
 from bot.merge.execution.verify import Claim, Difference
@@ -149,7 +149,7 @@ def _subject(model: str, hub: Callable[[], Hub]) -> _Subject:
 
         return _Subject(model, local, of_file, on_hub=False)
     name, _, revision = model.partition("@")
-    pinned = sources.operators_repo(name, revision or None, hub)
+    pinned = sources.trusted_repo(name, revision or None, hub)
     remote = hub().files(pinned.repo, pinned.revision)
     named_by_commit = remote.sha256s()
 
@@ -190,7 +190,7 @@ def _planned_again(
     """The plan with the recorded digest, under the limits of a trusted or of an untrusted request."""
     made: list[tuple[sources.Opened, plan.Plan]] = []
     every_ref_on_hub = all(ref.revision for ref in claim.recipe.repos)
-    for limits in (OPERATOR, STRANGER) if every_ref_on_hub else (OPERATOR,):
+    for limits in (TRUSTED, UNTRUSTED) if every_ref_on_hub else (TRUSTED,):
         seen = sources.opened(claim.recipe, hub, limits=limits, convert=convert)
         again = planner.make(
             seen.recipe, seen.sources, seed=claim.seed, shard_limit_bytes=claim.shard_limit_bytes, limits=limits

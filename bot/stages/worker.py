@@ -24,7 +24,7 @@ from bot.merge.planning import planner
 from bot.merge.planning.output_names import MANIFEST
 from bot.merge.recipe import reading as recipe
 from bot.progress import Show, named
-from bot.settings import Settings, crashpoint
+from bot.settings import Settings, failpoint
 from bot.stages import evaluation, published_heads, sanity_check, sources, speed_test
 from bot.storage import sha256_file
 
@@ -40,13 +40,13 @@ def merge(spec: MergeSpec, settings: Settings, report: Show) -> Merge:
 
     started, out = time.monotonic(), spec.out
     hub = Hub(settings.hub)
-    seen = sources.opened(recipe.from_canonical(spec.recipe), lambda: hub, limits=checkpoint.STRANGER)
-    made = planner.make(seen.recipe, seen.sources, seed=spec.seed, limits=checkpoint.STRANGER)
+    seen = sources.opened(recipe.from_canonical(spec.recipe), lambda: hub, limits=checkpoint.UNTRUSTED)
+    made = planner.make(seen.recipe, seen.sources, seed=spec.seed, limits=checkpoint.UNTRUSTED)
     measured = _measured(spec, settings, hub)
     # What is evaluated later has to be here whole; of the others only what the plan reads.
     whole = [ref for ref in seen.repos if (ref.path, ref.revision) in measured]
     here = sources.fetched(made, seen, lambda: hub, settings, report, whole=whole)
-    crashpoint("download.after_verify")
+    failpoint("download.after_verify")
     if not (out / MANIFEST).exists():
         options = MergeOptions(
             device=settings.device,
@@ -57,7 +57,7 @@ def merge(spec: MergeSpec, settings: Settings, report: Show) -> Merge:
         stages.merge(made, {ref: each.folder for ref, each in here.items()}, out, options)
     for file in out.iterdir():
         file.chmod(0o444)  # what is measured and what is published are the same bytes
-    crashpoint("writer.after_rename")
+    failpoint("writer.after_rename")
     files = verified_files(out)
     return Merge(
         files=files,
@@ -109,10 +109,10 @@ def evaluate(spec: EvaluateSpec, settings: Settings, report: Show) -> Evaluation
         raise Failed(
             "CORRUPT_DOWNLOAD", "The merged files are not those that were recorded.", "Ask for the merge again."
         )
-    signs = sanity_check.vital_signs(out, spec.manifest, spec.sources, options, settings, report)
+    signs = sanity_check.sanity_checks(out, spec.manifest, spec.sources, options, settings, report)
     merged, parents = evaluation.scores(out, spec.manifest, spec.sources, options, settings, scratch, report)
     verdict, not_compared = sanity_check.compared(merged, parents, settings)
-    crashpoint("eval.after_task")
+    failpoint("eval.after_task")
     speed = speed_test.of_merge(out, spec.sources, settings, scratch, report) if options.speed == "medusa" else None
     heads = {} if speed is None else published_heads.carry(scratch / "medusa", speed, scratch / "carried")
     took = time.monotonic() - started

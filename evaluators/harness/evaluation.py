@@ -30,7 +30,7 @@ from bot.errors import EvaluationError
 from evaluators import memory
 from evaluators.content import content_digest
 from evaluators.harness import results, suites
-from evaluators.harness.conditions import Conditions, Question
+from evaluators.harness.eval_config import EvalConfig, Question
 from evaluators.harness.results import folder_of
 from evaluators.harness.scores import ModelEvaluation
 from evaluators.harness.suites import Suite
@@ -167,7 +167,7 @@ def _require_all(failed: Mapping[str, Sequence[str]], count: int) -> None:
 def _job(
     model: Path,
     located: Iterable[Located],
-    conditions: Conditions,
+    conditions: EvalConfig,
     folder: Path,
     run: RunOptions,
     tasks: Sequence[dict[str, Any]],

@@ -11,9 +11,9 @@ from typing import Any
 
 from bot.errors import EvaluationError
 from evaluators import loading, memory
-from evaluators.harness import amounts
-from evaluators.harness.amounts import Amount
-from evaluators.harness.conditions import GENERATION, LIBRARIES, SOFTMAX_DTYPE
+from evaluators.harness import workload
+from evaluators.harness.eval_config import GENERATION, LIBRARIES, SOFTMAX_DTYPE
+from evaluators.harness.workload import Workload
 
 
 def require_backend(backend: str) -> None:
@@ -28,10 +28,10 @@ def language_model(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[
     """lm-eval's model over the folder of the job, by transformers or vLLM. Raises EvaluationError."""
     if job["backend"] == "vllm":
         return _with_vllm(job, resuming)
-    from evaluators.harness.asking import AskingLM
+    from evaluators.harness.neutral_lm import NeutralLM
 
     model, tokenizer = load(Path(job["model"]), job["device"], job["dtype"])
-    return resuming(AskingLM)(model, tokenizer)
+    return resuming(NeutralLM)(model, tokenizer)
 
 
 def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:
@@ -110,7 +110,7 @@ def batch_of(lm: Any) -> int | None:
     return lm.batch_size_per_gpu if isinstance(getattr(lm, "batch_size_per_gpu", None), int) else None
 
 
-def estimate(lm: Any, work: Amount, request_bytes: int) -> Mapping[str, float]:
+def estimate(lm: Any, work: Workload, request_bytes: int) -> Mapping[str, float]:
     """What is ahead, by a short probe of the model; vLLM is not probed and promises no time."""
     model: Any = getattr(lm, "model", None)
     batch = batch_of(lm)
@@ -121,7 +121,7 @@ def estimate(lm: Any, work: Amount, request_bytes: int) -> Mapping[str, float]:
         "requests": work.requests,
         "tokens": work.tokens,
         "new_tokens": work.new_tokens,
-        "seconds": amounts.seconds(work, model, batch),
+        "seconds": workload.seconds(work, model, batch),
         "memory_bytes": weights + batch * request_bytes,
     }
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import EvaluationError
-from evaluators.harness import amounts, model_loading, task_loading
-from evaluators.harness.amounts import Amount
+from evaluators.harness import model_loading, task_loading, workload
 from evaluators.harness.journal import Journal, resuming
 from evaluators.harness.lengths import cut_prompts
 from evaluators.harness.results import answers_file, samples_file
+from evaluators.harness.workload import Workload
 
 REPORT_EVERY_S = 0.2
 # lm-eval's command line draws with these seeds when it is given none; ours are counted from there.
@@ -142,7 +142,7 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
     if job["chat_template"]:
         require_chat_template(lm)
     work = {task.key: _amount(task, job, lm) for task in tasks}
-    whole = amounts.together(work.values())
+    whole = workload.together(work.values())
     facts = {"environment": model_loading.facts(lm, job), "loaded": getattr(lm, "facts", None)}
     request_bytes = model_loading.request_bytes(lm, whole.longest)
     lm.batch_size_per_gpu = model_loading.first_batch(lm, job["batch_size"], request_bytes)
@@ -195,12 +195,12 @@ def _seeds(job: Mapping[str, Any]) -> dict[str, int]:
     return {name: first + job["seed"] for name, first in FIRST_SEEDS.items()}
 
 
-def _amount(task: task_loading.Prepared, job: Mapping[str, Any], lm: Any) -> Amount:
+def _amount(task: task_loading.Prepared, job: Mapping[str, Any], lm: Any) -> Workload:
     found = []
     for leaf in task.leaves:
         with contextlib.suppress(Exception):  # a task that cannot be built says so when its turn has come
-            found.append(amounts.amount(leaf, job["limit"], lm.tok_encode))
-    return amounts.together(found)
+            found.append(workload.amount(leaf, job["limit"], lm.tok_encode))
+    return workload.together(found)
 
 
 def _ask(

@@ -31,7 +31,7 @@ from bot.stages import evaluation, local_runs, worker
 from evaluators import comparison
 from evaluators.figures import number
 from evaluators.harness import SUITES, results
-from evaluators.harness.conditions import Conditions
+from evaluators.harness.eval_config import EvalConfig
 from evaluators.harness.scores import ModelEvaluation
 from tests.evaluators import stored, tiny_harness
 
@@ -314,5 +314,5 @@ def test_a_merge_whose_parent_is_known_costs_one_model_and_no_download(place: Pa
     order = comparison.most_telling(found, cache=settings.evaluations)
     assert len(order) == 3 and [path.stem for path in sorted(written, key=_written_at)] == order
     assert results.stored(
-        settings.evaluations, Conditions(2, 0, "auto", "auto", "auto").key("m" * 64, put.suite.digest)
+        settings.evaluations, EvalConfig(2, 0, "auto", "auto", "auto").key("m" * 64, put.suite.digest)
     )

@@ -19,8 +19,8 @@ from bot.errors import EvaluationError
 from evaluators import comparison, loading
 from evaluators.comparison.remarks import remarks
 from evaluators.comparison.verdict import Outcome
-from evaluators.harness.asking import AskingLM
 from evaluators.harness.lengths import cut_prompts
+from evaluators.harness.neutral_lm import NeutralLM
 from evaluators.harness.process import require_chat_template
 from evaluators.harness.scores import Cut
 from evaluators.harness.suites import Suite, SuiteTask
@@ -33,7 +33,7 @@ FEW = {"vocab_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "hidd
 
 def asked(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """lm-eval's model over `folder`, as the evaluation builds it."""
-    return AskingLM(*loading.load(folder, dtype=dtype))
+    return NeutralLM(*loading.load(folder, dtype=dtype))
 
 
 def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:

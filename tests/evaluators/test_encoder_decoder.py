@@ -9,8 +9,8 @@ import torch
 from transformers import BartConfig, T5Config
 from transformers.models.auto import AutoModelForSeq2SeqLM
 
-from evaluators import loading, vitals
-from evaluators.vitals import require_sound
+from evaluators import loading, sanity_check
+from evaluators.sanity_check import require_sound
 from tests.evaluators import tiny_harness
 
 CONFIGS = {
@@ -34,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_the_first_look_reads_half_a_text_and_predicts_the_other(folder: Path) -> None:
     model, tokenizer = loading.load(folder, dtype=torch.float32)
     text = "the cat sits in the house a dog runs on the water " * 4
-    found = vitals.examine(model.eval(), tokenizer, text=text)
+    found = sanity_check.examine(model.eval(), tokenizer, text=text)
     assert found.encoder_decoder and found.finite and found.perplexity is None and found.continuations == 4
     ids = tokenizer(text)["input_ids"]
     half = (len(ids) + 1) // 2
@@ -50,11 +50,11 @@ def test_the_continuation_is_that_of_greedy_generation(folder: Path) -> None:
     model, tokenizer = loading.load(folder, dtype=torch.float32)
     prompt = tokenizer("the cat sits in the house")["input_ids"]
     made = model.eval().generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=vitals.NEW_TOKENS, num_beams=1,
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=sanity_check.NEW_TOKENS, num_beams=1,
         forced_eos_token_id=None, forced_bos_token_id=None, no_repeat_ngram_size=0,
     )  # fmt: skip
     ends = model.config.eos_token_id
-    assert vitals._continued(model, prompt) == [each for each in made[0, 1:].tolist() if each != ends]
+    assert sanity_check._continued(model, prompt) == [each for each in made[0, 1:].tolist() if each != ends]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from bot.localhub import seed
 from evaluators import harness, loading, memory
 from evaluators.comparison import samples
 from evaluators.harness import evaluation, suites
-from evaluators.harness.conditions import Conditions
+from evaluators.harness.eval_config import EvalConfig
 from evaluators.harness.scores import Environment, ModelEvaluation, Score, TaskData
 from evaluators.harness.suites import SUITES, Suite, SuiteTask
 from evaluators.harness.task_loading import cleaned
@@ -198,12 +198,12 @@ def test_the_process_dies_with_whoever_started_it(place: Path, model: Path, suit
     code = f"""
 from pathlib import Path
 from evaluators import harness
-from evaluators.harness import Conditions, Question, RunOptions
+from evaluators.harness import EvalConfig, Question, RunOptions
 from evaluators.harness.suites import Suite, SuiteTask
 suite = Suite("animals", 1, (SuiteTask("which_animal", file=Path({str(suite.tasks[0].file)!r})),))
 run = RunOptions(Path({str(place / "cache-of-the-dead")!r}), Path({str(place / "scratch-of-the-dead")!r}),
                  timeout_s=100, progress=lambda done, total, what: print(what, flush=True))
-harness.evaluate(Path({str(model)!r}), Question(suite, Conditions()), run)
+harness.evaluate(Path({str(model)!r}), Question(suite, EvalConfig()), run)
 """
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None
@@ -347,15 +347,15 @@ def test_a_suites_digest_follows_every_file_that_its_task_file_draws_in(tmp_path
 
 def test_an_evaluations_name_follows_every_condition() -> None:
     """Each of them can change a number; "auto" is the device there is."""
-    here = Conditions(device="cpu")
+    here = EvalConfig(device="cpu")
     other = {"limit": 3, "seed": 1, "device": "cuda", "dtype": "bfloat16", "batch_size": "8", "chat_template": True,
              "backend": "vllm"}  # fmt: skip
-    assert set(other) == {field.name for field in fields(Conditions)}
+    assert set(other) == {field.name for field in fields(EvalConfig)}
     keys = [here.key("m", "s"), here.key("n", "s"), here.key("m", "t")]
     keys += [replace(here, **{name: value}).key("m", "s") for name, value in other.items()]  # type: ignore[arg-type]
     assert len(set(keys)) == len(keys)
-    there = Conditions(device=memory.computed_on("auto"))
-    assert Conditions(device="auto").key("m", "s") == there.key("m", "s")
+    there = EvalConfig(device=memory.computed_on("auto"))
+    assert EvalConfig(device="auto").key("m", "s") == there.key("m", "s")
 
 
 def test_the_process_inherits_nothing_but_what_is_on_the_list(tmp_path: Path) -> None:

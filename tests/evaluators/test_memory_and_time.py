@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from bot.errors import EvaluationError
 from evaluators import memory
-from evaluators.harness import Estimate, amounts
-from evaluators.harness.amounts import Amount
+from evaluators.harness import Estimate, workload
 from evaluators.harness.suites import Suite
+from evaluators.harness.workload import Workload
 from tests.evaluators import tiny_harness
 
 SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}}
@@ -101,6 +101,6 @@ def test_answers_of_one_token_to_one_question_are_counted_as_one_pass() -> None:
         return [ord(char) for char in text]
 
     asked = [("loglikelihood", ("abc", answer)) for answer in ("x", "y", "zz")]
-    assert amounts._of_requests(asked, encode) == Amount(3, 3 + 4, 0, 4)
+    assert workload._of_requests(asked, encode) == Workload(3, 3 + 4, 0, 4)
     written = [("generate_until", ("abc", {"max_gen_toks": 7})), ("generate_until", ("abc", {}))]
-    assert amounts._of_requests(written, encode) == Amount(2, 8, 7 + 256, 4)
+    assert workload._of_requests(written, encode) == Workload(2, 8, 7 + 256, 4)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evaluators import harness
-from evaluators.harness import Conditions, Question, RunOptions, folder_of
+from evaluators.harness import EvalConfig, Question, RunOptions, folder_of
 from evaluators.harness.scores import ModelEvaluation
 from evaluators.harness.suites import Suite, SuiteTask
 
@@ -75,9 +75,9 @@ def suite(folder: Path, *, rows: int = 24, repo: str | None = None) -> Suite:
 def evaluate(model: Path, suite: Suite, **options: Any) -> ModelEvaluation:
     """`harness.evaluate` with the fields of Conditions and RunOptions as keywords."""
     conditions, run = (
-        {name: options.pop(name) for name in kind.__slots__ if name in options} for kind in (Conditions, RunOptions)
+        {name: options.pop(name) for name in kind.__slots__ if name in options} for kind in (EvalConfig, RunOptions)
     )
-    return harness.evaluate(model, Question(suite, Conditions(**conditions)), RunOptions(**run), **options)
+    return harness.evaluate(model, Question(suite, EvalConfig(**conditions)), RunOptions(**run), **options)
 
 
 def logged(found: ModelEvaluation, cache: Path, task: str = "which_animal") -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from bot.errors import Failed, MergebotError, Refused, Transient
 from bot.hub import Hub, check_repo_id
-from bot.hub.transport import wait_asked_s
+from bot.hub.transport import requested_wait_s
 from tests.localhub.server import ORG, RunningHub
 
 # The library itself passes uploads to its transport in a deprecated way.
@@ -51,9 +51,9 @@ def published(running: RunningHub, name: str = f"{ORG}/model", **files: bytes | 
     return hub, commit
 
 
-def refusal(deed: Callable[[], object]) -> MergebotError:
+def refusal(operation: Callable[[], object]) -> MergebotError:
     with pytest.raises(MergebotError) as caught:
-        deed()
+        operation()
     error = caught.value
     assert "\n" not in str(error) and "Traceback" not in str(error) and "http" not in str(error)
     return error
@@ -90,12 +90,12 @@ def test_honest_repo_ids_pass() -> None:
     ],
 )
 def test_the_wait_the_hub_asks_for_is_read(headers: dict[str, str], seconds: float | None) -> None:
-    assert wait_asked_s(headers, NOW) == seconds
+    assert requested_wait_s(headers, NOW) == seconds
 
 
 @given(st.text(max_size=40))
 def test_any_retry_after_is_read_or_ignored_and_never_raises(text: str) -> None:
-    found = wait_asked_s({"retry-after": text}, NOW)
+    found = requested_wait_s({"retry-after": text}, NOW)
     assert found is None or found >= 0
 
 

@@ -20,7 +20,7 @@ from bot.localhub import seed
 from bot.settings import Settings
 from bot.stages import evaluation
 from evaluators.harness import results
-from evaluators.harness.conditions import LIBRARIES, Question
+from evaluators.harness.eval_config import LIBRARIES, Question
 from evaluators.harness.scores import Environment, ModelEvaluation, Score
 from tests.localhub.server import RunningHub, running_hub
 

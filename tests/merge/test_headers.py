@@ -18,7 +18,7 @@ from tiny_checkpoints import llama_tensors, save
 
 from bot.errors import MergebotError, Refused
 from bot.merge.checkpoints.architecture import infer
-from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, LocalFiles, open_checkpoint
+from bot.merge.checkpoints.checkpoint import TRUSTED, UNTRUSTED, LocalFiles, open_checkpoint
 from bot.merge.checkpoints.header import Limits, header_length, parse
 
 INDEX = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ def pack(header: object, data: bytes = b"", *, length: int | None = None) -> byt
 def ours_accepts(file: bytes) -> bool:
     """Whether both trusts' reader takes the file; the stranger's rules must be the narrower ones."""
     verdicts = []
-    for limits in (OPERATOR, STRANGER):
+    for limits in (TRUSTED, UNTRUSTED):
         try:
             length = header_length("f", file[:8], len(file), limits)
             parse("f", file[8 : 8 + length], len(file), limits)
@@ -106,17 +106,17 @@ def test_a_hostile_header_is_refused(name: str) -> None:
 def test_a_stranger_cannot_choose_odd_tensor_names(name: str) -> None:
     file = pack({name: entry()}, bytes(8))
     with pytest.raises(Refused):
-        parse("f", file[8:-8], len(file), STRANGER)
+        parse("f", file[8:-8], len(file), UNTRUSTED)
 
 
 def test_a_header_bomb_of_empty_tensors_is_refused_quickly() -> None:
     raw = json.dumps({f"t{i}": entry("F32", (0,), 0, 0) for i in range(140_000)}).encode()[: 8 * 2**20]
     started = time.process_time()
     with pytest.raises(Refused, match="more than 50,000 tensors"):
-        parse("f", raw + b"}", len(raw) + 9, STRANGER)
+        parse("f", raw + b"}", len(raw) + 9, UNTRUSTED)
     assert time.process_time() - started < 1.0
     with pytest.raises(Refused, match="limit is 8,388,608"):
-        header_length("f", struct.pack("<Q", 80_000_000), 90_000_000, STRANGER)
+        header_length("f", struct.pack("<Q", 80_000_000), 90_000_000, UNTRUSTED)
 
 
 sizes = st.one_of(st.integers(-1, 5), st.sampled_from([2**31, 2**62, 2**64, 1.0, True, None, "2"]))
@@ -239,7 +239,7 @@ def test_a_wrong_total_size_stops_a_stranger_and_is_noted_for_the_operator(tmp_p
     index = json.loads((folder / INDEX).read_text())
     index["metadata"]["total_size"] += 1
     (folder / INDEX).write_text(json.dumps(index))
-    assert refusal(folder, limits=STRANGER).code == "BAD_CHECKPOINT"
+    assert refusal(folder, limits=UNTRUSTED).code == "BAD_CHECKPOINT"
     assert len(open_checkpoint(LocalFiles(folder)).notices) == 1
 
 
@@ -255,7 +255,7 @@ def test_shards_without_index_and_repeated_tensors_are_refused(tmp_path: Path) -
 )
 def test_quantised_weights_and_remote_code_are_refused(config: dict[str, Any], code: str, tmp_path: Path) -> None:
     save(tmp_path / "m", llama_tensors(0), **config)
-    assert refusal(tmp_path / "m", limits=STRANGER).code == code
+    assert refusal(tmp_path / "m", limits=UNTRUSTED).code == code
 
 
 SENTENCES = {
@@ -271,7 +271,7 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("name", SENTENCES)
-@pytest.mark.parametrize("limits", [STRANGER, OPERATOR], ids=["stranger", "operator"])
+@pytest.mark.parametrize("limits", [UNTRUSTED, TRUSTED], ids=["stranger", "operator"])
 def test_every_hostile_header_gets_its_own_sentence(name: str, limits: Limits, tmp_path: Path) -> None:
     folder = save(tmp_path / "m", llama_tensors(0))
     (folder / "model.safetensors").write_bytes(HOSTILE[name])
@@ -299,7 +299,7 @@ def test_every_hostile_header_gets_its_own_sentence(name: str, limits: Limits, t
 def test_a_hostile_config_is_refused_by_name(text: str, said: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "m", llama_tensors(0))
     (folder / "config.json").write_text(text)
-    for limits in (STRANGER, OPERATOR):
+    for limits in (UNTRUSTED, TRUSTED):
         error = refusal(folder, limits=limits)
         assert error.code == "BAD_CHECKPOINT"
         assert "config.json" in error.message
@@ -309,7 +309,7 @@ def test_a_hostile_config_is_refused_by_name(text: str, said: str, tmp_path: Pat
 @pytest.mark.parametrize("layers", [0, -1, 3, 10**9, "2", None, 2.0, [2], True])
 def test_a_config_that_lies_about_its_layers_is_refused_or_outvoted(layers: object, tmp_path: Path) -> None:
     folder = save(tmp_path / "m", llama_tensors(0), num_hidden_layers=layers)
-    opened = open_checkpoint(LocalFiles(folder), limits=STRANGER)
+    opened = open_checkpoint(LocalFiles(folder), limits=UNTRUSTED)
     if isinstance(layers, int):
         with pytest.raises(Refused) as caught:
             infer(opened)
@@ -322,7 +322,7 @@ def test_more_shards_than_any_model_has_are_refused_before_they_are_read(tmp_pat
     folder = save(tmp_path / "m", llama_tensors(0), shards=2)
     weight_map = {f"t{i}": f"model-{i}.safetensors" for i in range(1001)}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert "1,001 shards" in refusal(folder, limits=STRANGER).message
+    assert "1,001 shards" in refusal(folder, limits=UNTRUSTED).message
 
 
 def test_an_adapter_is_not_taken_for_a_model(tmp_path: Path) -> None:

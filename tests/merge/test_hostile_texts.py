@@ -13,7 +13,7 @@ from test_vocabulary import LINEAR, SHARED, model
 from tiny_checkpoints import llama_tensors, plan_of, save
 
 from bot.errors import MergebotError, Refused
-from bot.merge.checkpoints.checkpoint import STRANGER, LocalFiles, open_checkpoint
+from bot.merge.checkpoints.checkpoint import UNTRUSTED, LocalFiles, open_checkpoint
 from bot.merge.recipe import reading as recipe
 
 anything = st.recursive(
@@ -110,7 +110,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     first, second = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     second.write_bytes(first.read_bytes())
     with pytest.raises(Refused) as caught:
-        open_checkpoint(LocalFiles(folder), limits=STRANGER)
+        open_checkpoint(LocalFiles(folder), limits=UNTRUSTED)
     assert caught.value.code == "BAD_CHECKPOINT"
     assert "model-0000" in caught.value.message
 

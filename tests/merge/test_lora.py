@@ -248,7 +248,7 @@ def test_a_patched_view_reads_the_same_in_any_pieces(tmp_path: Path, turned: boo
     }
     save_file(stored, tmp_path / "x.safetensors")
     files = checkpoint.LocalFiles(tmp_path)
-    found, _ = checkpoint.read_header(files, "x.safetensors", files.sizes()["x.safetensors"], "x", checkpoint.OPERATOR)
+    found, _ = checkpoint.read_header(files, "x.safetensors", files.sizes()["x.safetensors"], "x", checkpoint.TRUSTED)
     patch = patches.LowRank(ModelRef("l"), found["a"], found["b"], 0.7, turned, found["m"] if dora else None)
 
     def view(wide: torch.dtype) -> PatchedView:
@@ -419,7 +419,7 @@ def test_a_model_in_the_adapters_place_and_an_adapter_in_a_models_are_refused_wi
 
 def test_opening_an_adapter_reads_no_weight_and_says_what_it_is(models: Path) -> None:
     adapter(models / "adapter", factors(Q, HIDDEN, HIDDEN))
-    opened = lora.open_source(checkpoint.LocalFiles(models / "adapter"), limits=checkpoint.STRANGER)
+    opened = lora.open_source(checkpoint.LocalFiles(models / "adapter"), limits=checkpoint.UNTRUSTED)
     assert isinstance(opened, Adapter)
     assert opened.config.scale_of("anything") == 1.5
     assert isinstance(lora.open_source(checkpoint.LocalFiles(models / "base")), checkpoint.Checkpoint)

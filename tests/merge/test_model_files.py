@@ -14,7 +14,7 @@ from transformers import utils
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from bot.hub.files import ALLOWED
-from bot.merge.checkpoints.header import STRANGER
+from bot.merge.checkpoints.header import UNTRUSTED
 from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.planning.plan import Plan
 from bot.merge.tokenizer.named_templates import TEMPLATES
@@ -57,8 +57,8 @@ def put(folder: Path, file: str, value: Any) -> None:
 
 def published(models: Path, text: str = LINEAR) -> tuple[Plan, Path]:
     """The plan of a stranger's request, and the folder that it gives."""
-    merge(text, models, models / "out", limits=STRANGER)
-    return plan_of(text, models, limits=STRANGER)[0], models / "out"
+    merge(text, models, models / "out", limits=UNTRUSTED)
+    return plan_of(text, models, limits=UNTRUSTED)[0], models / "out"
 
 
 HOLDERS = (
@@ -77,7 +77,7 @@ def test_an_unknown_template_is_left_out_wherever_it_stands_and_a_known_one_is_k
     if file.endswith(".json"):
         assert json.loads((out / file).read_text())["other"] == 1
     put(models / "a", file, KNOWN + "\n")
-    planned, _ = plan_of(LINEAR, models, limits=STRANGER)
+    planned, _ = plan_of(LINEAR, models, limits=UNTRUSTED)
     assert file in {copied.file for copied in planned.copies} and file not in planned.texts
     assert "TEMPLATE_DROPPED" not in {notice.code for notice in planned.notices}
 

@@ -76,7 +76,7 @@ def test_without_the_flag_pickled_weights_are_refused(folder: Path) -> None:
     assert caught.value.code == "SOURCE_NOT_SAFETENSORS"
     assert "pytorch_model.bin" in caught.value.message
     with pytest.raises(Refused):
-        lora.open_source(checkpoint.LocalFiles(folder), limits=checkpoint.STRANGER)
+        lora.open_source(checkpoint.LocalFiles(folder), limits=checkpoint.UNTRUSTED)
 
 
 class Payload:

@@ -248,7 +248,7 @@ def test_an_optional_bias_is_merged_where_it_is(models: Path) -> None:
 def test_ten_terabytes_are_planned_from_a_few_kilobytes() -> None:
     parsed = recipe.parse("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: o/a}, {model: o/b}]")
     files = Claimed(layers=100, width=90_000)
-    opened = checkpoint.open_checkpoint(files, name="o/a", limits=checkpoint.STRANGER)
+    opened = checkpoint.open_checkpoint(files, name="o/a", limits=checkpoint.UNTRUSTED)
     planned = planner.make(parsed, dict.fromkeys(parsed.sources, opened))
     assert planned.bytes_out > 10e12
     assert planned.disk_bytes > planned.bytes_out

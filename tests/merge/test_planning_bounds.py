@@ -19,7 +19,7 @@ from tiny_checkpoints import llama_tensors, plan_of, save
 
 from bot.errors import Refused
 from bot.merge.checkpoints import checkpoint
-from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, Limits
+from bot.merge.checkpoints.checkpoint import TRUSTED, UNTRUSTED, Limits
 from bot.merge.operands.gather import GatheredView
 from bot.merge.planning import plan, planner, summary
 from bot.merge.recipe import reading as recipe
@@ -38,7 +38,7 @@ def repeated(first: int, second: int) -> str:
     return f"name: s\n{passing}{once}\n---\n{passing}{again}\n"
 
 
-def planned(text: str, layers: int = 2, limits: Limits = STRANGER) -> plan.Plan:
+def planned(text: str, layers: int = 2, limits: Limits = UNTRUSTED) -> plan.Plan:
     parsed = recipe.parse(text, trust="stranger")
     opened = checkpoint.open_checkpoint(Claimed(layers, 64), name="claimed")
     return planner.make(parsed, dict.fromkeys(parsed.repos, opened), limits=limits)
@@ -54,32 +54,32 @@ def test_a_text_that_multiplies_a_model_is_refused_before_its_tensors_are_built(
 
 
 def test_an_operator_may_ask_for_more_and_has_a_limit_too() -> None:
-    few = dataclasses.replace(OPERATOR, layers=10_000)
+    few = dataclasses.replace(TRUSTED, layers=10_000)
     assert planned(repeated(30, 20), limits=few).layers == 1200
     with pytest.raises(Refused, match="limit is 10,000"):
         planned(repeated(300, 20), limits=few)
     with pytest.raises(Refused, match="limit is 100,000"):
-        planned(repeated(500, 300), limits=OPERATOR)
+        planned(repeated(500, 300), limits=TRUSTED)
 
 
 def test_tensors_and_inputs_are_counted_and_named_when_they_are_too_many() -> None:
     text = repeated(3, 1)  # twice six layers of seven
     with pytest.raises(Refused, match="more than 41 tensors"):
-        planned(text, limits=dataclasses.replace(STRANGER, tensors=41))
-    assert len(planned(text, limits=dataclasses.replace(STRANGER, tensors=42)).steps) == 42
+        planned(text, limits=dataclasses.replace(UNTRUSTED, tensors=41))
+    assert len(planned(text, limits=dataclasses.replace(UNTRUSTED, tensors=42)).steps) == 42
     looks = 14 + 42 + 42 + 42  # the model and its uses, the intermediate and its uses
-    assert planned(text, limits=dataclasses.replace(STRANGER, looks=looks)).layers == 6
+    assert planned(text, limits=dataclasses.replace(UNTRUSTED, looks=looks)).layers == 6
     with pytest.raises(Refused, match="to be looked at"):
-        planned(text, limits=dataclasses.replace(STRANGER, looks=looks - 1))
+        planned(text, limits=dataclasses.replace(UNTRUSTED, looks=looks - 1))
 
 
 def test_models_of_126_layers_and_of_30_000_tensors_may_be_merged() -> None:
     sources = "\n".join(f"- {{model: own/m{i}, parameters: {{weight: 1}}}}" for i in range(2))
     deep = planned(f"merge_method: linear\nmodels:\n{sources}\n", layers=126)
     assert (deep.layers, len(deep.steps)) == (126, 126 * 7)
-    wide = planned("merge_method: passthrough\nmodels: [{model: own/a}]\n", layers=4_286, limits=OPERATOR)
+    wide = planned("merge_method: passthrough\nmodels: [{model: own/a}]\n", layers=4_286, limits=TRUSTED)
     assert len(wide.steps) == 30_002
-    assert STRANGER.tensors > 30_002
+    assert UNTRUSTED.tensors > 30_002
 
 
 def test_thousands_of_tensors_outside_the_layers_are_placed_in_no_time(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_thousands_of_tensors_outside_the_layers_are_placed_in_no_time(tmp_path:
     tensors |= {f"model.norm{i}.weight": torch.ones(1) for i in range(12_000)}
     save(tmp_path / "a", tensors)
     start = time.process_time()
-    made, _ = plan_of("merge_method: passthrough\nmodels: [{model: a}]\n", tmp_path, limits=STRANGER)
+    made, _ = plan_of("merge_method: passthrough\nmodels: [{model: a}]\n", tmp_path, limits=UNTRUSTED)
     assert len(made.steps) == len(tensors)
     assert time.process_time() - start < 5
 

@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightTransform, revert_weight_conve
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bot.merge.checkpoints.checkpoint import OPERATOR, Checkpoint, LocalFiles
+from bot.merge.checkpoints.checkpoint import TRUSTED, Checkpoint, LocalFiles
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.published import _EITHER, _FAMILIES, _named, _namings
 from bot.merge.recipe.dtypes import BY_NAME
@@ -122,7 +122,7 @@ def test_every_language_model_gets_the_names_and_shapes_that_transformers_publis
         model, config = built
         stored = model.state_dict()
         source = as_checkpoint(json.loads(config.to_json_string(use_diff=False)), stored)
-        ours = _named(_named(source, _FAMILIES, OPERATOR), _EITHER, OPERATOR).tensors
+        ours = _named(_named(source, _FAMILIES, TRUSTED), _EITHER, TRUSTED).tensors
         theirs = revert_weight_conversion(model, dict(stored))
         expected = {_DENSE.sub("mlp", key): list(tensor.shape) for key, tensor in theirs.items()}
         found = {key.replace("tower.vision_model.", "tower."): list(one.shape) for key, one in ours.items()}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import llama_tensors, load, merge, save
 
 from bot.errors import Refused
-from bot.merge.checkpoints.checkpoint import OPERATOR, STRANGER, LocalFiles, open_checkpoint
+from bot.merge.checkpoints.checkpoint import TRUSTED, UNTRUSTED, LocalFiles, open_checkpoint
 from bot.merge.checkpoints.weight_files import INDEX, SINGLE
 
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -111,14 +111,14 @@ def test_an_index_or_config_at_odds_with_itself_is_refused_for_a_stranger(
 ) -> None:
     make(tmp_path / "a")
     if make in SAFE_FOR_STRANGERS:
-        open_checkpoint(LocalFiles(tmp_path / "a"), limits=STRANGER)
+        open_checkpoint(LocalFiles(tmp_path / "a"), limits=UNTRUSTED)
         return
     with pytest.raises(Refused) as caught:
-        open_checkpoint(LocalFiles(tmp_path / "a"), limits=STRANGER)
+        open_checkpoint(LocalFiles(tmp_path / "a"), limits=UNTRUSTED)
     assert caught.value.code == "BAD_CHECKPOINT"
 
 
-@pytest.mark.parametrize("limits", [OPERATOR, STRANGER], ids=["operator", "stranger"])
+@pytest.mark.parametrize("limits", [TRUSTED, UNTRUSTED], ids=["operator", "stranger"])
 def test_a_config_that_names_other_weights_is_refused(limits: Any, tmp_path: Path) -> None:
     save(tmp_path / "a", llama_tensors(0), transformers_weights="other.safetensors")
     with pytest.raises(Refused) as caught:

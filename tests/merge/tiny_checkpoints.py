@@ -109,7 +109,7 @@ def merge(
     *,
     seed: int = 0,
     shard_limit_bytes: int = plan.SHARD_LIMIT_BYTES,
-    limits: checkpoint.Limits = checkpoint.OPERATOR,
+    limits: checkpoint.Limits = checkpoint.TRUSTED,
     progress: Callable[[int, int, str], None] | None = None,
     **options: Any,
 ) -> engine.Merged:

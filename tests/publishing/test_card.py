@@ -23,7 +23,7 @@ from bot.settings import Settings
 from evaluators import comparison
 from evaluators.comparison.verdict import Comparison
 from evaluators.harness.scores import Environment, ModelEvaluation, Score
-from evaluators.vitals import Vitals
+from evaluators.sanity_check import SanityCheck
 from tests.evaluators import stored
 
 SETTINGS = Settings(home=Path("home"), hub="http://127.0.0.1:1", namespace="mergebot")
@@ -122,7 +122,7 @@ def judged(cache: Path) -> Job:
     )
     parents = {f"org/a@{A}": first, f"org/b@{B}": second}
     compared = comparison.compare(merged, parents, cache=cache)
-    looked = Vitals(True, 1.43, 31.0, 49152, 0, 4, 0.72, 0, 22, 22, 21.5, "cpu", "float32", 1)
+    looked = SanityCheck(True, 1.43, 31.0, 49152, 0, 4, 0.72, 0, 22, 22, 21.5, "cpu", "float32", 1)
     signs = dict.fromkeys(("", *parents), looked)
     return job(evaluation=Evaluation("f" * 64, merged, parents, None, 1.0, {}, compared, "", signs))
 

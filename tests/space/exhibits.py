@@ -16,7 +16,7 @@ from bot.publishing.leaderboard import BOARD, BOARD_FILE, Measured, Row
 from evaluators import comparison
 from evaluators.harness.scores import Environment, ModelEvaluation
 from evaluators.paired import proportion_interval
-from evaluators.vitals import Vitals
+from evaluators.sanity_check import SanityCheck
 from tests.evaluators import stored
 from tests.merge.tiny_checkpoints import llama_tensors, save
 
@@ -39,7 +39,7 @@ dtype: float32
 CARD = "---\nlicense: apache-2.0\n---\nA tiny model for tests.\n"
 PARENT_SCORES = {BASE: (0.031, 0.23), POET: (0.98, 0.2), SMITH: (0.13, 0.75)}
 ENVIRONMENT = Environment("cpu", "float32", "8", False, 0, "0.4.13", "5.23.0", "2.13.0")
-VITALS = Vitals(True, 1.43, 31.0, 49152, 0, 4, 0.72, 0, 22, 22, 21.4, "cpu", "float32")
+VITALS = SanityCheck(True, 1.43, 31.0, 49152, 0, 4, 0.72, 0, 22, 22, 21.4, "cpu", "float32")
 
 
 def hub_content(folder: Path, rows: tuple[Row, ...]) -> Path:

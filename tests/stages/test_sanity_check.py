@@ -45,25 +45,25 @@ def merged(settings: Settings, tmp_path: Path) -> Path:
 
 
 def test_a_merge_that_talks_nonsense_fails_before_any_task(merged: Path, settings: Settings) -> None:
-    found = sanity_check.vital_signs(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
+    found = sanity_check.sanity_checks(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
     assert list(found) == ["", *map(str, SOURCES)]
     tensors = {name: tensor * 60 for name, tensor in load_file(merged / "model.safetensors").items()}
     save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Failed) as caught:
-        sanity_check.vital_signs(merged, "n" * 64, SOURCES, ASKED, settings, quiet)
+        sanity_check.sanity_checks(merged, "n" * 64, SOURCES, ASKED, settings, quiet)
     assert caught.value.code == "MODEL_NONSENSE" and "its worst parent" in caught.value.message
 
 
 def test_a_source_is_looked_at_once_and_one_that_is_gone_is_no_obstacle(merged: Path, settings: Settings) -> None:
-    first = sanity_check.vital_signs(merged, "m" * 64, SOURCES[:1], ASKED, settings, quiet)
+    first = sanity_check.sanity_checks(merged, "m" * 64, SOURCES[:1], ASKED, settings, quiet)
     for source in SOURCES:
         shutil.rmtree(settings.source_folder(source.repo, source.revision))
-    again = sanity_check.vital_signs(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
+    again = sanity_check.sanity_checks(merged, "m" * 64, SOURCES, ASKED, settings, quiet)
     assert again == first  # the second source was never seen
 
 
 def test_where_nothing_is_measured_nothing_is_looked_at(settings: Settings, tmp_path: Path) -> None:
-    assert sanity_check.vital_signs(tmp_path, "m", SOURCES, EvaluateOptions(suite="none"), settings, quiet) == {}
+    assert sanity_check.sanity_checks(tmp_path, "m", SOURCES, EvaluateOptions(suite="none"), settings, quiet) == {}
     assert sanity_check.compared(None, {}, settings) == (None, "")
 
 

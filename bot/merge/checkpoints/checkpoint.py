@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bot.errors import Failed, Refused
-from bot.merge.checkpoints.header import OPERATOR, STRANGER, Limits, TensorInfo, header_length, parse, refuse
+from bot.merge.checkpoints.header import TRUSTED, UNTRUSTED, Limits, TensorInfo, header_length, parse, refuse
 from bot.merge.checkpoints.model_files import NAMED_TEMPLATES
 from bot.merge.checkpoints.ties import as_loaded
 from bot.merge.checkpoints.weight_files import (
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INDEX",
-    "OPERATOR",
-    "STRANGER",
+    "TRUSTED",
+    "UNTRUSTED",
     "Checkpoint",
     "Files",
     "Limits",
@@ -160,7 +160,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    files: Files, *, limits: Limits = OPERATOR, name: str | None = None, unwritten: bool = False
+    files: Files, *, limits: Limits = TRUSTED, name: str | None = None, unwritten: bool = False
 ) -> Checkpoint:
     """Read config, index and the header of every shard; refuse what cannot be merged safely.
 

@@ -19,7 +19,7 @@ _STRICT_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of a checkpoint: `STRANGER` (untrusted) and `OPERATOR` (trusted), docs/design/architecture.md."""
+    """Limits of a checkpoint: `UNTRUSTED` (untrusted) and `TRUSTED` (trusted), docs/design/architecture.md."""
 
     header_bytes: int
     tensors: int
@@ -34,8 +34,8 @@ class Limits:
     looks: int = 1_000_000  # tensors of sources that planning looks at, for all documents of a recipe together
 
 
-STRANGER = Limits(header_bytes=8 * 2**20, tensors=50_000, strict=True)
-OPERATOR = Limits(
+UNTRUSTED = Limits(header_bytes=8 * 2**20, tensors=50_000, strict=True)
+TRUSTED = Limits(
     header_bytes=100_000_000, tensors=1_000_000, strict=False, index_bytes=100_000_000, shards=100_000, layers=100_000,
     looks=20_000_000,
 )  # fmt: skip

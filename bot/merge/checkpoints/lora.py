@@ -13,7 +13,7 @@ from bot.errors import Refused
 from bot.merge.checkpoints.adapter_config import LoraConfig, lora_config
 from bot.merge.checkpoints.checkpoint import (
     INDEX,
-    OPERATOR,
+    TRUSTED,
     Checkpoint,
     Files,
     Limits,
@@ -46,7 +46,7 @@ class Adapter:
         return {WEIGHTS: min(tensor.start for tensor in self.tensors.values())}
 
 
-def open_source(files: Files, *, limits: Limits = OPERATOR, name: str | None = None) -> Checkpoint | Adapter:
+def open_source(files: Files, *, limits: Limits = TRUSTED, name: str | None = None) -> Checkpoint | Adapter:
     """Open a model or an adapter by its config and headers. A folder that holds both counts as the model.
 
     Raises `bot.errors.Refused` as `open_checkpoint` and `open_adapter` do.
@@ -58,7 +58,7 @@ def open_source(files: Files, *, limits: Limits = OPERATOR, name: str | None = N
     return open_checkpoint(files, limits=limits, name=name)
 
 
-def open_adapter(files: Files, *, limits: Limits = OPERATOR, name: str | None = None) -> Adapter:
+def open_adapter(files: Files, *, limits: Limits = TRUSTED, name: str | None = None) -> Adapter:
     """Read the config and the header of an adapter. Raises `Refused`: BAD_CHECKPOINT, NOT_SUPPORTED,
     SOURCE_NOT_SAFETENSORS."""
     label = name or str(files)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bot.errors import Failed, Refused
-from bot.merge.checkpoints.checkpoint import OPERATOR, LocalFiles, read_header
+from bot.merge.checkpoints.checkpoint import TRUSTED, LocalFiles, read_header
 from bot.merge.planning.plan import Copied
 from bot.merge.recipe.spec import ModelRef
 from bot.storage import IN_PARTS
@@ -62,7 +62,7 @@ class Watch:
                 facts = files.locate(file).stat()
             except OSError:
                 raise _changed(ref, file, "is gone") from None
-            if facts.st_size != size or read_header(files, file, size, str(files), OPERATOR)[1] != digest:
+            if facts.st_size != size or read_header(files, file, size, str(files), TRUSTED)[1] != digest:
                 raise _changed(ref, file, "has changed since the plan was made")
             found[file] = _seen(facts, in_parts)
         for copied in self._copies:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import Refused
-from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Files, LocalFiles, read_header
+from bot.merge.checkpoints.checkpoint import INDEX, TRUSTED, Files, LocalFiles, read_header
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.execution.provenance import told_of
 from bot.merge.execution.writer import Found, Progress
@@ -296,7 +296,7 @@ def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Diff
         if sizes[shard.file] != shard.nbytes or start != shard.header:
             found.append(Difference("file", shard.file, f"{shard.file} is not laid out as the merge lays it out."))
         try:
-            out.update(read_header(files, shard.file, sizes[shard.file], str(files), OPERATOR)[0])
+            out.update(read_header(files, shard.file, sizes[shard.file], str(files), TRUSTED)[0])
         except Refused as error:
             found.append(Difference("file", shard.file, error.message))
             unread.add(shard.file)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bot.errors import Failed
-from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Checkpoint, open_checkpoint
+from bot.merge.checkpoints.checkpoint import INDEX, TRUSTED, Checkpoint, open_checkpoint
 from bot.merge.checkpoints.lora import Adapter
 from bot.merge.recipe.spec import ModelRef
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def checkpoint(plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> Checkpoint:
     """The result of `plan` as later documents see it; `opened` are the sources it was planned from."""
-    return open_checkpoint(_Ahead(plan, name, opened), limits=OPERATOR, name=name, unwritten=True)
+    return open_checkpoint(_Ahead(plan, name, opened), limits=TRUSTED, name=name, unwritten=True)
 
 
 class _Ahead:

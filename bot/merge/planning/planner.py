@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from bot.errors import Refused
 from bot.merge.checkpoints import lora
 from bot.merge.checkpoints.architecture import infer
-from bot.merge.checkpoints.checkpoint import INDEX, OPERATOR, Checkpoint, Limits
+from bot.merge.checkpoints.checkpoint import INDEX, TRUSTED, Checkpoint, Limits
 from bot.merge.checkpoints.fitting import models_of
 from bot.merge.checkpoints.lora import Adapter
 from bot.merge.checkpoints.model_files import OTHER_FILES, TEMPLATE, TOKENIZER_FILES
@@ -61,7 +61,7 @@ def make(
     *,
     seed: int = 0,
     shard_limit_bytes: int = SHARD_LIMIT_BYTES,
-    limits: Limits = OPERATOR,
+    limits: Limits = TRUSTED,
 ) -> Plan:
     """Plan a merge and the stages before it. `opened` holds `recipe.repos`; seed keys the random methods; `limits` say
     how many layers and tensors the recipe may ask for.

@@ -6,7 +6,7 @@ Recipe
   |-- parameters           name -> Setting
   `-- tokenizer, dtype ...
 
-Setting := scalar | Gradient | Conditions
+Setting := scalar | Gradient | EvalConfig
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
+class EvalConfig:
     """Conditions in order: the first that matches decides."""
 
     items: tuple[Condition, ...]
 
 
-Setting = Scalar | Gradient | Conditions
+Setting = Scalar | Gradient | EvalConfig
 Parameters = Mapping[str, Setting]
 
 
@@ -315,7 +315,7 @@ def _value_json(value: Scalar | Gradient) -> object:
 
 
 def _setting_json(setting: Setting) -> object:
-    if not isinstance(setting, Conditions):
+    if not isinstance(setting, EvalConfig):
         return _value_json(setting)
     return [
         {"value": _value_json(item.value)}

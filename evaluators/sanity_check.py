@@ -56,7 +56,7 @@ FEWER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Vitals:
+class SanityCheck:
     """The findings. A NaN or an infinite logit leaves `bits_per_byte` and `perplexity` (a token) None. An
     encoder-decoder, which may never have been trained on plain text, has no `perplexity`.
 
@@ -88,7 +88,7 @@ class Vitals:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Vitals:
+    def from_dict(cls, values: Mapping[str, Any]) -> SanityCheck:
         """The inverse of `as_dict`; raises TypeError for anything else."""
         return cls(**values)
 
@@ -98,7 +98,7 @@ class Vitals:
 
 def of_folder(
     model: Path, *, cache: Path, device: str = "cpu", dtype: str = "auto", model_identity: str | None = None
-) -> Vitals:
+) -> SanityCheck:
     """Load the checkpoint in folder `model` and examine it, or return what is stored for the same question.
 
     Reads a stranger's weights: to be called in a process that holds no secret and may be killed. Raises
@@ -121,10 +121,10 @@ def of_folder(
     return found
 
 
-def stored(cache: Path, identity: str, *, device: str = "cpu", dtype: str = "auto") -> Vitals | None:
+def stored(cache: Path, identity: str, *, device: str = "cpu", dtype: str = "auto") -> SanityCheck | None:
     """What was found before of the model `identity` (a commit, a manifest or a content digest)."""
     try:
-        return Vitals.from_dict(json.loads(_file(cache, identity, device, dtype).read_text(encoding="utf-8")))
+        return SanityCheck.from_dict(json.loads(_file(cache, identity, device, dtype).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -135,7 +135,7 @@ def _file(cache: Path, identity: str, device: str, dtype: str) -> Path:
     return cache / "vitals" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
 
 
-def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: float = 120.0) -> Vitals:
+def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: float = 120.0) -> SanityCheck:
     """Examine a loaded language model (eval mode), causal or encoder-decoder, and its tokenizer.
 
     `text` replaces the held text. Continuations that `budget_s` leaves no time for are not begun; the first one is.
@@ -158,7 +158,7 @@ def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: fl
                 outputs, seconds = _continuations(model, prompts, started + budget_s)
     written = sum(len(output) for output in outputs)
     measured = finite and scored > 0
-    return Vitals(
+    return SanityCheck(
         finite=finite,
         bits_per_byte=nats / math.log(2) / (len(text.encode()) * scored / (len(ids) - 1)) if measured else None,
         perplexity=math.exp(min(nats / scored, 700.0)) if measured and not seq2seq else None,
@@ -291,7 +291,7 @@ def _round_trips(tokenizer: Any) -> tuple[int, int]:
 # -- judging -----------------------------------------------------------------------------------------------------
 
 
-def require_sound(merge: Vitals, parents: Sequence[Vitals] = ()) -> None:
+def require_sound(merge: SanityCheck, parents: Sequence[SanityCheck] = ()) -> None:
     """Refuse a merge that is dead or talks nonsense, measured by its parents where they are known.
 
     Raises EvaluationError NOT_FINITE (a logit is NaN or infinite), MODEL_UNLOADABLE (token ids without an embedding)
@@ -321,7 +321,7 @@ def require_sound(merge: Vitals, parents: Sequence[Vitals] = ()) -> None:
         )
 
 
-def _strange(merge: Vitals, parents: Sequence[Vitals]) -> str | None:
+def _strange(merge: SanityCheck, parents: Sequence[SanityCheck]) -> str | None:
     """The fault, as half a sentence. An encoder-decoder can be judged only beside its parents."""
     if merge.encoder_decoder and not parents:
         return None
@@ -347,7 +347,7 @@ def _strange(merge: Vitals, parents: Sequence[Vitals]) -> str | None:
 COLUMNS = ("perplexity (bits a byte)", "4-grams that differ", "texts it writes", "tokenizer", "tokens/s")
 
 
-def cells(vitals: Vitals) -> tuple[str, ...]:
+def cells(vitals: SanityCheck) -> tuple[str, ...]:
     """The vitals under COLUMNS, for people: what was not measured is a dash."""
     absent = "\N{EN DASH}"
     loop = "" if vitals.looping is None else f", {vitals.looping} looping"

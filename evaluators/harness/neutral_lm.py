@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from bot.errors import EvaluationError
 from evaluators.generation_settings import steering
-from evaluators.harness.conditions import SOFTMAX_DTYPE
+from evaluators.harness.eval_config import SOFTMAX_DTYPE
 from evaluators.prompt_tokens import added_tokens, text_digest
 
 # Chat templates that print a date read this one, so that a prompt does not depend on the day.
@@ -24,7 +24,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_tok
 _MOST = 16  # tokens that are named at most
 
 
-class AskingLM(HFLM):  # type: ignore[misc]
+class NeutralLM(HFLM):  # type: ignore[misc]
     """lm-eval's `HFLM` that leaves the loaded model as it is and asks under neutral settings."""
 
     add_bos_token: bool | None

@@ -15,7 +15,7 @@ NEW_TOKENS = 256  # what lm-eval lets a model write where a task names no limit
 
 
 @dataclass(frozen=True, slots=True)
-class Amount:
+class Workload:
     """Work of one task: `requests` to the model, `tokens` it reads, `new_tokens` it writes at most, and the `longest`
     request in tokens."""
 
@@ -25,7 +25,7 @@ class Amount:
     longest: int = 0
 
 
-def amount(task: Any, limit: int | None, encode: Any) -> Amount:
+def amount(task: Any, limit: int | None, encode: Any) -> Workload:
     """Of one leaf task. `encode` is text -> list of token ids."""
     questions = len(task.eval_docs)
     if limit is not None:
@@ -34,12 +34,12 @@ def amount(task: Any, limit: int | None, encode: Any) -> Amount:
     task.build_all_requests(limit=looked_at, rank=0, world_size=1)
     found = _of_requests([(each.request_type, each.args) for each in task.instances], encode)
     share = questions / max(1, looked_at)
-    return Amount(
+    return Workload(
         round(found.requests * share), round(found.tokens * share), round(found.new_tokens * share), found.longest
     )
 
 
-def _of_requests(requests: Sequence[tuple[str, tuple[Any, ...]]], encode: Any) -> Amount:
+def _of_requests(requests: Sequence[tuple[str, tuple[Any, ...]]], encode: Any) -> Workload:
     """Answers of one token to the same question are read off one pass, as lm-eval does."""
     passes: dict[tuple[int, ...], int] = {}
     longest = new = 0
@@ -53,12 +53,12 @@ def _of_requests(requests: Sequence[tuple[str, tuple[Any, ...]]], encode: Any) -
             new += int(arguments[1].get("max_gen_toks", NEW_TOKENS))
         passes[read] = len(read)
         longest = max(longest, len(read))
-    return Amount(len(requests), sum(passes.values()), new, longest)
+    return Workload(len(requests), sum(passes.values()), new, longest)
 
 
-def together(amounts: Iterable[Amount]) -> Amount:
+def together(amounts: Iterable[Workload]) -> Workload:
     found = list(amounts)
-    return Amount(
+    return Workload(
         sum(each.requests for each in found),
         sum(each.tokens for each in found),
         sum(each.new_tokens for each in found),
@@ -66,7 +66,7 @@ def together(amounts: Iterable[Amount]) -> Amount:
     )
 
 
-def seconds(work: Amount, model: Any, batch: int) -> float:
+def seconds(work: Workload, model: Any, batch: int) -> float:
     """About how long `model` takes, from one short pass and one of a single token."""
     import torch
 

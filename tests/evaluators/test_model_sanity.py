@@ -16,9 +16,9 @@ from tokenizers import Regex, normalizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bot.errors import EvaluationError
-from evaluators import vitals
+from evaluators import sanity_check
 from evaluators.repetition import ends_in_a_loop
-from evaluators.vitals import HELD_TEXT, Vitals, examine, is_broken, require_sound
+from evaluators.sanity_check import HELD_TEXT, SanityCheck, examine, is_broken, require_sound
 from tests import family
 
 Spoil = Callable[[LlamaForCausalLM], None]
@@ -60,7 +60,7 @@ def model(tokenizer: PreTrainedTokenizerFast, text: str) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def healthy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str) -> Vitals:
+def healthy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str) -> SanityCheck:
     return examine(model, tokenizer, text=text)
 
 
@@ -71,19 +71,19 @@ def spoiled(model: LlamaForCausalLM, spoil: Spoil) -> LlamaForCausalLM:
     return made
 
 
-def refused(found: Vitals, *parents: Vitals) -> EvaluationError:
+def refused(found: SanityCheck, *parents: SanityCheck) -> EvaluationError:
     with pytest.raises(EvaluationError) as caught:
         require_sound(found, parents)
     return caught.value
 
 
-def test_a_model_that_speaks_passes_with_and_without_parents(healthy: Vitals) -> None:
+def test_a_model_that_speaks_passes_with_and_without_parents(healthy: SanityCheck) -> None:
     require_sound(healthy)
     require_sound(healthy, [healthy])
     assert healthy.finite and healthy.missing_rows == 0 and healthy.broken == 0
     assert healthy.bits_per_byte is not None and healthy.bits_per_byte < 3
     assert healthy.survived == healthy.texts and (healthy.tokens_per_s or 0) > 0
-    assert len(vitals.cells(healthy)) == len(vitals.COLUMNS) and "–" not in vitals.cells(healthy)
+    assert len(sanity_check.cells(healthy)) == len(sanity_check.COLUMNS) and "–" not in sanity_check.cells(healthy)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_texts_that_loop_are_counted_where_people_look(
 
     found = examine(spoiled(model, deaf), tokenizer, text=text)
     assert found.looping == found.continuations == 4
-    assert any("4 looping of 4" in cell for cell in vitals.cells(found))
-    assert any(cell == "4 broken of 4" for cell in vitals.cells(replace(found, looping=None)))  # facts of before
+    assert any("4 looping of 4" in cell for cell in sanity_check.cells(found))
+    assert any(cell == "4 broken of 4" for cell in sanity_check.cells(replace(found, looping=None)))  # facts of before
 
 
 def test_the_loss_over_windows_is_the_sum_over_single_predictions(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, healthy: Vitals
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, healthy: SanityCheck
 ) -> None:
     ids = tokenizer(text)["input_ids"]
     step = model.config.max_position_embeddings - 1
@@ -132,15 +132,15 @@ def test_the_loss_over_windows_is_the_sum_over_single_predictions(
 def test_the_continuation_is_what_generate_writes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = tokenizer("The ferry left")["input_ids"]
     with torch.inference_mode():
-        ours = vitals._continued(model, prompt)
+        ours = sanity_check._continued(model, prompt)
         theirs = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=vitals.NEW_TOKENS, pad_token_id=258
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=sanity_check.NEW_TOKENS, pad_token_id=258
         )[0, len(prompt) :].tolist()
     assert ours == [token for token in theirs if token != 257] and ours
 
 
 def test_a_tokenizer_that_appends_its_end_token_changes_nothing(
-    model: LlamaForCausalLM, text: str, healthy: Vitals
+    model: LlamaForCausalLM, text: str, healthy: SanityCheck
 ) -> None:
     ending = family.byte_tokenizer()
     ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -155,7 +155,7 @@ def test_a_position_table_shorter_than_a_prompt_is_not_left(tokenizer: PreTraine
     config = GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=2, n_positions=positions, bos_token_id=256,
                         eos_token_id=257)  # fmt: skip
     found = examine(GPT2LMHeadModel(config).eval(), tokenizer, text="A short text that is longer than the table.")
-    assert found.finite and found.continuations == len(vitals.PROMPTS)
+    assert found.finite and found.continuations == len(sanity_check.PROMPTS)
 
 
 def shuffled(model: LlamaForCausalLM) -> None:
@@ -172,7 +172,7 @@ def zeroed(model: LlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize("spoil", [shuffled, zeroed])
 def test_spoiled_layers_are_seen_in_the_bits_a_plain_text_takes(
-    spoil: Spoil, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, healthy: Vitals
+    spoil: Spoil, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, healthy: SanityCheck
 ) -> None:
     found = examine(spoiled(model, spoil), tokenizer, text=text)
     error = refused(found, healthy)
@@ -180,7 +180,7 @@ def test_spoiled_layers_are_seen_in_the_bits_a_plain_text_takes(
     assert error.next_step
 
 
-def test_a_merge_is_held_against_its_worst_parent_and_no_more(healthy: Vitals) -> None:
+def test_a_merge_is_held_against_its_worst_parent_and_no_more(healthy: SanityCheck) -> None:
     assert healthy.bits_per_byte is not None
     worse = replace(healthy, bits_per_byte=2.5 * healthy.bits_per_byte)
     assert refused(worse, healthy).code == "MODEL_NONSENSE"
@@ -199,16 +199,16 @@ def test_alone_a_model_that_guesses_blindly_is_nonsense(tokenizer: PreTrainedTok
 
 
 def test_numbers_that_are_none_are_named_and_nothing_is_generated(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, healthy: Vitals
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, healthy: SanityCheck
 ) -> None:
     found = examine(spoiled(model, lambda each: each.model.norm.weight.fill_(float("nan"))), tokenizer, text=text)
     assert (found.finite, found.bits_per_byte, found.continuations) == (False, None, 0)
     assert refused(found, healthy).code == "NOT_FINITE"
-    assert vitals.cells(found)[0] == "–" == vitals.cells(found)[-1]
+    assert sanity_check.cells(found)[0] == "–" == sanity_check.cells(found)[-1]
 
 
 def test_text_that_circles_is_refused_unless_its_parents_circle_too(
-    tokenizer: PreTrainedTokenizerFast, text: str, healthy: Vitals
+    tokenizer: PreTrainedTokenizerFast, text: str, healthy: SanityCheck
 ) -> None:
     found = examine(trained(tokenizer, "la" * 100, 30), tokenizer, text=text)
     assert found.distinct is not None and found.distinct < 0.1
@@ -218,7 +218,7 @@ def test_text_that_circles_is_refused_unless_its_parents_circle_too(
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_found_before_anything_runs(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, healthy: Vitals
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, healthy: SanityCheck
 ) -> None:
     small = deepcopy(model)
     small.resize_token_embeddings(100)
@@ -228,7 +228,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_found_before_an
 
 
 def test_a_tokenizer_that_loses_text_is_refused_where_its_parents_keep_it(
-    model: LlamaForCausalLM, text: str, healthy: Vitals
+    model: LlamaForCausalLM, text: str, healthy: SanityCheck
 ) -> None:
     lossy = family.byte_tokenizer()
     lossy.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"[a-z\s]"), "x")
@@ -264,9 +264,9 @@ def test_spaces_around_a_text_do_not_break_it(said: str, around: str) -> None:
 
 def test_a_folder_is_examined_once_and_its_vitals_survive_their_own_json(tmp_path: Path) -> None:
     folder = family.make(tmp_path / "models")["left"]
-    first = vitals.of_folder(folder, cache=tmp_path / "cache")
-    assert Vitals.from_dict(json.loads(json.dumps(first.as_dict()))) == first
+    first = sanity_check.of_folder(folder, cache=tmp_path / "cache")
+    assert SanityCheck.from_dict(json.loads(json.dumps(first.as_dict()))) == first
     (folder / "README.md").write_text("said otherwise")
-    assert vitals.of_folder(folder, cache=tmp_path / "cache") == first  # its speed too: it is the stored one
-    assert vitals.of_folder(folder, cache=tmp_path / "cache", dtype="bfloat16") != first
+    assert sanity_check.of_folder(folder, cache=tmp_path / "cache") == first  # its speed too: it is the stored one
+    assert sanity_check.of_folder(folder, cache=tmp_path / "cache", dtype="bfloat16") != first
     assert len(list((tmp_path / "cache" / "vitals").iterdir())) == 2

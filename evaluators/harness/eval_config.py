@@ -29,7 +29,7 @@ _RULES = 5  # goes up when models are asked in another way, so that older result
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
+class EvalConfig:
     """`limit` is samples a task. `seed` 0 draws as lm-eval's own command line does. `device` "auto" takes a GPU if
     there is one. `dtype` "auto" is float32 on a CPU and the checkpoint's own elsewhere. `batch_size` is a number, or
     "auto": what fits, halved when memory runs out. `backend` is hf (transformers) or vllm.
@@ -89,13 +89,13 @@ class Question:
     """What every model of one comparison is asked: a suite, and the conditions it is asked under."""
 
     suite: Suite
-    conditions: Conditions
+    conditions: EvalConfig
 
     def key(self, identity: str) -> str:
         """Names the stored evaluation of the model `identity`."""
         return self.conditions.key(identity, self.suite.digest)
 
 
-def key_of(model: Path, suite: Suite, conditions: Conditions, identity: str | None = None) -> str:
+def key_of(model: Path, suite: Suite, conditions: EvalConfig, identity: str | None = None) -> str:
     """The key of one evaluation; `identity` spares hashing the weights. Raises MODEL_UNLOADABLE."""
     return conditions.key(identity or content_digest(model), suite.digest)
