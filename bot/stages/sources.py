@@ -83,10 +83,9 @@ def opened(
         if folder is not None:
             folders[pin] = convert(folder)
             files = LocalFiles(folders[pin])
-        elif limits.strict:
-            files = hub().files(repos[pin].repo, repos[pin].revision).harmless()
         else:
-            files = hub().files(repos[pin].repo, repos[pin].revision)
+            listed = hub().files(repos[pin].repo, repos[pin].revision)
+            files = listed.harmless() if limits.strict else listed
         sources[pin] = open_source(files, limits=limits, name=str(ref))
     return Opened(asked.pinned(pins), sources, repos, folders)
 
