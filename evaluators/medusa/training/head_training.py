@@ -181,7 +181,7 @@ def _loaded(folder: Path, device: str, wanted: Wanted) -> Base:
     # A change to the base is trained through its layers, and in full precision.
     base = causal_lm.load(folder, device) if wanted.joint else packed.load(folder, device, wanted.dtype)[0]
     if wanted.joint:
-        joint.adaptable(base)
+        joint.adaptable_layers(base)
     if wanted.kind == "own":
         require_own_projection(base)
     return base

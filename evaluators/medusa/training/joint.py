@@ -1,9 +1,9 @@
-"""Joint training (Medusa-2): a low-rank change to the base and the heads learn together. IT CHANGES THE MODEL.
+"""Joint training (Medusa-2): a LoRA adapter of the base and the heads learn together. IT CHANGES THE MODEL.
 
-Loss: KL(original base || changed base) + a weight that grows x the heads' loss, so that the base goes on saying what
-it said while its states become easier to draft from (self-distillation, arXiv 2401.10774, sections 2.2.2 and 2.3.2).
-The change is LoRA (arXiv 2106.09685) on every linear layer but the output embedding, written in PEFT's layout, which
-the merge engine applies to the base as `base+adapter`.
+Loss: KL(original base || changed base) + a growing weight x the loss of the heads. The first term keeps the answers of
+the base, the second makes its states easier to draft from (self-distillation, arXiv 2401.10774, sections 2.2.2 and
+2.3.2). The adapter is LoRA (arXiv 2106.09685) by the `peft` library on every linear layer except the output embedding.
+The merge engine applies it as `base+adapter`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,85 +27,88 @@ from evaluators.medusa.training.distillation import IGNORED, Dialogue, Features
 from evaluators.medusa.training.head_loss import Targets, draft_loss
 
 RANK = 8
-ALPHA = 16.0
+ALPHA = 16
 HEAD_WEIGHT = 0.2
-WARM_UP = 0.4  # share of the training over which the heads' weight grows
-BASE_RATE = 0.25  # of the heads' learning rate
-RECIPE = train.Recipe(1e-3, 8, 2)  # a batch is in answers
+WARM_UP = 0.4  # share of the training over which the weight of the heads' loss grows
+BASE_RATE = 0.25  # learning rate of the adapter, relative to that of the heads
+RECIPE = train.Recipe(1e-3, 8, 2)  # the batch is in answers
 
 
-class LowRank(nn.Module):
-    """A frozen linear layer plus `scale` B A x; B is zero at first, so nothing is changed."""
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, draw: torch.Generator) -> None:
-        super().__init__()
-        self.linear, self.scale, self.on = linear, alpha / rank, True
-        weight = linear.weight
-        bound = 1 / math.sqrt(weight.shape[1])
-        a = (torch.rand(rank, weight.shape[1], generator=draw) * 2 - 1) * bound
-        self.a = nn.Parameter(a.to(weight.device))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(x)
-        if not self.on:
-            return out
-        return out + (self.scale * F.linear(F.linear(x.float(), self.a), self.b)).to(out.dtype)
-
-
-def adaptable(base: Base) -> list[tuple[str, nn.Linear]]:
-    """The linear layers that joint training changes, by name. Raises EvaluationError SPEED_UNSUPPORTED for none."""
-    found = [(n, m) for n, m in base.model.named_modules() if type(m) is nn.Linear and m is not base.output]
-    if not found:
+def adaptable_layers(base: Base) -> dict[str, nn.Linear]:
+    """Linear layers that joint training changes, by name. Raises EvaluationError SPEED_UNSUPPORTED without any."""
+    modules = base.model.named_modules()
+    layers = {name: module for name, module in modules if type(module) is nn.Linear and module is not base.output}
+    if not layers:
         raise EvaluationError(
-            "SPEED_UNSUPPORTED", f"{type(base.model).__name__} has no plain linear layer that could be adapted.",
+            "SPEED_UNSUPPORTED",
+            f"{type(base.model).__name__} has no plain linear layer that could be adapted.",
             "Train heads without --joint.",
-        )  # fmt: skip
-    return found
+        )
+    return layers
 
 
 class Adapter:
-    """The low-rank changes of a base, by the name of the layer they change."""
+    """A LoRA adapter that is injected into a base; `layers` are peft's LoRA layers by the name of the linear layer."""
 
-    def __init__(self, base: Base, seed: int, rank: int = RANK, alpha: float = ALPHA) -> None:
-        self.rank, self.alpha = rank, alpha
-        self.layers: dict[str, LowRank] = {}
-        draw = torch.Generator().manual_seed(seed)
-        for name, linear in adaptable(base):
-            parent, _, leaf = name.rpartition(".")
-            self.layers[name] = LowRank(linear, rank, alpha, draw)
-            setattr(base.model.get_submodule(parent), leaf, self.layers[name])
+    def __init__(self, base: Base, seed: int) -> None:
+        from peft import LoraConfig, inject_adapter_in_model  # the import takes two seconds
+
+        linear = adaptable_layers(base)
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(linear))
+        with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator; A is drawn again below
+            inject_adapter_in_model(config, base.model)
+        self.layers: dict[str, Any] = {name: base.model.get_submodule(name) for name in linear}
+        generator = torch.Generator().manual_seed(seed)
+        for a, _ in map(_matrices, self.layers.values()):
+            uniform = torch.rand(a.shape, generator=generator) * 2 - 1
+            a.data.copy_(uniform * (1 / math.sqrt(a.shape[1])))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {f"{name}.{part}": getattr(layer, part) for name, layer in self.layers.items() for part in ("a", "b")}
+        return {
+            f"{name}.{part}": matrix
+            for name, layer in self.layers.items()
+            for part, matrix in zip("ab", _matrices(layer), strict=True)
+        }
 
-    def switch(self, on: bool) -> None:
-        """Off, the base is the original one."""
+    def enable(self, enabled: bool) -> None:
+        """Turn the adapter on or off; without it the base is the original one."""
         for layer in self.layers.values():
-            layer.on = on
+            layer.enable_adapters(enabled)
 
     def save(self, folder: Path, *, base_model: str = "") -> None:
-        """Write adapter_model.safetensors and adapter_config.json as PEFT lays them out."""
+        """Write adapter_model.safetensors and adapter_config.json in PEFT's layout."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = layer.a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = layer.b
+            a, b = _matrices(layer)
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
         store.save(tensors, folder / "adapter_model.safetensors")
-        targets = sorted({name.rpartition(".")[2] for name in self.layers})
-        formats.write_json(
-            folder / "adapter_config.json",
-            {
-                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-                "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": 0.0, "bias": "none",
-                "fan_in_fan_out": False, "target_modules": targets, "inference_mode": True,
-            },
-        )  # fmt: skip
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": RANK,
+            "lora_alpha": float(ALPHA),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "target_modules": sorted({name.rpartition(".")[2] for name in self.layers}),
+            "inference_mode": True,
+        }
+        formats.write_json(folder / "adapter_config.json", config)
+
+
+def _matrices(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [rank, in] and B [out, rank] of a LoRA layer."""
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 @dataclass(frozen=True, slots=True)
-class Joint:
-    """What joint training made of a base: the change, how far it went (KL in nats a token) and how often the changed
-    base still makes the original's choice, both on the last answers, which were not trained on."""
+class JointTraining:
+    """Result of joint training.
+
+    `divergence` is the KL divergence in nats per token and `agreement` the share of tokens at which the changed base
+    still makes the original's choice. Both are measured on the last answers, which were not trained on.
+    """
 
     adapter: Adapter
     training: train.Training
@@ -120,73 +124,74 @@ def fit(
     *,
     recipe: train.Recipe = RECIPE,
     progress: Callable[[int, int], None] | None = None,
-) -> Joint:
-    """Train the base (in place, by an adapter) and `heads`, which should have been trained on it alone before."""
+) -> JointTraining:
+    """Train the base (in place, by an adapter) and `heads`, which were trained on the frozen base before."""
     adapter = Adapter(base, limits.seed)
     heads.train().requires_grad_(True)
-    apart = max(1, len(dialogues) // 16) if len(dialogues) > 1 else 0
-    learnt, held_out = dialogues[: len(dialogues) - apart], dialogues[len(dialogues) - apart :]
-    task = _JointTask(base, adapter, heads, learnt)
-    training = train.optimise(task, recipe, torch.arange(len(learnt)), limits, progress)
+    held_out_count = max(1, len(dialogues) // 16) if len(dialogues) > 1 else 0
+    split = len(dialogues) - held_out_count
+    task = _JointTask(base, adapter, heads, dialogues[:split])
+    training = train.optimise(task, recipe, torch.arange(split), limits, progress)
     heads.eval().requires_grad_(False)
+    divergence, agreement = task.distance(dialogues[split:] or dialogues[:split])
     for parameter in adapter.parameters().values():
         parameter.requires_grad_(False)
-    return Joint(adapter, training, *task.distance(held_out or learnt))
+    return JointTraining(adapter, training, divergence, agreement)
 
 
 class _JointTask:
     def __init__(self, base: Base, adapter: Adapter, heads: Heads, dialogues: Sequence[Dialogue]) -> None:
         self._base, self._adapter, self._heads, self._dialogues = base, adapter, heads, dialogues
-        ours = {f"head:{name}": parameter for name, parameter in heads.named_parameters()}
-        theirs = {f"base:{name}": parameter for name, parameter in adapter.parameters().items()}
-        self.parameters: dict[str, nn.Parameter] = {**ours, **theirs}
-        self.rates = {name: 1.0 if name in ours else BASE_RATE for name in self.parameters}
+        of_heads = {f"head:{name}": parameter for name, parameter in heads.named_parameters()}
+        of_base = {f"base:{name}": parameter for name, parameter in adapter.parameters().items()}
+        self.parameters: dict[str, nn.Parameter] = {**of_heads, **of_base}
+        self.rates = {name: 1.0 if name in of_heads else BASE_RATE for name in self.parameters}
 
     def loss(self, chosen: Tensor, done: float) -> Tensor:
-        texts = [self._dialogues[at] for at in chosen.tolist()]
-        _, original = self._read(texts, changed=False)
-        rows, logits = self._read(texts, changed=True)
-        said = torch.tensor([token for text in texts for token in text.output], device=rows.device)
-        features = Features(rows, said, tuple(len(text.output) for text in texts))
+        dialogues = [self._dialogues[index] for index in chosen.tolist()]
+        _, original = self._answer_rows(dialogues, adapted=False)
+        hidden, logits = self._answer_rows(dialogues, adapted=True)
+        tokens = torch.tensor([token for each in dialogues for token in each.output], device=hidden.device)
+        features = Features(hidden, tokens, tuple(len(each.output) for each in dialogues))
         targets = train.draft_targets(features.labels(self._heads.spec.heads), self._heads)
         loss = _divergence(original, logits).mean()
         weight = HEAD_WEIGHT * min(1.0, done / WARM_UP)
         if bool((targets != IGNORED).any()):
-            loss = loss + weight * draft_loss(self._heads, rows, said, Targets.certain(targets))
+            loss = loss + weight * draft_loss(self._heads, hidden, tokens, Targets.certain(targets))
         return loss
 
     def score(self) -> float | None:
-        """The changed base says other things than the held-out answers, so they score nothing."""
+        """None: the changed base gives other answers, so the held-out answers of the original cannot score it."""
         return None
 
     @torch.no_grad()
-    def distance(self, texts: Sequence[Dialogue]) -> tuple[float, float]:
-        if not texts:
+    def distance(self, dialogues: Sequence[Dialogue]) -> tuple[float, float]:
+        """KL divergence in nats per token and share of equal choices on `dialogues`."""
+        if not dialogues:
             return 0.0, 1.0
-        (_, original), (_, changed) = self._read(texts, changed=False), self._read(texts, changed=True)
-        same = (original.argmax(-1) == changed.argmax(-1)).float().mean()
-        return float(_divergence(original, changed).mean()), float(same)
+        _, original = self._answer_rows(dialogues, adapted=False)
+        _, adapted = self._answer_rows(dialogues, adapted=True)
+        agreement = (original.argmax(-1) == adapted.argmax(-1)).float().mean()
+        return float(_divergence(original, adapted).mean()), float(agreement)
 
-    def _read(self, texts: Sequence[Dialogue], *, changed: bool) -> tuple[Tensor, Tensor]:
-        """(rows, logits) at every answered position of the texts, one after another; padding stands on the right."""
-        self._adapter.switch(changed)
-        whole = [[*text.prompt, *text.output[:-1]] for text in texts]
-        ids = torch.zeros((len(texts), max(map(len, whole))), dtype=torch.long)
+    def _answer_rows(self, dialogues: Sequence[Dialogue], *, adapted: bool) -> tuple[Tensor, Tensor]:
+        """Rows [T, H] and logits [T, V] that predict the answers, one answer after another, from right-padded input."""
+        texts = [[*each.prompt, *each.output[:-1]] for each in dialogues]
+        ids = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, text in enumerate(whole):
+        for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
-        device = self._base.device
-        with torch.set_grad_enabled(changed and torch.is_grad_enabled()):
-            hidden, _ = self._base.run(
-                ids.to(device), project=False, attention_mask=mask.to(device), use_cache=False
-            )  # fmt: skip
-            rows = torch.cat(
-                [hidden[at, len(text.prompt) - 1 :][: len(text.output)] for at, text in enumerate(texts)]
-            )  # fmt: skip
-            logits = self._base.logits(rows).float()
-        self._adapter.switch(True)
-        return rows, logits
+        ids, mask = ids.to(self._base.device), mask.to(self._base.device)
+        self._adapter.enable(adapted)
+        with torch.set_grad_enabled(adapted and torch.is_grad_enabled()):
+            hidden, _ = self._base.run(ids, project=False, attention_mask=mask, use_cache=False)
+            starts = [len(each.prompt) - 1 for each in dialogues]
+            rows = [hidden[i, starts[i] : starts[i] + len(each.output)] for i, each in enumerate(dialogues)]
+            joined = torch.cat(rows)
+            logits = self._base.logits(joined).float()
+        self._adapter.enable(True)
+        return joined, logits
 
 
 def _divergence(original: Tensor, changed: Tensor) -> Tensor:

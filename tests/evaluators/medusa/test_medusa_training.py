@@ -162,7 +162,7 @@ def test_an_adapter_switched_off_is_the_original() -> None:
     heads = identity_heads(HeadSpec("shared", 2), base)
     made = joint.fit(base, heads, dialogues, train.Limits(600, steps=10))
     assert not torch.equal(base.run(ids, use_cache=False)[1], before)
-    made.adapter.switch(False)
+    made.adapter.enable(False)
     assert torch.equal(base.run(ids, use_cache=False)[1], before)
 
 
@@ -182,12 +182,12 @@ def test_the_joint_loss_is_the_divergence_from_the_original_and_a_growing_share_
         assert loss(done) == pytest.approx(share * float(guesses.detach()), rel=1e-3)
     draw = torch.Generator().manual_seed(0)
     for layer in adapter.layers.values():
-        layer.b.data.normal_(std=0.05, generator=draw)
+        layer.lora_B["default"].weight.data.normal_(std=0.05, generator=draw)
     apart = []
     for text in dialogues:  # each alone and without padding
         said = []
         for changed in (False, True):
-            adapter.switch(changed)
+            adapter.enable(changed)
             logits = base.run(torch.tensor([[*text.prompt, *text.output[:-1]]]), use_cache=False)[1]
             said.append(logits[0, len(text.prompt) - 1 :].log_softmax(-1))
         apart.append((said[0].exp() * (said[0] - said[1])).sum(-1))
