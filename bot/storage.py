@@ -96,6 +96,16 @@ def move_into_place(temporary: Path, final: Path) -> None:
     temporary.replace(final)
 
 
+def append_synced(path: Path, data: bytes) -> None:
+    """Append `data` to an existing file in one write; it is on the disk when this returns."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        os.write(handle, data)
+        os.fdatasync(handle)
+    finally:
+        os.close(handle)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, 64 hex characters."""
     with path.open("rb") as file:

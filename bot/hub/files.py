@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import quote
 
 import httpx2
@@ -26,7 +25,7 @@ from bot.errors import Refused, Transient
 from bot.hub.transport import HubSession, Unavailable, check_deadline
 from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.checkpoints.weight_files import INDEX, weight_file
-from bot.storage import exclusive, move_into_place, size_text, sync_folder
+from bot.storage import exclusive, move_into_place, sha256_file, size_text, sync_folder
 
 # reliability.md 5: what of a source is ever written to our disk. Only files at the top of the repo.
 ALLOWED = (
@@ -34,7 +33,6 @@ ALLOWED = (
 )  # fmt: skip
 INDEX_LIMIT_BYTES = 8 << 20
 DOWNLOAD_LIMIT_BYTES = 120_000_000_000
-_CHUNK_BYTES = 1 << 20
 # A header reader asks for 8 bytes and then for the header: one request brings both.
 _FIRST_READ_BYTES = 256 << 10
 _PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
@@ -185,11 +183,6 @@ def _bounded(chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:
 
 
 # -- whole files
-
-
-class _Hash(Protocol):
-    def update(self, data: bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 def download(
@@ -349,8 +342,7 @@ def _expected(fact: FileFact) -> str:
 
 
 def _digest_of(path: Path, fact: FileFact) -> str:
-    digest: _Hash = hashlib.sha256() if fact.sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    if fact.sha256:
+        return sha256_file(path)
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % path.stat().st_size)).hexdigest()

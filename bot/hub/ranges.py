@@ -32,7 +32,17 @@ from bot.errors import Failed, Refused, Transient
 from bot.hub.files import FileFact, Progress, RepoFiles, answer, check_room, fetch_whole
 from bot.hub.transport import HubSession, Unavailable, check_deadline
 from bot.settings import failpoint
-from bot.storage import IN_PARTS, exclusive, journal_entry, journal_line, sha256_file, sync_folder, write_atomic
+from bot.storage import (
+    IN_PARTS,
+    append_synced,
+    exclusive,
+    journal_entry,
+    journal_line,
+    sha256_file,
+    sync_file,
+    sync_folder,
+    write_atomic,
+)
 
 PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it
 AT_ONCE = 6
@@ -158,12 +168,7 @@ class _Part:
 
     def add(self, entry: Mapping[str, object]) -> None:
         """Append one line to the journal; it is on the disk when this returns."""
-        handle = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        try:
-            os.write(handle, journal_line(entry))
-            os.fdatasync(handle)
-        finally:
-            os.close(handle)
+        append_synced(self.journal, journal_line(entry))
 
     def _read_journal(self) -> None:
         whole_size = self.place.is_file() and self.place.stat().st_size == self.fact.size
@@ -264,7 +269,7 @@ def _fill(files: RepoFiles, api: HfApi, session: HubSession, parts: Sequence[_Pa
 
         def one(part: _Part, span: Range) -> None:
             crc = _receive(files, api, session, part, span, handles[part.name], told, stop)
-            os.fdatasync(handles[part.name])
+            sync_file(part.place)
             with lock:
                 part.add({"start": span[0], "end": span[1], "crc": crc})
                 part.here.append((*span, crc))

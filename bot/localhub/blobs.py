@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bot.localhub.answers import HubError
-from bot.storage import sha256_file, sync_file, sync_folder, write_atomic
+from bot.storage import move_into_place, sha256_file, sync_folder, write_atomic
 
 CHUNK_BYTES = 1 << 20
 
@@ -52,8 +52,6 @@ class Incoming:
             raise HubError(400, f"{self._received} bytes arrived, {self._size} were announced")
         if self._hash.hexdigest() != self._sha256:
             raise HubError(400, "the uploaded bytes do not have the announced sha256")
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         self._blobs.adopt(self.path, self._sha256)
 
@@ -76,11 +74,11 @@ class Blobs:
         return self.path(sha256).is_file()
 
     def adopt(self, finished: Path, sha256: str) -> None:
-        """Move a complete, synced and verified file into place."""
+        """Move a complete and verified file into place."""
         place = self.path(sha256)
         place.parent.mkdir(parents=True, exist_ok=True)
         finished.chmod(0o444)
-        finished.replace(place)
+        move_into_place(finished, place)
         sync_folder(place.parent)
 
     def receive(self, sha256: str, size: int) -> Incoming:
@@ -115,7 +113,6 @@ class Blobs:
                 return  # a repeated completion after a lost answer
             raise HubError(400, "no part of this upload has arrived")
         digest = sha256_file(path)
-        sync_file(path)
         if path.stat().st_size != size or digest != sha256:
             path.unlink(missing_ok=True)
             raise HubError(400, "the uploaded parts do not have the announced size and sha256")

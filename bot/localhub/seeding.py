@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +10,7 @@ from bot.localhub.blobs import CHUNK_BYTES
 from bot.localhub.names import KINDS, RepoId, repo_id, valid_path
 from bot.localhub.routes_commit import goes_to_lfs, lfs_patterns
 from bot.localhub.storage import GIT_ATTRIBUTES, FileEntry, Refs, Store, hash_pointer
+from bot.storage import sha256_file
 
 
 def seed(root: Path, folder: Path, *, author: str = "seed") -> list[str]:
@@ -53,8 +53,7 @@ def _store_file(store: Store, repo: RepoId, path: Path, name: str) -> FileEntry:
         if not goes_to_lfs(name, size, sample, lfs_patterns(GIT_ATTRIBUTES.decode())) or not size:
             data = sample + file.read()
             return FileEntry(store.objects(repo).put(data), len(data))
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_file(path)
         if not store.blobs.has(sha256):
             file.seek(0)
             store.blobs.store(_chunks(file), sha256, size)
