@@ -1,4 +1,4 @@
-"""A merge beside its parents, question by question: what can be said, and when asking more would not change it."""
+"""Comparison of a merge with its parents, question by question, and early stopping."""
 
 from evaluators.comparison.comparing import compare, differences, most_telling
 

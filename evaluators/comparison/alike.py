@@ -1,7 +1,7 @@
-"""Check before a comparison that every model was asked the same prompts, unshortened.
+"""Check before a comparison that all models received the same, complete prompts.
 
-Suite, settings and questions are compared elsewhere (`scores.require_comparable`, `comparing`): where these differ,
-nothing is compared. Prompts can differ all the same, by the chat template or by the length that a model reads.
+Suite, settings and questions are compared elsewhere (`scores.require_comparable`, `comparing`); differences there
+forbid a comparison. Prompts can still differ by the chat template or by the context length.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from evaluators.harness.scores import Cut, ModelEvaluation
 
 
 def unlike_prompts(merge: Answers, parent: Answers) -> str | None:
-    """Half a sentence with the number of questions whose prompts differ; None where all are equal."""
+    """Clause with the number of questions whose prompts differ; None if all are equal."""
     pairs = [(ours, theirs) for ours, theirs in zip(merge.prompts, parent.prompts, strict=True) if ours and theirs]
     other = sum(ours != theirs for ours, theirs in pairs)
     return f"had other prompts for {other} of {len(pairs)} questions" if other else None
 
 
 def unlike_cuts(task: str, merge: ModelEvaluation, parent: ModelEvaluation) -> str | None:
-    """Half a sentence on prompts of a task that were shortened in another way; None where they were not."""
+    """Clause on prompts of a task that were shortened differently; None if they were not."""
     ours, theirs = (next((each for each in model.cut if each.task == task), None) for model in (merge, parent))
     if (ours and _lost(ours)) == (theirs and _lost(theirs)):
         return None
@@ -29,9 +29,9 @@ def unlike_cuts(task: str, merge: ModelEvaluation, parent: ModelEvaluation) -> s
 
 
 def unlike_bounds(merge: ModelEvaluation, parent: ModelEvaluation) -> str | None:
-    """Half a sentence on tokens that only one tokenizer puts before or after every text; None where there are none.
+    """Clause on tokens that only one tokenizer adds before or after every text; None if there are none.
 
-    Which tokens these are may differ between vocabularies. A chat template writes its own begin token.
+    The tokens themselves may differ between vocabularies. A chat template writes its own begin token.
     """
     ours, theirs = merge.loaded, parent.loaded
     if ours is None or theirs is None or merge.environment.chat_template:

@@ -1,6 +1,6 @@
-"""A merge beside its parents, question by question, from stored evaluations. Deterministic: equal facts, equal words.
+"""Comparison of a merge with its parents from stored evaluations. Deterministic: equal facts give equal text.
 
-Only equal questions asked in an equal way are compared: suite, environment and every question's identity must agree.
+Only equal questions under equal settings are compared: suite, environment and every question's identity must agree.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ MCNEMAR, SIGN_FLIP = "McNemar, mid-p", "paired permutation"
 
 
 def compare(merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, cache: Path) -> Comparison:
-    """Judge `merge` against each parent on every task and over all of them.
+    """Compare `merge` with each parent on every task and overall.
 
-    Differences of tasks are corrected together (Holm over tasks and parents), the overall ones over parents. A task
-    whose score is no mean over its questions is left out with the reason, and so are tasks and parents that were not
-    asked with the merge's prompts. Raises EvaluationError NOT_COMPARABLE where suite, environment or questions differ,
-    where answers were not kept, and where no parent had the merge's prompts.
+    Differences on tasks are corrected together (Holm over tasks and parents), the overall ones over parents. Tasks
+    whose score is not a mean over questions, and tasks and parents with other prompts than the merge's, are left out
+    with the reason. Raises EvaluationError NOT_COMPARABLE if suite, environment or questions differ, if answers were
+    not kept, or if no parent had the merge's prompts.
     """
     found = _paired(merge, parents, cache)
     compared = {name: each for name, each in parents.items() if name not in found.not_alike}
@@ -64,11 +64,11 @@ def compare(merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, c
 def differences(
     merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, cache: Path
 ) -> dict[str, list[Values]]:
-    """By parent, merge minus parent [n] on each task that is a share; what `stopping` decides from.
+    """By parent, merge minus parent [n] on each task that is a share; the input of `stopping`.
 
-    The merge may have answered only the first questions of each task. They are in their own order, of a group of tasks
-    one of each in turn: with more of them measured, what was there before is still the beginning. Raises
-    EvaluationError NOT_COMPARABLE as `compare` does.
+    The merge may have answered only the first questions of each task. Questions keep their own order; a group takes one
+    of each task in turn, so that more questions only extend the arrays. Raises EvaluationError NOT_COMPARABLE as
+    `compare`.
     """
     limit = merge.environment.limit
     limited = {
@@ -85,10 +85,10 @@ def differences(
 
 
 def most_telling(models: Mapping[str, ModelEvaluation], *, cache: Path) -> list[str]:
-    """The tasks in the order in which they tell such models apart, a second of measuring, from what is stored of them.
+    """Tasks in order of information per second, from stored evaluations of models like these.
 
-    A merge differs from its parents about where they differ from each other. Empty where nothing can be said: of fewer
-    than two models, or where times or answers were not kept.
+    A merge differs from its parents roughly where they differ from each other. Empty for fewer than two models, or if
+    times or answers were not kept.
     """
     if len(models) < 2:
         return []
@@ -110,7 +110,7 @@ def most_telling(models: Mapping[str, ModelEvaluation], *, cache: Path) -> list[
 def _paired(
     merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], cache: Path, *, partly: bool = False
 ) -> _Paired:
-    """Every task with the answers of all; `partly`: the parents may have been asked more than the merge."""
+    """All tasks with the answers of all models; `partly`: the parents may have answered more than the merge."""
     require_comparable({"The merge": merge, **parents})
     models = {MERGE: merge, **parents}
     folders = {name: harness.folder_of(evaluation, cache) for name, evaluation in models.items()}
@@ -162,7 +162,7 @@ def _only_alike(
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A task's primary score and every model's answers to the same questions, in the same order."""
+    """Primary score of a task and every model's answers to the same questions, in the same order."""
 
     score: Score
     answers: Mapping[str, Answers]
@@ -177,7 +177,7 @@ class _Task:
         return found if self.score.higher_is_better else -found
 
     def stderr(self, parent: str) -> float:
-        """Of the mean difference; with the two questions that `difference_interval` adds, where answers are binary."""
+        """Standard error of the mean difference; binary answers get the two questions of `difference_interval`."""
         found = self.difference(parent)
         if self.binary:
             return math.sqrt((np.count_nonzero(found) + 2) / (len(found) + 2) ** 2)
@@ -248,7 +248,7 @@ def _judged(task: _Task, comparisons: int) -> TaskVerdict:
 
 
 def _same_choices(task: _Task, parents: Sequence[str]) -> dict[str, int]:
-    """On how many questions each parent picked the merge's answer; without those whose answers were not kept."""
+    """Number of questions on which each parent chose the merge's answer; only parents with stored answers."""
     ours = task.answers[MERGE].choices
     chosen = {name: task.answers[name].choices for name in parents}
     return {
@@ -268,7 +268,7 @@ def _scored(name: str, task: _Task) -> Scored:
 
 
 def _difference(task: _Task, parent: str, comparisons: int) -> Difference:
-    """`comparisons`: how many differences the correction will be for; what could be seen depends on it."""
+    """Difference on a task; `comparisons` is the number of differences that are corrected together."""
     found, level = task.difference(parent), ALPHA / max(1, comparisons)
     if task.binary:
         won, lost = int((found > 0).sum()), int((found < 0).sum())
@@ -291,7 +291,7 @@ def corrected(tasks: Sequence[TaskVerdict]) -> list[TaskVerdict]:
 
 
 def patterns(parents: Mapping[str, Values], merge: Values) -> tuple[Pattern, ...]:
-    """Every set of parents that can be right together, the most first, with how often it was and the merge too."""
+    """Sets of parents that are right together, largest first, with their counts for parents and merge."""
     found = []
     names = tuple(parents)
     for size in range(len(names), -1, -1):
@@ -307,7 +307,7 @@ def patterns(parents: Mapping[str, Values], merge: Values) -> tuple[Pattern, ...
 
 
 def overall(tasks: Sequence[_Task], judged: Sequence[TaskVerdict], parents: tuple[str, ...]) -> Overall | None:
-    """The mean over the tasks that are shares, where more is better; None without any."""
+    """Mean over the tasks that are higher-is-better shares; None without any."""
     chosen = [(task, verdict) for task, verdict in zip(tasks, judged, strict=True) if _is_share(task)]
     if not chosen:
         return None

@@ -1,4 +1,4 @@
-"""Notes beside the scores on how each model was asked, as sentences for screen, card and page."""
+"""Remarks on the settings of each model's evaluation, as sentences for screen, card and page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Show = Callable[[str], str]
 
 
 def remarks(models: Mapping[str, ModelEvaluation], show: Show = short, said: Show = str) -> list[str]:
-    """Peculiarities of single models, then the settings of their own in which they differ.
+    """Peculiarities of single models, then differences in their own settings.
 
-    `show` writes a model's name; `said` makes words safe that come from a model's files.
+    `show` writes a model's name; `said` escapes words from a model's files.
     """
     by_clause: dict[str, list[str]] = {}
     for name, evaluation in models.items():
@@ -45,7 +45,7 @@ def _peculiar(evaluation: ModelEvaluation) -> Iterator[str]:
 
 
 def _own_settings(models: Mapping[str, Loaded], said: Show) -> Iterator[str]:
-    """Settings that belong to a model and may change its answers, where they are not the same for all."""
+    """Settings of single models that may change their answers, if they differ."""
     for title, values in (
         ("Written answers end at different tokens", [joined([*map(str, m.ends)] or ["none"]) for m in models.values()]),
         ("Texts begin with different tokens", [" ".join(m.begins_with) or "none" for m in models.values()]),

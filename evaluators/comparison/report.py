@@ -1,6 +1,6 @@
-"""What an evaluation found, as rows of figures and as sentences: card, job page and command line only draw them.
+"""Results of an evaluation as rows of figures and as sentences, drawn by card, job page and command line.
 
-Nothing here is escaped: whoever draws a model's name passes `show`, which makes it short, and safe where it stands.
+Text is not escaped here: callers pass `show`, which shortens and escapes a model's name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MISSING = "\N{EN DASH}"
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How a sentence calls the model that is judged and those it is held against."""
+    """Words for the evaluated model and for those it is compared with."""
 
     merge: str = "the merge"
     others: str = "its parents"
@@ -40,7 +40,7 @@ def short(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number and its 95 % interval, both ready to be read; "" where there is no interval."""
+    """A number and its 95 % interval as text; "" without an interval."""
 
     value: str
     interval: str = ""
@@ -62,8 +62,10 @@ class ScoreRow:
 
 @dataclass(frozen=True, slots=True)
 class DifferenceRow:
-    """The merge against one parent on a task or on average, in points; `p` is the corrected one, `detectable` the
-    difference that would have been shown four times in five."""
+    """Difference of the merge to one parent on a task or on average, in points.
+
+    `p` is corrected; `detectable` is the difference that would have been shown in four of five such measurements.
+    """
 
     title: str
     parent: str
@@ -75,9 +77,9 @@ class DifferenceRow:
 
 
 def scores(models: Mapping[str, ModelEvaluation], comparison: Comparison | None) -> list[ScoreRow]:
-    """The tasks of the first model and the averages; `models` by the names that `comparison` has for them.
+    """Tasks of the first model and the averages; `models` by the names in `comparison`.
 
-    Intervals are those of the comparison where there is one, else each score's own.
+    Intervals are those of the comparison if there is one, else each score's own.
     """
     first = next(iter(models.values()))
     rows = [ScoreRow(score.task, _about(score), _of_task(score, models, comparison)) for score in first.scores]
@@ -117,9 +119,9 @@ def _of_task(score: Score, models: Mapping[str, ModelEvaluation], comparison: Co
 
 
 def is_share(task: TaskVerdict) -> bool:
-    """Whether a task's scores are shares of 100 %, so that differences are points.
+    """Return whether a task's scores are shares of 100 %, so that differences are points.
 
-    Of less that is better the differences are turned round: a loss is no share, wherever it lies.
+    Lower-is-better metrics are not shares: their differences are turned round.
     """
     if not all(0 <= each.value <= 1 for each in (task.merge, *task.parents)):
         return False
@@ -142,7 +144,7 @@ def score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
 
 
 def _figure(value: float, interval: Interval | None, *, share: bool = True) -> Figure:
-    """In percent, or in the metric's own unit where it is no share."""
+    """Figure in percent, or in the metric's own unit if it is not a share."""
     value_text = f"{100 * value:.1f}" if share else number(value)
     if interval is None:
         return Figure(value_text)
@@ -169,7 +171,7 @@ def _difference(title: str, found: Difference, share: bool = True, *, is_task: b
 
 
 def _detectable(found: Difference, share: bool) -> str:
-    """In points or in the metric's own unit; a dash where a difference was shown."""
+    """Detectable difference in points or in the metric's own unit; a dash if a difference was shown."""
     if found.outcome is not Outcome.NOT_SHOWN:
         return MISSING
     if _none_is(found.detectable, share):
@@ -178,7 +180,7 @@ def _detectable(found: Difference, share: bool) -> str:
 
 
 def _none_is(detectable: float, share: bool) -> bool:
-    """Whether no difference could have been shown: a share differs by 1 at most."""
+    """Return whether no difference could have been shown, since shares differ by 1 at most."""
     return detectable >= (1 if share else math.inf)
 
 
@@ -186,7 +188,7 @@ def _none_is(detectable: float, share: bool) -> bool:
 
 
 def headline(comparison: Comparison, show: Show = short, terms: Terms = MERGED) -> str:
-    """The verdict over all tasks in one sentence; "" where nothing can be averaged."""
+    """Overall result in one sentence; "" if nothing can be averaged."""
     whole = comparison.overall
     if whole is None or not whole.differences:
         return ""
@@ -195,7 +197,7 @@ def headline(comparison: Comparison, show: Show = short, terms: Terms = MERGED) 
 
 
 def legend(comparison: Comparison, terms: Terms = MERGED) -> str:
-    """What the columns of `differences` are."""
+    """Meaning of the columns of `differences`."""
     whole = comparison.overall.differences if comparison.overall else ()
     every = [each for task in comparison.tasks for each in task.differences] + list(whole)
     tests = ", ".join(sorted({each.test for each in every}))
@@ -212,7 +214,7 @@ def legend(comparison: Comparison, terms: Terms = MERGED) -> str:
 def words(differences: Sequence[Difference], show: Show = short, *, brief: bool = False, share: bool = True) -> str:
     """`better than both`, `better than A, no difference to B shown (a true one under 8.2 points ...)`, and so on.
 
-    `brief` leaves what the detectable difference means to the legend; `share`: of a task of which `is_share` is true.
+    `brief` leaves the explanation of the detectable difference to the legend; `share` says whether `is_share` holds.
     """
     found = {outcome: [each for each in differences if each.outcome is outcome] for outcome in Outcome}
     said = []
@@ -246,7 +248,7 @@ def _unseen(detectable: Sequence[float], brief: bool, share: bool) -> str:
 
 
 def inherited(comparison: Comparison, show: Show = short, terms: Terms = MERGED) -> list[str]:
-    """Whose answers the merge gives, over all tasks: right where who is right, and whose very answers."""
+    """Agreement of the merge's answers with each parent's, over all tasks."""
     lines = list(inheritance([each for task in comparison.tasks for each in task.patterns], show, terms))
     for name in comparison.parents:
         known = [task for task in comparison.tasks if name in task.same_choice]
@@ -282,7 +284,7 @@ def _who(right: tuple[str, ...], parents: int, show: Show, terms: Terms) -> str:
 
 
 def left_out(comparison: Comparison, show: Show = short, said: Show = str) -> list[str]:
-    """Why a task or a parent that is scored is not compared; `said` makes the reason safe."""
+    """Reasons for scored tasks and parents that are not compared; `said` escapes the reason."""
     parents = [f"No difference to {show(each.parent)} is claimed: it {each.because}." for each in comparison.not_alike]
     return [*parents, *(f"{show(each.task)} is not compared: {said(each.because)}." for each in comparison.left_out)]
 

@@ -1,7 +1,7 @@
-"""What a stored evaluation kept of every question: lm-eval's sample files as arrays that can be paired.
+"""Stored samples of an evaluation: lm-eval's sample files as arrays that can be paired.
 
 results/<key>/samples/<task>.jsonl   doc_id, doc_hash, target_hash, filter, filtered_resps, <metric>: 0.0 or 1.0
-results/<key>/lm_eval.json           group_subtasks: which files a group's score was made of
+results/<key>/lm_eval.json           group_subtasks: the files of a group's score
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ _CHOSEN = frozenset({"acc", "acc_norm"})  # metrics of which a blind guess among
 
 
 class Unpaired(Exception):
-    """Why a task's score cannot be compared question by question; the message is half a sentence."""
+    """A task's score cannot be compared question by question; the message is a clause with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One model's answers to one task, in the order of its questions (n of them).
+    """Answers of one model to one task, in the order of its n questions.
 
-    `questions` names each by task, number and digest of its text and solution; `values` [n] are the metric's;
-    `choices` is which answer was picked, or the text that was cut out of the model's, None where that was not kept;
-    `chance` is what blind guessing scores, where that is known; `prompts` are digests of the texts that were asked, ""
-    where that was not kept.
+    `questions` names each by task, number and digest of its text and solution; `values` [n] are the metric's; `choices`
+    is the chosen answer or the extracted text, None if not kept; `chance` is the score of guessing, if known; `prompts`
+    are digests of the prompts, "" if not kept.
     """
 
     questions: tuple[str, ...]
@@ -48,7 +47,7 @@ class Answers:
 
     @property
     def binary(self) -> bool:
-        """Whether every question was either right or wrong."""
+        """Return whether every question was either right or wrong."""
         return bool(np.isin(self.values, (0.0, 1.0)).all())
 
 
@@ -62,10 +61,10 @@ def groups(folder: Path) -> dict[str, list[str]]:
 
 
 def read(folder: Path, score: Score, subtasks: Mapping[str, Sequence[str]]) -> Answers:
-    """The answers that `score` was made of, from the results folder of its evaluation; `subtasks` are its `groups`.
+    """Answers behind `score`, from the results folder of its evaluation; `subtasks` are its `groups`.
 
-    Raises Unpaired when the score is not the mean of its questions' values, EvaluationError NOT_COMPARABLE when the
-    answers are gone or cannot be read.
+    Raises Unpaired if the score is not the mean of its questions' values, EvaluationError NOT_COMPARABLE if the answers
+    are missing or unreadable.
     """
     files = _files(folder, score.task, subtasks)
     if not files:
@@ -112,7 +111,7 @@ class _Row:
 
 
 def _files(folder: Path, task: str, subtasks: Mapping[str, Sequence[str]]) -> list[tuple[str, Path]]:
-    """The sample files of a task, or of all tasks within a group, by name."""
+    """Sample files of a task, or of all tasks within a group, by name."""
     leaves, waiting, seen = set(), [task], set()
     while waiting:
         name = waiting.pop()
@@ -140,7 +139,7 @@ def _rows(task: str, path: Path, score: Score) -> Iterator[_Row]:
 
 
 def _choice(sample: Mapping[str, Any], metric: str) -> tuple[str | None, float | None]:
-    """Which answer was picked, and how likely a blind guess is right; as lm-eval scores multiple choice."""
+    """Chosen answer and the probability of a right guess, as lm-eval scores multiple choice."""
     answers = sample.get("filtered_resps")
     if not answers:
         return None, None

@@ -1,12 +1,12 @@
-"""When to stop measuring a merge that cannot win, and what to measure first. Pure; off unless the operator asks.
+"""Early stopping of merges that cannot win, and the order of tasks. Pure functions; off by default.
 
-The questions of a suite are a finite population in random order. After any number of them one may look whether the
-merge can still end better than every parent by a margin over the whole suite; looking often costs nothing, for the
-test is a bet: a capital of 1 is staked against "it will", question by question, and by Ville's inequality a capital
-that such a merge leaves no edge reaches 1/error with a probability of at most `error`, at any time.
+The questions of a suite are a finite population in random order. After any number of them a test asks whether the merge
+can still end better than every parent by a margin over the whole suite. Repeated testing is valid, since the test is a
+bet: a capital of 1 is staked against it, question by question, and by Ville's inequality the capital reaches 1/error
+with a probability of at most `error`, at any time, for a merge that ends so.
 
-Betting while sampling without replacement, and bets of this size (aGRAPA), are from Waudby-Smith and Ramdas,
-Estimating means of bounded random variables by betting (JRSS B 86:1, 2024; arXiv 2010.09686).
+Betting while sampling without replacement, and bets of this size (aGRAPA), are from Waudby-Smith and Ramdas, Estimating
+means of bounded random variables by betting (JRSS B 86:1, 2024; arXiv 2010.09686).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GRID = 201
 class Rule:
     """A merge that would end at least `margin` better than every parent is stopped with probability `error` at most.
 
-    `margin` is a fraction of the score, `error` holds over all looks and parents together.
+    `margin` is a fraction of the score; `error` holds over all tests and parents together.
     """
 
     margin: float = 0.0
@@ -36,9 +36,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """After `seen` of `questions`: `beaten_by` is the parent that the merge can no longer beat, None goes on.
+    """Decision after `seen` of `questions`: `beaten_by` is the parent that the merge can no longer beat; None
+    continues.
 
-    `bound` is how much better than the parent with the lowest bound it ends at most, at the rule's error.
+    `bound` is the largest possible lead over the parent with the lowest bound, at the rule's error.
     """
 
     beaten_by: str | None
@@ -52,10 +53,10 @@ class Decision:
 
 
 def decide(differences: Mapping[str, Values], questions: int, rule: Rule) -> Decision:
-    """Whether to stop, after the same `seen` questions of `questions` against each parent.
+    """Decide after the same `seen` questions of `questions` against each parent.
 
-    `differences`: merge minus parent [seen], each from -1 to 1, in the order the questions were asked, which must
-    be random. Over several tasks they are `rounds`, so that their mean is the overall one.
+    `differences`: merge minus parent [seen], each from -1 to 1, in the order of the questions, which must be random.
+    Over several tasks they are `rounds`, so that their mean is the overall one.
     """
     error = rule.error / max(1, len(differences))
     seen = max((len(found) for found in differences.values()), default=0)
@@ -70,16 +71,16 @@ def decide(differences: Mapping[str, Values], questions: int, rule: Rule) -> Dec
 
 
 def log_capital(differences: Values, questions: int, margin: float) -> Values:
-    """The logarithm of the capital staked against "the mean over all `questions` is at least `margin`" [seen].
+    """Logarithm of the capital staked against "the mean over all `questions` is at least `margin`" [seen].
 
-    Infinite from where on the questions left cannot bring the mean to the margin, whatever their answers.
+    Infinite once the remaining questions cannot bring the mean to the margin, whatever their answers.
     """
     path: Values = _log_capitals(differences, questions, np.array([margin]))[0]
     return path
 
 
 def upper_bound(differences: Values, questions: int, error: float) -> float:
-    """The largest mean over all `questions` that was never refused, at most a hundredth too large."""
+    """Largest mean over all `questions` that was never rejected, at most a hundredth too large."""
     margins = np.linspace(-1.0, 1.0, _GRID)
     reached = _log_capitals(differences, questions, margins).max(axis=1, initial=0.0)
     left = np.flatnonzero(reached < math.log(1 / error))
@@ -108,11 +109,11 @@ def _log_capitals(differences: Values, questions: int, margins: Values) -> Value
 
 
 def rounds(tasks: Sequence[Values]) -> Values:
-    """One question of each task a round: the mean of their differences [rounds], as far as all tasks go.
+    """One question of each task per round: the mean of their differences [rounds], as long as all tasks have some.
 
-    Where every task is in random order, and `questions` of `decide` is the number of the largest task's, the error
-    rate holds for the mean over tasks: exactly for tasks of one size. Smaller ones are used up sooner, which brings a
-    merge back to its mean sooner, too; that the rate holds there is what the tests simulate, not a theorem.
+    If every task is in random order, and `questions` of `decide` is the number of the largest task's, the error rate
+    holds for the mean over tasks: exactly for tasks of one size. Smaller tasks end sooner, which brings a merge back to
+    its mean sooner, too; for them the rate is supported by simulations in the tests, not by a theorem.
     """
     if not tasks:
         return np.zeros(0)
@@ -122,25 +123,25 @@ def rounds(tasks: Sequence[Values]) -> Values:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a task tells and costs: the mean square of its paired differences, and seconds a question."""
+    """Information and cost of a task: the mean square of its paired differences, and seconds per question."""
 
     variance: float
     seconds: float
 
 
 def by_information(tasks: Mapping[str, Pace]) -> list[str]:
-    """Tasks in the order in which they tell most a second; equal ones in the order given.
+    """Tasks in order of information per second; equal ones in the given order.
 
-    A question on which models never differ tells nothing. Sampling from each task in proportion to its spread over
-    the root of its cost is Neyman's allocation (1934, JRSS 97:558); as an order it is variance over cost.
+    A question on which models never differ carries no information. Sampling from each task in proportion to its spread
+    over the root of its cost is Neyman's allocation (1934, JRSS 97:558); as an order it is variance over cost.
     """
     return sorted(tasks, key=lambda task: -tasks[task].variance / max(tasks[task].seconds, 1e-12))
 
 
 def pace(differences: Sequence[Values], seconds: float) -> Pace:
-    """Of a task from its paired differences, one array a pair of models, and what it took in all.
+    """Pace of a task from its paired differences, one array per pair of models, and its total seconds.
 
-    Two questions of disagreement are added, so that a task without any yet is not given up.
+    Two questions of disagreement are added, so that a task without any so far keeps its place.
     """
     count = max((len(each) for each in differences), default=0)
     squares = [(float((each**2).sum()) + 2) / (len(each) + 2) for each in differences]

@@ -1,8 +1,8 @@
-"""What comparing a merge with its parents found: the facts that are stored. `report` has the words for them.
+"""Result of a comparison of a merge with its parents: the stored facts. `report` turns them into words.
 
 A difference is always merge minus parent, turned so that more is better, as a fraction (0.01 is one point). Each
-interval is the 95 % interval of its own number; whether a difference was shown is decided after correcting for how
-many were looked for.
+interval is the 95 % interval of its own number; whether a difference is shown is decided after correcting for the
+number of differences.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The merge minus one parent, paired by question.
+    """Difference of the merge to one parent, paired by question.
 
     `p` is of this difference alone; `adjusted_p` is corrected for all differences of its kind. `detectable` is the
-    smallest true difference that would have been shown in four of five such measurements. `won` questions only the
-    merge has right, `lost` only the parent (None where answers are not right or wrong).
+    smallest true difference that would have been shown in four of five such measurements. `won` counts questions that
+    only the merge has right, `lost` those of only the parent (None for answers that are not right or wrong).
     """
 
     parent: str
@@ -52,7 +52,7 @@ class Difference:
 
     @property
     def outcome(self) -> Outcome:
-        """A difference is shown where the corrected test and the interval both say so."""
+        """Outcome of a difference, which is shown only if both the corrected test and the interval agree."""
         low, high = self.interval
         if self.adjusted_p > ALPHA or low <= 0 <= high:
             return Outcome.NOT_SHOWN
@@ -96,7 +96,7 @@ class Overall:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A task that is scored but not compared; `because` is half a sentence."""
+    """A scored task that is not compared; `because` is a clause."""
 
     task: str
     because: str
@@ -127,7 +127,7 @@ class Comparison:
         return tuple(name for name in self.keys if name)
 
     def named(self, merge: str) -> Comparison:
-        """The same with a name for the merge, for readers who know it by one."""
+        """The same comparison with a name for the merge."""
 
         def called(scored: Scored) -> Scored:
             return replace(scored, model=merge)

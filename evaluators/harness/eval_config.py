@@ -1,7 +1,7 @@
-"""Under which conditions a model is asked, and the name of the result that a model, a suite and these give together.
+"""Evaluation settings and the cache key derived from them.
 
-What is equal here is equal in every number: the key of a stored evaluation covers the model's content, the suite's
-digest, every condition and the versions of the libraries that compute.
+The key of a stored evaluation covers the model's content, the suite's digest, every setting and the versions of the
+libraries that compute, so equal keys mean equal numbers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ _RULES = 5  # goes up when models are asked in another way, so that older result
 
 @dataclass(frozen=True, slots=True)
 class EvalConfig:
-    """`limit` is samples a task. `seed` 0 draws as lm-eval's own command line does. `device` "auto" takes a GPU if
-    there is one. `dtype` "auto" is float32 on a CPU and the checkpoint's own elsewhere. `batch_size` is a number, or
-    "auto": what fits, halved when memory runs out. `backend` is hf (transformers) or vllm.
+    """Settings of an evaluation.
+
+    `limit` is the number of samples per task. `seed` 0 draws as lm-eval's own command line does. `device` "auto" takes
+    a GPU if there is one. `dtype` "auto" is float32 on a CPU and the checkpoint's own elsewhere. `batch_size` is a
+    number, or "auto" for the largest that fits, halved when memory runs out. `backend` is hf (transformers) or vllm.
     """
 
     limit: int | None = None
@@ -44,7 +46,7 @@ class EvalConfig:
     backend: str = "hf"
 
     def check(self) -> None:
-        """Raises EvaluationError VALUE_OUT_OF_RANGE for what nobody can compute under."""
+        """Raises EvaluationError VALUE_OUT_OF_RANGE for an impossible value."""
         for name, value, allowed, advice in (
             (
                 "device",
@@ -71,7 +73,7 @@ class EvalConfig:
         return hashlib.sha256(json.dumps([_RULES, identity, suite_digest, *asked, *versions]).encode()).hexdigest()
 
     def fits(self, device: str, dtype: str) -> bool:
-        """Whether what was computed on `device` in `dtype` is what would be computed here."""
+        """Return whether a result computed on `device` in `dtype` equals one computed under these settings here."""
         here = computed_on(self.device)
         expected = "float32" if self.dtype == "auto" and here == "cpu" else self.dtype
         return device.partition(":")[0] == here.partition(":")[0] and expected in ("auto", dtype)
@@ -86,7 +88,7 @@ def _version(library: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What every model of one comparison is asked: a suite, and the conditions it is asked under."""
+    """A suite and the settings under which all models of a comparison are evaluated."""
 
     suite: Suite
     conditions: EvalConfig

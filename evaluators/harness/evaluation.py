@@ -63,8 +63,10 @@ _LIVE_HUB = "https://huggingface.co"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Expected cost of an evaluation, known as it begins: requests to the model, tokens read, tokens written at most,
-    seconds and bytes of memory. None where the backend does not allow an estimate."""
+    """Expected cost of an evaluation: requests to the model, tokens read, new tokens at most, seconds, bytes of memory.
+
+    None where the backend does not allow an estimate.
+    """
 
     requests: int
     tokens: int

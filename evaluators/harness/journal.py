@@ -1,8 +1,7 @@
-"""What a model has answered so far, on disk, and a language model that asks it only for the rest.
+"""Journal of a model's answers on disk, and a language model that answers only the missing requests.
 
-Answers are written in whole batches. lm-eval sorts requests and cuts them into batches; without the batches that were
-answered it cuts the rest as before, so an interrupted evaluation ends with the numbers of an undisturbed one, to the
-last bit.
+Answers are written in complete batches. lm-eval sorts requests and cuts them into batches; without the answered batches
+it cuts the rest as before, so an interrupted evaluation ends with the numbers of an undisturbed one, to the last bit.
 """
 
 from __future__ import annotations
@@ -20,14 +19,17 @@ from bot.errors import EvaluationError
 
 
 class Told(Protocol):
-    """Hears how many requests are answered."""
+    """Callback with the number of answered requests."""
 
     def __call__(self, answered: int) -> None: ...
 
 
 class Journal:
-    """Answers of the model, one JSON line a batch, by request; equal requests in the order they were answered, for
-    a task may have a question drawn several times. What a torn or a broken line held is asked again."""
+    """Answers of the model by request, one JSON line per batch.
+
+    Equal requests keep the order of their answers, since a task may draw a question several times. Damaged lines are
+    ignored, and their requests repeated.
+    """
 
     def __init__(self, path: Path) -> None:
         self._known: dict[str, list[Any]] = {}
@@ -43,7 +45,7 @@ class Journal:
         return sum(map(len, self._known.values()))
 
     def known(self, requests: Sequence[Sequence[Any]]) -> list[Any]:
-        """The answer to each request, by its arguments; None where there is none yet."""
+        """Answer of each request, by its arguments; None if missing."""
         asked: Counter[str] = Counter()
         found = []
         for key in map(_key, requests):
@@ -65,7 +67,7 @@ class Journal:
             self._waiting = []
 
     def take_samples(self, path: Path) -> None:
-        """Know what the samples of an earlier evaluation hold, for instance one of fewer questions."""
+        """Add the answers in the samples of an earlier evaluation, for instance one with fewer questions."""
         earlier: dict[str, list[Any]] = {}
         first = None
         with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as lines:
@@ -86,14 +88,14 @@ def _key(arguments: Sequence[Any]) -> str:
 
 
 class Listener:
-    """lm-eval's cache hook: hears of every answer as soon as the model has given it."""
+    """lm-eval's cache hook, called with each answer of the model."""
 
     def __init__(self, heard: Callable[[str, Sequence[Any], Any], None]) -> None:
         self.add_partial = heard
 
 
 def resuming(model_class: type[Any]) -> type[Any]:
-    """`model_class`, one of lm-eval's, that asks the model only what the journal does not know yet."""
+    """`model_class`, one of lm-eval's, that runs the model only for requests missing from the journal."""
 
     class ResumingLM(model_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -102,7 +104,7 @@ def resuming(model_class: type[Any]) -> type[Any]:
             self.set_cache_hook(Listener(self._heard))
 
         def at(self, journal: Journal, told: Told) -> None:
-            """Answer from `journal` and into it from here on; `told` hears of every answer."""
+            """Use `journal` from here on; `told` is called after every answer."""
             self._journal, self._told = journal, told
             self._done = 0
 

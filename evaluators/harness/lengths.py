@@ -7,10 +7,10 @@ from typing import Any
 
 
 def cut_prompts(lm: Any, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int] | None:
-    """Number of a task's requests that were too long, so that their start was left out; None if all fit.
+    """Number of a task's requests that were too long and lost their start; None if all fit.
 
-    `samples` are lm-eval's, by task. `longest` and `limit` are tokens. Texts that are scored as a whole are read in
-    windows and never cut.
+    `samples` are lm-eval's, by task. `longest` and `limit` are tokens. Texts scored as a whole are read in windows and
+    never cut.
     """
     found = [_lengths(lm, arguments) for arguments in _requests(samples)]
     cut = [(length, limit) for length, limit in found if length > limit]
@@ -21,7 +21,7 @@ def cut_prompts(lm: Any, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
 
 
 def _requests(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Sequence[Any]]:
-    """The arguments of every request once, though each filter has a sample of its own."""
+    """Arguments of every request once; each filter has its own sample."""
     for rows in samples.values():
         for sample in rows:
             if sample.get("filter") == rows[0].get("filter"):
@@ -29,7 +29,7 @@ def _requests(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Se
 
 
 def _lengths(lm: Any, arguments: Sequence[Any]) -> tuple[int, int]:
-    """(tokens, tokens that fit) of a request; what cannot be too long is not encoded."""
+    """(tokens, tokens that fit) of a request; a request that cannot be too long is not encoded."""
     if len(arguments) == 1:
         return 0, 0
     prompt, second = arguments[0], arguments[1]
@@ -45,7 +45,7 @@ def _lengths(lm: Any, arguments: Sequence[Any]) -> tuple[int, int]:
 
 
 def _fits(texts: Iterable[str], limit: int) -> bool:
-    """Every token but a few special ones covers at least one byte."""
+    """Return whether the text fits by its bytes: every token but a few special ones covers at least one."""
     return sum(len(text.encode()) for text in texts) + 8 <= limit
 
 

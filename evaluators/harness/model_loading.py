@@ -1,4 +1,4 @@
-"""Loads the model that is evaluated: safetensors only, no code of its own, nothing filled in at random."""
+"""Loading of the evaluated model: safetensors only, no remote code, no randomly filled weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def language_model(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[
 
 
 def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:
-    """vLLM batches by itself and uses every GPU there is (tensor parallel)."""
+    """Model under vLLM, which batches by itself and uses all GPUs (tensor parallel)."""
     import torch
     from lm_eval.models.vllm_causallms import VLLM
 
@@ -80,7 +80,7 @@ def _device(asked: str) -> str:
 
 
 def _spreads(folder: Path, device: str, dtype: str) -> bool:
-    """Whether the model is laid over all GPUs, as lm-eval's `parallelize` does; never where one GPU is named."""
+    """Return whether the model is spread over all GPUs, as by lm-eval's `parallelize`; never for a named GPU."""
     import torch
 
     if device != "cuda":
@@ -106,12 +106,12 @@ def first_batch(lm: Any, asked: str, request_bytes: int) -> Any:
 
 
 def batch_of(lm: Any) -> int | None:
-    """The batch in use, None where the backend chooses it."""
+    """Batch size in use; None if the backend chooses it."""
     return lm.batch_size_per_gpu if isinstance(getattr(lm, "batch_size_per_gpu", None), int) else None
 
 
 def estimate(lm: Any, work: Workload, request_bytes: int) -> Mapping[str, float]:
-    """What is ahead, by a short probe of the model; vLLM is not probed and promises no time."""
+    """Expected cost, from a short probe of the model; vLLM is not probed and gets no time estimate."""
     model: Any = getattr(lm, "model", None)
     batch = batch_of(lm)
     if batch is None or not hasattr(model, "parameters"):
@@ -127,7 +127,7 @@ def estimate(lm: Any, work: Workload, request_bytes: int) -> Mapping[str, float]
 
 
 def free_memory() -> None:
-    """Give back what a failed batch held."""
+    """Release the memory of a failed batch."""
     import torch
 
     gc.collect()

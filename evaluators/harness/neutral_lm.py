@@ -1,7 +1,7 @@
-"""Ask every model alike: lm-eval's HFLM without the parts that measure something other than the model.
+"""lm-eval's HFLM under neutral settings: without the parts that measure something other than the model.
 
-docs/evaluation.md lists each deviation from lm-eval's command line. For a model with plain settings there is none: the
-numbers are equal bit for bit.
+docs/evaluation.md lists each deviation from lm-eval's command line. A model with plain settings has none: its numbers
+are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST = 16  # tokens that are named at most
 
 
 class NeutralLM(HFLM):  # type: ignore[misc]
-    """lm-eval's `HFLM` that leaves the loaded model as it is and asks under neutral settings."""
+    """lm-eval's `HFLM` that keeps the loaded weights as they are and generates under neutral settings."""
 
     add_bos_token: bool | None
 
@@ -91,7 +91,7 @@ class NeutralLM(HFLM):  # type: ignore[misc]
         return folded
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The tokens of the text alone are scored; BOS stands before them and is not scored itself."""
+        """Score the tokens of the text alone; BOS precedes them and is not scored."""
         as_before, self.add_bos_token = self.add_bos_token, False
         try:
             found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
@@ -146,7 +146,7 @@ def _neutral_generation(model: Any) -> list[str]:
 
 
 def _kept_apart(model: Any) -> list[str]:
-    """Parameters that the config ties and that the files hold with values of their own: these are the loaded ones."""
+    """Parameters that the config ties and the files store with other values: the stored values are in use."""
     if not hasattr(model, "get_expanded_tied_weights_keys"):
         return []
     by_config = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -154,7 +154,7 @@ def _kept_apart(model: Any) -> list[str]:
 
 
 def _as_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The first tokens, each of them short: they come from a stranger's file."""
+    """The first tokens, each shortened: they come from an untrusted file."""
     return [str(each)[:40] for each in tokenizer.convert_ids_to_tokens(list(ids[:_MOST]))]
 
 

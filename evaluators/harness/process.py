@@ -1,10 +1,10 @@
-"""The child of `harness.evaluate`: lm-eval on one model, in a process that may be killed at any time.
+"""Child process of `harness.evaluate`: lm-eval on one model. It may be killed at any time.
 
     python -m evaluators.harness.process < JOB     a line of JSON from evaluation.py; progress and errors go to its pipe
 
-Tasks are evaluated one after the other. Each one's samples and results are written when it is done (results.py), and
-the model's answers as they come, so that an interrupted evaluation goes on where it was. A task that cannot be set up
-or fails is reported, and the others are evaluated all the same.
+Tasks are evaluated one after the other. Samples and results of a task are written at its end (results.py), the model's
+answers as they come, so that an interrupted evaluation can be resumed. A failing task is reported, and the others still
+run.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class TaskFailed(EvaluationError):
 
 
 class Pipe:
-    """The way to the parent: one JSON object a line."""
+    """Pipe to the parent: one JSON object per line."""
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
         self._sent_at = 0.0
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Tell how far it is; seldom enough to cost nothing, and always at the end."""
+        """Report the progress, rarely enough to cost nothing, and always at the end."""
         now = time.monotonic()
         if done >= total or done == 0 or now - self._sent_at > REPORT_EVERY_S:
             self._sent_at = now
@@ -55,7 +55,7 @@ class Pipe:
         self._send({"estimate": dict(found)})
 
     def failed(self, task: str, error: EvaluationError) -> None:
-        """A task failed; the others go on."""
+        """Report the failure of a task; the others continue."""
         self._send({"failed": task, "because": [error.code, error.message, error.next_step]})
 
     def error(self, error: EvaluationError) -> None:
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def _first_line() -> bytes:
-    """Of standard input, on which nothing follows while the parent lives."""
+    """First line of standard input; nothing follows it while the parent lives."""
     line = b""
     while not line.endswith(b"\n"):
         part = os.read(0, 65536)
@@ -104,7 +104,7 @@ def _first_line() -> bytes:
 
 
 def _die_with_parent() -> None:
-    """The parent holds the other end of standard input; when it is gone, nobody waits for this work."""
+    """Exit when the parent has gone: it holds the other end of standard input."""
 
     def wait() -> None:
         while os.read(0, 1):  # not sys.stdin: its lock would be held when Python shuts down
@@ -158,7 +158,7 @@ def _evaluate(job: dict[str, Any], pipe: Pipe) -> None:
 
 
 def require_chat_template(lm: Any) -> None:
-    """Raises EvaluationError NO_CHAT_TEMPLATE unless a question can be asked through the model's template."""
+    """Raises EvaluationError NO_CHAT_TEMPLATE unless the model's template formats a question."""
     if not lm.tokenizer.chat_template:
         raise EvaluationError(
             "NO_CHAT_TEMPLATE",
@@ -211,8 +211,8 @@ def _ask(
     facts: Mapping[str, Any],
     progress: tuple[int, int],
 ) -> None:
-    """Evaluate one task and write it down; memory that runs out halves the batch. Raises TaskFailed
-    for what concerns this task alone."""
+    """Evaluate one task and write its results; if memory runs out, the batch is halved. Raises TaskFailed for errors of
+    this task alone."""
     before, total = progress
     began = time.monotonic()
     journal = Journal(answers_file(Path(job["folder"]), task.key))
@@ -243,7 +243,7 @@ def _ask(
 
 
 def _results(task: task_loading.Prepared, lm: Any, job: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What lm-eval finds; None when memory ran out and a smaller batch may do."""
+    """Results of lm-eval; None if memory ran out and a smaller batch may do."""
     import lm_eval.evaluator
 
     batch = model_loading.batch_of(lm)

@@ -37,7 +37,7 @@ _RESULT = "result.json"
 
 
 def folder_of(evaluation: ModelEvaluation, cache: Path) -> Path:
-    """Where `lm_eval.json` and `samples/` of a stored evaluation lie."""
+    """Folder with `lm_eval.json` and `samples/` of a stored evaluation."""
     return cache / "results" / evaluation.key
 
 
@@ -94,7 +94,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def samples_file(folder: Path, task: str) -> Path:
-    """Where the samples of a task stand, by its name, whatever letters that holds."""
+    """File of the samples of a task, for any characters in its name."""
     return folder / "samples" / f"{task.replace('/', '_')}.jsonl"
 
 
@@ -109,7 +109,7 @@ def answers_file(folder: Path, task_key: str) -> Path:
 
 
 def finished(cache: Path, task_key: str) -> dict[str, Any] | None:
-    """The results of a finished task; None where there are none, or none that a disk has kept whole."""
+    """Results of a finished task; None if missing or damaged."""
     try:
         told = json.loads((task_folder(cache, task_key) / _RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -118,7 +118,7 @@ def finished(cache: Path, task_key: str) -> dict[str, Any] | None:
 
 
 def finish(cache: Path, task_key: str, told: str, samples: Mapping[str, Iterable[str]]) -> None:
-    """Write down the results of a task, as JSON, and the lines of its samples by task: all of it, or nothing."""
+    """Write the results of a task, as JSON, and its samples as lines by task, completely or not at all."""
     whole = task_folder(cache, task_key)
     whole.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=whole.parent) as made:
@@ -140,7 +140,7 @@ def _write(file: Path, lines: Iterable[str]) -> None:
 
 
 def no_such_metric(task: str, asked: str, known: Iterable[str]) -> EvaluationError:
-    """The error for a suite that ranks a task by `asked`, METRIC,FILTER, which is none of those it has."""
+    """Error for a suite that ranks a task by the missing metric `asked` (METRIC,FILTER)."""
     return EvaluationError(
         "EVALUATION_FAILED",
         f"Task `{task}` has no metric `{asked}`.",
@@ -149,7 +149,7 @@ def no_such_metric(task: str, asked: str, known: Iterable[str]) -> EvaluationErr
 
 
 def read(cache: Path, suite: Suite, task_keys: Sequence[str], key: str) -> ModelEvaluation:
-    """The evaluation that finished tasks make up. Raises EVALUATION_FAILED for a metric that a task does not have."""
+    """Assemble the evaluation from its finished tasks. Raises EVALUATION_FAILED for a metric that a task lacks."""
     scores: list[Score] = []
     others: list[Score] = []
     parts = _parts(cache, task_keys)
@@ -185,8 +185,7 @@ def read(cache: Path, suite: Suite, task_keys: Sequence[str], key: str) -> Model
 
 
 def _measured(task: SuiteTask, results: Mapping[str, Any]) -> list[SuiteTask]:
-    """The task itself; of a group that has no score of its own, which is one without `aggregate_metric_list`, the tasks
-    and groups in it that have one."""
+    """The task itself, or the scored tasks and groups within a group that has no `aggregate_metric_list`."""
     within = results.get("group_subtasks", {}).get(task.name, ())
     if not within or any("," in label for label in results["results"].get(task.name, ())):
         return [task]
@@ -199,7 +198,7 @@ def _parts(cache: Path, task_keys: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def keep(cache: Path, found: ModelEvaluation, task_keys: Sequence[str]) -> None:
-    """Store an evaluation with the results and samples of its tasks; the tasks stay where they are."""
+    """Store an evaluation with the results and samples of its tasks; the tasks stay in the cache."""
     results = _together([part["results"] for part in _parts(cache, task_keys)])
     with _stored_whole(cache, found, results) as folder:
         for samples in (file for key in task_keys for file in task_folder(cache, key).glob("samples/*.jsonl")):
@@ -207,7 +206,7 @@ def keep(cache: Path, found: ModelEvaluation, task_keys: Sequence[str]) -> None:
 
 
 def _link(file: Path, to: Path) -> None:
-    """Give a finished file a second name; a copy where the disk has no such names."""
+    """Link a finished file under a second name, or copy it where the disk has no hard links."""
     to.unlink(missing_ok=True)
     try:
         to.hardlink_to(file)
@@ -236,8 +235,10 @@ _SHOWN = ("doc_id", "target", "filtered_resps", "filter", "metrics", "doc_hash",
 
 
 def short_samples(evaluation: ModelEvaluation, cache: Path) -> dict[str, str]:
-    """The samples of a stored evaluation without questions and raw answers, JSON lines by task: who was right where,
-    for others to compare with, and nothing of a dataset that its owner does not show himself."""
+    """Samples of a stored evaluation without questions and raw answers, as JSON lines by task.
+
+    They show which questions were answered right, for comparisons, and reveal nothing of the dataset.
+    """
     found = {}
     for path in sorted((folder_of(evaluation, cache) / "samples").glob("*.jsonl")):
         lines = []
@@ -253,10 +254,10 @@ def short_samples(evaluation: ModelEvaluation, cache: Path) -> dict[str, str]:
 
 
 def agrees(evaluation: ModelEvaluation, samples: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> bool:
-    """Whether the samples, by the stem of their file, are those the scores were taken from: as many, and with their
-    mean where it is one. Of a group, one of `groups`, they stand under the names of its tasks.
+    """Return whether the samples, by the stem of their file, fit the scores: as many, and with their mean if it is one.
 
-    Raises ValueError, KeyError, TypeError or ArithmeticError for what are no samples.
+    The samples of a group, one of `groups`, are under the names of its tasks. Raises ValueError, KeyError, TypeError or
+    ArithmeticError for malformed samples.
     """
     for score in evaluation.scores:
         name = samples_file(Path(), score.task).stem
@@ -275,7 +276,7 @@ def agrees(evaluation: ModelEvaluation, samples: Mapping[str, str], groups: Mapp
 
 
 def _has_samples(task: str, samples: Mapping[str, str], groups: Mapping[str, Sequence[str]], seen: set[str]) -> bool:
-    """Whether those of a task, or of every task within a group, are there."""
+    """Return whether the samples of a task, or of every task within a group, exist."""
     if samples_file(Path(), task).stem in samples:
         return True
     within = [each for each in groups.get(task, ()) if each not in seen]
@@ -284,7 +285,7 @@ def _has_samples(task: str, samples: Mapping[str, str], groups: Mapping[str, Seq
 
 
 def structure(evaluation: ModelEvaluation, cache: Path) -> dict[str, Any]:
-    """Which tasks a group's score was made of, and how many questions each has: what lm_eval.json says of them."""
+    """Tasks within each group and their numbers of questions, from lm_eval.json."""
     try:
         told = json.loads((folder_of(evaluation, cache) / "lm_eval.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -312,7 +313,7 @@ def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _by_rank(found: Sequence[Score]) -> list[Score]:
-    """Scores that grow with the model's ability come first, each kind in lm-eval's order."""
+    """Scores in order: higher-is-better ones first, each kind in lm-eval's order."""
     return sorted(found, key=lambda score: not score.higher_is_better)
 
 
@@ -348,7 +349,7 @@ def _scores(task: SuiteTask, results: Mapping[str, Any], data: Mapping[str, Any]
 
 
 def _data(task: str, data: Mapping[str, Any]) -> TaskData | None:
-    """A task's data; of a group, what the data of all its tasks have in common."""
+    """Data of a task; for a group, the data that all its tasks share."""
     if task in data:
         return None if data[task] is None else TaskData(**data[task])
     parts = list(data.values())

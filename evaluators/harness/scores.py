@@ -1,6 +1,6 @@
-"""What an evaluation found: scores with their standard errors, and the environment they were taken in.
+"""Scores of an evaluation with their standard errors and the environment in which they were taken.
 
-Two evaluations are compared only where `differences` finds none: the same questions, asked and computed the same way.
+Two evaluations are compared only if `differences` is empty: same questions, same settings, same computation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Z95 = 1.959964
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
-    """The data a task was asked from: a dataset repo, its configuration and split, and the commit that was read."""
+    """Data of a task: a dataset repo, its configuration and split, and the commit that was read."""
 
     repo: str
     config: str | None
@@ -29,10 +29,10 @@ class TaskData:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One metric of one task. Fractions stay fractions; `stderr` is None where the harness gives none.
+    """One metric of one task. Fractions stay fractions; `stderr` is None if the harness gives none.
 
-    `filter` is lm-eval's name for the way an answer was cut out of the model's text ("none" for multiple choice).
-    `chance` is what guessing scores, where the suite counts from there.
+    `filter` is lm-eval's name for the extraction of the answer ("none" for multiple choice). `chance` is the score of
+    guessing, if the suite counts from there.
     """
 
     task: str
@@ -56,8 +56,8 @@ class Score:
     def interval95(self) -> tuple[float, float] | None:
         """The 95 % interval; None without a standard error.
 
-        Wilson's (JASA 22, 1927) where the score is a share of right answers, so that 0 of 40 is no certainty; else the
-        value and 1.96 standard errors to both sides.
+        Wilson's (JASA 22, 1927) for a share of right answers, so that 0 of 40 has an interval; else the value and 1.96
+        standard errors to both sides.
         """
         if self.stderr is None or not math.isfinite(self.stderr):
             return None
@@ -69,16 +69,16 @@ class Score:
         return self.value - _Z95 * self.stderr, self.value + _Z95 * self.stderr
 
     def from_chance(self, value: float) -> float:
-        """0 at chance, 1 at the best, never below 0; the value as it is where the suite names no chance."""
+        """0 at chance, 1 at the best, never below 0; the plain value if the suite names no chance."""
         return value if self.chance is None else max(0.0, (value - self.chance) / (1 - self.chance))
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """How the questions were asked and computed: all of it is equal before two scores are compared.
+    """Settings and libraries of the computation; all of it is equal before two scores are compared.
 
-    `batch_size` is the one that was asked for. Older evaluations took the softmax in the model's type
-    and generated under the model's own settings.
+    `batch_size` is the requested one. Older evaluations took the softmax in the model's dtype and generated under the
+    model's own settings.
     """
 
     device: str
@@ -97,7 +97,7 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Prompts of a task that were longer than the model reads: `requests` of all `of` lost their start.
+    """Prompts of a task that were longer than the context: `requests` of all `of` lost their start.
 
     The longest had `longest` tokens, and `limit` fit beside the answer.
     """
@@ -111,14 +111,14 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The model as it was loaded and asked.
+    """Properties of the loaded model that affect its answers.
 
-    It reads `context` tokens. `kept_apart` are parameters that the config ties but the files hold with other values.
+    It reads `context` tokens. `kept_apart` are parameters that the config ties but the files store with other values.
     `ignored_settings` of generation_config.json (`name=value`) would have changed greedy answers. Answers end at the
-    ids `ends`. The tokenizer puts the tokens `begins_with` before a text and `ends_with` after it, and would append
-    `dropped_end`; a text that is scored as a whole stands after `before_whole`. With `cleans_spaces` it removes spaces
-    before punctuation from what the model writes. `splits` is a digest of the tokens of a fixed text. A decoder with an
-    encoder starts with the ids `starts`. `attention` is transformers' name for the code that computes it.
+    ids `ends`. The tokenizer adds the tokens `begins_with` before a text and `ends_with` after it, and would append
+    `dropped_end`; a text that is scored as a whole follows `before_whole`. With `cleans_spaces` it removes spaces
+    before punctuation from the answers. `splits` is a digest of the tokens of a fixed text. A decoder with an encoder
+    starts with the ids `starts`. `attention` is transformers' name of the attention implementation.
     """
 
     context: int
@@ -143,13 +143,12 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class ModelEvaluation:
-    """One model's scores on one suite. Only equal `suite_digest`s and environments are compared.
+    """Scores of one model on one suite. Only equal `suite_digest`s and environments are compared.
 
-    `scores` holds the one metric of each task that the suite ranks by, in the suite's order; `others` every other
-    metric that lm-eval computed on the way. `key` names the stored result: the model's content, the suite and every
-    setting (64 hex). `smallest_batch` is what memory left of the batch size that was asked for. `task_seconds` are what
-    each task took, in the order of `scores`; empty where that was not kept. `loaded` is None where the backend does not
-    say, and in older results; `cut` has the tasks with prompts that were too long.
+    `scores` holds the ranking metric of each task, in the suite's order; `others` every other metric that lm-eval
+    computed. `key` names the stored result: the model's content, the suite and every setting (64 hex). `smallest_batch`
+    is the batch that memory allowed. `task_seconds` are in the order of `scores`, or empty if unknown. `loaded` is None
+    for backends that do not report it, and in older results; `cut` lists the tasks with prompts that were too long.
     """
 
     suite: str
@@ -166,13 +165,13 @@ class ModelEvaluation:
 
     @property
     def average(self) -> float | None:
-        """Mean of the primary scores (higher is better ones), from chance on where the suite counts so, or None."""
+        """Mean of the primary scores (higher-is-better ones), above chance if the suite counts so; None without any."""
         values = [score.normalised for score in self.scores if score.higher_is_better]
         return sum(values) / len(values) if values else None
 
     @property
     def average_interval95(self) -> tuple[float, float] | None:
-        """Of `average`, the tasks taken as independent; None where a task has no interval."""
+        """Interval of `average` for independent tasks; None if a task has no interval."""
         from evaluators.paired import average_interval
 
         ranked = [score for score in self.scores if score.higher_is_better]
@@ -184,16 +183,16 @@ class ModelEvaluation:
         return average_interval([score.normalised for score in ranked], [(low, high) for low, high in bounds])
 
     def seconds_of(self, task: str) -> float | None:
-        """What a task took where it was measured; None where that was not kept."""
+        """Seconds of a task; None if unknown."""
         names = [score.task for score in self.scores]
         return dict(zip(names, self.task_seconds, strict=False)).get(task)
 
     @property
     def board(self) -> str:
-        """16 hex: models with an equal one stand in one ranking, whichever machine measured them.
+        """Ranking key, 16 hex: models with equal keys are ranked together, whichever machine measured them.
 
-        The questions, lm-eval's version, data type, chat mode, seed and limit; not the device and the other libraries,
-        whose numbers differ by rounding only.
+        It covers the questions, lm-eval's version, dtype, chat mode, seed and limit; not the device and the other
+        libraries, whose numbers differ by rounding only.
         """
         here = self.environment
         rule = [self.suite_digest, here.lm_eval, here.dtype, here.chat_template, here.seed, here.limit, here.backend]
@@ -235,7 +234,7 @@ _WORDS = {
 
 
 def differences(first: ModelEvaluation, second: ModelEvaluation) -> tuple[str, ...]:
-    """What keeps two evaluations from being compared, a clause each: "in float32 and in bfloat16". Empty: nothing."""
+    """Differences that forbid a comparison, a clause each: "in float32 and in bfloat16". Empty if comparable."""
     found = []
     if first.suite_digest != second.suite_digest:
         found.append(f"on suite {first.suite} and on {second.suite}, which are not the same questions")
@@ -256,7 +255,7 @@ def differences(first: ModelEvaluation, second: ModelEvaluation) -> tuple[str, .
 
 
 def require_comparable(evaluations: Mapping[str, ModelEvaluation]) -> None:
-    """Refuse to hold models against each other that were not asked alike. Raises NOT_COMPARABLE."""
+    """Refuse to compare models that were evaluated differently. Raises NOT_COMPARABLE."""
     names = list(evaluations)
     for name in names[1:]:
         first, second = evaluations[names[0]], evaluations[name]

@@ -1,7 +1,7 @@
-"""Suites: named, versioned lists of lm-eval tasks with their few-shot counts and the metric each is ranked by.
+"""Suites: named, versioned lists of lm-eval tasks with their few-shot counts and ranking metrics.
 
-A suite's digest covers its tasks, their settings and the text of the task files that are ours, so equal digests mean
-equal questions. The versions of lm-eval and of its own task files are part of each score's environment.
+A suite's digest covers its tasks, their settings and the text of our own task files, so equal digests mean equal
+questions. The versions of lm-eval and of its task files are part of each score's environment.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ ANY = "any"  # in the place of a metric: the first that the task has
 
 @dataclass(frozen=True, slots=True)
 class SuiteTask:
-    """One lm-eval task: `few_shot` None leaves the task's own number; `metric` and `filter` are lm-eval's names.
+    """One lm-eval task: `few_shot` None keeps the task's own number; `metric` and `filter` are lm-eval's names.
 
-    `ANY` in the place of a metric takes the first the task has. `acc_norm` is accuracy with the log-likelihoods divided
-    by the answers' length in characters. `chance` is what guessing scores; a suite that names it counts its average
-    from there. `file` is a task file of the operator's, for a task that is neither ours nor lm-eval's. Task files can
-    import code: never one of a stranger's.
+    The metric `ANY` stands for the first that the task has. `acc_norm` is accuracy with the log-likelihoods divided by
+    the answers' length in characters. `chance` is the score of guessing; a suite with it counts its average from there.
+    `file` is a trusted task file outside of ours and lm-eval's: task files can import code.
     """
 
     name: str
@@ -38,7 +37,7 @@ class SuiteTask:
 
     @property
     def digest(self) -> str:
-        """64 hex; equal where lm-eval is asked for the same, whatever suite the task is in and however it is ranked."""
+        """64 hex; equal if lm-eval receives the same request, whatever the suite and its ranking metric."""
         return _digest([self.name, self.few_shot, task_files.content(self.name, self.file)])
 
 
@@ -53,7 +52,7 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """64 hex; equal for equal questions asked in an equal way."""
+        """64 hex; equal for equal questions under equal settings."""
         tasks = [
             [t.name, t.metric, t.few_shot, t.filter, t.chance, task_files.content(t.name, t.file)] for t in self.tasks
         ]
@@ -65,7 +64,7 @@ def _digest(facts: object) -> str:
 
 
 def own_suite(names: Sequence[str]) -> Suite:
-    """A suite of tasks named one by one: each ranked as a known suite ranks it, else by the first metric it has."""
+    """Suite of tasks named one by one: each ranked as in a known suite, else by the first metric it has."""
     return Suite("+".join(names), 1, tuple(map(_ranked, names)))
 
 
@@ -75,10 +74,10 @@ def _ranked(name: str) -> SuiteTask:
 
 
 def named(text: str) -> tuple[SuiteTask, ...]:
-    """The tasks that lm-eval's `--tasks` takes `text` for: the name of a task, group or tag, a pattern with wildcards,
-    a task file (files, with wildcards), or a folder of task files.
+    """Tasks that lm-eval's `--tasks` finds for `text`.
 
-    Raises EvaluationError UNKNOWN_TASK, SUITE_INVALID.
+    That is the name of a task, group or tag, a pattern with wildcards, a task file (files, with wildcards), or a folder
+    of task files. Raises EvaluationError UNKNOWN_TASK, SUITE_INVALID.
     """
     if text.endswith(task_files.SUFFIXES):
         files = task_files.expanded(Path(text)) or [Path(text)]
@@ -107,7 +106,7 @@ def named_in_lm_eval(pattern: str) -> tuple[SuiteTask, ...]:
 
 
 def require_distinct(tasks: Sequence[SuiteTask]) -> None:
-    """Refuse to ask a task twice, by name or within a group, as lm-eval does. Raises EvaluationError SUITE_INVALID."""
+    """Refuse a task that occurs twice, by name or within a group. Raises EvaluationError SUITE_INVALID."""
     seen: set[str] = set()
     for task in tasks:
         files = task_files.located(task.name, task.file).files

@@ -1,7 +1,7 @@
-"""lm-eval's task files: the names, tags and groups they define, and every file that a task needs.
+"""lm-eval's task files: the names, tags and groups they define, and the files that each task needs.
 
-Nothing here imports lm-eval. Its own index of 14,000 files takes 13 s; reading only the keys at the left margin takes
-1 s and finds the same names, files and tags (tests/evaluators/test_task_files.py).
+This module does not import lm-eval. Its own index of 14,000 files takes 13 s; reading only the keys at the left margin
+takes 1 s and finds the same names, files and tags (tests/evaluators/test_task_files.py).
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """The files of a task or group.
+    """Files of a task or group.
 
     `files` holds its own first, then those of a group's members, by name; `tags` the tags that a group names. `data`
-    are the local files that are read for the questions; `folder` is where relative paths of data begin, None where no
-    such path is used.
+    are the local data files; `folder` is the base of their relative paths, None if no such path is used.
     """
 
     files: Mapping[str, Path]
@@ -72,7 +71,7 @@ class _Function(str):
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Task files without running what they name."""
+    """YAML loader for task files that does not run the functions they name."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
@@ -83,7 +82,7 @@ _Loader.add_constructor("!function", lambda loader, node: _Function(loader.const
 
 @cache
 def own() -> Index:
-    """The tasks that ship with this package; they come before lm-eval's."""
+    """Tasks that ship with this package; they take precedence over lm-eval's."""
     return _index(OWN_TASKS)
 
 
@@ -100,9 +99,9 @@ def _official_folder() -> Path:
 
 
 def matches(pattern: str) -> list[str]:
-    """The tasks and groups that lm-eval's `--tasks` finds for a name, a tag or a pattern with wildcards, sorted.
+    """Tasks and groups that lm-eval's `--tasks` finds for a name, a tag or a pattern with wildcards, sorted.
 
-    Of a pattern's matches, tasks that a matching group asks already are left out.
+    Tasks within a matching group are left out of a pattern's matches.
     """
     if pattern in own().files:
         return [pattern]
@@ -119,14 +118,14 @@ def members(names: Iterable[str]) -> set[str]:
 
 
 def unknown(name: str) -> EvaluationError:
-    """The error for a name that nothing has; another name is suggested where the two differ by a typing error."""
+    """Error for an unknown name, with a suggestion if a known name differs by a typing error."""
     near = get_close_matches(name, {*own().files, *official().files, *official().tags}, 1, _CLOSE)
     hint = f"Did you mean `{near[0]}`?" if near else "`lm-eval ls tasks` lists the names."
     return EvaluationError("UNKNOWN_TASK", f"There is no task `{name}`.", hint)
 
 
 def _index(folder: Path) -> Index:
-    """As lm-eval indexes a folder: the first file that defines a name counts, and a file has the keys it includes."""
+    """Index of a folder as lm-eval's: the first file that defines a name counts, and includes are followed."""
     known: dict[Path, dict[str, list[str]]] = {}
     files: dict[str, Path] = {}
     groups: set[str] = set()
@@ -160,7 +159,7 @@ def in_folder(folder: Path, below: str = "") -> list[Path]:
 
 
 def _keys(path: Path, known: dict[Path, dict[str, list[str]]]) -> dict[str, list[str]]:
-    """The keys in the margin of a task file and of those it includes; `known` keeps them by file."""
+    """Keys in the margin of a task file and of its includes; `known` caches them by file."""
     if path not in known:
         known[path] = {}  # for a file that includes itself
         keys = {
@@ -179,9 +178,9 @@ def _keys(path: Path, known: dict[Path, dict[str, list[str]]]) -> dict[str, list
 
 
 def defined_in(file: Path) -> str | None:
-    """The name of the task or group in a task file; None for a file that is only included.
+    """Name of the task or group in a task file; None for a file that is only included.
 
-    Raises EvaluationError UNKNOWN_TASK for what is no task file.
+    Raises EvaluationError UNKNOWN_TASK if it is not a task file.
     """
     config = _read(file)
     name = config.get("group") if _is_group(config) else config.get("task")
@@ -189,7 +188,7 @@ def defined_in(file: Path) -> str | None:
 
 
 def located(name: str, file: Path | None = None) -> Located:
-    """Find all that a task or group needs; `file` defines it where it is neither ours nor lm-eval's.
+    """Files of a task or group; `file` defines it if it is neither ours nor lm-eval's.
 
     Raises EvaluationError UNKNOWN_TASK, DATASET_UNAVAILABLE.
     """
@@ -214,9 +213,9 @@ def located(name: str, file: Path | None = None) -> Located:
 
 
 def content(name: str, file: Path | None = None) -> str | None:
-    """Digest (64 hex) of the files of a task that is not part of lm-eval, whose version says what its files hold.
+    """Digest (64 hex) of the files of a task outside of lm-eval, whose own files are covered by its version.
 
-    It covers the task files, those they include, the members of a group, Python code and local data.
+    It covers the task files, their includes, the members of a group, Python code and local data.
     """
     path = file or own().files.get(name)
     if path is None:
@@ -237,8 +236,8 @@ def content(name: str, file: Path | None = None) -> str | None:
 
 
 def _local_data(name: str, files: Sequence[Path]) -> tuple[tuple[Path, ...], Path | None]:
-    """The local data of an operator's task, and the folder in which their relative paths begin: the working folder, as
-    for lm-eval's command line, else that of a task file. Raises DATASET_UNAVAILABLE."""
+    """Local data of a trusted task, and the base of their relative paths: the working folder, as for lm-eval's command
+    line, else that of a task file. Raises DATASET_UNAVAILABLE."""
     asked = [each for file in files for each in _data_paths(_read(file))]
     relative = [path for path, _ in asked if not Path(path).is_absolute()]
     folders = (Path.cwd(), *(file.parent.resolve() for file in files))
@@ -257,8 +256,8 @@ def _local_data(name: str, files: Sequence[Path]) -> tuple[tuple[Path, ...], Pat
 
 
 def _data_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """The paths a task, or a task within a group's file, names its data by, and whether they cannot be anything else,
-    such as a dataset repo."""
+    """Data paths of a task or of the tasks in a group's file, each with whether it must be a local path and not a
+    dataset repo."""
     members = config.get("task")
     for member in members if isinstance(members, list) else ():
         if isinstance(member, dict):
@@ -276,13 +275,13 @@ def _data_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def _on_disk(folder: Path, path: str) -> list[Path]:
-    """The files that a path of a file, of a folder or with wildcards stands for."""
+    """Files for the path of a file, of a folder or with wildcards."""
     start = folder / Path(path).expanduser()
     return sorted(file for file in start.rglob("*") if file.is_file()) if start.is_dir() else expanded(start)
 
 
 def _named_in(file: Path) -> list[Path]:
-    """The files that a task file, or a Python file beside one, names, each once."""
+    """Files that a task file, or a Python file beside one, names, each once."""
     if file.suffix == ".py":
         modules = [name.decode(errors="replace") for name in _IMPORT.findall(file.read_bytes())]
         named = []
@@ -327,7 +326,7 @@ def _members(config: Mapping[str, Any]) -> list[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text within a value of YAML."""
+    """All strings within a YAML value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
@@ -336,7 +335,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _read(file: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """A task file with the keys of those it includes. Raises EvaluationError UNKNOWN_TASK."""
+    """Keys of a task file and its includes. Raises EvaluationError UNKNOWN_TASK."""
     config = _parsed(file)
     includes = config.pop("include", ())
     found: dict[str, Any] = {}

@@ -21,10 +21,10 @@ _PRIVATE = frozenset(
 
 @dataclass(slots=True)
 class Prepared:
-    """One task or group of the suite, loaded; stands in for lm-eval's TaskManager when it is evaluated.
+    """One loaded task or group of the suite; it replaces lm-eval's TaskManager in the evaluation.
 
-    lm-eval seeds, loads and asks. What is loaded ahead, to say how much there is to do, leaves the random numbers
-    where its own command line has them after loading. `folder` is the working folder, where relative paths begin.
+    lm-eval seeds, loads and evaluates. Loading ahead, for the estimate, restores the random numbers to their state
+    after loading in lm-eval's own command line. `folder` is the working folder, the base of relative paths.
     """
 
     name: str
@@ -57,9 +57,9 @@ def prepare(asked: Mapping[str, Any], seeds: Mapping[str, int], *, offline: bool
 
 
 def require_metric(task: Prepared, metric: str | None, kind: str) -> None:
-    """Raises EvaluationError EVALUATION_FAILED where a task has no such metric with such a filter.
+    """Raises EvaluationError EVALUATION_FAILED if a task lacks this metric or filter.
 
-    What a group has shows only in its results.
+    The metrics of a group are known only from its results.
     """
     names = [leaf.config.task for leaf in task.leaves]
     if metric is None or names != [task.name]:
@@ -71,7 +71,7 @@ def require_metric(task: Prepared, metric: str | None, kind: str) -> None:
 
 
 def _loaded(asked: Mapping[str, Any], seeds: Mapping[str, int]) -> Mapping[str, Any]:
-    """The task from its file; of lm-eval's index only what the task needs, for building all of it takes 13 s."""
+    """The task from its file; only the needed part of lm-eval's index is built, since all of it takes 13 s."""
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
@@ -87,7 +87,7 @@ def _loaded(asked: Mapping[str, Any], seeds: Mapping[str, int]) -> Mapping[str, 
 
 
 def _seed(seeds: Mapping[str, int]) -> None:
-    """As `lm_eval.simple_evaluate` does before it loads tasks."""
+    """Seed as `lm_eval.simple_evaluate` does before it loads tasks."""
     import numpy as np
     from lm_eval.utils import set_torch_seed
 
@@ -113,7 +113,7 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
 
 
 def write(results: Mapping[str, Any], task: Prepared, job: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write down the samples of a task, its results and `facts`: once they stand, the task is finished."""
+    """Write the samples of a task, its results and `facts`; this marks the task as finished."""
     from lm_eval.utils import handle_non_serializable
 
     samples = {
@@ -129,7 +129,7 @@ def write(results: Mapping[str, Any], task: Prepared, job: Mapping[str, Any], fa
 
 
 def cleaned(value: Any, private_paths: Iterable[str]) -> Any:
-    """`value` without what describes this machine; `private_paths` are cut out of every string."""
+    """`value` without descriptions of this machine; `private_paths` are cut out of every string."""
     if isinstance(value, Mapping):
         return {str(key): cleaned(item, private_paths) for key, item in value.items() if key not in _PRIVATE}
     if isinstance(value, (list, tuple)):
@@ -156,7 +156,7 @@ def _data(task: Any, hub_cache: Path) -> dict[str, Any] | None:
 
 
 def _unloaded(name: str, error: Exception, offline: bool) -> EvaluationError:
-    """A task whose data cannot be had, or whose file lm-eval does not understand."""
+    """Error for a task whose data is unavailable or whose file lm-eval rejects."""
     chain = list(_causes(error))
     if any(type(cause).__name__ == "GatedRepoError" or "is a gated dataset" in str(cause) for cause in chain):
         return EvaluationError(

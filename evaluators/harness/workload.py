@@ -1,6 +1,4 @@
-"""How much an evaluation will ask, and about how long that takes: counted on a few questions of each task, timed on a
-few tokens of the model. From there on the progress tells better.
-"""
+"""Workload estimate: requests counted on a few questions of each task, time on a few tokens of the model."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ class Workload:
 
 
 def amount(task: Any, limit: int | None, encode: Any) -> Workload:
-    """Of one leaf task. `encode` is text -> list of token ids."""
+    """Workload of one task without groups. `encode` is text -> list of token ids."""
     questions = len(task.eval_docs)
     if limit is not None:
         questions = min(questions, limit)
@@ -67,7 +65,7 @@ def together(amounts: Iterable[Workload]) -> Workload:
 
 
 def seconds(work: Workload, model: Any, batch: int) -> float:
-    """About how long `model` takes, from one short pass and one of a single token."""
+    """Approximate seconds on `model`, from one short pass and one of a single token."""
     import torch
 
     token = torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=model.device)
