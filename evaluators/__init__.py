@@ -1,1 +1,1 @@
-"""Measures a checkpoint on disk: lm-eval scores and Medusa decode speed. Knows directories, never jobs."""
+"""Measurements of a checkpoint folder: lm-eval scores, sanity checks, Medusa decoding speed."""

@@ -1,4 +1,4 @@
-"""What decides a model's answers, as one digest: it names stored evaluations and stored answers alike."""
+"""Content hash of a checkpoint, used as a cache key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_CONTENT = frozenset({"manifest.json", "merge_provenance.json", "decode_spee
 
 
 def content_digest(model: Path) -> str:
-    """64 hex over the names and bytes of the files that decide a model's answers. Raises MODEL_UNLOADABLE."""
+    """64 hex over the names and bytes of the files that affect a model's answers. Raises MODEL_UNLOADABLE."""
     paths = {
         path.relative_to(model).as_posix(): path
         for pattern in _CONTENT

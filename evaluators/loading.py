@@ -1,6 +1,6 @@
-"""A checkpoint folder as a model and its tokenizer: safetensors only, no code of the folder's, nothing made up.
+"""Loading of a checkpoint folder with transformers: safetensors only, no remote code, no missing weights.
 
-transformers fills what a checkpoint lacks with random numbers and says so in a log; here it is an error.
+transformers fills missing weights with random numbers and logs it; here it is an error.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")  # what one
 def load(folder: Path, **options: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of `folder`; `options` are those of transformers' `from_pretrained`.
 
-    An encoder-decoder such as T5 is loaded with its decoder's head. Raises EvaluationError MODEL_UNLOADABLE; what says
-    that memory ran out is handed through as it came.
+    An encoder-decoder such as T5 is loaded with its decoder's head. Raises EvaluationError MODEL_UNLOADABLE;
+    out-of-memory errors pass unchanged.
     """
     from transformers import AutoTokenizer
 
@@ -66,7 +66,7 @@ def unloadable(reason: str) -> EvaluationError:
 
 
 def sentence(error: Exception, folder: Path) -> str:
-    """The first line of what a library says, without our paths and without its final dot."""
+    """First line of a library's error, without local paths and without its final dot."""
     lines = [line.strip() for line in str(error).replace(str(folder), "the model's folder").splitlines()]
     first = next((line for line in lines if line), type(error).__name__)
     return first[:300].rstrip(".:")

@@ -1,7 +1,7 @@
-"""Two models asked the same questions: tests, intervals, and what could have been seen at all. Pure, on numpy arrays.
+"""Paired statistics for two models on the same questions: tests, intervals, detectable differences. On numpy arrays.
 
-A question gives each model a value: 0 or 1 where an answer is right or wrong, any number elsewhere. What is judged is
-the difference of the two values question by question, so that what makes a question hard falls out.
+A question gives each model a value: 0 or 1 for wrong or right, any number elsewhere. The statistics use the difference
+of the two values per question, so that the difficulty of a question cancels.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _FEW = 64  # distinct values up to which counting them is cheaper than drawing q
 
 
 def quantile(probability: float) -> float:
-    """Of the standard normal distribution."""
+    """Quantile of the standard normal distribution."""
     return NormalDist().inv_cdf(probability)
 
 
 def mcnemar(won: int, lost: int, *, mid: bool = True) -> float:
     """Two-sided p of McNemar's exact test: `won` questions only the first model has right, `lost` only the second.
 
-    With `mid` half the probability of what was observed is left out: the exact test errs on the safe side, often far
-    below its level, the mid-p test stays near it (Fagerland, Lydersen and Laake 2013, BMC Med Res Methodol 13:91).
+    With `mid`, half the probability of the observation is left out: the exact test is conservative, often far below its
+    level, the mid-p test stays near it (Fagerland, Lydersen and Laake 2013, BMC Med Res Methodol 13:91).
     """
     few, both = min(won, lost), won + lost
     if both == 0:
@@ -93,7 +93,7 @@ def average_interval(values: Sequence[float], intervals: Sequence[Interval]) -> 
 
 
 def sign_flip(strata: Sequence[Values], *, seed: int = 0, resamples: int = RESAMPLES) -> float:
-    """Two-sided p of a paired permutation test: may the sign of every difference be a coin's?
+    """Two-sided p of a paired permutation test with random signs of the differences.
 
     `strata`: differences [n] of each task; the statistic is the mean over tasks of their means. Equal sizes of
     difference within a task are flipped together, by one binomial draw. p counts the observed order among those drawn
@@ -121,7 +121,7 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 
 def detectable_share(discordant: float, questions: int, alpha: float = ALPHA, power: float = POWER) -> float:
-    """The smallest true difference of two paired shares that McNemar's test shows with `power`, at most 1.
+    """Smallest true difference of two paired shares that McNemar's test shows with `power`, at most 1.
 
     It solves n = (z_(1-alpha/2) sqrt(D) + z_power sqrt(D - d^2))^2 / d^2 for d, where D is the share of questions the
     models disagree on (Connor 1987, Biometrics 43:207); a difference needs at least as much disagreement.

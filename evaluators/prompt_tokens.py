@@ -12,10 +12,9 @@ _PROBES = ("a", "1", ".", "\N{GREEK SMALL LETTER ALPHA}")  # a vocabulary may la
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of `text` with the tokens that the tokenizer puts before it, without those it appends.
+    """Token ids of `text` with the tokens that the tokenizer adds before it, without those it appends.
 
-    A tokenizer with `add_eos_token` ends every text; a model that reads the end token begins another text instead of
-    continuing this one.
+    A tokenizer with `add_eos_token` ends every text; after the end token a model begins another text.
     """
     before, own, _ = _parts(tokenizer, text)
     return before + own
@@ -28,7 +27,7 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
-    """The ids before `text`, its own, and those after it; all of them in the first list where its own are not found."""
+    """Ids before `text`, its own, and those after it; all in the first list if its own are not recognised."""
     whole = [int(each) for each in tokenizer(text, verbose=False)["input_ids"]]
     own = [int(each) for each in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     for start in range(len(whole) - len(own) + 1):
@@ -38,5 +37,5 @@ def _parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
 
 
 def text_digest(tokenizer: Any) -> str:
-    """8 hex; equal where tokenizers split a text with many difficult cases into the same tokens."""
+    """8 hex; equal for tokenizers that split a text with many difficult cases into the same tokens."""
     return hashlib.sha256(json.dumps([str(each) for each in tokenizer.tokenize(_SPLIT)]).encode()).hexdigest()[:8]

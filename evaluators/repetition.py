@@ -1,4 +1,4 @@
-"""Whether a text goes round in circles, told from its tokens alone."""
+"""Detection of looping text from its tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def loops(tokens: Sequence[int]) -> bool:
 
 
 def ends_in_a_loop(tokens: Sequence[int]) -> bool:
-    """Whether the last 12 tokens or more are one passage three times over, or more often."""
+    """Return whether the last 12 tokens or more repeat one passage at least three times."""
     for period in range(1, len(tokens) // 3 + 1):
         tail = tokens[-max(3 * period, 12) :]
         if len(tail) >= 12 and list(tail[period:]) == list(tail[:-period]):

@@ -1,9 +1,9 @@
-"""What is looked at before hours of tasks: is this checkpoint alive, and does it speak?
+"""Sanity check before the benchmark: finite logits, perplexity, coherent text, tokenizer round trip.
 
-A minute on a small model: one plain text is predicted, a few beginnings are continued greedily, a few texts go through
-the tokenizer and back. An encoder-decoder reads the first half of a text and predicts the second. A merge that talks
-nonsense is refused by `require_sound`; where its parents were examined too, they are the measure, for a small model may
-repeat itself and a tokenizer may lose spaces by design.
+It takes a minute on a small model: one plain text is predicted, a few beginnings are continued greedily, a few texts go
+through the tokenizer and back. An encoder-decoder reads the first half of a text and predicts the second.
+`require_sound` refuses a merge that fails, in comparison with its parents if they were checked too: a small model may
+repeat itself, and a tokenizer may lose spaces by design.
 
 `texts/held.txt` was written for this purpose and is part of no dataset: prose, dialogue, instructions, minutes, code
 and four more languages, about 600 words.
@@ -57,14 +57,13 @@ FEWER = 0.5
 
 @dataclass(frozen=True, slots=True)
 class SanityCheck:
-    """The findings. A NaN or an infinite logit leaves `bits_per_byte` and `perplexity` (a token) None. An
-    encoder-decoder, which may never have been trained on plain text, has no `perplexity`.
+    """Results of a check. With a NaN or infinite logit, `bits_per_byte` and `perplexity` (per token) are None.
 
-    `missing_rows` are ids that the tokenizer gives and the model has no embedding for; with any, nothing is run.
-    `distinct` is the mean share of different 4-grams in the continuations, `broken` counts those that are empty, one
-    character over and over, or hold control or replacement characters; `looping` those that go round in circles, from
-    the start or at their end (None where nobody looked for that). `survived` of `texts` and added tokens came
-    back from the tokenizer unchanged.
+    An encoder-decoder has no `perplexity`, since it may never have been trained on plain text. `missing_rows` are token
+    ids without an embedding; with any, nothing is run. `distinct` is the mean share of different 4-grams in the
+    continuations. `broken` counts those that are empty, one repeated character, or hold control or replacement
+    characters; `looping` those that loop from the start or at their end (None in older results). `survived` of `texts`
+    and added tokens came back from the tokenizer unchanged.
     """
 
     finite: bool
@@ -99,10 +98,10 @@ class SanityCheck:
 def of_folder(
     model: Path, *, cache: Path, device: str = "cpu", dtype: str = "auto", model_identity: str | None = None
 ) -> SanityCheck:
-    """Load the checkpoint in folder `model` and examine it, or return what is stored for the same question.
+    """Load the checkpoint in folder `model` and check it, or return the stored result.
 
-    Reads a stranger's weights: to be called in a process that holds no secret and may be killed. Raises
-    EvaluationError MODEL_UNLOADABLE.
+    It reads untrusted weights: call it in a process without secrets that may be killed. Raises EvaluationError
+    MODEL_UNLOADABLE.
     """
     from evaluators import harness
     from evaluators.harness import model_loading
@@ -122,7 +121,7 @@ def of_folder(
 
 
 def stored(cache: Path, identity: str, *, device: str = "cpu", dtype: str = "auto") -> SanityCheck | None:
-    """What was found before of the model `identity` (a commit, a manifest or a content digest)."""
+    """Stored result for the model `identity` (a commit, a manifest or a content digest)."""
     try:
         return SanityCheck.from_dict(json.loads(_file(cache, identity, device, dtype).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -136,9 +135,9 @@ def _file(cache: Path, identity: str, device: str, dtype: str) -> Path:
 
 
 def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: float = 120.0) -> SanityCheck:
-    """Examine a loaded language model (eval mode), causal or encoder-decoder, and its tokenizer.
+    """Check a loaded language model (eval mode), causal or encoder-decoder, and its tokenizer.
 
-    `text` replaces the held text. Continuations that `budget_s` leaves no time for are not begun; the first one is.
+    `text` replaces the held text. After `budget_s` no further continuation begins, except the first.
     """
     import torch
 
@@ -207,7 +206,7 @@ def _next_tokens(model: Any, ids: list[int]) -> Iterator[tuple[Any, Any]]:
 
 
 def _second_halves(model: Any, ids: list[int]) -> Iterator[tuple[Any, Any]]:
-    """As `_next_tokens`, of an encoder-decoder that reads the first half of each window and predicts the second."""
+    """As `_next_tokens`, for an encoder-decoder that reads the first half of each window and predicts the second."""
     import torch
 
     for start in range(0, len(ids) - 1, WINDOW):
@@ -216,7 +215,7 @@ def _second_halves(model: Any, ids: list[int]) -> Iterator[tuple[Any, Any]]:
 
 
 def _context(model: Any) -> int | None:
-    """The number of positions the model has; None where its config gives none."""
+    """Number of positions of the model; None if its config has none."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
@@ -262,9 +261,9 @@ def _distinct(outputs: Sequence[Sequence[int]]) -> float | None:
 
 
 def is_broken(text: str) -> bool:
-    """Empty, one character over and over, or with control or replacement characters.
+    """Return whether a text is empty, one repeated character, or has control or replacement characters.
 
-    A replacement character at the end is a character that was cut off and says nothing.
+    A replacement character at the end is a cut character and does not count.
     """
     shown = text.rstrip("\ufffd").strip()
     if not shown or "\ufffd" in shown:
@@ -276,7 +275,7 @@ def is_broken(text: str) -> bool:
 
 
 def _round_trips(tokenizer: Any) -> tuple[int, int]:
-    """How many texts and added tokens went through the tokenizer, and how many came back as they were."""
+    """Numbers of texts and added tokens that went through the tokenizer, and that came back unchanged."""
     survived = 0
     for text in ROUND_TRIPS:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -292,13 +291,13 @@ def _round_trips(tokenizer: Any) -> tuple[int, int]:
 
 
 def require_sound(merge: SanityCheck, parents: Sequence[SanityCheck] = ()) -> None:
-    """Refuse a merge that is dead or talks nonsense, measured by its parents where they are known.
+    """Refuse a merge that fails the check, in comparison with its parents if they are known.
 
     Raises EvaluationError NOT_FINITE (a logit is NaN or infinite), MODEL_UNLOADABLE (token ids without an embedding)
-    and MODEL_NONSENSE: more than twice the bits a byte of its worst parent (alone: no better than a blind guess among
-    its vocabulary); continuations that circle, with under a fifth of different 4-grams and under half of what its
-    parents have (alone: under a tenth); more than half of them broken where no parent's are; or a tokenizer that
-    brings back under half of the texts that each parent's brings back.
+    and MODEL_NONSENSE: more than twice the bits per byte of its worst parent (alone: no better than a blind guess in
+    its vocabulary); looping continuations with under a fifth of different 4-grams and under half of its parents'
+    (alone: under a tenth); more than half of them broken while no parent's are; or a tokenizer that returns under half
+    of the texts that each parent's returns.
     """
     if merge.missing_rows:
         raise EvaluationError(
@@ -322,7 +321,7 @@ def require_sound(merge: SanityCheck, parents: Sequence[SanityCheck] = ()) -> No
 
 
 def _strange(merge: SanityCheck, parents: Sequence[SanityCheck]) -> str | None:
-    """The fault, as half a sentence. An encoder-decoder can be judged only beside its parents."""
+    """The fault as a clause. An encoder-decoder can be judged only beside its parents."""
     if merge.encoder_decoder and not parents:
         return None
     bits = [parent.bits_per_byte for parent in parents if parent.bits_per_byte is not None]
@@ -348,7 +347,7 @@ COLUMNS = ("perplexity (bits a byte)", "4-grams that differ", "texts it writes",
 
 
 def cells(vitals: SanityCheck) -> tuple[str, ...]:
-    """The vitals under COLUMNS, for people: what was not measured is a dash."""
+    """Cells under COLUMNS; a dash for values that were not measured."""
     absent = "\N{EN DASH}"
     loop = "" if vitals.looping is None else f", {vitals.looping} looping"
     bits, at = vitals.bits_per_byte, f"{vitals.device}, {vitals.dtype}"

@@ -50,7 +50,7 @@ def publish(desk: Desk) -> None:
         return _answer(lambda: {"job": facts(desk, desk.submit(visitor, **form))})
 
     def check(recipe: str, request: gr.Request) -> dict[str, Any]:
-        """What would be merged, from headers alone: sources pinned to commits, tensors, bytes, memory."""
+        """Plan of a merge from headers alone: sources pinned to commits, tensors, bytes, memory."""
         visitor = login.visitor(request, desk.settings)
         return _answer(lambda: planned(desk.check(visitor, recipe)))
 
@@ -64,7 +64,7 @@ def publish(desk: Desk) -> None:
         return _answer(lambda: {"job": facts(desk, desk.job(job_id))})
 
     def cancel(job_id: str, request: gr.Request) -> dict[str, Any]:
-        """Stop a job of your own, unless it is being published already."""
+        """Cancel a job of the visitor, unless it is already being published."""
         visitor = login.visitor(request, desk.settings)
         return _answer(lambda: {"job": facts(desk, desk.cancel(visitor, job_id))})
 
@@ -81,7 +81,7 @@ def publish(desk: Desk) -> None:
 
 
 def facts(desk: Desk, job: Job) -> dict[str, Any]:
-    """A job as JSON: where it stands and every fact recorded so far."""
+    """A job as JSON: its stage and all facts recorded so far."""
     at = now()
     stands = stage(job, at)
     waiting = stands is Stage.QUEUED
@@ -125,7 +125,7 @@ def planned(checked: Checked) -> dict[str, Any]:
 
 
 def _measured(found: Evaluation | None) -> dict[str, Any] | None:
-    """Scores of the merge and its sources, and what the speed test came to."""
+    """Scores of the merge and its sources, and the result of the speed test."""
     if found is None:
         return None
     heads = measured_heads(found.decode_speed)

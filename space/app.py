@@ -1,7 +1,7 @@
 """The Space as an ASGI application: `uvicorn --factory space.app:create`. Wiring only.
 
-Nothing of Gradio or huggingface_hub is imported before `create` has put the process under its settings: their
-constants are read at import.
+Gradio and huggingface_hub read their settings at import, so nothing of them is imported before `create` has applied
+ours.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ QUEUED_EVENTS = 50
 
 
 def create(settings: Settings | None = None) -> FastAPI:
-    """The page at `/`, `/healthz` beside it, and, where the settings say so, the scheduler for as long as it serves.
+    """The page at `/`, `/healthz` beside it, and the scheduler, if the settings ask for one.
 
-    Raises Refused LOGIN_REQUIRED when the page is public and logins would not be real.
+    Raises Refused LOGIN_REQUIRED if the page is public and logins would not be real.
     """
     settings = settings or Settings()
     activate(settings)

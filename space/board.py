@@ -32,7 +32,7 @@ WIDTHS = {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What other parts of the page need of this one: `look` reads the board anew."""
+    """Components that other parts of the page use: `look` reads the board again."""
 
     look: Callable[..., Any]
     inputs: list[Any]
@@ -52,7 +52,7 @@ TASK_ORDER = "task:"
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What a visitor wants to see, and in which order."""
+    """Filters and order chosen by the visitor."""
 
     words: str = ""
     methods: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Filters:
     def of(
         cls, search: Any, methods: Any, sources: Any, licences: Any, least: Any, order: Any, ranking: Any = ""
     ) -> Filters:
-        """From the values of the widgets, where nothing may be None."""
+        """Filters from the values of the widgets, which may be None."""
         lists = (tuple(methods or ()), tuple(sources or ()), tuple(licences or ()))
         return cls(str(search or ""), *lists, float(least or 0), str(order or "average"), str(ranking or ""))
 
@@ -100,7 +100,7 @@ class Filters:
 
 
 def rankings(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What rows were asked, in words, and the ranking that makes: only rows of one are compared. The fullest first."""
+    """Rankings by their description: only rows of one ranking are compared. The largest first."""
     counts: dict[str, int] = {}
     asked: dict[str, str] = {}
     for row in rows:
@@ -193,7 +193,7 @@ def _selector(desk: Desk) -> Callable[..., tuple[Any, ...]]:
         search: str, methods: Any, sources: Any, licences: Any, least: Any, order: str, ranking: str,
         event: gr.SelectData,
     ) -> tuple[Any, ...]:  # fmt: skip
-        """A cell was chosen: its row is known by its first cell, whatever the table is sorted by."""
+        """Handle the choice of a cell: its row is identified by its first cell, in any order of the table."""
         rows = Filters.of(search, methods, sources, licences, least, order, ranking).pick(desk.board().rows)
         row = next((each for each in rows if event.row_value and _model_cell(each) == event.row_value[0]), None)
         if row is None:
@@ -204,7 +204,7 @@ def _selector(desk: Desk) -> Callable[..., tuple[Any, ...]]:
 
 
 def table_value(rows: Sequence[Row]) -> dict[str, Any]:
-    """The table's value, headers and types: numbers to sort by, and how each is shown."""
+    """Values, headers and types of the table: numbers to sort by, with their display."""
     tasks = sorted({task for row in rows for task in row.scores})
     headers = [*FIXED, *(_header(task) for task in tasks), *TAIL]
     values, displayed = [], []
@@ -222,12 +222,12 @@ def table_value(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _header(task: str) -> str:
-    """A task's name that can be broken into lines where its words end."""
+    """Task name with line breaks allowed at the ends of words."""
     return plain(task).replace("_", "_\u200b") + " %"
 
 
 def _cells(row: Row, tasks: Sequence[str]) -> list[tuple[Any, str]]:
-    """Each cell as what it is sorted by and what is shown."""
+    """Cells with their sort key and their display."""
     model = _model_cell(row)
     sources = ", ".join(source.rpartition("/")[2] for source in row.sources)
     scores = [(*row.scores.get(task, (None, None)), row.intervals.get((row.model, task))) for task in tasks]
@@ -294,7 +294,7 @@ def _unseen(rows: Sequence[Row]) -> Markup:
 
 
 def _detail(row: Row | None, hub: str) -> tuple[Markup, Any, Markup]:
-    """The chosen merge: its name, its figure, what is known of it."""
+    """The chosen merge: its name, its figure and its facts."""
     if row is None:
         return Markup(""), gr.Plot(None, visible=False), Markup("")
     rows: list[tuple[str, object]] = [
@@ -326,7 +326,7 @@ SPEED_VERDICTS = {
 
 
 def speed_sentence(row: Row) -> str:
-    """What the speed test found, and what it concluded from that."""
+    """Result and conclusion of the speed test."""
     steps = f"{row.tokens_per_step:.2f} tokens a step; " if row.tokens_per_step else ""
     low, high = row.speedup_ci or (None, None)
     spread = "" if low is None else f", 95\u00a0% interval {low:.2f} to {high:.2f}"

@@ -1,6 +1,6 @@
-"""What a visitor can have done here: check, submit, cancel, look. Every door of the page leads to these functions.
+"""Actions of a visitor: check, submit, cancel, look. Page and API both call these functions.
 
-A deed raises `bot.errors`; `attempt` turns whatever goes wrong into a `Refusal`, which a page and the API can show.
+An action raises `bot.errors`; `attempt` turns any error into a `Refusal` for page and API.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ JOBS_SHOWN = 50
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Something was not done: why, and what to do next. `request_id` finds a defect of ours in the log."""
+    """A failed action: the reason and the next step. `request_id` finds a defect of ours in the log."""
 
     code: str
     message: str
@@ -60,7 +60,7 @@ class Refusal:
 
 
 class Form(BaseModel):
-    """What the form or the API sends: any JSON, until it has passed here."""
+    """Content of the form or an API call: any JSON before validation."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -74,7 +74,7 @@ class Form(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """The published merges, newest first, and since when the Hub did not answer (None: it did)."""
+    """Published merges, newest first, and the time since which the Hub has not answered (None if it did)."""
 
     rows: tuple[Row, ...]
     stale: Refusal | None = None
@@ -101,7 +101,7 @@ class Desk:
         )
 
     def check(self, visitor: str | None, recipe: str) -> Checked:
-        """What would be done for `recipe`, without doing it. Raises Refused or Transient."""
+        """Plan of `recipe`, without submitting it. Raises Refused or Transient."""
         login.require(visitor)
         return intake.check(read_form({"recipe": recipe, "name": ""}).recipe, self.hub, self.settings)
 
@@ -119,7 +119,7 @@ class Desk:
         return self.queue.cancel(self.job(job_id).id, login.require(visitor))
 
     def board(self) -> Board:
-        """The leaderboard as the Hub has it, at most 10 s old; when the Hub is away, the last one known."""
+        """The leaderboard on the Hub, at most 10 s old; the last known one while the Hub is unavailable."""
         with self._board_lock:
             if time.monotonic() - self._board_at > BOARD_FRESH_S:
                 found = attempt(lambda: leaderboard.read(self.hub, self.settings))
@@ -158,7 +158,7 @@ def now() -> datetime:
 
 
 def attempt(deed: Callable[[], Result]) -> Result | Refusal:
-    """`deed`'s result, or why there is none. A defect of ours is logged and reaches the visitor by its id only."""
+    """Result of `deed`, or a Refusal. Defects are logged and shown to the visitor by their id only."""
     request_id = secrets.token_hex(4)
     try:
         return deed()

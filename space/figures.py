@@ -20,7 +20,7 @@ ROW_PX = 62
 
 
 def quality_speed(rows: Sequence[Row], chosen: Row | None) -> go.Figure | None:
-    """Average score against speedup, with the 95 % intervals of both; None when no row has both."""
+    """Average score against speedup, with the 95 % intervals of both; None if no row has both."""
     shown = [row for row in rows if row.average is not None and row.speedup is not None]
     if not shown:
         return None
@@ -79,7 +79,7 @@ def _hover(row: Row) -> str:
 
 
 def beside_parents(row: Row) -> go.Figure | None:
-    """A dot for each model on each task, whiskers of 95 % or else of one standard error; None without scores."""
+    """A dot for each model on each task, with whiskers of 95 % or one standard error; None without scores."""
     tasks = list(row.scores)
     if not tasks:
         return None
@@ -143,12 +143,12 @@ def _dots(
 
 
 def _ends(row: Row, model: str, task: str, value: float, error: float | None) -> tuple[float, float]:
-    """Of the whisker: the interval where there is one, else one standard error to both sides."""
+    """Ends of the whisker: the interval if there is one, else one standard error to both sides."""
     return row.intervals.get((model, task), (value - (error or 0.0), value + (error or 0.0)))
 
 
 def _offset(place: int, of: int) -> float:
-    """Where series `place` lies within a task's band, so that whiskers do not cover each other."""
+    """Offset of series `place` within a task's band, so that whiskers do not overlap."""
     return (place - (of - 1) / 2) * min(0.2, 0.7 / of)
 
 

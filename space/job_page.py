@@ -1,4 +1,4 @@
-"""One job on a page: where it stands, each fact as it was recorded, and what went wrong."""
+"""Page of one job: its stage, its facts as recorded, and its failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = (
 
 
 def job_page(job: Job, hub: str, ahead: int, at: datetime) -> Markup:
-    """Everything known about `job`. `ahead` is how many open jobs came before it."""
+    """All facts about `job`. `ahead` is the number of open jobs before it."""
     stands = stage(job, at)
     return tag(
         "article",
@@ -39,7 +39,7 @@ def job_page(job: Job, hub: str, ahead: int, at: datetime) -> Markup:
 
 
 def progress_bar(progress: Progress) -> Markup:
-    """What the running stage says of itself, as a bar with its text under it."""
+    """Progress of the running stage, as a bar with text."""
     part = min(max(progress.done / progress.total, 0.0), 1.0) if progress.total > 0 else 0.0
     bar = tag("progress", value=f"{part:.3f}", max="1", aria_label=progress.text)
     return tag("div", bar, tag("span", f"{100 * part:.0f}\u00a0%, {progress.text}", class_="fine"), class_="progress")
@@ -52,7 +52,7 @@ def _title(job: Job, at: datetime) -> Markup:
 
 
 def _steps(job: Job, stands: Stage) -> Markup:
-    """Merge, evaluate, publish: done, at work, or to come."""
+    """Merge, evaluate, publish: done, running, or ahead."""
     facts = (job.merge, job.evaluation, job.publication)
     lacking = missing(job)
     items = []
@@ -118,7 +118,7 @@ def _facts(job: Job) -> list[tuple[str, object]]:
 
 
 def _speed(report: Mapping[str, Any] | None) -> Markup | None:
-    """The speed test: the report's own sentence, and its picture where decoding was timed."""
+    """Speed test: the report's sentence, and its picture if decoding was timed."""
     if report is None:
         return None
     drawn = speed_figure(report)

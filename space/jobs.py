@@ -1,4 +1,4 @@
-"""The tab to follow jobs: the newest ones, and one of them in full, looked at every few seconds."""
+"""Jobs tab: the newest jobs and one of them in full, refreshed every few seconds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ watch('value', () => {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What other parts of the page need of this one: `look` reads the jobs anew."""
+    """Components that other parts of the page use: `look` reads the jobs again."""
 
     chosen: gr.State
     look: Callable[..., Any]
@@ -96,7 +96,7 @@ def build(desk: Desk) -> Parts:
 
 def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
     def look(chosen: str | None, mine: bool, seen: tuple[str, ...] | None, request: gr.Request) -> tuple[Any, ...]:
-        """The list and the chosen job; a part that has not changed since `seen` is left as it is."""
+        """The list and the chosen job; unchanged parts since `seen` are left as they are."""
         visitor = login.visitor(request, desk.settings)
         jobs = attempt(lambda: desk.jobs(visitor or "" if mine else None))
         if isinstance(jobs, Refusal):

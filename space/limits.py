@@ -1,4 +1,4 @@
-"""What every request meets first: a bound on its body, no files, and no foreign host in the page."""
+"""Limits on every request: size of the body, no files, no foreign hosts in the page."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class NoUploads:
 
 
 class SecurityHeaders:
-    """The browser fetches nothing from elsewhere, even if something in the page asks it to."""
+    """Headers that keep the browser from loading anything from elsewhere."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,7 +1,7 @@
-"""Who is asking. In a Space: the account that logged in at the Hub. On one's own machine: always `visitor`.
+"""Identity of the visitor. In a Space: the Hub account. On a local machine: always `visitor`.
 
-Gradio's login outside a Space is a mock that gives every visitor the machine owner's name (hub.md 8.3). It is wired
-in as soon as a page has a LoginButton, so there is none unless this process runs in a Space.
+Gradio's login outside a Space is a mock that gives every visitor the name of the machine's owner (docs/design/hub.md
+8.3). It is active as soon as a page has a LoginButton, so there is none unless this process runs in a Space.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LOCAL_VISITOR = "visitor"
 
 
 def login_required(settings: Settings) -> bool:
-    """Strangers can reach the page: it is public, or hosted."""
+    """Return whether others can reach the page: it is public, or hosted."""
     return settings.public or get_space() is not None
 
 
 def check_start(settings: Settings) -> None:
-    """A public page starts only where logins are real. Raises Refused LOGIN_REQUIRED."""
+    """Refuse to start a public page without real logins. Raises Refused LOGIN_REQUIRED."""
     if not login_required(settings):
         return
     if get_space() is None:
@@ -44,7 +44,7 @@ def check_start(settings: Settings) -> None:
 
 
 def visitor(request: gr.Request | None, settings: Settings) -> str | None:
-    """The name to act under; None when a login is needed and there is none."""
+    """Name of the visitor; None if a login is required and missing."""
     if not login_required(settings):
         return LOCAL_VISITOR
     profile = _session(request).get("oauth_info") or {}
@@ -62,7 +62,7 @@ def require(name: str | None) -> str:
 
 
 def _session(request: gr.Request | None) -> dict[str, Any]:
-    """The signed cookie's content; empty without one, or when nothing reads cookies here."""
+    """Content of the signed cookie; empty without one, or if no cookies are read here."""
     inner = getattr(request, "request", None)
     scope = getattr(inner, "scope", None) or {}
     session = scope.get("session")

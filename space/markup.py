@@ -40,7 +40,7 @@ def escape(text: object) -> Markup:
 
 
 def join(children: Iterable[object]) -> Markup:
-    """Children one after another: Markup as it is, None as nothing, sequences flattened, all else escaped."""
+    """Join children: Markup as it is, None as nothing, sequences flattened, all else escaped."""
     parts: list[str] = []
     for child in children:
         if child is None:
@@ -55,7 +55,7 @@ def join(children: Iterable[object]) -> Markup:
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """An element. `class_` and `for_` lose their underscore, others become hyphens; None and False leave one out."""
+    """An element. `class_` and `for_` lose their underscore, others become hyphens; None and False omit an attribute."""
     shown = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape("" if value is True else value)}"'
         for key, value in attributes.items()
@@ -78,7 +78,7 @@ def link(address: str | None, *children: object, **attributes: object) -> Markup
 
 
 def repo_link(hub: str, repo: str, revision: str | None = None) -> Markup:
-    """A link to a model repo on the Hub, with the first 7 hex of its commit."""
+    """Link to a model repo on the Hub, with the first 7 hex of its commit."""
     address = f"{hub}/{quote(repo)}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
     short = None if revision is None else tag("code", revision[:7], class_="sha", title=revision)
     return join([link(address, repo), " " if short else None, short])

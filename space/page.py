@@ -1,4 +1,4 @@
-"""The page: header, three tabs, and who may see what."""
+"""The page: header, three tabs, and their visibility."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _connect(
     followed: jobs.Parts,
     ranked: board.Parts,
 ) -> None:
-    """What happens between tabs. Only the tab that is looked at asks for news."""
+    """Events between tabs. Only the visible tab polls."""
     submit_tab, jobs_tab, board_tab = each
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     asleep: Callable[[], gr.Timer] = lambda: gr.Timer(active=False)  # noqa: E731

@@ -20,7 +20,7 @@ def panel(value: Markup | None = None, **options: Any) -> gr.HTML:
 
 
 def refused(refusal: Refusal) -> Markup:
-    """A refusal as people read it: what is wrong, where, and what to do."""
+    """A refusal for people: the problem, its place and the next step."""
     where = refusal.where
     place = [
         tag("span", "Line ", tag("b", where.line), " ") if where and where.line else None,
@@ -60,7 +60,7 @@ def sources_table(sources: tuple[Source, ...], hub: str, plan: Mapping[str, Any]
 
 
 def rows_table(titles: tuple[str, ...], rows: list[Markup], caption: str | None = None) -> Markup:
-    """A table that scrolls sideways by itself where the page is narrow."""
+    """A table that scrolls sideways on narrow pages."""
     head = tag("tr", [tag("th", title, scope="col") for title in titles])
     shown = tag("caption", caption) if caption else None
     table = tag("table", shown, tag("thead", head), tag("tbody", rows), class_="rows")
@@ -68,7 +68,7 @@ def rows_table(titles: tuple[str, ...], rows: list[Markup], caption: str | None 
 
 
 def picture(drawn: str, says: str) -> Markup:
-    """An SVG of ours as an image, which scrolls sideways where the page is narrow; `says` stands for it."""
+    """An SVG of ours as an image that scrolls sideways on narrow pages; `says` is its alternative text."""
     data = base64.b64encode(drawn.encode()).decode()
     image = tag("img", src=f"data:image/svg+xml;base64,{data}", alt=says, class_="picture")
     return tag("div", image, class_="scroll", tabindex="0", role="region", aria_label=says)

@@ -1,4 +1,4 @@
-"""The tab to ask for a merge: a recipe, what to measure, a look at the plan, and the button."""
+"""Submit tab: the recipe, the evaluation, a preview of the plan, and the button."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ dtype: bfloat16
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What other parts of the page need of this one."""
+    """Components that other parts of the page use."""
 
     follow: gr.Button
     job_id: gr.State

@@ -1,6 +1,6 @@
-"""How it looks: the fonts a machine has, one accent, and room. Light and dark.
+"""Appearance: system fonts, one accent colour, light and dark.
 
-A merge has the same colour wherever it appears, in the figures of the page and in those of its card.
+A merge has the same colour in the figures of the page and in those of its card.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PAPER = gr.themes.Color(
 
 
 def theme() -> gr.themes.Base:
-    """Our theme. Font names only: nothing is fetched."""
+    """Gradio theme with font names only: nothing is downloaded."""
     return gr.themes.Base(
         primary_hue=_ACCENT,
         secondary_hue=_ACCENT,

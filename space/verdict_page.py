@@ -1,4 +1,4 @@
-"""What an evaluation found, on a page: scores with intervals, the verdict against the parents, the first look."""
+"""Page of an evaluation: scores with intervals, comparison with the parents, sanity checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from space.pieces import picture, rows_table
 
 
 def evaluation(found: Evaluation | None, name: str) -> Markup | None:
-    """Everything about `found`, the evaluation of the merge called `name`; None where nothing was measured."""
+    """Page of `found`, the evaluation of the merge called `name`; None if nothing was measured."""
     if found is None or found.merged is None:
         return None
     return join(
@@ -69,7 +69,7 @@ def _row(task: str, cells: list[str], class_: str | None = None) -> Markup:
 
 
 def _against(found: Comparison) -> Markup:
-    """Every difference, then whose answers the merge gives."""
+    """All differences, then the agreement of answers."""
     titles = ("Task", "Against", "The merge is", "Difference", "p", "Detectable")
     lines = report.inherited(found)
     return join(

@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def age(then: datetime, now: datetime) -> str:
-    """How long ago, coarsely: a page that polls must not change every second because of it."""
+    """Age in coarse steps, since a page that polls must not change every second."""
     seconds = (now - then).total_seconds()
     if seconds < 60:
         return "just now"

@@ -1,1 +1,1 @@
-"""What was measured as pictures: SVG text, no browser, no drawing library."""
+"""Measurements as pictures: SVG text, without a drawing library."""

@@ -1,7 +1,7 @@
-"""A merge beside its parents as a picture: a dot with its 95 % interval for each model on each task. SVG, no browser.
+"""Scores of a merge and its parents as an SVG: a dot with its 95 % interval for each model on each task.
 
-The picture stands on its own ground and follows the reader's light or dark setting, so it can be read wherever it is
-shown. Names of strangers are escaped and shortened; nothing else in it comes from them.
+The picture has its own ground and follows the reader's light or dark setting. Names are untrusted: they are escaped and
+shortened.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class _Band:
 
 
 def score_figure(comparison: Comparison, name: str) -> str:
-    """The picture of `comparison` as the text of an SVG file; `name` is the merge's. "" when no score is a share.
+    """SVG of `comparison`; `name` is the merge's. "" if no score is a share.
 
-    Beside each parent stands what was shown of the merge. Tasks whose scores are no shares of 100 % are not drawn.
+    Each parent has the outcome of its comparison beside it. Tasks whose scores are not shares of 100 % are left out.
     """
     bands = list(_bands(comparison))
     if not bands:
@@ -74,7 +74,7 @@ def _bands(comparison: Comparison) -> Iterator[_Band]:
 
 
 def _range(bands: Sequence[_Band]) -> tuple[float, float]:
-    """What the axis spans, in whole tens of percent: everything that is drawn, and no less than 40."""
+    """Range of the axis in whole tens of percent: all drawn values, and at least 40."""
     ends = [end for band in bands for model in band.models for end in model.interval]
     ends += [band.chance for band in bands if band.chance is not None]
     low, high = max(0, int(10 * min(ends))), min(10, -int(-10 * max(ends) // 1))
@@ -147,7 +147,7 @@ def _mark(place: int, x: float, y: float) -> str:
 
 
 def _legend(name: str, parents: Sequence[str], chance: bool) -> tuple[str, int]:
-    """The marks and their names in lines, and where the plot begins under them."""
+    """Marks and names in lines, and the top of the plot below them."""
     x, y, parts = 24.0, 26.0, []
     names = [
         shortened(name, 44),

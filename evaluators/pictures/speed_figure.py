@@ -1,4 +1,4 @@
-"""How fast each way of decoding is beside plain decoding, as a picture: a dot with its 95 % interval a row. SVG."""
+"""Decoding speeds relative to baseline decoding as an SVG: a dot with its 95 % interval per row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARGIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class _Lane:
-    """One way of decoding: speed over plain decoding, its interval where it was timed on several questions."""
+    """One way of decoding: its speed relative to the baseline, with an interval if timed on several questions."""
 
     name: str
     told: str
@@ -28,8 +28,7 @@ class _Lane:
 
 
 def speed_figure(report: Mapping[str, Any]) -> str:
-    """The picture of a speed report as the text of an SVG file; "" where nothing but plain decoding was measured, or
-    where the report is refused."""
+    """SVG of a speed report; "" if only the baseline was measured or the report is refused."""
     if report.get("refusal"):
         return ""
     lanes = [lane for row in report["candidates"] if (lane := _lane(row)) is not None]

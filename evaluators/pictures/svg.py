@@ -1,4 +1,4 @@
-"""What the pictures share: ground, colours and letters, readable in light and dark; texts of strangers escaped."""
+"""Shared parts of the pictures: ground, colours and fonts for light and dark; untrusted text is escaped."""
 
 from __future__ import annotations
 
