@@ -55,7 +55,7 @@ def join(children: Iterable[object]) -> Markup:
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """An element. `class_` and `for_` lose their underscore, others become hyphens; None and False omit an attribute."""
+    """An element. `class_` and `for_` lose their underscore, others become hyphens; None and False omit one."""
     shown = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape("" if value is True else value)}"'
         for key, value in attributes.items()

@@ -1,4 +1,4 @@
-"""Checkpoints and LoRA adapters as described by headers and configs, before a weight is read.
+"""Checkpoints and LoRA adapters as described by headers and configs; no weights are read.
 
-Only `pickled` reads weights, in a process of its own.
+Only `pickled`, which runs in a child process, reads weights.
 """

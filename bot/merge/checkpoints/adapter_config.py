@@ -20,10 +20,10 @@ PATTERNS_LIMIT = 4_096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraConfig:
-    """The meaning of adapter_config.json.
+    """Content of adapter_config.json.
 
     `trained_on` is the name of the base model. `replaced` are the `modules_to_save`; `tokens` the rows of
-    `trainable_token_indices`, by module where several are named; `unused` parts of names of tensors of no use here.
+    `trainable_token_indices`, by module if several are named; `unused` parts of names of unused tensors.
     """
 
     rank: int

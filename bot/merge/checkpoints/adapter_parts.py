@@ -1,4 +1,4 @@
-"""The tensors of an adapter sorted by the module they belong to and by what they do there."""
+"""Tensors of an adapter, sorted by module and role."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AdaptedModule:
 
 @dataclass(slots=True)
 class SortedTensors:
-    """Changed modules by name; tensors saved whole by the name of the model's own tensor; names of no known part."""
+    """Changed modules by name; tensors saved whole by the name of the model's tensor; names with unknown roles."""
 
     modules: dict[str, AdaptedModule] = field(default_factory=dict)
     saved: dict[str, TensorInfo] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class SortedTensors:
 
 
 def sort_tensors(adapter: Adapter) -> SortedTensors:
-    """Sort an adapter's tensors. Raises `Refused` BAD_CHECKPOINT where one is given twice."""
+    """Sort an adapter's tensors. Raises `Refused` BAD_CHECKPOINT for a tensor given twice."""
     out = SortedTensors()
     for full, tensor in adapter.tensors.items():
         name = full.removeprefix(PREFIX)
@@ -54,7 +54,7 @@ def sort_tensors(adapter: Adapter) -> SortedTensors:
 
 
 def _part(name: str) -> tuple[str, str] | None:
-    """(module, part) of a tensor that changes a module, None for one saved whole."""
+    """(module, role) of a tensor that changes a module; None for one saved whole."""
     tokens = _TOKENS.fullmatch(name)
     if tokens is not None:
         return tokens["module"], "tokens"

@@ -1,7 +1,7 @@
 """Tensors, layers and ties of a model, inferred from config and headers. docs/design/merging.md 5.2.
 
-A layer's tensors are the suffixes that really stand in that layer, never a template, so hybrids, leading dense
-layers and pruned shapes need no description.
+A layer's tensors are the suffixes stored for that layer, never a template, so hybrids, leading dense layers and pruned
+shapes need no description.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A model taken apart. Loose tensors are those of no main layer; `others` are further stacks among them."""
+    """Parts of a model. Loose tensors are those outside the main layers; `others` are further stacks among them."""
 
     main: Stack
     others: tuple[Stack, ...]
@@ -94,7 +94,7 @@ def infer(checkpoint: Checkpoint) -> Architecture:
 
 
 def tied_in(name: str, model: Architecture) -> str | None:
-    """The stored tensor that a model uses for `name`, which it does not store, because it ties the two."""
+    """Stored tensor that a model uses for the tied `name`, which it does not store."""
     return replacement(name, {*model.before, *model.after}, model.embedding) if model.tied else None
 
 
@@ -113,7 +113,7 @@ def layer_count(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, int 
 
 
 def is_optional(name: str) -> bool:
-    """True if a model may lack this tensor: a bias. (A tied head is decided by the planner.)"""
+    """True if a model may lack this tensor: a bias. (The planner decides about tied heads.)"""
     return name.endswith((".bias", "_bias", ".b"))
 
 

@@ -1,8 +1,8 @@
-"""A checkpoint seen through its headers: config, tensors, shards. No weight is read here and no torch imported.
+"""A checkpoint as described by its headers: config, tensors, shards. Reads no weights and imports no torch.
 
-`Files` is the only way to its bytes, so a folder and a Hub repo at a commit (`bot.hub`) look the same. Rules:
-reliability.md 4.2 and 4.3; what is refused: pickled weights, truncated or hostile headers, shard names that leave the
-folder, quantised weights.
+All bytes come through `Files`, so a folder and a Hub repo at a commit (`bot.hub`) look the same. Rules:
+docs/design/reliability.md 4.2 and 4.3. Refused are pickled weights, truncated or hostile headers, shard names that
+leave the folder, and quantised weights.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class LocalFiles:
         return top | {f"{NAMED_TEMPLATES}/{entry.name}": entry.stat().st_size for entry in named}
 
     def locate(self, name: str) -> Path:
-        """The real path of a file, or a refusal when it lies outside the folder."""
+        """Real path of a file; refused if it is outside the folder."""
         real = (self.path / name).resolve()
         inner = name.removeprefix(f"{NAMED_TEMPLATES}/")
         if "/" in inner or "\\" in inner or not real.is_relative_to(self._root):
@@ -102,7 +102,7 @@ class LocalFiles:
         return bytes(buffer[: self.read_into(name, start, memoryview(buffer))])
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> int:
-        """Fill a writable buffer of bytes from `start`; returns how many there were."""
+        """Fill a writable buffer with bytes from `start`; returns their number."""
         try:
             handle = os.open(self.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -121,11 +121,11 @@ class LocalFiles:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One source, as far as headers tell. `headers` is shard -> (file bytes, SHA-256 of length and header).
+    """One source, as described by its headers. `headers` is shard -> (file bytes, SHA-256 of length and header).
 
-    `config` and `tensors` are those of the loaded model (`ties.as_loaded`); `presumed` are pairs of tensors (kept, left
-    out) that it ties and of which only samples were compared. Seen through an adapter, a model has `patches` on some
-    tensors, and the bytes of others, and of some files, lie `elsewhere`.
+    `config` and `tensors` are those of the loaded model (`ties.as_loaded`); `presumed` are pairs of tied tensors (kept,
+    left out) of which only samples were compared. With an adapter, some tensors have `patches`, and the bytes of
+    others, and of some files, are `elsewhere`.
     """
 
     name: str
@@ -150,11 +150,11 @@ class Checkpoint:
         return ends
 
     def text(self, name: str, limit_bytes: int = 64 * 2**20) -> str | None:
-        """A small file as text; None if there is none. Refused when larger than `limit_bytes`."""
+        """A small file as text; None if missing. Refused if larger than `limit_bytes`."""
         return _text(self.files, self.sizes, name, limit_bytes)
 
     def document(self, name: str) -> dict[str, Any] | None:
-        """A small JSON file; None if there is none. Refused when it is no JSON object that can be written again."""
+        """A small JSON file; None if missing. Refused if it is not a JSON object that can be written again."""
         text = self.text(name)
         return None if text is None else _json_object(text, f"{self.name}: {name}")
 
@@ -164,10 +164,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Read config, index and the header of every shard; refuse what cannot be merged safely.
 
-    `name` stands in the sentences (default `str(files)`). Of tied tensors the bytes are compared, unless the weights
-    are still `unwritten`: the merge engine writes no tied tensor twice. Raises `bot.errors.Refused` with
-    BAD_CHECKPOINT, BAD_SHARD_NAME, SOURCE_NOT_SAFETENSORS, NEEDS_REMOTE_CODE, NOT_SUPPORTED, SOURCE_NOT_FOUND or
-    TENSOR_MISSING.
+    `name` is used in messages (default `str(files)`). The bytes of tied tensors are compared, unless the weights are
+    still `unwritten`: the merge engine writes no tied tensor twice. Raises `bot.errors.Refused` with BAD_CHECKPOINT,
+    BAD_SHARD_NAME, SOURCE_NOT_SAFETENSORS, NEEDS_REMOTE_CODE, NOT_SUPPORTED, SOURCE_NOT_FOUND or TENSOR_MISSING.
     """
     label = name or str(files)
     sizes = files.sizes()
@@ -245,7 +244,7 @@ def _text(files: Files, sizes: Mapping[str, int], name: str, limit_bytes: int) -
 
 
 def _json_object(text: str, where: str, notices: list[str] | None = None) -> dict[str, Any]:
-    """A JSON object. Of a key given twice the last value counts, with a notice; without `notices` it is refused."""
+    """A JSON object. The last value of a doubled key counts, with a notice; without `notices` it is refused."""
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(items)
@@ -286,7 +285,7 @@ def nests_deeper(value: object, depth: int = DEPTH) -> bool:
 def read_json(
     files: Files, sizes: Mapping[str, int], name: str, label: str, limits: Limits
 ) -> tuple[dict[str, Any], str]:
-    """A JSON object of a source and its text. Refuses a key given twice, and what is too large or no object."""
+    """A JSON object of a source and its text. Refuses doubled keys, large files and other values."""
     text = _text(files, sizes, name, limits.index_bytes if name.endswith(".index.json") else limits.config_bytes)
     if text is None:
         refuse(label, f"has no {name}.")
@@ -323,7 +322,7 @@ def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits, 
 def _index(
     files: Files, sizes: Mapping[str, int], label: str, limits: Limits, notices: list[str]
 ) -> tuple[dict[str, str], int | None]:
-    """Tensor -> shard, and the bytes of all tensors if the index tells."""
+    """Tensor -> shard, and the bytes of all tensors if the index has them."""
     where = f"{label}: {INDEX}"
     text = _text(files, sizes, INDEX, limits.index_bytes)
     assert text is not None

@@ -1,1 +1,1 @@
-"""Plan + folders -> OUT: what computes a plan's steps, and the output's way onto the disk."""
+"""Execution of a plan: computes its steps and writes the output."""

@@ -1,4 +1,4 @@
-"""Carry out steps that copy stored bytes. Without arithmetic, hence without torch, which takes a second to import."""
+"""Steps that copy stored bytes. They need no arithmetic, hence no torch, whose import takes a second."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class DeviceReader:
             yield self._arrived(*coming.pop(0))
 
     def _bring(self, turn: int, start: int, stop: int) -> tuple[list[Tensor], Event | None]:
-        """Start bringing the stored numbers of one chunk; the event says when they have arrived."""
+        """Start the transfer of one chunk; the event marks its arrival."""
         if (free := self._free[turn]) is not None:
             free.synchronize()
         brought = []

@@ -1,6 +1,6 @@
-"""SHA-256 of the output's shards while they are being written: one thread follows the finished tensors.
+"""SHA-256 of the output's shards while they are written: one thread follows the complete tensors.
 
-It reads what was written back from the page cache, in the order of offsets, so a resumed merge has the same hashes.
+It reads back from the page cache, in the order of offsets, so a resumed merge has the same hashes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Hashing:
         self._thread.start()
 
     def finished(self, step: int) -> None:
-        """The bytes of a step can be read."""
+        """Mark the bytes of a step as readable."""
         with self._wake:
             self._finished.add(step)
             self._wake.notify()

@@ -1,6 +1,6 @@
-"""The folder an output grows in, taken over from whoever left it. merging.md 5.4.
+"""Lock and recovery of the `.partial` output folder. docs/design/merging.md 5.4.
 
-Its owner holds a lock on the folder itself, which outlives the journal: the journal is dropped just before the rename.
+The owner holds a lock on the folder itself, which outlives the journal: the journal is removed just before the rename.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def hold(partial: Path) -> int:
 
 
 def reclaim(partial: Path, journal: str) -> None:
-    """Make an interrupted output writable again; without a journal, clear away what a finished merge had listed.
+    """Make an interrupted output writable again; without a journal, remove what a complete merge had listed.
 
-    A merge that dies between dropping its journal and the rename leaves a whole output, with its manifest.
-    Raises `Refused(OUTPUT_EXISTS)` where files lie in the folder that no merge accounts for.
+    A merge that dies between removing its journal and the rename leaves a complete output with its manifest. Raises
+    `Refused(OUTPUT_EXISTS)` for other files in the folder.
     """
     files = {path.name: path for path in partial.iterdir()}
     if journal in files or not files:

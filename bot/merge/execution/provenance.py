@@ -28,9 +28,9 @@ class _Fact(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """What is known of a file a merge reads from: its SHA-256 (or git's id of a small one), and how that was checked.
+    """Known facts of a source file: its SHA-256 (or git's id of a small one), and the kind of verification.
 
-    `sha256`, `git`: the whole file was hashed. `ranges`: parts of it came from the commit that names this hash.
+    `sha256`, `git`: the whole file was hashed. `ranges`: byte ranges of the commit that names this hash.
     """
 
     bytes: int
@@ -55,8 +55,11 @@ def provenance(
     torch_version: str,
     known: Known | None = None,
 ) -> bytes:
-    """The text of merge_provenance.json. Its sources carry the size and header hash the plan was made from, and what
-    is `known` besides. Of a source that lies in a folder the name is kept as it was given."""
+    """Text of merge_provenance.json.
+
+    Its sources carry the size and header hash behind the plan, and the `known` facts. Local sources keep their names as
+    given.
+    """
     document = {
         "schema": SCHEMA,
         "engine": {"name": "mergebot", "version": __version__, "numerics": NUMERICS_VERSION},
@@ -75,14 +78,14 @@ def provenance(
 
 
 def told_of(plan: Plan) -> dict[str, object]:
-    """What provenance tells of a plan beside its digest: what became of the vocabulary, and how many tensors moved."""
+    """Provenance of a plan beside its digest: vocabulary and number of moved tensors."""
     actions = [step.work.action for step in plan.steps]
     tensors = {"merged": actions.count("merge"), "copied": actions.count("copy") + actions.count("equal")}
     return {"tokenizer": _tokenizer(plan), "tensors": tensors}
 
 
 def _stage(ref: ModelRef, made: Plan, known: Known) -> dict[str, object]:
-    """An intermediate that was merged first and is not kept; the shards of its result stand among the sources."""
+    """A temporary intermediate result; its shards are among the sources of the next stage."""
     return {"name": str(ref), "plan_digest": made.digest, "sources": _sources(made, known)}
 
 

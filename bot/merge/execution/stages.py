@@ -65,7 +65,7 @@ def merge(
 def _merge_all(
     plan: Plan, folders: Mapping[ModelRef, Path], out: Path, places: Mapping[ModelRef, Path], options: MergeOptions
 ) -> Merged:
-    """Merge every stage that is not complete into its place, then the result into `out`."""
+    """Merge every incomplete stage into its place, then the result into `out`."""
     here, done_before, notices = dict(folders), 0, list[Notice]()
     total = sum(part.bytes_out for part in plan.parts)
     for ref, made in plan.stages:

@@ -1,4 +1,4 @@
-"""Whether a source stayed as it was while it was merged: sizes, times of change and headers, before and after."""
+"""Check for sources that change during a merge: sizes, modification times and headers, before and after."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _Seen = tuple[int, int, int, int]
 
 
 class Watch:
-    """Remembers what a plan's files look like; ask `require_unchanged` before the result gets its name.
+    """Recorded state of a plan's files; call `require_unchanged` before the output gets its name.
 
-    The headers are held against the plan's at both ends. Raises Failed SOURCE_CHANGED_OR_GONE.
+    Headers are compared with the plan at both ends. Raises Failed SOURCE_CHANGED_OR_GONE.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Watch:
         headers: Mapping[ModelRef, Headers],
         copies: Iterable[Copied] = (),
     ) -> None:
-        """`copies`: files that are taken over whole; their length is held against the plan's, too."""
+        """`copies`: files copied whole; their length is compared with the plan, too."""
         self._sources, self._headers, self._copies = sources, headers, tuple(copies)
         self._before = {ref: self._look(ref) for ref in {**headers, **dict.fromkeys(c.model for c in self._copies)}}
 
@@ -41,10 +41,10 @@ class Watch:
                 raise _changed(ref, changed, "was changed while it was merged")
 
     def facts(self) -> dict[str, Fact]:
-        """What tells the weights of folders from others that took their place, for whoever goes on another day.
+        """Facts that identify the weights in local folders, for a merge that is resumed later.
 
-        A commit on the Hub pins the bytes however often they are fetched, so its files are left out. Nor does the time
-        of the inode's change count: a link or a permission changes it.
+        Files of the Hub are pinned by their commit and left out. The change time of the inode does not count: links and
+        permissions change it.
         """
         return {
             f"{ref}/{file}": seen[:3]
@@ -86,9 +86,9 @@ def _seen(facts: os.stat_result, in_parts: bool) -> _Seen:
 
 
 def require_same(before: Mapping[str, Sequence[int]], now: Mapping[str, Fact], remove: Path) -> None:
-    """Hold what was noted when a merge began against what is there today.
+    """Compare the facts recorded at the start of a merge with the current ones.
 
-    Raises Refused SOURCE_CHANGED_OR_GONE: what is finished was made from other bytes than the rest would be.
+    Raises Refused SOURCE_CHANGED_OR_GONE: a resumed merge must not mix different sources.
     """
     differing = (file for file in sorted({*before, *now}) if tuple(before.get(file, ())) != now.get(file, ()))
     if (changed := next(differing, None)) is not None:

@@ -44,7 +44,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a provenance file says of a merge."""
+    """Content of a provenance file."""
 
     recipe: Recipe
     recipe_digest: str
@@ -106,7 +106,7 @@ def read_claim(files: Files) -> Claim:
 
 
 def _every_source(told: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The sources of all documents; what a stage made stands among those of the next, and is none."""
+    """Sources of all documents without intermediate results."""
     stages = {str(stage["name"]) for stage in told.get("stages", ())}
     listed = [*told["sources"], *(source for stage in told.get("stages", ()) for source in stage["sources"])]
     return [source for source in listed if str(source["ref"]) not in stages]
@@ -125,14 +125,14 @@ def _digest(text: object) -> str:
 
 
 def expected_sizes(made: Plan) -> dict[str, int]:
-    """Every file the merge writes whose bytes the plan knows -> its length."""
+    """Lengths of all files of the merge whose bytes the plan knows."""
     shards = {shard.file: shard.nbytes for shard in made.shards}
     copies = {copied.file: copied.nbytes for copied in made.copies}
     return {**shards, **copies, **{name: len(text.encode()) for name, text in _texts(made).items()}}
 
 
 def bounded(made: Plan, files: Files, sha256: Hashes) -> Hashes:
-    """`sha256`, which reads no file that already its length tells from the right one: it may be a sparse terabyte."""
+    """`sha256` that skips files whose size is already wrong: such a file may be a sparse terabyte."""
     expected, sizes = expected_sizes(made), files.sizes()
 
     def looked_at(name: str) -> str | None:
@@ -145,7 +145,7 @@ def bounded(made: Plan, files: Files, sha256: Hashes) -> Hashes:
 
 
 def against_listing(made: Plan, names: Iterable[str]) -> list[Difference]:
-    """The names that lie there, folders ending in a slash, held against those that the merge writes."""
+    """Compare the names in the folder, subfolders ending in a slash, with those that the merge writes."""
     written = {*expected_sizes(made), PROVENANCE}
     found = set(names) - {MANIFEST}  # it stays behind when a merge is published
     out = [_missing(name) for name in sorted(written - found)]
@@ -163,7 +163,7 @@ def _texts(made: Plan) -> dict[str, str]:
 
 
 def against_files(claim: Claim, sha256: Hashes) -> list[Difference]:
-    """The files as they lie there, held against what the provenance says was written."""
+    """Compare the files with the provenance."""
     out = []
     for name, digest in sorted(claim.outputs.items()):
         found = sha256(name)
@@ -175,7 +175,7 @@ def against_files(claim: Claim, sha256: Hashes) -> list[Difference]:
 
 
 def against_plan(claim: Claim, made: Plan, files: Files) -> list[Difference]:
-    """The claim, and the small files as they lie there, held against a plan made anew."""
+    """Compare the claim and the small files with a new plan."""
     out = []
     if claim.recipe.digest != claim.recipe_digest:
         out.append(Difference("recipe", "digest", "The recipe in the provenance is not the one it names by digest."))
@@ -216,9 +216,9 @@ def against_merge(
     written: Mapping[str, str],
     progress: Progress | None = None,
 ) -> list[Difference]:
-    """Every tensor and copied file of `theirs`, held against the merge made anew in `merged`.
+    """Compare every tensor and copied file of `theirs` with the new merge in `merged`.
 
-    `written` holds the SHA-256 of its files: a shard that has the same one needs no second look.
+    `written` holds the SHA-256 of its files: a shard with an equal hash needs no second look.
     """
     ours, done = LocalFiles(merged), 0
     sink = Comparing(made, theirs)
@@ -236,7 +236,7 @@ def against_merge(
 
 
 class Comparing:
-    """A sink (execution/writer.py) that writes nothing: what is merged anew is held against `theirs` piece by piece."""
+    """A writer (execution/writer.py) that compares the new merge with `theirs` chunk by chunk and writes nothing."""
 
     done: frozenset[int] = frozenset()
 
@@ -259,10 +259,10 @@ class Comparing:
                 self._found[step.index] = (before[0] + elements, max(before[1], ulps))
 
     def finished(self, step: Step, found: Found) -> None:
-        """Nothing to be kept of it."""
+        """Do nothing: no state is kept."""
 
     def differences(self) -> list[Difference]:
-        """What was found, in the order of the plan, once every step has been written."""
+        """Differences in the order of the plan, after all steps were written."""
         out = list(self._layout)
         for step in self._made.steps:
             if step.name not in self._stored and self._made.shards[step.shard].file in self._unread:
@@ -276,7 +276,7 @@ class Comparing:
 
 
 def against_copies(made: Plan, sources: Mapping[ModelRef, Files], sha256: Hashes) -> list[Difference]:
-    """The files taken over byte for byte, held against those of their sources."""
+    """Compare copied files with those of their sources."""
     return [
         _other_copy(copied)
         for copied in made.copies
@@ -285,7 +285,7 @@ def against_copies(made: Plan, sources: Mapping[ModelRef, Files], sha256: Hashes
 
 
 def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Difference], set[str]]:
-    """The tensors that lie in the planned shards, by name; what is wrong with shards; those that cannot be read."""
+    """Tensors of the planned shards by name; errors of shards; unreadable shards."""
     sizes, out, found, unread = files.sizes(), dict[str, TensorInfo](), list[Difference](), set[str]()
     for shard in made.shards:
         if shard.file not in sizes:
@@ -326,7 +326,7 @@ def _stray(name: str) -> Difference:
 
 
 def apart(a: bytes, b: bytes, dtype: str) -> tuple[int, int]:
-    """How many elements differ, and the most by which one does, in steps between neighbouring numbers of the type."""
+    """Number of different elements, and their largest distance in steps between neighbouring numbers of the type."""
     import numpy as np
 
     if dtype not in ("float64", "float32", "float16", "bfloat16"):
@@ -342,7 +342,7 @@ def apart(a: bytes, b: bytes, dtype: str) -> tuple[int, int]:
 
 
 def hash_of(files: Files, name: str) -> str | None:
-    """SHA-256 of a file read through `files`, None when there is none."""
+    """SHA-256 of a file read through `files`; None if it is missing."""
     size = files.sizes().get(name)
     if size is None:
         return None

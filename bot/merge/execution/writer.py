@@ -38,7 +38,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One finished tensor: its step, the CRC-32 of its bytes, what was found on the way."""
+    """One complete tensor: its step, the CRC-32 of its bytes, and its findings."""
 
     step: int
     crc: int
@@ -46,13 +46,13 @@ class Record:
     corners: Mapping[str, int] = field(default_factory=dict)
 
     def line(self) -> bytes:
-        """The journal line, ending in the CRC-32 of what stands before it."""
+        """Journal line of the record."""
         entry = {"step": self.step, "crc": self.crc, "nonfinite": dict(self.nonfinite), "corners": dict(self.corners)}
         return journal_line(entry)
 
     @classmethod
     def read(cls, line: bytes) -> Record | None:
-        """The record of a line, None if the line is torn."""
+        """Record of a line; None if the line is damaged."""
         entry = journal_entry(line)
         return None if entry is None else cls(entry["step"], entry["crc"], entry["nonfinite"], entry["corners"])
 
@@ -67,9 +67,9 @@ class FileFact:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What came to light while one tensor was merged.
+    """Findings of merging one tensor.
 
-    nonfinite: NaN or infinite elements per source. corners: how often a rule for odd cases came in, by notice code.
+    nonfinite: NaN or infinite elements per source. corners: uses of rules for special cases, by notice code.
     """
 
     nonfinite: Mapping[str, int] = field(default_factory=dict)
@@ -85,12 +85,12 @@ class Sink(Protocol):
         ...
 
     def write(self, step: Step, at: int, data: memoryview) -> None:
-        """Bytes of `step` from byte `at` of its tensor on; within a step `at` rises without gaps. `data` is reused
-        by the caller afterwards."""
+        """Write bytes of `step` from byte `at` of its tensor on; within a step `at` rises without gaps. The caller
+        reuses `data`."""
         ...
 
     def finished(self, step: Step, found: Found) -> None:
-        """Every byte of `step` has been written."""
+        """Mark `step` as complete."""
         ...
 
 
@@ -182,7 +182,7 @@ class Writer:
             raise self._explained(error) from error
 
     def finished(self, step: Step, found: Found) -> None:
-        """Remember that a tensor is whole; it enters the journal once it is durable, and nobody waits for that."""
+        """Record that a tensor is complete; it enters the journal once it is durable, without blocking the caller."""
         record = Record(step.index, self._crcs.pop(step.index, 0), found.nonfinite, found.corners)
         with self._wake:
             self._pending.append(record)
@@ -193,7 +193,7 @@ class Writer:
             self._hashing.finished(step.index)
 
     def _keep_syncing(self) -> None:
-        """Every `sync_bytes` bytes or SYNC_S seconds, until the end."""
+        """Sync every `sync_bytes` bytes or SYNC_S seconds, until the end."""
         while not self._closing:
             with self._wake:
                 if self._pending_bytes < self.sync_bytes and not self._closing:
@@ -290,9 +290,9 @@ class Writer:
             os.pwrite(handle, shard.header, 0)
 
     def _forget_what_is_not_there(self) -> None:
-        """Read what the journal calls finished; what is not as it was written is computed again.
+        """Read back the tensors in the journal; those that differ from their CRC are computed again.
 
-        A later line about the same tensor counts, so the journal itself can stay as it is.
+        A later line about the same tensor takes precedence, so the journal itself can stay as it is.
         """
         for index, record in list(self.done.items()):
             step, crc, at = self.plan.steps[index], 0, 0
@@ -303,7 +303,7 @@ class Writer:
                 del self.done[index]
 
     def _read_journal(self) -> None:
-        """Take over what an interrupted run of the same plan finished; drop a torn tail."""
+        """Take over the complete tensors of an interrupted run of the same plan; drop a damaged tail."""
         content = b""
         while part := os.pread(self._journal, 2**20, len(content)):
             content += part

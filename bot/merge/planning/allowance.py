@@ -1,6 +1,6 @@
-"""How much planning one recipe may take: a line of text repeats a whole model, and a later document repeats the result.
+"""Limits on planning work: a short recipe can expand to millions of tensors.
 
-Counted before anything is built, so that a refusal costs no more than counting to the limit.
+Work is counted before anything is built, so that a refusal costs no more than counting to the limit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bot.merge.checkpoints.header import Limits
 
 
 class Allowance:
-    """What the documents of one recipe may still look at, under `limits`. Raises `Refused(TOO_LARGE)` beyond them."""
+    """Remaining planning work of one recipe, under `limits`. Raises `Refused(TOO_LARGE)` beyond them."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

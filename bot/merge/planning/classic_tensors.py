@@ -1,7 +1,7 @@
-"""What the 2023 `main.py` does to single tensors: its layer gradient, its shapes, its types. merging.md 4.1.
+"""Tensor rules of the 2023 `main.py`: its layer gradient, shapes and types. docs/design/merging.md 4.1.
 
-The first model's tensors are the output's; a tensor that another model lacks is merged from the rest; embeddings and
-head are cut to a common size and kept in float32. Nothing else in the engine is so lenient, so it all is noticed.
+The output has the first model's tensors. A tensor that another model lacks is merged from the rest; embeddings and head
+are cut to a common size and kept in float32. The rest of the engine is stricter, so each of these rules gives a notice.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ _EMBEDDING, _NORM, _HEAD = "embed_tokens", "model.norm.weight", "lm_head"
 def plateaus(gradient: Sequence[float], layers: int) -> list[float]:
     """`layers` + 2 values: for the embeddings, every layer, the final norm.
 
-    Every piece between two neighbours gets the same number of samples with both ends included, so that inner values
-    come twice; what is missing at the end is filled with the last value. Raises `Refused` if there are more pieces
-    than places.
+    Every interval between two neighbours gets the same number of samples with both ends included, so inner values occur
+    twice; the last value fills the rest. Raises `Refused` for more intervals than places.
     """
     pieces = len(gradient) - 1
     count = (layers + 2) // pieces
@@ -43,7 +42,7 @@ def plateaus(gradient: Sequence[float], layers: int) -> list[float]:
 
 
 def spread(recipe: Recipe, layers: int, notes: Notes) -> Recipe:
-    """The recipe with its layer gradient written out as conditions on tensor names, for a model of that depth."""
+    """The recipe with its layer gradient as conditions on tensor names, for a model of that depth."""
     classic = recipe.classic
     if classic is None or not classic.layer_gradient:
         return recipe
@@ -79,7 +78,7 @@ def _by_name(values: Sequence[float], plain: Setting | None, head: float | None)
 
 
 def fitted(slot: Slot, recipe: Recipe, notes: Notes) -> Slot | None:
-    """The slot with the inputs that take part, cut to one shape; None if the first model has no such tensor."""
+    """The slot with its inputs cut to one shape; None if the first model lacks the tensor."""
     here = [(i, one) for i, one in enumerate(slot.inputs) if one.tensor is not None and _own_head(slot, one.tensor)]
     if not here or here[0][0] != 0:
         notes.add("CLASSIC_LEFT_OUT", f"{slot.name} is not in the first model and is left out")
@@ -106,7 +105,7 @@ def fitted(slot: Slot, recipe: Recipe, notes: Notes) -> Slot | None:
 
 
 def must_copy(slot: Slot, recipe: Recipe) -> bool:
-    """Whether so little of a tensor is left that its method has nothing to do: one input, or none that is the base."""
+    """Return whether the method has nothing to combine: one input, or no base."""
     return recipe.method in ("slerp", "ties") and (len(slot.inputs) == 1 or slot.base is None)
 
 
@@ -120,12 +119,12 @@ def with_true_rows(config: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _own_head(slot: Slot, tensor: TensorInfo) -> bool:
-    """In 2023 an embedding never stood in for a head."""
+    """Refuse a tied head: the 2023 program never used the embedding as lm_head."""
     return not is_head(slot.name) or is_head(tensor.name)
 
 
 def _cut_to(method: str, tensors: Sequence[TensorInfo], reference: TensorInfo | None) -> tuple[int, ...]:
-    """The shape to cut to: the base's (ties), else what all have in common."""
+    """The shape to cut to: the base's (ties), else the common part."""
     assert reference is not None
     if method == "ties" or any(len(tensor.shape) != len(reference.shape) for tensor in tensors):
         return reference.shape

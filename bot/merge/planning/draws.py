@@ -1,7 +1,7 @@
-"""Which random stream belongs to which tensor. merging.md 1.7.
+"""Keys of the random masks. docs/design/merging.md 1.7.
 
-The key depends on what is drawn for and on nothing else, so masks are the same for any thread count, chunk size,
-shard layout, model order, device or interruption.
+A key depends on the purpose of the draw only, so masks are the same for any thread count, chunk size, shard layout,
+model order, device or interruption.
 """
 
 from __future__ import annotations

@@ -49,13 +49,13 @@ def first_k(default: int, key: str = "first_k_dense_replace") -> Rule:
 
 
 def dense_first(default: int) -> Rule:
-    """Dense layers before the sparse ones, counted by `first_k_dense_replace` where there is no list."""
+    """Dense layers before the sparse ones, counted by `first_k_dense_replace` without a list."""
     key = "first_k_dense_replace"
     return mlp(first((key, default)), leading(key))
 
 
 def placed(key: str, formula: Formula, limit: str = PLACES, depth: str | None = None) -> Rule:
-    """A property that comes from the layer's place alone: no value of the config moves it."""
+    """A property of the layer's place alone, which no config value moves."""
     return Rule(key, formula, limit, depth=depth)
 
 
@@ -127,7 +127,7 @@ def kv(default: int) -> Rule:
 
 
 def read_layers(key: str, *default: int) -> Rule:
-    """Layers whose output is read, each by tensors of its own."""
+    """Layers whose output is read, each by its own tensors."""
     limit = "every layer whose output is read stays once, in the same order"
     return Rule(key, formulas.order_of(key, default), limit, values=(Values((key,), formulas.proposed_order(key)),))
 

@@ -1,4 +1,4 @@
-"""Formulas of single families: how transformers 5.23 computes a property of each layer from the config.
+"""Formulas of single families: computation of per-layer properties from the config, as in transformers 5.23.
 
 Each takes the part of the config that describes the layers, and their count, and returns one entry per layer.
 """
@@ -34,7 +34,7 @@ def each(kind: Callable[[int, int], Any]) -> Formula:
 
 
 def where(key: str, formula: Formula, *, default: Any = None) -> Formula:
-    """The formula where `key` is set; otherwise all layers are alike."""
+    """The formula if `key` is set; otherwise all layers are equal."""
     return lambda part, layers: formula(part, layers) if setting(part, key, default) else [None] * layers
 
 
@@ -77,7 +77,7 @@ def cohere2_moe(part: Part, layers: int) -> Kinds:
 
 
 def last_full(formula: Formula) -> Formula:
-    """Full attention in the last layer, whatever the formula says."""
+    """Full attention in the last layer, whatever the formula gives."""
     return lambda part, layers: [*formula(part, layers)[:-1], FULL][:layers]
 
 
@@ -202,7 +202,7 @@ def letters(part: Part, layers: int) -> Kinds:
 
 
 def gpt_neo_attention(part: Part, layers: int) -> Kinds:
-    """Pairs of a list of kinds and how often it is repeated."""
+    """Pairs of a list of kinds and its number of repetitions."""
     pairs = setting(part, "attention_types", [[["global", "local"], 12]])
     return [kind for kinds, times in pairs for kind in list(kinds) * times][:layers]
 
@@ -245,7 +245,7 @@ def muse_thetas(default: float) -> Formula:
 
 
 def depth_scale(part: Part, layers: int) -> Kinds:
-    """MiniCPM: what a layer adds is scaled by `scale_depth` / sqrt(number of layers)."""
+    """MiniCPM: the output of a layer is scaled by `scale_depth` / sqrt(number of layers)."""
     return [round(setting(part, "scale_depth", 1.4) / math.sqrt(layers), 9)] * layers
 
 
@@ -263,7 +263,7 @@ def deepstack(part: Part, layers: int) -> Kinds:
 
 
 def order_of(key: str, default: tuple[int, ...]) -> Formula:
-    """The place of each layer in a list of layer numbers, None if it is not there."""
+    """Place of each layer in a list of layer numbers; None if it is absent."""
 
     def kinds(part: Part, layers: int) -> Kinds:
         at = list(setting(part, key, default))
@@ -273,7 +273,7 @@ def order_of(key: str, default: tuple[int, ...]) -> Formula:
 
 
 def proposed_order(key: str) -> Callable[[Kinds, Part], Iterator[Mapping[str, Any]]]:
-    """The list of layer numbers for wanted places."""
+    """List of layer numbers for the wanted places."""
 
     def propose(wanted: Kinds, _: Part) -> Iterator[Mapping[str, Any]]:
         at = {place: i for i, place in enumerate(wanted) if place is not None}

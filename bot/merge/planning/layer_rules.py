@@ -23,7 +23,7 @@ Formula = Callable[[Part, int], Kinds]
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Config keys that hold a rule, and values of them that may give the wanted kinds (each is checked)."""
+    """Config keys of a rule, and values of them that may give the wanted kinds (each is checked)."""
 
     keys: tuple[str, ...]
     propose: Callable[[Kinds, Part], Iterable[Mapping[str, Any]]]
@@ -31,7 +31,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One property of every layer. `formula(part, layers)` gives it where the config holds no list under `listed`."""
+    """One property of every layer. `formula(part, layers)` gives it if the config has no list under `listed`."""
 
     name: str  # the config key that a refusal names
     formula: Formula
@@ -48,7 +48,7 @@ class Rule:
         return self._computed(part, layers)
 
     def _computed(self, part: Part, layers: int) -> Kinds:
-        """By the formula, None beyond what it covers."""
+        """Kinds by the formula; None outside of its domain."""
         return [*self.formula(part, layers), *[None] * layers][:layers]
 
     def edits(self, part: Part, wanted: Kinds) -> Mapping[str, Any] | None:
@@ -60,7 +60,7 @@ class Rule:
         return self._solved(part, wanted)
 
     def old_edits(self, part: Part, wanted: Kinds) -> Mapping[str, Any] | None:
-        """Changes of the keys that older programs read instead of the list; None if they cannot say it."""
+        """Changes of the keys that older programs read instead of the list; None if these keys cannot express it."""
         bare = {key: value for key, value in part.items() if key != self.listed}
         return {} if self._computed(bare, len(wanted)) == wanted else self._solved(bare, wanted)
 
@@ -70,7 +70,7 @@ class Rule:
 
 
 def setting(part: Part, key: str, default: Any) -> Any:
-    """The value of a key; the default of the config class where it is missing or null."""
+    """Value of a key; the default of the config class if it is missing or null."""
     value = part.get(key)
     return default if value is None else value
 
@@ -97,7 +97,7 @@ def first(count: int | tuple[str, int], on: Any = DENSE, off: Any = SPARSE) -> F
 
 
 def numbered(key: str, default: Sequence[int] = (), on: Any = True, off: Any = False) -> Formula:
-    """`on` in the layers whose numbers stand under `key`."""
+    """`on` in the layers whose numbers are listed under `key`."""
     return lambda part, layers: [on if i in setting(part, key, default) else off for i in range(layers)]
 
 
@@ -133,7 +133,7 @@ def numbers(key: str, kind: Any = True) -> Values:
 
 
 def rules_of(config: Mapping[str, Any], path: Sequence[str], table: Mapping[str, tuple[Rule, ...]]) -> list[Rule]:
-    """The rules for the part of `config` whose layer count stands at `path`."""
+    """Rules for the part of `config` that has its layer count at `path`."""
     part = at(config, path[:-1]) or {}
     outer = config.get("model_type", "")
     suffix = {"text_config": "_text", "vision_config": "_vision"}.get(path[0] if len(path) > 1 else "", "")
@@ -145,7 +145,7 @@ def rules_of(config: Mapping[str, Any], path: Sequence[str], table: Mapping[str,
 
 
 def at(config: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """The value at a path of keys; None where a key is missing."""
+    """Value at a path of keys; None if a key is missing."""
     part: Any = config
     for step in path:
         part = part.get(step) if isinstance(part, Mapping) else None

@@ -1,7 +1,7 @@
-"""The rules of the model types of transformers, by `model_type`: facts of its config and modeling files (5.23).
+"""Layer rules by `model_type`: facts of transformers' config and modeling files (5.23).
 
-A model type that is missing here has layers that are all alike, or lists in its config that say everything.
-tests/merge/test_layer_kinds.py compares the table with every model class of the installed transformers.
+Model types that are missing here have equal layers, or complete lists in their configs. tests/merge/test_layer_kinds.py
+compares the table with every model class of the installed transformers.
 """
 
 from __future__ import annotations

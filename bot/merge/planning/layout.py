@@ -1,7 +1,6 @@
-"""Recipe + architectures -> the output's tensors, each with the source tensors it is made of. merging.md 1.4, 1.5.
+"""Layout of the output: its tensors, each with its source tensors. docs/design/merging.md 1.4, 1.5.
 
-A Slot is a tensor of the output before any method has looked at it: a name, the inputs that have it, and where in
-the stack it stands.
+A Slot is a tensor of the output before a method is chosen: a name, its inputs, and its position in the stack.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Architectures = Mapping[ModelRef, Architecture]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One input of a slot: the source and its tensor, None where the source lacks it. `path` is its YAML path."""
+    """One input of a slot: the source and its tensor, None if the source lacks it. `path` is its YAML path."""
 
     source: Source
     tensor: TensorInfo | None
@@ -51,7 +50,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """One stack of the output: the config's keys that count it, its depth in the donor, where each layer is from."""
+    """One stack of the output: the config keys that count it, its original depth, and the origin of each layer."""
 
     depths: tuple[tuple[str, ...], ...]
     donor_layers: int
@@ -72,7 +71,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A slice with its inputs resolved: who takes part, from which layer on, under which names."""
+    """A slice with resolved inputs: models, first layers and names."""
 
     sources: tuple[Source, ...]
     base: int | None
@@ -83,7 +82,7 @@ class _Piece:
 
 
 def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures, allowance: Allowance) -> Layout:
-    """Lay out the output. Raises `Refused` for modules, ranges and depths that do not fit, and beyond `allowance`."""
+    """Lay out the output. Raises `Refused` for modules, ranges and depths that do not match, and beyond `allowance`."""
     modules = {module.name: module for module in recipe.modules}
     whole = modules.get("default")
     if not recipe.modular or (whole is not None and whole.layout == "models" and len(modules) == 1):
@@ -110,7 +109,7 @@ def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectur
 
 
 def _asked(recipe: Recipe, found: Sequence[Part]) -> list[tuple[Module, Part]]:
-    """What each module of the recipe means in the output; modules without layers may go along with the main one."""
+    """Modules of the output by module of the recipe; modules without layers may be merged with the main one."""
     donor = str(recipe.donor)
     asked: dict[str, tuple[Module, Part]] = {}
     for module in recipe.modules:
@@ -170,7 +169,7 @@ class _Arrangement:
         architectures: Architectures,
         depths: tuple[tuple[str, ...], ...] | None = None,
     ) -> None:
-        """`depths`: paths of the config's keys for the layer count; None: there is one module, which has them all."""
+        """`depths`: paths of the config keys for the layer count; None for a model with one module."""
         self.recipe, self.checkpoints, self.architectures = recipe, checkpoints, architectures
         self.model = architectures[recipe.donor]  # gives the output its names
         self.module = module
@@ -195,7 +194,7 @@ class _Arrangement:
         return sum(piece.length for piece in self.pieces)
 
     def counts(self) -> Iterator[tuple[int, int]]:
-        """(tensors, inputs of each) of what stands outside the layers, then of each layer: what `layout` will build."""
+        """(tensors, inputs of each) outside the layers, then of each layer, as `layout` will build them."""
         for piece, side in ((self.pieces[0], "before"), (self.pieces[-1], "after")):
             found = [self.architectures[source.model] for source in piece.sources]
             names = {name for part in found for name in (part.before if side == "before" else part.after)}
@@ -308,12 +307,12 @@ class _Arrangement:
         return len(self.pieces) > 1 or {self.depth} != depths
 
     def _gives_a_head(self, piece: _Piece) -> bool:
-        """Whether a slice without layers names a tied model that gives the head, and another gives the embeddings."""
+        """Return whether a slice without layers takes its head from a tied model and its embeddings from another."""
         first = self.pieces[0].sources[0].model
         return piece.length == 0 and self.architectures[piece.sources[0].model].tied and first != piece.sources[0].model
 
     def _other_position(self, name: str) -> float:
-        """Layers of a second stack have their own positions; everything else loose stands at 0."""
+        """Layers of a second stack have their own positions; all other loose tensors are at 0."""
         return self._positions.get(name, 0.0)
 
     def _slot(self, piece: _Piece, name: str, names: list[str | None], u: float, *, loose: bool) -> Slot:
@@ -328,7 +327,7 @@ class _Arrangement:
         return Slot(name, inputs, piece.base, u, piece.levels, loose, True, tuple(self._elsewhere(name, piece)))
 
     def _counts_tokens(self, name: str, inputs: Sequence[Input]) -> bool:
-        """Whether dimension 0 of a loose tensor is the vocabulary: by its name, or by its name and rows."""
+        """Return whether dimension 0 of a loose tensor is the vocabulary, by its name and rows."""
         if name == self.model.embedding or is_head(name) or _HEAD_BIAS.search(name):
             return True
         return may_count_tokens(name) and all(

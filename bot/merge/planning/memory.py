@@ -1,9 +1,9 @@
-"""Upper bound of the memory that merging one tensor takes: promised by the plan, kept by the engine.
+"""Upper bound of the memory of a merge, per tensor and in total.
 
-A worker holds a few chunks of 2^18 elements (or one row, where that is longer) and the state that a method keeps about
-the whole tensor. A plan adds up `plan.WORKERS` of its largest tensors and the interpreter, which is the need of a merge
-on the CPU with that many threads. Each further thread takes at most the need of the largest tensor again. On CUDA the
-same holds for the host; memory of the device, and what its libraries map into the host, are not covered.
+A worker holds a few chunks of 2^18 elements (or one row, if that is longer) and the state of a method for the whole
+tensor. A plan adds up `plan.WORKERS` of its largest tensors and the interpreter: the need of a merge on the CPU with
+that many threads. Each further thread takes at most the need of the largest tensor again. On CUDA the same holds for
+the host; device memory and the mappings of its libraries are not covered.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ def chunk_of(work: Work) -> int:
 
 
 def row_length(work: Work) -> int:
-    """Elements that a chunk must hold together: 1 for methods that do not look at rows."""
+    """Elements that a chunk must keep together: 1 for methods without row operations."""
     return METHODS[work.method].row_length(work) if work.action == "merge" and work.shape else 1

@@ -1,7 +1,7 @@
-"""Which bytes of which files a plan reads: what has to be fetched of a source that lies elsewhere. merging.md 5.1.
+"""Byte ranges that a plan reads of its sources. docs/design/merging.md 5.1.
 
-Headers and small texts whole, of the weights only the tensors that take part. Two ranges with a small gap between them
-become one, because a request costs more than the bytes of the gap.
+Headers and small texts are read whole, weights only as needed. Two ranges with a small gap between them become one,
+because a request costs more than the bytes of the gap.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Config keys of transformers 4, written beside those of transformers 5.
 
-transformers 5 stores rotary positions under `rope_parameters` alone. transformers 4 does not know that key and falls
-back to a base of 10,000 without scaling, so the same weights compute another model there. It reads whether a head is
-tied from the config of the text model, transformers 5 from that of the whole model.
+transformers 5 stores rotary positions under `rope_parameters` alone. transformers 4 ignores that key and uses a base of
+10,000 without scaling, which makes another model of the same weights. It reads the flag for tied heads from the config
+of the text model, transformers 5 from that of the whole model.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _EXPERTS = ("qwen3_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text")
 
 
 def add_older_keys(config: dict[str, Any]) -> None:
-    """Add to a config, and to those inside it, the keys that transformers 4 reads.
+    """Add the keys that transformers 4 reads to a config and its nested ones.
 
-    What is there already stays, but for the flag of a text model whose whole model ties its head.
+    Existing keys stay, except for the flag of a text model whose whole model ties its head.
     """
     for key, part in config.items():
         if key.endswith("_config") and isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""Names of what every output holds beside the weights: written at the end of a merge, looked for in a finished one."""
+"""Names of the files that every output holds beside the weights."""
 
 from __future__ import annotations
 

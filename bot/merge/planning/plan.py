@@ -1,4 +1,4 @@
-"""A plan: everything about a merge that is known before its first weight is read."""
+"""Plan of a merge: everything that is known before the first weight is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METADATA = {"format": "pt"}
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor of the output: what to compute, and the `nbytes` bytes at `offset` of `shard` it fills."""
+    """One tensor of the output: its work, and its `nbytes` bytes at `offset` of `shard`."""
 
     index: int
     work: Work
@@ -44,9 +44,9 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSource:
-    """One source: what it is used for and the shards the plan was made from (bytes, header SHA-256).
+    """One source: its use and the shards behind the plan (bytes, header SHA-256).
 
-    `header_ends` is where each shard's first tensor starts; `texts` the small files that describe the model (bytes);
+    `header_ends` is the start of each shard's first tensor; `texts` the small files that describe the model (bytes);
     `presumed` pairs of tied tensors that have to be equal (`Checkpoint.presumed`).
     """
 
@@ -60,7 +60,7 @@ class PlannedSource:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A file taken over from a source byte for byte."""
+    """A file copied from a source byte for byte."""
 
     model: ModelRef
     file: str
@@ -69,7 +69,7 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything about a merge that is known before its first weight. `digest` identifies the exact work."""
+    """Plan of a merge. `digest` identifies the exact work."""
 
     recipe: Recipe
     seed: int
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def index(self) -> str | None:
-        """The text of model.safetensors.index.json, None for a single shard."""
+        """Text of model.safetensors.index.json; None for a single shard."""
         if len(self.shards) == 1:
             return None
         weight_map = {step.name: self.shards[step.shard].file for step in self.steps}

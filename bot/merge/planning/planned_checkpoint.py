@@ -1,6 +1,6 @@
-"""A merge that has not run yet, seen as a checkpoint: what its plan says about headers, config and tokenizer.
+"""A planned merge as a checkpoint: headers, config and tokenizer from its plan.
 
-So a recipe of several documents is planned to the end before a weight moves. merging.md 3.1.
+A recipe of several documents is planned to the end before any weights move. docs/design/merging.md 3.1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def checkpoint(plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Ada
 
 
 class _Ahead:
-    """The files `plan` will write, as far as their bytes are known."""
+    """Files that `plan` will write, as far as their bytes are known."""
 
     def __init__(self, plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> None:
         self._name = name

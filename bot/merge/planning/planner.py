@@ -63,11 +63,10 @@ def make(
     shard_limit_bytes: int = SHARD_LIMIT_BYTES,
     limits: Limits = TRUSTED,
 ) -> Plan:
-    """Plan a merge and the stages before it. `opened` holds `recipe.repos`; seed keys the random methods; `limits` say
-    how many layers and tensors the recipe may ask for.
+    """Plan a merge and the stages before it.
 
-    Raises `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED,
-    TOO_LARGE.
+    `opened` holds `recipe.repos`; `seed` keys the random methods; `limits` bounds layers and tensors. Raises
+    `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED, TOO_LARGE.
     """
     allowance = Allowance(limits)
     models = {ref: one for ref, one in opened.items() if isinstance(one, Checkpoint)}
@@ -220,7 +219,7 @@ def _finish(
 
 
 def _digest(asked: _Asked, sources: Iterable[PlannedSource], small: _SmallFiles, alignment: Alignment | None) -> str:
-    """Identity of the exact work: whatever may change a byte of the output is in it."""
+    """Identity of the exact work: everything that may change a byte of the output."""
     adapters = {str(ref): one.digest for ref, one in asked.opened.items() if isinstance(one, Adapter)}
     identity = {
         "recipe": asked.recipe.digest,
@@ -245,10 +244,10 @@ def _planned_source(ref: ModelRef, roles: tuple[str, ...], opened: Checkpoint | 
 
 
 def pack(works: Iterable[Work], shard_limit_bytes: int) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
-    """Distribute tensors over shards of at most `shard_limit_bytes` of data (a larger tensor stands alone).
+    """Distribute tensors over shards of at most `shard_limit_bytes` of data (a larger tensor gets its own).
 
-    Within a shard wider types come first, so that every tensor starts at a multiple of its element size, which
-    readers that map the file rely on; work order is kept otherwise.
+    Within a shard wider types come first, so that every tensor starts at a multiple of its element size, as readers
+    that map the file require; otherwise work order is kept.
     """
     groups: list[list[Work]] = [[]]
     filled = 0
@@ -293,7 +292,7 @@ def _same_family(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> 
 
 
 def _same_width(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
-    """Layers that stand on one another must be as wide as one another: the output's config can say one width only."""
+    """Refuse stacked layers of different widths: the output's config has one width only."""
     if all(module.layout == "models" for module in recipe.modules):
         return
     for key in ("hidden_size", "intermediate_size"):

@@ -24,7 +24,7 @@ def find(layer: Mapping[str, str], suffix: str) -> str | None:
 
 
 def under_prefix(name: str, prefix: str, other: str) -> Iterator[str]:
-    """Spellings of a name in a model whose layers have the prefix `other`, given one in a model with `prefix`."""
+    """Spellings of a name in a model with the layer prefix `other`, for a name under `prefix`."""
     for alias in aliases(name):
         yield alias
         if prefix != other and prefix.endswith(other):

@@ -42,9 +42,9 @@ _NEEDED = {"sliding": ("use_sliding_window", "sliding_window"), "chunked": ("att
 
 
 def restack(config: dict[str, Any], stack: Stacked, donor: ModelRef, configs: Configs, notes: Notes) -> None:
-    """Change `config`, a copy of the donor's, so that it describes the layers of `stack`.
+    """Change `config`, a copy of the config source's, so that it describes the layers of `stack`.
 
-    Raises `Refused(LAYER_RULE)` where a rule of the config cannot give each layer the kind it had in its own model.
+    Raises `Refused(LAYER_RULE)` if a rule of the config cannot give each layer the kind that it had in its own model.
     """
     same = list(stack.layers) == [(donor, i) for i in range(stack.donor_layers)]
     for path in stack.depths or _uncounted(config, stack):
@@ -71,7 +71,7 @@ def without_predicted(config: dict[str, Any], stack: Stacked) -> None:
 
 
 def _uncounted(config: Mapping[str, Any], stack: Stacked) -> list[tuple[str, ...]]:
-    """Paths where a count would stand in configs that count layers by a list alone (Nemotron-H, saved again)."""
+    """Paths of missing counts in configs that count layers by a list alone (Nemotron-H, saved again)."""
     paths: tuple[tuple[str, ...], ...] = (("num_hidden_layers",), ("text_config", "num_hidden_layers"))
     return [
         path
@@ -201,7 +201,7 @@ def _entries(
 
 
 def _by_number(path: Sequence[str], key: str, stack: Stacked, configs: Configs) -> dict[str, Any]:
-    """A dict from layer numbers (JSON: strings) to what is special in the layer."""
+    """Dict from layer numbers (JSON: strings) to special properties of the layer."""
     given = {model: at(configs[model], (*path, key)) or {} for model, _ in stack.layers}
     found = {str(number): given[model].get(str(i)) for number, (model, i) in enumerate(stack.layers)}
     return {number: value for number, value in found.items() if value is not None}

@@ -54,11 +54,11 @@ def summary(plan: Plan) -> dict[str, object]:
 
 
 def values_of(plan: Plan, tensor: str) -> dict[str, object]:
-    """What the recipe comes to for one tensor: inputs, the value of every parameter, shape and type.
+    """Resolved recipe for one tensor: inputs, value of every parameter, shape and type.
 
-    Stages are looked into as well: `stages` holds the same of every stage that has the tensor, by its name, unless
-    only one has it, which then stands alone with its name as `stage`.
-    Raises `bot.errors.Refused(TENSOR_MISSING)` with the nearest names when there is no such tensor.
+    `stages` holds the same of every stage that has the tensor, by its name; if only one has it, that one alone is
+    returned with its name as `stage`. Raises `bot.errors.Refused(TENSOR_MISSING)` with the nearest names for an unknown
+    tensor.
     """
     found = [
         {**_values_of(step), **named}
@@ -100,7 +100,7 @@ def _values_of(step: Step) -> dict[str, object]:
 
 
 def _adapter(patch: Patch) -> dict[str, object]:
-    """The tensors read of an adapter for one tensor, and the scale of what they add."""
+    """Adapter tensors for one tensor, and the scale of their delta."""
     factors = [{"tensor": t.name, "dtype": t.dtype.name, "shape": list(t.shape)} for t in patch.reads]
     return {"model": str(patch.adapter), "scale": patch.scale, "tensors": factors}
 
@@ -140,8 +140,8 @@ def _dtype_bytes(steps: Iterable[Step]) -> dict[str, int]:
 
 
 def _values_told(plan: Plan) -> dict[str, object]:
-    """Every parameter, per model where it is given per model: its value; a gradient or conditions as written; where
-    several settings apply, the lowest and the highest value."""
+    """All parameters, per model if they are given per model: a value; a gradient or conditions as written; or the
+    lowest and the highest value of several settings."""
     spans: dict[tuple[str, str], tuple[Value, Value]] = {}
     for step in plan.steps:
         for key, value in _values(step.work):
@@ -166,7 +166,7 @@ def _values(work: Work) -> Iterable[tuple[tuple[str, str], Value]]:
 
 
 def _as_written(recipe: Recipe, name: str, model: str) -> object | None:
-    """The gradient or the conditions that give a parameter its values, None where slices differ in them."""
+    """Gradient or conditions of a parameter; None if slices differ in them."""
     found: set[tuple[Condition, ...]] = set()
     for module in recipe.modules:
         for piece in module.slices:
@@ -185,7 +185,7 @@ def _as_written(recipe: Recipe, name: str, model: str) -> object | None:
 
 
 def _conditions(name: str, levels: Iterable[Parameters]) -> tuple[Condition, ...]:
-    """What the levels say of a parameter, in the order in which they are asked, up to what matches every tensor."""
+    """Conditions of a parameter in the order of evaluation, up to the one that matches every tensor."""
     out: list[Condition] = []
     for level in levels:
         setting = level.get(name)

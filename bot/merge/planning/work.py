@@ -41,7 +41,7 @@ class Operand:
 
     @property
     def reads(self) -> tuple[tuple[ModelRef, TensorInfo], ...]:
-        """Every tensor to read, with the bare reference whose folder holds it."""
+        """All tensors to read, with the bare reference of their folder."""
         added = () if self.patch is None else tuple((self.patch.adapter, tensor) for tensor in self.patch.reads)
         return ((self.model, self.tensor), *added)
 
@@ -64,11 +64,11 @@ class Aligned:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What to compute for one output tensor.
+    """Computation of one output tensor.
 
-    `merge` applies `method`; `copy` takes the only operand; `equal` copies the first and fails unless all operands
-    are equal bit for bit (tensors that are not floating point). `per_input` holds one value per operand, None for
-    the base; `keys` the mask keys of methods that draw.
+    `merge` applies `method`; `copy` takes the only operand; `equal` copies the first and fails unless all operands are
+    equal bit for bit (tensors that are not floating point). `per_input` holds one value per operand, None for the base;
+    `keys` the mask keys of random methods.
     """
 
     name: str
@@ -101,7 +101,7 @@ def work_of(
     notes: Notes,
     alignment: Alignment | None = None,
 ) -> Work | None:
-    """The work for one slot, None if the tensor is left out. `models` are the sources as written. Raises `Refused`."""
+    """Work for one slot; None if the tensor is left out. `models` are the sources as written. Raises `Refused`."""
     method = METHODS[recipe.method]
     if recipe.classic is not None:
         found = classic_tensors.fitted(slot, recipe, notes)
@@ -165,7 +165,7 @@ def _aligned(
 def _presence(
     slot: Slot, method: Method, present: tuple[int, ...], notes: Notes
 ) -> Literal["merge", "copy", "leave out"]:
-    """What the contract says to a tensor that only some inputs have (column "missing" of merging.md 2.1)."""
+    """Rule of the method for a tensor that only some inputs have (column "missing" of docs/design/merging.md 2.1)."""
     if len(present) == len(slot.inputs):
         return "copy" if len(present) == 1 and method.base is not Base.IGNORED else "merge"
     if not (is_optional(slot.name) or is_head(slot.name)):

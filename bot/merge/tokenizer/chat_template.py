@@ -1,4 +1,4 @@
-"""The chat template of the output: `auto` takes the sources' most common one, raw Jinja is taken as written."""
+"""Chat template of the output: `auto` takes the sources' most common one; raw Jinja is taken as written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def chat_template(
     *,
     known_only: bool,
 ) -> str | None:
-    """The text of the template a recipe asks for; None if it asks for none or no source has one.
+    """Text of the requested template; None if the recipe requests none or no source has one.
 
     With `known_only`, `auto` chooses among the templates that may be published.
     """
@@ -58,8 +58,8 @@ def chat_template(
 def with_named_templates(checkpoint: Checkpoint, made: str | None) -> str | None:
     """tokenizer_config.json with all chat templates of a source that has a folder of further ones, else None.
 
-    `made` is the text that the merge writes, if any. The list is how transformers wrote them before it had the folder;
-    it still reads one where no template file lies.
+    `made` is the text that the merge writes, if any. The list is the older format of transformers, which still reads it
+    if there is no template file.
     """
     files = sorted(name for name in checkpoint.sizes if name.startswith(f"{NAMED_TEMPLATES}/"))
     config = json.loads(made) if made else checkpoint.document("tokenizer_config.json")
@@ -73,7 +73,7 @@ def with_named_templates(checkpoint: Checkpoint, made: str | None) -> str | None
 
 
 def without_template(tokenizer_config: Mapping[str, Any]) -> str:
-    """tokenizer_config.json without a template of its own, which would hide the file's."""
+    """tokenizer_config.json without a template, which would take precedence over the file's."""
     rest = {key: value for key, value in tokenizer_config.items() if key != "chat_template"}
     return json.dumps(rest, ensure_ascii=False, indent=2) + "\n"
 

@@ -1,4 +1,4 @@
-"""The chat templates a recipe can name, written from what each family documents of its prompt format.
+"""Chat templates that a recipe can name, written from each family's documentation of its prompt format.
 
 chatml    OpenAI's Chat Markup Language: <|im_start|>role, newline, text, <|im_end|>
 llama3    Llama 3 model card, "prompt format": <|start_header_id|>role<|end_header_id|>, blank line, text, <|eot_id|>

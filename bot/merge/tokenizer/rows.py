@@ -1,8 +1,8 @@
 """Index arrays from the rows of a source to the output's vocabulary. docs/design/merging.md 3.2.
 
-The row of an output token in source i is i's own row of that token. Where i has none (or the recipe forces one):
-the rule for the token, else the only source that has it, else the base's row, else the mean of those that have it,
-else zeros. Rows that stand for no token get the mean of the rows so found, as in mergekit.
+The row of an output token in source i is i's own row of that token. If i lacks it (or the recipe forces one): the rule
+for the token, else the only source that has it, else the base's row, else the mean of those that have it, else zeros.
+Rows without a token get the mean of the rows found so, as in mergekit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bot.merge.tokenizer.tokenizer import Alignment, Index
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fill:
-    """Output rows `rows` (n) are the mean over `matrices` (m of them) of their rows `taken` (n, m); zero if m = 0."""
+    """Output rows `rows` (n): the mean over `matrices` (m of them) of their rows `taken` (n, m); zero if m = 0."""
 
     rows: Index
     matrices: tuple[int, ...]
@@ -27,7 +27,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowMap:
-    """How one operand is re-indexed: `own[k]` is its row for output row k, -1 where a fill or the mean comes in.
+    """Re-indexing of one operand: `own[k]` is its row for output row k, -1 for a fill or the mean.
 
     `padding` are output rows without a token.
     """
@@ -40,7 +40,7 @@ class RowMap:
 def row_maps(
     alignment: Alignment, inputs: Sequence[ModelRef], matrices: Mapping[ModelRef, int]
 ) -> tuple[RowMap, ...] | None:
-    """Row maps of `inputs`; `matrices` gives every matrix at hand, in order, with its rows. None: nothing to move."""
+    """Row maps of `inputs`; `matrices` gives all matrices, in order, with their rows. None if nothing moves."""
     order = list(matrices)
     held = {ref: {token: i for token, i in alignment.sources[ref].items() if i < matrices[ref]} for ref in order}
     # what stands in for a token is the same for every input that lacks it; looking it up asks all of them
@@ -99,7 +99,7 @@ def _substitute(
     matrices: Mapping[ModelRef, int],
     held: Mapping[ModelRef, Mapping[str, int]],
 ) -> list[tuple[ModelRef, int]]:
-    """Rows that make up the row of a token its source lacks."""
+    """Rows that make up the row of a token that its source lacks."""
     rule = alignment.rules.get(token)
     if rule is not None and rule.source is not None:
         given = rule.source

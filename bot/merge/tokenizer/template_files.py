@@ -1,7 +1,7 @@
-"""The chat templates in the files of a model that is published: kept where they are known, left out where not.
+"""Chat templates in the files of a published model: known ones are kept, unknown ones left out.
 
-A template is a program that runs wherever the model is used (reliability.md 4.5). It is judged by its text, in
-whatever file it stands.
+A template is a program that runs wherever the model is used (docs/design/reliability.md 4.5). It is recognised by its
+text, in any file.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def is_known(template: object) -> bool:
 
 
 def known_only(name: str, source: Checkpoint, made: str | None, notes: Notes) -> str | None:
-    """The text that the file `name` needs in place of the source's or of `made`, the merge's own; "" to leave it out.
+    """Replacement of the file `name`, of the source or `made` by the merge; "" to leave it out.
 
-    None where no template in it is unknown. Each file that loses one is noted.
+    None if all its templates are known. Each file that loses one gets a notice.
     """
     text = None if name not in (*_HOLDERS, TEMPLATE) else source.text(name) if made is None else made
     if text is None:
@@ -58,7 +58,7 @@ def known_only(name: str, source: Checkpoint, made: str | None, notes: Notes) ->
 
 
 def _without_unknown(text: str, document: dict[str, Any]) -> str:
-    """`document`, whose text is `text`, as JSON without the unknown templates; nothing where nothing else is in it."""
+    """`document`, whose text is `text`, as JSON without the unknown templates; empty if nothing else is in it."""
     given = document.pop(_KEY, None)
     known = _known(given)
     if known == given:

@@ -1,7 +1,7 @@
-"""Vocabulary of the output, and the rows that become the row of each token. docs/design/merging.md 3.2.
+"""Vocabulary of the output, and the source rows of each token. docs/design/merging.md 3.2.
 
-Only plain JSON is read: `tokenizer.json` of fast tokenizers. Everything is decided while planning, as index arrays;
-the engine gathers rows by them and never looks at a token.
+Only `tokenizer.json` of fast tokenizers, plain JSON, is read. The planner decides everything as index arrays, by which
+the engine gathers rows.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Alignment:
 
 
 def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
-    """The tokenizer of a source, None if it has no tokenizer.json.
+    """Tokenizer of a source; None without tokenizer.json.
 
-    Raises `Refused(BAD_CHECKPOINT)` for one that cannot be read, names no token, or has ids that are not whole numbers
-    from 0 to 2^24: memory for rows is taken by the largest.
+    Raises `Refused(BAD_CHECKPOINT)` if it cannot be read, names no token, or has ids that are not whole numbers from 0
+    to 2^24: the largest determines the memory for rows.
     """
     text = checkpoint.text(FILE, LIMIT_BYTES)
     if text is None:
@@ -103,9 +103,9 @@ def align(
     rows_of: Mapping[ModelRef, int],
     notes: Notes,
 ) -> Alignment | None:
-    """The vocabulary a recipe asks for; None when it has no tokenizer keys. `rows_of`: rows of input embeddings.
+    """Vocabulary of the output; None if the recipe has no tokenizer keys. `rows_of`: rows of input embeddings.
 
-    Raises `Refused`: NOT_SUPPORTED, BAD_CHECKPOINT, RECIPE_INVALID; TOO_LARGE where rows times models are too many.
+    Raises `Refused`: NOT_SUPPORTED, BAD_CHECKPOINT, RECIPE_INVALID; TOO_LARGE for too many rows times models.
     """
     wanted = recipe.vocabulary
     if wanted is None:
@@ -180,7 +180,7 @@ def _close_to_rows(tokens: Tokens, rows: int | None, ref: str) -> None:
 
 
 def _with_rows(tokens: Tokens, rows: int | None, ref: str, notes: Notes) -> Tokens:
-    """Only the tokens that have a row in the source's matrix: the others do not exist."""
+    """Tokens that have a row in the source's matrix."""
     lacking = {token: i for token, i in tokens.ids.items() if rows is not None and i >= rows}
     if not lacking:
         return tokens
