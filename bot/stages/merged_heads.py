@@ -21,7 +21,7 @@ from bot.errors import Refused
 from bot.merge.methods import METHODS, Base
 from bot.merge.recipe.spec import (
     Condition,
-    EvalConfig,
+    Conditions,
     Gradient,
     ModelRef,
     Module,
@@ -146,14 +146,14 @@ def _parameters(parameters: Parameters) -> Parameters:
 
 def _setting(setting: Setting) -> Setting | None:
     """Value of a parameter for the heads; None if none of its conditions applies to them."""
-    if not isinstance(setting, EvalConfig):
+    if not isinstance(setting, Conditions):
         return _at_the_end(setting)
     items = tuple(
         Condition(None if item.filter is None else PROJECTION, _at_the_end(item.value))
         for item in setting.items
         if item.filter is None or item.filter in f"{PROJECTION}.weight"
     )
-    return EvalConfig(items) if items else None
+    return Conditions(items) if items else None
 
 
 def _at_the_end(value: Scalar | Gradient) -> Scalar:

@@ -14,7 +14,7 @@ from bot.errors import Refused
 from bot.merge.methods import KNOWN_PARAMETERS, METHODS, Absent, Parameter
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.parameters import at, position, resolve
-from bot.merge.recipe.spec import Condition, EvalConfig, Gradient, ModelRef, Scalar
+from bot.merge.recipe.spec import Condition, Conditions, Gradient, ModelRef, Scalar
 from bot.merge.recipe.suggestions import closest
 
 LINEAR = (
@@ -185,8 +185,8 @@ WEIGHT = Parameter("weight", 7.0)
 
 
 def test_the_nearest_level_wins_and_a_level_without_a_match_falls_through() -> None:
-    own = {"weight": EvalConfig((Condition("mlp", 1.0), Condition("attn", Gradient((2.0, 4.0)))))}
-    levels = [own, {"weight": EvalConfig(())}, {}, {"weight": 3.0}]
+    own = {"weight": Conditions((Condition("mlp", 1.0), Condition("attn", Gradient((2.0, 4.0)))))}
+    levels = [own, {"weight": Conditions(())}, {}, {"weight": 3.0}]
     assert resolve(WEIGHT, levels, "layers.0.mlp.up", 0.0) == 1.0
     assert resolve(WEIGHT, levels, "layers.0.attn.q", 0.5) == 3.0
     assert resolve(WEIGHT, levels, "norm", 0.5) == 3.0

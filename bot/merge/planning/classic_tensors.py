@@ -16,7 +16,7 @@ from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning.layout import Input, Slot
 from bot.merge.recipe.notices import Notes
-from bot.merge.recipe.spec import Condition, EvalConfig, ModelRef, Recipe, Setting, Source
+from bot.merge.recipe.spec import Condition, Conditions, ModelRef, Recipe, Setting, Source
 
 FLOAT32 = ("model.embed_tokens.weight", "lm_head.weight")
 _EMBEDDING, _NORM, _HEAD = "embed_tokens", "model.norm.weight", "lm_head"
@@ -67,14 +67,14 @@ def spread(recipe: Recipe, layers: int, notes: Notes) -> Recipe:
     return replace(after, modules=(module,))
 
 
-def _by_name(values: Sequence[float], plain: Setting | None, head: float | None) -> EvalConfig:
+def _by_name(values: Sequence[float], plain: Setting | None, head: float | None) -> Conditions:
     items = [] if head is None else [Condition(_HEAD, head)]
     items.append(Condition(_EMBEDDING, values[0]))
     items += [Condition(f"layers.{i}.", value) for i, value in enumerate(values[1:-1])]
     items.append(Condition(_NORM, values[-1]))
     if isinstance(plain, float | int):
         items.append(Condition(None, plain))
-    return EvalConfig(tuple(items))
+    return Conditions(tuple(items))
 
 
 def fitted(slot: Slot, recipe: Recipe, notes: Notes) -> Slot | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from bot.errors import Refused
-from bot.merge.recipe.spec import Condition, EvalConfig, Gradient, Parameters, Recipe, Scalar
+from bot.merge.recipe.spec import Condition, Conditions, Gradient, Parameters, Recipe, Scalar
 
 if TYPE_CHECKING:
     from bot.merge.checkpoints.patches import Patch
@@ -190,7 +190,7 @@ def _conditions(name: str, levels: Iterable[Parameters]) -> tuple[Condition, ...
     for level in levels:
         setting = level.get(name)
         if setting is not None:
-            out += setting.items if isinstance(setting, EvalConfig) else [Condition(None, setting)]
+            out += setting.items if isinstance(setting, Conditions) else [Condition(None, setting)]
         if any(item.filter is None for item in out):
             break
     return tuple(out)

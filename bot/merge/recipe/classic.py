@@ -19,7 +19,7 @@ from bot.merge.recipe.reading import read_yaml
 from bot.merge.recipe.spec import (
     Classic,
     Condition,
-    EvalConfig,
+    Conditions,
     ModelRef,
     Module,
     Parameters,
@@ -235,7 +235,7 @@ def _piece(reader: Reader, node: Node, index: int) -> Slice:
     scale = table.given("scale")
     if scale is not None:
         value = reader.number(scale, f"{path}.scale")
-        parameters = {"scale": EvalConfig((Condition("down_proj", value),))}
+        parameters = {"scale": Conditions((Condition("down_proj", value),))}
     return Slice((Source(reader.model(table.items["model"], f"{path}.model"), (start, end), parameters),))
 
 

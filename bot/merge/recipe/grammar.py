@@ -17,7 +17,7 @@ from bot.merge.recipe.dtypes import MERGEABLE
 from bot.merge.recipe.other_programs import refuse_other_programs
 from bot.merge.recipe.spec import (
     Condition,
-    EvalConfig,
+    Conditions,
     Gradient,
     ModelRef,
     Module,
@@ -277,10 +277,10 @@ def _parameters(reader: Reader, table: Table, path: str, method: Method, *, per_
 
 def _setting(reader: Reader, node: Node, path: str, kind: Kind | None) -> Setting:
     if isinstance(node, Table):
-        return EvalConfig((_condition(reader, node, path, kind),))
+        return Conditions((_condition(reader, node, path, kind),))
     if isinstance(node, Sequence) and all(isinstance(item, Table) for item in node.items):
         items = (reader.mapping(item, f"{path}[{i}]") for i, item in enumerate(node.items))
-        return EvalConfig(tuple(_condition(reader, item, f"{path}[{i}]", kind) for i, item in enumerate(items)))
+        return Conditions(tuple(_condition(reader, item, f"{path}[{i}]", kind) for i, item in enumerate(items)))
     return _value(reader, node, path, kind)
 
 
@@ -315,7 +315,7 @@ def _scalar(reader: Reader, node: Node, path: str, kind: Kind | None) -> Scalar:
 
 def literals(setting: Setting) -> Iterator[Scalar]:
     """Every value written in a setting."""
-    values = [item.value for item in setting.items] if isinstance(setting, EvalConfig) else [setting]
+    values = [item.value for item in setting.items] if isinstance(setting, Conditions) else [setting]
     for value in values:
         yield from value.values if isinstance(value, Gradient) else (value,)
 

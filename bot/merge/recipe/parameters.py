@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from bot.merge.methods import Absent, Parameter
-from bot.merge.recipe.spec import EvalConfig, Gradient, Parameters, Scalar
+from bot.merge.recipe.spec import Conditions, Gradient, Parameters, Scalar
 
 
 def resolve(parameter: Parameter, levels: Iterable[Parameters], tensor: str, u: float) -> Scalar | Absent:
@@ -27,7 +27,7 @@ def written(name: str, levels: Iterable[Parameters], tensor: str) -> Scalar | Gr
     """The value of the parameter `name` for `tensor` at the first level that has one, else None."""
     for level in levels:
         setting = level.get(name)
-        if not isinstance(setting, EvalConfig):
+        if not isinstance(setting, Conditions):
             if setting is not None:
                 return setting
             continue

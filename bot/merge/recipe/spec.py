@@ -6,7 +6,7 @@ Recipe
   |-- parameters           name -> Setting
   `-- tokenizer, dtype ...
 
-Setting := scalar | Gradient | EvalConfig
+Setting := scalar | Gradient | Conditions
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True)
-class EvalConfig:
+class Conditions:
     """Conditions in order: the first that matches decides."""
 
     items: tuple[Condition, ...]
 
 
-Setting = Scalar | Gradient | EvalConfig
+Setting = Scalar | Gradient | Conditions
 Parameters = Mapping[str, Setting]
 
 
@@ -315,7 +315,7 @@ def _value_json(value: Scalar | Gradient) -> object:
 
 
 def _setting_json(setting: Setting) -> object:
-    if not isinstance(setting, EvalConfig):
+    if not isinstance(setting, Conditions):
         return _value_json(setting)
     return [
         {"value": _value_json(item.value)}
