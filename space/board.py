@@ -12,7 +12,7 @@ from bot.publishing.leaderboard import Row
 from space import figures, words
 from space.desk import Board, Desk
 from space.markup import Markup, join, link, plain, repo_link, tag
-from space.pieces import facts_table, panel, refused
+from space.pieces import drawing, facts_table, panel, refused
 
 FIXED = ("Model", "Method", "Sources", "Average %")
 TAIL = ("Tokens / step", "Speedup", "Parameters")
@@ -141,12 +141,12 @@ def build(desk: Desk) -> Parts:
     with gr.Row(elem_classes="columns", visible=False) as below:
         with gr.Column(scale=6, min_width=320):
             panel(tag("h3", "Quality against speed"), elem_classes="panel")
-            scatter = gr.Plot(show_label=False, label="Quality against speed", elem_id="quality-speed")
+            scatter = panel(elem_id="quality-speed")
             unseen = panel(elem_id="unseen")
         with gr.Column(scale=6, min_width=320):
             chosen = gr.Dropdown(label="Merge to look at", elem_id="chosen", filterable=True)
             heading = panel(elem_classes="panel")
-            parents = gr.Plot(show_label=False, label="The merge beside its parents", elem_id="parents")
+            parents = panel(elem_id="parents")
             detail = panel(elem_id="detail", elem_classes="panel")
 
     filters = [search, method, source, licence, least, order, ranking]
@@ -168,14 +168,13 @@ def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
         board, filters = desk.board(), Filters.of(*asked)
         rows, known = filters.pick(board.rows), rankings(board.rows)
         row = next((each for each in rows if each.model == chosen), rows[0] if rows else None)
-        plot = figures.quality_speed(rows, row)
         return (
             _summary(board, len(rows)),
             gr.Dataframe(**table_value(rows), visible=bool(rows)),
             panel(_nothing(board), visible=not rows),
             gr.Row(visible=bool(rows)),
             *_detail(row, desk.settings.hub),
-            gr.Plot(plot, visible=plot is not None),
+            _scatter(rows, row),
             _unseen(rows),
             gr.Dropdown(choices=_names(rows), value=row.model if row else None),
             gr.Dropdown(choices=sorted({each.method for each in board.rows})),
@@ -198,7 +197,7 @@ def _selector(desk: Desk) -> Callable[..., tuple[Any, ...]]:
         row = next((each for each in rows if event.row_value and _model_cell(each) == event.row_value[0]), None)
         if row is None:
             return (gr.skip(),) * 5
-        return *_detail(row, desk.settings.hub), figures.quality_speed(rows, row), row.model
+        return *_detail(row, desk.settings.hub), _scatter(rows, row), row.model
 
     return select
 
@@ -293,10 +292,14 @@ def _unseen(rows: Sequence[Row]) -> Markup:
     return tag("p", f"{words.plural(without, 'merge')} without a speed test or scores not shown.", class_="fine")
 
 
-def _detail(row: Row | None, hub: str) -> tuple[Markup, Any, Markup]:
-    """The chosen merge: its name, its figure and its facts."""
+def _scatter(rows: Sequence[Row], chosen: Row | None) -> Markup:
+    return drawing(figures.quality_speed(rows, chosen), "Quality against speed")
+
+
+def _detail(row: Row | None, hub: str) -> tuple[Markup, Markup, Markup]:
+    """Heading, figure and table of the chosen merge."""
     if row is None:
-        return Markup(""), gr.Plot(None, visible=False), Markup("")
+        return Markup(""), Markup(""), Markup("")
     rows: list[tuple[str, object]] = [
         ("Published", join([link(f"{row.repo_url}/tree/{row.commit}", row.model), " ",
                             tag("code", row.commit[:7], class_="sha", title=row.commit)])),
@@ -314,7 +317,7 @@ def _detail(row: Row | None, hub: str) -> tuple[Markup, Any, Markup]:
     name = row.model.rpartition("/")[2]
     figure = figures.beside_parents(row)
     heading = tag("h3", name, ", ", row.method, ", beside its parents" if figure else None)
-    return heading, gr.Plot(figure, visible=figure is not None), facts_table(rows)
+    return heading, drawing(figure, f"{name} beside its parents"), facts_table(rows)
 
 
 SPEED_VERDICTS = {

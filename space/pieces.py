@@ -74,5 +74,17 @@ def picture(drawn: str, says: str) -> Markup:
     return tag("div", image, class_="scroll", tabindex="0", role="region", aria_label=says)
 
 
+def drawing(drawn: str, says: str) -> Markup:
+    """An SVG of ours within the page, so that its hover texts show; "" without one.
+
+    Its style is limited to itself and follows the page's dark mode.
+    """
+    scoped = drawn.replace("<style>", "<style>.drawing{").replace("</style>", "}</style>")
+    inline = Markup(scoped.replace("@media (prefers-color-scheme:dark)", ".dark &"))
+    if not inline:
+        return inline
+    return tag("div", inline, class_="drawing scroll", tabindex="0", role="region", aria_label=says)
+
+
 def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]

@@ -1,7 +1,4 @@
-"""Appearance: system fonts, one accent colour, light and dark.
-
-A merge has the same colour in the figures of the page and in those of its card.
-"""
+"""Theme of the page: system fonts, one accent colour, light and dark mode."""
 
 from __future__ import annotations
 
@@ -9,12 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from evaluators.pictures.score_figure import MERGE, PARENTS
 from space.markup import Markup
-
-__all__ = ["CSS", "LOGO", "LOGO_SVG", "MERGE", "MONO", "PARENTS", "PARENT_SYMBOLS", "SANS", "theme"]
-
-PARENT_SYMBOLS = ("circle-open", "square-open", "triangle-up-open", "triangle-down-open", "cross-open", "x-open")
 
 SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Cascadia Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")

@@ -1,1 +1,1 @@
-"""Measurements as pictures: SVG text, without a drawing library."""
+"""Figures of scores and speed as SVG text, drawn without a library or a browser."""

@@ -1,4 +1,4 @@
-"""Shared parts of the pictures: ground, colours and fonts for light and dark; untrusted text is escaped."""
+"""Drawing of the figures as SVG text: style for light and dark mode, and escaped text and lines."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ text{font:12px ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetic
 """
 
 
+def document(title: str, description: str, height: int, drawn: str) -> str:
+    """SVG file with a title and a description for screen readers around the elements of `drawn`."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'role="img"><title>{escape(title)}</title><desc>{escape(description)}</desc><style>{STYLE}</style>'
+        f'<rect class="ground" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>{drawn}</svg>\n'
+    )
+
+
+def line(x1: float, y1: float, x2: float, y2: float, look: str) -> str:
+    return f'<line {look} x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
 def text_at(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
@@ -28,7 +41,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without characters that do not show or that no XML may hold."""
+    """Text without invisible characters and those that XML forbids."""
     return "".join(each for each in text if unicodedata.category(each)[0] != "C" and each.isprintable())
 
 

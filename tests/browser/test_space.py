@@ -69,8 +69,8 @@ def test_every_tab_shows_its_content(space: Space, open_page: OpenPage) -> None:
     expect(page.locator("#jobs progress").first).to_be_visible()
     tab(page, "Leaderboard")
     expect(page.locator("#board")).to_contain_text("70.5 (63.5–76.5)")
-    expect(page.locator("#quality-speed .js-plotly-plot")).to_be_visible()
-    expect(page.locator("#parents .js-plotly-plot")).to_be_visible()
+    expect(page.locator("#quality-speed svg")).to_be_visible()
+    expect(page.locator("#parents svg")).to_be_visible()
 
 
 def test_the_first_day_says_what_to_do_next(empty_space: Space, open_page: OpenPage) -> None:

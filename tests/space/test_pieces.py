@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import html
+import itertools
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -27,6 +29,7 @@ from space.markup import escape, link, plain, tag
 from space.submit import EXAMPLES, examples
 from tests.space import exhibits
 
+SVG = "{http://www.w3.org/2000/svg}"
 ROWS = exhibits.board_rows("http://hub.test")
 NOW = datetime(2026, 11, 23, 20, 0, tzinfo=UTC)
 
@@ -159,32 +162,54 @@ def test_the_table_sorts_by_numbers_and_shows_them_with_their_errors() -> None:
     assert all(isinstance(row[at], float) for row in rows)
 
 
+def marks(svg: str) -> list[tuple[str, str]]:
+    """Shape and hover text of each dot, in drawing order."""
+    found = ElementTree.fromstring(svg).iter()
+    titles = ((node.tag.rpartition("}")[2], node.findtext(f"{SVG}title")) for node in found if node.tag != f"{SVG}svg")
+    return [(shape, title) for shape, title in titles if title]
+
+
 def test_the_plot_holds_a_point_with_whiskers_for_each_measured_merge() -> None:
-    figure = figures.quality_speed(ROWS, ROWS[0])
-    assert figure is not None
-    points = {(x, round(y, 6)) for trace in figure.data for x, y in zip(trace.x, trace.y, strict=True)}
+    svg = figures.quality_speed(ROWS, ROWS[0])
     measured = [row for row in ROWS if row.average is not None and row.speedup is not None]
-    assert points == {(row.speedup, round(100 * (row.average or 0), 6)) for row in measured}
-    assert all(trace.error_x.array and trace.error_y.array for trace in figure.data)
-    assert figures.quality_speed([row for row in ROWS if row.speedup is None], None) is None
+    assert {title.partition(",")[0] for _, title in marks(svg)} == {row.model for row in measured}
+    for row in measured:
+        score = words.scored(row.average, row.average_interval, row.average_stderr)
+        speed = words.interval(row.speedup, row.speedup_ci)
+        assert ("circle", f"{row.model}, {row.method}: average {score} %, speed {speed}") in marks(svg)
+    root = ElementTree.fromstring(svg)
+    assert len([line for line in root.iter(f"{SVG}line") if line.get("class") == "merge"]) == 2 * len(measured)
+    dots = {node.findtext(f"{SVG}title", "").partition(",")[0]: node for node in root.iter(f"{SVG}circle")}
+    for one, other in itertools.combinations(measured, 2):
+        assert _order(one.speedup, other.speedup) == _order(*(dots[row.model].get("cx") for row in (one, other)))
+        assert _order(other.average, one.average) == _order(*(dots[row.model].get("cy") for row in (one, other)))
+    assert figures.quality_speed([row for row in ROWS if row.speedup is None], None) == ""
+
+
+def _order(left: Any, right: Any) -> int:
+    return (float(left) > float(right)) - (float(left) < float(right))
 
 
 def test_a_merge_stands_beside_each_of_its_parents_on_each_task() -> None:
-    figure = figures.beside_parents(ROWS[0])
-    assert figure is not None
-    dots = {trace.name: [round(x) for x in trace.x] for trace in figure.data}
-    assert dots == {"this merge": [83, 58], exhibits.BASE: [3, 23], exhibits.POET: [98, 20], exhibits.SMITH: [13, 75]}
-    assert figures.beside_parents(ROWS[-1]) is None
+    svg = figures.beside_parents(ROWS[0])
+    shown = [round(float(title.partition(" ")[0])) for _, title in marks(svg)]
+    assert shown == [83, 3, 98, 13, 58, 23, 20, 75]
+    texts = [node.text for node in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    assert {exhibits.BASE, exhibits.POET, exhibits.SMITH, ROWS[0].model.rpartition("/")[2]} <= set(texts)
+    assert figures.beside_parents(ROWS[-1]) == ""
 
 
 def test_whiskers_are_the_intervals_where_there_are_some() -> None:
     row = ROWS[0]
     results = tuple(replace(each, interval=(each.value - 0.02, each.value + 0.03)) for each in row.results)
-    figure = figures.beside_parents(replace(row, results=results))
-    assert figure is not None and "95 % intervals" in figure.layout.xaxis.title.text
-    for trace in figure.data:
-        assert list(trace.error_x.array) == pytest.approx([3.0, 3.0])
-        assert list(trace.error_x.arrayminus) == pytest.approx([2.0, 2.0])
+    svg = figures.beside_parents(replace(row, results=results))
+    assert "with 95 % intervals" in svg
+    assert "± one standard error" in figures.beside_parents(
+        replace(row, results=tuple(replace(each, interval=None) for each in row.results))
+    )
+    for (_, title), each in zip(marks(svg)[:1], results[:1], strict=True):
+        value = 100 * each.value
+        assert title == f"{value:.1f} % ({value - 2:.1f} to {value + 3:.1f})"
 
 
 def a_job(**facts: Any) -> Job:
