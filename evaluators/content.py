@@ -9,9 +9,15 @@ from bot.errors import EvaluationError
 from bot.storage import sha256_file
 
 _CONTENT = (
-    "*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "merges.txt",
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "merges.txt",
     "vocab.*",
-)  # fmt: skip
+)
 _NOT_CONTENT = frozenset({"manifest.json", "merge_provenance.json", "decode_speed.json", "lm_eval.json"})
 
 
@@ -25,7 +31,7 @@ def content_digest(model: Path) -> str:
     }
     if "config.json" not in paths:
         raise EvaluationError(
-            "MODEL_UNLOADABLE", f"{model.name} holds no config.json.", "Name a folder with a model in it."
+            "MODEL_UNLOADABLE", f"{model.name} holds no config.json.", "Choose a folder that contains a model."
         )
     content = hashlib.sha256()
     for name in sorted(paths):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import EvaluationError
+from bot.storage import write_atomic
 from evaluators import memory
 from evaluators.figures import number
 from evaluators.prompt_tokens import prompt_tokens
@@ -48,7 +49,7 @@ NEW_TOKENS = 32
 WINDOW = 512
 ADDED_TOKENS = 16
 
-# A merge needs no more than twice the bits of its worst parent: 3 nats a token would be 6, a perplexity of 20 be 400.
+# Factor over the bits of the worst parent: 3 nats per token become 6, a perplexity of 20 becomes 400.
 MORE_BITS = 2.0
 # Share of 4-grams that differ: 32 tokens that circle through five have 0.17.
 LOOPING, LOOPING_ALONE = 0.2, 0.1
@@ -92,7 +93,7 @@ class SanityCheck:
         return cls(**values)
 
 
-# -- looking -----------------------------------------------------------------------------------------------------
+# -- check -------------------------------------------------------------------------------------------------------
 
 
 def of_folder(
@@ -114,9 +115,7 @@ def of_folder(
     model_loading.free_memory()
     file = _file(cache, identity, device, dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{time.monotonic_ns()}.partial")
-    partial.write_text(json.dumps(found.as_dict()), encoding="utf-8")
-    partial.rename(file)
+    write_atomic(file, json.dumps(found.as_dict()).encode())
     return found
 
 
@@ -287,7 +286,7 @@ def _round_trips(tokenizer: Any) -> tuple[int, int]:
     return len(ROUND_TRIPS) + len(added), survived
 
 
-# -- judging -----------------------------------------------------------------------------------------------------
+# -- verdict -----------------------------------------------------------------------------------------------------
 
 
 def require_sound(merge: SanityCheck, parents: Sequence[SanityCheck] = ()) -> None:
@@ -302,21 +301,21 @@ def require_sound(merge: SanityCheck, parents: Sequence[SanityCheck] = ()) -> No
     if merge.missing_rows:
         raise EvaluationError(
             "MODEL_UNLOADABLE",
-            f"The tokenizer gives {merge.missing_rows} ids for which the model of {merge.vocabulary} rows has none.",
+            f"{merge.missing_rows} token ids lie beyond the {merge.vocabulary} rows of the model's embedding.",
             "Check that config.json, the safetensors files and the tokenizer belong together.",
         )
     if not merge.finite:
         raise EvaluationError(
             "NOT_FINITE",
-            "The model's answers to a plain text are not numbers (NaN or infinity).",
+            "The model's logits for a plain text are not finite (NaN or infinity).",
             "Look for NaN or overflow in its weights.",
         )
     found = _strange(merge, [parent for parent in parents if parent.finite and not parent.missing_rows])
     if found:
         raise EvaluationError(
             "MODEL_NONSENSE",
-            f"The model talks nonsense: {found}.",
-            "Merge with smaller weights or another method; the tasks were not begun.",
+            f"The model fails the sanity check: {found}.",
+            "Merge with smaller weights or another method. No task was run.",
         )
 
 
@@ -327,19 +326,19 @@ def _strange(merge: SanityCheck, parents: Sequence[SanityCheck]) -> str | None:
     bits = [parent.bits_per_byte for parent in parents if parent.bits_per_byte is not None]
     if merge.bits_per_byte is not None:
         if bits and merge.bits_per_byte > MORE_BITS * max(bits):
-            needs = f"a plain text takes it {merge.bits_per_byte:.2f} bits a byte"
+            needs = f"it needs {merge.bits_per_byte:.2f} bits per byte for a plain text"
             return f"{needs}, its worst parent {max(bits):.2f}"
         if not bits and merge.perplexity is not None and merge.perplexity >= merge.vocabulary:
-            return f"its perplexity of a plain text is {number(merge.perplexity)}, a blind guess has {merge.vocabulary}"
-    told = [parent.distinct for parent in parents if parent.distinct is not None]
-    limit = min(LOOPING, FEWER * min(told)) if told else LOOPING_ALONE
+            return f"its perplexity on a plain text is {number(merge.perplexity)}, a blind guess has {merge.vocabulary}"
+    distinct = [parent.distinct for parent in parents if parent.distinct is not None]
+    limit = min(LOOPING, FEWER * min(distinct)) if distinct else LOOPING_ALONE
     if merge.distinct is not None and merge.distinct < limit:
-        return f"what it writes repeats itself, {merge.distinct:.0%} of its 4-grams differ"
+        return f"its continuations repeat themselves, and only {merge.distinct:.0%} of their 4-grams differ"
     if merge.continuations < 2 * merge.broken and all(each.continuations >= 2 * each.broken for each in parents):
-        return f"{merge.broken} of {merge.continuations} texts it writes are empty, one character or control characters"
+        return f"{merge.broken} of {merge.continuations} continuations are empty, one character or control characters"
     shares = [parent.survived / parent.texts for parent in parents]
     if shares and merge.survived / merge.texts < FEWER * min(shares):
-        return f"its tokenizer brings back {merge.survived} of {merge.texts} texts unchanged"
+        return f"its tokenizer returns {merge.survived} of {merge.texts} texts unchanged"
     return None
 
 

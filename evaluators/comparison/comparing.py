@@ -219,10 +219,10 @@ def _not_comparable(name: str, reason: str) -> EvaluationError:
 
 
 def _not_comparable_by_prompts(reasons: Mapping[str, str]) -> EvaluationError:
-    said = "; ".join(f"{name.partition('@')[0]} {because}" for name, because in reasons.items())
+    reason = "; ".join(f"{name.partition('@')[0]} {because}" for name, because in reasons.items())
     return EvaluationError(
         "NOT_COMPARABLE",
-        f"The merge was not asked as its parents were, so no difference is claimed: {said}.",
+        f"The merge cannot be compared with its parents because their prompts differ: {reason}.",
         "Give their tokenizers the same chat template, begin and end tokens and maximum length, and measure again.",
     )
 

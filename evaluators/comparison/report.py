@@ -113,7 +113,7 @@ def _of_task(score: Score, models: Mapping[str, ModelEvaluation], comparison: Co
     for name, evaluation in models.items():
         if name not in known and (own := score_of(evaluation, score.task)) is not None:
             known[name] = own.value, own.interval95
-    # Bits a byte may lie below 1, and are no share; all figures of a task have one unit.
+    # Bits per byte may lie below 1 without being a share; all figures of a task have one unit.
     share = score.higher_is_better and all(0 <= value <= 1 for value, _ in known.values())
     return {name: _figure(*known[name], share=share) if name in known else Figure(MISSING) for name in models}
 
@@ -205,7 +205,7 @@ def legend(comparison: Comparison, terms: Terms = MERGED) -> str:
     unit = "in points" if all(map(is_share, comparison.tasks)) else "in points or in the metric's own unit"
     return (
         f"Difference: {terms.merge} minus the {terms.other} on the same questions, {unit}, with its 95 % interval. "
-        f"p ({tests}) is corrected for the number of comparisons (Holm); better and worse are said where both agree. "
+        f"p ({tests}) is corrected for the number of comparisons (Holm); better and worse require both to agree. "
         "Not shown does not mean equal: a true difference under the detectable one would be missed in more than one "
         "of five such measurements." + averaged * (comparison.overall is not None and len(comparison.overall.tasks) > 1)
     )
@@ -285,7 +285,7 @@ def _who(right: tuple[str, ...], parents: int, show: Show, terms: Terms) -> str:
 
 def left_out(comparison: Comparison, show: Show = short, said: Show = str) -> list[str]:
     """Reasons for scored tasks and parents that are not compared; `said` escapes the reason."""
-    parents = [f"No difference to {show(each.parent)} is claimed: it {each.because}." for each in comparison.not_alike]
+    parents = [f"{show(each.parent)} is not compared: it {each.because}." for each in comparison.not_alike]
     return [*parents, *(f"{show(each.task)} is not compared: {said(each.because)}." for each in comparison.left_out)]
 
 

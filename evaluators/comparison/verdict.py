@@ -146,7 +146,8 @@ class Comparison:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
         """The inverse of `as_dict`; raises ValueError for anything else."""
-        return _read(values)
+        comparison: Comparison = _adapter().validate_python(values)
+        return comparison
 
 
 @cache
@@ -154,8 +155,3 @@ def _adapter() -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Comparison)
-
-
-def _read(values: Mapping[str, Any]) -> Comparison:
-    made: Comparison = _adapter().validate_python(values)
-    return made

@@ -13,15 +13,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 from bot.errors import EvaluationError
-
-
-class Told(Protocol):
-    """Callback with the number of answered requests."""
-
-    def __call__(self, answered: int) -> None: ...
 
 
 class Journal:
@@ -87,13 +82,6 @@ def _key(arguments: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(list(arguments), default=str).encode()).hexdigest()
 
 
-class Listener:
-    """lm-eval's cache hook, called with each answer of the model."""
-
-    def __init__(self, heard: Callable[[str, Sequence[Any], Any], None]) -> None:
-        self.add_partial = heard
-
-
 def resuming(model_class: type[Any]) -> type[Any]:
     """`model_class`, one of lm-eval's, that runs the model only for requests missing from the journal."""
 
@@ -101,14 +89,14 @@ def resuming(model_class: type[Any]) -> type[Any]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._journal: Journal
-            self.set_cache_hook(Listener(self._heard))
+            self.set_cache_hook(SimpleNamespace(add_partial=self._record))
 
-        def at(self, journal: Journal, told: Told) -> None:
-            """Use `journal` from here on; `told` is called after every answer."""
-            self._journal, self._told = journal, told
+        def at(self, journal: Journal, report: Callable[[int], None]) -> None:
+            """Use `journal` from here on; `report` is called after every answer."""
+            self._journal, self._report = journal, report
             self._done = 0
 
-        def _heard(self, method: str, arguments: Sequence[Any], answer: Any) -> None:
+        def _record(self, method: str, arguments: Sequence[Any], answer: Any) -> None:
             number = answer[0] if isinstance(answer, tuple) else answer
             if isinstance(number, float) and math.isnan(number):
                 raise EvaluationError(
@@ -118,7 +106,7 @@ def resuming(model_class: type[Any]) -> type[Any]:
                 )
             self._journal.add(arguments, answer)
             self._done += 1
-            self._told(self._done)
+            self._report(self._done)
 
         def _model_call(self, *args: Any, **kwargs: Any) -> Any:
             self._journal.batch_ended()
@@ -132,7 +120,7 @@ def resuming(model_class: type[Any]) -> type[Any]:
             answers = self._journal.known([request.args for request in requests])
             missing = [i for i, answer in enumerate(answers) if answer is None]
             self._done += len(requests) - len(missing)
-            self._told(self._done)
+            self._report(self._done)
             if missing:
                 for i, answer in zip(missing, ask([requests[i] for i in missing], disable_tqdm=True), strict=True):
                     answers[i] = answer

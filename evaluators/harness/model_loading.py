@@ -41,9 +41,13 @@ def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]
 
     try:
         made = resuming(VLLM)(
-            pretrained=job["model"], dtype=job["dtype"], batch_size="auto", trust_remote_code=False,
-            tensor_parallel_size=max(1, torch.cuda.device_count()), seed=job["seed"],
-        )  # fmt: skip
+            pretrained=job["model"],
+            dtype=job["dtype"],
+            batch_size="auto",
+            trust_remote_code=False,
+            tensor_parallel_size=max(1, torch.cuda.device_count()),
+            seed=job["seed"],
+        )
     except Exception as error:
         raise loading.unloadable(loading.sentence(error, Path(job["model"]))) from error
     return made
@@ -98,7 +102,7 @@ def request_bytes(lm: Any, longest: int) -> int:
 
 
 def first_batch(lm: Any, asked: str, request_bytes: int) -> Any:
-    """The batch to begin with; vLLM's is its own business."""
+    """Initial batch size; None for vLLM, which chooses it itself."""
     if not hasattr(lm, "batch_size_per_gpu"):
         return None
     device = str(lm.device)

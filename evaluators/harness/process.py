@@ -162,8 +162,8 @@ def require_chat_template(lm: Any) -> None:
     if not lm.tokenizer.chat_template:
         raise EvaluationError(
             "NO_CHAT_TEMPLATE",
-            "A chat template was asked for, but the model's tokenizer has none.",
-            "Evaluate it without one, and the models it is compared with, too.",
+            "The model's tokenizer has no chat template.",
+            "Evaluate all compared models without --chat-template.",
         )
     try:
         lm.apply_chat_template([{"role": "user", "content": "a"}])
@@ -221,11 +221,11 @@ def _ask(
             journal.take_samples(samples_file(Path(folder), leaf.config.task))
     name = task.name
 
-    def told(answered: int) -> None:
+    def report(answered: int) -> None:
         pipe.progress(min(before + answered, total), total, name)
 
     while True:
-        lm.at(journal, told)
+        lm.at(journal, report)
         results = _results(task, lm, job)
         if results is not None:
             break

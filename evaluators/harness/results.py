@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from bot.storage import sync_file, try_lock
 from evaluators.harness.scores import Cut, Environment, Loaded, ModelEvaluation, Score, TaskData
 from evaluators.harness.suites import ANY, Suite, SuiteTask
 
-# The parts of lm-eval's results that have an entry a task; the others are the same in every task of an evaluation.
+# Parts of lm-eval's results with one entry per task; the others are equal in every task of an evaluation.
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 _LOOK_EVERY_S = 0.2
 _RESULT = "result.json"
@@ -111,26 +111,32 @@ def answers_file(folder: Path, task_key: str) -> Path:
 def finished(cache: Path, task_key: str) -> dict[str, Any] | None:
     """Results of a finished task; None if missing or damaged."""
     try:
-        told = json.loads((task_folder(cache, task_key) / _RESULT).read_text(encoding="utf-8"))
+        values = json.loads((task_folder(cache, task_key) / _RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return told if isinstance(told, dict) else None
+    return values if isinstance(values, dict) else None
 
 
-def finish(cache: Path, task_key: str, told: str, samples: Mapping[str, Iterable[str]]) -> None:
+def finish(cache: Path, task_key: str, text: str, samples: Mapping[str, Iterable[str]]) -> None:
     """Write the results of a task, as JSON, and its samples as lines by task, completely or not at all."""
-    whole = task_folder(cache, task_key)
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=whole.parent) as made:
-        folder = Path(made) / task_key
-        (folder / "samples").mkdir(parents=True)
+    with _new_folder(task_folder(cache, task_key), lambda: finished(cache, task_key)) as folder:
         for task, lines in samples.items():
             _write(samples_file(folder, task), lines)
-        _write(folder / _RESULT, [told])
-        if finished(cache, task_key) is None:
-            shutil.rmtree(whole, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process finished it just now
-                folder.rename(whole)
+        _write(folder / _RESULT, [text])
+
+
+@contextmanager
+def _new_folder(final: Path, existing: Callable[[], object | None]) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends; a valid `existing` result stays."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=final.parent) as parent:
+        folder = Path(parent) / final.name
+        (folder / "samples").mkdir(parents=True)
+        yield folder
+        if existing() is None:
+            shutil.rmtree(final, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process wrote it in the meantime
+                folder.rename(final)
 
 
 def _write(file: Path, lines: Iterable[str]) -> None:
@@ -161,7 +167,10 @@ def read(cache: Path, suite: Suite, task_keys: Sequence[str], key: str) -> Model
     ]
     for task, part, _ in measured:
         found = _scores(task, part["results"], part["data"])
-        ranked = next((score for score in _by_rank(found) if _ranks(task, score)), None)
+        # Without a named metric, higher-is-better metrics come first, each kind in lm-eval's order.
+        candidates = sorted(found, key=lambda score: not score.higher_is_better)
+        wanted = (task.metric, task.filter)
+        ranked = next((each for each in candidates if task.metric == ANY or (each.metric, each.filter) == wanted), None)
         if ranked is None:
             known = {f"{score.metric},{score.filter}" for score in found}
             raise no_such_metric(task.name, f"{task.metric},{task.filter}", known)
@@ -215,20 +224,12 @@ def _link(file: Path, to: Path) -> None:
 
 
 @contextmanager
-def _stored_whole(cache: Path, found: ModelEvaluation, results: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder for an evaluation, to put its samples in; it gets its name when the block ends."""
-    (cache / "results").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=cache / "results") as made:
-        folder = Path(made) / found.key
-        (folder / "samples").mkdir(parents=True)
+def _stored_whole(cache: Path, evaluation: ModelEvaluation, results: Mapping[str, Any]) -> Iterator[Path]:
+    """Store an evaluation; the block adds its samples to the folder."""
+    with _new_folder(cache / "results" / evaluation.key, lambda: stored(cache, evaluation.key)) as folder:
         yield folder
         _write(folder / "lm_eval.json", [json.dumps(results, indent=1, ensure_ascii=False, default=str)])
-        _write(folder / "evaluation.json", [json.dumps(found.as_dict(), indent=1)])
-        if stored(cache, found.key) is None:  # else another process or machine was faster
-            whole = cache / "results" / found.key
-            shutil.rmtree(whole, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.rename(whole)
+        _write(folder / "evaluation.json", [json.dumps(evaluation.as_dict(), indent=1)])
 
 
 _SHOWN = ("doc_id", "target", "filtered_resps", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash")
@@ -287,10 +288,10 @@ def _has_samples(task: str, samples: Mapping[str, str], groups: Mapping[str, Seq
 def structure(evaluation: ModelEvaluation, cache: Path) -> dict[str, Any]:
     """Tasks within each group and their numbers of questions, from lm_eval.json."""
     try:
-        told = json.loads((folder_of(evaluation, cache) / "lm_eval.json").read_text(encoding="utf-8"))
+        values = json.loads((folder_of(evaluation, cache) / "lm_eval.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return {name: told[name] for name in ("group_subtasks", "n-samples") if name in told}
+    return {name: values[name] for name in ("group_subtasks", "n-samples") if name in values}
 
 
 def adopt(
@@ -310,15 +311,6 @@ def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if entries:
             made[name] = entries
     return made
-
-
-def _by_rank(found: Sequence[Score]) -> list[Score]:
-    """Scores in order: higher-is-better ones first, each kind in lm-eval's order."""
-    return sorted(found, key=lambda score: not score.higher_is_better)
-
-
-def _ranks(task: SuiteTask, score: Score) -> bool:
-    return task.metric == ANY or (score.metric, score.filter) == (task.metric, task.filter)
 
 
 def _scores(task: SuiteTask, results: Mapping[str, Any], data: Mapping[str, Any]) -> list[Score]:

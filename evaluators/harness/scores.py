@@ -226,7 +226,7 @@ _WORDS = {
     "dtype": "in {}",
     "batch_size": "in batches of {}",
     "seed": "with seed {}",
-    "limit": "with {} samples a task",
+    "limit": "with {} samples per task",
     "backend": "by {}",
     "softmax_dtype": "with a softmax in {}",
     "generation": "under {} generation settings",
@@ -261,7 +261,7 @@ def require_comparable(evaluations: Mapping[str, ModelEvaluation]) -> None:
         first, second = evaluations[names[0]], evaluations[name]
         found = differences(first, second)
         if found:
-            anew = "Evaluate both anew under the same conditions."
+            anew = "Evaluate both again under the same settings."
             if found == _moved(first, second):  # under the same conditions what is stored is the answer
                 stored = f"results/{first.key[:12]}… and results/{second.key[:12]}…"
                 anew = f"Remove the one on older data from the stored evaluations, {stored}, and measure again."

@@ -248,8 +248,8 @@ def _local_data(name: str, files: Sequence[Path]) -> tuple[tuple[Path, ...], Pat
         if required and not found:
             raise EvaluationError(
                 "DATASET_UNAVAILABLE",
-                f"The data of task `{name}` are not there: no file is called {path}.",
-                "Correct the path. A relative one begins in the working folder or in that of the task file.",
+                f"The data file {path} of task `{name}` does not exist.",
+                "Correct the path. A relative path starts in the working folder or in the folder of the task file.",
             )
         data += found
     return tuple(data), folder
@@ -356,7 +356,7 @@ def _parsed(file: Path) -> dict[str, Any]:
         where = "" if mark is None else f" up to line {mark.line + 1}"
         raise _not_a_task_file(file, f"{str(error).splitlines()[0]}{where}") from error
     if not isinstance(config, dict):
-        raise _not_a_task_file(file, "it holds no keys and values")
+        raise _not_a_task_file(file, "it is not a mapping of keys to values")
     return config
 
 

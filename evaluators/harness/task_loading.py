@@ -161,7 +161,7 @@ def _unloaded(name: str, error: Exception, offline: bool) -> EvaluationError:
     if any(type(cause).__name__ == "GatedRepoError" or "is a gated dataset" in str(cause) for cause in chain):
         return EvaluationError(
             "DATASET_GATED",
-            f"The data of task `{name}` are gated: their owner gives them to people who accept terms.",
+            f"The data of task `{name}` are gated: access requires accepting the terms of their owner.",
             "Choose other tasks, or put an accepted copy into the dataset cache.",
         )
     if any(_is_about_data(cause) for cause in chain):

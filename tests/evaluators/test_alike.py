@@ -30,9 +30,7 @@ def test_a_parent_with_other_prompts_gets_no_verdict_and_the_others_keep_theirs(
     found = comparison.compare(merge, {"org/alike@c": alike, "org/other@c": other}, cache=tmp_path)
     assert found.parents == ("org/alike@c",)
     assert report.headline(found) == "Against its parents, on average over 2 tasks: better than org/alike."
-    assert report.left_out(found) == [
-        "No difference to org/other is claimed: it had other prompts for 40 of 40 questions."
-    ]
+    assert report.left_out(found) == ["org/other is not compared: it had other prompts for 40 of 40 questions."]
     assert found == Comparison.from_dict(json.loads(json.dumps(found.as_dict())))
     rows = report.scores({"": merge, "org/alike@c": alike, "org/other@c": other}, found)
     assert [str(row.figures["org/other@c"]) for row in rows] == ["0.0 (0.0 to 8.8)"] * 2 + ["–"]
@@ -41,7 +39,7 @@ def test_a_parent_with_other_prompts_gets_no_verdict_and_the_others_keep_theirs(
 def test_without_a_parent_asked_alike_nothing_is_claimed(tmp_path: Path) -> None:
     merge, other = evaluation(tmp_path, 0), evaluation(tmp_path, 1, prompts={"left": "a", "right": "a"})
     with pytest.raises(
-        EvaluationError, match="no difference is claimed: org/b had other prompts for 40 of 40"
+        EvaluationError, match="because their prompts differ: org/b had other prompts for 40 of 40"
     ) as caught:
         comparison.compare(merge, {"org/b@c": other}, cache=tmp_path)
     assert caught.value.code == "NOT_COMPARABLE"
@@ -86,7 +84,7 @@ def test_a_token_that_only_one_tokenizer_puts_around_texts_allows_no_verdict(
     ]
     found = comparison.compare(models[0], {"org/b@c": models[1], "org/c@d": models[2]}, cache=tmp_path)
     assert found.parents == (("org/c@d",) if said else ("org/b@c", "org/c@d"))
-    assert report.left_out(found) == ([f"No difference to org/b is claimed: it {said}."] if said else [])
+    assert report.left_out(found) == ([f"org/b is not compared: it {said}."] if said else [])
 
 
 def test_answers_that_were_kept_without_prompts_are_compared(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_spoiled_layers_are_seen_in_the_bits_a_plain_text_takes(
 ) -> None:
     found = examine(spoiled(model, spoil), tokenizer, text=text)
     error = refused(found, healthy)
-    assert error.code == "MODEL_NONSENSE" and "bits a byte, its worst parent" in error.message
+    assert error.code == "MODEL_NONSENSE" and "bits per byte for a plain text, its worst parent" in error.message
     assert error.next_step
 
 
@@ -213,7 +213,9 @@ def test_text_that_circles_is_refused_unless_its_parents_circle_too(
     found = examine(trained(tokenizer, "la" * 100, 30), tokenizer, text=text)
     assert found.distinct is not None and found.distinct < 0.1
     sounding = replace(found, bits_per_byte=healthy.bits_per_byte, perplexity=healthy.perplexity)
-    assert "repeats itself" in refused(sounding, healthy).message and "repeats itself" in refused(sounding).message
+    assert (
+        "repeat themselves" in refused(sounding, healthy).message and "repeat themselves" in refused(sounding).message
+    )
     require_sound(sounding, [sounding])
 
 
@@ -235,7 +237,7 @@ def test_a_tokenizer_that_loses_text_is_refused_where_its_parents_keep_it(
     found = examine(model, lossy, text=text)
     assert found.survived < healthy.survived / 2 < found.texts
     same_text = replace(found, bits_per_byte=healthy.bits_per_byte, distinct=healthy.distinct)
-    assert "tokenizer brings back" in refused(same_text, healthy).message
+    assert "tokenizer returns" in refused(same_text, healthy).message
     require_sound(same_text, [same_text])
 
 

@@ -63,7 +63,7 @@ CHANGES = {
     "batch_size": ("auto", "in batches of 16 and in batches of auto"),
     "chat_template": (True, "as plain text and with its chat template"),
     "seed": (1, "with seed 0 and with seed 1"),
-    "limit": (10, "with all samples a task and with 10 samples a task"),
+    "limit": (10, "with all samples per task and with 10 samples per task"),
     "lm_eval": ("0.4.12", "with lm_eval 0.4.13 and with lm_eval 0.4.12"),
     "transformers": ("5.0", "with transformers 5.23.0 and with transformers 5.0"),
     "torch": ("2.0", "with torch 2.13.0 and with torch 2.0"),

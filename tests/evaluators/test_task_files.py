@@ -98,7 +98,7 @@ def test_a_task_is_not_asked_twice(asked: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("- a list\n", "it holds no keys and values"),
+        ("- a list\n", "it is not a mapping of keys to values"),
         ("task: [\n", "up to line 2"),
         ("task: one\ninclude: bad.yaml\n", "it includes itself"),
         ("task: one\ninclude: absent.yaml\n", "No such file"),
@@ -119,7 +119,7 @@ def test_data_that_are_not_there_are_named_before_anything_starts(tmp_path: Path
     with pytest.raises(EvaluationError) as caught:
         suites.find(suites.named(str(file)))
     assert caught.value.code == "DATASET_UNAVAILABLE"
-    assert caught.value.message == "The data of task `lost` are not there: no file is called data/lost.jsonl."
+    assert caught.value.message == "The data file data/lost.jsonl of task `lost` does not exist."
 
 
 def test_data_of_a_task_within_a_groups_file_begin_beside_it(tmp_path: Path) -> None:
