@@ -55,6 +55,23 @@ def test_a_list_of_classes_that_is_none_is_planned_or_refused_in_a_sentence(pair
     planned_or_refused(LINEAR, pair)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_config": True, "num_hidden_layers": None},
+        {"text_config": 3, "num_hidden_layers": None, "layer_types": 7},
+        {"num_hidden_layers": None, "model_type": "gemma3_text", "layer_types": True},
+        {"model_type": ["gemma3"], "mlp_only_layers": True},
+        {"model_type": "qwen3_moe", "decoder_sparse_step": "x", "mlp_only_layers": 3},
+        {"model_type": "gemma3_text", "sliding_window_pattern": [1], "layer_types": None},
+        {"first_k_dense_replace": {}, "moe_layer_freq": "1"},
+    ],
+)
+def test_layer_rules_of_a_wrong_type_are_planned_or_refused_in_a_sentence(pair: Path, changes: dict[str, Any]) -> None:
+    changed(pair / "a" / "config.json", changes)
+    planned_or_refused("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]", pair)
+
+
 @PAST
 @given(st.dictionaries(st.sampled_from(CONFIG_KEYS), anything, min_size=1, max_size=2))
 def test_any_config_is_planned_or_refused_in_a_sentence(pair: Path, changes: dict[str, Any]) -> None:

@@ -48,8 +48,16 @@ class Rule:
         return self._computed(part, layers)
 
     def _computed(self, part: Part, layers: int) -> Kinds:
-        """Kinds by the formula; None outside of its domain."""
-        return [*self.formula(part, layers), *[None] * layers][:layers]
+        """Kinds by the formula; None outside of its domain, as for config values of a wrong type."""
+        try:
+            kinds = self.formula(part, layers)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+            kinds = []
+        return [*kinds, *[None] * layers][:layers]
+
+    def ignores_list(self, part: Part, kinds: Kinds) -> bool:
+        """True if a program that does not read the list gets the same kinds from `part`."""
+        return self._computed({key: value for key, value in part.items() if key != self.listed}, len(kinds)) == kinds
 
     def edits(self, part: Part, wanted: Kinds) -> Mapping[str, Any] | None:
         """Changes of `part` that make `kinds` equal to `wanted`; None if there are none."""
@@ -62,7 +70,7 @@ class Rule:
     def old_edits(self, part: Part, wanted: Kinds) -> Mapping[str, Any] | None:
         """Changes of the keys that older programs read instead of the list; None if these keys cannot express it."""
         bare = {key: value for key, value in part.items() if key != self.listed}
-        return {} if self._computed(bare, len(wanted)) == wanted else self._solved(bare, wanted)
+        return {} if self.ignores_list(part, wanted) else self._solved(bare, wanted)
 
     def _solved(self, part: Part, wanted: Kinds) -> Mapping[str, Any] | None:
         tries = (edits for values in self.values for edits in values.propose(wanted, part))
@@ -134,10 +142,10 @@ def numbers(key: str, kind: Any = True) -> Values:
 
 def rules_of(config: Mapping[str, Any], path: Sequence[str], table: Mapping[str, tuple[Rule, ...]]) -> list[Rule]:
     """Rules for the part of `config` that has its layer count at `path`."""
-    part = at(config, path[:-1]) or {}
+    part = part_at(config, path)
     outer = config.get("model_type", "")
     suffix = {"text_config": "_text", "vision_config": "_vision"}.get(path[0] if len(path) > 1 else "", "")
-    own = part.get("model_type") or f"{outer}{suffix}"
+    own = str(part.get("model_type") or f"{outer}{suffix}")
     found = next((table[name] for name in (own, f"{own}_text") if name in table), None)
     if found is None:  # a family without an entry: the keys that mean the same everywhere
         found = tuple(rule for rule in table["*"] if any(key in part for one in rule.values for key in one.keys))
@@ -150,3 +158,9 @@ def at(config: Mapping[str, Any], path: Sequence[str]) -> Any:
     for step in path:
         part = part.get(step) if isinstance(part, Mapping) else None
     return part
+
+
+def part_at(config: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
+    """The part of a config that has its layer count at `path`; empty if there is none."""
+    part = at(config, path[:-1])
+    return part if isinstance(part, Mapping) else {}

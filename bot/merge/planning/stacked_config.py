@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bot.errors import Refused
-from bot.merge.planning.layer_rules import WHOLE, Kinds, Rule, at, rules_of
+from bot.merge.planning.layer_rules import WHOLE, Kinds, Rule, at, part_at, rules_of
 from bot.merge.planning.layer_table import LAYER_RULES
 from bot.merge.planning.layout import Stacked
 from bot.merge.recipe.notices import Notes
@@ -77,13 +77,17 @@ def _uncounted(config: Mapping[str, Any], stack: Stacked) -> list[tuple[str, ...
         path
         for path in paths
         for rule in rules_of(config, path, LAYER_RULES)
-        if rule.listed and stack.layers and len(_view(config, path).get(rule.listed) or ()) == stack.donor_layers
+        if rule.listed and stack.layers and _length(part_at(config, path).get(rule.listed)) == stack.donor_layers
     ][:1]
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, list | str) else 0
 
 
 def _view(config: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
     """The part of a config that describes a stack, and the whole config for the rules that depend on it."""
-    return {**(at(config, path[:-1]) or {}), WHOLE: config}
+    return {**part_at(config, path), WHOLE: config}
 
 
 def _count(config: Mapping[str, Any], path: Sequence[str], least: int) -> int:
@@ -118,7 +122,7 @@ def _follow(
         if edits is None:
             raise _refusal(rule, donor, wanted)
         part.update(edits)
-        if rule.listed is not None and _read_before_lists(rule, configs[donor], path, own):
+        if rule.listed is not None and rule.ignores_list(_view(configs[donor], path), own):
             _follow_old(rule, part, _view(config, path), wanted, notes)
     for rule, wanted in rules:  # two rules may share a key
         if rule.kinds(_view(config, path), len(wanted)) != wanted:
@@ -132,14 +136,8 @@ def _needed(
     for (model, _), kind in zip(stack.layers, wanted, strict=True):
         for word, keys in _NEEDED.items():
             if isinstance(kind, str) and word in kind and kind not in own:
-                theirs = at(configs[model], path[:-1]) or {}
+                theirs = part_at(configs[model], path)
                 yield from ((key, theirs[key]) for key in keys if key in theirs)
-
-
-def _read_before_lists(rule: Rule, config: Mapping[str, Any], path: Sequence[str], own: Kinds) -> bool:
-    """True if the donor's config gives the same kinds to a program that does not read the list."""
-    bare = {key: value for key, value in _view(config, path).items() if key != rule.listed}
-    return rule.formula(bare, len(own)) == own
 
 
 def _follow_old(rule: Rule, part: dict[str, Any], view: Mapping[str, Any], wanted: Kinds, notes: Notes) -> None:
@@ -181,8 +179,9 @@ def _per_layer(part: dict[str, Any], path: Sequence[str], stack: Stacked, config
 
 def _numbers(path: Sequence[str], key: str, stack: Stacked, configs: Configs) -> list[int]:
     start = _LAYER_NUMBERS[key]
-    listed = {model: at(configs[model], (*path, key)) or [] for model, _ in stack.layers}
-    return [number + start for number, (model, i) in enumerate(stack.layers) if i + start in listed[model]]
+    listed = {model: at(configs[model], (*path, key)) for model, _ in stack.layers}
+    numbers = {model: value if isinstance(value, list) else [] for model, value in listed.items()}
+    return [number + start for number, (model, i) in enumerate(stack.layers) if i + start in numbers[model]]
 
 
 def _predicted(part: Mapping[str, Any]) -> int:
@@ -202,8 +201,7 @@ def _entries(
 
 def _by_number(path: Sequence[str], key: str, stack: Stacked, configs: Configs) -> dict[str, Any]:
     """Dict from layer numbers (JSON: strings) to special properties of the layer."""
-    given = {model: at(configs[model], (*path, key)) or {} for model, _ in stack.layers}
-    found = {str(number): given[model].get(str(i)) for number, (model, i) in enumerate(stack.layers)}
+    found = {str(number): at(configs[model], (*path, key, str(i))) for number, (model, i) in enumerate(stack.layers)}
     return {number: value for number, value in found.items() if value is not None}
 
 
