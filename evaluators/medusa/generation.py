@@ -15,10 +15,9 @@ from evaluators.medusa import formats
 from evaluators.medusa.decoding import batch
 from evaluators.medusa.decoding.acceptance import GREEDY, Rule
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, Trace, plain, stream
+from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, plain, stream
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
-from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.formats.reading import CARRIED
 from evaluators.medusa.model import packed

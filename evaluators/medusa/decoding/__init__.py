@@ -1,1 +1,1 @@
-"""From a prompt to tokens: the loop, its caches, the rules by which guesses stand."""
+"""Decoding loops, acceptance rules, key-value caches and CUDA graphs."""

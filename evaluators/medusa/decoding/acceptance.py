@@ -1,8 +1,8 @@
-"""Acceptance rules: which drafted tokens stand, and which token comes next.
+"""Acceptance rules: which drafted tokens are accepted, and which token comes next.
 
-`Greedy` gives the base's own greedy text. `Typical` is Medusa's rule and approximate: its text is not distributed as
-the base's. `Exact` samples from the base's own distribution, one draw per emitted token, with noise keyed by (seed,
-absolute position): plain sampling with the same key gives the same tokens.
+`Greedy` gives the greedy text of the base. `Typical` is Medusa's rule and approximate: its text does not follow the
+distribution of the base. `Exact` samples from the distribution of the base, one draw per emitted token, with noise
+keyed by (seed, absolute position): baseline sampling with the same key gives the same tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from evaluators.medusa.trees.tree import Path, Tree
 
 class Rule(Protocol):
     def pick(self, logits: Tensor, position: int) -> int:
-        """The token for absolute `position`, from the logits [V] of the token before it."""
+        """Token at absolute `position`, from the logits [V] of the token before it."""
         ...
 
     def accept(self, tree: Tree, tokens: Sequence[int], logits: Tensor, length: int) -> tuple[Path, int]:
@@ -30,7 +30,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """Follow the base's argmax."""
+    """Accept the nodes that equal the argmax of the base."""
 
     def pick(self, logits: Tensor, position: int) -> int:
         return int(logits.argmax())
@@ -47,7 +47,7 @@ class Greedy:
 class Typical:
     """Accept x iff p(x) > min(eps, delta * exp(-H(p))), H with log(p + 1e-5) (arXiv 2401.10774, section 2.3.1).
 
-    The deepest path of accepted nodes wins, ties by the larger sum of log p; the next root is the argmax.
+    The deepest path of accepted nodes is chosen, ties by the larger sum of log p; the next root is the argmax.
     """
 
     temperature: float = 0.7
@@ -73,16 +73,16 @@ class Typical:
         return tree.ancestors(last), int(logits[last].argmax())
 
     def threshold(self, p: Tensor) -> Tensor:
-        """Probabilities [.., V] -> the least probability accepted after each of them [..]."""
+        """Probabilities [.., V] -> smallest accepted probability [..]."""
         entropy = -(p * torch.log(p + 1e-5)).sum(dim=-1)
         return torch.clamp(self.delta * torch.exp(-entropy), max=self.eps)
 
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """Sample from the base's distribution: draw at each visited node, follow the draw while a child carries it.
+    """Sample from the base: draw at each visited node and continue while a child holds the drawn token.
 
-    `top_k` and `top_p` cut the distribution first, 0 and 1.0 leave it whole.
+    `top_k` and `top_p` cut the distribution first; 0 and 1.0 turn them off.
     """
 
     seed: int = 0
@@ -92,9 +92,9 @@ class Exact:
 
     def pick(self, logits: Tensor, position: int) -> int:
         scores = self._cut(logits.float().cpu() / self.temperature)
-        # Gumbel-max: argmax(score + Gumbel noise) is one draw from softmax(score). Keyed by the position, so the
-        # draw does not depend on how many tokens a step brought.
-        # Philox takes both numbers as they are; torch's CPU generator would read 32 bits of any seed.
+        # Gumbel-max: argmax(score + Gumbel noise) is one draw from softmax(score). The key holds
+        # the position, so the draw does not depend on the number of tokens per step.
+        # Philox takes both numbers in full; torch's CPU generator would use only 32 bits of a seed.
         noise = np.random.Philox(key=np.array([self.seed % (1 << 64), position], dtype=np.uint64))
         uniform = torch.from_numpy(np.random.Generator(noise).random(len(scores))).clamp_min(1e-300)
         return int((scores.double() - torch.log(-torch.log(uniform))).argmax())

@@ -1,8 +1,8 @@
-"""Several texts of different lengths decoded together: each gets the tokens and the paths that it gets alone.
+"""Batch decoding of texts of different lengths, with the tokens and paths of single decoding.
 
-Rows are aligned on the left: column j of a row holds its token at position j, and what lies behind its own length is
-never seen. A forward pass appends as many columns as the widest tree of any row needs; then every row gathers its
-accepted path to its own end. A text that ends leaves the batch. Made to be right, not to break a record.
+Rows are aligned on the left: column j of a row holds its token at position j, and columns beyond the length of the row
+are masked. A forward pass appends as many columns as the widest tree of any row needs; then every row gathers its
+accepted path to its own end. A finished text leaves the batch. The code is written for exactness, not for speed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from evaluators.medusa.trees.tree import Path, Tree
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A text to decode: after which tokens, until when, by which rule, and who guesses; without one, plainly."""
+    """A prompt with its limits, acceptance rule and drafter; without a drafter it is decoded as the baseline."""
 
     ids: Sequence[int]
     limits: Limits
@@ -45,29 +45,28 @@ class Request:
 
 @torch.inference_mode()
 def decode(base: Base, requests: Sequence[Request], tree: Tree) -> list[Trace]:
-    """One trace for each request: what `decode.medusa` and `decode.plain` give it alone, in float32.
+    """One trace per request, in float32 equal to that of `decode.medusa` or `decode.plain`.
 
-    The base must be able to hold a tree (`reason_against_trees`). The clocks of the traces stay at zero: time is the
-    batch's. Raises ValueError for an empty prompt or nothing to generate, EvaluationError for logits that are not
-    finite.
+    The base must support trees (`reason_against_trees`). The clocks of the traces stay at zero. Raises ValueError for
+    an empty prompt or nothing to generate, EvaluationError for logits that are not finite.
     """
     if any(not request.ids or request.limits.max_new_tokens < 1 for request in requests):
         raise ValueError("decoding needs at least one prompt token and one token to generate")
-    if base.rope[0] in ("longrope", "dynamic"):  # the longest row would turn the angles of all others
+    if base.rope[0] in ("longrope", "dynamic"):  # the longest row would change the angles of all others
         return [_alone(base, request, tree) for request in requests]
     if not requests:
         return []
     rows, cuts = _Rows(base), Cuts(tree)
     h, logits = rows.read([request.ids for request in requests])
-    texts = [_begun(request, *first) for request, *first in zip(requests, h, logits, strict=True)]
-    going = texts
+    texts = [_prefilled(request, *first) for request, *first in zip(requests, h, logits, strict=True)]
+    unfinished = texts
     while True:
-        here = [at for at, text in enumerate(going) if text.goes_on(base, rows.lengths[at])]
-        if not here:
+        alive = [row for row, text in enumerate(unfinished) if text.goes_on(base, rows.lengths[row])]
+        if not alive:
             return [text.trace for text in texts]
-        rows.select(here)
-        going = [going[at] for at in here]
-        _step(base, rows, cuts, going)
+        rows.select(alive)
+        unfinished = [unfinished[row] for row in alive]
+        _step(base, rows, cuts, unfinished)
 
 
 def _alone(base: Base, request: Request, tree: Tree) -> Trace:
@@ -82,15 +81,15 @@ def _step(base: Base, rows: _Rows, cuts: Cuts, texts: Sequence[_Text]) -> None:
     drafts = [text.draft(base, cuts, length) for text, length in zip(texts, rows.lengths, strict=True)]
     hidden, logits = rows.forward(drafts)
     paths = []
-    for at, (text, (tokens, tree)) in enumerate(zip(texts, drafts, strict=True)):
+    for row, (text, (tokens, tree)) in enumerate(zip(texts, drafts, strict=True)):
         nodes = slice(tree.nodes)
-        paths.append(text.accept(tree, tokens.tolist(), hidden[at, nodes], logits[at, nodes], rows.lengths[at]))
+        paths.append(text.accept(tree, tokens.tolist(), hidden[row, nodes], logits[row, nodes], rows.lengths[row]))
     rows.keep(paths)
 
 
 @dataclass(slots=True)
 class _Text:
-    """A text on its way. `h` is the state that predicted the last token of `seen`."""
+    """An unfinished text. `h` is the hidden state that predicted the last token of `seen`."""
 
     request: Request
     h: Tensor
@@ -110,11 +109,11 @@ class _Text:
         tree = cuts.at(min(left, base.depth_room(length)))
         return draft(self.request.drafter, tree, self.h, self.seen, base.device)
 
-    def accept(self, tree: Tree, names: list[int], hidden: Tensor, logits: Tensor, length: int) -> Path:
-        """Take what the nodes [n] brought; returns the accepted ones."""
+    def accept(self, tree: Tree, token_of: list[int], hidden: Tensor, logits: Tensor, length: int) -> Path:
+        """Accept tokens from the states [n, H] and logits [n, V] of the nodes. Returns the accepted nodes."""
         require_finite(logits, self.trace.steps + 1)
-        path, following = self.request.rule.accept(tree, names, logits, length)
-        brought = [*(names[node] for node in path[1:]), following]
+        path, next_root = self.request.rule.accept(tree, token_of, logits, length)
+        brought = [*(token_of[node] for node in path[1:]), next_root]
         block, self.finish = self.request.limits.cut(self.seen, brought, len(self.trace.tokens))
         self.h = hidden[path[-1]]
         self.seen += block
@@ -124,7 +123,7 @@ class _Text:
         return path
 
 
-def _begun(request: Request, h: Tensor, logits: Tensor) -> _Text:
+def _prefilled(request: Request, h: Tensor, logits: Tensor) -> _Text:
     require_finite(logits, 0)
     root = request.rule.pick(logits, len(request.ids))
     _, finish = request.limits.cut(request.ids, [root], 0)
@@ -132,7 +131,7 @@ def _begun(request: Request, h: Tensor, logits: Tensor) -> _Text:
 
 
 class _Rows:
-    """The cache of several texts. `lengths[b]` columns of row b are its tokens; what lies behind them is nothing."""
+    """Cache of several texts. The first `lengths[b]` columns of row b hold its tokens; later columns are unused."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -140,12 +139,12 @@ class _Rows:
         self.lengths: list[int] = []
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """All prompts [B] at once -> h [B, H] and logits [B, V] of their last tokens."""
+        """Prefill all prompts [B] at once. Returns h [B, H] and logits [B, V] of their last tokens."""
         self.lengths = [len(prompt) for prompt in prompts]
         ids = torch.zeros((len(prompts), max(self.lengths)), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(list(prompt))
-        # What fills a row on the right comes after all its tokens, so that none of them sees it.
+        # Padding on the right comes after all tokens of a row, so that none of them attends to it.
         hidden, logits = self.base.run(
             ids.to(self.base.device), project=False, past_key_values=self.cache, use_cache=True
         )
@@ -154,27 +153,29 @@ class _Rows:
         return h, logits[rows, last] if logits.numel() else self.base.logits(h)
 
     def forward(self, drafts: Sequence[tuple[Tensor, Tree]]) -> tuple[Tensor, Tensor]:
-        """Tokens [n_b] and tree of each row -> h [B, n, H], logits [B, n, V], n the nodes of the widest tree.
+        """Tokens [n_b] and tree of each row -> h [B, n, H], logits [B, n, V]; n of the widest tree.
 
-        What a row has beyond its own tree is of no meaning.
+        Values beyond the tree of a row are meaningless.
         """
         base, width = self.base, max(self.lengths)
         nodes = max(tree.nodes for _, tree in drafts)
         tokens = torch.zeros((len(drafts), nodes), dtype=torch.long, device=base.device)
-        here = torch.tensor(self.lengths, device=base.device)[:, None].repeat(1, nodes)
+        positions = torch.tensor(self.lengths, device=base.device)[:, None].repeat(1, nodes)
         mask = torch.full(
             (len(drafts), 1, nodes, width + nodes), torch.finfo(base.dtype).min, dtype=base.dtype, device=base.device
         )
-        for row, (some, tree) in enumerate(drafts):
-            tokens[row, : tree.nodes] = some
-            here[row, : tree.nodes] += torch.tensor(tree.depth, device=base.device)
+        for row, (drafted, tree) in enumerate(drafts):
+            tokens[row, : tree.nodes] = drafted
+            positions[row, : tree.nodes] += torch.tensor(tree.depth, device=base.device)
             mask[row, :, :, : self.lengths[row]] = 0
             mask[row, 0, : tree.nodes, width : width + tree.nodes] = bias_of(base, tree)
-        masks = masks_of(base, mask, here[:, None], int(here.max()))
-        return base.run(tokens, attention_mask=masks, position_ids=here, past_key_values=self.cache, use_cache=True)
+        masks = masks_of(base, mask, positions[:, None], int(positions.max()))
+        return base.run(
+            tokens, attention_mask=masks, position_ids=positions, past_key_values=self.cache, use_cache=True
+        )
 
     def keep(self, paths: Sequence[Path]) -> None:
-        """Of the columns of the last forward pass leave to each row the nodes of its path, behind its tokens."""
+        """Keep of the last forward pass only the nodes of each row's path, directly after its tokens."""
         width = max(self.lengths)
         kept = [
             [*range(length), *(width + node for node in path)] for length, path in zip(self.lengths, paths, strict=True)
@@ -188,7 +189,7 @@ class _Rows:
                 setattr(layer, name, rows.gather(2, index.expand(-1, rows.shape[1], -1, rows.shape[3])))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Only these rows stay."""
+        """Remove all other rows."""
         if list(rows) == list(range(len(self.lengths))):
             return
         self.lengths = [self.lengths[row] for row in rows]

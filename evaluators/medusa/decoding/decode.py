@@ -1,8 +1,11 @@
-"""Decoding: one loop for plain and for Medusa, so that neither can be favoured.
+"""Decoding: one loop for the baseline and for Medusa, so that neither has an advantage.
 
-Invariant before a step: the cache holds exactly x[0..L-1]; `root` = x[L] is emitted but not cached; `h` is the state
-at L-1. A step drafts from h, verifies all nodes of the tree in one forward pass, accepts one path, compacts the cache
-to it and emits the accepted tokens and the next root. Plain decoding is the same step with a tree of the root alone.
+Invariant before a step: the cache holds exactly the tokens x[0..L-1]; the root x[L] is emitted but not cached; `h` is
+the hidden state at position L-1. A step drafts from h, verifies all nodes of the tree in one forward pass, accepts one
+path, reduces the cache to it and emits the accepted tokens and the next root. Baseline decoding is the same step with a
+tree of the root alone.
+
+Shapes: n nodes of a tree, H hidden size, V vocabulary.
 
 Reference: Medusa, arXiv 2401.10774, sections 2.1.2 and 2.3.1.
 """
@@ -10,36 +13,72 @@ Reference: Medusa, arXiv 2401.10774, sections 2.1.2 and 2.3.1.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from evaluators.medusa.decoding.acceptance import GREEDY, Rule
 from evaluators.medusa.decoding.runners import Runner, Step
-from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base, not_finite
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 Finish = Literal["stop", "length", "context"]
 
+# The decoded tail may begin inside a character (at most four bytes) or with a token that loses its leading space there.
+STOP_MARGIN = 4
+
+
+class StopStrings:
+    """Strings that end a generation, by the rule of transformers' `stop_strings`.
+
+    The token that completes a string is the last one, whatever text follows in that token. A string may begin in the
+    prompt. Raises ValueError for an empty string.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        if isinstance(strings, str) or not all(strings):
+            raise ValueError("stop strings must be a list of non-empty strings")
+        self.strings = tuple(strings)
+        self._tokenizer = tokenizer
+        # Each token adds at least one byte, so this many tokens hold the longest string and the margin.
+        self._tail = STOP_MARGIN + max((len(string.encode()) for string in strings), default=0)
+
+    def completed_by(self, seen: Sequence[int]) -> bool:
+        """Return True if a string ends in the text of the last token of `seen` (prompt and answer).
+
+        The tail is decoded as a whole, because the bytes of a character may be spread over several tokens.
+        """
+        tail = list(seen[-self._tail - 1 :])
+        before, after = self._decode(tail[:-1]), self._decode(tail)
+        # An unfinished character at the end of `before` differs in `after`: the new text begins there.
+        new = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
+        return any(after.find(string, max(0, new - len(string) + 1)) >= 0 for string in self.strings)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When to stop: after `max_new_tokens`, after the first of `stop_ids`, or after the token that completes one of
-    the stop strings. What ends the text is emitted."""
+    """End of a generation: `max_new_tokens`, the first of `stop_ids`, or the token that completes a stop string.
+
+    The token that ends the text is emitted.
+    """
 
     max_new_tokens: int
     stop_ids: frozenset[int] = frozenset()
     stop_strings: StopStrings | None = None
 
     def cut(self, seen: Sequence[int], block: Sequence[int], emitted: int) -> tuple[list[int], Finish | None]:
-        """`block` as far as it is emitted after `seen` (prompt and answer), and why the text ends there, if it does.
+        """Cut `block`, which follows `seen` (prompt and answer), at the end of the text.
 
-        `emitted` counts the tokens of the answer so far.
+        `emitted` is the number of answer tokens so far. Returns the tokens to emit, and the reason if the text ends.
         """
         kept: list[int] = []
         for token in block:
@@ -53,7 +92,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds on the wall and of this process's CPUs."""
+    """Wall-clock seconds and CPU seconds of this process."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -61,9 +100,9 @@ class Clock:
 
 @dataclass(slots=True)
 class Trace:
-    """What one generation did. `emitted[i]` tokens came out of step i; the prefill emits one token more.
+    """Record of one generation. Step i emitted `emitted[i]` tokens; the prefill emitted one more.
 
-    Where the runner takes a step in one piece, all of it counts as `forward_s`.
+    If the runner fuses a step, all of its time counts as `forward_s`.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -84,36 +123,25 @@ class Trace:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Tokens after the prefill's one, per forward pass; None if the prefill already ended it."""
+        """Tokens per forward pass, both without the prefill; None if the prefill ended the text."""
         return (len(self.tokens) - 1) / self.steps if self.steps else None
 
 
 def plain(
     runner: Runner, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY, *, keep_hidden: bool = False
 ) -> Trace:
-    """One token per step. With `keep_hidden` the state that predicted each emitted token is kept, [H] each."""
-    return _run(runner, None, ROOT_ONLY, ids, limits, rule, keep_hidden)
+    """Baseline decoding: one token per step. `keep_hidden` keeps the state [H] that predicted each emitted token."""
+    trace = Trace()
+    deque(stream(runner, None, ROOT_ONLY, ids, limits, rule, trace=trace, keep_hidden=keep_hidden), maxlen=0)
+    return trace
 
 
 def medusa(
     runner: Runner, drafter: Drafter, tree: Tree, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY
 ) -> Trace:
-    """Draft, verify, accept. Greedy acceptance gives the tokens of `plain`, one for one, in float32."""
-    return _run(runner, drafter, tree, ids, limits, rule, False)
-
-
-def _run(
-    runner: Runner,
-    drafter: Drafter | None,
-    tree: Tree,
-    ids: Sequence[int],
-    limits: Limits,
-    rule: Rule,
-    keep_hidden: bool,
-) -> Trace:
+    """Medusa decoding. Greedy acceptance in float32 gives exactly the tokens of `plain`."""
     trace = Trace()
-    for _ in stream(runner, drafter, tree, ids, limits, rule, trace=trace, keep_hidden=keep_hidden):
-        pass
+    deque(stream(runner, drafter, tree, ids, limits, rule, trace=trace), maxlen=0)
     return trace
 
 
@@ -129,103 +157,86 @@ def stream(
     trace: Trace,
     keep_hidden: bool = False,
 ) -> Iterator[list[int]]:
-    """Yield the tokens of the prefill, then of each step, as they are decided; `trace` is filled on the way."""
-    fused = _prepared(runner, drafter, tree, ids, limits, rule)
-    with clocked(trace.prefill, runner.base.device):
-        h, logits = runner.prefill(ids)
+    """Yield the token of the prefill, then the tokens of each step, and fill `trace`."""
+    if not ids or limits.max_new_tokens < 1:
+        raise ValueError("decoding needs at least one prompt token and one token to generate")
+    base, cuts = runner.base, Cuts(tree)
+    fused_step = runner.prepare(drafter, tree, rule, range(len(ids), len(ids) + limits.max_new_tokens))
+    with clocked(trace.prefill, base.device):
+        h, logits = runner.prefill(ids)  # [H], [V]
         require_finite(logits, 0)
         root = rule.pick(logits, len(ids))
-    _, finish = limits.cut(ids, [root], 0)
-    seen = [*ids, root]
-    trace.tokens.append(root)
-    if keep_hidden:
-        trace.hidden.append(h.clone())
-    yield [root]
-    trees = Cuts(tree)
-    while finish is None and not past_context(runner.base, runner.length):
-        with clocked(trace.decode, runner.base.device):
-            room = runner.base.depth_room(runner.length)
-            if fused is not None:  # the tree stays whole to the last token: a shape more would cost more than it saves
-                h, block = _fused_step(fused, trees.at(room), trace)
-            else:
-                room = min(limits.max_new_tokens - len(trace.tokens) - 1, room)
-                h, block = _step(runner, drafter, trees.at(room), h, seen, rule, trace)
-            block, finish = limits.cut(seen, block, len(trace.tokens))
+    seen, (block, finish) = list(ids), limits.cut(ids, [root], 0)
+    while True:
         seen += block
         trace.tokens += block
-        trace.emitted.append(len(block))
-        if keep_hidden:
-            trace.hidden.append(h.clone())
+        trace.hidden += [h.clone()] if keep_hidden else []
         yield block
+        if finish is not None or past_context(base, runner.length):
+            break
+        with clocked(trace.decode, base.device):
+            room = base.depth_room(runner.length)
+            if fused_step is None:  # a fused step keeps the whole tree: one more shape costs more than it saves
+                room = min(room, limits.max_new_tokens - len(trace.tokens) - 1)
+                step = _step(runner, drafter, cuts.at(room), h, seen, rule, trace)
+            else:
+                step = _timed(fused_step, cuts.at(room), trace)
+            h = step.hidden
+            block, finish = limits.cut(seen, step.block, len(trace.tokens))
+        trace.paths.append(step.path)
+        trace.emitted.append(len(block))
     trace.finish = finish or "context"
 
 
-def _prepared(
-    runner: Runner, drafter: Drafter | None, tree: Tree, ids: Sequence[int], limits: Limits, rule: Rule
-) -> Callable[[Tree], Step] | None:
-    """What takes whole steps on the runner's device, if it has that for this drafter and rule."""
-    if not ids or limits.max_new_tokens < 1:
-        raise ValueError("decoding needs at least one prompt token and one token to generate")
-    return runner.prepare(drafter, tree, rule, range(len(ids), len(ids) + limits.max_new_tokens))
-
-
 def _step(
-    runner: Runner,
-    drafter: Drafter | None,
-    tree: Tree,
-    h: Tensor,
-    seen: list[int],
-    rule: Rule,
-    trace: Trace,
-) -> tuple[Tensor, list[int]]:
-    """One forward pass. Returns the state of the last accepted node [H] and the tokens it brought."""
+    runner: Runner, drafter: Drafter | None, tree: Tree, h: Tensor, seen: list[int], rule: Rule, trace: Trace
+) -> Step:
+    """Draft from h [H] after the tokens `seen`, verify, accept and reduce the cache."""
     started = time.perf_counter()
-    tokens, tree = draft(drafter, tree, h, seen, runner.base.device)
-    drafted_at = time.perf_counter()
-    hidden, logits = runner.forward(tokens, tree)
+    tokens, tree = draft(drafter, tree, h, seen, runner.base.device)  # [n], the root first
+    drafted = time.perf_counter()
+    hidden, logits = runner.forward(tokens, tree)  # [n, H], [n, V]
     require_finite(logits, trace.steps + 1)
-    forwarded_at = time.perf_counter()
-    names = tokens.tolist() if tree.nodes > 1 else seen[-1:]
-    path, following = rule.accept(tree, names, logits, runner.length)
+    verified = time.perf_counter()
+    token_of = tokens.tolist() if tree.nodes > 1 else seen[-1:]
+    path, next_root = rule.accept(tree, token_of, logits, runner.length)
     runner.keep(path)
-    trace.paths.append(path)
-    trace.draft_s += drafted_at - started
-    trace.forward_s += forwarded_at - drafted_at
-    trace.accept_s += time.perf_counter() - forwarded_at
-    return hidden[path[-1]], [*(names[node] for node in path[1:]), following]
+    trace.draft_s += drafted - started
+    trace.forward_s += verified - drafted
+    trace.accept_s += time.perf_counter() - verified
+    return Step(path, [*(token_of[node] for node in path[1:]), next_root], hidden[path[-1]], True)
+
+
+def _timed(fused_step: Callable[[Tree], Step], tree: Tree, trace: Trace) -> Step:
+    """Run a step that the runner fuses. Raises EvaluationError for logits that are not finite."""
+    started = time.perf_counter()
+    step = fused_step(tree)
+    if not step.finite:
+        raise not_finite(f"at decoding step {trace.steps + 1}")
+    trace.forward_s += time.perf_counter() - started
+    return step
 
 
 def draft(
     drafter: Drafter | None, tree: Tree, h: Tensor, seen: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tree]:
-    """The tokens [n] to verify, the root first, and the tree they fill: a smaller one where fewer were guessed."""
-    tokens = torch.tensor(seen[-1:], device=device)
+    """Tokens [n] to verify, the root first, and their tree, which is smaller if the drafter proposed fewer tokens."""
+    root = torch.tensor(seen[-1:], device=device)
     if drafter is None or tree.nodes == 1:
-        return tokens, ROOT_ONLY
-    drafted = drafter.propose(h, seen[-1], seen, tree)
-    return torch.cat([tokens, drafted.to(device)]), tree.first(len(drafted) + 1)
-
-
-def _fused_step(fused: Callable[[Tree], Step], tree: Tree, trace: Trace) -> tuple[Tensor, list[int]]:
-    """As `_step`, by a runner that takes the whole step on its device."""
-    started = time.perf_counter()
-    step = fused(tree)
-    if not step.finite:
-        raise not_finite(f"at decoding step {trace.steps + 1}")
-    trace.paths.append(step.path)
-    trace.forward_s += time.perf_counter() - started
-    return step.hidden, step.block
+        return root, ROOT_ONLY
+    proposed = drafter.propose(h, seen[-1], seen, tree)
+    return torch.cat([root, proposed.to(device)]), tree.first(len(proposed) + 1)
 
 
 class Cuts:
-    """A tree cut to what room is left, each cut made once."""
+    """A tree cut to the room that is left; each cut is built once."""
 
     def __init__(self, tree: Tree) -> None:
         self._full = tree
         self._cut: dict[int, Tree] = {}
 
     def at(self, depth: int) -> Tree:
-        """The tree without what lies deeper than `depth`."""
+        """The tree without the nodes that are deeper than `depth`."""
         if depth >= self._full.max_depth:
             return self._full
         if depth not in self._cut:
@@ -234,20 +245,20 @@ class Cuts:
 
 
 def past_context(base: Base, length: int) -> bool:
-    """Whether the token after `length` cached ones has no position any more."""
+    """Return True if the token after `length` cached tokens exceeds the positions of the model."""
     last = base.last_position()
     return last is not None and length > last
 
 
 def require_finite(logits: Tensor, step: int) -> None:
-    """Raise EvaluationError SPEED_CHECK_FAILED if NaN or infinity is the largest logit of any row."""
-    # max() hands a NaN through, so one number tells for the whole tensor.
+    """Raise EvaluationError SPEED_CHECK_FAILED if the largest logit of any row is NaN or infinite."""
+    # max() propagates NaN, so one number covers the whole tensor.
     if not bool(torch.isfinite(logits.max())):
         raise not_finite(f"at decoding step {step}")
 
 
 class clocked:
-    """Adds the block's seconds to a clock; on a GPU the queue is drained first and last."""
+    """Context manager that adds the seconds of its block to a clock and synchronizes a GPU before and after."""
 
     def __init__(self, clock: Clock, device: torch.device) -> None:
         self._clock, self._cuda = clock, device.type == "cuda"

@@ -15,9 +15,8 @@ from bot.errors import EvaluationError
 from evaluators.medusa.decoding import batch
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.decoding.batch import Request
-from evaluators.medusa.decoding.decode import Limits, Trace, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
-from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.model.causal_lm import Base

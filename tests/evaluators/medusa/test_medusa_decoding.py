@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import pytest
+import reference_decoding as reference
 import tiny_causal_lms as tiny
 import torch
 from transformers import (
@@ -19,12 +20,10 @@ from transformers import (
 )  # fmt: skip
 
 from bot.errors import EvaluationError
-from evaluators.medusa.decoding import reference
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, StopStrings, medusa, plain
 from evaluators.medusa.decoding.runners import EagerRunner
-from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.model.causal_lm import Base

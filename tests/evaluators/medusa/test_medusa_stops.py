@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 from transformers.generation import StopStringCriteria
 
-from evaluators.medusa.decoding.decode import Limits, Trace, medusa, plain, stream
+from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, medusa, plain, stream
 from evaluators.medusa.decoding.runners import EagerRunner
-from evaluators.medusa.decoding.stops import StopStrings
 from evaluators.medusa.trees.tree import chain, full
 
 PROMPT = [7, 42, 99, 3, 250, 7, 42]
@@ -119,5 +118,5 @@ def test_a_character_of_several_tokens_counts_when_its_last_byte_arrives() -> No
 
 def test_an_empty_stop_string_is_no_stop_string() -> None:
     for wrong in ([""], ["a", ""], "abc"):
-        with pytest.raises(ValueError, match="strings that are not empty"):
+        with pytest.raises(ValueError, match="list of non-empty strings"):
             StopStrings(BYTES, wrong)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import reference_decoding as reference
 import tiny_causal_lms as tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from evaluators.medusa.decoding import reference
 from evaluators.medusa.decoding.acceptance import Exact
 from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, medusa, plain
