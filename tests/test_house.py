@@ -35,7 +35,7 @@ ROOMS = {
 # parts of an engine, each after those it may import
 PARTS = {
     "bot/merge": (
-        "streaming", "methods", "recipe", "checkpoints", "tokenizer", "planning", "operands", "execution",
+        "streaming", "methods", "recipe", "checkpoints", "tokenizer", "planning", "execution",
     ),
     "evaluators": (
         "figures", "generation_settings", "content", "paired", "repetition", "memory", "loading",

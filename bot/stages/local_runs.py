@@ -95,7 +95,7 @@ def merge(
     weight files in the provenance, so that `verify` can tell a changed source from a changed output; hashing takes a
     core while the files are read, so it is off by default. Raises `bot.errors`.
     """
-    made, out = planned.plan, output_folder.folder_meant(out)
+    made, out = planned.plan, output_folder.resolved_folder(out)
     output_folder.settle(out)
     if not overwrite and output_folder.holds(out, made):
         output_folder.require_up_to_date(out, made, planned.opened)
@@ -135,9 +135,11 @@ def _without_pickles(folder: Path) -> Path:
     found = pickles(files)
     if found and not any(name.endswith(".safetensors") for name in files):
         raise Refused(
-            "SOURCE_NOT_SAFETENSORS", f"{folder} has only pickled weights, such as {found[0]}.",
-            "Add --allow-pickle to read them in a process that runs nothing they ask for.", value=str(folder),
-        )  # fmt: skip
+            "SOURCE_NOT_SAFETENSORS",
+            f"{folder} has only pickled weights, such as {found[0]}.",
+            "Add --allow-pickle to read them in a process that runs nothing they ask for.",
+            value=str(folder),
+        )
     return folder
 
 
@@ -204,10 +206,11 @@ def require_writable(file: Path, *, overwrite: bool) -> None:
     there = [path for path in (file, file.with_suffix(".svg")) if path.exists()]
     if file.is_dir() or (there and not overwrite):
         raise Refused(
-            "OUTPUT_EXISTS", f"{there[0]} {'is a folder' if file.is_dir() else 'exists already'}.",
+            "OUTPUT_EXISTS",
+            f"{there[0]} {'is a folder' if file.is_dir() else 'exists already'}.",
             "Name another file." if file.is_dir() else "Add --overwrite to replace it, or name another file.",
             value=str(file),
-        )  # fmt: skip
+        )
 
 
 def write_evaluations(

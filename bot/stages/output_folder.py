@@ -24,16 +24,16 @@ from bot.stages.sources import Opened
 from bot.storage import sync_folder
 
 
-def folder_meant(out: Path) -> Path:
+def resolved_folder(out: Path) -> Path:
     """`out` as a named folder, with links to folders resolved: a merge grows beside its target."""
     return out.resolve() if out.name in ("", "..") or (out.is_symlink() and out.is_dir()) else out
 
 
 def holds(out: Path, made: Plan) -> bool:
     """Return whether `out` is the complete result of this plan, every file with its original size."""
-    told = _json(out / PROVENANCE)
+    document = _json(out / PROVENANCE)
     try:
-        return bool(told["plan_digest"] == made.digest) and _whole(out, told["outputs"])
+        return bool(document["plan_digest"] == made.digest) and _whole(out, document["outputs"])
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -44,9 +44,11 @@ def require_up_to_date(out: Path, made: Plan, opened: Opened) -> None:
     for path in _read_files(made, opened):
         if path.stat().st_ctime_ns > finished:
             raise Refused(
-                "OUTPUT_EXISTS", f"{out} holds this merge, but {path} was changed after it was made.",
-                "Add --overwrite to merge again, or name another folder.", value=str(out),
-            )  # fmt: skip
+                "OUTPUT_EXISTS",
+                f"{out} holds this merge, but {path} was changed after it was made.",
+                "Add --overwrite to merge again, or name another folder.",
+                value=str(out),
+            )
 
 
 def place_for(out: Path, made: Plan, opened: Opened, *, overwrite: bool) -> Path:
@@ -63,22 +65,23 @@ def place_for(out: Path, made: Plan, opened: Opened, *, overwrite: bool) -> Path
     if not overwrite:
         ours = _strange_file(out) is None
         raise Refused(
-            "OUTPUT_EXISTS", f"{out} {'holds another merge' if ours else 'exists already'}.",
+            "OUTPUT_EXISTS",
+            f"{out} {'holds another merge' if ours else 'exists already'}.",
             "Add --overwrite to replace it, or name another folder." if ours else "Name another folder, or remove it.",
             value=str(out),
-        )  # fmt: skip
+        )
     _require_ours(out)
     if any(folder.resolve() == out.resolve() for folder in opened.folders.values()):
         raise Refused("OUTPUT_EXISTS", f"{out} is a source of this merge.", "Name another folder.", value=str(out))
     place = _beside(out, "replacement")
-    if place.exists():  # whole, and its process died before it took its place
+    if place.exists():  # complete; its process was killed before the exchange
         _require_ours(place)
         _clear(place)
     return place
 
 
 def remove_empty(place: Path) -> None:
-    """An empty folder gives way to the one that is renamed to its name."""
+    """Remove `place` if it is empty, so that a folder can be renamed to it."""
     with suppress(OSError):
         place.rmdir()
 
@@ -95,7 +98,7 @@ def put_in_place(place: Path, out: Path) -> None:
 
 
 def settle(out: Path) -> None:
-    """Tidy up after a process that died while it exchanged two outputs: put the old one back, or finish removing it."""
+    """Restore or finish removing the old output after a process was killed during the exchange."""
     old = _beside(out, "replaced")
     if not old.is_dir() or _strange_file(old) is not None:
         return
@@ -122,7 +125,7 @@ def _whole(folder: Path, files: dict[str, Any]) -> bool:
 
 
 def _read_files(made: Plan, opened: Opened) -> Iterator[Path]:
-    """The files in local folders that a plan reads."""
+    """Yield the files in local folders that a plan reads."""
     for part in made.parts:
         named = [(source.model.bare, file) for source in part.sources for file in source.headers]
         for ref, file in [*named, *((copied.model, copied.file) for copied in part.copies)]:
@@ -137,22 +140,26 @@ def _require_writable(out: Path) -> None:
         Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent)).rmdir()
     except OSError as error:
         raise Refused(
-            "OUTPUT_UNWRITABLE", f"{out} cannot be made: {os.strerror(error.errno or 0)}.",
-            "Name a folder where you may write.", value=str(out),
-        ) from None  # fmt: skip
+            "OUTPUT_UNWRITABLE",
+            f"{out} cannot be created: {os.strerror(error.errno or 0)}.",
+            "Name a folder that you may write to.",
+            value=str(out),
+        ) from None
 
 
 def _require_removable(empty: Path) -> None:
     if empty.samefile(Path.cwd()) or os.path.ismount(empty):
-        what = "the folder you are in" if empty.samefile(Path.cwd()) else "where a disk is mounted"
+        what = "the current folder" if empty.samefile(Path.cwd()) else "a mount point"
         raise Refused(
-            "OUTPUT_EXISTS", f"{empty} is {what}, and a merge makes its folder anew.",
-            f"Name a folder in it, such as {empty / 'merged'}.", value=str(empty),
-        )  # fmt: skip
+            "OUTPUT_EXISTS",
+            f"{empty} is {what}, which a merge cannot replace.",
+            f"Name a folder in it, such as {empty / 'merged'}.",
+            value=str(empty),
+        )
 
 
 def _strange_file(folder: Path) -> str | None:
-    """A file in `folder` that its manifest does not list; None if there is none."""
+    """Return the first file in `folder` that its manifest does not list, or None."""
     listed = _json(folder / MANIFEST)
     names = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else [folder.name]
     try:
@@ -166,9 +173,11 @@ def _require_ours(out: Path) -> None:
     strange = _strange_file(out)
     if strange is not None:
         raise Refused(
-            "OUTPUT_EXISTS", f"{out} holds {strange[:60]}, which no merge wrote, so --overwrite leaves it alone.",
-            "Move that away, or name another folder.", value=str(out),
-        )  # fmt: skip
+            "OUTPUT_EXISTS",
+            f"{out} holds {strange[:60]}, which is not a file of a merge. --overwrite replaces only outputs of merges.",
+            "Move that file away, or name another folder.",
+            value=str(out),
+        )
 
 
 def _clear(folder: Path) -> None:
@@ -179,10 +188,10 @@ def _clear(folder: Path) -> None:
 
 
 def new_folder(path: Path) -> Path:
-    """`path`, a folder that does not exist or is empty. Raises Refused OUTPUT_EXISTS."""
+    """Return `path` if it is an empty folder or does not exist. Raises Refused OUTPUT_EXISTS."""
     if path.is_dir() and not any(path.iterdir()):
         return path
     if path.exists():
-        what = "is there and not empty" if path.is_dir() else "is a file"
+        what = "is not empty" if path.is_dir() else "is a file"
         raise Refused("OUTPUT_EXISTS", f"{path} {what}.", "Name a new folder.", value=str(path))
     return path

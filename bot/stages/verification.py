@@ -92,7 +92,7 @@ def verified(
     found += verify.against_files(claim, subject.sha256)
     found += verify.against_plan(claim, made, subject.files)
     here = sources.fetched(made, seen, hub, settings, show)
-    kind = _possible(claim.device if claim.device in ("cpu", "cuda") and device == "auto" else device)
+    kind = _available_device(claim.device if claim.device in ("cpu", "cuda") and device == "auto" else device)
     folders = {ref: each.folder for ref, each in here.items()}
     settings.scratch.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"verify-{made.digest[:16]}-", dir=settings.scratch))
@@ -108,7 +108,7 @@ def verified(
 def _on_disk(
     made: plan.Plan, folders: Mapping[ModelRef, Path], scratch: Path, subject: _Subject, device: str, show: Show
 ) -> list[Difference]:
-    """Merge into scratch: of a repo only the shards whose hash differs are then read."""
+    """Merge into scratch, then read only those shards of the repo whose hash differs."""
     from bot.merge.execution import stages
 
     options = MergeOptions(device=device, progress=named(show, "Merging again"))
@@ -131,11 +131,11 @@ def _streaming(
         options = MergeOptions(device=device, progress=named(show, f"Merging {ref} again"))
         engine.merge(stage, here, place, options)
         here[ref] = place
-    sink = verify.Comparing(made, subject.files)
+    comparison = verify.Comparing(made, subject.files)
     files = {ref: LocalFiles(folder) for ref, folder in here.items()}
     options = MergeOptions(progress=named(show, "Merging again and comparing"))
-    engine.run_steps(made, files, sink, options, choose_devices(device))
-    return sink.differences() + verify.against_copies(made, files, subject.sha256)
+    engine.run_steps(made, files, comparison, options, choose_devices(device))
+    return comparison.differences() + verify.against_copies(made, files, subject.sha256)
 
 
 def _subject(model: str, hub: Callable[[], Hub]) -> _Subject:
@@ -161,7 +161,7 @@ def _subject(model: str, hub: Callable[[], Hub]) -> _Subject:
 
 
 def _listing(files: Files) -> list[str]:
-    """The names of all files; of a folder those at its top, and its folders with a slash."""
+    """List the files of a repo, or the top level of a local folder, subfolders with a slash."""
     if not isinstance(files, LocalFiles):
         return list(files.sizes())
     top = [name for name in files.sizes() if "/" not in name]
@@ -173,21 +173,25 @@ def _require_pinned(claim: Claim, subject: _Subject) -> None:
     loose = [ref for ref in claim.recipe.repos if not _COMMIT.fullmatch(ref.revision or "")]
     if loose and subject.on_hub:
         raise Refused(
-            "NOT_VERIFIABLE", f"{subject.name} was merged from {loose[0]}, which names no commit on the Hub.",
-            "Ask its author for the sources.", value=str(loose[0]),
-        )  # fmt: skip
+            "NOT_VERIFIABLE",
+            f"{subject.name} was merged from {loose[0]}, which is not a commit on the Hub.",
+            "Ask its author for the sources.",
+            value=str(loose[0]),
+        )
     gone = next((ref for ref in loose if ref.revision is None and not Path(ref.path).is_dir()), None)
     if gone is not None:
         raise Refused(
-            "SOURCE_CHANGED_OR_GONE", f"The folder {gone} that it was merged from is not here.",
-            "Run this where the sources lie, from the same folder as the merge.", value=str(gone),
-        )  # fmt: skip
+            "SOURCE_CHANGED_OR_GONE",
+            f"The source folder {gone} is missing.",
+            "Run this command on the machine and in the folder of the merge.",
+            value=str(gone),
+        )
 
 
 def _planned_again(
     claim: Claim, hub: Callable[[], Hub], convert: Callable[[Path], Path]
 ) -> tuple[sources.Opened, plan.Plan]:
-    """The plan with the recorded digest, under the limits of a trusted or of an untrusted request."""
+    """Plan again; of the limits of a trusted and an untrusted request, take those that give the recorded digest."""
     made: list[tuple[sources.Opened, plan.Plan]] = []
     every_ref_on_hub = all(ref.revision for ref in claim.recipe.repos)
     for limits in (TRUSTED, UNTRUSTED) if every_ref_on_hub else (TRUSTED,):
@@ -206,7 +210,7 @@ def _files(made: plan.Plan) -> list[str]:
 
 
 def _require_same_folders(claim: Claim, seen: sources.Opened, show: Show) -> None:
-    """Folders carry no commit: their files are hashed. Raises Refused SOURCE_CHANGED_OR_GONE."""
+    """Hash the files of local folders, which have no commit. Raises Refused SOURCE_CHANGED_OR_GONE."""
     local = [ref for ref in seen.sources if ref not in seen.repos]
     for number, ref in enumerate(local):
         show("Checking the sources", number, len(local))
@@ -214,13 +218,15 @@ def _require_same_folders(claim: Claim, seen: sources.Opened, show: Show) -> Non
         for name, fact in claim.sources.get(str(ref), {}).items():
             if "sha256" in fact and verify.hash_of(folder, name) != fact["sha256"]:
                 raise Refused(
-                    "SOURCE_CHANGED_OR_GONE", f"{name} of {ref} is not the file that was merged.",
-                    "Put the original back, then verify again.", value=str(ref),
-                )  # fmt: skip
+                    "SOURCE_CHANGED_OR_GONE",
+                    f"{name} of {ref} is not the file that was merged.",
+                    "Restore the original, then verify again.",
+                    value=str(ref),
+                )
 
 
-def _possible(device: str) -> str:
-    """The recorded device, or the CPU if this machine lacks it."""
+def _available_device(device: str) -> str:
+    """Return `device`, or the CPU if this machine lacks it."""
     from bot.merge.execution import engine
 
     try:
@@ -240,7 +246,7 @@ def _remarks(claim: Claim, device: str, differs: bool) -> tuple[str, ...]:
     if claim.torch != torch.__version__:
         out.append(f"It was merged with torch {claim.torch} and verified with {torch.__version__}.")
     if out and differs:
-        out.append("Bytes may then differ in the last bit: compare the largest differences, given in ulp.")
+        out.append("The last bits may then differ: see the largest difference, in ulp.")
     unhashed = [ref for ref, files in claim.sources.items() if _only_headers(files)]
     if unhashed and differs:
         out.append(

@@ -93,7 +93,7 @@ WRONG = (
     ("train", ("base", "out", "--kind", "both"), "--kind 'both' is not known. Write shared or own."),
     ("train", ("base", "out", "--dtype", "int4"), "--dtype 'int4' is not known"),
     ("train", ("base", "out", "--device", "tpu"), "'tpu' is not a device"),
-    ("train", ("base", "base"), "base is there and not empty"),
+    ("train", ("base", "base"), "base is not empty"),
     ("train", ("base", "base/config.json"), "config.json is a file"),
     ("train", ("base", "out", "--prompts", "base/README.md"), "README.md line 1 is not JSON"),
     ("train", ("base", "out", "--test", "none.jsonl"), "no prompt file none.jsonl"),
@@ -104,7 +104,7 @@ WRONG = (
     ("generate", ("base", "one", "--heads", "nowhere"), "no folder nowhere"),
     ("export", ("base", "out", "--model", "base", "--format", "gguf"), "--format 'gguf' is not known"),
     ("export", ("base", "out", "--model", "base", "--format", "v2", "--dtype", "int4"), "--dtype 'int4' is not known"),
-    ("export", ("base", "base", "--model", "base", "--format", "v2"), "base is there and not empty"),
+    ("export", ("base", "base", "--model", "base", "--format", "v2"), "base is not empty"),
 )
 
 

@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_made_is_said_so_before_anything_is_read(folder:
     (folder / "empty2.yml").write_text((LINEAR % 1).replace("model: ", "model: ../"))
     with pytest.raises(MergebotError) as caught:
         CliRunner().invoke(app, ["--home", "../home", "merge", "../empty2.yml", "."], catch_exceptions=False)
-    assert "the folder you are in" in str(caught.value)
+    assert "the current folder" in str(caught.value)
 
 
 def test_stages_that_a_kill_left_are_removed_when_the_merge_is_found_done(folder: Path) -> None:

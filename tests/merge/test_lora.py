@@ -21,8 +21,8 @@ from tiny_checkpoints import HIDDEN, INNER, VOCABULARY, llama_tensors, load, mer
 from bot.errors import Failed, Refused
 from bot.merge.checkpoints import checkpoint, lora, patches
 from bot.merge.checkpoints.lora import Adapter
-from bot.merge.operands.lora_rows import PatchedView, stored_tensor
-from bot.merge.operands.views import StoredView
+from bot.merge.execution.lora_rows import PatchedView, stored_tensor
+from bot.merge.execution.views import StoredView
 from bot.merge.planning.needs import needed
 from bot.merge.recipe.spec import ModelRef
 

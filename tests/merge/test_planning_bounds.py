@@ -20,7 +20,7 @@ from tiny_checkpoints import llama_tensors, plan_of, save
 from bot.errors import Refused
 from bot.merge.checkpoints import checkpoint
 from bot.merge.checkpoints.checkpoint import TRUSTED, UNTRUSTED, Limits
-from bot.merge.operands.gather import GatheredView
+from bot.merge.execution.gather import GatheredView
 from bot.merge.planning import plan, planner, summary
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.document import nearest

@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.execution.options import DEFAULTS, MergeOptions, NonFinite
-from bot.merge.execution.writer import Found, Sink
-from bot.merge.operands.stored import StoredBytes
+from bot.merge.execution.stored import StoredBytes
+from bot.merge.execution.writer import Found, TensorWriter
 from bot.merge.planning.plan import Plan, Step
 from bot.merge.planning.work import Operand, Work
 from bot.merge.recipe.spec import ModelRef
 
 Bytes = NDArray[np.uint8]
 _EXPONENTS: dict[str, Any] = {  # exponent bits: all set only in NaN and infinite numbers
-    "float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80),
-    "float32": np.uint32(0x7F800000), "float64": np.uint64(0x7FF0000000000000),
-}  # fmt: skip
+    "float16": np.uint16(0x7C00),
+    "bfloat16": np.uint16(0x7F80),
+    "float32": np.uint32(0x7F800000),
+    "float64": np.uint64(0x7FF0000000000000),
+}
 
 
 class Copier:
@@ -32,17 +34,17 @@ class Copier:
     def __init__(
         self,
         sources: Mapping[ModelRef, LocalFiles],
-        sink: Sink,
+        writer: TensorWriter,
         options: MergeOptions = DEFAULTS,
         stopped: threading.Event | None = None,
     ) -> None:
-        self.sources, self._sink, self._options = sources, sink, options
+        self.sources, self._writer, self._options = sources, writer, options
         self._stopped = stopped or threading.Event()
         self._buffers: dict[int, Bytes] = {}
 
     def carry_out(self, step: Step) -> None:
-        """Copy one tensor to the sink. Raises `bot.errors.Failed`."""
-        self._sink.finished(step, self._equal(step) if step.work.action == "equal" else self._copied(step))
+        """Copy one tensor to the writer. Raises `bot.errors.Failed`."""
+        self._writer.finished(step, self._equal(step) if step.work.action == "equal" else self._copied(step))
 
     def _copied(self, step: Step) -> Found:
         """Copy one operand and count its non-finite values."""
@@ -53,7 +55,7 @@ class Copier:
             if bad := count_nonfinite(data, step.work.dtype.name):
                 nonfinite[str(operand.source)] = nonfinite.get(str(operand.source), 0) + bad
                 judge(step, nonfinite, self._options.on_nonfinite)
-            self._sink.write(step, start, data.data)
+            self._writer.write(step, start, data.data)
         return Found(nonfinite)
 
     def _equal(self, step: Step) -> Found:
@@ -63,7 +65,7 @@ class Copier:
             first, *others = (self._read(stored, i, start, count) for i, stored in enumerate(every))
             if any(not np.array_equal(first, other) for other in others):
                 _differs(step)
-            self._sink.write(step, start, first.data)
+            self._writer.write(step, start, first.data)
         return Found()
 
     def _parts(self, work: Work) -> Iterator[tuple[int, int]]:
@@ -114,9 +116,11 @@ def judge(step: Step, nonfinite: Mapping[str, int], on_nonfinite: NonFinite) -> 
     if nonfinite and on_nonfinite == "fail":
         source, count = next(iter(nonfinite.items()))
         raise Failed(
-            "NOT_FINITE", f"{step.name} has {count} NaN or infinite values in {source}.",
-            "Use another source: such weights spoil whatever they are merged into.", value=step.name,
-        )  # fmt: skip
+            "NOT_FINITE",
+            f"{step.name} has {count} NaN or infinite values in {source}.",
+            "Use another source: such weights spoil whatever they are merged into.",
+            value=step.name,
+        )
 
 
 def read_ahead(step: Step, sources: Mapping[ModelRef, LocalFiles]) -> None:
@@ -127,6 +131,8 @@ def read_ahead(step: Step, sources: Mapping[ModelRef, LocalFiles]) -> None:
 
 def _differs(step: Step) -> NoReturn:
     raise Failed(
-        "SHAPE_MISMATCH", f"{step.name} is not floating point and differs between the sources.",
-        "Use models that agree on it.", value=step.name,
-    )  # fmt: skip
+        "SHAPE_MISMATCH",
+        f"{step.name} is not floating point and differs between the sources.",
+        "Use models that agree on it.",
+        value=step.name,
+    )

@@ -22,7 +22,7 @@ from bot.merge.execution.copying import Copier, only_copies, read_ahead
 from bot.merge.execution.options import DEFAULTS, MergeOptions
 from bot.merge.execution.provenance import Known, manifest, provenance, torch_version
 from bot.merge.execution.unchanged import Watch
-from bot.merge.execution.writer import FileFact, Record, Sink, Writer
+from bot.merge.execution.writer import FileFact, Record, TensorWriter, Writer
 from bot.merge.planning.output_names import MANIFEST, PROVENANCE
 from bot.merge.planning.plan import Plan, Step
 from bot.merge.recipe.reading import write_yaml
@@ -116,18 +116,18 @@ def watched(plan: Plan, sources: Mapping[ModelRef, LocalFiles]) -> Watch:
 def run_steps(
     plan: Plan,
     sources: Mapping[ModelRef, LocalFiles],
-    sink: Sink,
+    writer: TensorWriter,
     options: MergeOptions = DEFAULTS,
     devices: Sequence[torch.device] = (),
 ) -> None:
-    """Hand every step that `sink` lacks to a thread: `options.threads` on the CPU, or one per GPU for its shards.
+    """Hand every step that `writer` lacks to a thread: `options.threads` on the CPU, or one per GPU for its shards.
 
     `devices` are those of `choose_devices`, by default the CPU; `options.device` is not read. An error in one thread
     ends the run; the other steps stop at the end of a chunk.
     """
-    todo = in_working_order([step for step in plan.steps if step.index not in sink.done])
+    todo = in_working_order([step for step in plan.steps if step.index not in writer.done])
     stopped = threading.Event()
-    with _pools(plan, sources, sink, options, devices, stopped) as pools:
+    with _pools(plan, sources, writer, options, devices, stopped) as pools:
         try:
             waiting = []
             for place, step in enumerate(todo):
@@ -177,7 +177,7 @@ class _Pool:
 def _pools(
     plan: Plan,
     sources: Mapping[ModelRef, LocalFiles],
-    sink: Sink,
+    writer: TensorWriter,
     options: MergeOptions,
     devices: Sequence[torch.device],
     stopped: threading.Event,
@@ -185,7 +185,7 @@ def _pools(
     """One pool per device, shut down when the context ends. torch is imported only for a plan that computes."""
     restore: Callable[[], None] = lambda: None  # noqa: E731
     if only_copies(plan):
-        made = [_Pool(partial(Copier, sources, sink, options, stopped), options.threads)]
+        made = [_Pool(partial(Copier, sources, writer, options, stopped), options.threads)]
     else:
         import torch
 
@@ -194,7 +194,7 @@ def _pools(
         restore = partial(torch.set_num_threads, torch.get_num_threads())
         made = [
             _Pool(
-                partial(single_threaded_worker, sources, sink, options, at, stopped),
+                partial(single_threaded_worker, sources, writer, options, at, stopped),
                 options.threads if at.type == "cpu" else 1,
             )
             for at in devices or (torch.device("cpu"),)

@@ -16,7 +16,7 @@ BLOCK_BYTES = 2**20
 
 
 class Hashing:
-    """Hashes the shards open as `handles` (shard number -> descriptor); `done` are the steps finished before."""
+    """Thread that hashes open shards. `handles`: shard number -> descriptor; `done`: steps complete at the start."""
 
     def __init__(self, plan: Plan, handles: Mapping[int, int], done: Iterable[int]) -> None:
         self._plan, self._handles = plan, handles
@@ -42,7 +42,7 @@ class Hashing:
         return self._hashes
 
     def stop(self) -> None:
-        """Give up, if it is not ready."""
+        """Stop the thread, complete or not."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
@@ -56,20 +56,20 @@ class Hashing:
             for number, steps in by_shard.items():
                 digest = hashlib.sha256(self._plan.shards[number].header)
                 for step in sorted(steps, key=lambda step: step.offset):
-                    if not self._came(step):
+                    if not self._wait_for(step):
                         return
-                    self._take(digest, step)
+                    self._hash(digest, step)
                 self._hashes.append(digest.hexdigest())
         except Exception as error:
             self._failure = error
 
-    def _came(self, step: Step) -> bool:
+    def _wait_for(self, step: Step) -> bool:
         """Wait until the step is finished; False if the merge ends before."""
         with self._wake:
             self._wake.wait_for(lambda: self._stopped or step.index in self._finished)
             return not self._stopped
 
-    def _take(self, digest: hashlib._Hash, step: Step) -> None:
+    def _hash(self, digest: hashlib._Hash, step: Step) -> None:
         buffer = memoryview(bytearray(min(BLOCK_BYTES, max(1, step.nbytes))))
         at, end = step.offset, step.offset + step.nbytes
         while at < end and not self._stopped:

@@ -21,7 +21,7 @@ def hold(partial: Path) -> int:
     try:
         free = try_lock(handle)
     except OSError:
-        return handle  # some network file systems lock no folders; the lock on the journal remains
+        return handle  # some network file systems cannot lock folders; the lock on the journal remains
     if not free:
         os.close(handle)
         raise Refused(
@@ -35,7 +35,7 @@ def hold(partial: Path) -> int:
 def reclaim(partial: Path, journal: str) -> None:
     """Make an interrupted output writable again; without a journal, remove what a complete merge had listed.
 
-    A merge that dies between removing its journal and the rename leaves a complete output with its manifest. Raises
+    A merge killed between removing its journal and the rename leaves a complete output with its manifest. Raises
     `Refused(OUTPUT_EXISTS)` for other files in the folder.
     """
     files = {path.name: path for path in partial.iterdir()}
@@ -49,15 +49,17 @@ def reclaim(partial: Path, journal: str) -> None:
         listed = set()
     if strange := sorted(set(files) - listed):
         raise Refused(
-            "OUTPUT_EXISTS", f"{partial} holds files that no merge left there, such as {strange[0][:60]}.",
-            "Remove that folder, or name another output.", value=str(partial),
-        )  # fmt: skip
-    for name in sorted(files, key=lambda name: name == MANIFEST):  # the manifest last, it accounts for the others
+            "OUTPUT_EXISTS",
+            f"{partial} holds files that do not belong to a merge, such as {strange[0][:60]}.",
+            "Remove that folder, or name another output.",
+            value=str(partial),
+        )
+    for name in sorted(files, key=lambda name: name == MANIFEST):  # the manifest last, since it lists the others
         files[name].unlink()
 
 
 def held_bytes(partial: Path) -> int:
-    """Disk space the folder already has."""
+    """Return the bytes that the folder occupies on the disk."""
     try:
         return sum(entry.stat().st_blocks * 512 for entry in os.scandir(partial))
     except FileNotFoundError:

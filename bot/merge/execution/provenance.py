@@ -1,8 +1,7 @@
 """merge_provenance.json (sources, settings and results of a merge) and manifest.json (its files).
 
-merging.md 3.3, reliability.md 6.1.
-
-No clock and no host: equal work in an equal environment gives equal files.
+docs/design/merging.md 3.3, docs/design/reliability.md 6.1. Neither file holds times or host names: equal work in an
+equal environment gives equal files.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ Known = Mapping[ModelRef, Mapping[str, SourceFile]]  # by bare reference and fil
 
 
 def torch_version() -> str:
-    """The version of torch, without importing it."""
+    """Return the version of torch without importing it."""
     return version("torch")
 
 
@@ -69,7 +68,7 @@ def provenance(
         "shard_limit_bytes": plan.shard_limit_bytes,
         "sources": _sources(plan, known or {}),
         **({"stages": [_stage(ref, made, known or {}) for ref, made in plan.stages]} if plan.stages else {}),
-        **told_of(plan),
+        **recorded_facts(plan),
         "outputs": {name: {"bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(outputs.items())},
         "notices": [{"code": n.code, "count": n.count, "example": n.text} for n in notices],
         "environment": {"torch": torch_version, "device": device},
@@ -77,7 +76,7 @@ def provenance(
     return _text(document)
 
 
-def told_of(plan: Plan) -> dict[str, object]:
+def recorded_facts(plan: Plan) -> dict[str, object]:
     """Provenance of a plan beside its digest: vocabulary and number of moved tensors."""
     actions = [step.work.action for step in plan.steps]
     tensors = {"merged": actions.count("merge"), "copied": actions.count("copy") + actions.count("equal")}
@@ -115,7 +114,7 @@ def _tokenizer(plan: Plan) -> dict[str, object]:
 
 
 def manifest(files: Mapping[str, _Fact]) -> bytes:
-    """The text of manifest.json: path, size and SHA-256 of every file; its own SHA-256 is the manifest's id."""
+    """Return the text of manifest.json: path, size and SHA-256 of every file; its own SHA-256 is the manifest's id."""
     entries = [{"path": name, "bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(files.items())]
     return _text({"schema": MANIFEST_SCHEMA, "files": entries})
 

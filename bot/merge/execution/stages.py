@@ -55,7 +55,7 @@ def merge(
         if _finished(out, plan):
             _remove(places.values(), scratch)  # left by a process killed between the end and the removal
         raise Refused("OUTPUT_EXISTS", f"{out} exists already.", "Name another folder, or remove it.", value=str(out))
-    with _alone_in(scratch):
+    with _locked(scratch):
         _require_space(plan, places, scratch)
         merged = _merge_all(plan, folders, out, places, options)
         _remove(places.values(), scratch)
@@ -80,7 +80,7 @@ def _merge_all(
 
 
 @contextmanager
-def _alone_in(scratch: Path) -> Iterator[None]:
+def _locked(scratch: Path) -> Iterator[None]:
     """Lock `scratch` for this process. Raises `Refused(OUTPUT_EXISTS)`."""
     handle = -1
     while True:

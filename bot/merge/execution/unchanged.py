@@ -94,12 +94,16 @@ def require_same(before: Mapping[str, Sequence[int]], now: Mapping[str, Fact], r
     if (changed := next(differing, None)) is not None:
         raise Refused(
             "SOURCE_CHANGED_OR_GONE",
-            f"{changed} is not the file that the interrupted merge in {remove} began with.",
-            f"Remove {remove} and merge again, or put the file back as it was.", value=changed,
-        )  # fmt: skip
+            f"{changed} differs from the file that the interrupted merge in {remove} was started with.",
+            f"Remove {remove} and merge again, or restore the file.",
+            value=changed,
+        )
 
 
 def _changed(ref: ModelRef, file: str, how: str) -> Failed:
     return Failed(
-        "SOURCE_CHANGED_OR_GONE", f"{file} of {ref} {how}.", "Leave it in peace and merge again.", value=str(ref)
+        "SOURCE_CHANGED_OR_GONE",
+        f"{file} of {ref} {how}.",
+        "Merge again, and do not change the sources meanwhile.",
+        value=str(ref),
     )

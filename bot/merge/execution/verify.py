@@ -1,10 +1,10 @@
-"""Is a merged model what its provenance says? Read the claim, plan it again, compare, name what differs.
+"""Comparison of a merged model with its provenance and with a repeated merge.
 
-read_claim      merge_provenance.json -> Claim                     nothing in it is believed
-against_listing the names that lie there, held against those that the merge writes
-against_files   the folder as it lies there, held against the claim
-against_plan    the claim held against a plan made anew from its sources
-against_merge   every tensor, held against the merge made anew
+read_claim        merge_provenance.json -> Claim, untrusted
+against_listing   file names and the names that the merge writes
+against_files     hashes of the files and the claim
+against_plan      claim and small files, and a new plan of the same sources
+against_merge     tensors and a new merge
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import INDEX, TRUSTED, Files, LocalFiles, read_header
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.execution.provenance import told_of
+from bot.merge.execution.provenance import recorded_facts
 from bot.merge.execution.writer import Found, Progress
 from bot.merge.planning.output_names import MANIFEST, PROVENANCE, SCHEMA
 from bot.merge.planning.plan import NUMERICS_VERSION, Copied, Plan, Step
@@ -31,8 +31,8 @@ from bot.merge.recipe.spec import ModelRef, Recipe
 
 LIMIT_BYTES = 64 * 2**20
 _BLOCK_BYTES = 16 * 2**20
-Hashes = Callable[[str], str | None]  # SHA-256 of a file as it lies there, None when there is none
-# What may lie beside a merge: what the publisher adds, texts for people, what git and the Hub's client keep.
+Hashes = Callable[[str], str | None]  # file name -> SHA-256, None if the file is missing
+# Files allowed beside those of a merge: the publisher's, documentation, those of git and the Hub client.
 _HARMLESS = re.compile(
     r"README\.md|\.gitattributes|\.gitignore|\.mergebot\.json|mergekit_config\.original\.yml|decode_speed\.json"
     r"|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*|[\w-]+\.(md|png|jpg|svg|log)|(medusa|custom_generate|\.git|\.cache)/.*"
@@ -52,16 +52,16 @@ class Claim:
     seed: int
     shard_limit_bytes: int
     numerics: int
-    sources: Mapping[str, Mapping[str, Mapping[str, Any]]]  # reference -> file -> what is known of it
+    sources: Mapping[str, Mapping[str, Mapping[str, Any]]]  # reference -> file -> facts
     outputs: Mapping[str, str]  # file -> SHA-256
-    told: Mapping[str, Any]  # tokenizer, tensors
+    recorded: Mapping[str, Any]  # tokenizer, tensors
     device: str
     torch: str
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it should be. `elements` and `ulps` (most, in steps of the stored type) of a tensor."""
+    """One difference. Of a tensor: number of different elements, and largest distance in ulp of the stored dtype."""
 
     what: str  # file, tensor, config, plan, recipe, source, provenance
     name: str
@@ -71,44 +71,44 @@ class Difference:
 
 
 def read_claim(files: Files) -> Claim:
-    """The claim of a folder or repo. Raises Refused NOT_VERIFIABLE."""
+    """Return the claim of a folder or repo. Raises Refused NOT_VERIFIABLE."""
     size = files.sizes().get(PROVENANCE)
     if size is None:
         raise Refused("NOT_VERIFIABLE", f"{files} has no {PROVENANCE}.", "Only merges made by mergebot carry one.")
     try:
         if size > LIMIT_BYTES:
             raise ValueError("too large")
-        told = json.loads(files.read(PROVENANCE, 0, size))
-        if told["schema"] != SCHEMA:
+        document = json.loads(files.read(PROVENANCE, 0, size))
+        if document["schema"] != SCHEMA:
             raise ValueError("another schema")
-        if int(told["engine"]["numerics"]) > NUMERICS_VERSION:
+        if int(document["engine"]["numerics"]) > NUMERICS_VERSION:
             raise Refused("NOT_VERIFIABLE", f"{files} was merged by a newer mergebot.", "Update mergebot.")
-        canonical = told["recipe"]["canonical"]
+        canonical = document["recipe"]["canonical"]
         return Claim(
             recipe=recipe.from_canonical(json.dumps(canonical)),
-            recipe_digest=str(told["recipe"]["digest"]),
-            plan_digest=str(told["plan_digest"]),
-            seed=int(told["seed"]),
-            shard_limit_bytes=int(told["shard_limit_bytes"]),
-            numerics=int(told["engine"]["numerics"]),
-            sources={str(one["ref"]): _table(one["files"]) for one in _every_source(told)},
-            outputs={str(name): _digest(fact["sha256"]) for name, fact in told["outputs"].items()},
-            told={key: told[key] for key in ("tokenizer", "tensors")},
-            device=str(told["environment"]["device"]),
-            torch=str(told["environment"]["torch"]),
+            recipe_digest=str(document["recipe"]["digest"]),
+            plan_digest=str(document["plan_digest"]),
+            seed=int(document["seed"]),
+            shard_limit_bytes=int(document["shard_limit_bytes"]),
+            numerics=int(document["engine"]["numerics"]),
+            sources={str(one["ref"]): _table(one["files"]) for one in _every_source(document)},
+            outputs={str(name): _digest(fact["sha256"]) for name, fact in document["outputs"].items()},
+            recorded={key: document[key] for key in ("tokenizer", "tensors")},
+            device=str(document["environment"]["device"]),
+            torch=str(document["environment"]["torch"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise Refused(
             "NOT_VERIFIABLE",
-            f"{PROVENANCE} of {files} is not one that mergebot wrote.",
+            f"{PROVENANCE} of {files} was not written by mergebot.",
             "Ask its author how it was made.",
         ) from None
 
 
-def _every_source(told: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Sources of all documents without intermediate results."""
-    stages = {str(stage["name"]) for stage in told.get("stages", ())}
-    listed = [*told["sources"], *(source for stage in told.get("stages", ()) for source in stage["sources"])]
+def _every_source(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Sources of the merge and its stages, without intermediate results."""
+    stages = {str(stage["name"]) for stage in document.get("stages", ())}
+    listed = [*document["sources"], *(source for stage in document.get("stages", ()) for source in stage["sources"])]
     return [source for source in listed if str(source["ref"]) not in stages]
 
 
@@ -135,22 +135,22 @@ def bounded(made: Plan, files: Files, sha256: Hashes) -> Hashes:
     """`sha256` that skips files whose size is already wrong: such a file may be a sparse terabyte."""
     expected, sizes = expected_sizes(made), files.sizes()
 
-    def looked_at(name: str) -> str | None:
+    def hash_if_expected(name: str) -> str | None:
         size = sizes.get(name)
         if size is None:
             return None
         return sha256(name) if size == expected.get(name, min(size, LIMIT_BYTES)) else "of another length"
 
-    return looked_at
+    return hash_if_expected
 
 
 def against_listing(made: Plan, names: Iterable[str]) -> list[Difference]:
     """Compare the names in the folder, subfolders ending in a slash, with those that the merge writes."""
     written = {*expected_sizes(made), PROVENANCE}
-    found = set(names) - {MANIFEST}  # it stays behind when a merge is published
+    found = set(names) - {MANIFEST}  # it is not published
     out = [_missing(name) for name in sorted(written - found)]
     strange = (name for name in sorted(found - written) if not _HARMLESS.fullmatch(name))
-    return out + [Difference("file", name, f"{name} is no file of this merge.") for name in strange]
+    return out + [Difference("file", name, f"{name} is not a file of this merge.") for name in strange]
 
 
 def _missing(name: str) -> Difference:
@@ -170,7 +170,7 @@ def against_files(claim: Claim, sha256: Hashes) -> list[Difference]:
         if found is None and not name.endswith(".original.yml"):
             out.append(_missing(name))
         elif found is not None and found != digest:
-            out.append(Difference("file", name, f"{name} is not the file that was written when it was merged."))
+            out.append(Difference("file", name, f"{name} differs from the file that the merge wrote."))
     return out
 
 
@@ -178,7 +178,7 @@ def against_plan(claim: Claim, made: Plan, files: Files) -> list[Difference]:
     """Compare the claim and the small files with a new plan."""
     out = []
     if claim.recipe.digest != claim.recipe_digest:
-        out.append(Difference("recipe", "digest", "The recipe in the provenance is not the one it names by digest."))
+        out.append(Difference("recipe", "digest", "The recipe in the provenance does not match its digest."))
     for source in (source for part in made.parts for source in part.sources):
         claimed = claim.sources.get(str(source.model))
         for file, (_, digest) in source.headers.items():
@@ -186,26 +186,28 @@ def against_plan(claim: Claim, made: Plan, files: Files) -> list[Difference]:
                 continue
             if claimed is None or claimed.get(file, {}).get("header_sha256") != digest:
                 out.append(
-                    Difference("source", str(source.model), f"{file} of {source.model} is not the one it names.")
+                    Difference("source", str(source.model), f"{file} of {source.model} does not match the provenance.")
                 )
-    # another version of the engine makes another digest of the same merge; its tensors are compared all the same
+    # another version of the engine gives another digest for the same merge; the tensors are still compared
     if made.digest != claim.plan_digest and claim.numerics == NUMERICS_VERSION:
-        out.append(Difference("plan", "digest", "Planned again from its sources, the merge is another one."))
-    out += _told_otherwise(claim, made)
+        out.append(Difference("plan", "digest", "A new plan of the same sources has another digest."))
+    out += _other_facts(claim, made)
     sizes = files.sizes()
     for name, text in sorted(_texts(made).items()):
         expected = text.encode()
         if name in sizes and (sizes[name] != len(expected) or files.read(name, 0, len(expected)) != expected):
-            out.append(Difference("config", name, f"{name} is not what the recipe and its sources give."))
+            out.append(
+                Difference("config", name, f"{name} differs from the file that the recipe and its sources give.")
+            )
     return out
 
 
-def _told_otherwise(claim: Claim, made: Plan) -> Iterator[Difference]:
+def _other_facts(claim: Claim, made: Plan) -> Iterator[Difference]:
     for name in sorted(set(expected_sizes(made)) - set(claim.outputs)):
-        yield Difference("provenance", name, f"The provenance does not list {name} among what was written.")
-    for key, expected in told_of(made).items() if claim.numerics == NUMERICS_VERSION else ():
-        if claim.told[key] != expected:
-            yield Difference("provenance", key, f"The provenance tells of other {key} than the merge has.")
+        yield Difference("provenance", name, f"The provenance does not list {name} among its outputs.")
+    for key, expected in recorded_facts(made).items() if claim.numerics == NUMERICS_VERSION else ():
+        if claim.recorded[key] != expected:
+            yield Difference("provenance", key, f"The provenance records other {key} than the merge has.")
 
 
 def against_merge(
@@ -218,21 +220,21 @@ def against_merge(
 ) -> list[Difference]:
     """Compare every tensor and copied file of `theirs` with the new merge in `merged`.
 
-    `written` holds the SHA-256 of its files: a shard with an equal hash needs no second look.
+    `written` holds the SHA-256 of its files: a shard with an equal hash is not read again.
     """
     ours, done = LocalFiles(merged), 0
-    sink = Comparing(made, theirs)
+    comparison = Comparing(made, theirs)
     for shard in made.shards:
         same = sha256(shard.file) == written[shard.file]
         for step in (step for step in made.steps if made.shards[step.shard].file == shard.file):
             for at in () if same else range(0, step.nbytes, _BLOCK_BYTES):
                 length = min(_BLOCK_BYTES, step.nbytes - at)
-                sink.write(step, at, memoryview(ours.read(shard.file, step.offset + at, length)))
+                comparison.write(step, at, memoryview(ours.read(shard.file, step.offset + at, length)))
             done += step.nbytes
             if progress is not None:
                 progress(done, made.bytes_out, step.name)
     copies = (copied for copied in made.copies if sha256(copied.file) != written[copied.file])
-    return sink.differences() + [_other_copy(copied) for copied in copies]
+    return comparison.differences() + [_other_copy(copied) for copied in copies]
 
 
 class Comparing:
@@ -249,7 +251,7 @@ class Comparing:
     def write(self, step: Step, at: int, data: memoryview) -> None:
         other = self._stored.get(step.name)
         if other is None or (other.shape, other.dtype) != (step.work.shape, step.work.dtype):
-            return  # said in `differences`
+            return  # reported by `differences`
         ours = bytes(data)
         theirs = self._theirs.read(other.file, other.start + at, len(ours))
         if ours != theirs:
@@ -266,7 +268,7 @@ class Comparing:
         out = list(self._layout)
         for step in self._made.steps:
             if step.name not in self._stored and self._made.shards[step.shard].file in self._unread:
-                continue  # the file is named already
+                continue  # the file is reported already
             found = _misfit(step, self._stored.get(step.name))
             if found is None and step.index in self._found:
                 found = _differing(step, *self._found[step.index])
@@ -294,7 +296,7 @@ def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Diff
             continue
         start = files.read(shard.file, 0, len(shard.header))
         if sizes[shard.file] != shard.nbytes or start != shard.header:
-            found.append(Difference("file", shard.file, f"{shard.file} is not laid out as the merge lays it out."))
+            found.append(Difference("file", shard.file, f"{shard.file} does not have the layout of the merge."))
         try:
             out.update(read_header(files, shard.file, sizes[shard.file], str(files), TRUSTED)[0])
         except Refused as error:
@@ -304,7 +306,7 @@ def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Diff
 
 
 def _other_copy(copied: Copied) -> Difference:
-    return Difference("file", copied.file, f"{copied.file} is not the file of {copied.model}.")
+    return Difference("file", copied.file, f"{copied.file} differs from the file of {copied.model}.")
 
 
 def _misfit(step: Step, other: TensorInfo | None) -> Difference | None:
@@ -322,7 +324,7 @@ def _differing(step: Step, elements: int, ulps: int) -> Difference:
 
 
 def _stray(name: str) -> Difference:
-    return Difference("tensor", name, f"{name} is no tensor of this merge.")
+    return Difference("tensor", name, f"{name} is not a tensor of this merge.")
 
 
 def apart(a: bytes, b: bytes, dtype: str) -> tuple[int, int]:

@@ -16,12 +16,12 @@ from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.execution.copying import Copier, copies, count_nonfinite, judge
 from bot.merge.execution.device import TILE, DeviceReader
+from bot.merge.execution.gather import GatheredView
+from bot.merge.execution.lora_rows import patched, stored_tensor
 from bot.merge.execution.options import DEFAULTS, MergeOptions
-from bot.merge.execution.writer import Found, Sink
+from bot.merge.execution.views import StoredView, common_unit
+from bot.merge.execution.writer import Found, TensorWriter
 from bot.merge.methods import METHODS
-from bot.merge.operands.gather import GatheredView
-from bot.merge.operands.lora_rows import patched, stored_tensor
-from bot.merge.operands.views import StoredView, common_unit
 from bot.merge.planning.memory import row_length
 from bot.merge.planning.plan import Step
 from bot.merge.planning.work import Operand, Work
@@ -47,7 +47,7 @@ class Worker:
     """State of one thread: a device and buffers that are reused for every tensor."""
 
     sources: Mapping[ModelRef, LocalFiles]
-    sink: Sink
+    writer: TensorWriter
     options: MergeOptions = DEFAULTS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -55,14 +55,14 @@ class Worker:
     copier: Copier = field(init=False)
 
     def __post_init__(self) -> None:
-        self.copier = Copier(self.sources, self.sink, self.options, self.stopped)
+        self.copier = Copier(self.sources, self.writer, self.options, self.stopped)
 
     def carry_out(self, step: Step) -> None:
-        """Compute one tensor and write it to the sink. Raises `bot.errors.Failed`."""
+        """Compute one tensor and write it to the writer. Raises `bot.errors.Failed`."""
         if copies(step.work):
             self.copier.carry_out(step)
         else:
-            self.sink.finished(step, self._merged(step))
+            self.writer.finished(step, self._merged(step))
 
     def view(self, operand: Operand, wide: torch.dtype, name: str) -> View:
         """View of one operand before its rows are re-indexed."""
@@ -105,11 +105,13 @@ class Worker:
         data = out.view(torch.uint8).numpy()
         if count_nonfinite(data, step.work.dtype.name):
             raise Failed(
-                "NOT_FINITE", f"{step.name} overflows {step.work.dtype.name}, though its inputs are finite.",
-                "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.", value=step.name,
-            )  # fmt: skip
+                "NOT_FINITE",
+                f"{step.name} overflows {step.work.dtype.name}, though its inputs are finite.",
+                "Use a wider `out_dtype` such as bfloat16 or float32, or smaller weights.",
+                value=step.name,
+            )
         inputs.restore(chunk, out)
-        self.sink.write(step, chunk.start * out.element_size(), data.data)
+        self.writer.write(step, chunk.start * out.element_size(), data.data)
 
 
 def rounded_to_odd(wide: Tensor) -> Tensor:
@@ -127,11 +129,11 @@ def rounded_to_odd(wide: Tensor) -> Tensor:
 
 def single_threaded_worker(
     sources: Mapping[ModelRef, LocalFiles],
-    sink: Sink,
+    writer: TensorWriter,
     options: MergeOptions,
     device: torch.device,
     stopped: threading.Event,
 ) -> Worker:
     """Worker for the calling thread. torch computes single-threaded: splitting a tensor would show in the last bits."""
     torch.set_num_threads(1)
-    return Worker(sources, sink, options, device, stopped)
+    return Worker(sources, writer, options, device, stopped)

@@ -1,6 +1,6 @@
-"""The output on disk: it grows in `OUT.partial`, and `OUT` appears whole or not at all. merging.md 5.4.
+"""Output on disk: it grows in `OUT.partial` and is renamed to `OUT` once complete. docs/design/merging.md 5.4.
 
-    OUT.partial/journal             plan digest, device, torch, source files, then a line per finished tensor
+    OUT.partial/journal             plan digest, device, torch, source files, then one line per complete tensor
     OUT.partial/model*.safetensors  full size from the start, header first, tensors at their final offsets
     ... hashes, index, config, tokenizer, provenance, manifest; fsync; rename to OUT
 
@@ -30,7 +30,7 @@ from bot.merge.execution.unchanged import Fact, require_same
 from bot.merge.planning.plan import Plan, Step
 from bot.storage import journal_entry, journal_line, size_text, sync_folder, try_lock
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor just finished
+Progress = Callable[[int, int, str], None]  # bytes done, all bytes, name of the tensor just finished
 JOURNAL = "journal"
 SYNC_BYTES, SYNC_S = 256 * 2**20, 5.0
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -76,17 +76,19 @@ class Found:
     corners: Mapping[str, int] = field(default_factory=dict)
 
 
-class Sink(Protocol):
-    """Takes the bytes of the output as they are made. Several threads may use it at once, one per tensor."""
+class TensorWriter(Protocol):
+    """Destination of the output's bytes. Several threads may use it at once, one per tensor."""
 
     @property
     def done(self) -> Container[int]:
-        """Indices of the steps that need not be made."""
+        """Indices of the steps that are complete already."""
         ...
 
     def write(self, step: Step, at: int, data: memoryview) -> None:
-        """Write bytes of `step` from byte `at` of its tensor on; within a step `at` rises without gaps. The caller
-        reuses `data`."""
+        """Write bytes of `step` at byte `at` of its tensor. Calls for one step come in order, without gaps.
+
+        The caller reuses `data`.
+        """
         ...
 
     def finished(self, step: Step, found: Found) -> None:
@@ -113,7 +115,7 @@ class Writer:
         self.done: dict[int, Record] = {}
         self._shards: dict[int, int] = {}
         self._journal = self._folder = -1
-        self._wake = threading.Condition()  # guards what stands below
+        self._wake = threading.Condition()  # guards the fields below
         self._crcs: dict[int, int] = {}
         self._pending: list[Record] = []
         self._pending_bytes = 0
@@ -151,7 +153,7 @@ class Writer:
             if error is not None and self._journal >= 0:
                 self.sync()
         except (OSError, Failed):
-            pass  # what is not in the journal is computed again
+            pass  # tensors that the journal lacks are computed again
         self.close()
 
     def close(self) -> None:
@@ -169,7 +171,7 @@ class Writer:
         self._shards, self._journal, self._folder = {}, -1, -1
 
     def write(self, step: Step, at: int, data: memoryview) -> None:
-        """Write bytes of one tensor at their final offset. See `Sink`."""
+        """Write bytes of one tensor at their final offset. See `TensorWriter`."""
         if self._failure is not None:
             raise self._failure
         self._crcs[step.index] = zlib.crc32(data, self._crcs[step.index] if at else 0)
@@ -250,12 +252,14 @@ class Writer:
         return FileFact(len(content), hashlib.sha256(content).hexdigest())
 
     def finish(self) -> None:
-        """Everything is written: make it durable, drop the journal, rename to the final name."""
+        """Make all files durable, remove the journal, rename the folder to its final name."""
         try:
             for handle in self._shards.values():
                 os.fsync(handle)
             if self.out.exists():
-                raise Refused("OUTPUT_EXISTS", f"{self.out} has appeared meanwhile.", "Remove it and run again.")
+                raise Refused(
+                    "OUTPUT_EXISTS", f"{self.out} was created by another process meanwhile.", "Remove it and run again."
+                )
             (self.partial / JOURNAL).unlink()
             sync_folder(self.partial)
             self.partial.rename(self.out)
@@ -278,7 +282,7 @@ class Writer:
             )
         self._read_journal()
         self._open_shards()
-        self._forget_what_is_not_there()
+        self._drop_damaged_tensors()
         sync_folder(self.partial)
 
     def _open_shards(self) -> None:
@@ -289,7 +293,7 @@ class Writer:
             os.ftruncate(handle, shard.nbytes)
             os.pwrite(handle, shard.header, 0)
 
-    def _forget_what_is_not_there(self) -> None:
+    def _drop_damaged_tensors(self) -> None:
         """Read back the tensors in the journal; those that differ from their CRC are computed again.
 
         A later line about the same tensor takes precedence, so the journal itself can stay as it is.
@@ -311,13 +315,13 @@ class Writer:
         head = same + json.dumps(self._sources).encode() + b"\n"
         begun, whole, _ = content.partition(b"\n")
         if not whole and (begun.startswith(same) or same.startswith(begun)):
-            content = b""  # died while it wrote the first line
+            content = b""  # killed while writing the first line
         elif begun.startswith(same):
             require_same(json.loads(begun[len(same) :]), self._sources, self.partial)
         else:
             raise Refused(
                 "OUTPUT_EXISTS",
-                f"{self.partial} holds the beginning of another merge.",
+                f"{self.partial} holds an interrupted merge of another plan.",
                 "Remove that folder, or name another output.",
                 value=str(self.partial),
             )

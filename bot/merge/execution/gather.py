@@ -1,4 +1,4 @@
-"""Carry out row maps: a matrix in the order of the output's vocabulary, piece by piece. See `tokens/rows.py`."""
+"""Views of matrices in the row order of the output's vocabulary. See bot/merge/tokenizer/rows.py."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bot.merge.streaming.operation import CHUNK
 from bot.merge.tokenizer.rows import RowMap
 from bot.merge.tokenizer.tokenizer import Index
 
-BRIDGED = 2**14  # elements: to read so many for nothing costs about as much as another read
+MAX_GAP = 2**14  # elements; reading so many in vain costs about as much as a second read
 
 
 class GatheredView:
-    """Matrix number `mine` of `matrices` (rows_i, ...), re-indexed; other matrices give rows that it lacks."""
+    """View of matrix number `mine` of `matrices` (rows_i, ...), re-indexed; rows it lacks come from the others."""
 
     def __init__(self, row_map: RowMap, mine: int, matrices: Sequence[View], wide: torch.dtype) -> None:
         self._map, self._mine, self._matrices, self._wide = row_map, matrices[mine], matrices, wide
@@ -33,12 +33,12 @@ class GatheredView:
         padding = _within(self._map.padding, first, last)
         if len(padding):
             mean = self._mean_row()
-            out = self._tokens(first, last)  # the mean was taken in the same buffer
+            out = self._tokens(first, last)  # `_mean_row` overwrote the buffer
             out[torch.from_numpy(self._map.padding[padding] - first)] = mean
         return out.view(-1)
 
     def _tokens(self, first: int, last: int) -> Tensor:
-        """Rows [first, last) of the output's vocabulary, zeros where no token stands."""
+        """Rows [first, last) of the output's vocabulary; zeros for padding."""
         if len(self._out) < last - first:
             self._out = torch.empty(last - first, self.unit, dtype=self._wide)
         out = self._out[: last - first].zero_()
@@ -61,14 +61,14 @@ class GatheredView:
             out[torch.from_numpy(fill.rows[some] - first)] = rows.copy_(total.div_(len(fill.matrices)))
 
     def _gather(self, matrix: View, places: Index, rows: Index, out: Tensor) -> None:
-        """Put rows of a matrix into places of `out`. Rows near one another in the file are read at a time."""
-        if matrix.unit > 1:  # rows through an adapter: products of other rows cost more than a read
+        """Copy rows of a matrix to places of `out`. Rows close together in the file are read with one call."""
+        if matrix.unit > 1:  # with an adapter, products of rows in the gap cost more than a second read
             for at, row, count in _runs(places, rows):
                 out[at : at + count] = self._rows(matrix, row, count)
             return
         order = np.argsort(rows, kind="stable")
         places, rows = places[order], rows[order]
-        for start, stop in _stretches(rows, BRIDGED // self.unit, max(1, len(out))):
+        for start, stop in _stretches(rows, MAX_GAP // self.unit, max(1, len(out))):
             first, count = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
             read = self._rows(matrix, first, count)
             if count == 1 or (count == stop - start and (np.diff(places[start:stop]) == 1).all()):
@@ -80,7 +80,7 @@ class GatheredView:
         return matrix.read(row * self.unit, (row + count) * self.unit).view(count, self.unit)
 
     def _mean_row(self) -> Tensor:
-        """The mean of the rows of tokens. A value that is not finite stays in its row and out of the mean."""
+        """Mean of the rows of tokens, over finite values."""
         if self._mean is None:
             total = torch.zeros(self.unit, dtype=torch.float64)
             count = torch.zeros(self.unit, dtype=torch.int64)
@@ -103,8 +103,7 @@ def _within(rows: Index, first: int, last: int) -> Index:
 
 
 def _stretches(rows: Index, bridge: int, most: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the rows, which go up, to be read at a time: `most` rows at most with those between them, of
-    which no `bridge` are left out in a row."""
+    """Split ascending `rows` into [start, stop) per read: at most `most` rows, gaps of at most `bridge` rows."""
     breaks = np.flatnonzero(np.diff(rows) > bridge + 1) + 1
     for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
         while start < end:
@@ -114,7 +113,7 @@ def _stretches(rows: Index, bridge: int, most: int) -> Iterator[tuple[int, int]]
 
 
 def _runs(places: Index, rows: Index) -> Iterator[tuple[int, int, int]]:
-    """(place, row, count) of the stretches in which both go up by one, to be read at a time."""
+    """Split into (place, row, count) of runs in which both ascend by one."""
     if not len(places):
         return
     breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(rows) != 1)) + 1

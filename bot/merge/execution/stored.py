@@ -1,4 +1,4 @@
-"""The bytes of one stored tensor, read in parts. No torch: a merge that only copies starts without it."""
+"""Bytes of one stored tensor, read in parts. Without torch, since a merge that only copies does not import it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from bot.merge.checkpoints.header import TensorInfo
 
 
 class StoredBytes:
-    """A tensor as it lies in a file, which is opened when it is first needed."""
+    """Tensor in a file that is opened on first use."""
 
     def __init__(self, files: LocalFiles, tensor: TensorInfo) -> None:
         self._files, self._tensor = files, tensor
         self._opened: _Handle | None = None
 
     def fill(self, start: int, buffer: memoryview) -> None:
-        """Read the tensor's bytes from `start` on until `buffer`, of bytes, is full."""
+        """Fill `buffer` with the tensor's bytes from `start` on."""
         at, filled = self._tensor.start + start, 0
         while filled < len(buffer):
             count = os.preadv(self._handle(), [buffer[filled:][: 2**26]], at + filled)
             if not count:
-                self._ended()
+                self._raise_truncated()
             filled += count
 
     def will_need(self) -> None:
-        """Let the system read the whole tensor ahead."""
+        """Ask the operating system to read the whole tensor ahead."""
         os.posix_fadvise(self._handle(), self._tensor.start, self._tensor.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _handle(self) -> int:
@@ -35,15 +35,17 @@ class StoredBytes:
             self._opened = _Handle(self._files, self._tensor.file)
         return self._opened.number
 
-    def _ended(self) -> NoReturn:
+    def _raise_truncated(self) -> NoReturn:
         raise Failed(
-            "SOURCE_CHANGED_OR_GONE", f"{self._tensor.file} of {self._files} ends inside {self._tensor.name}.",
-            "The source was changed or cut while merging: fetch it again.", value=self._tensor.name,
-        )  # fmt: skip
+            "SOURCE_CHANGED_OR_GONE",
+            f"{self._tensor.file} of {self._files} ends inside {self._tensor.name}.",
+            "The source was changed or truncated during the merge: fetch it again.",
+            value=self._tensor.name,
+        )
 
 
 class _Handle:
-    """An open file, closed when nobody uses it any more."""
+    """Open file, closed with its last reference."""
 
     def __init__(self, files: LocalFiles, name: str) -> None:
         self.number = -1

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.operands.stored import StoredBytes
+from bot.merge.execution.stored import StoredBytes
 from bot.merge.streaming.inputs import Scratch, View
 
 
 class StoredView:
-    """A tensor as it lies in a file, read with pread and widened."""
+    """View of a stored tensor, read with pread and widened."""
 
     unit = 1
 
@@ -37,11 +37,11 @@ class StoredView:
         return out.copy_(self.fill(start, self._scratch.get("stored", stop - start, self.stored)))
 
     def fill(self, start: int, out: Tensor) -> Tensor:
-        """Read elements from `start` on into a contiguous CPU tensor of the stored type, which is returned."""
+        """Read elements from `start` on into `out`, a contiguous CPU tensor of the stored dtype, and return it."""
         self._bytes.fill(start * out.element_size(), out.view(torch.uint8).numpy().data)
         return out
 
 
 def common_unit(views: Sequence[View]) -> int:
-    """The smallest number of elements that is a multiple of every view's unit."""
+    """Return the least common multiple of the units of all views."""
     return math.lcm(*(view.unit for view in views))

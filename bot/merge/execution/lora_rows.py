@@ -1,11 +1,12 @@
-"""A stored weight with what a LoRA adapter does to it, piece by piece; neither sum nor product ever stands whole.
+"""Views of stored weights with a LoRA adapter applied chunk by chunk, without the whole sum or product in memory.
 
     W + s B A              LoRA, arXiv:2106.09685; s = alpha/r, or alpha/sqrt(r): rsLoRA, arXiv:2312.03732
     m_o (W + s B A)_o / |(W + s B A)_o|     for every output o: DoRA, arXiv:2402.09353
 
-    bias + s b             PEFT's lora_bias; and single rows replaced: its trainable tokens
+    bias + s b             PEFT's lora_bias
+    single rows replaced   PEFT's trainable tokens
 
-Everything in the working type (float32, float64 for float64), rounded once by the writer.
+All arithmetic uses the compute dtype (float32; float64 for float64 tensors); the worker rounds once.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from torch import Tensor
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.patches import Addend, LowRank, NewRows, Patch, as_matrix
-from bot.merge.operands.views import StoredView
+from bot.merge.execution.views import StoredView
 from bot.merge.streaming.inputs import View
 from bot.merge.streaming.operation import CHUNK
 
 
 def patched(weight: View, patch: Patch, tensors: Callable[[TensorInfo], Tensor]) -> View:
-    """A stored tensor as its adapter changes it; `tensors` gives the adapter's tensors, flat, in the working type."""
+    """View of a weight with its adapter; `tensors` reads a tensor of the adapter, flat, in the compute dtype."""
     if isinstance(patch, Addend):
         return AddedView(weight, patch, tensors)
     return RowsView(weight, patch, tensors) if isinstance(patch, NewRows) else PatchedView(weight, patch, tensors)
 
 
 class AddedView:
-    """A `View` of a bias plus a scaled vector."""
+    """View of a bias plus a scaled vector."""
 
     unit = 1
 
@@ -44,7 +45,7 @@ class AddedView:
 
 
 class RowsView:
-    """A `View` of a matrix of which single rows are replaced. Its unit is a row."""
+    """View of a matrix with single rows replaced. Its unit is a row."""
 
     def __init__(self, weight: View, patch: NewRows, tensors: Callable[[TensorInfo], Tensor]) -> None:
         self.shape = weight.shape
@@ -62,15 +63,14 @@ class RowsView:
 
 
 class PatchedView:
-    """A `View` of a weight through an adapter. Its unit is a row of the stored matrix."""
+    """View of a weight with a low-rank adapter. Its unit is a row of the stored matrix."""
 
     def __init__(self, weight: View, patch: LowRank, tensors: Callable[[TensorInfo], Tensor]) -> None:
-        """`tensors` gives the adapter's tensors, flat and in the working type."""
         self.shape = weight.shape
         self._weight, self._patch, self._tensors = weight, patch, tensors
         self.unit = max(1, as_matrix(weight.shape)[1])
         self._factors: tuple[Tensor, Tensor] | None = None
-        self._lengths: Tensor | None = None  # DoRA's factors by column, where outputs are columns
+        self._lengths: Tensor | None = None  # DoRA's factor per column, where outputs are columns
 
     def read(self, start: int, stop: int) -> Tensor:
         width = self.unit
@@ -82,12 +82,12 @@ class PatchedView:
 
     def _rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the weight plus the product, before any scaling."""
-        left, right = self._both()
+        left, right = self._factor_pair()
         stored = self._weight.read(first * self.unit, last * self.unit).reshape(last - first, self.unit)
         return torch.addmm(stored, left[first:last], right, alpha=self._patch.scale)
 
-    def _both(self) -> tuple[Tensor, Tensor]:
-        """The factors as (rows, r) and (r, columns) of the stored matrix."""
+    def _factor_pair(self) -> tuple[Tensor, Tensor]:
+        """Return the factors as (rows, r) and (r, columns) of the stored matrix."""
         if self._factors is None:
             patch = self._patch
             rank = patch.a.shape[0]
@@ -106,7 +106,7 @@ class PatchedView:
         return rows * self._lengths
 
     def _column_lengths(self) -> Tensor:
-        """Euclidean length of every column of the whole sum, float64: one pass over the tensor."""
+        """Euclidean length per column of the sum, float64: one pass over the tensor."""
         height = self.shape[0]
         step = max(1, CHUNK // self.unit)
         squares = torch.zeros(self.unit, dtype=torch.float64)
@@ -116,10 +116,10 @@ class PatchedView:
 
 
 def stored_tensor(files: LocalFiles, tensor: TensorInfo, wide: torch.dtype) -> Tensor:
-    """A small tensor read whole, flat, in the working type."""
+    """Read a whole small tensor, flat, in the compute dtype."""
     return StoredView(files, tensor, wide).read(0, tensor.elements).clone()
 
 
 def _ratio(magnitude: Tensor, lengths: Tensor) -> Tensor:
-    """magnitude / length; a vector of zeros has no direction and stays zero."""
+    """Return magnitude / length; 0 for a vector of zeros."""
     return torch.where(lengths > 0, magnitude / lengths, torch.zeros_like(lengths)).to(magnitude.dtype)
