@@ -116,7 +116,7 @@ class Hub:
         files = self.files(repo, revision, repo_type)
 
         def operation() -> bytes:
-            with stream(self._api, files, path, 0, limit_bytes + 1, whole=True) as chunks:
+            with stream(files, path, 0, limit_bytes + 1, whole=True) as chunks:
                 return b"".join(chunks)
 
         try:
@@ -146,7 +146,7 @@ class Hub:
         `progress(done_bytes, total_bytes, file_name)`.
         """
         try:
-            return download(self.files(repo, revision), self._api, self._session, into, progress, limit_bytes)
+            return download(self.files(repo, revision), into, progress, limit_bytes)
         except FileNotFoundOnHub as gone:
             raise _gone(gone) from gone
 
@@ -166,7 +166,7 @@ class Hub:
         kind of verification of each file. `progress(done_bytes, total_bytes, file_name)`.
         """
         try:
-            return fetch(self.files(repo, revision), self._api, self._session, into, ranges, progress, limit_bytes)
+            return fetch(self.files(repo, revision), into, ranges, progress, limit_bytes)
         except FileNotFoundOnHub as gone:
             raise _gone(gone) from gone
 

@@ -71,7 +71,7 @@ class RepoFiles:
 
     def __init__(self, api: HfApi, session: HubSession, repo: str, revision: str, repo_type: str = "model") -> None:
         self.repo, self.revision, self.repo_type = repo, revision, repo_type
-        self._api, self._session = api, session
+        self.api, self.session = api, session
         self._facts: dict[str, FileFact] | None = None
         self._starts: dict[str, bytes] = {}
 
@@ -80,7 +80,7 @@ class RepoFiles:
 
     def facts(self) -> dict[str, FileFact]:
         if self._facts is None:
-            self._facts = read_tree(self._api, self._session, self.repo, self.revision, self.repo_type)
+            self._facts = read_tree(self.api, self.session, self.repo, self.revision, self.repo_type)
         return self._facts
 
     def sizes(self) -> dict[str, int]:
@@ -111,13 +111,13 @@ class RepoFiles:
         about = f"{name} of {self}"
 
         def operation() -> bytes:
-            with stream(self._api, self, name, start, start + length) as chunks:
+            with stream(self, name, start, start + length) as chunks:
                 data = b"".join(chunks)
             if len(data) != length:
                 raise Unavailable(f"it sent {len(data)} of {length} bytes")
             return data
 
-        return self._session.call(about, operation)
+        return self.session.call(about, operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +142,14 @@ def address(endpoint: str, repo: str, revision: str, path: str, repo_type: str) 
 
 
 @contextmanager
-def answer(api: HfApi, files: RepoFiles, name: str, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
+def answer(files: RepoFiles, name: str, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
     """Response to a request for bytes [start, end) of a file, or for all of it. Errors are raised; the body is not
     read."""
     # identity: a compressed answer has no length to check, and may be a bomb
-    headers = {**build_hf_headers(token=api.token), "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(token=files.api.token), "Accept-Encoding": "identity"}
     if span is not None:
         headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
-    url = address(api.endpoint, files.repo, files.revision, name, files.repo_type)
+    url = address(files.api.endpoint, files.repo, files.revision, name, files.repo_type)
     with get_session().stream("GET", url, headers=headers) as response:
         if response.status_code >= 400:
             response.read()
@@ -158,11 +158,9 @@ def answer(api: HfApi, files: RepoFiles, name: str, span: tuple[int, int] | None
 
 
 @contextmanager
-def stream(
-    api: HfApi, files: RepoFiles, name: str, start: int, end: int, whole: bool = False
-) -> Iterator[Iterator[bytes]]:
+def stream(files: RepoFiles, name: str, start: int, end: int, whole: bool = False) -> Iterator[Iterator[bytes]]:
     """Chunks of bytes [start, end) of a file; never more than that, whatever the answer announces."""
-    with answer(api, files, name, None if whole else (start, end)) as response:
+    with answer(files, name, None if whole else (start, end)) as response:
         if not whole and response.status_code != 206:
             if start:
                 raise ValueError("the Hub ignored the range")
@@ -185,9 +183,7 @@ def _bounded(chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:
 # -- whole files
 
 
-def download(
-    files: RepoFiles, api: HfApi, session: HubSession, into: Path, progress: Progress | None, limit_bytes: int
-) -> Path:
+def download(files: RepoFiles, into: Path, progress: Progress | None, limit_bytes: int) -> Path:
     """Download the allowed files of a source into the new folder `into`, which is complete once it exists.
 
     It grows in `<into>.partial`, where files of an interrupted attempt are verified and kept. Raises Refused
@@ -199,7 +195,7 @@ def download(
         if into.is_dir():
             return into
         partial.mkdir(exist_ok=True)
-        wanted = _wanted(files, api, session, partial)
+        wanted = _wanted(files, partial)
         total = sum(fact.size for fact in wanted.values())
         check_room(files, total, limit_bytes, partial, sum(path.stat().st_size for path in partial.iterdir()))
         done = 0
@@ -212,7 +208,7 @@ def download(
                 if progress is not None:
                     progress(before + count, total, name)
 
-            fetch_whole(files, api, session, name, fact, partial / name, advanced)
+            fetch_whole(files, name, fact, partial / name, advanced)
             done += fact.size
         for stray in list(partial.iterdir()):
             if stray.name not in wanted:
@@ -234,7 +230,7 @@ def allowed_files(files: RepoFiles) -> dict[str, FileFact]:
     }
 
 
-def _wanted(files: RepoFiles, api: HfApi, session: HubSession, partial: Path) -> dict[str, FileFact]:
+def _wanted(files: RepoFiles, partial: Path) -> dict[str, FileFact]:
     """The allowed files; of the weights only those that belong to the checkpoint (repos may hold them twice)."""
     top = allowed_files(files)
     first = weight_file(top)
@@ -244,7 +240,7 @@ def _wanted(files: RepoFiles, api: HfApi, session: HubSession, partial: Path) ->
                 "BAD_CHECKPOINT", f"{INDEX} of {files} has {top[INDEX].size} bytes; the limit is 8 MiB.",
                 "Ask its author to save the model again.",
             )  # fmt: skip
-        fetch_whole(files, api, session, INDEX, top[INDEX], partial / INDEX, lambda count: None)
+        fetch_whole(files, INDEX, top[INDEX], partial / INDEX, lambda count: None)
         shards = _shards((partial / INDEX).read_bytes())
     elif first is not None:
         shards = {first}
@@ -278,15 +274,7 @@ def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, alr
         )  # fmt: skip
 
 
-def fetch_whole(
-    files: RepoFiles,
-    api: HfApi,
-    session: HubSession,
-    name: str,
-    fact: FileFact,
-    place: Path,
-    advanced: Callable[[int], None],
-) -> None:
+def fetch_whole(files: RepoFiles, name: str, fact: FileFact, place: Path, advanced: Callable[[int], None]) -> None:
     """Download one file to `place` and verify it. Wrong bytes are fetched once more, then raise CORRUPT_DOWNLOAD."""
     if place.is_file() and _digest_of(place, fact) == _expected(fact):
         advanced(fact.size)
@@ -294,7 +282,7 @@ def fetch_whole(
     arriving = place.with_name(f".{name}.arriving")
     found = ""
     for _ in range(2):
-        _receive(files, api, session, name, fact, arriving, advanced)
+        _receive(files, name, fact, arriving, advanced)
         found = _digest_of(arriving, fact)
         if found == _expected(fact):
             arriving.chmod(0o444)
@@ -308,15 +296,7 @@ def fetch_whole(
     )  # fmt: skip
 
 
-def _receive(
-    files: RepoFiles,
-    api: HfApi,
-    session: HubSession,
-    name: str,
-    fact: FileFact,
-    arriving: Path,
-    advanced: Callable[[int], None],
-) -> None:
+def _receive(files: RepoFiles, name: str, fact: FileFact, arriving: Path, advanced: Callable[[int], None]) -> None:
     """Bring `arriving` to its full length; a lost connection goes on where it stopped."""
     with arriving.open("ab") as file:
 
@@ -324,7 +304,7 @@ def _receive(
             start = file.tell()
             if start >= fact.size:
                 return
-            with stream(api, files, name, start, fact.size) as chunks:
+            with stream(files, name, start, fact.size) as chunks:
                 for chunk in chunks:
                     file.write(chunk)
                     advanced(file.tell())
@@ -334,7 +314,8 @@ def _receive(
         if file.tell() > fact.size:
             file.truncate(0)
         # A big file takes its time: at least 1 MB/s is expected over the usual deadline.
-        session.call(f"{name} of {files}", operation, deadline_s=session.deadline_s + fact.size / 1e6)
+        deadline_s = files.session.deadline_s + fact.size / 1e6
+        files.session.call(f"{name} of {files}", operation, deadline_s=deadline_s)
 
 
 def _expected(fact: FileFact) -> str:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Literal
 
 import httpx2
-from huggingface_hub import HfApi
 
 from bot.errors import Failed, Refused, Transient
 from bot.hub.files import FileFact, Progress, RepoFiles, answer, check_room, fetch_whole
@@ -60,8 +59,6 @@ def is_partial(folder: Path) -> bool:
 
 def fetch(
     files: RepoFiles,
-    api: HfApi,
-    session: HubSession,
     into: Path,
     ranges: Mapping[str, Sequence[Range]],
     progress: Progress | None,
@@ -83,13 +80,13 @@ def fetch(
         check_room(files, missing, limit_bytes, into)
         told = _Told(progress, total, total - missing - sum(fact.size for fact in small.values()))
         for name, fact in small.items():
-            fetch_whole(files, api, session, name, fact, into / name, lambda count: None)
+            fetch_whole(files, name, fact, into / name, lambda count: None)
             told.more(fact.size, name)
         sync_folder(into)
-        _fill(files, api, session, parts, told)
+        _fill(files, parts, told)
         verified: dict[str, Verified] = dict.fromkeys(small, "git")
         for part in parts:
-            verified[part.name] = _checked(files, api, session, part, told)
+            verified[part.name] = _checked(files, part, told)
         return verified
 
 
@@ -253,9 +250,10 @@ class _Told:
                 self._progress(min(self._done, self._total), self._total, name)
 
 
-def _fill(files: RepoFiles, api: HfApi, session: HubSession, parts: Sequence[_Part], told: _Told) -> None:
+def _fill(files: RepoFiles, parts: Sequence[_Part], told: _Told) -> None:
     """Fetch the missing ranges of all parts. The first failure stops the others; complete ranges stay."""
     stop = threading.Event()
+    session = files.session
     if session.sleep is time.sleep:  # a wait that a failure elsewhere cuts short
 
         def pause(seconds: float) -> None:
@@ -268,7 +266,7 @@ def _fill(files: RepoFiles, api: HfApi, session: HubSession, parts: Sequence[_Pa
         handles = {part.name: opened.enter_context(part.place.open("rb+")).fileno() for part, _ in work}
 
         def one(part: _Part, span: Range) -> None:
-            crc = _receive(files, api, session, part, span, handles[part.name], told, stop)
+            crc = _receive(files, session, part, span, handles[part.name], told, stop)
             sync_file(part.place)
             with lock:
                 part.add({"start": span[0], "end": span[1], "crc": crc})
@@ -287,7 +285,6 @@ def _fill(files: RepoFiles, api: HfApi, session: HubSession, parts: Sequence[_Pa
 
 def _receive(
     files: RepoFiles,
-    api: HfApi,
     session: HubSession,
     part: _Part,
     span: Range,
@@ -300,7 +297,7 @@ def _receive(
 
     def operation() -> None:
         nonlocal at, crc
-        with answer(api, files, part.name, (at, span[1])) as response:
+        with answer(files, part.name, (at, span[1])) as response:
             _require_same(files, part, response, (at, span[1]))
             for chunk in response.iter_bytes():
                 check_deadline()
@@ -352,7 +349,7 @@ def _named(chain: Sequence[httpx2.Response], header: str) -> Iterator[str]:
 # -- whole files
 
 
-def _checked(files: RepoFiles, api: HfApi, session: HubSession, part: _Part, told: _Told) -> Verified:
+def _checked(files: RepoFiles, part: _Part, told: _Told) -> Verified:
     """Hash a complete file; if it differs from the commit, fetch it once more."""
     if not part.whole:
         return "ranges"
@@ -366,7 +363,7 @@ def _checked(files: RepoFiles, api: HfApi, session: HubSession, part: _Part, tol
             return "sha256"
         part.forget()
         if attempt == 0:
-            _fill(files, api, session, [part], told)
+            _fill(files, [part], told)
     raise Transient(
         "CORRUPT_DOWNLOAD",
         f"{part.name} of {files} arrived damaged twice: {str(part.fact.sha256)[:8]} expected, {found[:8]} got.",
