@@ -167,8 +167,11 @@ def _proved(comparison: Comparison, names: Mapping[str, str], terms: report.Term
 
     headline = report.headline(comparison, show, terms)
     lines = [f"  {line}" for line in report.inherited(comparison, show, terms)]
-    return [*([f"{terms.merge} {headline[0].lower()}{headline[1:]}"] if headline else []), *lines,
-            *report.left_out(comparison)]  # fmt: skip
+    return [
+        *([f"{terms.merge} {headline[0].lower()}{headline[1:]}"] if headline else []),
+        *lines,
+        *report.left_out(comparison),
+    ]
 
 
 def _origin(evaluated: Evaluated, names: Mapping[str, str]) -> str:

@@ -256,9 +256,19 @@ def classic(
     from bot.stages import local_runs
 
     asked = recipe(
-        Arguments(merge, density or (), weight or (), layer_gradient, method, base_model, normalize, bf16,
-                  naive_count, copy_tokenizer)
-    )  # fmt: skip
+        Arguments(
+            merge,
+            density or (),
+            weight or (),
+            layer_gradient,
+            method,
+            base_model,
+            normalize,
+            bf16,
+            naive_count,
+            copy_tokenizer,
+        )
+    )
     configured = settings()
     with output.progress() as shown:
         planned = local_runs.plan_from_headers(asked, configured, allow_pickle=allow_pickle)

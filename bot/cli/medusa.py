@@ -196,9 +196,20 @@ def train(
         from evaluators.medusa.training.head_training import Wanted
 
         wanted = Wanted(
-            budget_s, made, heads, layers, conditioned, kept, prompts, test, seed, joint, steps, answers,
+            budget_s,
+            made,
+            heads,
+            layers,
+            conditioned,
+            kept,
+            prompts,
+            test,
+            seed,
+            joint,
+            steps,
+            answers,
             dtype=precision,
-        )  # fmt: skip
+        )
         facts = head_training.train(folder, out, wanted, configured, shown)
     for sentence in head_training.told(facts, model, out):
         output.console.print(sentence, soft_wrap=True, markup=False, highlight=False)

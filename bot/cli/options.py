@@ -99,9 +99,11 @@ def bytes_of(size: str) -> int:
     number = 0 if found is None else round(float(found[1]) * _UNITS[found[2].upper()])
     if not 0 < number < 2**63:
         raise Refused(
-            "VALUE_OUT_OF_RANGE", f"--shard-size {size[:40]!r} is not a size.", "Write one such as 5GB or 500MB.",
+            "VALUE_OUT_OF_RANGE",
+            f"--shard-size {size[:40]!r} is not a size.",
+            "Write one such as 5GB or 500MB.",
             value=size,
-        )  # fmt: skip
+        )
     return number
 
 
@@ -126,9 +128,11 @@ def vocabulary(value: str) -> int | None:
         return None
     if not value.isascii() or not value.isdigit() or not 2 <= int(value[:12]) < 2**31:
         raise Refused(
-            "VALUE_OUT_OF_RANGE", f"--vocab {value[:40]!r} is neither `full` nor a number of tokens from 2.",
-            "Write one such as 8192.", value=value,
-        )  # fmt: skip
+            "VALUE_OUT_OF_RANGE",
+            f"--vocab {value[:40]!r} is neither `full` nor a number of tokens from 2.",
+            "Write one such as 8192.",
+            value=value,
+        )
     return int(value)
 
 

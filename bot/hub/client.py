@@ -279,9 +279,11 @@ class Hub:
         except HubForbidden as error:
             # reliability.md 8.2: a token that lost its rights must not fail anybody's job
             raise Transient(
-                "PUBLISHING_PAUSED", f"The Hub does not accept our token for {about}.",
-                "Publishing waits until the operator has renewed it.", retry_after_s=600,
-            ) from error  # fmt: skip
+                "PUBLISHING_PAUSED",
+                f"The Hub does not accept our token for {about}.",
+                "Publishing waits until the operator has renewed it.",
+                retry_after_s=600,
+            ) from error
 
     def _addition(self, opened: ExitStack, path: str, content: Content) -> CommitOperationAdd:
         """An operation that uploads without Xet, which only the live Hub supports (docs/design/hub.md 5.5): an open

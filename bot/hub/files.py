@@ -29,8 +29,13 @@ from bot.storage import exclusive, move_into_place, sha256_file, size_text, sync
 
 # reliability.md 5: what of a source is ever written to our disk. Only files at the top of the repo.
 ALLOWED = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", *TOKENIZER_FILES, *OTHER_FILES,
-)  # fmt: skip
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "adapter_config.json",
+    *TOKENIZER_FILES,
+    *OTHER_FILES,
+)
 INDEX_LIMIT_BYTES = 8 << 20
 DOWNLOAD_LIMIT_BYTES = 120_000_000_000
 # A header reader asks for 8 bytes and then for the header: one request brings both.
@@ -237,9 +242,10 @@ def _wanted(files: RepoFiles, partial: Path) -> dict[str, FileFact]:
     if first == INDEX:
         if top[INDEX].size > INDEX_LIMIT_BYTES:
             raise Refused(
-                "BAD_CHECKPOINT", f"{INDEX} of {files} has {top[INDEX].size} bytes; the limit is 8 MiB.",
+                "BAD_CHECKPOINT",
+                f"{INDEX} of {files} has {top[INDEX].size} bytes; the limit is 8 MiB.",
                 "Ask its author to save the model again.",
-            )  # fmt: skip
+            )
         fetch_whole(files, INDEX, top[INDEX], partial / INDEX, lambda count: None)
         shards = _shards((partial / INDEX).read_bytes())
     elif first is not None:
@@ -265,13 +271,15 @@ def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, alr
             "DOWNLOAD_TOO_LARGE",
             f"{files} has {size_text(total)} to download; the limit is {size_text(limit_bytes)}.",
             "Choose smaller models.",
-        )  # fmt: skip
+        )
     free = shutil.disk_usage(folder).free
     if total - already_bytes > free:
         raise Transient(
-            "DISK_LOW", f"{files} needs {size_text(total)} of disk and {size_text(free)} are free.",
-            "It waits for disk; nothing is lost.", retry_after_s=300,
-        )  # fmt: skip
+            "DISK_LOW",
+            f"{files} needs {size_text(total)} of disk and {size_text(free)} are free.",
+            "It waits for disk; nothing is lost.",
+            retry_after_s=300,
+        )
 
 
 def fetch_whole(files: RepoFiles, name: str, fact: FileFact, place: Path, advanced: Callable[[int], None]) -> None:
@@ -293,7 +301,7 @@ def fetch_whole(files: RepoFiles, name: str, fact: FileFact, place: Path, advanc
         "CORRUPT_DOWNLOAD",
         f"{name} of {files} arrived damaged twice: {_expected(fact)[:8]} expected, {found[:8]} got.",
         "It is tried again later by itself.",
-    )  # fmt: skip
+    )
 
 
 def _receive(files: RepoFiles, name: str, fact: FileFact, arriving: Path, advanced: Callable[[int], None]) -> None:

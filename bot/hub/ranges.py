@@ -108,9 +108,11 @@ def _wanted_facts(files: RepoFiles, ranges: Mapping[str, Sequence[Range]]) -> di
 
 def _changed(name: str, files: RepoFiles) -> Refused:
     return Refused(
-        "SOURCE_CHANGED_OR_GONE", f"{name} of {files} is not the file the merge was planned with.",
-        "Plan the merge again.", value=name,
-    )  # fmt: skip
+        "SOURCE_CHANGED_OR_GONE",
+        f"{name} of {files} is not the file the merge was planned with.",
+        "Plan the merge again.",
+        value=name,
+    )
 
 
 # -- one file

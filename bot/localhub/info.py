@@ -14,8 +14,9 @@ _CONFIG_KEYS = ("architectures", "model_type", "auto_map", "quantization_config"
 _LIST_FIELDS = ("createdAt", "private", "likes", "downloads", "tags", "pipeline_tag", "library_name")
 _FULL_FIELDS = (*_LIST_FIELDS, "author", "sha", "lastModified", "gated", "disabled", "siblings")
 _SINGLE_FIELDS = (
-    *_FULL_FIELDS, "cardData", "config", "transformersInfo", "safetensors", "usedStorage", "sdk", "description",
-)  # fmt: skip
+    *_FULL_FIELDS,
+    *("cardData", "config", "transformersInfo", "safetensors", "usedStorage", "sdk", "description"),
+)
 
 
 def describe(store: Store, repo: Repo, commit: Commit, *, blobs: bool = False) -> dict[str, Any]:

@@ -45,9 +45,14 @@ class Journal:
         with self._lock:
             self._number += 1
             fields = {
-                "number": self._number, "time": time, "method": method, "path": path,
-                "user": user, "status": status, "bytes": sent_bytes,
-            }  # fmt: skip
+                "number": self._number,
+                "time": time,
+                "method": method,
+                "path": path,
+                "user": user,
+                "status": status,
+                "bytes": sent_bytes,
+            }
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 # One write call, so that a kill cuts at most the last line.

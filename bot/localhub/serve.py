@@ -53,9 +53,8 @@ def listen_app(
     named = f"[{host}]" if ":" in host else host
     url = f"http://{named}:{listener.getsockname()[1]}"
     config = uvicorn.Config(
-        app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=3,
-        server_header=False,
-    )  # fmt: skip
+        app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False
+    )
     return Server(config, url, on_ready), listener
 
 

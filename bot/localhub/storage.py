@@ -34,9 +34,9 @@ from bot.localhub.names import RepoId, repo_id, valid_ref, valid_segment
 from bot.storage import exclusive, read_json, sync_folder, write_atomic, write_json
 
 LFS_PATTERNS = (
-    "*.safetensors", "*.bin", "*.gguf", "*.parquet", "*.arrow", "*.msgpack", "*.pt", "*.onnx", "*.zip",
-    "tokenizer.model",
-)  # fmt: skip
+    *("*.safetensors", "*.bin", "*.gguf", "*.parquet", "*.arrow", "*.msgpack"),
+    *("*.pt", "*.onnx", "*.zip", "tokenizer.model"),
+)
 UPLOAD_LIFETIME_S = 6 * 3600
 GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 
