@@ -108,7 +108,7 @@ def test_every_command_and_the_suite_file_of_the_evaluation_pages_run(workplace:
             done = CliRunner().invoke(app, ["--home", "home", "--hub", hub.url, *words], catch_exceptions=False)
             assert done.exit_code == 0, f"{line}: {done.output}"
     assert json.loads((workplace / "scores.json").read_text())["comparison"] and (workplace / "scores.svg").is_file()
-    assert "Measured before and kept: MERGE and PARENT." in done.output  # by the first of the pages
+    assert "Cached: MERGE and PARENT." in done.output  # by the first of the pages
     [suite] = re.findall(r"^```yaml\n(.*?)^```", EVALUATION, re.MULTILINE | re.DOTALL)
     (workplace / "ours.yml").write_text(suite)
     assert [task.name for task in chosen("ours.yml").tasks][:4] == ["arc_easy", "arc_challenge", "our_own", "cola"]

@@ -58,28 +58,28 @@ def evaluate(
     from bot.stages import local_runs, sanity_check, suite_file
     from evaluators.harness.eval_config import EvalConfig, Question
 
-    asked = suite_file.chosen(suite, task or ())
-    conditions = EvalConfig(limit, seed, device, dtype, batch_size, chat_template, backend)
-    conditions.check()
+    chosen = suite_file.chosen(suite, task or ())
+    config = EvalConfig(limit, seed, device, dtype, batch_size, chat_template, backend)
+    config.check()
     configured = context.obj()
     if out is not None:
         local_runs.require_writable(out, overwrite=overwrite)
     try:
-        with output.progress() as shown:
-            models = local_runs.whole_models([model, *(against or ())], configured, shown)
-            looks = {}
+        with output.progress() as report:
+            models = local_runs.whole_models([model, *(against or ())], configured, report)
+            checks = {}
             if first_look:
-                looks = sanity_check.first_look(models, model, configured, shown, device=device, dtype=dtype)
-            question = Question(asked, conditions)
-            evaluated = local_runs.evaluate(models, question, configured, shown, evaluation_output.estimate)
+                checks = sanity_check.first_look(models, model, configured, report, device=device, dtype=dtype)
+            question = Question(chosen, config)
+            evaluated = local_runs.evaluate(models, question, configured, report, evaluation_output.estimate)
     except ModelNonsense as failed:
-        advice = "Merge with smaller weights or another method, or add --no-first-look to measure it all the same."
+        advice = "Merge with smaller weights or another method, or add --no-first-look to evaluate it anyway."
         raise Failed(failed.code, failed.message, advice) from failed
-    found = evaluated.found
+    results = evaluated.found
     comparison, why_not = sanity_check.compared(
-        found[model], {name: each for name, each in found.items() if name != model}, configured
+        results[model], {name: each for name, each in results.items() if name != model}, configured
     )
-    evaluation_output.first_look(looks)
+    evaluation_output.sanity_checks(checks)
     evaluation_output.evaluations(evaluated, comparison, why_not)
     if out is not None:
-        evaluation_output.written(local_runs.write_evaluations(out, found, comparison, looks, configured))
+        evaluation_output.written(local_runs.write_evaluations(out, results, comparison, checks, configured))

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from evaluators.harness.scores import ModelEvaluation
     from evaluators.sanity_check import SanityCheck
 
-LEAST_NAME = 8  # characters, however narrow the screen
-_GAP = 2  # blanks before a figure
+MIN_NAME_WIDTH = 8  # characters, on any screen
+_GAP = 2  # spaces before a number
 _STYLES = {Outcome.BETTER: "green", Outcome.WORSE: "red"}
 
 
 def estimate(model: str, ahead: Estimate) -> None:
-    """Size and duration of an evaluation that begins."""
-    parts = [f"{ahead.requests:,} requests", f"{ahead.tokens:,} tokens to read"]
+    """Workload estimate of an evaluation."""
+    parts = [f"{ahead.requests:,} requests", f"{ahead.tokens:,} prompt tokens"]
     if ahead.new_tokens:
-        parts.append(f"at most {ahead.new_tokens:,} to write")
+        parts.append(f"at most {ahead.new_tokens:,} generated tokens")
     if ahead.memory_bytes:
         parts.append(f"{size_text(ahead.memory_bytes)} of memory")
     time = "" if ahead.seconds is None else f"about {_duration(ahead.seconds)}: "
@@ -46,44 +46,44 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def first_look(looks: Mapping[str, SanityCheck]) -> None:
+def sanity_checks(checks: Mapping[str, SanityCheck]) -> None:
     """Results of the sanity check, one column per model."""
-    if not looks:
+    if not checks:
         return
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("first look", no_wrap=True)
-    for name in labels(list(looks)).values():
+    table.add_column("sanity check", no_wrap=True)
+    for name in labels(list(checks)).values():
         table.add_column(escape(name), justify="right", overflow="fold")
-    for title, *cells in zip(sanity_check.COLUMNS, *map(sanity_check.cells, looks.values()), strict=True):
+    for title, *cells in zip(sanity_check.COLUMNS, *map(sanity_check.cells, checks.values()), strict=True):
         table.add_row(title, *cells)
     console.print(table)
     console.print()
 
 
 def evaluations(evaluated: Evaluated, comparison: Comparison | None, why_not: str) -> None:
-    """One block per task: scores, differences and verdicts; then the average and the conditions."""
+    """One block per task: scores, differences and verdicts; then the average and the EvalConfig."""
     full = labels(list(evaluated.found))
-    judged, *others = evaluated.found
-    models = {"": evaluated.found[judged], **{name: evaluated.found[name] for name in others}}
+    subject, *others = evaluated.found
+    models = {"": evaluated.found[subject], **{name: evaluated.found[name] for name in others}}
     rows = report.scores(models, comparison)
     columns = _columns(rows, report.differences(comparison) if comparison else ())
     room = console.width - sum(wide for _, wide in columns) - 2
     names = fitted(full, room)
-    own = evaluated.found[judged]
-    _say(f"[bold]{escape(own.suite)}[/bold]  [dim]percent, each number with its 95 % interval[/dim]", markup=True)
-    drawn = _Blocks({"": names[judged], **{name: names[name] for name in others}}, columns, comparison)
+    own = evaluated.found[subject]
+    _say(f"[bold]{escape(own.suite)}[/bold]  [dim]percent, with 95 % confidence intervals[/dim]", markup=True)
+    drawn = _Blocks({"": names[subject], **{name: names[name] for name in others}}, columns, comparison)
     for row in rows:
         drawn.show(row)
     if comparison:
-        terms = report.Terms(names[judged], report.joined([names[name] for name in others]), "other model")
-        for sentence in _proved(comparison, names, terms):
+        terms = report.Terms(names[subject], report.joined([names[name] for name in others]), "other model")
+        for sentence in _verdict(comparison, names, terms):
             _say(sentence)
         _say(report.legend(comparison, terms), style="dim")
     elif why_not:
         _say(why_not)
     for sentence in remarks(evaluated.found, names.__getitem__):
         _say(f"Note: {sentence}")
-    _say(f"{_origin(evaluated, full)} {_conditions(own)}", style="dim")
+    _say(f"{_origin(evaluated, full)} {_eval_config(own)}", style="dim")
 
 
 def labels(models: Sequence[str]) -> dict[str, str]:
@@ -93,8 +93,8 @@ def labels(models: Sequence[str]) -> dict[str, str]:
 
 
 def fitted(names: Mapping[str, str], room: int) -> dict[str, str]:
-    """Names of at most `room` characters; long ones lose their middle if they stay different."""
-    room = max(room, LEAST_NAME)
+    """Names of at most `room` characters. Long names lose their middle where the results stay different."""
+    room = max(room, MIN_NAME_WIDTH)
     cut = {
         model: name if len(name) <= room else f"{name[: room // 2]}…{name[len(name) - (room - 1) // 2 :]}"
         for model, name in names.items()
@@ -105,7 +105,7 @@ def fitted(names: Mapping[str, str], room: int) -> dict[str, str]:
 def _columns(
     rows: Sequence[report.ScoreRow], differences: Sequence[report.DifferenceRow]
 ) -> tuple[tuple[str, int], ...]:
-    """The title of each column of figures, and its width with the gap before it."""
+    """Title of each column of numbers, and its width with the gap before it."""
     figures = [figure for row in rows for figure in row.figures.values()]
     columns = [("score", [each.value for each in figures]), ("95 % interval", [each.interval for each in figures])]
     if differences:
@@ -118,7 +118,7 @@ def _columns(
 
 
 class _Blocks:
-    """Tasks and averages, one under the other, in columns of one width; a name that is too long is folded."""
+    """Table of tasks and averages with columns of equal width. Long names are folded."""
 
     def __init__(
         self, names: Mapping[str, str], columns: Sequence[tuple[str, int]], comparison: Comparison | None
@@ -127,7 +127,7 @@ class _Blocks:
         self._rows = report.differences(comparison) if comparison else []
         self._tasks = {task.task: task for task in comparison.tasks} if comparison else {}
         wide = console.width - sum(wide for _, wide in self._columns)
-        self._width = min(max(wide, 2 + LEAST_NAME), 2 + max(map(len, names.values())))
+        self._width = min(max(wide, 2 + MIN_NAME_WIDTH), 2 + max(map(len, names.values())))
         heads = self._table()
         heads.add_row("", *(title for title, _ in self._columns), style="dim")
         console.print(heads)
@@ -153,13 +153,13 @@ class _Blocks:
         console.print(table)
         if found := self._tasks.get(row.title) if row.is_task else None:
             share = report.is_share(found)
-            said = report.words(found.differences, self._names.__getitem__, brief=True, share=share)
-            told = said if said.startswith("no ") else f"{self._names['']} is {said}"
-            console.print(Padding(escape(told), (0, 0, 0, 2), expand=False), highlight=False)
+            outcome = report.words(found.differences, self._names.__getitem__, brief=True, share=share)
+            sentence = outcome if outcome.startswith("no ") else f"{self._names['']} is {outcome}"
+            console.print(Padding(escape(sentence), (0, 0, 0, 2), expand=False), highlight=False)
         console.print()
 
 
-def _proved(comparison: Comparison, names: Mapping[str, str], terms: report.Terms) -> Iterable[str]:
+def _verdict(comparison: Comparison, names: Mapping[str, str], terms: report.Terms) -> Iterable[str]:
     """Verdict, then agreement with the parents' answers."""
 
     def show(model: str) -> str:
@@ -178,24 +178,24 @@ def _origin(evaluated: Evaluated, names: Mapping[str, str]) -> str:
     """Models evaluated now, and those with cached answers."""
     now = [name for model, name in names.items() if model not in evaluated.known]
     kept = [name for model, name in names.items() if model in evaluated.known]
-    told = [f"Measured now: {report.joined(now)}." if now else ""]
-    told.append(f"Measured before and kept: {report.joined(kept)}." if kept else "")
-    return " ".join(each for each in told if each)
+    sentences = [f"Evaluated now: {report.joined(now)}." if now else ""]
+    sentences.append(f"Cached: {report.joined(kept)}." if kept else "")
+    return " ".join(filter(None, sentences))
 
 
-def _conditions(evaluation: ModelEvaluation) -> str:
+def _eval_config(evaluation: ModelEvaluation) -> str:
     here = evaluation.environment
-    asked = "through the chat template" if here.chat_template else "as plain text"
-    limit = f", the first {here.limit} samples a task" if here.limit else ""
+    prompts = "in the chat template" if here.chat_template else "as plain text"
+    limit = f", the first {here.limit} samples per task" if here.limit else ""
     return (
-        f"lm-eval {here.lm_eval}, {here.dtype} on {here.device}, batch {here.batch_size}, asked {asked}, "
-        f"seed {here.seed}{limit}. Asked under {here.generation} generation settings, softmax in {here.softmax_dtype}."
+        f"lm-eval {here.lm_eval}, {here.dtype} on {here.device}, batch {here.batch_size}, prompts {prompts}, "
+        f"seed {here.seed}{limit}. Generation settings: {here.generation}; softmax in {here.softmax_dtype}."
     )
 
 
 def written(files: Iterable[Path]) -> None:
     """Paths of the scores and of the figure."""
-    _say(f"Every score is in {', a picture in '.join(str(file) for file in files)}.")
+    _say(f"The scores are in {', a figure in '.join(str(file) for file in files)}.")
 
 
 def _say(sentence: str, *, style: str = "", markup: bool = False) -> None:

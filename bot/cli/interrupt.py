@@ -1,25 +1,25 @@
-"""Message of an interrupted command: what was kept, and how to continue."""
+"""Error of an interrupted command: the results that were kept, and how to continue."""
 
 from __future__ import annotations
 
 from bot.errors import Failed
 
-AGAIN = "Run the same command again to go on."
-ANEW = "Run the same command again to begin anew."
+CONTINUE = "Run the same command again to continue."
+RESTART = "Run the same command again to start over."
 
-# verb -> what is left of its work, what to do
-_LEFT = {
-    "merge": ("what is finished lies beside the output", AGAIN),
-    "classic": ("what is finished lies beside the output", AGAIN),
-    "bakllama": ("what is finished lies beside the output", AGAIN),
-    "evaluate": ("what is measured so far is kept", AGAIN),
-    "train": ("what is answered and trained so far is kept", AGAIN),
-    "bench": ("a speed test that is cut short says nothing, so nothing is kept", ANEW),
-    "export": ("the heads are not whole", "Remove the new folder and run the same command again."),
+# command -> state of its results, next step
+_RESULTS = {
+    "merge": ("finished tensors are kept beside the output", CONTINUE),
+    "classic": ("finished tensors are kept beside the output", CONTINUE),
+    "bakllama": ("finished tensors are kept beside the output", CONTINUE),
+    "evaluate": ("finished evaluations are kept", CONTINUE),
+    "train": ("answers and training so far are kept", CONTINUE),
+    "bench": ("an incomplete speed test is not kept", RESTART),
+    "export": ("the heads are incomplete", "Remove the new folder and run the same command again."),
 }
 
 
-def stopped(verb: str) -> Failed:
+def interrupted(command: str) -> Failed:
     """Error CANCELLED of an interrupted command."""
-    left, next_step = _LEFT.get(verb, ("nothing is changed", ""))
-    return Failed("CANCELLED", f"Stopped; {left}.", next_step)
+    state, next_step = _RESULTS.get(command, ("nothing was changed", ""))
+    return Failed("CANCELLED", f"Interrupted; {state}.", next_step)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from bot import __version__
 from bot.cli import evaluate, medusa
-from bot.cli.options import Verb, Verbs, bytes_of
+from bot.cli.options import Command, CommandGroup, bytes_of
 from bot.errors import MergebotError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="mergebot",
-    cls=Verbs,
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,10 +28,10 @@ app = typer.Typer(
     help="Merge models, evaluate the result and publish exactly what was evaluated. "
     "`--home`, `--hub` and `--debug` can also be given after the command.",
 )
-app.command("evaluate", rich_help_panel="Single steps", cls=Verb)(evaluate.evaluate)
+app.command("evaluate", rich_help_panel="Single steps", cls=Command)(evaluate.evaluate)
 app.add_typer(medusa.app, name="medusa", rich_help_panel="Single steps")
 
-WALK, STEP, RUN = "Run the bot", "Single steps", "Requests to a running bot"
+BOT, STEP, REQUEST = "Run the bot", "Single steps", "Requests to a running bot"
 Recipe = Annotated[Path, typer.Argument(help="mergekit recipe (YAML).", metavar="RECIPE")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 UnknownKeys = Annotated[str, typer.Option(help="Unknown recipe keys: refuse, or ignore with a notice.")]
@@ -55,7 +56,7 @@ class _State:
     debug = False
     home: Path | None = None
     hub: str | None = None
-    ends_at_once = False
+    exits_without_cleanup = False
 
 
 def settings(**overrides: object) -> Settings:
@@ -65,23 +66,23 @@ def settings(**overrides: object) -> Settings:
     from bot.errors import Refused
     from bot.settings import Settings, activate
 
-    given = {"home": _State.home, "hub": _State.hub, **overrides}
+    options = {"home": _State.home, "hub": _State.hub, **overrides}
     try:
-        made = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        made = Settings(**{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise Refused(
             "VALUE_OUT_OF_RANGE",
             f"The setting {name} (MERGEBOT_{name.upper()}) is wrong: {first['msg']}.",
-            "Correct it.",
+            "Correct the setting and run the command again.",
         ) from None
     activate(made)
     return made
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"mergebot {__version__}")
         raise typer.Exit
 
@@ -100,24 +101,24 @@ def options(
     context.obj = settings
 
 
-# -- the whole walk ----------------------------------------------------------------------------------------------
+# -- the bot ----------------------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel=WALK)
+@app.command(rich_help_panel=BOT)
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="Folder for all files of the demo.")] = Path("demo"),
     once: Annotated[bool, typer.Option("--once", help="Exit after the last job instead of serving.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write a report as JSON.")] = None,
     port: Annotated[int, typer.Option(help="Port of the Space.")] = 7860,
 ) -> None:
-    """Run the main job on this machine: local Hub, real model, two merges evaluated, published and listed."""
+    """Run the bot on this machine with a local Hub and a real model: merge, evaluate and publish two models."""
     from bot.cli import output
     from bot.demo import run
 
     run.demo(directory, output, once=once, report=report, port=port)
 
 
-@app.command(rich_help_panel=WALK)
+@app.command(rich_help_panel=BOT)
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
@@ -128,13 +129,13 @@ def serve(
     serve.serve(settings(), host, port)
 
 
-@app.command(rich_help_panel=WALK)
+@app.command(rich_help_panel=BOT)
 def hub(
     directory: Annotated[Path, typer.Option("--dir", help="Folder that holds the repos.")] = Path("hub"),
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8765,
     user: Annotated[str | None, typer.Option(help="Create this user and show a write token.")] = None,
 ) -> None:
-    """Serve a local Hub from a folder, for tests and trials; clients connect through HF_ENDPOINT."""
+    """Serve a local Hub from a folder. Clients connect through HF_ENDPOINT."""
     import secrets
 
     from bot import localhub
@@ -150,10 +151,10 @@ def hub(
     localhub.serve(directory, port=port, on_ready=ready)
 
 
-# -- one step ----------------------------------------------------------------------------------------------------
+# -- single steps-------------------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel=STEP, cls=Verb)
+@app.command(rich_help_panel=STEP, cls=Command)
 def plan(
     recipe: Recipe,
     seed: Seed = 0,
@@ -168,10 +169,10 @@ def plan(
     from bot.merge.planning import summary
     from bot.stages import local_runs
 
-    asked = local_runs.read_recipe(recipe, unknown_keys=unknown_keys)
+    parsed = local_runs.read_recipe(recipe, unknown_keys=unknown_keys)
     limit = bytes_of(shard_size)
     made = local_runs.plan_from_headers(
-        asked, settings(), seed=seed, allow_pickle=allow_pickle, shard_limit_bytes=limit
+        parsed, settings(), seed=seed, allow_pickle=allow_pickle, shard_limit_bytes=limit
     )
     if tensor is None:
         output.plan(summary.summary(made.plan), as_json=as_json)
@@ -179,7 +180,7 @@ def plan(
         output.tensor(summary.values_of(made.plan, tensor), as_json=as_json)
 
 
-@app.command(rich_help_panel=STEP, cls=Verb)
+@app.command(rich_help_panel=STEP, cls=Command)
 def merge(
     recipe: Recipe,
     out: Out,
@@ -193,25 +194,28 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Merge the models of a recipe into a new folder. After an interruption the same command continues."""
-    from bot.cli import output
     from bot.merge.execution.options import MergeOptions
     from bot.stages import local_runs
 
-    asked, limit = local_runs.read_recipe(recipe, unknown_keys=unknown_keys), bytes_of(shard_size)
+    parsed = local_runs.read_recipe(recipe, unknown_keys=unknown_keys)
+    planning = {"seed": seed, "shard_limit_bytes": bytes_of(shard_size), "allow_pickle": allow_pickle}
+    options = MergeOptions(device=device, threads=threads)
+    _merge(parsed, out, planning, options, hash_sources=hash_sources, overwrite=overwrite)
+    _State.exits_without_cleanup = True
+
+
+def _merge(recipe: Any, out: Path, planning: dict[str, Any], options: Any, **writing: bool) -> None:
+    from bot.cli import output
+    from bot.stages import local_runs
+
     configured = settings()
-    with output.progress() as shown:
-        planned = local_runs.plan_from_headers(
-            asked, configured, seed=seed, shard_limit_bytes=limit, allow_pickle=allow_pickle
-        )
-        options = MergeOptions(device=device, threads=threads)
-        merged = local_runs.merge(
-            planned, out, configured, shown, options, hash_sources=hash_sources, overwrite=overwrite
-        )
+    with output.progress() as report:
+        planned = local_runs.plan_from_headers(recipe, configured, **planning)
+        merged = local_runs.merge(planned, out, configured, report, options, **writing)
     output.merged(merged, out)
-    _State.ends_at_once = True
 
 
-@app.command(rich_help_panel=STEP, cls=Verb)
+@app.command(rich_help_panel=STEP, cls=Command)
 def verify(
     model: Annotated[str, typer.Argument(help="Folder of a merge, or a Hub repo (owner/name[@revision]).")],
     device: Device = "auto",
@@ -229,7 +233,7 @@ def verify(
     verification.require_same(verdict)
 
 
-@app.command(rich_help_panel=STEP, cls=Verb)
+@app.command(rich_help_panel=STEP, cls=Command)
 def classic(
     out: Out,
     merge: Annotated[list[str], typer.Option(help="Model to merge, MODEL or MODEL+ADAPTER; repeatable.")],
@@ -244,40 +248,24 @@ def classic(
     copy_tokenizer: Annotated[bool, typer.Option(help="Copy the tokenizer of the base, or of the first model.")] = True,
     cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="Compute on a GPU.")] = False,
     int8_mask: Annotated[bool, typer.Option("--int8-mask/--no-int8-mask", help="Accepted, without effect.")] = False,
-    cache_dir: Annotated[str | None, typer.Option(help="Accepted, without effect: see --home.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Accepted, without effect. Use --home.")] = None,
     merged_cache_dir: Annotated[str | None, typer.Option(help="Accepted, without effect.")] = None,
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge as mergekit's `main.py` of 2023 did, with its flags."""
-    from bot.cli import output
     from bot.merge.execution.options import MergeOptions
     from bot.merge.recipe.classic import Arguments, recipe
-    from bot.stages import local_runs
 
-    asked = recipe(
-        Arguments(
-            merge,
-            density or (),
-            weight or (),
-            layer_gradient,
-            method,
-            base_model,
-            normalize,
-            bf16,
-            naive_count,
-            copy_tokenizer,
-        )
+    arguments = Arguments(merge, density or (), weight or (), layer_gradient, method, base_model)
+    arguments = replace(
+        arguments, normalize=normalize, bf16=bf16, naive_count=naive_count, copy_tokenizer=copy_tokenizer
     )
-    configured = settings()
-    with output.progress() as shown:
-        planned = local_runs.plan_from_headers(asked, configured, allow_pickle=allow_pickle)
-        options = MergeOptions(device="cuda" if cuda else "cpu")
-        merged = local_runs.merge(planned, out, configured, shown, options, overwrite=overwrite)
-    output.merged(merged, out)
+    options = MergeOptions(device="cuda" if cuda else "cpu")
+    _merge(recipe(arguments), out, {"allow_pickle": allow_pickle}, options, overwrite=overwrite)
 
 
-@app.command(rich_help_panel=STEP, cls=Verb)
+@app.command(rich_help_panel=STEP, cls=Command)
 def bakllama(
     config: Annotated[Path, typer.Argument(help="Config with layer_slices (YAML).", metavar="CONFIG")],
     out: Out,
@@ -285,23 +273,18 @@ def bakllama(
     overwrite: Overwrite = False,
 ) -> None:
     """Stack layers of models as mergekit's `bakllama.py` of 2023 did, with its config."""
-    from bot.cli import output
     from bot.merge.execution.options import MergeOptions
     from bot.merge.recipe.classic import bakllama as recipe
     from bot.stages import local_runs
 
-    asked = recipe(local_runs.read_text(config), file=str(config))
-    configured = settings()
-    with output.progress() as shown:
-        planned = local_runs.plan_from_headers(asked, configured, allow_pickle=allow_pickle)
-        merged = local_runs.merge(planned, out, configured, shown, MergeOptions(), overwrite=overwrite)
-    output.merged(merged, out)
+    parsed = recipe(local_runs.read_text(config), file=str(config))
+    _merge(parsed, out, {"allow_pickle": allow_pickle}, MergeOptions(), overwrite=overwrite)
 
 
-# -- ask a running bot -------------------------------------------------------------------------------------------
+# -- requests to the bot -----------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel=RUN)
+@app.command(rich_help_panel=REQUEST)
 def submit(
     recipe: Recipe,
     name: Annotated[str, typer.Option(help="Name of the merged repo.")],
@@ -325,7 +308,7 @@ def submit(
     output.jobs([job])
 
 
-@app.command(rich_help_panel=RUN)
+@app.command(rich_help_panel=REQUEST)
 def status(
     job_id: Annotated[str | None, typer.Argument(help="Job id; default: all recent jobs.", metavar="[JOB]")] = None,
 ) -> None:
@@ -341,12 +324,12 @@ def status(
 
 
 def main() -> None:
-    """Run the command; an error is one sentence on stderr and exit status 1, with `--debug` a traceback."""
+    """Run the command. An error prints one line on stderr, or a traceback with `--debug`, and exits with status 1."""
     try:
         app()
     except SystemExit as ended:
-        if _State.ends_at_once and ended.code in (None, 0):
-            _end_at_once()
+        if _State.exits_without_cleanup and ended.code in (None, 0):
+            _exit_without_cleanup()
         raise
     except Exception as error:
         if _State.debug:
@@ -355,9 +338,11 @@ def main() -> None:
         sys.exit(1)
 
 
-def _end_at_once() -> NoReturn:
-    """Exit without unloading torch, which takes a third of a second. A finished merge has closed its files and ended
-    its threads; only printed text can still be in a buffer."""
+def _exit_without_cleanup() -> NoReturn:
+    """Exit without unloading torch, which takes a third of a second.
+
+    A finished merge has closed its files and ended its threads; only printed text can still be in a buffer.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -372,8 +357,8 @@ def _sentence(error: Exception) -> str:
             return f"{error} [{error.code}]"
         return f"{where.file}:{where.line}: {str(error).removeprefix(f'line {where.line}: ')} [{error.code}]"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'A file'}: {error.strerror}. Choose another place, or make room there."
-    return f"mergebot stopped on a defect of its own ({type(error).__name__}). Report what `mergebot --debug` shows."
+        return f"{error.filename or 'A file'}: {error.strerror}. Choose another path or free disk space."
+    return f"Internal error ({type(error).__name__}). Run the command again with `--debug` and report the traceback."
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Commands of `mergebot medusa`. Options are validated before heavy imports.
 
-`context.obj` is the function of bot.cli.main that makes settings of options.
+`context.obj` is the function of bot.cli.main that creates the settings from the options.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Literal, cast
 import typer
 
 from bot.cli import options
-from bot.cli.options import Verb
+from bot.cli.options import Command
 
 app = typer.Typer(no_args_is_help=True, help="Train Medusa heads and measure the decoding speed.")
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
@@ -19,7 +19,7 @@ Dtype = Annotated[str, typer.Option(help="auto (the fastest type on this machine
 Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 
 
-@app.command("bench", cls=Verb)
+@app.command("bench", cls=Command)
 def bench(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub repo.", metavar="MODEL")],
@@ -54,12 +54,12 @@ def bench(
     head_training.require_readable(prompts, None, tree)
     configured = context.obj(device=options.device(device))
     beside = out.with_suffix("") if out.suffix == ".json" else out
-    with output.progress() as shown:
-        found = local_runs.model_folder(model, configured, shown)
+    with output.progress() as report:
+        found = local_runs.model_folder(model, configured, report)
         given = by_hand(found, heads or (), parent or (), beside, configured, seed)
         test = SpeedOptions(prompts, budget_s, questions, new_tokens, turns, seed, given=given, dtype=kind, tree=tree)
-        report = speed_test.bench(found, beside, test, configured, shown)
-    medusa_output.speed(report, _at(out, beside))
+        measured = speed_test.bench(found, beside, test, configured, report)
+    medusa_output.speed(measured, _at(out, beside))
 
 
 def _at(out: Path, beside: Path) -> Path:
@@ -73,7 +73,7 @@ def _at(out: Path, beside: Path) -> Path:
     return out
 
 
-@app.command("generate", cls=Verb)
+@app.command("generate", cls=Command)
 def generate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub repo.", metavar="MODEL")],
@@ -93,7 +93,7 @@ def generate(
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Generate with Medusa heads and stream the text; accepted guesses are green."""
+    """Generate with Medusa heads and stream the text; accepted draft tokens are green."""
     from bot.cli import medusa_output, output
     from bot.stages import head_training, local_runs
     from bot.stages.head_candidates import require_folder
@@ -103,8 +103,8 @@ def generate(
     if heads is not None:
         require_folder(heads)
     configured = context.obj(device=options.device(device))
-    with output.progress() as shown:
-        folder = local_runs.model_folder(model, configured, shown)
+    with output.progress() as report:
+        folder = local_runs.model_folder(model, configured, report)
     from bot.merge.execution.engine import choose_device
     from evaluators.medusa import generation
     from evaluators.medusa.model import threads
@@ -112,12 +112,12 @@ def generate(
     how = head_training.rule(sample, temperature, seed, top_k, top_p)
     chosen = choose_device(configured.device).type
     with threads.steadiest_threads(chosen):
-        speaker = generation.load(folder, heads, device=chosen, dtype=kind)
-        medusa_output.speech(speaker.say(prompt, new_tokens, how, [text for text in stop or () if text]))
-    medusa_output.spoken(speaker.trace, speaker.tree.nodes, speaker.notes)
+        generator = generation.load(folder, heads, device=chosen, dtype=kind)
+        medusa_output.stream(generator.say(prompt, new_tokens, how, [text for text in stop or () if text]))
+    medusa_output.summary(generator.trace, generator.tree.nodes, generator.notes)
 
 
-@app.command("export", cls=Verb)
+@app.command("export", cls=Command)
 def export(
     context: typer.Context,
     heads: Annotated[Path, typer.Argument(help="Heads of any format, or a model folder with heads.", metavar="HEADS")],
@@ -143,17 +143,17 @@ def export(
     require_folder(heads)
     new_folder(out)
     configured = context.obj(device="cpu")
-    with output.progress() as shown:
-        folder = local_runs.model_folder(model, configured, shown)
+    with output.progress() as report:
+        folder = local_runs.model_folder(model, configured, report)
         from evaluators.medusa import formats
 
         notes = formats.export(heads, out, layout, folder, base_model=model, dtype=dtype)
     for note in notes:
         output.console.print(f"Note: {note}.", soft_wrap=True, markup=False)
-    output.console.print(f"{layout} heads lie in {out}.", soft_wrap=True, markup=False)
+    output.console.print(f"The {layout} heads are in {out}.", soft_wrap=True, markup=False)
 
 
-@app.command("train", cls=Verb)
+@app.command("train", cls=Command)
 def train(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub repo.", metavar="MODEL")],
@@ -191,25 +191,14 @@ def train(
     head_training.require_room(out)
     head_training.require_readable(prompts, test)
     configured = context.obj(device=options.device(device))
-    with output.progress() as shown:
-        folder = local_runs.model_folder(model, configured, shown)
+    with output.progress() as report:
+        folder = local_runs.model_folder(model, configured, report)
         from evaluators.medusa.training.head_training import Wanted
 
         wanted = Wanted(
-            budget_s,
-            made,
-            heads,
-            layers,
-            conditioned,
-            kept,
-            prompts,
-            test,
-            seed,
-            joint,
-            steps,
-            answers,
+            *(budget_s, made, heads, layers, conditioned, kept, prompts, test, seed, joint, steps, answers),
             dtype=precision,
         )
-        facts = head_training.train(folder, out, wanted, configured, shown)
+        facts = head_training.train(folder, out, wanted, configured, report)
     for sentence in head_training.told(facts, model, out):
         output.console.print(sentence, soft_wrap=True, markup=False, highlight=False)

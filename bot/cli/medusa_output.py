@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def speed(report: Mapping[str, Any], file: Path) -> None:
-    """The report of the speed test: one row per decoding method, one per category of questions."""
+    """Table of the speed test: one row per decoding method, one per category of questions."""
     say(escape(str(report["sentence"])))
     if report["candidates"]:
         _show_rows(report)
@@ -28,14 +28,14 @@ def speed(report: Mapping[str, Any], file: Path) -> None:
     drawn = speed_figure(report)
     if drawn:
         file.with_suffix(".svg").write_text(drawn, encoding="utf-8")
-    beside = f", its picture in {escape(str(file.with_suffix('.svg')))}" if drawn else ""
-    say(f"The whole report is in {escape(str(file))}{beside}.")
+    beside = f", the figure in {escape(str(file.with_suffix('.svg')))}" if drawn else ""
+    say(f"The report is in {escape(str(file))}{beside}.")
 
 
 def _show_rows(report: Mapping[str, Any]) -> None:
-    """One row per way of decoding, what the columns mean, why a way was not timed, and the categories."""
-    columns = ("decoding", "heads right", "nodes", "a step", "cost", "tok/s", "speed (95 %)")
-    table = _table(f"Ways of decoding this model, {_precision(report)}", columns)
+    """Decoding methods, the meaning of the columns, the methods that were not timed, and the categories."""
+    columns = ("decoding", "accuracy", "nodes", "tok/step", "cost", "tok/s", "speedup (95 %)")
+    table = _table(f"Decoding speed, {_precision(report)}", columns)
     for row in report["candidates"]:
         if row["absent_because"] is None:
             cost = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
@@ -47,30 +47,30 @@ def _show_rows(report: Mapping[str, Any]) -> None:
             )
     console.print(table)
     say(
-        "Heads right: how often the first guess of each is. Tokens a step and a second (tok/s); cost: a step over a "
-        "plain one; speed: over plain decoding, which was run once more to see what equal work takes."
+        "accuracy: top-1 accuracy of each head; cost: duration of a step relative to a baseline step; "
+        "speedup: relative to baseline decoding, which was timed twice to show the noise."
     )
     for row in report["candidates"]:
         if row["absent_because"] is not None:
             say(escape(f"Not timed: {way_of(row['id'])}: {row['absent_because']}"))
-    asked = {row["id"]: row["categories"] for row in report["candidates"] if row["categories"]}
-    if asked:
-        console.print(_categories(asked))
+    by_category = {row["id"]: row["categories"] for row in report["candidates"] if row["categories"]}
+    if by_category:
+        console.print(_categories(by_category))
 
 
-def speech(pieces: Iterable[Piece]) -> None:
-    """Stream text, accepted guesses in green. A model can emit terminal control sequences."""
+def stream(pieces: Iterable[Piece]) -> None:
+    """Stream text, accepted draft tokens in green. Control sequences that a model emits are removed."""
     for piece in pieces:
         harmless = "".join(letter for letter in piece.text if letter.isprintable() or letter in "\n\t")
         console.print(Text(harmless, "green" if piece.guessed else ""), end="", soft_wrap=True)
     console.print()
 
 
-def spoken(trace: Trace, nodes: int, notes: Iterable[str]) -> None:
-    """Tokens and time of an answer, and what about it a user may not expect."""
+def summary(trace: Trace, nodes: int, notes: Iterable[str]) -> None:
+    """Token count, time and notes of an answer."""
     seconds = trace.prefill.wall_s + trace.decode.wall_s
     guessing = trace.tokens_per_step is not None and nodes > 1
-    rate = f", {trace.tokens_per_step:.2f} a step with a tree of {nodes}" if guessing else ""
+    rate = f", {trace.tokens_per_step:.2f} per step with a tree of {nodes} nodes" if guessing else ""
     console.print(f"{len(trace.tokens)} tokens in {seconds:.1f} s{rate}.", style="dim", highlight=False)
     full = ["the answer ends here because the model's context is full"] if trace.finish == "context" else []
     for note in (*notes, *full):
@@ -78,26 +78,26 @@ def spoken(trace: Trace, nodes: int, notes: Iterable[str]) -> None:
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:
-    """Words on the left in the first two columns, figures on the right in the others."""
+    """Table with two left-aligned columns; the others are right-aligned."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
     return table
 
 
-def _categories(asked: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
+def _categories(candidates: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
     """Tokens per step and speed of each timed candidate, by category of questions."""
     table = _table(
-        "By category: tokens/step, speed", ("category", "questions", *(escape(way_of(name)) for name in asked))
+        "By category: tokens/step, speed", ("category", "questions", *(escape(way_of(name)) for name in candidates))
     )
-    for rows in zip(*asked.values(), strict=True):
+    for rows in zip(*candidates.values(), strict=True):
         cells = [" ".join("–" if x is None else f"{x:.2f}" for x in (r["tokens_per_step"], r["speedup"])) for r in rows]
         table.add_row(escape(rows[0]["name"]), str(rows[0]["prompts"]), *cells)
     return table
 
 
 def _precision(report: Mapping[str, Any]) -> str:
-    """`bfloat16 on cpu`: what all of them computed in, plain decoding included."""
+    """Precision and device of all methods: `bfloat16 on cpu`."""
     return f"{report['model']['dtype']} on {report['environment']['device']}"
 
 
@@ -107,7 +107,7 @@ def _steps(rate: Mapping[str, Any]) -> str:
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
-    """The measured ratio to plain decoding on the clock that counts; a prediction is marked as one."""
+    """Measured speedup over baseline decoding; a predicted one is marked."""
     found = row["speedup"]
     clock = found["clock_used"]
     if clock is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from bot.cli.interrupt import stopped
+from bot.cli.interrupt import interrupted
 from bot.errors import Refused
 from bot.merge.recipe.suggestions import closest
 
@@ -23,7 +23,7 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?", re.ASCII)
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _COMMON = {"--home": True, "--hub": True, "--debug": False}  # whether a value follows
 
-# flag of mergekit -> what to do; where that is another flag, it is the first word with two dashes
+# flag of mergekit -> advice; a replacement flag is its first word with two dashes
 _OF_MERGEKIT = {
     "--cuda": "Write --device cuda.",
     "--no-cuda": "Write --device cpu.",
@@ -38,22 +38,22 @@ _OF_MERGEKIT = {
     "--transformers-cache": "Write --home FOLDER, which holds the cache of downloads.",
     "--lora-merge-cache": "Leave it out: adapters are applied while the model is read, and nothing is cached.",
     "--lora-merge-dtype": "Leave it out: adapters are applied in float32.",
-    "--copy-tokenizer": "Leave it out: the tokenizer is copied anyway.",
+    "--copy-tokenizer": "Leave it out: the tokenizer is always copied.",
     "--no-copy-tokenizer": "Leave it out, and remove the tokenizer's files from OUT afterwards.",
-    "--allow-crimes": "Leave it out: models that do not fit together are refused with the reason.",
-    "--trust-remote-code": "Leave it out: a merge runs no code of a model.",
-    "--lazy-unpickle": "Leave it out: weights are read piece by piece; *.bin files need --allow-pickle.",
-    "--lazy-loader": "Leave it out: weights are read piece by piece.",
-    "--clone-tensors": "Leave it out: every tensor is written on its own.",
-    "--low-cpu-memory": "Leave it out: memory does not grow with the model; `mergebot plan` says how much it takes.",
-    "--write-model-card": "Leave it out: merge_provenance.json tells what was merged, and only the bot writes cards.",
-    "--safe-serialization": "Leave it out: safetensors are written always.",
-    "--async-write": "Leave it out: reading, computing and writing overlap anyway.",
-    "--write-threads": "Leave it out: reading, computing and writing overlap anyway.",
+    "--allow-crimes": "Leave it out: incompatible models are refused with the reason.",
+    "--trust-remote-code": "Leave it out: a merge never runs code from a model repo.",
+    "--lazy-unpickle": "Leave it out: weights are read in chunks; *.bin files need --allow-pickle.",
+    "--lazy-loader": "Leave it out: weights are read in chunks.",
+    "--clone-tensors": "Leave it out: every tensor is written separately.",
+    "--low-cpu-memory": "Leave it out: memory does not grow with the model; `mergebot plan` shows the requirement.",
+    "--write-model-card": "Leave it out: merge_provenance.json records the sources, and only the bot writes cards.",
+    "--safe-serialization": "Leave it out: the output is always safetensors.",
+    "--async-write": "Leave it out: reading, computing and writing always overlap.",
+    "--write-threads": "Leave it out: reading, computing and writing always overlap.",
 }
 
 
-class Verb(TyperCommand):
+class Command(TyperCommand):
     """A command that explains unsupported mergekit flags; on Ctrl-C, reports what was kept."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -63,7 +63,7 @@ class Verb(TyperCommand):
             if flag not in own and (advice := _advice(flag)) is not None:
                 other = re.search(r"Write (--[\w-]+)", advice)
                 if other is not None and other[1] not in own and other[1] not in _COMMON:
-                    advice = f"Leave it out: `mergebot {self.name}` has no use for it."
+                    advice = f"Leave it out: `mergebot {self.name}` does not use it."
                 ctx.fail(f"{flag} is a flag of mergekit. {advice}")
         try:
             return super().parse_args(ctx, args)
@@ -76,11 +76,11 @@ class Verb(TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise stopped(self.name or "") from None
+            raise interrupted(self.name or "") from None
 
 
-class Verbs(TyperGroup):
-    """The commands; the options of all of them may stand behind the verb, too."""
+class CommandGroup(TyperGroup):
+    """Group of commands. The global options are also accepted after the command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, _common_first(args))
@@ -101,7 +101,7 @@ def bytes_of(size: str) -> int:
         raise Refused(
             "VALUE_OUT_OF_RANGE",
             f"--shard-size {size[:40]!r} is not a size.",
-            "Write one such as 5GB or 500MB.",
+            "Write a size such as 5GB or 500MB.",
             value=size,
         )
     return number
@@ -111,7 +111,9 @@ def one_of(option: str, value: str, known: Sequence[str]) -> str:
     """`value`, if it is one of `known`. Raises Refused VALUE_OUT_OF_RANGE."""
     if value not in known:
         choice = f"{', '.join(known[:-1])} or {known[-1]}"
-        raise Refused("VALUE_OUT_OF_RANGE", f"{option} {value[:40]!r} is not known.", f"Write {choice}.", value=value)
+        raise Refused(
+            "VALUE_OUT_OF_RANGE", f"{option} {value[:40]!r} is not supported.", f"Write {choice}.", value=value
+        )
     return value
 
 
@@ -129,8 +131,8 @@ def vocabulary(value: str) -> int | None:
     if not value.isascii() or not value.isdigit() or not 2 <= int(value[:12]) < 2**31:
         raise Refused(
             "VALUE_OUT_OF_RANGE",
-            f"--vocab {value[:40]!r} is neither `full` nor a number of tokens from 2.",
-            "Write one such as 8192.",
+            f"--vocab {value[:40]!r} is neither `full` nor a number of at least 2.",
+            "Write a number such as 8192.",
             value=value,
         )
     return int(value)

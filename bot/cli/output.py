@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from evaluators.harness.scores import ModelEvaluation
 
 console = Console()
-_INPUT = ("model", "tensor", "dtype", "base", "adapter")  # what `Plan.values_of` says of an input beside its parameters
+_INPUT = ("model", "tensor", "dtype", "base", "adapter")  # keys of an input in `values_of` besides its parameters
 
 
 def say(sentence: str) -> None:
@@ -33,13 +33,13 @@ def say(sentence: str) -> None:
 
 @contextmanager
 def progress(*, hidden: bool = False) -> Iterator[Show]:
-    """One bar per task: call the result with (what, done, total) as often as you like. `hidden` where JSON is printed.
+    """Progress bars, one per task; yields `report(task, done, total)`. `hidden`: for JSON output.
 
-    Without a terminal a line when a task begins and one when it ends.
+    Without a terminal, a line is printed at the start and at the end of each task.
     """
     if not (hidden or console.is_interactive):
-        with in_lines(lambda line: say(escape(line))) as told:
-            yield told
+        with in_lines(lambda line: say(escape(line))) as report:
+            yield report
         return
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=hidden)
@@ -57,7 +57,7 @@ def progress(*, hidden: bool = False) -> Iterator[Show]:
     try:
         yield show
     finally:
-        if known:  # one that was never started would print an empty line
+        if known:  # a progress that never started would print an empty line
             bars.stop()
 
 
@@ -90,15 +90,15 @@ def plan(summary: Mapping[str, Any], *, as_json: bool) -> None:
         say(f"[yellow]note[/yellow] {escape(notice['text'])}")
 
 
-def _stage(told: Mapping[str, Any]) -> str:
-    values = _values(told["values"]).replace("\n", "; ")
-    return f"{told['name']}: {told['method']}, {size_text(told['bytes_out'])}" + (f" ({values})" if values else "")
+def _stage(stage: Mapping[str, Any]) -> str:
+    values = _values(stage["values"]).replace("\n", "; ")
+    return f"{stage['name']}: {stage['method']}, {size_text(stage['bytes_out'])}" + (f" ({values})" if values else "")
 
 
-def _values(told: Mapping[str, Any]) -> str:
-    """One line per parameter, or per condition, as `t for self_attn: 0.3`, where it has them."""
+def _values(values: Mapping[str, Any]) -> str:
+    """One line per parameter, or per filter of a parameter: `t for self_attn: 0.3`."""
     lines = []
-    for name, value in told.items():
+    for name, value in values.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             for each in value:
                 when = f"for {each['filter']}" if "filter" in each else "otherwise"
@@ -134,10 +134,12 @@ def tensor(values: Mapping[str, Any], *, as_json: bool) -> None:
 
 def _inputs(values: Mapping[str, Any]) -> Table:
     names = list(dict.fromkeys(name for each in values["inputs"] for name in each if name not in _INPUT))
-    table = Table("input", "dtype", *names, Column("its tensor", overflow="fold"))
+    table = Table("input", "dtype", *names, Column("tensor", overflow="fold"))
     for each in values["inputs"]:
-        given = (_value(each[name]) if name in each else "" for name in names)
-        table.add_row(escape(each["model"] + " (base)" * each["base"]), each["dtype"], *given, escape(each["tensor"]))
+        parameters = (_value(each[name]) if name in each else "" for name in names)
+        table.add_row(
+            escape(each["model"] + " (base)" * each["base"]), each["dtype"], *parameters, escape(each["tensor"])
+        )
         for factor in each["adapter"]["tensors"] if "adapter" in each else ():
             label = f"+ {each['adapter']['model']} (scale {each['adapter']['scale']:g})"
             table.add_row(escape(label), factor["dtype"], *("" for _ in names), escape(factor["tensor"]))
@@ -145,7 +147,7 @@ def _inputs(values: Mapping[str, Any]) -> Table:
 
 
 def merged(result: Any, out: Path) -> None:
-    """`result` is None where `out` holds the merge already."""
+    """Result of a merge; None if `out` already holds it."""
     if result is None:
         say(f"[green]Already done[/green]: {escape(str(out))} holds this merge; nothing was changed.")
         return
@@ -155,7 +157,7 @@ def merged(result: Any, out: Path) -> None:
 
 
 def verdict(found: Verdict, *, as_json: bool) -> None:
-    """Every difference by name, the first 20 of many."""
+    """Differences of a verification, at most 20."""
     if as_json:
         console.print_json(json.dumps(found.as_dict()))
         return
@@ -164,7 +166,7 @@ def verdict(found: Verdict, *, as_json: bool) -> None:
     for each in found.differences[:20]:
         say(f"[red]{each.what}[/red] {escape(each.sentence)}")
     if len(found.differences) > 20:
-        say(f"... and {len(found.differences) - 20:,} more; `--json` names them all.")
+        say(f"... and {len(found.differences) - 20:,} more; `--json` lists all.")
     for remark in found.remarks:
         say(f"[yellow]note[/yellow] {escape(remark)}")
 
@@ -200,7 +202,7 @@ def jobs(found: Iterable[Job]) -> None:
         row = (each.id, each.request.name, each.request.requester, stage(each, now).value, done, result)
         table.add_row(*(escape(cell) for cell in row))
     if not table.row_count:
-        say("No jobs yet. Ask for a merge with `mergebot submit RECIPE --name NAME`.")
+        say("No jobs yet. Submit one with `mergebot submit RECIPE --name NAME`.")
         return
     console.print(table)
 

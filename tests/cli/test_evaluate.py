@@ -95,10 +95,10 @@ def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json
     assert max(map(len, table.splitlines())) <= 80
     assert "would be missed in more than one of five such measurements" in words and "parent" not in words
     assert "Same answer as first, right or wrong: " in words
-    assert re.search(r"first look merge first second perplexity \(bits a byte\) \d", words) and "looping" in words
+    assert re.search(r"sanity check merge first second perplexity \(bits a byte\) \d", words) and "looping" in words
     assert (
-        "asked as plain text, seed 0. Asked under neutral generation settings, softmax in float32." in words
-        and "Measured now: merge and second. Measured before and kept: first." in words
+        "prompts as plain text, seed 0. Generation settings: neutral; softmax in float32." in words
+        and "Evaluated now: merge and second. Cached: first." in words
     )
     told = json.loads((place / "out.json").read_text())
     assert list(told["first_look"]) == [told["model"], *told["against"]]
@@ -130,7 +130,7 @@ def test_what_was_measured_once_is_not_measured_again(place: Path, shown: str) -
     before = len(measured(place))
     done = run(place, str(place / "first"), "--against", str(place / "merge"), "--suite", str(place / "mine.yml"))
     assert done.exit_code == 0 and len(measured(place)) == before
-    assert "Measured before and kept: first and merge." in " ".join(done.output.split())
+    assert "Cached: first and merge." in " ".join(done.output.split())
     out = place / "again.json"
     out.write_text("old")
     out.with_suffix(".svg").write_text("old")
@@ -260,7 +260,7 @@ def test_ctrl_c_ends_the_process_that_evaluates_and_says_how_to_go_on(place: Pat
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 1
-    assert "Stopped; what is measured so far is kept. Run the same command again to go on. [CANCELLED]" in said
+    assert "Interrupted; finished evaluations are kept. Run the same command again to continue. [CANCELLED]" in said
     _gone, alive = psutil.wait_procs(children, timeout=30)
     assert children and not alive
 

@@ -44,7 +44,7 @@ def export(*arguments: str) -> Any:
 def test_heads_go_out_to_every_program_and_come_back(place: Path) -> None:
     for layout in ("v1", "v2", "tgi", "vllm"):
         done = export("plain", layout, "--format", layout)
-        assert done.exit_code == 0 and f"{layout} heads lie in {layout}" in done.output
+        assert done.exit_code == 0 and f"The {layout} heads are in {layout}" in done.output
         assert ("vLLM reads Medusa heads up to release 0.32" in " ".join(done.output.split())) == (layout == "vllm")
         assert export(layout, f"{layout}-back", "--format", "ours").exit_code == 0
         assert (place / f"{layout}-back" / formats.WEIGHTS).read_bytes() == (
