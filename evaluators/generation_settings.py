@@ -6,15 +6,35 @@ from typing import Any
 
 # each with the value that changes nothing
 NEUTRAL: dict[str, Any] = {
-    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1, "num_beam_groups": 1,
-    "guidance_scale": 1.0, "token_healing": False, "remove_invalid_values": False,
-    **dict.fromkeys((
-        "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id",
-        "forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings", "penalty_alpha", "dola_layers",
-        "watermarking_config", "constraints", "force_words_ids",
-    )),
-}  # fmt: skip
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "guidance_scale": 1.0,
+    "token_healing": False,
+    "remove_invalid_values": False,
+    **dict.fromkeys(
+        (
+            "bad_words_ids",
+            "suppress_tokens",
+            "begin_suppress_tokens",
+            "sequence_bias",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "exponential_decay_length_penalty",
+            "stop_strings",
+            "penalty_alpha",
+            "dola_layers",
+            "watermarking_config",
+            "constraints",
+            "force_words_ids",
+        )
+    ),
+}
 # with several beams only
 OF_BEAMS: dict[str, Any] = {"length_penalty": 1.0, "diversity_penalty": 0.0, "early_stopping": False}
 LIMITS: dict[str, Any] = {"max_new_tokens": None, "max_time": None}

@@ -79,14 +79,14 @@ def bytes_a_request(config: Any, longest: int, item_bytes: int) -> int:
     return int(max(1, longest) * item_bytes * (3 * text.vocab_size + cache + 8 * text.hidden_size))
 
 
-def batch(asked: str, device: str, free_bytes: int, request_bytes: int) -> int:
+def batch(requested: str, device: str, free_bytes: int, request_bytes: int) -> int:
     """The initial batch size, which is halved if memory runs out.
 
     "auto" is 16 on a CPU, as larger batches are not faster there. On a GPU it is the largest power of two whose
     requests fit into half of the free memory.
     """
-    if asked != "auto":
-        return int(asked)
+    if requested != "auto":
+        return int(requested)
     if device == "cpu":
         return CPU_BATCH
     fits = free_bytes // 2 // max(1, request_bytes)

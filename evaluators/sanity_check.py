@@ -129,8 +129,8 @@ def stored(cache: Path, identity: str, *, device: str = "cpu", dtype: str = "aut
 
 def _file(cache: Path, identity: str, device: str, dtype: str) -> Path:
     text, here = hashlib.sha256(HELD_TEXT.read_bytes()).hexdigest(), memory.computed_on(device)
-    asked = json.dumps([VERSION, text, identity, here, dtype])
-    return cache / "vitals" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+    key_text = json.dumps([VERSION, text, identity, here, dtype])
+    return cache / "vitals" / f"{hashlib.sha256(key_text.encode()).hexdigest()}.json"
 
 
 def examine(model: Any, tokenizer: Any, *, text: str | None = None, budget_s: float = 120.0) -> SanityCheck:

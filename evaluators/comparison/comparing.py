@@ -151,9 +151,11 @@ def _only_alike(
     kept = []
     for task in tasks:
         others = {name: reasons[task.score.task] for name, reasons in unlike.items() if task.score.task in reasons}
-        said = [f"{name.partition('@')[0]} {reason}" for name, reason in others.items() if name not in not_alike]
-        if said:
-            left_out.append(LeftOut(task.score.task, "; ".join(said)))
+        reasons_here = [
+            f"{name.partition('@')[0]} {reason}" for name, reason in others.items() if name not in not_alike
+        ]
+        if reasons_here:
+            left_out.append(LeftOut(task.score.task, "; ".join(reasons_here)))
         else:
             answers = {name: found for name, found in task.answers.items() if name not in not_alike}
             kept.append(replace(task, answers=answers))
@@ -203,7 +205,7 @@ def _in_order(answers: Mapping[str, Answers], name: str, task: str, partly: bool
         return found
     places = {question: at for at, question in enumerate(found.questions)}
     if (len(places) != len(wanted) and not partly) or any(question not in places for question in wanted):
-        raise _not_comparable(name, f"it was asked other questions of task `{task}`")
+        raise _not_comparable(name, f"it has other questions of task `{task}`")
     order = [places[question] for question in wanted]
     choices = None if found.choices is None else tuple(found.choices[at] for at in order)
     prompts = tuple(found.prompts[at] for at in order)

@@ -10,18 +10,18 @@ from evaluators.harness.scores import Loaded, ModelEvaluation
 Show = Callable[[str], str]
 
 
-def remarks(models: Mapping[str, ModelEvaluation], show: Show = short, said: Show = str) -> list[str]:
+def remarks(models: Mapping[str, ModelEvaluation], show: Show = short, escape: Show = str) -> list[str]:
     """Peculiarities of single models, then differences in their own settings.
 
-    `show` writes a model's name; `said` escapes words from a model's files.
+    `show` writes a model's name; `escape` escapes words from a model's files.
     """
     by_clause: dict[str, list[str]] = {}
     for name, evaluation in models.items():
         for clause in _peculiar(evaluation):
             by_clause.setdefault(clause, []).append(show(name))
-    found = [f"{joined(names)}: {said(clause)}." for clause, names in by_clause.items()]
+    found = [f"{joined(names)}: {escape(clause)}." for clause, names in by_clause.items()]
     loaded = {show(name): each.loaded for name, each in models.items() if each.loaded is not None}
-    return [*found, *_own_settings(loaded, said)]
+    return [*found, *_own_settings(loaded, escape)]
 
 
 def _peculiar(evaluation: ModelEvaluation) -> Iterator[str]:
@@ -44,7 +44,7 @@ def _peculiar(evaluation: ModelEvaluation) -> Iterator[str]:
         yield f"the tokenizer appends {' '.join(loaded.dropped_end)} to every text, which was left out"
 
 
-def _own_settings(models: Mapping[str, Loaded], said: Show) -> Iterator[str]:
+def _own_settings(models: Mapping[str, Loaded], escape: Show) -> Iterator[str]:
     """Settings of single models that may change their answers, if they differ."""
     for title, values in (
         ("Written answers end at different tokens", [joined([*map(str, m.ends)] or ["none"]) for m in models.values()]),
@@ -61,5 +61,5 @@ def _own_settings(models: Mapping[str, Loaded], said: Show) -> Iterator[str]:
         for name, value in zip(models, values, strict=True):
             names.setdefault(value, []).append(name)
         if len(names) > 1:
-            told = "; ".join(f"{said(value)} for {joined(each)}" for value, each in names.items())
-            yield f"{title}: {told}."
+            values_text = "; ".join(f"{escape(value)} for {joined(each)}" for value, each in names.items())
+            yield f"{title}: {values_text}."

@@ -217,15 +217,15 @@ def words(differences: Sequence[Difference], show: Show = short, *, brief: bool 
     `brief` leaves the explanation of the detectable difference to the legend; `share` says whether `is_share` holds.
     """
     found = {outcome: [each for each in differences if each.outcome is outcome] for outcome in Outcome}
-    said = []
+    clauses = []
     for outcome, start in ((Outcome.BETTER, "better than"), (Outcome.WORSE, "worse than")):
         if found[outcome]:
-            said.append(f"{start} {_whom(found[outcome], len(differences), show)}")
+            clauses.append(f"{start} {_whom(found[outcome], len(differences), show)}")
     if unseen := found[Outcome.NOT_SHOWN]:
         everywhere = len(unseen) == len(differences) > 1
         to = "" if everywhere else f" to {_whom(unseen, len(differences), show)}"
-        said.append(f"no difference{to} shown ({_unseen([each.detectable for each in unseen], brief, share)})")
-    return ", ".join(said)
+        clauses.append(f"no difference{to} shown ({_unseen([each.detectable for each in unseen], brief, share)})")
+    return ", ".join(clauses)
 
 
 def _whom(some: Sequence[Difference], of: int, show: Show) -> str:
@@ -283,10 +283,10 @@ def _who(right: tuple[str, ...], parents: int, show: Show, terms: Terms) -> str:
     return f"only {joined([show(name) for name in right])} {'is' if len(right) == 1 else 'are'} right"
 
 
-def left_out(comparison: Comparison, show: Show = short, said: Show = str) -> list[str]:
-    """Reasons for scored tasks and parents that are not compared; `said` escapes the reason."""
+def left_out(comparison: Comparison, show: Show = short, escape: Show = str) -> list[str]:
+    """Reasons for scored tasks and parents that are not compared; `escape` escapes the reason."""
     parents = [f"{show(each.parent)} is not compared: it {each.because}." for each in comparison.not_alike]
-    return [*parents, *(f"{show(each.task)} is not compared: {said(each.because)}." for each in comparison.left_out)]
+    return [*parents, *(f"{show(each.task)} is not compared: {escape(each.because)}." for each in comparison.left_out)]
 
 
 def joined(names: Sequence[str]) -> str:

@@ -146,10 +146,10 @@ def _choice(sample: Mapping[str, Any], metric: str) -> tuple[str | None, float |
     if len(answers) > 1 and all(isinstance(each, list) and len(each) == 2 for each in answers):
         likelihoods = np.array([float(each[0]) for each in answers])
         if metric == "acc_norm":
-            asked = sample.get("arguments")
-            if not asked:
+            arguments = sample.get("arguments")
+            if not arguments:
                 return None, 1 / len(answers)
-            likelihoods = likelihoods / np.array([_length(each) for each in asked[: len(answers)]])
+            likelihoods = likelihoods / np.array([_length(each) for each in arguments[: len(answers)]])
         return str(int(np.argmax(likelihoods))), 1 / len(answers)
     return json.dumps(answers, sort_keys=True), None
 

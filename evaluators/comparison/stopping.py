@@ -93,18 +93,18 @@ def _log_capitals(differences: Values, questions: int, margins: Values) -> Value
     """[margins, seen]. Everything is moved to 0..1 first; each bet rests on the questions before it only."""
     found = (differences + 1) / 2
     wanted = ((margins + 1) / 2)[:, None]
-    asked = np.arange(len(found))
+    places = np.arange(len(found))
     sums = np.concatenate([[0.0], np.cumsum(found)])
     means = (0.5 + sums) / (np.arange(len(found) + 1) + 1)
     spreads = (0.25 + np.concatenate([[0.0], np.cumsum((found - means[1:]) ** 2)])) / (np.arange(len(found) + 1) + 1)
     # What the questions left must bring on average for the whole to reach the margin.
-    needed = (questions * wanted - sums[:-1]) / (questions - asked)
+    needed = (questions * wanted - sums[:-1]) / (questions - places)
     possible = np.minimum(needed, 1.0)
     edge = possible - means[:-1]
     most = _STAKE / np.maximum(1 - possible, 1e-12)
     bets = np.where(needed > 0, np.clip(edge / (spreads[:-1] + edge**2), 0.0, most), 0.0)
     grown = np.cumsum(np.log1p(-bets * (found - possible)), axis=1)
-    lacking = questions * wanted - sums[1:] > questions - asked - 1 + 1e-9 * questions
+    lacking = questions * wanted - sums[1:] > questions - places - 1 + 1e-9 * questions
     return np.where(np.maximum.accumulate(lacking, axis=1), np.inf, grown)
 
 

@@ -41,12 +41,12 @@ class Journal:
 
     def known(self, requests: Sequence[Sequence[Any]]) -> list[Any]:
         """Answer of each request, by its arguments; None if missing."""
-        asked: Counter[str] = Counter()
+        used: Counter[str] = Counter()
         found = []
         for key in map(_key, requests):
             answers = self._known.get(key, [])
-            answer = answers[asked[key]] if asked[key] < len(answers) else None
-            asked[key] += 1
+            answer = answers[used[key]] if used[key] < len(answers) else None
+            used[key] += 1
             found.append(tuple(answer) if isinstance(answer, list) else answer)
         return found
 

@@ -70,17 +70,17 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     return (model if placed else model.to(device)).eval(), tokenizer
 
 
-def _device(asked: str) -> str:
+def _device(requested: str) -> str:
     """Raises EvaluationError DEVICE_UNAVAILABLE."""
     import torch
 
-    asked = memory.computed_on(asked)
-    number = int(asked.partition(":")[2] or 0)
-    if asked.startswith("cuda") and number >= torch.cuda.device_count():
+    requested = memory.computed_on(requested)
+    number = int(requested.partition(":")[2] or 0)
+    if requested.startswith("cuda") and number >= torch.cuda.device_count():
         raise EvaluationError(
-            "DEVICE_UNAVAILABLE", f"There is no device {asked} here.", "Choose auto or cpu, or look at the driver."
+            "DEVICE_UNAVAILABLE", f"There is no device {requested} here.", "Choose auto or cpu, or look at the driver."
         )
-    return asked
+    return requested
 
 
 def _spreads(folder: Path, device: str, dtype: str) -> bool:
@@ -101,12 +101,12 @@ def request_bytes(lm: Any, longest: int) -> int:
     return memory.bytes_a_request(model.config, longest, model.dtype.itemsize)
 
 
-def first_batch(lm: Any, asked: str, request_bytes: int) -> Any:
+def first_batch(lm: Any, requested: str, request_bytes: int) -> Any:
     """Initial batch size; None for vLLM, which chooses it itself."""
     if not hasattr(lm, "batch_size_per_gpu"):
         return None
     device = str(lm.device)
-    return memory.batch(asked, device, memory.free_bytes(device), request_bytes)
+    return memory.batch(requested, device, memory.free_bytes(device), request_bytes)
 
 
 def batch_of(lm: Any) -> int | None:

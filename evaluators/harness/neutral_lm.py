@@ -177,10 +177,10 @@ def _dated(template: Any) -> Any:
 
 def _folded(chat: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """The chat with its system messages at the beginning of the first message of the user."""
-    said = "\n\n".join(each["content"] for each in chat if each["role"] == "system")
+    system_text = "\n\n".join(each["content"] for each in chat if each["role"] == "system")
     found = [dict(each) for each in chat if each["role"] != "system"]
     first = next((each for each in found if each["role"] == "user"), None)
     if first is None:
-        return [{"role": "user", "content": said}, *found]
-    first["content"] = f"{said}\n\n{first['content']}"
+        return [{"role": "user", "content": system_text}, *found]
+    first["content"] = f"{system_text}\n\n{first['content']}"
     return found

@@ -98,7 +98,7 @@ def _first_line() -> bytes:
     while not line.endswith(b"\n"):
         part = os.read(0, 65536)
         if not part:
-            os._exit(1)  # the parent died before it had said what to do
+            os._exit(1)  # the parent died before it sent the job
         line += part
     return line
 
@@ -185,7 +185,7 @@ def _prepared(job: Mapping[str, Any], pipe: Pipe) -> list[task_loading.Prepared]
             traceback.print_exc()
             pipe.failed(asked["name"], error)
             continue
-        # Ends all of it, before anything is asked: a misspelt metric is corrected in seconds.
+        # Ends all of it, before any request: a misspelt metric is reported within seconds.
         task_loading.require_metric(task, asked["metric"], asked["filter"])
         found.append(task)
     return found

@@ -261,14 +261,14 @@ def require_comparable(evaluations: Mapping[str, ModelEvaluation]) -> None:
         first, second = evaluations[names[0]], evaluations[name]
         found = differences(first, second)
         if found:
-            anew = "Evaluate both again under the same settings."
+            next_step = "Evaluate both again under the same settings."
             if found == _moved(first, second):  # under the same conditions what is stored is the answer
                 stored = f"results/{first.key[:12]}… and results/{second.key[:12]}…"
-                anew = f"Remove the one on older data from the stored evaluations, {stored}, and measure again."
+                next_step = f"Remove the one on older data from the stored evaluations, {stored}, and measure again."
             raise EvaluationError(
                 "NOT_COMPARABLE",
                 f"{names[0]} and {name} cannot be compared: they were measured {'; '.join(found)}.",
-                anew,
+                next_step,
             )
 
 

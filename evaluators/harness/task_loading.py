@@ -46,14 +46,14 @@ class Prepared:
         return list(self.loaded["tasks"].values())
 
 
-def prepare(asked: Mapping[str, Any], seeds: Mapping[str, int], *, offline: bool) -> Prepared:
+def prepare(request: Mapping[str, Any], seeds: Mapping[str, int], *, offline: bool) -> Prepared:
     """Load one task of the job. Raises EvaluationError DATASET_UNAVAILABLE, DATASET_GATED, EVALUATION_FAILED."""
-    os.chdir(asked["folder"])
+    os.chdir(request["folder"])
     try:
-        loaded = _loaded(asked, seeds)
+        loaded = _loaded(request, seeds)
     except Exception as error:
-        raise _unloaded(asked["name"], error, offline) from error
-    return Prepared(asked["name"], asked["key"], asked["folder"], asked["few_shot"], loaded, _random_state())
+        raise _unloaded(request["name"], error, offline) from error
+    return Prepared(request["name"], request["key"], request["folder"], request["few_shot"], loaded, _random_state())
 
 
 def require_metric(task: Prepared, metric: str | None, kind: str) -> None:
@@ -70,20 +70,20 @@ def require_metric(task: Prepared, metric: str | None, kind: str) -> None:
         raise no_such_metric(task.name, f"{metric},{kind}", known)
 
 
-def _loaded(asked: Mapping[str, Any], seeds: Mapping[str, int]) -> Mapping[str, Any]:
+def _loaded(request: Mapping[str, Any], seeds: Mapping[str, int]) -> Mapping[str, Any]:
     """The task from its file; only the needed part of lm-eval's index is built, since all of it takes 13 s."""
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
     manager = TaskManager(include_defaults=False)
-    for name, file in asked["files"].items():
+    for name, file in request["files"].items():
         entry = TaskIndex.entry_from_path(Path(file))
         if entry is not None:
             manager.task_index[name] = replace(entry, name=name)  # the name of a group's entry is a list of tasks
-    for tag, names in asked["tags"].items():
+    for tag, names in request["tags"].items():
         manager.task_index[tag] = Entry(tag, Kind.TAG, None, tags=set(names))
     _seed(seeds)
-    return dict(manager.load([asked["name"]]))
+    return dict(manager.load([request["name"]]))
 
 
 def _seed(seeds: Mapping[str, int]) -> None:
@@ -143,9 +143,9 @@ def cleaned(value: Any, private_paths: Iterable[str]) -> Any:
 def _data(task: Any, hub_cache: Path) -> dict[str, Any] | None:
     repo = task.config.dataset_path
     if not isinstance(repo, str) or "/" not in repo:
-        return None  # a file format such as "json": the data are files of the operator
+        return None  # a file format such as "json": the data are local files
     if Path(repo).exists():
-        return None  # a folder of the operator's
+        return None  # a local folder
     main = hub_cache / f"datasets--{repo.replace('/', '--')}" / "refs" / "main"
     return {
         "repo": repo,

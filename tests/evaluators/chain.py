@@ -43,10 +43,16 @@ def model(
     ids = made.convert_tokens_to_ids
     wide = (len(made) + 7) // 8 * 8
     config = LlamaConfig(
-        vocab_size=len(made), hidden_size=wide, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=positions, eos_token_id=made.eos_token_id,
+        vocab_size=len(made),
+        hidden_size=wide,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        eos_token_id=made.eos_token_id,
         bos_token_id=made.bos_token_id,
-    )  # fmt: skip
+    )
     language_model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, weight in language_model.named_parameters():

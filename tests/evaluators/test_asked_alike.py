@@ -310,10 +310,15 @@ def suite(folder: Path) -> Suite:
         "three": "true three true three true three",
     }
     questions = [
-        {"q": "question " * (48 if row % 3 == 2 else 1) + word, "choices": ["yes", "no", "true"], "gold": row % 3,
-         "said": said[word]}
-        for row in range(30) for word in [("one", "two", "three")[row % 3]]
-    ]  # fmt: skip
+        {
+            "q": "question " * (48 if row % 3 == 2 else 1) + word,
+            "choices": ["yes", "no", "true"],
+            "gold": row % 3,
+            "said": said[word],
+        }
+        for row in range(30)
+        for word in [("one", "two", "three")[row % 3]]
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
     source = SOURCE.replace("DATA", str(folder / "data.jsonl"))
     for task, kind in zip(TASKS, (CHOOSE, WRITE), strict=True):
@@ -327,16 +332,24 @@ def test_equal_weights_get_no_verdict_whatever_stands_beside_them(tmp_path: Path
     questions, cache = suite(tmp_path / "tasks"), tmp_path / "cache"
     plain = chain.model(tmp_path / "plain", positions=32)
     other = chain.model(
-        tmp_path / "other", positions=32, tie=True, template="$A </s>",
+        tmp_path / "other",
+        positions=32,
+        tie=True,
+        template="$A </s>",
         generation={"repetition_penalty": 5.0, "max_new_tokens": 2, "eos_token_id": 2},
-    )  # fmt: skip
+    )
     found = {
         model.name: tiny_harness.evaluate(
-            model, questions, cache=cache, scratch=tmp_path / "scratch", timeout_s=240, batch_size="4",
+            model,
+            questions,
+            cache=cache,
+            scratch=tmp_path / "scratch",
+            timeout_s=240,
+            batch_size="4",
             environment={"OMP_NUM_THREADS": "1"},
         )
         for model in (plain, other)
-    }  # fmt: skip
+    }
     for evaluation in found.values():
         assert [score.value for score in evaluation.scores] == [1.0, 1.0]
         assert evaluation.cut == (Cut("choose", 30, 90, 50, 33), Cut("write", 10, 30, 49, 26))

@@ -183,13 +183,17 @@ def rewritten(old: str, new: str) -> Callable[[ModelEvaluation, Path], ModelEval
     ("spoil", "reason"),
     [
         (lambda found, cache: replace(found, suite_digest="e" * 64), "which are not the same questions"),
-        (lambda found, cache: replace(found, environment=replace(found.environment, dtype="bfloat16")),
-         "in float32 and in bfloat16"),
-        (lambda found, cache: replace(found, environment=replace(found.environment, chat_template=True)),
-         "as plain text and with its chat template"),
+        (
+            lambda found, cache: replace(found, environment=replace(found.environment, dtype="bfloat16")),
+            "in float32 and in bfloat16",
+        ),
+        (
+            lambda found, cache: replace(found, environment=replace(found.environment, chat_template=True)),
+            "as plain text and with its chat template",
+        ),
         (lambda found, cache: replace(found, scores=(replace(found.scores[0], task_version="2.0"),)), "version 2.0"),
         (lambda found, cache: replace(found, scores=()), "it has no score of task `left`"),
-        (shuffled_ids, "it was asked other questions of task `left`"),
+        (shuffled_ids, "it has other questions of task `left`"),
         (without_answers, "The answers to task `left` were not kept"),
         (rewritten('"filter"', '"fil'), "The answers to task `left` cannot be read"),
         (rewritten('"doc_id"', '"id"'), "The answers to task `left` cannot be read"),
@@ -197,7 +201,7 @@ def rewritten(old: str, new: str) -> Callable[[ModelEvaluation, Path], ModelEval
         (rewritten("[[-1.0, false]", '[["much", false]'), "The answers to task `left` cannot be read"),
         (rewritten("{", "[" * 100_000), "The answers to task `left` cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_only_the_same_questions_asked_in_the_same_way_are_compared(
     spoil: Callable[[ModelEvaluation, Path], ModelEvaluation], reason: str, make: Make, tmp_path: Path
 ) -> None:
@@ -264,9 +268,10 @@ def test_equal_models_are_called_different_in_at_most_one_of_twenty_comparisons(
         ]
         found = comparison.compare(made[0], {"a": made[1], "b": made[2]}, cache=tmp_path)
         alarms.append(any(each.outcome is not Outcome.NOT_SHOWN for task in found.tasks for each in task.differences))
-        averaged.append(found.overall is not None and any(
-            each.outcome is not Outcome.NOT_SHOWN for each in found.overall.differences
-        ))  # fmt: skip
+        averaged.append(
+            found.overall is not None
+            and any(each.outcome is not Outcome.NOT_SHOWN for each in found.overall.differences)
+        )
     assert np.mean(averaged) <= 0.08  # the averages are corrected by themselves
     assert np.mean(alarms) <= 0.08  # 5 % and three standard errors of 150 comparisons, less what Holm is short of it
 

@@ -16,10 +16,18 @@ from tests.evaluators import tiny_harness
 CONFIGS = {
     "t5": T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0),
     "bart": BartConfig(
-        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
-        decoder_attention_heads=2, decoder_ffn_dim=16, max_position_embeddings=512, decoder_start_token_id=1,
+        vocab_size=64,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        max_position_embeddings=512,
+        decoder_start_token_id=1,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -50,9 +58,14 @@ def test_the_continuation_is_that_of_greedy_generation(folder: Path) -> None:
     model, tokenizer = loading.load(folder, dtype=torch.float32)
     prompt = tokenizer("the cat sits in the house")["input_ids"]
     made = model.eval().generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=sanity_check.NEW_TOKENS, num_beams=1,
-        forced_eos_token_id=None, forced_bos_token_id=None, no_repeat_ngram_size=0,
-    )  # fmt: skip
+        torch.tensor([prompt]),
+        do_sample=False,
+        max_new_tokens=sanity_check.NEW_TOKENS,
+        num_beams=1,
+        forced_eos_token_id=None,
+        forced_bos_token_id=None,
+        no_repeat_ngram_size=0,
+    )
     ends = model.config.eos_token_id
     assert sanity_check._continued(model, prompt) == [each for each in made[0, 1:].tolist() if each != ends]
 
@@ -68,9 +81,14 @@ def test_the_scores_of_a_t5_are_those_of_lm_eval(tmp_path: Path) -> None:
     AutoModelForSeq2SeqLM.from_config(CONFIGS["t5"]).save_pretrained(model)
     suite = tiny_harness.suite(tmp_path / "task", rows=10)
     found = tiny_harness.evaluate(
-        model, suite, cache=tmp_path / "cache", scratch=tmp_path / "scratch", timeout_s=240, batch_size="4",
+        model,
+        suite,
+        cache=tmp_path / "cache",
+        scratch=tmp_path / "scratch",
+        timeout_s=240,
+        batch_size="4",
         environment={"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     direct = simple_evaluate(
         HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=4),
         tasks=["which_animal"],

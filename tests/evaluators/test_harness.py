@@ -324,14 +324,17 @@ def test_a_suites_digest_follows_every_file_that_its_task_file_draws_in(tmp_path
     (data / "more").mkdir(parents=True)
     texts = {
         "all.yaml": GROUP,
-        "one.yaml": 'task: one\ninclude: ["../tasks/base.yaml", \'more.yml\']\n',
+        "one.yaml": "task: one\ninclude: [\"../tasks/base.yaml\", 'more.yml']\n",
         "two.yaml": f"task: two\nprocess_docs: !function deep.code.docs\ndataset_path: {data}\n",
         "base.yaml": "include: defaults.yml\ndoc_to_text: !function 'words.text'\n",
         "more.yml": f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n",
         "defaults.yml": "output_type: multiple_choice\n",
-        "words.py": "import helper\n", "helper.py": "A = 1\n", "deep/code.py": "B = 1\n",
-        "../data/more/part.jsonl": "{}\n", "../rows.jsonl": "{}\n",
-    }  # fmt: skip
+        "words.py": "import helper\n",
+        "helper.py": "A = 1\n",
+        "deep/code.py": "B = 1\n",
+        "../data/more/part.jsonl": "{}\n",
+        "../rows.jsonl": "{}\n",
+    }
     for name, text in texts.items():
         (folder / name).write_text(text)
     (folder / "beside.yaml").write_text("task: beside\n")
@@ -348,8 +351,15 @@ def test_a_suites_digest_follows_every_file_that_its_task_file_draws_in(tmp_path
 def test_an_evaluations_name_follows_every_condition() -> None:
     """Each of them can change a number; "auto" is the device there is."""
     here = EvalConfig(device="cpu")
-    other = {"limit": 3, "seed": 1, "device": "cuda", "dtype": "bfloat16", "batch_size": "8", "chat_template": True,
-             "backend": "vllm"}  # fmt: skip
+    other = {
+        "limit": 3,
+        "seed": 1,
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "batch_size": "8",
+        "chat_template": True,
+        "backend": "vllm",
+    }
     assert set(other) == {field.name for field in fields(EvalConfig)}
     keys = [here.key("m", "s"), here.key("n", "s"), here.key("m", "t")]
     keys += [replace(here, **{name: value}).key("m", "s") for name, value in other.items()]  # type: ignore[arg-type]
@@ -389,10 +399,19 @@ def test_a_models_content_is_its_weights_configuration_and_tokenizer(tmp_path: P
 texts = st.text(max_size=8)
 fractions = st.floats(0, 1)
 scores = st.builds(
-    Score, texts, texts, fractions, st.none() | fractions, st.integers(0, 9), st.integers(0, 9), st.booleans(), texts,
-    texts, st.none() | st.builds(TaskData, texts, st.none() | texts, st.none() | texts, st.none() | texts),
+    Score,
+    texts,
+    texts,
+    fractions,
+    st.none() | fractions,
+    st.integers(0, 9),
+    st.integers(0, 9),
+    st.booleans(),
+    texts,
+    texts,
+    st.none() | st.builds(TaskData, texts, st.none() | texts, st.none() | texts, st.none() | texts),
     st.none() | st.floats(0, 0.9),
-)  # fmt: skip
+)
 environments = st.builds(
     Environment, texts, texts, texts, st.booleans(), st.integers(), texts, texts, texts, st.none() | st.integers(1, 9)
 )

@@ -49,9 +49,14 @@ def test_weights_that_cannot_fit_are_refused_before_a_process_starts(device: str
     suite = Suite("animals", 1, (tiny_harness.task(tmp_path / "task", "which_animal"),))
     with pytest.raises(EvaluationError) as caught:
         tiny_harness.evaluate(
-            model, suite, cache=tmp_path / "cache", scratch=tmp_path / "scratch", memory_limit_bytes=1000,
-            device=device, **SETTINGS,
-        )  # fmt: skip
+            model,
+            suite,
+            cache=tmp_path / "cache",
+            scratch=tmp_path / "scratch",
+            memory_limit_bytes=1000,
+            device=device,
+            **SETTINGS,
+        )
     assert caught.value.code == "MEMORY_LIMIT" and "GB of memory" in caught.value.message
     assert not (tmp_path / "scratch" / "harness.log").exists()
 

@@ -39,9 +39,16 @@ def trained(tokenizer: PreTrainedTokenizerFast, text: str, steps: int) -> LlamaF
     """Two layers that learn one text."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=96, bos_token_id=256, eos_token_id=257,
-    )  # fmt: skip
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
     made = LlamaForCausalLM(config)
     ids = torch.tensor(tokenizer(text)["input_ids"])
     optimizer = torch.optim.AdamW(made.parameters(), lr=4e-3)
@@ -152,8 +159,9 @@ def test_a_tokenizer_that_appends_its_end_token_changes_nothing(
 
 @pytest.mark.parametrize("positions", [24, 40])
 def test_a_position_table_shorter_than_a_prompt_is_not_left(tokenizer: PreTrainedTokenizerFast, positions: int) -> None:
-    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=2, n_positions=positions, bos_token_id=256,
-                        eos_token_id=257)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=260, n_embd=32, n_layer=1, n_head=2, n_positions=positions, bos_token_id=256, eos_token_id=257
+    )
     found = examine(GPT2LMHeadModel(config).eval(), tokenizer, text="A short text that is longer than the table.")
     assert found.finite and found.continuations == len(sanity_check.PROMPTS)
 
@@ -190,9 +198,13 @@ def test_a_merge_is_held_against_its_worst_parent_and_no_more(healthy: SanityChe
 def test_alone_a_model_that_guesses_blindly_is_nonsense(tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     found = examine(LlamaForCausalLM(config).eval(), tokenizer)
     assert "a blind guess has 260" in refused(found).message
     require_sound(found, [found])  # where its parents are no better, it is what they are

@@ -175,9 +175,14 @@ def test_in_another_suite_only_tasks_that_are_new_or_changed_are_asked(
     asked = Suite("other", 2, (added, replace(suite.tasks[1], metric="acc_norm"), changed))
     told: list[str] = []
     found = tiny_harness.evaluate(
-        model, asked, limit=LOOK, cache=place / "staged", scratch=place / "s2",
-        progress=lambda *line: told.append(line[2]), **SETTINGS,
-    )  # fmt: skip
+        model,
+        asked,
+        limit=LOOK,
+        cache=place / "staged",
+        scratch=place / "s2",
+        progress=lambda *line: told.append(line[2]),
+        **SETTINGS,
+    )
     assert {what for what in told if what.startswith("which")} == {"which_fish", "which_animal"}
     assert [score.task for score in found.scores] == ["which_fish", "which_bird", "which_animal"]
     before = {(score.metric, score.value) for score in (*first_look.scores, *first_look.others)}
@@ -239,8 +244,10 @@ def finished(cache: Path) -> Path:
     told = {
         "results": {"results": {"pets": {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 9}}},
         "data": {"cats": {**where, "config": "cats"}, "dogs": {**where, "config": "dogs"}},
-        "environment": asdict(stored.ENVIRONMENT), "seconds": 1.0, "batch": 4,
-    }  # fmt: skip
+        "environment": asdict(stored.ENVIRONMENT),
+        "seconds": 1.0,
+        "batch": 4,
+    }
     results.finish(cache, TASK_KEYS[0], json.dumps(told), {"cats": ["{}\n"], "dogs": ["{}\n"]})
     return results.task_folder(cache, TASK_KEYS[0])
 
@@ -263,8 +270,12 @@ def test_until_an_evaluation_has_its_name_no_finished_task_is_let_go(tmp_path: P
     results.keep(tmp_path, found, TASK_KEYS)
     assert results.stored(tmp_path, KEY) == found
     assert sorted(path.name for path in (tmp_path / "results" / KEY).rglob("*")) == [
-        "cats.jsonl", "dogs.jsonl", "evaluation.json", "lm_eval.json", "samples",
-    ]  # fmt: skip
+        "cats.jsonl",
+        "dogs.jsonl",
+        "evaluation.json",
+        "lm_eval.json",
+        "samples",
+    ]
     assert [path.name for path in (tmp_path / "results").iterdir()] == [KEY]
 
 

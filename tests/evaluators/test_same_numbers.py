@@ -55,9 +55,16 @@ def hub(shared: Path, place: Path) -> Iterator[RunningHub]:
 @pytest.fixture(scope="module")
 def ours(hub: RunningHub, model: Path, place: Path) -> ModelEvaluation:
     return tiny_harness.evaluate(
-        model, SUITE, cache=place / "cache", scratch=place / "scratch", timeout_s=240, limit=LIMIT, batch_size="1",
-        endpoint=hub.url, environment={"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        model,
+        SUITE,
+        cache=place / "cache",
+        scratch=place / "scratch",
+        timeout_s=240,
+        limit=LIMIT,
+        batch_size="1",
+        endpoint=hub.url,
+        environment={"OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")

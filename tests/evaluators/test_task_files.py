@@ -173,9 +173,14 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[str]]
         patched.chdir(place / "work")
         tasks = [task for text in asked for task in suites.named(f"../{text}")]
         found = tiny_harness.evaluate(
-            tiny_harness.model(place / "model"), Suite("all", 1, tuple(tasks)), cache=place / "cache",
-            scratch=place / "scratch", timeout_s=240, batch_size="4", environment={"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            tiny_harness.model(place / "model"),
+            Suite("all", 1, tuple(tasks)),
+            cache=place / "cache",
+            scratch=place / "scratch",
+            timeout_s=240,
+            batch_size="4",
+            environment={"OMP_NUM_THREADS": "1"},
+        )
     # The group has no score of its own, so its members have; local data are no dataset repo.
     names = ["working", "beside", "directory", "folder", "twin", "plain", "tagged"]
     assert [(score.task, score.data) for score in found.scores] == [(name, None) for name in names]
