@@ -99,7 +99,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _own_answers(base: Base, questions: Path, tokens: int) -> distillation.Features:
     """The model's own answers to the first turns."""
     ids = sorted((prompt_sets.encode(base, prompt.turns[0]) for prompt in prompt_sets.read(questions)), key=len)
-    return distillation.gather(base, distillation.self_distil(base, ids, max_new_tokens=tokens, batch=20))
+    return distillation.stack_features(base, distillation.self_distil(base, ids, max_new_tokens=tokens, batch=20))
 
 
 def _row(

@@ -169,7 +169,10 @@ def _answers(base: Base, prompts: Prompts) -> Texts:
 
 
 def _fit(base: Base, texts: Texts, recipe: train.Recipe, initial: Heads | None = None) -> tuple[Heads, train.Training]:
-    learnt, held_out = distillation.gather(base, texts.train), distillation.gather(base, texts.calibration)
+    learnt, held_out = (
+        distillation.stack_features(base, texts.train),
+        distillation.stack_features(base, texts.calibration),
+    )
     keep = vocabulary_cut(learnt.tokens.tolist(), KEPT, base)
     spec = HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep) if initial is None else initial.spec
     return train.fit(spec, base, learnt, limits=train.Limits(3600), recipe=recipe, held_out=held_out, initial=initial)
@@ -184,7 +187,10 @@ def _at_home(model: Path, folder: Path, prompts: Prompts, console: Console) -> d
     heads, training = _fit(base, texts, FULL)
     formats.save(heads, folder, base_model=model.name)
     formats.write_json(folder / training_file.NAME, {"positions": training.positions, "steps": training.steps})
-    calibration, test = distillation.gather(base, texts.calibration), distillation.gather(base, texts.test)
+    calibration, test = (
+        distillation.stack_features(base, texts.calibration),
+        distillation.stack_features(base, texts.test),
+    )
     common = transfer.common_tree(heads, calibration)
     return _row(heads, calibration, test, common, None) | {
         "positions": training.positions, "steps": training.steps, "fit_s": round(training.seconds, 1),
@@ -227,7 +233,10 @@ def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[
     texts = _answers(base, family.prompts)
     sets, training = _sets(base, texts, heads, family)
     fresh = sets["fresh"]
-    calibration, test = distillation.gather(base, texts.calibration), distillation.gather(base, texts.test)
+    calibration, test = (
+        distillation.stack_features(base, texts.calibration),
+        distillation.stack_features(base, texts.test),
+    )
     cost = calibrate.cost_curve(EagerRunner(base), fresh, 100, widths=WIDTHS, repeats=TIMED)
     common = transfer.common_tree(fresh, calibration)
     rows = {key: _row(each, calibration, test, common, cost) for key, each in sets.items()}

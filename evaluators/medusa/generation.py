@@ -1,7 +1,7 @@
-"""Text as it is decoded with a model's heads: each step's tokens, and which of them the heads had guessed.
+"""Streaming text generation with the heads of a model.
 
-The tree is the one that belongs to the heads here: of those that their held-out accuracies grow, the one that brings
-most tokens over what it costs on this machine, measured when the model is loaded; none where none would pay.
+The tree is grown from the held-out accuracies of the heads. Its size is the one with the most tokens per second on this
+machine, measured when the model is loaded; without a gain no tree is used.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ UNKNOWN = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text of one token, "" while its character is unfinished; `guessed` by the heads, not by the model alone.
+    """Text of one token, "" while its character is unfinished; `guessed` is True for a token that the heads proposed.
 
-    A character that is unfinished at the end of the answer is a piece of its own.
+    A character that is unfinished at the end of the answer is a separate piece.
     """
 
     text: str
@@ -45,8 +45,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Speaker:
-    """A model with its heads, ready to speak. `notes` are clauses on what is not as one might expect; `trees` says
-    whether the model can take a tree at all."""
+    """A loaded model with its heads. `notes` are warnings; `trees` is False if the model does not support trees."""
 
     base: Base
     runner: Runner

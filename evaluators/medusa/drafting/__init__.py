@@ -1,1 +1,1 @@
-"""Who guesses the next tokens."""
+"""Drafters: heads and prompt lookup."""

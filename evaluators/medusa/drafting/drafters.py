@@ -1,4 +1,4 @@
-"""Who guesses: trained heads, or the text itself (prompt lookup)."""
+"""Drafters: trained heads, or the text itself (prompt lookup)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evaluators.medusa.trees.tree import Tree
 
 
 class Drafter(Protocol):
-    """Guesses the tokens of a tree. Heads, prompt lookup, an oracle and an adversary all fit."""
+    """Proposes the tokens of a tree."""
 
     def propose(self, h: Tensor, root: int, seen: Sequence[int], tree: Tree) -> Tensor:
         """h [H] is the state that predicted `root`; `seen` is all text up to and with the root.
@@ -26,7 +26,7 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class TensorDrafter(Drafter, Protocol):
-    """A drafter that needs nothing from the host, so that its work may be captured in a CUDA graph."""
+    """A drafter that runs on the device alone, so that it can be captured in a CUDA graph."""
 
     def draft(self, h: Tensor, root: Tensor, position: Tensor, tree: Tree) -> Tensor:
         """h [H], the root [1] and its position in the text [1] -> token ids [nodes - 1], all on one device."""
@@ -34,7 +34,7 @@ class TensorDrafter(Drafter, Protocol):
 
 
 class HeadDrafter:
-    """The heads' ranks, laid out on the nodes of the tree."""
+    """Drafter that assigns the ranks of the heads to the nodes of the tree."""
 
     def __init__(self, heads: Heads) -> None:
         self.heads = drafting(heads)
@@ -76,7 +76,7 @@ class PromptLookup:
 
 @torch.no_grad()
 def drafting(heads: Heads) -> Heads:
-    """The heads as a decoding loop runs them: in the base's precision, by packed products where the base's are."""
+    """Copy of the heads for decoding: in the precision of the base, with packed weights if the base has them."""
     made = Heads(heads.spec, heads.base)
     made.load_state_dict(heads.state_dict())
     made.embed_scale = heads.embed_scale

@@ -1,1 +1,1 @@
-"""The base model as it is run: what it is, in what it computes, how its products are made."""
+"""The base model: hidden states, caches, precision, packed weights."""

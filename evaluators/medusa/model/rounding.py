@@ -1,4 +1,4 @@
-"""Whether rounding alone can have chosen a token that plain decoding did not choose.
+"""Check of whether rounding alone explains a token that differs from baseline decoding.
 
 In 16 bit a token that is computed among others goes through other kernels than alone, and two logits that lie near one
 another may change places. How near cannot be asked of the computation that is under suspicion: the judge is the same
@@ -27,7 +27,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def doubts(
+def rounding_gaps(
     base: Base, prompt: Sequence[int], chosen: Sequence[int], since: int = 0, rival: int | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """How far below the best token in float32 each token of the answer `chosen` lies from index `since` on [n], and

@@ -1,4 +1,4 @@
-"""Models that Medusa cannot serve, recognised by their configuration before any weight is loaded."""
+"""Detection of models that Medusa does not support, by their configuration and before weights are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads a small model is run with: two that wait for each other can be slower than one."""
+"""Number of threads for a small model: on a shared machine, several can be slower than one."""
 
 from __future__ import annotations
 

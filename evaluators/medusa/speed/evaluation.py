@@ -31,7 +31,7 @@ from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.speed.run import Progress, Run
 from evaluators.medusa.speed.transfer import HeadSet
 from evaluators.medusa.training import distillation, fitting, prompt_sets, train, training_file
-from evaluators.medusa.training.distillation import gather
+from evaluators.medusa.training.distillation import stack_features
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree
 
@@ -162,7 +162,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     texts = _generate(run, base, test, learning=all(each.origin != "fresh" for each in given))
     now = run.stage("generate", now)
     distillation.check(base, texts.train or texts.calibration)
-    features = {"train": gather(base, texts.train), "calibration": gather(base, texts.calibration)}
+    features = {"train": stack_features(base, texts.train), "calibration": stack_features(base, texts.calibration)}
     now = run.stage("features", now)
     sets = transfer.filling(_sets(run, base, features, given, texts), shape)
     now = run.stage("fit", now)
@@ -186,7 +186,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
         reference=next(each for each in scored if each.set is reference),
         floor=identity_heads(reference.heads.spec, base),
         common=transfer.common_tree(reference.heads, features["calibration"]),
-        features={"timed": gather(base, said), "held_out": gather(base, [*texts.calibration, *said])},
+        features={"timed": stack_features(base, said), "held_out": stack_features(base, [*texts.calibration, *said])},
         cost=cost,
         blocks=blocks,
         versus=versus,
@@ -240,7 +240,7 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     for (split, _), dialogue in zip(mixed, dialogues, strict=False):
         texts[split].append(dialogue)
     prints = " ".join(prompt_sets.fingerprint(prompt.turns[0]) for prompt in sources[: len(texts["train"])])
-    return _Texts(distillation.straight(texts["train"]), distillation.straight(texts["calibration"]), prints)
+    return _Texts(distillation.drop_looping(texts["train"]), distillation.drop_looping(texts["calibration"]), prints)
 
 
 def _labelled(base: Base, split: str, prompts: Sequence[prompt_sets.Prompt]) -> list[tuple[str, list[int]]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.model.rounding import doubts
+from evaluators.medusa.model.rounding import rounding_gaps
 from evaluators.medusa.speed.bench import Block
 
 
@@ -46,7 +46,7 @@ def _judged(base: Base, block: Block, got: Sequence[int], found: Divergence, lat
     index = next((at for at, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
     if index is None:  # no token differs, one text ended earlier
         return replace(found, index=min(len(got), len(want)), tie=False)
-    known = None if late else doubts(base, block.question.ids, got, index, want[index])
+    known = None if late else rounding_gaps(base, block.question.ids, got, index, want[index])
     if known is None:
         return replace(found, index=index)
     gaps, limits = known

@@ -1,1 +1,1 @@
-"""Heads from prompts: answers, features, losses, files."""
+"""Head training: prompts, self-distillation, losses, files."""

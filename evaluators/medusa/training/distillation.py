@@ -1,6 +1,6 @@
-"""Training data: the base model's own greedy answers and the hidden states that predicted them.
+"""Training data: greedy answers of the base model and the hidden states that predicted them.
 
-Heads learn what this model says, not what somebody else wrote (self-distillation, arXiv 2401.10774, section 2.3.2).
+Heads learn the text of this model, not that of other authors (self-distillation, arXiv 2401.10774, section 2.3.2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bot.errors import EvaluationError
 from evaluators import repetition
 from evaluators.medusa.model import growing
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.model.rounding import doubts, step
+from evaluators.medusa.model.rounding import rounding_gaps, step
 from evaluators.medusa.training.store import Rows
 
 LEAST_AGREEMENT = 0.995
@@ -44,7 +44,7 @@ class Dialogue:
 class Features:
     """Rows of several answers one after another: hidden [T, H] float32, tokens [T], lengths of the answers.
 
-    `hidden` may lie on disk (`Rows`); what is taken from it is a tensor either way.
+    `hidden` may be on disk (`Rows`); slices of it are tensors either way.
     """
 
     hidden: Tensor | Rows
@@ -52,7 +52,7 @@ class Features:
     lengths: tuple[int, ...]
 
     def labels(self, heads: int) -> Tensor:
-        """[K, T]: head k at row i is to guess y_{i+k}; -100 where the answer has ended by then."""
+        """Labels [K, T]: head k at row i predicts y_{i+k}; -100 beyond the end of the answer."""
         total = len(self.tokens)
         left = torch.cat([torch.arange(n - 1, -1, -1) for n in self.lengths]) if self.lengths else torch.zeros(0)
         left = left.to(self.tokens.device)
@@ -63,8 +63,8 @@ class Features:
         return labels
 
 
-def gather(base: Base, dialogues: Sequence[Dialogue]) -> Features:
-    """The features of answers whose states were kept while they were generated."""
+def stack_features(base: Base, dialogues: Sequence[Dialogue]) -> Features:
+    """Stack the hidden states and tokens of answers."""
     hidden = [dialogue.hidden for dialogue in dialogues] or [torch.zeros(0, base.hidden)]
     tokens = [token for dialogue in dialogues for token in dialogue.output]
     return Features(
@@ -74,18 +74,18 @@ def gather(base: Base, dialogues: Sequence[Dialogue]) -> Features:
     )
 
 
-def straight(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
-    """The answers that do not repeat themselves; all where every one does.
+def drop_looping(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+    """Drop answers that repeat themselves, unless all do.
 
-    Heads learn little from loops, which are easy to guess, and a tree chosen on them would promise too much.
+    Loops are easy to predict: heads learn little from them, and a tree chosen on them is too optimistic.
     """
     return [dialogue for dialogue in dialogues if not repetition.loops(dialogue.output)] or list(dialogues)
 
 
 def on_disk(base: Base, dialogues: Sequence[Dialogue]) -> Features:
-    """As `gather`, but the rows stay where the answers' files are mapped; on a GPU they are moved there."""
+    """Features whose rows stay in the memory-mapped files of the answers; on a GPU they are copied there."""
     if base.device.type != "cpu":
-        return gather(base, dialogues)
+        return stack_features(base, dialogues)
     tokens = [token for dialogue in dialogues for token in dialogue.output]
     lengths = tuple(len(dialogue.output) for dialogue in dialogues)
     rows = Rows([dialogue.hidden for dialogue in dialogues], base.hidden)
@@ -104,7 +104,7 @@ def pack(dialogues: Sequence[Dialogue]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor]) -> list[Dialogue]:
-    """What `pack` was given; the rows stay parts of one tensor."""
+    """Inverse of `pack`; the rows stay views of one tensor."""
     lengths = packed["output_lengths"].tolist()
     prompts = torch.split(packed["prompts"], packed["prompt_lengths"].tolist())
     outputs, rows = torch.split(packed["outputs"], lengths), torch.split(packed["hidden"], lengths)
@@ -124,10 +124,10 @@ def self_distil(
 ) -> list[Dialogue]:
     """Greedy answers to `prompts` (token ids) in order, until all are done or `deadline` (time.monotonic) passes.
 
-    Answers cut by the deadline are kept as far as they came; prompts never begun are absent. With a deadline a small
-    first batch of short answers finds out how long reading a prompt takes here, and later batches are as large as
-    leaves most of the time for answering. `progress` gets (prompts done, prompts). States are kept as they are
-    generated: a forward pass per answer is not paid twice.
+    Answers cut by the deadline are kept; prompts that were not started are absent. With a deadline, a small first batch
+    of short answers measures the prefill time, and later batches are sized so that most of the time is left for
+    generation. `progress` gets (prompts done, prompts). Hidden states are kept during generation, so that no second
+    forward pass is needed.
     """
     done: list[Dialogue] = []
     rows, limit = (batch, max_new_tokens) if deadline is None else (PILOT_ROWS, min(PILOT_TOKENS, max_new_tokens))
@@ -147,7 +147,7 @@ def self_distil(
 def answer(
     base: Base, prompts: Sequence[Sequence[int]], limit: int, deadline: float | None
 ) -> tuple[list[Dialogue], float]:
-    """The answers to one batch, and the seconds until the first token of all of them was there."""
+    """Answers to one batch, and the seconds until all first tokens were generated."""
     began = time.monotonic()
     reading_s = 0.0
     longest = max(len(prompt) for prompt in prompts)
@@ -186,11 +186,11 @@ def answer(
 
 
 def _padded(base: Base, prompts: Sequence[Sequence[int]], limit: int) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """(cache, ids, mask, positions) of a batch: what all prompts begin with is computed once and stands in the cache.
+    """(cache, ids, mask, positions) of a batch; the common prefix of all prompts is computed once and cached.
 
     Columns: the common prefix, padding, the rest of each prompt. Padding on the left makes every answer start in the
-    last column; masked columns and explicit positions make it invisible. Answers of up to `limit` tokens that pass the
-    model's window share nothing: a window counts columns, and padding would move the beginning out of its sight.
+    last column; the mask and explicit positions hide it. No prefix is shared if answers of `limit` tokens exceed the
+    attention window: a window counts columns, and padding would push the prefix out of it.
     """
     longest = max(len(prompt) for prompt in prompts)
     shared = 0 if base.window is not None and longest + limit > base.window.size else _common(prompts)
@@ -211,7 +211,7 @@ def _padded(base: Base, prompts: Sequence[Sequence[int]], limit: int) -> tuple[A
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; at least one is left to each."""
+    """Length of the common prefix of all prompts; at least one token of each prompt is left."""
     shortest = min(len(prompt) for prompt in prompts)
     columns = range(shortest - 1)
     return next((at for at in columns if any(p[at] != prompts[0][at] for p in prompts)), max(shortest - 1, 0))
@@ -231,7 +231,7 @@ def replay(base: Base, dialogue: Dialogue) -> tuple[Tensor, float, float]:
     best, said = logits.max(-1).values, torch.tensor(dialogue.output, device=base.device)
     behind, near = best - logits.gather(-1, said[:, None])[:, 0], torch.full_like(best, NEAR_TIE)
     if bool((behind > near).any()):  # rounding may have chosen; where nobody can tell, a few steps of the type pass
-        judged = doubts(base, dialogue.prompt, dialogue.output)
+        judged = rounding_gaps(base, dialogue.prompt, dialogue.output)
         behind, near = (behind, UNJUDGED_STEPS * step(best, base.dtype)) if judged is None else judged
     kept = dialogue.hidden.to(rows)
     difference = float((rows - kept).abs().max() / kept.std().clamp_min(1e-6))
@@ -239,9 +239,9 @@ def replay(base: Base, dialogue: Dialogue) -> tuple[Tensor, float, float]:
 
 
 def check(base: Base, dialogues: Sequence[Dialogue], sample: int = 2) -> float:
-    """Replay the first `sample` answers and return the share of agreeing tokens; too little is an error.
+    """Replay the first `sample` answers and return the share of agreeing tokens.
 
-    Padding or positions gone wrong would show here and nowhere else: heads would train, and be useless.
+    Detects wrong padding or positions, which would train useless heads. Raises EvaluationError for a low share.
     """
     picked = [dialogue for dialogue in dialogues if dialogue.output][:sample]
     tokens = sum(len(dialogue.output) for dialogue in picked)

@@ -1,8 +1,6 @@
-"""From answers to heads: what `mergebot medusa train` and the speed test do alike.
+"""Head training on given answers, shared by `mergebot medusa train` and the speed test.
 
-Which prompts (prompt_sets.apart), which answers teach (distillation.straight), which draft vocabulary, how heads learn,
-and what is written down of it (training_file). How answers are got is each one's own: a training keeps batches that it
-can find again, a speed test has seconds and thins all its splits alike.
+The two differ in how they generate the answers: a training stores batches for reuse, a speed test has seconds.
 """
 
 from __future__ import annotations
@@ -26,9 +24,9 @@ ANSWER_TOKENS = 96
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """Which heads are trained and how. `vocab` cuts what they may propose to the tokens said most, None does not.
+    """Heads to train, with recipe and limits. `vocab` is the size of the draft vocabulary, None for the whole one.
 
-    They start untrained, or where `initial`, which has the shape `spec`, has got to.
+    The heads start untrained or from `initial`, which must have the shape `spec`.
     """
 
     spec: HeadSpec
@@ -45,7 +43,7 @@ def learn(
     held_out: Features,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Heads, train.Training, dict[str, Any]]:
-    """Heads on the frozen base, how their training went, and its facts as training.json holds them."""
+    """Train heads on the frozen base. Returns heads, training result and the contents of training.json."""
     counted: list[int] = features.tokens.tolist()
     spec, limits = course.spec, course.limits
     if spec.keep is None and course.vocab is not None and course.vocab < base.vocab:

@@ -159,7 +159,7 @@ def train_heads(
     _noted(work, "load", began)
     held_out, learnt = _answers(work, base, encoded, content)
     distillation.check(base, learnt or held_out)
-    learn, apart = (distillation.on_disk(base, distillation.straight(answers)) for answers in (learnt, held_out))
+    learn, apart = (distillation.on_disk(base, distillation.drop_looping(answers)) for answers in (learnt, held_out))
     heads, facts = _fitted(work, base, learn, apart)
     facts |= {"prompts": len(learnt), "dropped_prompts": encoded.dropped,
               "shortened_prompts": sum(encoded.shortened[: len(learnt)]),
@@ -320,7 +320,7 @@ def _jointly(
     made.adapter.save(work.out / "adapter", base_model=work.folder.name)
     _noted(work, "joint", began)
     answers = distillation.self_distil(base, held_out, max_new_tokens=wanted.answer_tokens) if held_out else []
-    said = distillation.gather(base, distillation.straight(answers))
+    said = distillation.stack_features(base, distillation.drop_looping(answers))
     told = {
         "changes_the_model": True, "rank": joint.RANK, "steps": made.training.steps,
         "kl": made.divergence, "same_choice": made.agreement, "tokens_per_step": train.held_out_rate(heads, said),

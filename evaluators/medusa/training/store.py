@@ -1,9 +1,9 @@
-"""What training has computed already, on disk by content: the answers of a model and the rows that predicted them.
+"""Content-addressed store of training data: answers of a model and the hidden states that predicted them.
 
-ROOT/<key>.safetensors            one batch of answers; the key is a hash of all that it depends on
-ROOT/<key>.safetensors.<pid>.part one in the making; renamed once it is whole and synced
+ROOT/<key>.safetensors            one batch of answers; the key is a hash of all inputs
+ROOT/<key>.safetensors.<pid>.part an unfinished file; renamed when it is complete and synced
 
-Files are memory-mapped, never read whole. Beyond the limit the files used longest ago go.
+Files are memory-mapped. Above the size limit the least recently used files are deleted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def key_of(value: Any) -> str:
 
 
 def save(tensors: Mapping[str, Tensor], file: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write a safetensors file that appears whole or not at all; `facts` (JSON) go into its header."""
+    """Write a safetensors file atomically; `facts` (JSON) are stored in its header."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -46,7 +46,7 @@ def save(tensors: Mapping[str, Tensor], file: Path, facts: Mapping[str, Any] | N
 
 
 def load(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(mapped tensors, facts) of a file that `save` wrote; None where there is none, or a damaged one."""
+    """(mapped tensors, facts) of a file that `save` wrote; None for a missing or damaged file."""
     try:
         with safe_open(str(file), framework="pt") as opened:
             facts = json.loads((opened.metadata() or {}).get("facts", "{}"))
@@ -76,7 +76,7 @@ class Store:
         return self._root / f"{key}.safetensors"
 
     def _make_room(self, coming: int) -> None:
-        """Delete what was used longest ago. A process that has a deleted file mapped keeps it until it closes it."""
+        """Delete the least recently used files. A process keeps a deleted file mapped until it closes it."""
         if not self._root.is_dir():
             return
         for part in self._root.glob("*.part"):  # of a process that was killed
@@ -99,7 +99,7 @@ def _stat(file: Path) -> os.stat_result | None:
 
 
 class Rows:
-    """Several [n, H] tensors one after another, read where they lie: a slice or a list of rows is a new tensor."""
+    """Concatenation of [n, H] tensors without a copy; a slice or a list of rows is a new tensor."""
 
     def __init__(self, parts: list[Tensor], width: int) -> None:
         self._parts = [part for part in parts if len(part)]
@@ -121,14 +121,14 @@ class Rows:
 
 
 class Checkpoint:
-    """Where an unfinished training keeps its state, and how often. One file, replaced whole."""
+    """State file of an unfinished training and the interval at which it is replaced."""
 
     def __init__(self, file: Path, identity: str, every_s: float, saved: Callable[[int], None] | None = None) -> None:
         self._file, self._identity, self._every_s = file, identity, every_s
         self._saved, self._last = saved, time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was saved last by a training with the same identity; None if there is none."""
+        """State saved last by a training with the same identity, or None."""
         found = load(self._file)
         if found is None or found[1].get("identity") != self._identity:
             return None

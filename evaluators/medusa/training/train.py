@@ -51,8 +51,11 @@ LONG = Recipe(2e-3, 256, 4)
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a training did. `held_out` is tokens per step on the calibration answers each time it was scored, by default
-    after each epoch, `best_epoch` the index of the best; `curve` has (step, seconds, tokens per step) for each."""
+    """Result of a training.
+
+    `held_out` holds tokens per step on the calibration answers per score, by default one per epoch; `best_epoch` is
+    the index of the best; `curve` has (step, seconds, tokens per step) for each score.
+    """
 
     positions: int
     steps: int
@@ -70,10 +73,10 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a training goes on: exactly `steps`, or what its recipe plans and `budget_s` affords.
+    """Length of a training: exactly `steps`, or the steps of its recipe that fit into `budget_s`.
 
-    It is scored `scores` times at even distances (None: after each epoch) and ends after `patience` scores without a
-    better one. With a `checkpoint` it goes on from where a killed one was.
+    The training is scored `scores` times at equal intervals (None: after each epoch) and stops after `patience` scores
+    without improvement. With a `checkpoint` an interrupted training is resumed.
     """
 
     budget_s: float
@@ -85,7 +88,10 @@ class Limits:
 
 
 class Task(Protocol):
-    """What is trained. `rates` scales the learning rate by parameter name, `score` None means nothing is held out."""
+    """Trainable parameters and their loss.
+
+    `rates` scales the learning rate by parameter name; `score` is None without held-out data.
+    """
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]: ...
@@ -94,7 +100,7 @@ class Task(Protocol):
     def rates(self) -> Mapping[str, float]: ...
 
     def loss(self, chosen: Tensor, done: float) -> Tensor:
-        """The loss on the examples `chosen`, when the share `done` of the training is over."""
+        """Loss on the examples `chosen` after the share `done` of the training."""
         ...
 
     def score(self) -> float | None: ...
@@ -113,8 +119,8 @@ def fit(
 ) -> tuple[Heads, Training]:
     """Train `spec` on `features`. The same seed gives the same heads as long as the budget does not cut the plan.
 
-    The heads start untrained, or where `initial`, which has that spec, has got to. The number of steps is fixed after
-    a few have been timed (`planned_steps` if the budget allows all), so the schedule never depends on the clock again.
+    The heads start untrained or from `initial`, which must have the same spec. The number of steps is fixed after a few
+    steps were timed (`planned_steps` if the budget allows), so that the schedule depends on the clock only once.
     `progress` gets (steps done, steps).
     """
     began = time.monotonic()
@@ -143,7 +149,7 @@ def embedding_scale(base: Base, features: Features) -> float:
 
 
 class HeadTask:
-    """Heads on a frozen base: what the base said and held possible, scored by tokens per step on held-out answers."""
+    """Heads on a frozen base with soft targets, scored by tokens per step on held-out answers."""
 
     def __init__(self, heads: Heads, features: Features, held_out: Features | None) -> None:
         self.heads, self._features, self._held_out = heads, features, held_out
@@ -165,7 +171,7 @@ class HeadTask:
 def optimise(
     task: Task, recipe: Recipe, usable: Tensor, limits: Limits, progress: Callable[[int, int], None] | None = None
 ) -> Training:
-    """Train `task` on the examples `usable` (their numbers) and leave it at its best score."""
+    """Train `task` on the examples with the indices `usable` and restore its best score."""
     if not len(usable) or recipe.epochs < 1:
         return Training(0, 0, 0, 0.0, 0.0, limits.seed, None, None, (), None)
     loop = _Loop(task, recipe, usable, limits)
@@ -177,7 +183,7 @@ def optimise(
 
 
 class _Loop:
-    """A training on its way; all that its next step depends on can be saved and taken up again."""
+    """An unfinished training; the complete state of the next step can be saved and resumed."""
 
     def __init__(self, task: Task, recipe: Recipe, usable: Tensor, limits: Limits) -> None:
         self._task, self._recipe, self._usable, self._limits = task, recipe, usable, limits
@@ -204,7 +210,7 @@ class _Loop:
         return self._before_s + time.monotonic() - self._started
 
     def advance(self) -> None:
-        """One step, and what is due after it."""
+        """Run one step, then score and save if due."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._recipe.learning_rate * group["scale"] * _schedule(self.step, self.total)
         loss = self._task.loss(next(self._batches), self.step / self.total)
@@ -222,7 +228,7 @@ class _Loop:
             kept.save(self._tensors(), self._facts())
 
     def _afford(self) -> None:
-        """Fix the number of steps, and that of scores so that a wide vocabulary does not spend the budget on them."""
+        """Fix the numbers of steps and scores, so that scoring a large vocabulary does not use up the budget."""
         per_step = self._seconds / self.step
         left_s = self._limits.budget_s
         if self._scores is not None:
@@ -249,7 +255,7 @@ class _Loop:
         return [{"params": [p for name, p in named if self._task.rates[name] == s], "scale": s} for s in scales]
 
     def _shuffled(self, begin: int) -> Iterator[Tensor]:
-        """Batches of all epochs from step `begin` on: each epoch is a permutation drawn from one stream."""
+        """Batches of all epochs from step `begin`; each epoch is a permutation drawn from one generator."""
         order = torch.Generator().manual_seed(self._limits.seed)
         number = 0
         while True:
@@ -307,7 +313,7 @@ class _Loop:
 
 
 def draft_targets(labels: Tensor, heads: Heads) -> Tensor:
-    """Token ids -> rows of the draft vocabulary; what it does not hold is ignored by the loss."""
+    """Token ids -> rows of the draft vocabulary; IGNORED for tokens outside it."""
     if heads.keep is None:
         return labels
     row = torch.full((heads.base.vocab,), IGNORED, dtype=torch.long, device=labels.device)

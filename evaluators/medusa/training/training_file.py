@@ -1,8 +1,8 @@
-"""training.json beside heads: what is known of how they were made, written by us and read again from anybody.
+"""training.json beside heads: record of their training. The file is untrusted when it is read.
 
-schema, seed, prompts, tokens, positions, steps, generate_s, features_s, fit_s    what it cost (COSTS), in numbers
+schema, seed, prompts, tokens, positions, steps, generate_s, features_s, fit_s    cost of the training (COSTS), numbers
 accuracy                   shares of right guesses by head and rank, on held-out answers
-prompt_fingerprints        of the prompts that were learnt from (prompt_sets.fingerprint), spaces between
+prompt_fingerprints        of the training prompts (prompt_sets.fingerprint), separated by spaces
 heads, recipe, curve, ..   for people
 """
 
@@ -23,17 +23,16 @@ MOST_HEADS, MOST_RANKS, MOST_COUNTED = 64, 256, 1e15
 
 
 def write(heads: Heads, facts: dict[str, Any], folder: Path, *, base_model: str) -> None:
-    """The heads and what is known of them. The weights come last: heads that are there are whole, with all that was
-    said of them."""
+    """Write training.json, then the heads: if the heads are there, the folder is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     formats.write_json(folder / NAME, facts)
     formats.save(heads, folder, base_model=base_model)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What the file beside heads says of their training, as far as it can be meant: it may be a stranger's.
+    """Valid entries of the training.json in `folder`, or None without such a file.
 
-    COSTS that are finite numbers from 0; `accuracy` as shares by head and rank. None without such a file.
+    Valid are COSTS that are finite numbers from 0, and `accuracy` as shares by head and rank.
     """
     value = _parsed(folder)
     if value is None:
@@ -46,7 +45,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def learnt_prompts(folder: Path) -> frozenset[str]:
-    """The fingerprints of the prompts that the heads in `folder` were trained on; empty where nobody says."""
+    """Fingerprints of the prompts that the heads in `folder` were trained on; empty if unknown."""
     said = (_parsed(folder) or {}).get("prompt_fingerprints")
     return frozenset(said.split()) if isinstance(said, str) else frozenset()
 

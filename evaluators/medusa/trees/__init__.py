@@ -1,1 +1,1 @@
-"""Draft trees: which guesses are tried together, as values and on the device."""
+"""Draft trees as values and as device tensors."""

@@ -1,4 +1,4 @@
-"""Static draft trees: which ranks of which heads are tried together in one forward pass.
+"""Static draft trees: the ranks of the heads that are verified together in one forward pass.
 
 A path `(a1, .., ad)` means "rank a1 of head 1, then rank a2 of head 2, ..", ranks from 0. Node 0 is the root: the base
 model's own next token, which is always right. The other nodes are the paths, sorted by (length, lexicographic), so any

@@ -1,9 +1,9 @@
-"""Trees that somebody gives: a list of paths in a file, as JSON or as the Python list in which Medusa's are published.
+"""Tree files: a list of paths as JSON or as a Python list, the form in which Medusa's trees are published.
 
 [[0], [1], [0, 0]]
 mc_sim_7b_63 = [(0,), (1,), (0, 0)]
 
-Of a file with several, such as Medusa's medusa_choices.py, one is named: medusa_choices.py:vicuna_7b_stage2.
+A file with several lists, such as Medusa's medusa_choices.py, needs a name: medusa_choices.py:vicuna_7b_stage2.
 """
 
 from __future__ import annotations

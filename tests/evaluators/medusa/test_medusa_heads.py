@@ -44,7 +44,7 @@ def answers(base: Base, count: int = 12, tokens: int = 40) -> list[distillation.
 def teachable() -> tuple[Base, distillation.Features]:
     """A base whose text varies but can be learnt, and its answers."""
     base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
-    return base, distillation.gather(base, answers(base, 16))
+    return base, distillation.stack_features(base, answers(base, 16))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -179,7 +179,7 @@ def test_an_answer_in_a_batch_ends_with_its_first_stop_id_which_is_learnt_and_le
         assert list(each.output) == want.tokens == list(whole.output[: len(want.tokens)])
         assert not base.stop_ids & set(each.output[:-1])
         torch.testing.assert_close(each.hidden, torch.stack(want.hidden), atol=1e-3, rtol=1e-3)
-    features = distillation.gather(base, found)
+    features = distillation.stack_features(base, found)
     lasts = torch.tensor(features.lengths).cumsum(0) - 1
     assert features.labels(1)[0, lasts - 1].tolist() == [each.output[-1] for each in found]
     assert features.labels(1)[0, lasts].tolist() == [distillation.IGNORED] * len(found)
@@ -226,7 +226,7 @@ def test_training_learns_and_one_seed_gives_one_set_of_heads() -> None:
 def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
     base, _ = teachable()
     dialogues = answers(base, 16)
-    learn, held_out = distillation.gather(base, dialogues[:8]), distillation.gather(base, dialogues[8:])
+    learn, held_out = distillation.stack_features(base, dialogues[:8]), distillation.stack_features(base, dialogues[8:])
     spec, too_fast = HeadSpec("shared", 3, conditioned=True), train.Recipe(1e-2, 64, 8)
     heads, training = train.fit(spec, base, learn, limits=train.Limits(600), recipe=too_fast, held_out=held_out)
     tree = greedy_tree(simulation.accuracy(heads, held_out).shares, train.COMMON_NODES)
@@ -237,7 +237,7 @@ def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
 
 def test_a_model_that_wrote_nothing_to_learn_from_leaves_the_heads_untrained() -> None:
     base = tiny.base("gqa")
-    heads, training = train.fit(HeadSpec(), base, distillation.gather(base, []), limits=train.Limits(1))
+    heads, training = train.fit(HeadSpec(), base, distillation.stack_features(base, []), limits=train.Limits(1))
     assert training.steps == 0 and not heads.first.any()
 
 
@@ -245,7 +245,7 @@ def test_a_model_that_wrote_nothing_to_learn_from_leaves_the_heads_untrained() -
 def test_simulation_without_the_base_predicts_the_real_tokens_per_step() -> None:
     base = tiny.base("gqa")
     dialogues = answers(base, 5, 30)
-    features = distillation.gather(base, dialogues)
+    features = distillation.stack_features(base, dialogues)
     heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, limits=train.Limits(600), recipe=TEN)
     for tree in (ROOT_ONLY, chain(1), chain(3), full((2, 2))):
         steps = tokens = 0
@@ -258,7 +258,7 @@ def test_simulation_without_the_base_predicts_the_real_tokens_per_step() -> None
 
 def test_a_target_outside_the_draft_vocabulary_is_a_miss_but_not_in_the_loss() -> None:
     base = tiny.base("gqa")
-    features = distillation.gather(base, answers(base, 3))
+    features = distillation.stack_features(base, answers(base, 3))
     absent = set(features.tokens.tolist())
     keep = tuple(token for token in range(tiny.VOCAB) if token not in absent)
     spec = HeadSpec("shared", 2, keep=keep)

@@ -75,7 +75,7 @@ def test_heads_say_the_same_whatever_the_scale_their_embeddings_enter_at() -> No
 
 def test_embeddings_enter_training_at_the_size_of_hidden_rows() -> None:
     base, other = tiny.base("gqa"), Base(tiny.model("gqa"), tiny.tokenizer())
-    features = distillation.gather(
+    features = distillation.stack_features(
         base, distillation.self_distil(base, [[n, n + 1] for n in range(4)], max_new_tokens=9)
     )
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_embeddings_enter_training_at_the_size_of_hidden_rows() -> None:
 def test_soft_targets_are_what_came_and_what_the_base_held_possible_at_the_guessed_place() -> None:
     base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
     dialogues = distillation.self_distil(base, [[n, n + 1] for n in range(6)], max_new_tokens=9)
-    features = distillation.gather(base, dialogues)
+    features = distillation.stack_features(base, dialogues)
     heads = identity_heads(HeadSpec("shared", 2, keep=tuple(range(0, 300, 2))), base)
     came, guessed = (train.draft_targets(each, heads) for each in (features.tokens, features.labels(2)))
     targets = SoftTargets(heads, features, came, guessed).at(torch.arange(len(features.tokens)))

@@ -30,7 +30,7 @@ def text() -> tuple[int, ...]:
 @cache
 def answers() -> distillation.Features:
     base = tiny.base("gqa")
-    return distillation.gather(base, distillation.self_distil(base, [[1, 2, 3]], max_new_tokens=8))
+    return distillation.stack_features(base, distillation.self_distil(base, [[1, 2, 3]], max_new_tokens=8))
 
 
 def generation(tokens: Sequence[int], steps: int, seconds: float, inside_s: float | None = None) -> Trace:

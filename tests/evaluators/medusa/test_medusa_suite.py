@@ -144,5 +144,5 @@ def test_looping_text_is_told_from_plain_text() -> None:
 def test_answers_that_repeat_themselves_neither_teach_nor_choose_a_tree_unless_all_do() -> None:
     looping = distillation.Dialogue((1,), (1, 2, 3, 4) * 10, torch.zeros(40, 4))
     straight = distillation.Dialogue((1,), tuple(range(30)), torch.zeros(30, 4))
-    assert [each is straight for each in distillation.straight([looping, straight, looping])] == [True]
-    assert len(distillation.straight([looping, looping])) == 2
+    assert [each is straight for each in distillation.drop_looping([looping, straight, looping])] == [True]
+    assert len(distillation.drop_looping([looping, looping])) == 2

@@ -131,7 +131,7 @@ def test_a_training_prompt_that_is_a_test_prompt_is_dropped_and_named(model: Pat
 def test_a_training_stops_early_once_held_out_answers_gain_nothing() -> None:
     base = tiny.base("gqa")
     dialogues = distillation.self_distil(base, [[n, n + 1, n + 2] for n in range(12)], max_new_tokens=20)
-    learn, held_out = distillation.gather(base, dialogues[:8]), distillation.gather(base, dialogues[8:])
+    learn, held_out = distillation.stack_features(base, dialogues[:8]), distillation.stack_features(base, dialogues[8:])
     limits = train.Limits(600, scores=40, patience=3)
     _, made = train.fit(
         HeadSpec("shared", 2), base, learn, recipe=train.Recipe(1e-2, 16, 40), held_out=held_out,
@@ -169,7 +169,7 @@ def test_an_adapter_switched_off_is_the_original() -> None:
 def test_the_joint_loss_is_the_divergence_from_the_original_and_a_growing_share_of_the_heads_loss() -> None:
     base = Base(tiny.model("gqa"), tiny.tokenizer())
     dialogues = distillation.self_distil(base, [[n, *range(20, 21 + n)] for n in range(5)], max_new_tokens=9)
-    features, heads = distillation.gather(base, dialogues), identity_heads(HeadSpec("shared", 2), base)
+    features, heads = distillation.stack_features(base, dialogues), identity_heads(HeadSpec("shared", 2), base)
     adapter = joint.Adapter(base, seed=0)
     task, every = joint._JointTask(base, adapter, heads, dialogues), torch.arange(len(dialogues))
 

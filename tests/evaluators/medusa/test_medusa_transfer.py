@@ -71,7 +71,7 @@ class Unasked:
 
 def test_where_no_tree_can_win_nothing_is_speculated_and_nothing_is_lost() -> None:
     base = tiny.base("gqa")
-    text = distillation.gather(base, distillation.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=30))
+    text = distillation.stack_features(base, distillation.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=30))
     dear = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 40.0), (4, 41.0), (8, 42.0)), 1.0, 0.01)
     choice = calibrate.choose_tree(identity_heads(SPEC, base), text, dear)
     assert not choice.speculate and choice.gain < 1
@@ -96,7 +96,7 @@ def test_where_no_tree_can_win_nothing_is_speculated_and_nothing_is_lost() -> No
 def test_what_was_measured_overrules_what_calibration_promised(fast_s: float, chosen: str) -> None:
     base = tiny.base("gqa")
     heads = identity_heads(SPEC, base)
-    text = distillation.gather(base, distillation.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=20))
+    text = distillation.stack_features(base, distillation.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=20))
     cheap = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1, 0.01)
     promised = calibrate.Choice(chain(2), 1.9, 1.1, 1.7, True)
     scored = rows.Scored(transfer.HeadSet("fresh", "fresh", heads), promised)
@@ -142,7 +142,7 @@ def test_retention_is_one_for_the_reference_itself_and_nothing_where_nothing_was
 
 def test_heads_merged_with_themselves_by_the_recipe_of_the_models_keep_all_they_gained(tmp_path: Path) -> None:
     base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
-    text = distillation.gather(
+    text = distillation.stack_features(
         base, distillation.self_distil(base, [[n, 2 * n, 7] for n in range(1, 14)], max_new_tokens=30)
     )
     fresh, _ = train.fit(SPEC, base, text, limits=train.Limits(60), recipe=train.Recipe(2e-3, 64, 8))
@@ -180,7 +180,7 @@ def test_hidden_cosine_is_one_to_the_model_itself_and_missing_where_models_canno
 
 def test_training_goes_on_from_where_heads_were() -> None:
     base = Base(tiny.model("gqa", initializer_range=0.15), tiny.tokenizer())
-    text = distillation.gather(
+    text = distillation.stack_features(
         base, distillation.self_distil(base, [[n, 2 * n, 7] for n in range(1, 14)], max_new_tokens=30)
     )
     start, _ = train.fit(SPEC, base, text, limits=train.Limits(60), recipe=train.Recipe(1e-3, 64, 2))
@@ -226,7 +226,7 @@ def test_what_is_spoken_while_timing_is_text_to_judge_any_heads_on() -> None:
     heads = tiny.random_heads(base, HeadSpec("shared", 2))
     tree = Tree(((0,), (1,), (0, 0)))
     blocks = bench.run_blocks(EagerRunner(base), [bench.Candidate("h", HeadDrafter(heads), tree)], asked(3), Limits(30))
-    said = distillation.gather(base, bench.spoken(base, blocks))
+    said = distillation.stack_features(base, bench.spoken(base, blocks))
     assert said.lengths == tuple(len(b.plain[0].tokens) for b in blocks)
     measured = bench.rate(blocks, "h")
     assert measured is not None and simulation.simulate(heads, said, tree) == pytest.approx(measured.value)
