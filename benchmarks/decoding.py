@@ -232,10 +232,11 @@ def _page(asked: argparse.Namespace, done: Sequence[Figures]) -> str:
     about = report.machine()
     device = torch.cuda.get_device_name() if asked.device == "cuda" else "the CPU"
     drafts = (
-        f"heads of {asked.heads.name}" if asked.heads else
-        f"simulated: conditioned heads over {asked.draft_vocabulary} tokens run, then guesses are drawn with "
+        f"heads of {asked.heads.name}"
+        if asked.heads
+        else f"simulated: conditioned heads over {asked.draft_vocabulary} tokens run, then guesses are drawn with "
         f"{asked.misses:g} of the misses that the published heads of the 7B model have, which is assumed, not measured"
-    )  # fmt: skip
+    )
     head = f"""## Decoding, plain and with Medusa, on {device}
 
 Measured {about["date"]} by `make bench-decoding` on {about["machine"]}; torch {about["torch"]}, {asked.dtype}, batch of
@@ -269,8 +270,10 @@ def _table(figures: Figures) -> str:
         )
     if figures.others:
         lines += ["", "| beside it, end to end | tokens/s |", "| --- | ---: |"]
-        lines += [f"| {name} | {value if isinstance(value, str) else f'{value:.1f}'} |"
-                  for name, value in figures.others.items()]  # fmt: skip
+        lines += [
+            f"| {name} | {value if isinstance(value, str) else f'{value:.1f}'} |"
+            for name, value in figures.others.items()
+        ]
     return "\n".join(lines)
 
 

@@ -153,10 +153,14 @@ def _rates(heads: Heads, test: distillation.Features, facts: Row) -> list[float]
 
 def _machine(base: Base, spent: Clocks) -> Row:
     return {
-        "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
-        "dtype": str(base.dtype).removeprefix("torch."), "execution": base.execution,
-        "wall_s": round(spent.wall, 1), "cpu_s": round(spent.cpu, 1),
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "execution": base.execution,
+        "wall_s": round(spent.wall, 1),
+        "cpu_s": round(spent.cpu, 1),
+    }
 
 
 def _section(asked: argparse.Namespace, rows: dict[str, Row], test: distillation.Features, machine: Row) -> str:
@@ -171,7 +175,8 @@ def _section(asked: argparse.Namespace, rows: dict[str, Row], test: distillation
         f"answer), trees grown on {one['held_out']['answers']} calibration answers.",
         "",
         "| heads | steps (epochs) | minutes, wall (CPU s) | coverage | top-1 | "
-        + " | ".join(f"{size} nodes" for size in SIZES) + " | untrained, 16 |",
+        + " | ".join(f"{size} nodes" for size in SIZES)
+        + " | untrained, 16 |",
         "|---|---|---|---|---|" + "---|" * (len(SIZES) + 1),
         *(_line(name, row) for name, row in rows.items()),
         "",
@@ -180,7 +185,7 @@ def _section(asked: argparse.Namespace, rows: dict[str, Row], test: distillation
         "| heads | minute: tokens per step |",
         "|---|---|",
         *(f"| {name} | {_curve(row)} |" for name, row in rows.items()),
-    ]  # fmt: skip
+    ]
     return "\n".join(said) + "\n"
 
 
@@ -188,10 +193,14 @@ def _line(name: str, row: Row) -> str:
     facts = row["facts"]
     minutes = (row["before_fit_s"] + facts["seconds"]["fit"]) / 60
     cells = [
-        name, f"{facts['steps']} ({facts['epochs']:.1f})", f"{minutes:.1f} ({row['cpu_s']:.0f})",
-        f"{facts['coverage']:.3f}", " ".join(f"{share:.3f}" for share in row["top1"]),
-        *(f"{row['tokens_per_step'][str(size)]:.3f}" for size in SIZES), f"{row['untrained']['16']:.3f}",
-    ]  # fmt: skip
+        name,
+        f"{facts['steps']} ({facts['epochs']:.1f})",
+        f"{minutes:.1f} ({row['cpu_s']:.0f})",
+        f"{facts['coverage']:.3f}",
+        " ".join(f"{share:.3f}" for share in row["top1"]),
+        *(f"{row['tokens_per_step'][str(size)]:.3f}" for size in SIZES),
+        f"{row['untrained']['16']:.3f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 

@@ -149,9 +149,12 @@ def _settings(given: Path | None, prompts: Prompts) -> dict[str, Any]:
         "prompts": {"train": len(prompts.train), "calibration": len(prompts.calibration), "test": TESTED_ON},
         "tokens": {"train": TRAIN_TOKENS, "test": TEST_TOKENS},
         "heads": {"kind": "shared, conditioned", "count": HEADS, "kept_vocab": KEPT},
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "load": round(os.getloadavg()[0], 2), "seed": 0,
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load": round(os.getloadavg()[0], 2),
+        "seed": 0,
+    }
 
 
 # -- one model ---------------------------------------------------------------------------------------------------------
@@ -193,9 +196,11 @@ def _at_home(model: Path, folder: Path, prompts: Prompts, console: Console) -> d
     )
     common = transfer.common_tree(heads, calibration)
     return _row(heads, calibration, test, common, None) | {
-        "positions": training.positions, "steps": training.steps, "fit_s": round(training.seconds, 1),
+        "positions": training.positions,
+        "steps": training.steps,
+        "fit_s": round(training.seconds, 1),
         "all_s": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+    }
 
 
 # -- one merge ---------------------------------------------------------------------------------------------------------
@@ -251,7 +256,7 @@ def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[
         "distinct_4grams": [round(repetition.distinct_4grams(text.output), 2) for text in texts.test],
         "test_tokens": len(test.tokens),
         "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+    }
 
 
 def _sets(base: Base, texts: Texts, heads: Path, family: Family) -> tuple[dict[str, Heads], dict[str, Any]]:
@@ -264,9 +269,13 @@ def _sets(base: Base, texts: Texts, heads: Path, family: Family) -> tuple[dict[s
     sets |= {f"parent:{ref.path}": formats.load(at, base)[0] for ref, at in family.heads.items()}
     sets |= {"merged": transferred, "merged, tuned": tuned, "fresh, as short": short, "fresh": fresh}
     return sets, {
-        "positions": training.positions, "fresh_steps": training.steps, "fresh_s": training.seconds,
-        "tuned_steps": tuning.steps, "tuned_s": tuning.seconds, "short_steps": short_training.steps,
-    }  # fmt: skip
+        "positions": training.positions,
+        "fresh_steps": training.steps,
+        "fresh_s": training.seconds,
+        "tuned_steps": tuning.steps,
+        "tuned_s": tuning.seconds,
+        "short_steps": short_training.steps,
+    }
 
 
 def _time(family: Family, cache: Path, prompts: Path | None, budget_s: float) -> dict[str, Any]:

@@ -37,9 +37,14 @@ def run(
     with tempfile.TemporaryFile("w+b") as spoken:
         started = time.monotonic()
         child = subprocess.Popen(
-            command, cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL,
-            stdout=spoken, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=cwd,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=spoken,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         watch = _Watch(child.pid, started + timeout_s)
         watch.start()
         _, status, usage = os.wait4(child.pid, 0)
@@ -50,9 +55,16 @@ def run(
         spoken.seek(0)
         said = spoken.read()[-2000:].decode(errors="replace").strip()
     return Cost(
-        wall, usage.ru_utime + usage.ru_stime, max(watch.rss, usage.ru_maxrss * 1024), watch.anonymous,
-        watch.read, watch.written, child.returncode, watch.stopped, said,
-    )  # fmt: skip
+        wall,
+        usage.ru_utime + usage.ru_stime,
+        max(watch.rss, usage.ru_maxrss * 1024),
+        watch.anonymous,
+        watch.read,
+        watch.written,
+        child.returncode,
+        watch.stopped,
+        said,
+    )
 
 
 class _Watch(threading.Thread):

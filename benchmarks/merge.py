@@ -54,9 +54,15 @@ def main() -> int:
     console = Console(highlight=False)
     mergekit = os.environ.get("MERGEKIT")
     bench = Bench(
-        asked.cache.resolve(), asked.results.resolve(), str(Path(mergekit).absolute()) if mergekit else None,
-        asked.repeat, asked.mergekit_repeat, asked.mergekit_timeout_s, asked.device, time.monotonic() + asked.budget_s,
-    )  # fmt: skip
+        asked.cache.resolve(),
+        asked.results.resolve(),
+        str(Path(mergekit).absolute()) if mergekit else None,
+        asked.repeat,
+        asked.mergekit_repeat,
+        asked.mergekit_timeout_s,
+        asked.device,
+        time.monotonic() + asked.budget_s,
+    )
     bench.cache.mkdir(parents=True, exist_ok=True)
     shape = models.shape_of(asked.parameters)
     made = models.synthetic(bench.cache, shape, asked.parents, console.print)
@@ -86,9 +92,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mergekit-timeout-s", type=float, default=900, help="stop a run of mergekit after this")
     parser.add_argument("--budget-s", type=float, default=2100, help="start no further run after this")
     parser.add_argument(
-        "--rows", type=lambda text: text.split(","), default=["start", "real", "merge", "memory"], metavar="A,B",
+        "--rows",
+        type=lambda text: text.split(","),
+        default=["start", "real", "merge", "memory"],
+        metavar="A,B",
         help="start (help, plan), real (the 135 M model), merge (the synthetic one), memory (one 4 GB tensor)",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", default="cpu", help="of mergebot: cpu or cuda")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "mergebot-bench")
     parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md")
@@ -144,17 +153,23 @@ def _alternate(
         if bench.mergekit and turn < bench.mergekit_repeat:
             for threads in results.threads_for(method):
                 cost = timed(
-                    [bench.mergekit, str(recipe)], scratch, more=("--no-write-model-card", "--quiet"),
+                    [bench.mergekit, str(recipe)],
+                    scratch,
+                    more=("--no-write-model-card", "--quiet"),
                     environment={**OFFLINE, "OMP_NUM_THREADS": str(threads)},
                     timeout_s=min(bench.mergekit_timeout_s, max(30.0, bench.left_s())),
-                )  # fmt: skip
+                )
                 _note(results, key, f"{THEIRS} {threads}", cost, console)
 
 
 def timed(
-    command: Sequence[str], scratch: Path, *, more: Sequence[str] = (),
-    environment: dict[str, str] | None = None, timeout_s: float = 3600,
-) -> Cost:  # fmt: skip
+    command: Sequence[str],
+    scratch: Path,
+    *,
+    more: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
+    timeout_s: float = 3600,
+) -> Cost:
     """Run a command whose last argument is the output, a fresh one on the disk of the models."""
     with tempfile.TemporaryDirectory(dir=scratch) as fresh:
         return run([*command, str(Path(fresh) / "out"), *more], cwd=REPO, environment=environment, timeout_s=timeout_s)

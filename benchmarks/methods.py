@@ -8,10 +8,27 @@ from typing import Any
 
 # the order of importance: what a budget cuts off is at the end
 METHODS = (
-    "linear", "passthrough", "slerp", "ties", "dare_ties", "model_stock", "karcher", "della", "sce", "dare_linear",
-    "task_arithmetic", "nuslerp", "multislerp", "breadcrumbs", "breadcrumbs_ties", "della_linear", "nearswap",
-    "arcee_fusion", "ram", "ramplus_tl",
-)  # fmt: skip
+    "linear",
+    "passthrough",
+    "slerp",
+    "ties",
+    "dare_ties",
+    "model_stock",
+    "karcher",
+    "della",
+    "sce",
+    "dare_linear",
+    "task_arithmetic",
+    "nuslerp",
+    "multislerp",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della_linear",
+    "nearswap",
+    "arcee_fusion",
+    "ram",
+    "ramplus_tl",
+)
 LISTED = ("dare_ties", "dare_linear", "ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties")
 WEIGHTED = ("linear", "nuslerp", "multislerp", "task_arithmetic", *LISTED)
 NO_BASE = ("linear", "karcher", "multislerp", "nuslerp", "passthrough")
@@ -35,10 +52,11 @@ def recipe(method: str, folders: Sequence[Path], layers: int) -> dict[str, Any]:
         own["epsilon"] = 0.1
     shared = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.001}, "sce": {"select_topk": 0.5}}.get(method)
     return {
-        **top, **({} if method in NO_BASE else {"base_model": base}),
+        **top,
+        **({} if method in NO_BASE else {"base_model": base}),
         "models": [{"model": parent, **({"parameters": dict(own)} if own else {})} for parent in parents],
         **({"parameters": shared} if shared else {}),
-    }  # fmt: skip
+    }
 
 
 def _stack(parents: Sequence[str], layers: int) -> list[dict[str, Any]]:

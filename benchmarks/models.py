@@ -215,24 +215,45 @@ def _names(head: bytes) -> list[str]:
 def _write_texts(folder: Path, shape: Shape) -> None:
     """Config and tokenizer: words w0, w1 ... after the three special tokens."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden, "intermediate_size": shape.inner, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocabulary, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "tie_word_embeddings": shape is WIDE, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    special = ("<unk>", "<s>", "</s>")
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    words = [*special, *(f"w{i}" for i in range(shape.vocabulary - len(special)))]
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "decoder": None, "pre_tokenizer": {"type": "Whitespace"},
-        "added_tokens": [{"id": i, "content": word, **flags} for i, word in enumerate(special)],
-        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"},
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": shape is WIDE,
+        "dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(shape.vocabulary)))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({**named, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048})
     )
+
+
+def _tokenizer(vocabulary: int) -> dict[str, object]:
+    special = ("<unk>", "<s>", "</s>")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    words = [*special, *(f"w{i}" for i in range(vocabulary - len(special)))]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "added_tokens": [{"id": i, "content": word, **flags} for i, word in enumerate(special)],
+        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"},
+    }

@@ -119,13 +119,23 @@ user + system seconds."""
             shown, ratio = f"> {bound:.0f} (stopped)", f"> {bound / statistics.median(ours):.1f}" if ours else "-"
         read, written = self.sizes[key]
         return [
-            key[1], f"{read / 1e9:.2f} / {written / 1e9:.2f}", seconds(floor), seconds(hashed),
-            seconds(ours) if ours else _failed(mine), seconds(engine),
-            _ratio(ours, floor), _ratio(ours, hashed), _ratio(engine, floor), shown, ratio,
-            _median([c.cpu_s for c in mine], "{:.1f}"), _median([c.cpu_s for c in other], "{:.1f}"),
+            key[1],
+            f"{read / 1e9:.2f} / {written / 1e9:.2f}",
+            seconds(floor),
+            seconds(hashed),
+            seconds(ours) if ours else _failed(mine),
+            seconds(engine),
+            _ratio(ours, floor),
+            _ratio(ours, hashed),
+            _ratio(engine, floor),
+            shown,
+            ratio,
+            _median([c.cpu_s for c in mine], "{:.1f}"),
+            _median([c.cpu_s for c in other], "{:.1f}"),
             _median([c.anonymous_bytes / 1e9 for c in mine], "{:.2f}"),
-            _median([c.rss_bytes / 1e9 for c in mine], "{:.2f}"), _median([c.rss_bytes / 1e9 for c in other], "{:.2f}"),
-        ]  # fmt: skip
+            _median([c.rss_bytes / 1e9 for c in mine], "{:.2f}"),
+            _median([c.rss_bytes / 1e9 for c in other], "{:.2f}"),
+        ]
 
     def _starts(self) -> str:
         rows = [
@@ -146,10 +156,23 @@ user + system seconds."""
 
 
 COLUMNS = (
-    "method", "GB read / written", "floor s", "floor + hash s", "mergebot s", "engine s", "× floor",
-    "× floor + hash", "engine × floor", "mergekit s", "mergekit ÷ mergebot",
-    "CPU s mergebot", "CPU s mergekit", "anonymous GB mergebot", "resident GB mergebot", "resident GB mergekit",
-)  # fmt: skip
+    "method",
+    "GB read / written",
+    "floor s",
+    "floor + hash s",
+    "mergebot s",
+    "engine s",
+    "× floor",
+    "× floor + hash",
+    "engine × floor",
+    "mergekit s",
+    "mergekit ÷ mergebot",
+    "CPU s mergebot",
+    "CPU s mergekit",
+    "anonymous GB mergebot",
+    "resident GB mergebot",
+    "resident GB mergekit",
+)
 
 
 def _engine_s(cost: Cost) -> float | None:

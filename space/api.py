@@ -20,7 +20,7 @@ from typing import Any
 import gradio as gr
 from pydantic import TypeAdapter
 
-from bot.jobs.job import ENDED, Evaluation, Job, Source, Stage, stage
+from bot.jobs.job import ENDED, Evaluation, Failure, Job, Source, Stage, stage
 from bot.publishing.leaderboard import Row, measured_heads, speedup
 from bot.service.intake import Checked
 from evaluators.harness.scores import ModelEvaluation
@@ -101,18 +101,31 @@ def facts(desk: Desk, job: Job) -> dict[str, Any]:
         "evaluate": asdict(job.request.evaluate),
         "progress": None if job.progress is None else asdict(job.progress),
         "merge": job.merge
-        and {"bytes": job.merge.bytes, "seconds": job.merge.seconds, "parameters": job.merge.parameters,
-             "manifest": job.merge.manifest},
+        and {
+            "bytes": job.merge.bytes,
+            "seconds": job.merge.seconds,
+            "parameters": job.merge.parameters,
+            "manifest": job.merge.manifest,
+        },
         "evaluation": _measured(job.evaluation),
         "publication": job.publication
-        and {"repo": job.publication.repo, "commit": job.publication.commit,
-             "url": f"{desk.settings.hub}/{job.publication.repo}"},
-        "failures": [
-            {"stage": each.stage.value, "code": each.code, "message": each.sentence, "next": each.next_step,
-             "retry_at": _iso(each.retry_at)}
-            for each in job.failures
-        ],
-    }  # fmt: skip
+        and {
+            "repo": job.publication.repo,
+            "commit": job.publication.commit,
+            "url": f"{desk.settings.hub}/{job.publication.repo}",
+        },
+        "failures": [_failure(each) for each in job.failures],
+    }
+
+
+def _failure(failure: Failure) -> dict[str, Any]:
+    return {
+        "stage": failure.stage.value,
+        "code": failure.code,
+        "message": failure.sentence,
+        "next": failure.next_step,
+        "retry_at": _iso(failure.retry_at),
+    }
 
 
 def planned(checked: Checked) -> dict[str, Any]:

@@ -119,10 +119,10 @@ def build(desk: Desk) -> Parts:
     with gr.Row(elem_classes="filters"):
         search = gr.Textbox(label="Search", placeholder="name, source, method", elem_id="search", scale=3, max_lines=1)
         method = gr.Dropdown(label="Method", multiselect=True, choices=[], elem_id="filter-method", scale=2)
-        source = gr.Dropdown(label="Made of", multiselect=True, choices=[], elem_id="filter-source", scale=3)
-        licence = gr.Dropdown(label="Licence", multiselect=True, choices=[], elem_id="filter-licence", scale=2)
+        source = gr.Dropdown(label="Source models", multiselect=True, choices=[], elem_id="filter-source", scale=3)
+        licence = gr.Dropdown(label="License", multiselect=True, choices=[], elem_id="filter-licence", scale=2)
         least = gr.Number(
-            label="Average at least, %", minimum=0, maximum=100, value=0, precision=0, elem_id="least", scale=2
+            label="Minimum average, %", minimum=0, maximum=100, value=0, precision=0, elem_id="least", scale=2
         )
         order = gr.Dropdown(label="Sort by", choices=list(ORDERS), value="average", elem_id="order", scale=2)
         ranking = gr.Dropdown(label="Measured on", choices=[], elem_id="ranking", scale=3, visible=False)
@@ -144,7 +144,7 @@ def build(desk: Desk) -> Parts:
             scatter = panel(elem_id="quality-speed")
             unseen = panel(elem_id="unseen")
         with gr.Column(scale=6, min_width=320):
-            chosen = gr.Dropdown(label="Merge to look at", elem_id="chosen", filterable=True)
+            chosen = gr.Dropdown(label="Merge to show", elem_id="chosen", filterable=True)
             heading = panel(elem_classes="panel")
             parents = panel(elem_id="parents")
             detail = panel(elem_id="detail", elem_classes="panel")
@@ -189,9 +189,15 @@ def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
 
 def _selector(desk: Desk) -> Callable[..., tuple[Any, ...]]:
     def select(
-        search: str, methods: Any, sources: Any, licences: Any, least: Any, order: str, ranking: str,
+        search: str,
+        methods: Any,
+        sources: Any,
+        licences: Any,
+        least: Any,
+        order: str,
+        ranking: str,
         event: gr.SelectData,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    ) -> tuple[Any, ...]:
         """Handle the choice of a cell: its row is identified by its first cell, in any order of the table."""
         rows = Filters.of(search, methods, sources, licences, least, order, ranking).pick(desk.board().rows)
         row = next((each for each in rows if event.row_value and _model_cell(each) == event.row_value[0]), None)
@@ -267,16 +273,16 @@ def _summary(board: Board, kept: int) -> Markup:
     told = words.plural(len(board.rows), "published merge")
     picked = f"{kept} of {told}" if kept != len(board.rows) else told
     several = len(rankings(board.rows)) > 1
-    mixed = " Merges that were measured otherwise stand in a table of their own." if several else ""
+    mixed = " Merges measured under other conditions are in a separate ranking." if several else ""
     note = tag("p", picked, ". Scores by lm-eval, percent with 95\u00a0% intervals.", mixed, class_="fine")
     return join([refused(board.stale) if board.stale else None, note if board.rows else None])
 
 
 def _nothing(board: Board) -> Markup:
     told = (
-        "No merge passes these filters: widen them."
+        "No merge matches these filters. Remove some of them."
         if board.rows
-        else "No merges yet: submit one in the first tab."
+        else "No merges yet. Submit one in the first tab."
         if board.stale is None
         else "The leaderboard could not be read."
     )
@@ -301,19 +307,27 @@ def _detail(row: Row | None, hub: str) -> tuple[Markup, Markup, Markup]:
     if row is None:
         return Markup(""), Markup(""), Markup("")
     rows: list[tuple[str, object]] = [
-        ("Published", join([link(f"{row.repo_url}/tree/{row.commit}", row.model), " ",
-                            tag("code", row.commit[:7], class_="sha", title=row.commit)])),
-        ("Made of", tag("ul", [tag("li", repo_link(hub, source)) for source in row.sources], class_="bare")),
-        ("Licence", row.licence),
-        ("Asked for by", join([row.requester, f", {row.published_at[:10]}" if row.published_at else None])),
+        (
+            "Published",
+            join(
+                [
+                    link(f"{row.repo_url}/tree/{row.commit}", row.model),
+                    " ",
+                    tag("code", row.commit[:7], class_="sha", title=row.commit),
+                ]
+            ),
+        ),
+        ("Sources", tag("ul", [tag("li", repo_link(hub, source)) for source in row.sources], class_="bare")),
+        ("License", row.licence),
+        ("Requested by", join([row.requester, f", {row.published_at[:10]}" if row.published_at else None])),
         ("Measured", f"{row.asked or row.suite} on {row.device}" if row.suite else "not evaluated"),
-    ]  # fmt: skip
+    ]
     if row.verdict:
         rows.append(("Verdict", row.verdict))
     if row.speedup is not None:
         rows.append(("Speed", speed_sentence(row)))
     if row.plain_tokens_per_s is not None:
-        rows.append(("Plain greedy", f"{row.plain_tokens_per_s:,.1f} tokens a second"))
+        rows.append(("Baseline greedy", f"{row.plain_tokens_per_s:,.1f} tokens per second"))
     name = row.model.rpartition("/")[2]
     figure = figures.beside_parents(row)
     heading = tag("h3", name, ", ", row.method, ", beside its parents" if figure else None)
@@ -324,14 +338,14 @@ SPEED_VERDICTS = {
     "faster": "faster",
     "slower": "slower",
     "same": "not clearly different",
-    "inconclusive": "too few questions, or too unsteady a machine, for a verdict",
+    "inconclusive": "no verdict: too few questions, or the machine is too unsteady",
 }
 
 
 def speed_sentence(row: Row) -> str:
     """Result and conclusion of the speed test."""
-    steps = f"{row.tokens_per_step:.2f} tokens a step; " if row.tokens_per_step else ""
+    steps = f"{row.tokens_per_step:.2f} tokens per step; " if row.tokens_per_step else ""
     low, high = row.speedup_ci or (None, None)
     spread = "" if low is None else f", 95\u00a0% interval {low:.2f} to {high:.2f}"
-    verdict = SPEED_VERDICTS.get(row.speed_verdict or "", "no verdict was kept")
-    return f"{steps}{words.times(row.speedup)} the speed of plain greedy decoding{spread}: {verdict}."
+    verdict = SPEED_VERDICTS.get(row.speed_verdict or "", "no verdict was stored")
+    return f"{steps}{words.times(row.speedup)} the speed of baseline greedy decoding{spread}: {verdict}."

@@ -170,7 +170,7 @@ def attempt(deed: Callable[[], Result]) -> Result | Refusal:
         log.exception("request %s stopped on a defect", request_id)
         return Refusal(
             "INTERNAL",
-            "This stopped on a defect of the bot.",
+            "An internal error of the bot stopped this request.",
             f"Tell the operator the request id {request_id}.",
             None,
             None,

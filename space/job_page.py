@@ -47,7 +47,7 @@ def progress_bar(progress: Progress) -> Markup:
 
 def _title(job: Job, at: datetime) -> Markup:
     tried = f", attempt {job.attempts}" if job.attempts > 1 else ""
-    told = f"asked for by {job.request.requester} {words.age(job.submitted_at, at)}{tried}"
+    told = f"requested by {job.request.requester} {words.age(job.submitted_at, at)}{tried}"
     return tag("header", tag("h2", job.request.name), tag("p", "Job ", tag("code", job.id), ", ", told, class_="fine"))
 
 
@@ -60,11 +60,11 @@ def _steps(job: Job, stands: Stage) -> Markup:
         if fact is not None:
             state, told = "done", words.duration(fact.seconds)
         elif step is lacking and stands is step:
-            state, told = "now", "at work"
+            state, told = "now", "running"
         elif step is lacking and stands in ENDED:
             state, told = "stopped", stands.value
         else:
-            state, told = "later", "to come" if stands not in ENDED else "not reached"
+            state, told = "later", "pending" if stands not in ENDED else "not reached"
         items.append(tag("li", tag("b", word), tag("span", told), class_=state))
     return tag("ol", items, class_="steps-bar", aria_label="Stages")
 
@@ -89,9 +89,9 @@ def _headline(job: Job, hub: str, stands: Stage, ahead: int) -> Markup:
     if stands is Stage.QUEUED:
         later = job.failures[-1].retry_at if job.failures else None
         if later is not None:
-            told = f"Waits to be tried again at {later:%H:%M} UTC; nothing is lost."
+            told = f"It is tried again at {later:%H:%M} UTC. Its results so far are kept."
         else:
-            told = f"{words.plural(ahead, 'job')} came before it." if ahead else "It is the next to start."
+            told = f"{words.plural(ahead, 'job')} before it in the queue." if ahead else "It starts next."
         return tag("div", tag("p", told, class_="message"), class_="notice")
     return tag("div", progress_bar(job.progress or Progress("Starting", 0, 1)), class_="notice", aria_live="polite")
 
@@ -112,8 +112,8 @@ def _facts(job: Job) -> list[tuple[str, object]]:
         rows.append(("Planned output", words.size(plan["bytes_out"])))
     asked = job.request.evaluate
     suite = ", ".join(asked.tasks) or asked.suite
-    samples = f", {asked.limit} samples a task" if asked.limit else ""
-    rows.append(("Evaluation asked for", f"{suite}{samples}; speed test {asked.speed}"))
+    samples = f", {asked.limit} samples per task" if asked.limit else ""
+    rows.append(("Requested evaluation", f"{suite}{samples}; speed test {asked.speed}"))
     return rows
 
 

@@ -127,8 +127,12 @@ def _canceller(desk: Desk) -> Callable[..., Markup]:
         done = attempt(lambda: desk.cancel(login.visitor(request, desk.settings), chosen))
         if isinstance(done, Refusal):
             return refused(done)
-        return tag("div", tag("p", "Cancelled. Its work is being stopped.", class_="message"), class_="notice good",
-                   role="status")  # fmt: skip
+        return tag(
+            "div",
+            tag("p", "Cancelled. The running work is being stopped.", class_="message"),
+            class_="notice good",
+            role="status",
+        )
 
     return cancel
 
@@ -139,7 +143,7 @@ def _buttons(cancel: bool, sure: bool) -> tuple[gr.Button, gr.Button, gr.Button]
 
 def _page(desk: Desk, job: Job | Refusal | None) -> Markup:
     if job is None:
-        return tag("div", tag("p", "A job's page appears here."), class_="empty")
+        return tag("div", tag("p", "The page of the chosen job appears here."), class_="empty")
     if isinstance(job, Refusal):
         return refused(job)
     return job_page(job, desk.settings.hub, desk.queue.position(job.id), now())
@@ -148,14 +152,20 @@ def _page(desk: Desk, job: Job | Refusal | None) -> Markup:
 def jobs_table(desk: Desk, jobs: list[Job], chosen: str | None, mine: bool) -> Markup:
     """The newest jobs; a row is a button for its page."""
     if not jobs:
-        whose = "You have asked for no merge yet" if mine else "No jobs yet"
-        return tag("div", tag("p", f"{whose}: submit one in the first tab."), class_="empty")
+        whose = "You have not requested a merge yet" if mine else "No jobs yet"
+        return tag("div", tag("p", f"{whose}. Submit one in the first tab."), class_="empty")
     at = now()
     rows = []
     for job in jobs:
         stands = stage(job, at)
-        name = tag("button", job.request.name, type="button", data_job=job.id, class_="choose",
-                   aria_pressed="true" if job.id == chosen else "false")  # fmt: skip
+        name = tag(
+            "button",
+            job.request.name,
+            type="button",
+            data_job=job.id,
+            class_="choose",
+            aria_pressed="true" if job.id == chosen else "false",
+        )
         of = tag("span", f"{job.plan.get('method', '')} by {job.request.requester}", class_="fine")
         cells = (
             tag("td", name, of, tag("span", words.age(job.submitted_at, at), class_="fine")),

@@ -56,7 +56,7 @@ def sources_table(sources: tuple[Source, ...], hub: str, plan: Mapping[str, Any]
         )
         for source in sources
     ]
-    return rows_table(("Source", "Role", "Licence", "Weights"), rows)
+    return rows_table(("Source", "Role", "License", "Weights"), rows)
 
 
 def rows_table(titles: tuple[str, ...], rows: list[Markup], caption: str | None = None) -> Markup:

@@ -115,21 +115,21 @@ def build(desk: Desk) -> Parts:
                     choices=[(_suite_label(each), each) for each in suite_names()],
                     value=desk.settings.suite,
                     label="Evaluate with lm-eval",
-                    info="The sources are measured the same way, to compare.",
+                    info="The sources are evaluated under the same conditions.",
                     elem_id="suite",
                     min_width=300,
                 )
-            with gr.Accordion("More about the evaluation", open=False):
+            with gr.Accordion("Evaluation options", open=False):
                 tasks = gr.Dropdown(
                     choices=_all_tasks(),
                     multiselect=True,
                     label="Only these tasks",
-                    info="In place of the suite's own. Leave empty to take the suite as it is.",
+                    info="Replaces the tasks of the suite. Leave empty for the whole suite.",
                     elem_id="tasks",
                 )
                 limit = gr.Number(
                     label="Samples per task",
-                    info="Leave empty for all. Fewer are quicker, with wider standard errors.",
+                    info="Leave empty for all. Fewer samples are faster and give wider intervals.",
                     precision=0,
                     minimum=1,
                     maximum=10_000,
@@ -137,9 +137,11 @@ def build(desk: Desk) -> Parts:
                     elem_id="limit",
                 )
             speed = gr.Checkbox(
-                label="Train Medusa heads and measure the speedup", value=True, elem_id="speed",
-                info=f"At most {words.duration(desk.settings.speed_budget_s)} more.",
-            )  # fmt: skip
+                label="Train Medusa heads and measure the speedup",
+                value=True,
+                elem_id="speed",
+                info=f"Adds at most {words.duration(desk.settings.speed_budget_s)}.",
+            )
             with gr.Row(elem_classes="actions"):
                 check = gr.Button("Check", elem_id="check")
                 submit = gr.Button("Submit", variant="primary", elem_id="submit")
@@ -206,8 +208,8 @@ def _submitter(desk: Desk) -> Callable[..., tuple[Markup, gr.Button, str | None]
 
 
 def _accepted(job: Job, ahead: int, known: bool) -> Markup:
-    waiting = "It starts next." if ahead == 0 else f"{words.plural(ahead, 'job')} came before it."
-    said = "You asked for this before; this is its job." if known else f"Accepted. {waiting}"
+    waiting = "It starts next." if ahead == 0 else f"{words.plural(ahead, 'job')} before it in the queue."
+    said = "You requested this before. This is its job." if known else f"Accepted. {waiting}"
     return tag(
         "div",
         tag("p", said, class_="message"),
@@ -222,7 +224,7 @@ def _plan_page(checked: Checked, hub: str) -> Markup:
     plan = checked.plan
     notices = [tag("li", notice["text"]) for notice in plan.get("notices", [])]
     said = (
-        f"This can be done: {plan['method']} over {words.plural(len(checked.sources), 'model')} gives a model of "
+        f"The recipe is valid: {plan['method']} over {words.plural(len(checked.sources), 'model')} gives a model of "
         f"{words.count(plan['parameters'])} parameters. Nothing has been queued yet."
     )
     return tag(
@@ -231,7 +233,7 @@ def _plan_page(checked: Checked, hub: str) -> Markup:
         facts_table(_plan_rows(plan, checked.licence)),
         tag("h3", "Sources, pinned to a commit"),
         sources_table(checked.sources, hub, plan),
-        join([tag("h3", "To know"), tag("ul", notices, class_="notes")]) if notices else None,
+        join([tag("h3", "Notices"), tag("ul", notices, class_="notes")]) if notices else None,
     )
 
 
@@ -244,20 +246,20 @@ def _plan_rows(plan: Mapping[str, Any], licence: str) -> list[tuple[str, object]
         ("Read", words.size(plan["bytes_in"])),
         ("Written", words.size(plan["bytes_out"])),
         ("Memory, at most", words.size(plan["peak_memory_bytes"])),
-        ("Licence of the result", licence),
+        ("License of the result", licence),
     ]
 
 
 def _intro(offered: bool) -> Markup:
-    start = "Take the example as it is, or change it." if offered else "Paste a mergekit recipe."
+    start = "Use the example, or edit it." if offered else "Paste a mergekit recipe."
     steps = (
         ("Check", "reads the headers of the sources and shows the plan. Nothing is queued."),
         ("Submit", "queues the merge. It is merged, evaluated, published, and listed on the leaderboard."),
-        ("Then", "only the bytes that were evaluated are published, with the commit of every source."),
+        ("Then", "only the evaluated files are published, with the commit of every source."),
     )
     return tag(
         "div",
-        tag("h3", "Ask for a merge"),
+        tag("h3", "Request a merge"),
         tag("p", start),
         tag("dl", [[tag("dt", name), tag("dd", text)] for name, text in steps], class_="steps"),
         class_="intro",

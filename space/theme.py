@@ -22,14 +22,32 @@ CSS = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 _ACCENT = gr.themes.Color(
     name="verdigris",
-    c50="#eefaf7", c100="#d5f2ec", c200="#abe4d9", c300="#75cfc0", c400="#3fb3a2", c500="#1c9785",
-    c600="#0d7a6b", c700="#0c6257", c800="#0d4e47", c900="#0d403b", c950="#052522",
-)  # fmt: skip
+    c50="#eefaf7",
+    c100="#d5f2ec",
+    c200="#abe4d9",
+    c300="#75cfc0",
+    c400="#3fb3a2",
+    c500="#1c9785",
+    c600="#0d7a6b",
+    c700="#0c6257",
+    c800="#0d4e47",
+    c900="#0d403b",
+    c950="#052522",
+)
 _PAPER = gr.themes.Color(
     name="paper",
-    c50="#faf9f7", c100="#f3f1ed", c200="#e6e3dc", c300="#d2cec4", c400="#a19d94", c500="#726f68",
-    c600="#55534d", c700="#3d3c39", c800="#272725", c900="#1b1c1b", c950="#131413",
-)  # fmt: skip
+    c50="#faf9f7",
+    c100="#f3f1ed",
+    c200="#e6e3dc",
+    c300="#d2cec4",
+    c400="#a19d94",
+    c500="#726f68",
+    c600="#55534d",
+    c700="#3d3c39",
+    c800="#272725",
+    c900="#1b1c1b",
+    c950="#131413",
+)
 
 
 def theme() -> gr.themes.Base:

@@ -102,4 +102,4 @@ def _vitals(found: Evaluation) -> Markup | None:
         return None
     rows = [_row(report.short(name) or "This merge", list(sanity_check.cells(each))) for name, each in signs.items()]
     titles = ("Model", *(title[0].upper() + title[1:] for title in sanity_check.COLUMNS))
-    return join([tag("h3", "First look"), rows_table(titles, rows), tag("p", messages.FIRST_LOOK, class_="fine")])
+    return join([tag("h3", "Sanity check"), rows_table(titles, rows), tag("p", messages.FIRST_LOOK, class_="fine")])

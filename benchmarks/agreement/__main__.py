@@ -55,8 +55,11 @@ def theirs(text: str, golden: Path, cache: Path, mergekit: str | None) -> Path |
         recipe.write_text(text)
         done = subprocess.run(
             [mergekit, str(recipe), str(made), "--quiet", "--no-write-model-card"],  # a card asks the Hub
-            cwd=golden, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            cwd=golden,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         if done.returncode:
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()

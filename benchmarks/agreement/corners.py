@@ -41,10 +41,14 @@ def combinations_() -> Iterator[Case]:
     yield "linear_tied", flat("linear", ("tied_a", w(0.3)), ("tied_base", w(0.8)))
     yield "linear_tied_and_untied", flat("linear", ("tied_a", w(0.3)), ("a", w(0.8)))
     yield "linear_untied_and_tied", flat("linear", ("a", w(0.3)), ("tied_a", w(0.8)))
-    yield "linear_module", {
-        "merge_method": "linear", "dtype": "float32",
-        "modules": {"default": {"models": flat("linear", *ab)["models"], "parameters": {"normalize": False}}},
-    }  # fmt: skip
+    yield (
+        "linear_module",
+        {
+            "merge_method": "linear",
+            "dtype": "float32",
+            "modules": {"default": {"models": flat("linear", *ab)["models"], "parameters": {"normalize": False}}},
+        },
+    )
     for t in (0, 1, -0.3, 1.4):
         yield f"slerp_t_{t}", flat("slerp", "a", "b", base="a", parameters={"t": t})
     yield "slerp_base_second", flat("slerp", "a", "b", base="b", parameters={"t": 0.2})

@@ -11,17 +11,29 @@ OPTIONAL_BASE = ("nuslerp", "multislerp")
 WITHOUT_BASE = ("linear", "karcher", "passthrough", *OPTIONAL_BASE)
 PER_INPUT = {
     **dict.fromkeys(("linear", "nuslerp", "multislerp", "task_arithmetic"), ("weight",)),
-    "ties": ("weight", "density"), "breadcrumbs": ("weight", "density", "gamma"),
-    "breadcrumbs_ties": ("weight", "density", "gamma"), "passthrough": ("scale",),
-}  # fmt: skip
+    "ties": ("weight", "density"),
+    "breadcrumbs": ("weight", "density", "gamma"),
+    "breadcrumbs_ties": ("weight", "density", "gamma"),
+    "passthrough": ("scale",),
+}
 SHARED = {
-    "linear": ("normalize",), "slerp": ("t",), "nuslerp": ("nuslerp_flatten", "nuslerp_row_wise"),
-    "multislerp": ("normalize_weights",), "karcher": ("max_iter",), "nearswap": ("t",), "sce": ("select_topk",),
-    "task_arithmetic": ("normalize", "lambda"), "ties": ("normalize", "lambda", "rescale"),
-    "breadcrumbs": ("normalize", "lambda", "rescale"), "breadcrumbs_ties": ("normalize", "lambda", "rescale"),
-    "model_stock": ("filter_wise",), "ram": ("epsilon",), "ramplus_tl": ("epsilon", "r", "alpha"),
-    "arcee_fusion": (), "passthrough": (),
-}  # fmt: skip
+    "linear": ("normalize",),
+    "slerp": ("t",),
+    "nuslerp": ("nuslerp_flatten", "nuslerp_row_wise"),
+    "multislerp": ("normalize_weights",),
+    "karcher": ("max_iter",),
+    "nearswap": ("t",),
+    "sce": ("select_topk",),
+    "task_arithmetic": ("normalize", "lambda"),
+    "ties": ("normalize", "lambda", "rescale"),
+    "breadcrumbs": ("normalize", "lambda", "rescale"),
+    "breadcrumbs_ties": ("normalize", "lambda", "rescale"),
+    "model_stock": ("filter_wise",),
+    "ram": ("epsilon",),
+    "ramplus_tl": ("epsilon", "r", "alpha"),
+    "arcee_fusion": (),
+    "passthrough": (),
+}
 PAIRS = ("slerp", "nearswap", "arcee_fusion", "nuslerp")
 NAMES = ("mlp", "self_attn", "q_proj", "norm", "layers.2.", "embed_tokens", "lm_head", "down_proj", "proj", "model")
 
@@ -80,8 +92,15 @@ def _value(draw: random.Random, name: str) -> Any:
         return draw.random() < 0.5
     if name == "max_iter":
         return draw.randint(1, 12)
-    low, high = {"weight": (0.1, 1.2), "lambda": (0.4, 1.5), "gamma": (0, 0.2), "epsilon": (0.001, 0.05),
-                 "scale": (-1, 2), "alpha": (0, 1), "r": (0, 1)}.get(name, (0, 1))  # fmt: skip
+    low, high = {
+        "weight": (0.1, 1.2),
+        "lambda": (0.4, 1.5),
+        "gamma": (0, 0.2),
+        "epsilon": (0.001, 0.05),
+        "scale": (-1, 2),
+        "alpha": (0, 1),
+        "r": (0, 1),
+    }.get(name, (0, 1))
     if draw.random() < 0.4:
         return [round(draw.uniform(low, high), 3) for _ in range(draw.choice((1, 2, 3, 4, 5, 7)))]
     return round(draw.uniform(low, high), 3)

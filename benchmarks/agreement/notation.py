@@ -9,28 +9,43 @@ Case = tuple[str, Document]
 
 
 def flat(
-    method: str, *models: tuple[str, Document] | str, base: str | None = None, parameters: Document | None = None,
-    dtype: str = "float32", suffix: str = "", **top: Any,
-) -> Document:  # fmt: skip
+    method: str,
+    *models: tuple[str, Document] | str,
+    base: str | None = None,
+    parameters: Document | None = None,
+    dtype: str = "float32",
+    suffix: str = "",
+    **top: Any,
+) -> Document:
     """A recipe with `models:`; a model is a name or (name, its parameters). `suffix` is put behind every name."""
     return {
-        "merge_method": method, "dtype": dtype,
+        "merge_method": method,
+        "dtype": dtype,
         **({"base_model": ref(base + suffix)} if base else {}),
         "models": [_source(model, suffix) for model in models],
-        **({"parameters": parameters} if parameters else {}), **top,
-    }  # fmt: skip
+        **({"parameters": parameters} if parameters else {}),
+        **top,
+    }
 
 
 def sliced(
-    method: str, *slices: list[tuple[Any, ...]] | Document, base: str | None = None,
-    parameters: Document | None = None, dtype: str = "float32", **top: Any,
-) -> Document:  # fmt: skip
+    method: str,
+    *slices: list[tuple[Any, ...]] | Document,
+    base: str | None = None,
+    parameters: Document | None = None,
+    dtype: str = "float32",
+    **top: Any,
+) -> Document:
     """A recipe with `slices:`; a slice is a list of (name, first layer, end[, parameters]) or a whole mapping."""
     made = [part if isinstance(part, dict) else part_of(*part) for part in slices]
     return {
-        "merge_method": method, "dtype": dtype, **({"base_model": ref(base)} if base else {}), "slices": made,
-        **({"parameters": parameters} if parameters else {}), **top,
-    }  # fmt: skip
+        "merge_method": method,
+        "dtype": dtype,
+        **({"base_model": ref(base)} if base else {}),
+        "slices": made,
+        **({"parameters": parameters} if parameters else {}),
+        **top,
+    }
 
 
 def part_of(*sources: tuple[Any, ...], **more: Any) -> Document:

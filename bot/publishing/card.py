@@ -77,8 +77,8 @@ def model_card(job: Job, repo: str) -> str:
     method = str(job.plan["method"])
     sections = [
         f"# {repo.partition('/')[2]}",
-        f"A **{method}** merge of {listed([source.repo for source in job.sources])}, made, measured and published by "
-        f"mergebot for {code(job.request.requester)}.",
+        f"A **{method}** merge of {listed([source.repo for source in job.sources])}, merged, evaluated and published "
+        f"by mergebot for {code(job.request.requester)}.",
         evaluation_section.headline(job),
         "## Scores",
         evaluation_section.scores(job, repo),
@@ -94,7 +94,7 @@ def model_card(job: Job, repo: str) -> str:
         "## Recipe",
         fenced(recipe.write_yaml(recipe.from_canonical(job.recipe).document()), "yaml"),
         messages.REPRODUCE,
-        "## What to keep in mind",
+        "## Limitations",
         messages.CAUTION,
         *(f"- {plain(notice['text'])}" for notice in (job.merge.notices if job.merge else ())),
     ]
@@ -137,7 +137,7 @@ def _model_index(job: Job) -> list[dict[str, Any]]:
     heads = leaderboard.measured_heads(job.evaluation.decode_speed)
     ratio, interval = (None, None) if heads is None else leaderboard.speedup(heads)
     verdict = None if heads is None else heads["speedup"].get("verdict")
-    # Figures of the metadata travel without the page around them: one that allows no verdict stays here.
+    # Metadata is shown without the text of the card, so an inconclusive speedup is left out.
     if ratio is not None and interval is not None and verdict in CONCLUSIVE:
         metric = {
             "type": "medusa_speedup",
@@ -176,7 +176,7 @@ def _speed(job: Job) -> str:
     lines = [
         f"| {plain(_conditions(speed))} | tokens/s | tokens per step |",
         "|---|---:|---:|",
-        f"| plain greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
+        f"| baseline greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
         f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
     ]
     drawn = f"![Decode speed over plain decoding]({SPEED_PICTURE})" if speed_figure(speed) else ""
@@ -214,7 +214,7 @@ def _transfer_table(speed: Mapping[str, Any]) -> str:
     """All sets of heads on the merged model with the same tree; empty without heads of the parents."""
     if not speed.get("transfer"):
         return ""
-    lines = ["| heads | right at the first guess, by head | tokens per step, same tree |", "|---|---|---:|"]
+    lines = ["| heads | top-1 accuracy per head | tokens per step, same tree |", "|---|---|---:|"]
     for row in speed["candidates"]:
         if row["origin"] not in ("identity", "parent", "merged", "fresh"):
             continue
@@ -230,7 +230,7 @@ def _transfer_table(speed: Mapping[str, Any]) -> str:
 
 
 def _source_table(sources: tuple[Source, ...]) -> str:
-    lines = ["| source | commit | licence |", "|---|---|---|"]
+    lines = ["| source | commit | license |", "|---|---|---|"]
     lines += [f"| {code(source.repo)} | `{source.revision}` | {code(str(source.licence))} |" for source in sources]
     return "\n".join(lines)
 

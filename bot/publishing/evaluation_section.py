@@ -131,4 +131,4 @@ def first_look(job: Job) -> list[str]:
     if not found:
         return []
     rows = [[_name(name) if name else "this merge", *sanity_check.cells(each)] for name, each in found.items()]
-    return ["## First look", table(["model", *sanity_check.COLUMNS], rows), messages.FIRST_LOOK]
+    return ["## Sanity check", table(["model", *sanity_check.COLUMNS], rows), messages.FIRST_LOOK]

@@ -43,9 +43,9 @@ tags:
 ---
 # Merges published by mergebot
 
-One line a merge: what it was made of, what lm-eval measured with 95 % intervals, how fast it decodes with Medusa
-heads, and the commit that holds exactly the measured bytes. Only rows with equal `ranking` are
-comparable: the same questions, asked the same way by the same version of lm-eval.
+One line per merge: its sources, its lm-eval scores with 95 % intervals, its decoding speed with Medusa heads, and the
+commit with exactly the measured files. Only rows with equal `ranking` are comparable: the same questions under the
+same conditions with the same version of lm-eval.
 """
 
 
@@ -160,7 +160,7 @@ def row(job: Job, settings: Settings) -> Row:
 def _asked(merged: ModelEvaluation) -> str:
     """`quick, 100 samples per task, chat template, bfloat16`."""
     here = merged.environment
-    limit = [f"{here.limit} samples a task"] if here.limit else []
+    limit = [f"{here.limit} samples per task"] if here.limit else []
     return ", ".join([merged.suite, *limit, *(["chat template"] if here.chat_template else []), here.dtype])
 
 
@@ -177,9 +177,10 @@ def measured_heads(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """
     rows = [] if speed is None or speed.get("refusal") else speed["candidates"]
     timed = [
-        row for row in rows
+        row
+        for row in rows
         if row["origin"] in ("fresh", "merged", "parent") and row["tokens_per_step"]["measured"] is not None
-    ]  # fmt: skip
+    ]
     # Every board row speaks of the same thing, so heads made for the model come first.
     return next((dict(row) for row in sorted(timed, key=lambda row: row["origin"] != "fresh")), None)
 

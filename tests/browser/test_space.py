@@ -76,9 +76,9 @@ def test_every_tab_shows_its_content(space: Space, open_page: OpenPage) -> None:
 def test_the_first_day_says_what_to_do_next(empty_space: Space, open_page: OpenPage) -> None:
     page = open_page(empty_space.url)
     tab(page, "Jobs")
-    expect(page.locator("#jobs")).to_contain_text("No jobs yet: submit one in the first tab.")
+    expect(page.locator("#jobs")).to_contain_text("No jobs yet. Submit one in the first tab.")
     tab(page, "Leaderboard")
-    expect(page.locator("#board-empty")).to_contain_text("No merges yet: submit one in the first tab.")
+    expect(page.locator("#board-empty")).to_contain_text("No merges yet. Submit one in the first tab.")
     expect(page.locator("#board")).to_be_hidden()
 
 
@@ -164,7 +164,7 @@ def test_the_leaderboard_sorts_by_figures_and_shows_them_whole(space: Space, ope
     expect_column(page, 7, ["–", "0.94× (0.90–0.99)", "1.02× (0.96–1.09)"])
     expect_column(page, 0, ["carol-ties-density-02", "alice-average", "bob-between"])
     page.locator("#board [role=gridcell]", has_text="0.94×").click()
-    expect(page.get_by_label("Merge to look at")).to_have_value("alice-average")
+    expect(page.get_by_label("Merge to show")).to_have_value("alice-average")
     expect(page.locator("#detail")).to_contain_text("0.90 to 0.99: slower")
 
 
@@ -183,25 +183,25 @@ def test_the_leaderboard_filters_by_word_source_and_average(space: Space, open_p
     page.get_by_label("Search").fill("ties carol")
     expect(page.locator("#board-summary")).to_contain_text("2 of 8 published merges")
     expect_column(page, 0, ["carol-ties-density-05", "carol-ties-density-02"])
-    page.get_by_label("Average at least, %").fill("65")
+    page.get_by_label("Minimum average, %").fill("65")
     expect(page.locator("#board-summary")).to_contain_text("1 of 8 published merges")
-    page.get_by_label("Average at least, %").fill("0")
+    page.get_by_label("Minimum average, %").fill("0")
     page.get_by_label("Search").fill("")
-    choose(page, "Made of", exhibits.BASE)
+    choose(page, "Source models", exhibits.BASE)
     expect(page.locator("#board-summary")).to_contain_text("4 of 8 published merges")
     choose(page, "Method", "ties")
     expect(page.locator("#board-summary")).to_contain_text("2 of 8 published merges")
     page.get_by_label("Search").fill("nobody made this")
-    expect(page.locator("#board-empty")).to_contain_text("No merge passes these filters: widen them.")
+    expect(page.locator("#board-empty")).to_contain_text("No merge matches these filters. Remove some of them.")
 
 
 def test_a_chosen_row_is_shown_beside_its_parents(space: Space, open_page: OpenPage) -> None:
     page = open_page(f"{space.url}/?tab=leaderboard")
     page.locator("#board [role=gridcell]", has_text="slerp").first.click()
-    expect(page.get_by_label("Merge to look at")).to_have_value("bob-between")
+    expect(page.get_by_label("Merge to show")).to_have_value("bob-between")
     expect(page.locator("#detail")).to_contain_text("0.96 to 1.09: not clearly different")
     expect(page.locator("#parents")).to_contain_text(exhibits.POET)
-    choose(page, "Merge to look at", "carol-ties-density-05")
+    choose(page, "Merge to show", "carol-ties-density-05")
     expect(page.locator("#detail")).to_contain_text("mergebot/carol-ties-density-05")
 
 

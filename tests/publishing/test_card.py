@@ -283,8 +283,8 @@ def test_a_card_shows_how_to_generate_with_the_heads_that_the_repo_carries() -> 
     carrying = job(evaluation=replace(bare.evaluation, heads=files))
     text = card.model_card(carrying, "mergebot/alice-both")
     assert 'custom_generate="mergebot/alice-both", trust_remote_code=True' in text
-    [promised] = [sentence for sentence in text.split(". ") if "text is that of plain generation" in sentence]
-    assert "in float32" in promised and "in 16 bit until" in promised
+    [promised] = [sentence for sentence in text.split(". ") if "text equals that of baseline generation" in sentence]
+    assert "in float32" in promised and "in 16 bit, rounding can decide otherwise" in promised
     assert card.publication_content(carrying, SETTINGS).heads == files
 
 
@@ -294,8 +294,11 @@ def test_every_ending_has_an_answer_with_its_reference() -> None:
     cancelled = job(publication=None, cancelled_at=datetime(2026, 1, 2, tzinfo=UTC))
     refusal = {"code": "CARD_INVALID", "message": "No.", "next": "Mend it."}
     for found, refused, event in (
-        (job(), None, "published"), (failed, None, "failed"), (cancelled, None, "cancelled"), (None, refusal, "refused")
-    ):  # fmt: skip
+        (job(), None, "published"),
+        (failed, None, "failed"),
+        (cancelled, None, "cancelled"),
+        (None, refusal, "refused"),
+    ):
         spec = card.reply_spec(request, found, refused, SETTINGS)
         assert spec.event == event
         assert spec.ref == f"ref: mergebot/{request.key[:12]}/{event}"

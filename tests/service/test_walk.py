@@ -75,9 +75,17 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
         token = folder / "token"
         token.write_text(hub.token_of("mergebot"))
         settings = Settings(
-            home=folder / "bot", hub=hub.url, namespace="mergebot", publish_token_file=token, device="cpu",
-            poll_s=1, tick_s=0.2, speed_budget_s=10, speed_questions=2, speed_new_tokens=16,
-        )  # fmt: skip
+            home=folder / "bot",
+            hub=hub.url,
+            namespace="mergebot",
+            publish_token_file=token,
+            device="cpu",
+            poll_s=1,
+            tick_s=0.2,
+            speed_budget_s=10,
+            speed_questions=2,
+            speed_new_tokens=16,
+        )
         told = ("namespace", "publish_token_file", "device", "poll_s", "tick_s", "speed_budget_s", "speed_questions")
         environment = {f"MERGEBOT_{name.upper()}": str(getattr(settings, name)) for name in told}
         environment |= {"MERGEBOT_SPEED_NEW_TOKENS": "16", "MERGEBOT_SCHEDULE": "true"}

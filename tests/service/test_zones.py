@@ -29,9 +29,11 @@ def settings(tmp_path: Path) -> Settings:
     token = tmp_path / "token"
     token.write_text(SECRET)
     return Settings(
-        home=tmp_path / "home", hub="http://127.0.0.1:9", publish_token_file=token,
+        home=tmp_path / "home",
+        hub="http://127.0.0.1:9",
+        publish_token_file=token,
         database="postgresql://bot:databasepassword@127.0.0.1/bot",
-    )  # fmt: skip
+    )
 
 
 def test_the_worker_learns_of_no_secret(settings: Settings) -> None:

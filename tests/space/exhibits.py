@@ -160,8 +160,9 @@ def fill_queue(queue: Queue, now: datetime) -> dict[str, str]:
 
 def submit(queue: Queue, requester: str, name: str, at: datetime) -> str:
     request = MergeRequest(requester, Origin.FORM, RECIPE, name, EvaluateOptions(suite="demo-skills", speed="medusa"))
-    sources = tuple(Source(repo, f"{place}a4c" * 10, "apache-2.0", 269_000_000) for place, repo in
-                    enumerate((BASE, POET, SMITH)))  # fmt: skip
+    sources = tuple(
+        Source(repo, f"{place}a4c" * 10, "apache-2.0", 269_000_000) for place, repo in enumerate((BASE, POET, SMITH))
+    )
     return queue.submit(
         request, digest=(name.encode().hex() * 64)[:64], recipe="{}", sources=sources, plan=_plan(sources), now=at
     ).id
@@ -246,8 +247,10 @@ def _timed(way: str, speed: float, interval: tuple[float, float], tokens_per_ste
 def _plan(sources: tuple[Source, ...]) -> dict[str, Any]:
     return {
         "method": "task_arithmetic",
-        "sources": [{"model": str(each), "roles": ["base" if place == 0 else "model"], "bytes": each.bytes}
-                    for place, each in enumerate(sources)],
+        "sources": [
+            {"model": str(each), "roles": ["base" if place == 0 else "model"], "bytes": each.bytes}
+            for place, each in enumerate(sources)
+        ],
         "tensors": 272,
         "parameters": 134_515_008,
         "dtypes": {"float32": 538_060_032},
@@ -256,4 +259,4 @@ def _plan(sources: tuple[Source, ...]) -> dict[str, Any]:
         "peak_memory_bytes": 1_020_000_000,
         "disk_bytes": 1_180_000_000,
         "notices": [],
-    }  # fmt: skip
+    }

@@ -34,8 +34,21 @@ def running_space(home: Path, hub: str, *, log: Path, environment: Mapping[str, 
         "OMP_NUM_THREADS": "1",
         "HF_HOME": str(home / "huggingface"),
     }
-    command = [sys.executable, "-m", "uvicorn", "--factory", "space.app:create", "--host", "127.0.0.1",
-               "--port", str(port), "--log-level", "warning", "--timeout-graceful-shutdown", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "--factory",
+        "space.app:create",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+        "--timeout-graceful-shutdown",
+        "1",
+    ]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=home, env=kept | settings | dict(environment or {}), stdout=output, stderr=subprocess.STDOUT

@@ -98,9 +98,14 @@ def test_figures_are_told_as_people_read_them(told: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("verdict", "said"),
-    [("faster", ": faster."), ("slower", ": slower."), ("same", "not clearly"), ("inconclusive", "too few questions"),
-     (None, "no verdict was kept")],
-)  # fmt: skip
+    [
+        ("faster", ": faster."),
+        ("slower", ": slower."),
+        ("same", "not clearly"),
+        ("inconclusive", "too few questions"),
+        (None, "no verdict was stored"),
+    ],
+)
 def test_the_board_says_of_a_speedup_what_its_speed_test_concluded(verdict: str | None, said: str) -> None:
     row = replace(exhibits.board_rows("http://hub")[0], speedup_ci=(1.1, 1.3), speed_verdict=verdict)
     assert said in board.speed_sentence(row)

@@ -41,8 +41,11 @@ def start(code: str, home: Path, argv: tuple[str, ...] = (), **environment: str)
     settings = {"MERGEBOT_HOME": str(home), "MERGEBOT_HUB": "http://127.0.0.1:9", "PYTHONPATH": str(REPO)}
     return subprocess.run(
         [sys.executable, "-c", code, *argv],
-        env=kept | settings | environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=kept | settings | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_whole_page_is_built_without_torch_or_a_model_library(tmp_path: Path) -> None:
