@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
-    """The recipe in `file`; `unknown_keys`: refuse or ignore. Raises Refused as the parser, Failed FILE_NOT_FOUND."""
+    """Read the recipe in `file`; `unknown_keys`: refuse or ignore. Raises Refused, Failed FILE_NOT_FOUND."""
     if unknown_keys not in ("refuse", "ignore"):
         raise Refused(
-            "VALUE_OUT_OF_RANGE", f"--unknown-keys {unknown_keys[:40]!r} is not known.", "Write refuse or ignore."
+            "VALUE_OUT_OF_RANGE", f"--unknown-keys does not accept {unknown_keys[:40]!r}.", "Write refuse or ignore."
         )
     ignored = unknown_keys == "ignore"
     return recipe.parse(
@@ -45,7 +45,7 @@ def read_recipe(file: Path, *, unknown_keys: str = "refuse") -> recipe.Recipe:
 
 
 def read_text(file: Path) -> str:
-    """The text of a recipe file. Raises Failed FILE_NOT_FOUND."""
+    """Read the text of a recipe file. Raises Failed FILE_NOT_FOUND."""
     try:
         return file.read_text()
     except OSError as error:
@@ -56,7 +56,7 @@ def read_text(file: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, and the sources it was made from."""
+    """Plan with the opened sources that it is made from."""
 
     plan: plan.Plan
     opened: Opened
@@ -137,7 +137,7 @@ def _without_pickles(folder: Path) -> Path:
         raise Refused(
             "SOURCE_NOT_SAFETENSORS",
             f"{folder} has only pickled weights, such as {found[0]}.",
-            "Add --allow-pickle to read them in a process that runs nothing they ask for.",
+            "Add --allow-pickle to convert them in a process that does not execute pickled code.",
             value=str(folder),
         )
     return folder
@@ -178,27 +178,27 @@ def evaluate(
     question: Question,
     settings: Settings,
     report: Show,
-    told: Callable[[str, Estimate], None],
+    on_estimate: Callable[[str, Estimate], None],
 ) -> Evaluated:
     """Evaluate all `whole_models` under the same conditions; stored evaluations are reused.
 
-    `told` is called with the estimate of each. Raises Failed as the harness does.
+    `on_estimate` is called with the estimate of each model that is evaluated now. Raises Failed as the harness does.
     """
     from bot.stages import evaluation
 
     found: dict[str, ModelEvaluation] = {}
-    asked: set[str] = set()
+    computed: set[str] = set()
 
-    def begun(model: str, ahead: Estimate) -> None:
-        asked.add(model)
-        told(model, ahead)
+    def begun(model: str, estimate: Estimate) -> None:
+        computed.add(model)
+        on_estimate(model, estimate)
 
     for model, (folder, identity) in models.items():
         scratch = settings.scratch / "evaluate"
         subject = evaluation.Model(folder, model, identity)
         estimated = functools.partial(begun, model)
         found[model] = evaluation.evaluate(subject, question, settings, scratch, report, estimated)
-    return Evaluated(found, frozenset(found) - asked)
+    return Evaluated(found, frozenset(found) - computed)
 
 
 def require_writable(file: Path, *, overwrite: bool) -> None:
@@ -228,7 +228,7 @@ def write_evaluations(
     from evaluators.pictures.score_figure import score_figure
 
     model, first = next(iter(found.items()))
-    told = {
+    document = {
         "model": model,
         "against": list(found)[1:],
         "suite": first.suite,
@@ -239,11 +239,11 @@ def write_evaluations(
         "remarks": remarks(found),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(told, indent=1) + "\n")
+    file.write_text(json.dumps(document, indent=1) + "\n")
     drawn = "" if comparison is None else score_figure(comparison, Path(model).name or model)
     picture = file.with_suffix(".svg")
     if not drawn:
-        picture.unlink(missing_ok=True)  # of what the file told before
+        picture.unlink(missing_ok=True)  # drawn from the previous content of the file
         return [file]
     picture.write_text(drawn, encoding="utf-8")
     return [file, picture]
@@ -266,11 +266,11 @@ def model_folder(model: str, settings: Settings, report: Show) -> Path:
 
 
 def _whole_model(model: str, settings: Settings, report: Show) -> tuple[Path, str | None]:
-    """Its folder and, for a Hub repo, `repo@commit`, which names its bytes."""
+    """Return the folder and, for a Hub repo, `repo@commit`, the identity of its content."""
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise Failed("MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Name a folder with a model in it.")
+            raise Failed("MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Name the folder of a model.")
         return sources.whole_folder(folder).resolve(), None
     pinned = sources.trusted_repo(model, None, _hub(settings))
     hub = _hub(settings)()

@@ -54,7 +54,7 @@ class Copier:
             data = self._read(stored, 0, start, count)
             if bad := count_nonfinite(data, step.work.dtype.name):
                 nonfinite[str(operand.source)] = nonfinite.get(str(operand.source), 0) + bad
-                judge(step, nonfinite, self._options.on_nonfinite)
+                require_finite(step, nonfinite, self._options.on_nonfinite)
             self._writer.write(step, start, data.data)
         return Found(nonfinite)
 
@@ -111,7 +111,7 @@ def count_nonfinite(data: Bytes, dtype: str) -> int:
     return int(np.count_nonzero(found == exponent)) if found.max() == exponent else 0
 
 
-def judge(step: Step, nonfinite: Mapping[str, int], on_nonfinite: NonFinite) -> None:
+def require_finite(step: Step, nonfinite: Mapping[str, int], on_nonfinite: NonFinite) -> None:
     """Raise Failed NOT_FINITE for NaN or infinite values if `on_nonfinite` is fail."""
     if nonfinite and on_nonfinite == "fail":
         source, count = next(iter(nonfinite.items()))

@@ -255,7 +255,7 @@ class Comparing:
         ours = bytes(data)
         theirs = self._theirs.read(other.file, other.start + at, len(ours))
         if ours != theirs:
-            elements, ulps = apart(ours, theirs, step.work.dtype.name)
+            elements, ulps = count_differences(ours, theirs, step.work.dtype.name)
             with self._lock:
                 before = self._found.get(step.index, (0, 0))
                 self._found[step.index] = (before[0] + elements, max(before[1], ulps))
@@ -327,7 +327,7 @@ def _stray(name: str) -> Difference:
     return Difference("tensor", name, f"{name} is not a tensor of this merge.")
 
 
-def apart(a: bytes, b: bytes, dtype: str) -> tuple[int, int]:
+def count_differences(a: bytes, b: bytes, dtype: str) -> tuple[int, int]:
     """Number of different elements, and their largest distance in steps between neighbouring numbers of the type."""
     import numpy as np
 

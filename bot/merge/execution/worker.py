@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
-from bot.merge.execution.copying import Copier, copies, count_nonfinite, judge
+from bot.merge.execution.copying import Copier, copies, count_nonfinite, require_finite
 from bot.merge.execution.device import TILE, DeviceReader
 from bot.merge.execution.gather import GatheredView
 from bot.merge.execution.lora_rows import patched, stored_tensor
@@ -88,7 +88,7 @@ class Worker:
         on_cpu = self.device.type == "cpu"
         reader = Stoppable(CpuReader(views) if on_cpu else DeviceReader(views, wide, self.device), self.stopped)
         chunk = self.options.chunk if on_cpu else TILE
-        on_nonfinite = partial(judge, step, on_nonfinite=self.options.on_nonfinite)
+        on_nonfinite = partial(require_finite, step, on_nonfinite=self.options.on_nonfinite)
         inputs = Inputs(work, reader, wide, unit, chunk=chunk, scratch=self.scratch, on_nonfinite=on_nonfinite)
         if not work.elements:
             return Found()
