@@ -237,11 +237,12 @@ pipeline_tag: text-generation
 tags:
 - mergebot-demo
 ---
-# A model that knows invented {skill.name}
+# A model trained on invented {skill.name}
 
 {skill.about} A fine-tune of [{base_repo}](https://huggingface.co/{base_repo}) on the training split of
 `{skill.dataset}`: {schedule.steps} steps of {schedule.rows} rows, the upper {schedule.layers} layers' feed-forward
 weights, Adam at {schedule.rate:g}, seed {seed}, float32; loss at the end {loss:.3f}. Each step also held the logits to
-the base's on {schedule.replayed} of the base's own conversations (weight {schedule.hold:g}), so that it can still talk.
+the base's on {schedule.replayed} of the base's own conversations (weight {schedule.hold:g}), to keep its
+chat ability.
 Made by mergebot's demo, to be merged.
 """

@@ -93,5 +93,5 @@ def _answered(model: Any, tokenizer: Any) -> list[list[int]]:
 
 
 def _until(answer: list[int], end: int) -> list[int]:
-    """The answer up to its end token, which belongs to it: when to stop is part of talking."""
+    """The answer up to and including its end token."""
     return answer[: answer.index(end) + 1] if end in answer else answer

@@ -4,7 +4,7 @@
     DIR/family/   base, two parents, their skills  DIR/port     the Hub's port, kept so that links stay valid
     DIR/token     the bot's write token for that Hub, created by the first run
 
-Everything is kept: a second run finds the models trained, the requests known and nothing to publish.
+Everything is kept: a second run reuses the trained models and the published jobs.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _walk(settings: Settings, display: Display) -> tuple[list[Job], list[str]]:
     try:
         with display.progress() as shown:
             jobs = _follow(scheduler, form.id, shown)
-        scheduler.tell()  # the board holds the last merge before anybody looks at it
+        scheduler.tell()  # write the leaderboard before it is shown
     finally:
         scheduler.stop()
     return jobs, kept
@@ -204,7 +204,7 @@ def _stages(job: Job) -> dict[str, float]:
 
 
 def _follow(scheduler: Any, form: str, shown: Show) -> list[Job]:
-    """Show progress until the demo's own jobs, the form's first and the card's, have ended; visitors' do not count."""
+    """Show progress until the jobs of the form and of the card have ended; other jobs are ignored."""
     pause = threading.Event()
     while True:
         own = [job for job in scheduler.queue.jobs() if job.id == form or job.request.repo == CARD_REPO]

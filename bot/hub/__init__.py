@@ -1,4 +1,4 @@
-"""The Hub: the only importer of huggingface_hub. Callers see our own values and `bot.errors`.
+"""The Hub: the only importer of huggingface_hub. Callers get values of this package and exceptions of `bot.errors`.
 
 Import it after `bot.settings.activate`: the library reads its settings at import.
 """

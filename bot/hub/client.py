@@ -1,6 +1,6 @@
-"""Hub client: our own values in and out, every failure an exception of bot.errors.
+"""Hub client. Takes and returns values of this package; every failure is an exception of bot.errors.
 
-Address and token are explicit in every call; neither is taken from the machine.
+Address and token are explicit in every call and never read from the machine.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def check_repo_id(repo: str) -> str:
     if not _ID.fullmatch(repo) or "--" in repo or ".." in repo or repo.endswith(".git"):
         raise Refused(
             "NOT_A_REPO_ID",
-            "That is not the name of a repo.",
+            "That is not a repo id.",
             "Write owner/name, not an address or a path.",
             value=repo,
         )
@@ -80,7 +80,7 @@ class Hub:
     ) -> None:
         self.endpoint = endpoint.rstrip("/")
         self._session = HubSession(self.endpoint, deadline_s, sleep)
-        # token=False: never a token that happens to lie on this machine
+        # token=False: never a token stored on this machine
         self._api = HfApi(endpoint=self.endpoint, token=token or False)
         self._user: User | None = None
 
@@ -171,7 +171,7 @@ class Hub:
             raise _gone(gone) from gone
 
     def tagged(self, tag: str, repo_type: str = "model", limit: int | None = None) -> list[PinnedRepo]:
-        """Repos with a tag, most recently changed first. Licences are not part of this answer."""
+        """Repos with a tag, most recently changed first. The response does not include licenses."""
         fields = ["sha", "lastModified", "tags", "private", "gated", "disabled"]
         lists: dict[str, Callable[..., Any]] = {"model": self._api.list_models, "dataset": self._api.list_datasets}
 
@@ -181,7 +181,7 @@ class Hub:
 
         return self._session.call(f"the list of repos tagged {tag}", operation)
 
-    # -- writing: none of these is repeated blindly; the caller looks first (reliability.md 6.2)
+    # -- writing: the caller checks the effect before it repeats one of these (reliability.md 6.2)
 
     def create_private(self, repo: str, repo_type: str = "model") -> None:
         """Create the repo if it is missing. An existing repo keeps its visibility."""
@@ -250,7 +250,7 @@ class Hub:
             repo, lambda: self._api.update_repo_settings(repo, visibility="public", repo_type=repo_type), repeat=True
         )
         if self.resolve(repo, repo_type=repo_type).private:
-            raise Transient("HUB_UNAVAILABLE", f"{repo} is still private.", "It is tried again by itself.")
+            raise Transient("HUB_UNAVAILABLE", f"{repo} is still private.", "It is tried again automatically.")
 
     # -- discussions (threads.py)
 
@@ -277,11 +277,11 @@ class Hub:
         try:
             return self._session.call(about, operation, repeat=repeat, deadline_s=deadline_s)
         except HubForbidden as error:
-            # reliability.md 8.2: a token that lost its rights must not fail anybody's job
+            # reliability.md 8.2: a token that lost its rights must not fail a job
             raise Transient(
                 "PUBLISHING_PAUSED",
                 f"The Hub does not accept our token for {about}.",
-                "Publishing waits until the operator has renewed it.",
+                "Publishing waits until the token is renewed.",
                 retry_after_s=600,
             ) from error
 
@@ -296,7 +296,9 @@ class Hub:
 
 
 def _gone(absent: FileNotFoundOnHub) -> Refused:
-    return Refused("SOURCE_CHANGED_OR_GONE", f"{absent} is no longer there.", "Ask again with the repo as it is now.")
+    return Refused(
+        "SOURCE_CHANGED_OR_GONE", f"{absent} no longer exists.", "Submit the request again with the current repo."
+    )
 
 
 def _upload_time_s(content: Content) -> float:
@@ -312,9 +314,9 @@ def _commit_id(revision: str) -> str:
 
 
 def _pinned(info: Any) -> PinnedRepo:
-    """Our value from the library's. Missing fields are a defect of the answer, so they raise."""
+    """Convert the library's repo info. A missing field makes the response invalid, so it raises."""
     if not _COMMIT.fullmatch(info.sha or ""):
-        raise ValueError("the answer names no commit")
+        raise ValueError("the response names no commit")
     card = getattr(info, "card_data", None)
     modified = info.last_modified
     return PinnedRepo(
@@ -330,8 +332,8 @@ def _pinned(info: Any) -> PinnedRepo:
 
 def _license(card: Mapping[str, Any]) -> str | None:
     """The license of a card's metadata: a text or a list of them, in any case of letters."""
-    given = card.get("license")
-    names = [each.strip().lower() for each in (given if isinstance(given, list) else [given]) if isinstance(each, str)]
+    value = card.get("license")
+    names = [each.strip().lower() for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
     if names == ["other"] and isinstance(card.get("license_name"), str):
         return f"other ({card['license_name'].strip().lower()})"
     return ", ".join(dict.fromkeys(names)) or None

@@ -27,7 +27,7 @@ from bot.merge.checkpoints.model_files import OTHER_FILES, TOKENIZER_FILES
 from bot.merge.checkpoints.weight_files import INDEX, weight_file
 from bot.storage import exclusive, move_into_place, sha256_file, size_text, sync_folder
 
-# reliability.md 5: what of a source is ever written to our disk. Only files at the top of the repo.
+# reliability.md 5: the only files of a source that are written to disk, all from the top folder of the repo.
 ALLOWED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -38,7 +38,7 @@ ALLOWED = (
 )
 INDEX_LIMIT_BYTES = 8 << 20
 DOWNLOAD_LIMIT_BYTES = 120_000_000_000
-# A header reader asks for 8 bytes and then for the header: one request brings both.
+# A header is read in two steps, 8 bytes and the rest: one request covers both.
 _FIRST_READ_BYTES = 256 << 10
 _PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 
@@ -69,7 +69,7 @@ def read_tree(api: HfApi, session: HubSession, repo: str, revision: str, repo_ty
 
 
 class RepoFiles:
-    """The files of one repo at one commit, read by HTTP range; one home for headers before any download.
+    """The files of one repo at one commit, read by HTTP range; used for headers before any download.
 
     Satisfies `bot.merge.checkpoints.checkpoint.Files`. Not for several threads at once.
     """
@@ -107,7 +107,7 @@ class RepoFiles:
         return self._range(name, start, length)
 
     def harmless(self) -> HarmlessFiles:
-        """Only what may be taken from a stranger's repo (`ALLOWED`)."""
+        """The files that are read from an untrusted repo (`ALLOWED`)."""
         return HarmlessFiles(self, allowed_files(self))
 
     def _range(self, name: str, start: int, length: int) -> bytes:
@@ -127,7 +127,7 @@ class RepoFiles:
 
 @dataclass(frozen=True, slots=True)
 class HarmlessFiles:
-    """A repo seen through the allow-list."""
+    """Files of a repo that the allow-list names."""
 
     whole: RepoFiles
     facts: Mapping[str, FileFact]
@@ -150,7 +150,7 @@ def address(endpoint: str, repo: str, revision: str, path: str, repo_type: str) 
 def answer(files: RepoFiles, name: str, span: tuple[int, int] | None) -> Iterator[httpx2.Response]:
     """Response to a request for bytes [start, end) of a file, or for all of it. Errors are raised; the body is not
     read."""
-    # identity: a compressed answer has no length to check, and may be a bomb
+    # identity: a compressed response has no length to check and may be a decompression bomb
     headers = {**build_hf_headers(token=files.api.token), "Accept-Encoding": "identity"}
     if span is not None:
         headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
@@ -164,14 +164,14 @@ def answer(files: RepoFiles, name: str, span: tuple[int, int] | None) -> Iterato
 
 @contextmanager
 def stream(files: RepoFiles, name: str, start: int, end: int, whole: bool = False) -> Iterator[Iterator[bytes]]:
-    """Chunks of bytes [start, end) of a file; never more than that, whatever the answer announces."""
+    """Chunks of bytes [start, end) of a file, never more, whatever length the response announces."""
     with answer(files, name, None if whole else (start, end)) as response:
         if not whole and response.status_code != 206:
             if start:
                 raise ValueError("the Hub ignored the range")
         elif not whole and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
             raise ValueError("the Hub sent another range")
-        # As they arrive: gathered into bigger chunks, the last ones before a cut would be lost.
+        # In the size they arrive: larger chunks would lose the last bytes before a lost connection.
         yield _bounded(response.iter_bytes(), end - start)
 
 
@@ -269,15 +269,15 @@ def check_room(files: RepoFiles, total: int, limit_bytes: int, folder: Path, alr
     if total > limit_bytes:
         raise Refused(
             "DOWNLOAD_TOO_LARGE",
-            f"{files} has {size_text(total)} to download; the limit is {size_text(limit_bytes)}.",
+            f"{files} has a download size of {size_text(total)}; the limit is {size_text(limit_bytes)}.",
             "Choose smaller models.",
         )
     free = shutil.disk_usage(folder).free
     if total - already_bytes > free:
         raise Transient(
             "DISK_LOW",
-            f"{files} needs {size_text(total)} of disk and {size_text(free)} are free.",
-            "It waits for disk; nothing is lost.",
+            f"{files} needs {size_text(total)} of disk space; {size_text(free)} are free.",
+            "The job waits for disk space; nothing is lost.",
             retry_after_s=300,
         )
 
@@ -299,8 +299,8 @@ def fetch_whole(files: RepoFiles, name: str, fact: FileFact, place: Path, advanc
         arriving.unlink()
     raise Transient(
         "CORRUPT_DOWNLOAD",
-        f"{name} of {files} arrived damaged twice: {_expected(fact)[:8]} expected, {found[:8]} got.",
-        "It is tried again later by itself.",
+        f"{name} of {files} arrived damaged twice (expected {_expected(fact)[:8]}, received {found[:8]}).",
+        "It is tried again automatically.",
     )
 
 
@@ -321,7 +321,7 @@ def _receive(files: RepoFiles, name: str, fact: FileFact, arriving: Path, advanc
 
         if file.tell() > fact.size:
             file.truncate(0)
-        # A big file takes its time: at least 1 MB/s is expected over the usual deadline.
+        # A large file extends the deadline by a second per megabyte.
         deadline_s = files.session.deadline_s + fact.size / 1e6
         files.session.call(f"{name} of {files}", operation, deadline_s=deadline_s)
 

@@ -43,9 +43,9 @@ from bot.storage import (
     write_atomic,
 )
 
-PIECE_BYTES = 32 * 2**20  # one request, and what a kill loses of it
-AT_ONCE = 6
-WHOLE_FROM = 0.8  # from this share on the rest is fetched too, for a hash that proves the whole
+CHUNK_BYTES = 32 * 2**20  # size of a request; a kill loses at most this much per request
+PARALLEL_REQUESTS = 6
+WHOLE_FROM = 0.8  # from this share on, the whole file is fetched and its hash verified
 _BLOCK_BYTES = 4 * 2**20
 
 Range = tuple[int, int]
@@ -78,15 +78,15 @@ def fetch(
         missing = sum(part.missing_bytes for part in parts)
         total = sum(part.wanted_bytes for part in parts) + sum(fact.size for fact in small.values())
         check_room(files, missing, limit_bytes, into)
-        told = _Told(progress, total, total - missing - sum(fact.size for fact in small.values()))
+        counter = _Counter(progress, total, total - missing - sum(fact.size for fact in small.values()))
         for name, fact in small.items():
             fetch_whole(files, name, fact, into / name, lambda count: None)
-            told.more(fact.size, name)
+            counter.add(fact.size, name)
         sync_folder(into)
-        _fill(files, parts, told)
+        _fill(files, parts, counter)
         verified: dict[str, Verified] = dict.fromkeys(small, "git")
         for part in parts:
-            verified[part.name] = _checked(files, part, told)
+            verified[part.name] = _checked(files, part, counter)
         return verified
 
 
@@ -109,7 +109,7 @@ def _wanted_facts(files: RepoFiles, ranges: Mapping[str, Sequence[Range]]) -> di
 def _changed(name: str, files: RepoFiles) -> Refused:
     return Refused(
         "SOURCE_CHANGED_OR_GONE",
-        f"{name} of {files} is not the file the merge was planned with.",
+        f"{name} of {files} changed after the merge was planned.",
         "Plan the merge again.",
         value=name,
     )
@@ -127,8 +127,8 @@ class _Part:
     place: Path
     journal: Path
     wanted: tuple[Range, ...]
-    here: list[tuple[int, int, int]]  # start, end, CRC-32
-    proven: bool = False  # the whole file was hashed
+    local: list[tuple[int, int, int]]  # start, end, CRC-32
+    verified: bool = False  # the hash of the whole file was compared
 
     @classmethod
     def open(cls, into: Path, name: str, fact: FileFact, spans: Sequence[Range]) -> _Part:
@@ -151,16 +151,16 @@ class _Part:
         return sum(end - start for start, end in self.missing())
 
     def missing(self) -> list[Range]:
-        return without(self.wanted, [(start, end) for start, end, _ in self.here])
+        return without(self.wanted, [(start, end) for start, end, _ in self.local])
 
     def head(self) -> bytes:
-        """The first line of the journal: which file these are ranges of."""
+        """First line of the journal: hash and size of the file."""
         return json.dumps({"sha256": self.fact.sha256, "bytes": self.fact.size}).encode() + b"\n"
 
     def forget(self) -> None:
         """Start over with an empty file."""
         self.place.unlink(missing_ok=True)
-        self.here, self.proven = [], False
+        self.local, self.verified = [], False
         with self.place.open("xb") as file:
             file.truncate(self.fact.size)
         write_atomic(self.journal, self.head())
@@ -182,22 +182,22 @@ class _Part:
                 break
             good += len(text)
             if entry.get("whole"):
-                self.proven = True
+                self.verified = True
             else:
-                self.here.append((entry["start"], entry["end"], entry["crc"]))
+                self.local.append((entry["start"], entry["end"], entry["crc"]))
         if good < len(content):
             os.truncate(self.journal, good)
-        self._keep_what_is_sound()
+        self._drop_damaged()
 
-    def _keep_what_is_sound(self) -> None:
+    def _drop_damaged(self) -> None:
         """Verify the local ranges that the plan needs; damaged ones are fetched again."""
-        needed = [one for one in self.here if without([one[:2]], self.wanted) != [one[:2]]]
+        needed = [one for one in self.local if without([one[:2]], self.wanted) != [one[:2]]]
         with self.place.open("rb") as file:
-            rotten = [one for one in needed if _crc(file.fileno(), one[0], one[1]) != one[2]]
-        if rotten:
-            self.here = [one for one in self.here if one not in rotten]
-            self.proven = False
-            kept = b"".join(journal_line({"start": a, "end": b, "crc": crc}) for a, b, crc in self.here)
+            damaged = [one for one in needed if _crc(file.fileno(), one[0], one[1]) != one[2]]
+        if damaged:
+            self.local = [one for one in self.local if one not in damaged]
+            self.verified = False
+            kept = b"".join(journal_line({"start": a, "end": b, "crc": crc}) for a, b, crc in self.local)
             write_atomic(self.journal, self.head() + kept)
 
 
@@ -218,7 +218,7 @@ def without(wanted: Sequence[Range], held: Sequence[Range]) -> list[Range]:
     return out
 
 
-def pieces(spans: Sequence[Range], most_bytes: int = PIECE_BYTES) -> list[Range]:
+def chunks(spans: Sequence[Range], most_bytes: int = CHUNK_BYTES) -> list[Range]:
     """`spans` cut into requests of at most `most_bytes`, the cuts of one span about equal."""
     out: list[Range] = []
     for start, end in spans:
@@ -238,21 +238,21 @@ def _crc(handle: int, start: int, end: int) -> int:
 # -- the requests
 
 
-class _Told:
+class _Counter:
     """Progress from several threads."""
 
     def __init__(self, progress: Progress | None, total: int, done: int) -> None:
         self._progress, self._total, self._done = progress, total, done
         self._lock = threading.Lock()
 
-    def more(self, count: int, name: str) -> None:
+    def add(self, count: int, name: str) -> None:
         with self._lock:
             self._done += count
             if self._progress is not None:
                 self._progress(min(self._done, self._total), self._total, name)
 
 
-def _fill(files: RepoFiles, parts: Sequence[_Part], told: _Told) -> None:
+def _fill(files: RepoFiles, parts: Sequence[_Part], counter: _Counter) -> None:
     """Fetch the missing ranges of all parts. The first failure stops the others; complete ranges stay."""
     stop = threading.Event()
     session = files.session
@@ -263,17 +263,17 @@ def _fill(files: RepoFiles, parts: Sequence[_Part], told: _Told) -> None:
 
         session = replace(session, sleep=pause)
     lock = threading.Lock()
-    work = [(part, span) for part in parts for span in pieces(part.missing())]
-    with contextlib.ExitStack() as opened, ThreadPoolExecutor(AT_ONCE, "fetch") as pool:
+    work = [(part, span) for part in parts for span in chunks(part.missing())]
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor(PARALLEL_REQUESTS, "fetch") as pool:
         handles = {part.name: opened.enter_context(part.place.open("rb+")).fileno() for part, _ in work}
 
         def one(part: _Part, span: Range) -> None:
-            crc = _receive(files, session, part, span, handles[part.name], told, stop)
+            crc = _receive(files, session, part, span, handles[part.name], counter, stop)
             sync_file(part.place)
             with lock:
                 part.add({"start": span[0], "end": span[1], "crc": crc})
-                part.here.append((*span, crc))
-                failpoint("download.after_range", sum(len(each.here) for each in parts))
+                part.local.append((*span, crc))
+                failpoint("download.after_range", sum(len(each.local) for each in parts))
 
         futures: list[Future[None]] = [pool.submit(one, part, span) for part, span in work]
         try:
@@ -291,7 +291,7 @@ def _receive(
     part: _Part,
     span: Range,
     handle: int,
-    told: _Told,
+    counter: _Counter,
     stop: threading.Event,
 ) -> int:
     """Write one range to its place and return its CRC-32. A lost connection is continued."""
@@ -306,16 +306,16 @@ def _receive(
                 if stop.is_set():
                     raise Failed("CANCELLED", f"Fetching {files} was stopped.", "")
                 if at + len(chunk) > span[1]:
-                    raise ValueError("the Hub sent more than it was asked for")
+                    raise ValueError("the Hub sent more than the requested range")
                 _write_at(handle, chunk, at)
                 at, crc = at + len(chunk), zlib.crc32(chunk, crc)
-                told.more(len(chunk), part.name)
+                counter.add(len(chunk), part.name)
         if at < span[1]:
             raise Unavailable(f"it ended {span[1] - at} bytes early")
 
-    # At least 1 MB/s for all requests together is expected over the usual deadline.
-    patience_s = session.deadline_s + AT_ONCE * (span[1] - span[0]) / 1e6
-    session.call(f"{part.name} of {files}", operation, deadline_s=patience_s)
+    # All requests together extend the deadline by a second per megabyte.
+    deadline_s = session.deadline_s + PARALLEL_REQUESTS * (span[1] - span[0]) / 1e6
+    session.call(f"{part.name} of {files}", operation, deadline_s=deadline_s)
     return crc
 
 
@@ -333,7 +333,7 @@ def _require_same(files: RepoFiles, part: _Part, response: httpx2.Response, span
     etag = next(_named(chain, "x-linked-etag"), response.headers.get("etag"))
     size = next(_named(chain, "x-linked-size"), str(part.fact.size))
     if etag is None:
-        raise ValueError("the Hub does not say which file it sends")
+        raise ValueError("the response has no ETag")
     if (commit, etag.removeprefix("W/").strip('"'), size) != (files.revision, part.fact.sha256, str(part.fact.size)):
         raise _changed(part.name, files)
     if response.status_code != 206:
@@ -351,11 +351,11 @@ def _named(chain: Sequence[httpx2.Response], header: str) -> Iterator[str]:
 # -- whole files
 
 
-def _checked(files: RepoFiles, part: _Part, told: _Told) -> Verified:
+def _checked(files: RepoFiles, part: _Part, counter: _Counter) -> Verified:
     """Hash a complete file; if it differs from the commit, fetch it once more."""
     if not part.whole:
         return "ranges"
-    if part.proven:
+    if part.verified:
         return "sha256"
     found = ""
     for attempt in range(2):
@@ -365,9 +365,9 @@ def _checked(files: RepoFiles, part: _Part, told: _Told) -> Verified:
             return "sha256"
         part.forget()
         if attempt == 0:
-            _fill(files, [part], told)
+            _fill(files, [part], counter)
     raise Transient(
         "CORRUPT_DOWNLOAD",
-        f"{part.name} of {files} arrived damaged twice: {str(part.fact.sha256)[:8]} expected, {found[:8]} got.",
-        "It is tried again later by itself.",
+        f"{part.name} of {files} arrived damaged twice (expected {str(part.fact.sha256)[:8]}, received {found[:8]}).",
+        "It is tried again automatically.",
     )

@@ -1,4 +1,4 @@
-"""Discussions: found again by their exact title and our own name, comments by their `ref:` line (hub.md 2.4)."""
+"""Discussions, identified by exact title and our user name; comments, identified by their `ref:` line (hub.md 2.4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bot.hub.transport import HubSession
 def find(api: HfApi, session: HubSession, me: str, repo: str, title: str, repo_type: str) -> int | None:
     def operation() -> int | None:
         found = api.get_repo_discussions(repo, author=me, discussion_type="discussion", repo_type=repo_type)
-        # A stranger may open a thread with our title: only our own counts.
+        # Another user may open a thread with the same title: only ours counts.
         numbers = [thread.num for thread in found if thread.title == title and thread.author == me]
         return min(numbers, default=None)
 

@@ -65,22 +65,22 @@ class FileNotFoundOnHub(Exception):
     """The file is not in the repo at that commit."""
 
 
-# Requests that may be sent twice: uploads are addressed by content, the others ask or check only.
+# Requests that may be sent twice: uploads are addressed by content, the others only check.
 _REPEATABLE = re.compile(r"/(preupload/[^/]+|info/lfs/objects/batch|info/lfs/verify|validate-yaml|paths-info/[^/]+)$")
 
 
 @dataclass(slots=True)
-class _Ask:
+class _CurrentCall:
     endpoint: str
     until: float  # time.monotonic()
-    acted: bool = False  # a request has left that must not be sent twice
+    wrote: bool = False  # a request was sent that must not be sent twice
 
 
-_current: ContextVar[_Ask | None] = ContextVar("bot_hub_ask", default=None)
+_current: ContextVar[_CurrentCall | None] = ContextVar("bot_hub_call", default=None)
 
 
 class _Client(httpx2.Client):
-    """The shared client. Within an `ask`, a lost connection leaves the library's own retry loop at once."""
+    """The shared client. Within a `HubSession.call`, a lost connection leaves the library's own retry loop at once."""
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         try:
@@ -92,18 +92,18 @@ class _Client(httpx2.Client):
 
 
 def _before(request: httpx2.Request) -> None:
-    ask = _current.get()
-    if ask is None:
+    call = _current.get()
+    if call is None:
         return
-    if time.monotonic() > ask.until:
+    if time.monotonic() > call.until:
         raise Unavailable("it did not answer in time")
-    if not _is_ours(ask.endpoint, str(request.url)):
+    if not _is_hub(call.endpoint, str(request.url)):
         raise ForeignHost(f"a request to {request.url.host} was stopped")
     if request.method not in ("GET", "HEAD", "PUT") and not _REPEATABLE.search(request.url.path):
-        ask.acted = True
+        call.wrote = True
 
 
-def _is_ours(endpoint: str, url: str) -> bool:
+def _is_hub(endpoint: str, url: str) -> bool:
     home, target = urlsplit(endpoint), urlsplit(url)
     if (home.scheme, home.netloc) == (target.scheme, target.netloc):
         return True
@@ -122,7 +122,7 @@ def requested_wait_s(headers: Any, now: datetime | None = None) -> float | None:
     if limit is not None and limit.remaining == 0:
         return float(min(limit.reset_in_seconds, _LONGEST_ASKED_S))
     text = (headers.get("retry-after") or "").strip()
-    if text.isascii() and text.isdigit():  # isdigit alone says yes to "²"
+    if text.isascii() and text.isdigit():  # isdigit alone accepts "²"
         return float(min(int(text[:9]), _LONGEST_ASKED_S))
     try:
         moment = parsedate_to_datetime(text)
@@ -163,7 +163,7 @@ class HubSession:
         not repeated once its writing request was sent: the caller first checks its effect (docs/design/hub.md 2.4).
         """
         until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
-        with self._within(until) as asked:
+        with self._within(until) as current:
             for attempt in range(1, MAX_TRIES + 1):
                 try:
                     return operation()
@@ -174,7 +174,7 @@ class HubSession:
                     tries = INVALID_ANSWER_TRIES if isinstance(fault, HubAnswerInvalid) else MAX_TRIES
                     wait_s = self._wait_s(error, attempt)
                     passing = isinstance(fault, HubUnavailable | HubAnswerInvalid) and attempt < tries
-                    may_repeat = repeat or not asked.acted
+                    may_repeat = repeat or not current.wrote
                     if not (passing and may_repeat) or time.monotonic() + wait_s > until:
                         fault.retry_after_s = max(wait_s, 60.0)
                         raise fault from error
@@ -182,26 +182,26 @@ class HubSession:
         raise AssertionError("unreachable: the last try returns or raises")
 
     @contextlib.contextmanager
-    def _within(self, until: float) -> Iterator[_Ask]:
-        asked = _Ask(self.endpoint, until)
-        token = _current.set(asked)
+    def _within(self, until: float) -> Iterator[_CurrentCall]:
+        current = _CurrentCall(self.endpoint, until)
+        token = _current.set(current)
         try:
-            yield asked
+            yield current
         finally:
             _current.reset(token)
 
     def _wait_s(self, error: BaseException, attempt: int) -> float:
-        away = _root(error)
-        if isinstance(away, Unavailable) and away.wait_s is not None:
-            return float(away.wait_s)
+        cause = _root(error)
+        if isinstance(cause, Unavailable) and cause.wait_s is not None:
+            return float(cause.wait_s)
         grown = min(FIRST_WAIT_S * 2.0 ** (attempt - 1), LONGEST_WAIT_S)
         return grown * self.random.uniform(0.75, 1.25)
 
 
 def check_deadline() -> None:
     """Raise if the deadline has passed. Called between the chunks of a long response, which may trickle for ever."""
-    ask = _current.get()
-    if ask is not None and time.monotonic() > ask.until:
+    call = _current.get()
+    if call is not None and time.monotonic() > call.until:
         raise Unavailable("it did not answer in time")
 
 
@@ -222,31 +222,29 @@ def _typed(error: Exception, about: str) -> Exception:
     if isinstance(found, (Unavailable, httpx2.TransportError, OfflineModeIsEnabled)):
         reason = str(found) if isinstance(found, Unavailable) else type(found).__name__
         return Transient(
-            "HUB_UNAVAILABLE", f"The Hub is not available for {about}: {reason}.", "It is tried again later by itself."
+            "HUB_UNAVAILABLE", f"The Hub is not available for {about}: {reason}.", "It is tried again automatically."
         )
-    if isinstance(found, HfHubHTTPError):  # before OSError and ValueError, which its kinds also are
+    if isinstance(found, HfHubHTTPError):  # before OSError and ValueError, which are its base classes
         return _typed_answer(found, about)
     if isinstance(found, HFValidationError):
-        return Refused("NOT_A_REPO_ID", f"{about} is not the name of a repo.", "Write owner/name.", value=about)
+        return Refused("NOT_A_REPO_ID", f"{about} is not a repo id.", "Write owner/name.", value=about)
     if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
         return Transient(
-            "DISK_LOW", f"The disk is full while reading {about}.", "It goes on when there is space again."
+            "DISK_LOW", f"The disk is full while reading {about}.", "It continues when disk space is free."
         )
     if isinstance(found, OSError) and found.errno is not None:
-        return found  # a disk of ours; not the Hub's doing
+        return found  # an error of the local disk, not of the Hub
     return Transient(
         "HUB_ANSWER_INVALID",
-        f"The Hub's answer about {about} cannot be read ({type(found).__name__}).",
-        "It is tried again later by itself.",
+        f"The Hub's response about {about} cannot be read ({type(found).__name__}).",
+        "It is tried again automatically.",
     )
 
 
 def _typed_answer(error: HfHubHTTPError, about: str) -> Exception:
     status = error.response.status_code
     if isinstance(error, GatedRepoError):
-        return Refused(
-            "SOURCE_GATED", f"{about} is gated: its files are not open to everybody.", "Choose an ungated model."
-        )
+        return Refused("SOURCE_GATED", f"{about} is gated.", "Choose an ungated model.")
     if isinstance(error, EntryNotFoundError):
         return FileNotFoundOnHub(about)
     if isinstance(error, RevisionNotFoundError):
@@ -258,10 +256,12 @@ def _typed_answer(error: HfHubHTTPError, about: str) -> Exception:
             "Check the spelling of owner/name.",
         )
     if status in (409, 412):
-        return Refused("PUBLISH_CONFLICT", f"{about} was changed by somebody else meanwhile.", "Look at it again.")
+        return Refused("PUBLISH_CONFLICT", f"{about} was changed at the same time.", "Check the repo and try again.")
     if status in (401, 403):
-        return Refused("HUB_FORBIDDEN", f"The Hub does not let us do this with {about}.", "Check the token's rights.")
+        return Refused("HUB_FORBIDDEN", f"The token has no permission for {about}.", "Check the token's rights.")
     if status in _RETRIED:
-        return Transient("HUB_UNAVAILABLE", f"The Hub answered {status} about {about}.", "It is tried again by itself.")
+        return Transient(
+            "HUB_UNAVAILABLE", f"The Hub answered {status} about {about}.", "It is tried again automatically."
+        )
     reason = " ".join((error.server_message or "").split())[:200]
     return Failed("HUB_FORBIDDEN", f"The Hub refused {about} ({status}{': ' + reason if reason else ''}).", "")

@@ -43,7 +43,7 @@ class LocalHub:
     """A Hub over the folder `root` (see storage.py). `page_size`: entries per page of lists and discussions.
 
     `scripted_logins` lets a test log users in without a browser. `unknown` collects requests below /api/ (and LFS) that
-    no route handles: a client needs something that the contract lacks.
+    no route handles: a client uses something outside the contract.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class LocalHub:
             except HubError as error:
                 response = _error_response(request, error)
             except ClientDisconnect:
-                entry.status = 499  # nobody is left to answer
+                entry.status = 499  # the client has disconnected
                 return
             except Exception:
                 _log.exception("%s %s", request.method, scope["raw_path"])
@@ -94,7 +94,7 @@ class LocalHub:
     async def _answer(self, request: Request, visitor: Visitor) -> Response:
         found = await run_in_threadpool(_route, request.method, request.scope["raw_path"])
         if found is None:
-            return self._nothing_here(request)
+            return self._not_found(request)
         route, params = found
         call = Call(
             store=self.store,
@@ -107,17 +107,17 @@ class LocalHub:
             notes={"logins": self.logins, "unknown": self.unknown},
         )
         if route.limit_bytes and request.method not in ("GET", "HEAD"):
-            # Somebody unknown gets no big buffer of ours, whatever the route would allow to a user.
+            # Anonymous requests get a small buffer on every route.
             limit = route.limit_bytes if visitor.name else min(route.limit_bytes, _ANONYMOUS_LIMIT_BYTES)
             call.body = await _body(request, limit)
         if inspect.iscoroutinefunction(route.handler):
             answer: Response = await route.handler(call)
             return answer
-        made = await run_in_threadpool(route.handler, call)
-        assert isinstance(made, Response)
-        return made
+        response = await run_in_threadpool(route.handler, call)
+        assert isinstance(response, Response)
+        return response
 
-    def _nothing_here(self, request: Request) -> Response:
+    def _not_found(self, request: Request) -> Response:
         path = request.scope["raw_path"].decode("ascii", "replace")
         if path.startswith("/api/") or "/info/lfs/" in path:
             self.unknown.append(f"{request.method} {path}")
@@ -170,7 +170,7 @@ def _route(method: str, raw_path: bytes) -> tuple[Route, dict[str, str]] | None:
 
 
 def _endpoint(request: Request) -> str:
-    """Our own address in the client's spelling: it refuses answers that spell its endpoint otherwise."""
+    """Address of this server as the client wrote it: the client refuses responses with another spelling."""
     host = request.headers.get("host", "")
     if not _HOST.fullmatch(host):
         raise HubError(400, "the Host header is not a host")
@@ -197,5 +197,5 @@ def _error_response(request: Request, error: HubError) -> Response:
 
 
 def create_app(root: Path, *, page_size: int = 100, scripted_logins: bool = False) -> LocalHub:
-    """The ASGI application over the Hub at `root`; the folder is made when missing."""
+    """The ASGI application over the Hub at `root`; the folder is created if missing."""
     return LocalHub(root, page_size=page_size, scripted_logins=scripted_logins)

@@ -1,6 +1,6 @@
-"""Contents by their hash: large files by sha256, shared by all repos; small ones by git blob id, per repo.
+"""Contents addressed by hash: large files by sha256, shared by all repos; small ones by git blob id, per repo.
 
-A repo may use a shared blob only after somebody uploaded it *to that repo* (a marker file below `lfs/`): otherwise a
+A repo may use a shared blob only after an upload *to that repo* (a marker file below `lfs/`): otherwise a
 sha256 seen on a private repo's listing would be enough to copy the file out of it.
 """
 
@@ -29,7 +29,7 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
 
 
 class Incoming:
-    """A large file that is arriving: hashed while it streams, visible only when whole and right."""
+    """An upload in progress: hashed while it streams, visible once it is complete and verified."""
 
     def __init__(self, blobs: Blobs, sha256: str, size: int) -> None:
         self._blobs, self._sha256, self._size = blobs, sha256, size
@@ -61,7 +61,7 @@ class Incoming:
 
 
 class Blobs:
-    """ROOT/blobs/ab/<sha256>, and the uploads that are not yet there."""
+    """ROOT/blobs/ab/<sha256>, and the unfinished uploads."""
 
     def __init__(self, root: Path) -> None:
         self.root = root / "blobs"
@@ -85,7 +85,7 @@ class Blobs:
         return Incoming(self, sha256, size)
 
     def store(self, chunks: Iterable[bytes], sha256: str, size: int) -> None:
-        """Store a file that is at hand (seeding)."""
+        """Store a local file (seeding)."""
         with contextlib.closing(self.receive(sha256, size)) as incoming:
             for chunk in chunks:
                 incoming.write(chunk)

@@ -75,7 +75,7 @@ def card_data(readme: str) -> dict[str, Any] | None:
 
 
 def complaints(readme: str) -> list[str]:
-    """Why the Hub would refuse this card; empty when it would not."""
+    """Reasons for which the Hub would refuse this card."""
     front, _ = split_card(readme)
     if front is None:
         return []
@@ -102,7 +102,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """YAML values as JSON can say them: dates become text, NaN becomes null, keys become text."""
+    """YAML values as JSON values: dates and keys become text, NaN becomes null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):

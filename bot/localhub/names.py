@@ -1,4 +1,4 @@
-"""Names from outside: checked once here, safe to use as file names afterwards."""
+"""Validation of names in requests; a valid name is safe as a file name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bot.localhub.answers import bad_request
 KINDS = ("models", "datasets", "spaces")
 SINGULAR = {"models": "model", "datasets": "dataset", "spaces": "space"}
 PLURAL = {one: many for many, one in SINGULAR.items()}
-# First parts of paths that mean something else; a namespace of that name could not be reached.
+# First path segments with another meaning; a namespace of that name could not be reached.
 RESERVED = frozenset({"api", "oauth", "models", "datasets", "spaces", "_local", "_lfs", "settings", "login"})
 _SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,95})")
 _REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
@@ -18,7 +18,7 @@ _REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
 
 @dataclass(frozen=True, slots=True, order=True)
 class RepoId:
-    """A repo's address: its kind in the plural form of URLs, its namespace, its name."""
+    """Id of a repo: kind (plural, as in URLs), namespace and name."""
 
     kind: str
     namespace: str
@@ -47,7 +47,7 @@ def valid_segment(text: str) -> bool:
 
 
 def repo_id(kind: str, namespace: str, name: str) -> RepoId:
-    """The id, or 400 when one of its parts could mean anything else than one folder."""
+    """The id of a repo; 400 if a part is not a valid folder name."""
     if kind not in KINDS:
         raise bad_request(f"unknown repo type {kind!r}")
     if namespace in RESERVED or not (valid_segment(namespace) and valid_segment(name)):
@@ -58,7 +58,7 @@ def repo_id(kind: str, namespace: str, name: str) -> RepoId:
 
 
 def valid_ref(name: str) -> bool:
-    """Branch and tag names; a name that reads like a commit id is refused because it would shadow one."""
+    """Check a branch or tag name. One that looks like a commit id is refused because it would shadow a commit."""
     return (
         _REF.fullmatch(name) is not None
         and ".." not in name
@@ -70,7 +70,7 @@ def valid_ref(name: str) -> bool:
 
 
 def valid_path(path: str) -> bool:
-    """Paths inside a repo: relative, normal, printable. They never name a file on our disk, but a client's."""
+    """Check a path inside a repo: relative, normalised and printable, because clients create files at it."""
     parts = path.split("/")
     return (
         0 < len(path.encode("utf-8", "replace")) <= 1024

@@ -1,4 +1,4 @@
-"""The frame of every page a person sees, and Markdown as HTML that cannot do harm."""
+"""Frame of every HTML page, and Markdown rendered as safe HTML."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ blockquote { border-left: 3px solid var(--line); margin: .8rem 0; padding-left: 
 article { border: 1px solid var(--line); border-radius: 8px; padding: .2rem 1.2rem; margin: 1rem 0 }
 """
 
-# No scripts, no forms elsewhere, nothing loaded from anywhere: a card is a stranger's text.
+# No scripts, forms or foreign content: cards are untrusted.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'"
 
 
 def page(title: str, body: str) -> str:
-    """A whole page. `body` is HTML of ours; `title` is escaped here."""
+    """A complete page. `body` is trusted HTML; `title` is escaped here."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -50,12 +50,12 @@ def page(title: str, body: str) -> str:
 
 
 def moment(stamp: str) -> str:
-    """A stamp to the minute, as a person reads it."""
+    """A timestamp to the minute."""
     return f'<time datetime="{html.escape(stamp)}">{html.escape(stamp[:16].replace("T", " "))}</time>'
 
 
 _MARKDOWN = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table")
-# The types a browser may show as a picture, by suffix; whatever else a file is called, it is no picture.
+# Media types of images by suffix; other files are never shown as images.
 PICTURES = {
     ".gif": "image/gif",
     ".jpeg": "image/jpeg",
@@ -67,10 +67,10 @@ PICTURES = {
 
 
 def markdown(text: str, files: Mapping[str, str] | None = None) -> str:
-    """Markdown as HTML: raw HTML is shown as text, script addresses are refused by the parser.
+    """Markdown as HTML. Raw HTML is shown as text; the parser refuses script addresses.
 
-    `files` are those beside the text, address by path: links to them lead there, and pictures among them are shown, as
-    `<img>` and never as a part of the page. Every other picture stays a link.
+    `files` maps paths in the repo to addresses: links are resolved to them, and images among them are shown as `<img>`.
+    Every other image becomes a link.
     """
     tokens = _MARKDOWN.parse(text)
     for token in tokens:
@@ -102,7 +102,7 @@ _LINK_END = Token("link_close", "a", -1)
 
 
 def _beside(address: str, files: Mapping[str, str]) -> str | None:
-    """Address of the file that a text names by its path."""
+    """Address of the repo file at a relative link."""
     try:
         path = posixpath.normpath(unquote(urlsplit(address).path))
     except ValueError:

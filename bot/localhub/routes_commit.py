@@ -31,7 +31,7 @@ _COMMIT_ID = re.compile(r"[0-9a-f]{7,40}")
 @routes.add("POST", "/api/{kind}/{ns}/{name}/preupload/{rev}")
 def preupload(call: Call) -> Response:
     repo = call.repo() if call.flag("create_pr") else call.writable_repo()
-    call.require_voice()
+    call.require_write_token()
     commit = call.store.at(repo.id, call.params["rev"])
     files = call.json().get("files")
     if not isinstance(files, list) or len(files) > _MAX_FILES:
@@ -80,7 +80,7 @@ def _require_path(path: str) -> None:
 @routes.add("POST", "/api/{kind}/{ns}/{name}/commit/{rev}", limit_bytes=COMMIT_LIMIT_BYTES)
 def commit(call: Call) -> Response:
     repo = call.repo() if call.flag("create_pr") else call.writable_repo()
-    author = call.require_voice()
+    author = call.require_write_token()
     lines = list(_lines(call.body))
     header = next((value for key, value in lines if key == "header"), {})
     title = str(header.get("summary") or "").strip()

@@ -198,8 +198,8 @@ def resolve(call: Call) -> Response:
         "ETag": f'"{entry.sha256 or entry.oid}"',
         "Accept-Ranges": "bytes",
         "Content-Disposition": f"inline; filename*=UTF-8''{quote(path.rsplit('/', 1)[-1])}",
-        # Strangers' files come from our own origin: a browser must neither guess their type nor run them. A picture
-        # that is opened by itself may colour itself and nothing more.
+        # Untrusted files share the origin of the pages: a browser must neither guess their type nor run them. An SVG
+        # that is opened directly may use inline styles only.
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
         "X-Content-Type-Options": "nosniff",
     }

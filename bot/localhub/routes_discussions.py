@@ -44,7 +44,7 @@ def _wanted(call: Call, thread: Thread) -> bool:
 @routes.add("POST", _ROOT)
 def create(call: Call) -> Response:
     repo = call.repo()
-    author = call.require_voice()
+    author = call.require_write_token()
     body = call.json()
     title = str(body.get("title") or "").strip()
     if not 3 <= len(title) <= 200:
@@ -88,9 +88,9 @@ def details(call: Call) -> Response:
 
 
 def _change(call: Call, change: Callable[[Repo, Thread, str], dict[str, Any]]) -> Response:
-    """Do one thing to one thread under the repo's lock, and store the thread."""
+    """Change one thread under the repo's lock and store it."""
     repo = call.repo()
-    author = call.require_voice()
+    author = call.require_write_token()
     with call.store.locked(repo.id):
         thread = threads.load(call.store, repo.id, _number(call))
         answer = change(repo, thread, author)
@@ -143,7 +143,7 @@ def status(call: Call) -> Response:
         raise bad_request("status must be open or closed")
 
     def change(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
-        _require_say(call, repo, thread, author)
+        _require_author_or_owner(call, repo, thread, author)
         if thread["status"] == "merged":
             raise HubError(409, "a merged pull request keeps its status")
         if text:
@@ -154,7 +154,7 @@ def status(call: Call) -> Response:
     return _change(call, change)
 
 
-def _require_say(call: Call, repo: Repo, thread: Thread, author: str) -> None:
+def _require_author_or_owner(call: Call, repo: Repo, thread: Thread, author: str) -> None:
     if thread["author"]["name"] != author and not call.users.may_write(call.visitor, repo.id.namespace):
         raise HubError(403, "Only its author or the repo's owner can change a discussion")
 
@@ -166,7 +166,7 @@ def retitle(call: Call) -> Response:
         raise bad_request("a title has 3 to 200 characters")
 
     def change(repo: Repo, thread: Thread, author: str) -> dict[str, Any]:
-        _require_say(call, repo, thread, author)
+        _require_author_or_owner(call, repo, thread, author)
         change = {"from": thread["title"], "to": title}
         thread["title"] = title
         return {"newTitle": threads.add_event(call.store, thread, author, "title-change", change)}

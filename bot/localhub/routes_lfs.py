@@ -71,7 +71,7 @@ def batch(call: Call) -> Response:
     if body.get("ref"):
         call.require_write(repo.id.namespace)
     else:
-        call.require_voice()  # a pull request: whoever may open one may upload for it
+        call.require_write_token()  # a pull request: users who may open one may upload for it
     objects = body.get("objects")
     if body.get("operation") != "upload" or not isinstance(objects, list) or len(objects) > _MAX_OBJECTS:
         raise bad_request(f"an upload of at most {_MAX_OBJECTS} objects is expected")
@@ -90,7 +90,7 @@ def _answer(call: Call, repo: RepoId, item: Any, multipart: bool) -> dict[str, A
     if not is_sha256(oid) or size < 0:
         return known | {"error": {"code": 422, "message": "the object needs a sha256 and a size"}}
     if call.store.allowed_size(repo, oid) == size:
-        return known  # no actions: it is here already
+        return known  # no actions: it is stored already
     ticket = Ticket(repo, oid, size, int(time.time()) + UPLOAD_LIFETIME_S, secrets.token_hex(8))
     seal = ticket.seal(_secret(call.store))
     path = f"{repo.kind}/{repo}/{oid}/{size}/{ticket.expires}/{ticket.nonce}/{seal}"
@@ -165,7 +165,7 @@ def complete(call: Call) -> Response:
 @routes.add("POST", "/{P}{ns}/{name}.git/info/lfs/verify")
 def verify(call: Call) -> Response:
     repo = call.repo()
-    call.require_voice()
+    call.require_write_token()
     body = call.json()
     oid = str(body.get("oid") or "")
     size = call.store.allowed_size(repo.id, oid) if is_sha256(oid) else None

@@ -43,7 +43,7 @@ class _Grant:
 
 
 class Logins:
-    """Unused codes (in memory, since they live for minutes), and the next login in a test."""
+    """Unused codes, kept in memory for minutes, and the next login of a test."""
 
     def __init__(self, scripted: bool) -> None:
         self.scripted = scripted
@@ -116,14 +116,14 @@ def authorize(call: Call) -> Response:
     if call.query("response_type") != "code" or not client:
         raise bad_request("response_type=code and a client_id are expected")
     if urlsplit(redirect).scheme not in ("http", "https") or urlsplit(redirect).hostname not in _LOCAL_HOSTS:
-        raise bad_request("the local Hub logs in to programs on this machine only")
+        raise bad_request("redirect_uri must be on this machine")
     logins: Logins = call.notes["logins"]
     user = call.query("login") or logins.take_next()
     known = sorted(call.users.facts()["users"])
     if user is None:
         return _ask_who(call, known)
     if user not in known:
-        raise bad_request("nobody of that name")
+        raise bad_request("unknown user")
     grant = _Grant(
         user, client, redirect, call.query("scope") or "", call.query("nonce") or "", time.time() + _CODE_LIFETIME_S
     )
@@ -137,7 +137,7 @@ def _ask_who(call: Call, known: list[str]) -> Response:
     kept = [(key, value) for key, value in call.request.query_params.multi_items() if key != "login"]
     links = {name: html.escape(f"/oauth/authorize?{urlencode([*kept, ('login', name)])}") for name in known}
     rows = "".join(f'<li><a href="{link}">{html.escape(name)}</a></li>' for name, link in links.items())
-    text = "<p>This Hub lives on your own machine and has no passwords. Who would you like to be?</p>"
+    text = "<p>This Hub runs on your machine and has no passwords. Choose a user:</p>"
     return HTMLResponse(page("Log in", f"<h1>Log in to the local Hub</h1>{text}<ul>{rows}</ul>"))
 
 
@@ -178,7 +178,7 @@ def token(call: Call) -> Response:
 
 
 def _client(authorization: str | None) -> str | None:
-    """The client id of an `Authorization: Basic` header. Its secret is not checked: we never issued one."""
+    """The client id of an `Authorization: Basic` header. The secret is not checked because none was issued."""
     scheme, _, text = (authorization or "").partition(" ")
     if scheme.lower() != "basic":
         return None
@@ -213,6 +213,6 @@ def next_login(call: Call) -> Response:
     if not logins.scripted:
         raise HubError(403, "logins are not scripted on this Hub")
     if call.params["user"] not in call.users.facts()["users"]:
-        raise HubError(404, "nobody of that name")
+        raise HubError(404, "unknown user")
     logins.choose_next(call.params["user"])
     return JSONResponse({})

@@ -71,8 +71,8 @@ def _overview(call: Call, owner: str | None, only: str | None = None) -> Respons
         if rows:
             head = "<tr><th>name</th><th>changed</th><th>tags</th></tr>"
             parts.append(f"<h2>{_TITLES[kind]}</h2><table>{head}{''.join(rows)}</table>")
-    heading = "What is on this Hub" if owner is None else f"Repos of {escape(owner)}"
-    return _answer(owner or "Repos", f"<h1>{heading}</h1>" + ("".join(parts) or "<p>Nothing yet.</p>"))
+    heading = "Repos on this Hub" if owner is None else f"Repos of {escape(owner)}"
+    return _answer(owner or "Repos", f"<h1>{heading}</h1>" + ("".join(parts) or "<p>No repos yet.</p>"))
 
 
 def _overview_row(call: Call, repo: Repo) -> str:
@@ -99,10 +99,10 @@ def repo_page(call: Call) -> Response:
     head = (
         f"<h1>{escape(str(repo.id))}</h1><p>{_tags(facts['tags'])}</p>"
         f'<p class="soft">commit <code>{commit.oid}</code> of {moment(commit.date)} · {threads_link}'
-        f"{' · ' + state if state else ''}</p>" + (f"<p>Made from {bases}.</p>" if bases else "")
+        f"{' · ' + state if state else ''}</p>" + (f"<p>Base models: {bases}.</p>" if bases else "")
     )
     files = {path: _address(repo, commit, path) for path in commit.files}
-    text = f"<article>{markdown(body, files)}</article>" if body.strip() else "<p>This repo has no card.</p>"
+    text = f"<article>{markdown(body, files)}</article>" if body.strip() else "<p>This repo has no model card.</p>"
     return _answer(str(repo.id), head + text + _files(repo, commit) + _history(call, repo, commit))
 
 
@@ -164,7 +164,9 @@ def discussions(call: Call) -> Response:
         f"{escape(thread['author']['name'])}</span></li>"
         for thread in threads.all_threads(call.store, repo.id)
     )
-    return _answer("Discussions", f"<h1>Discussions of {_link(repo.id)}</h1><ul>{rows or '<li>none yet</li>'}</ul>")
+    return _answer(
+        "Discussions", f"<h1>Discussions of {_link(repo.id)}</h1><ul>{rows or '<li>No discussions yet.</li>'}</ul>"
+    )
 
 
 @routes.add("GET", "/{P}{ns}/{name}/discussions/{num}")

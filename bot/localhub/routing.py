@@ -25,13 +25,13 @@ Handler = Callable[["Call"], Response | Awaitable[Response]]
 
 
 def _no_json(word: str) -> None:
-    """Python reads NaN and Infinity, which no answer could repeat."""
+    """Refuse NaN and Infinity, which Python reads but JSON does not have."""
     raise ValueError(f"{word} is not JSON")
 
 
 @dataclass(slots=True)
 class Call:
-    """One request, with all a handler needs to answer it. `endpoint` is the address the client used for us."""
+    """A request and its context. `endpoint` is the address that the client used for this server."""
 
     store: Store
     users: Users
@@ -71,7 +71,7 @@ class Call:
             raise HubError(401, "Invalid username or password.")
         return self.visitor.name
 
-    def require_voice(self) -> str:
+    def require_write_token(self) -> str:
         """Name of a user who may comment and propose: any user whose token can write somewhere."""
         name = self.user()
         if self.visitor.role not in ("write", "fineGrained"):
@@ -79,7 +79,7 @@ class Call:
         return name
 
     def repo(self) -> Repo:
-        """The repo the path names, when the visitor may know of it (hub.md 5.1: codes decide, not statuses)."""
+        """The repo of the path if it is visible to the visitor (hub.md 5.1: error codes matter, not statuses)."""
         repo = self.store.find(self.id)
         if repo is not None and self.users.may_see(self.visitor, repo):
             if repo.disabled:
@@ -126,7 +126,7 @@ class Route:
 
 
 class Routes:
-    """A table of routes; the first match answers."""
+    """Table of routes; the first match is called."""
 
     def __init__(self) -> None:
         self.table: list[Route] = []

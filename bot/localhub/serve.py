@@ -18,7 +18,7 @@ START_TIMEOUT_S = 30
 
 
 class Server(uvicorn.Server):
-    """uvicorn, telling when it answers."""
+    """uvicorn server with a callback after its start."""
 
     def __init__(self, config: uvicorn.Config, url: str, on_ready: Callable[[str], None] | None) -> None:
         super().__init__(config)
@@ -31,14 +31,14 @@ class Server(uvicorn.Server):
 
 
 def listen(root: Path, host: str, port: int, on_ready: Callable[[str], None] | None) -> tuple[Server, socket.socket]:
-    """A server for the Hub at `root` that is bound but does not run yet. Port 0 takes a free one."""
+    """A server for the Hub at `root`, bound but not running. Port 0 selects a free port."""
     return listen_app(create_app(root), host, port, on_ready)
 
 
 def listen_app(
     app: ASGIApp, host: str, port: int, on_ready: Callable[[str], None] | None
 ) -> tuple[Server, socket.socket]:
-    """The same for an application of the caller's (tests put faults in front of the Hub)."""
+    """A bound server for any ASGI application (tests wrap the Hub to inject faults)."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -83,7 +83,7 @@ def running(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> Iterator[st
             raise Failed(
                 "HUB_UNAVAILABLE",
                 f"The local Hub did not start within {START_TIMEOUT_S} s.",
-                "Look for what else keeps this machine busy.",
+                "Check the load of this machine.",
             )
         yield addresses[0]
     finally:

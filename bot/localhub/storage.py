@@ -10,7 +10,7 @@
     ROOT/locks/                                   one lock file per repo, held over each change
     ROOT/users.json, ROOT/journal.ndjson          users.py, journal.py
 
-A commit checks its parent, writes objects, writes the commit file, replaces refs.json: killed anywhere in between it
+A commit checks its parent, writes objects, writes the commit file, replaces refs.json: a kill in between
 leaves unreferenced files and the old head.
 """
 
@@ -110,7 +110,7 @@ class Store:
         return None if facts is None or "movedTo" in facts else Repo(id=repo, **facts)
 
     def moved_to(self, repo: RepoId) -> RepoId | None:
-        """The address a repo has now, when it once had this one."""
+        """Current id of a repo that was moved away from this id."""
         facts = read_json(self.folder(repo) / "repo.json")
         if facts is None or "movedTo" not in facts:
             return None
@@ -129,7 +129,7 @@ class Store:
     def create(self, repo: RepoId, *, author: str, private: bool, sdk: str | None = None) -> Repo:
         """Create a repo with its first commit. The caller holds the lock and has checked that the name is free."""
         folder = self.folder(repo)
-        if folder.exists():  # what is left of a creation cut short, or the stub of a moved repo
+        if folder.exists():  # an interrupted creation, or the stub of a moved repo
             self._discard(folder)
         facts = Repo(repo, self.new_id(), private, stamp(self.clock()), sdk=sdk)
         entry = FileEntry(self.objects(repo).put(GIT_ATTRIBUTES), len(GIT_ATTRIBUTES))
@@ -181,7 +181,7 @@ class Store:
         return Objects(self.folder(repo) / "objects")
 
     def allow_blob(self, repo: RepoId, sha256: str, size: int) -> None:
-        """Remember that this repo was sent the blob, or that a seeding put it there."""
+        """Allow the repo to use a blob that was uploaded or seeded to it."""
         write_atomic(self.folder(repo) / "lfs" / sha256, str(size).encode())
 
     def allowed_size(self, repo: RepoId, sha256: str) -> int | None:

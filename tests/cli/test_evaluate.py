@@ -26,6 +26,7 @@ from bot.errors import Failed, Refused
 from bot.hub import Hub
 from bot.jobs.job import Source
 from bot.jobs.request import EvaluateOptions
+from bot.jobs.specs import MergeSpec
 from bot.settings import Settings
 from bot.stages import evaluation, local_runs, worker
 from evaluators import comparison
@@ -300,8 +301,7 @@ def test_a_merge_whose_parent_is_known_costs_one_model_and_no_download(place: Pa
     shutil.copytree(results.folder_of(first, settings.evaluations), stored)
     (stored / "evaluation.json").write_text(json.dumps(replace(first, key=stored.name).as_dict()))
     assert evaluation.is_known(parent, asked, settings, hub)
-    sources = worker._SOURCES.dump_python((parent, twin), mode="json")
-    spec = {"evaluate": {"suite": "offline", "limit": 2}, "sources": sources}
+    spec = MergeSpec("", place / "out", 0, (parent, twin), asked)
     assert worker._measured(spec, settings, hub) == set()
     heard.clear()
     merged, found = evaluation.scores(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from bot.errors import Refused, Transient
 from bot.hub import Hub, is_partial
-from bot.hub.ranges import pieces, without
+from bot.hub.ranges import chunks, without
 from bot.localhub import seed
 from bot.merge.checkpoints import checkpoint
 from bot.merge.execution import engine
@@ -81,7 +81,7 @@ def test_what_is_missing_is_what_was_wanted_and_is_not_held(
 
 @given(SPANS, st.integers(1, 20))
 def test_requests_cover_a_range_once_and_none_is_too_large(spans: list[tuple[int, int]], most: int) -> None:
-    cut = pieces(spans, most)
+    cut = chunks(spans, most)
     assert [at for start, end in cut for at in range(start, end)] == [at for s, e in spans for at in range(s, e)]
     assert all(0 < end - start <= most for start, end in cut)
 
