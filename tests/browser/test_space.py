@@ -73,7 +73,7 @@ def test_every_tab_shows_its_content(space: Space, open_page: OpenPage) -> None:
     expect(page.locator("#parents svg")).to_be_visible()
 
 
-def test_the_first_day_says_what_to_do_next(empty_space: Space, open_page: OpenPage) -> None:
+def test_an_empty_page_shows_the_next_step(empty_space: Space, open_page: OpenPage) -> None:
     page = open_page(empty_space.url)
     tab(page, "Jobs")
     expect(page.locator("#jobs")).to_contain_text("No jobs yet. Submit one in the first tab.")
@@ -223,7 +223,7 @@ def test_on_a_telephone_the_pictures_of_a_job_can_be_seen_to_their_end(space: Sp
     assert page.locator("#jobs").evaluate("list => list.clientHeight") <= 844 / 2
 
 
-def test_what_strangers_write_stays_text(space: Space, open_page: OpenPage) -> None:
+def test_untrusted_text_stays_text(space: Space, open_page: OpenPage) -> None:
     for place, text in enumerate(HOSTILE):
         job = exhibits.submit(space.queue, f"eve{place}", text, now())
         lease = next(lease for lease in iter(lambda: space.queue.claim("eve"), None) if lease.job_id == job)

@@ -94,19 +94,19 @@ def test_the_metadata_names_sources_relation_licence_and_scores() -> None:
     assert "&id" not in (front_matter(text) or "")
 
 
-def test_the_headline_says_where_the_merge_keeps_up_and_where_not() -> None:
+def test_the_headline_names_tasks_kept_and_lost_against_the_best_source() -> None:
     text = card.model_card(job(), "mergebot/alice-both")
     assert "within two standard errors of its best source, or above, on `left`" in text
     assert "below its best source on `right`" in text
 
 
-def test_nothing_is_claimed_of_scores_that_cannot_be_compared() -> None:
+def test_incomparable_scores_give_no_headline() -> None:
     why = "they were measured in float32 and in bfloat16."
     text = card.model_card(job(evaluation=replace(job().evaluation, not_compared=why)), "mergebot/alice-both")
     assert why in text and "best source" not in text
 
 
-def test_every_number_in_the_table_stands_with_its_interval_also_without_a_verdict() -> None:
+def test_every_score_in_the_table_has_its_interval_without_a_verdict_too() -> None:
     text = card.model_card(job(), "mergebot/alice-both")
     assert "| model | `left` | `right` | average of 2 tasks |" in text
     assert "| **`mergebot/alice-both`** | 80.0 (68.2 to 91.8) | 30.0 (16.3 to 43.7) | 55.0 (46.0 to 64.0) |" in text
@@ -127,7 +127,7 @@ def judged(cache: Path) -> Job:
     return job(evaluation=Evaluation("f" * 64, merged, parents, None, 1.0, {}, compared, "", signs))
 
 
-def test_a_card_says_in_words_and_intervals_what_the_merge_is_beside_its_parents(tmp_path: Path) -> None:
+def test_a_card_shows_the_comparison_with_the_parents(tmp_path: Path) -> None:
     text = card.model_card(judged(tmp_path), "mergebot/alice-both")
     assert "Against its parents, on average over 2 tasks: better than both." in text
     assert "| **`mergebot/alice-both`** | 95.0 (83.5 to 98.6) | 95.0 (83.5 to 98.6) | 95.0 (" in text
@@ -141,7 +141,7 @@ def test_a_card_says_in_words_and_intervals_what_the_merge_is_beside_its_parents
     assert not re.search(r"\*\*[-+\d.]+\*\*", text)
 
 
-def test_how_many_questions_each_task_has_is_said_of_all_of_them() -> None:
+def test_a_card_names_the_samples_of_each_task() -> None:
     scores = (
         measured("left", 0.8, 0.06),
         measured("right", 0.3, 0.07),
@@ -164,7 +164,7 @@ def test_the_picture_is_published_beside_the_card_that_shows_it(tmp_path: Path) 
     assert "comparison.svg" not in before["README.md"]
 
 
-def test_facts_recorded_before_there_was_a_verdict_still_read(tmp_path: Path) -> None:
+def test_evaluations_stored_without_a_verdict_still_open(tmp_path: Path) -> None:
     kind = TypeAdapter(Evaluation)
     new = judged(tmp_path).evaluation
     assert kind.validate_json(kind.dump_json(new)) == new  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ def test_facts_recorded_before_there_was_a_verdict_still_read(tmp_path: Path) ->
     assert kind.validate_python(old) == job().evaluation
 
 
-def test_why_nothing_was_compared_is_said(tmp_path: Path) -> None:
+def test_a_card_gives_the_reason_for_a_missing_comparison(tmp_path: Path) -> None:
     evaluation = job().evaluation
     assert evaluation is not None
     said = job(evaluation=replace(evaluation, not_compared="The answers to task <b> were not kept."))
@@ -187,7 +187,7 @@ def test_the_recipe_in_the_card_runs_again() -> None:
     assert recipe.parse(block, trust="stranger").digest == recipe.parse(TEXT, trust="stranger").digest
 
 
-def test_parents_heads_stand_in_the_card_beside_those_made_for_the_merge_and_a_loss_is_said_first() -> None:
+def test_a_card_lists_all_heads_and_reports_a_slowdown_first() -> None:
     def row(name: str, origin: str, rate: float | None, absent: str | None = None) -> dict[str, Any]:
         made = {"id": name, "origin": origin, "absent_because": absent, "accuracy": [{"top1": 0.31}, {"top1": 0.2}]}
         steps = {"measured": rate if origin == "fresh" else None, "common_tree": rate}
@@ -241,7 +241,7 @@ def _speedups(text: str) -> list[tuple[float, str]]:
 
 
 @pytest.mark.parametrize("hostile", INJECTIONS)
-def test_text_of_strangers_does_nothing_in_a_card(hostile: str) -> None:
+def test_untrusted_text_is_inert_in_a_card(hostile: str) -> None:
     notice = {"code": "X", "text": hostile, "count": 1}
     merge = replace(job().merge, notices=(notice,))  # type: ignore[type-var]
     text = card.model_card(job(merge=merge), "mergebot/alice-both")
@@ -253,7 +253,7 @@ def test_text_of_strangers_does_nothing_in_a_card(hostile: str) -> None:
 
 
 @given(st.text(max_size=200))
-def test_no_text_ends_its_own_fence_or_leaves_its_line(text: str) -> None:
+def test_untrusted_text_cannot_leave_its_fence_or_line(text: str) -> None:
     block = markdown.fenced(text, "yaml").splitlines()
     fence = block[0].removesuffix("yaml")
     assert block[-1] == fence
@@ -268,7 +268,7 @@ def test_a_taken_name_gets_the_digest() -> None:
     assert all(len(name.partition("/")[2]) <= 96 for name in card.output_names(long, "mergebot"))
 
 
-def test_each_name_that_may_be_taken_has_a_card_of_its_own() -> None:
+def test_each_candidate_name_has_its_own_card() -> None:
     texts = card.publication_content(job(publication=None), SETTINGS).texts
     assert list(texts) == ["mergebot/alice-both", "mergebot/alice-both-dddddddd"]
     for name, files in texts.items():
@@ -288,7 +288,7 @@ def test_a_card_shows_how_to_generate_with_the_heads_that_the_repo_carries() -> 
     assert card.publication_content(carrying, SETTINGS).heads == files
 
 
-def test_every_ending_has_an_answer_with_its_reference() -> None:
+def test_every_outcome_has_a_reply_with_its_reference() -> None:
     request = MergeRequest("alice", Origin.CARD, TEXT, "both", repo="alice/asks", revision=A, reply="discussion")
     failed = job(publication=None, failures=(Failure(Stage.MERGING, "DISK_FULL", "The <b>disk</b> is full.", "Wait."),))
     cancelled = job(publication=None, cancelled_at=datetime(2026, 1, 2, tzinfo=UTC))
@@ -305,7 +305,7 @@ def test_every_ending_has_an_answer_with_its_reference() -> None:
         assert "<b>" not in spec.text
 
 
-def test_the_board_is_a_function_of_the_facts() -> None:
+def test_equal_facts_give_an_equal_board() -> None:
     first, second = leaderboard.board_spec([job()], SETTINGS), leaderboard.board_spec([job()], SETTINGS)
     assert first == second
     row = leaderboard.row(job(), SETTINGS)

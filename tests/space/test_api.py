@@ -34,7 +34,7 @@ def test_the_endpoints_keep_their_names(client: Client) -> None:
     assert sorted(named) == ["/cancel", "/check", "/job", "/jobs", "/leaderboard", "/submit"]
 
 
-def test_a_submitted_recipe_stands_in_the_queue_pinned_to_commits(client: Client, space: Stage) -> None:
+def test_a_submitted_recipe_is_queued_and_pinned_to_commits(client: Client, space: Stage) -> None:
     answer = ask(client, "/submit", recipe=exhibits.RECIPE, name="from-the-form", suite="demo-skills", limit=20)
     job = space.queue.job(answer["job"]["id"])
     assert (job.request.requester, job.request.name) == ("visitor", "from-the-form")
@@ -74,7 +74,7 @@ def test_a_check_plans_and_queues_nothing(client: Client, space: Stage) -> None:
         ("", "REQUEST_INVALID", None),
     ],
 )
-def test_a_recipe_that_cannot_be_done_is_refused_with_a_next_step(
+def test_an_impossible_recipe_is_refused_with_a_next_step(
     client: Client, space: Stage, recipe: str, code: str, line: int | None
 ) -> None:
     before = len(space.queue.jobs(limit=1000))
@@ -129,7 +129,7 @@ def raw_call(url: str, name: str, data: list[Any]) -> dict[str, Any] | None:
     return found
 
 
-def test_jobs_are_told_with_their_facts(client: Client, space: Stage) -> None:
+def test_jobs_are_returned_with_their_facts(client: Client, space: Stage) -> None:
     told = {job["id"]: job for job in ask(client, "/jobs")["jobs"]}
     for stage_name in ("published", "failed", "cancelled", "publishing", "evaluating", "merging", "queued"):
         assert told[space.jobs[stage_name]]["stage"] == stage_name
@@ -141,7 +141,7 @@ def test_jobs_are_told_with_their_facts(client: Client, space: Stage) -> None:
     assert told[space.jobs["failed"]]["failures"][0]["code"] == "NOT_FINITE"
 
 
-def test_mine_are_only_mine(client: Client) -> None:
+def test_mine_returns_only_the_visitors_jobs(client: Client) -> None:
     mine = ask(client, "/jobs", mine=True)["jobs"]
     assert mine and {job["requester"] for job in mine} == {"visitor"}
 
@@ -160,7 +160,7 @@ def test_an_unknown_job_is_not_found(client: Client, job_id: str) -> None:
     assert ask(client, "/job", job_id=job_id)["refused"]["code"] == "JOB_NOT_FOUND"
 
 
-def test_the_leaderboard_is_what_the_hub_holds(client: Client, space: Stage) -> None:
+def test_the_leaderboard_equals_the_dataset_on_the_hub(client: Client, space: Stage) -> None:
     rows = ask(client, "/leaderboard")["rows"]
     held = exhibits.board_rows(space.hub.url)
     assert [row["model"] for row in rows] == [row.model for row in held]
@@ -183,7 +183,7 @@ def test_nothing_can_be_uploaded_or_sent_in_bulk(space: Stage) -> None:
 
 
 @pytest.mark.parametrize("address", ["/monitoring", "/gradio_api/file=/etc/passwd", "/docs"])
-def test_doors_that_gradio_or_fastapi_would_open_are_shut(space: Stage, address: str) -> None:
+def test_default_routes_of_gradio_and_fastapi_are_closed(space: Stage, address: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(space.url + address, timeout=20)
     assert refused.value.code in (401, 403, 404)

@@ -1,4 +1,4 @@
-"""What the page is made of, without a server: markup, words, filters, figures, limits."""
+"""Components of the page without a server: markup, words, filters, figures, limits."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_only_web_addresses_become_links(address: str | None) -> None:
         (words.plural(1, "job"), "1 job"),
     ],
 )
-def test_figures_are_told_as_people_read_them(told: str, expected: str) -> None:
+def test_figures_are_formatted_for_people(told: str, expected: str) -> None:
     assert told == expected
 
 
@@ -106,7 +106,7 @@ def test_figures_are_told_as_people_read_them(told: str, expected: str) -> None:
         (None, "no verdict was stored"),
     ],
 )
-def test_the_board_says_of_a_speedup_what_its_speed_test_concluded(verdict: str | None, said: str) -> None:
+def test_the_board_shows_the_verdict_of_the_speed_test(verdict: str | None, said: str) -> None:
     row = replace(exhibits.board_rows("http://hub")[0], speedup_ci=(1.1, 1.3), speed_verdict=verdict)
     assert said in board.speed_sentence(row)
 
@@ -121,11 +121,11 @@ def test_the_board_says_of_a_speedup_what_its_speed_test_concluded(verdict: str 
         (board.Filters(words="absent"), set()),
     ],
 )
-def test_filters_keep_the_rows_they_name(filters: board.Filters, names: set[str]) -> None:
+def test_filters_keep_the_matching_rows(filters: board.Filters, names: set[str]) -> None:
     assert {row.model.rpartition("/")[2] for row in filters.pick(ROWS)} == names
 
 
-def test_only_merges_that_were_asked_alike_stand_in_one_table() -> None:
+def test_only_merges_measured_under_equal_conditions_share_a_ranking() -> None:
     other = [
         replace(row, model=f"x/{place}", ranking="other", asked="quick, bfloat16", average=0.99)
         for place, row in enumerate(ROWS[:3])
@@ -145,7 +145,7 @@ def test_only_merges_that_were_asked_alike_stand_in_one_table() -> None:
 
 
 @pytest.mark.parametrize("order", [*board.ORDERS, "task:invented_crests", "unheard of"])
-def test_every_order_puts_the_best_first_and_the_unmeasured_last(order: str) -> None:
+def test_every_order_puts_the_best_first_and_unmeasured_rows_last(order: str) -> None:
     filters = board.Filters(order=order)
     measured = [filters._figure(row) for row in filters.pick(ROWS)]
     assert len(measured) == len(ROWS)
@@ -153,7 +153,7 @@ def test_every_order_puts_the_best_first_and_the_unmeasured_last(order: str) -> 
     assert measured[: len(known)] == sorted(known, reverse=True)
 
 
-def test_the_table_sorts_by_numbers_and_shows_them_with_their_errors() -> None:
+def test_the_table_sorts_by_numbers_and_shows_their_intervals() -> None:
     value = board.table_value(ROWS)
     headers, rows, shown = (
         value["value"]["headers"],
@@ -174,7 +174,7 @@ def marks(svg: str) -> list[tuple[str, str]]:
     return [(shape, title) for shape, title in titles if title]
 
 
-def test_the_plot_holds_a_point_with_whiskers_for_each_measured_merge() -> None:
+def test_the_plot_has_a_point_with_intervals_per_measured_merge() -> None:
     svg = figures.quality_speed(ROWS, ROWS[0])
     measured = [row for row in ROWS if row.average is not None and row.speedup is not None]
     assert {title.partition(",")[0] for _, title in marks(svg)} == {row.model for row in measured}
@@ -195,7 +195,7 @@ def _order(left: Any, right: Any) -> int:
     return (float(left) > float(right)) - (float(left) < float(right))
 
 
-def test_a_merge_stands_beside_each_of_its_parents_on_each_task() -> None:
+def test_the_figure_shows_the_merge_and_each_parent_per_task() -> None:
     svg = figures.beside_parents(ROWS[0])
     shown = [round(float(title.partition(" ")[0])) for _, title in marks(svg)]
     assert shown == [83, 3, 98, 13, 58, 23, 20, 75]
@@ -204,7 +204,7 @@ def test_a_merge_stands_beside_each_of_its_parents_on_each_task() -> None:
     assert figures.beside_parents(ROWS[-1]) == ""
 
 
-def test_whiskers_are_the_intervals_where_there_are_some() -> None:
+def test_the_figure_shows_intervals_or_else_standard_errors() -> None:
     row = ROWS[0]
     results = tuple(replace(each, interval=(each.value - 0.02, each.value + 0.03)) for each in row.results)
     svg = figures.beside_parents(replace(row, results=results))
@@ -223,7 +223,7 @@ def a_job(**facts: Any) -> Job:
     return Job("ab12", "0" * 64, request, "{}", (source,), {"method": "linear"}, NOW, **facts)
 
 
-def test_a_page_of_a_job_tells_each_failure_it_survived() -> None:
+def test_a_job_page_lists_each_retried_failure() -> None:
     away = Failure(Stage.MERGING, "HUB_UNAVAILABLE", "The Hub is away.", "Nothing to do.", NOW + timedelta(minutes=5))
     final = Failure(Stage.EVALUATING, "TIME_LIMIT", "Evaluating took 8 h.", "Ask for fewer tasks.")
     waiting = Elements(job_page(a_job(failures=(away,)), LIVE_HUB, 2, NOW)).text
@@ -232,7 +232,7 @@ def test_a_page_of_a_job_tells_each_failure_it_survived() -> None:
     assert "Evaluating took 8 h." in failed and "Ask for fewer tasks." in failed and "That ended the job." in failed
 
 
-def test_a_page_of_a_job_says_what_the_merge_is_beside_its_parents() -> None:
+def test_a_job_page_shows_the_comparison_with_the_parents() -> None:
     page = Elements(job_page(a_job(evaluation=exhibits.evaluation()), LIVE_HUB, 0, NOW))
     assert "Against its parents, on average over 2 tasks: better than all 3." in page.text
     assert "82.5 (72.7 to 89.3)" in page.text and "Detectable" in page.text and "Same answer as" in page.text
@@ -245,7 +245,7 @@ def test_a_page_of_a_job_says_what_the_merge_is_beside_its_parents() -> None:
     assert page.text.count("2.31 tokens per step") == page.text.count("0.84 to 0.90") == 1
 
 
-def test_a_page_of_an_evaluation_without_a_verdict_shows_intervals_and_the_reason() -> None:
+def test_a_job_page_without_a_verdict_shows_intervals_and_the_reason() -> None:
     found = replace(exhibits.evaluation(), comparison=None, vitals={}, not_compared="<b>gone</b>", decode_speed=None)
     page = Elements(job_page(a_job(evaluation=found), LIVE_HUB, 0, NOW))
     assert (
@@ -257,7 +257,7 @@ def test_a_page_of_an_evaluation_without_a_verdict_shows_intervals_and_the_reaso
 
 
 @pytest.mark.parametrize(("done", "total"), [(0.0, 0.0), (-1.0, 2.0), (5.0, 2.0)])
-def test_progress_that_makes_no_sense_still_draws_a_bar(done: float, total: float) -> None:
+def test_invalid_progress_still_draws_a_bar(done: float, total: float) -> None:
     from space.job_page import progress_bar
 
     found = dict(Elements(progress_bar(Progress("x", done, total))).attributes)
@@ -273,7 +273,7 @@ def test_a_form_with_a_wrong_field_is_refused_by_its_name(form: dict[str, Any], 
         read_form(form)
 
 
-def test_a_defect_of_ours_reaches_people_by_its_id_only() -> None:
+def test_an_internal_error_is_shown_by_its_request_id_only() -> None:
     def broken() -> None:
         raise KeyError("hf_secretsecretsecretsecret")
 
@@ -282,7 +282,7 @@ def test_a_defect_of_ours_reaches_people_by_its_id_only() -> None:
     assert "secret" not in str(found.as_dict()) and found.request_id in found.next_step
 
 
-def test_the_operators_examples_replace_ours(tmp_path: Path) -> None:
+def test_configured_examples_replace_the_built_in_ones(tmp_path: Path) -> None:
     (tmp_path / "b_two.yml").write_text("merge_method: linear\n")
     (tmp_path / "a.yml").write_text("# First of all\nmerge_method: slerp\n")
     (tmp_path / "huge.yml").write_text("#" * 70_000)
@@ -292,7 +292,7 @@ def test_the_operators_examples_replace_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
-def test_our_examples_are_recipes_that_strangers_may_send(title: str) -> None:
+def test_built_in_examples_pass_the_limits_of_untrusted_requests(title: str) -> None:
     from bot.merge.recipe import reading as recipe
 
     assert len(recipe.parse(EXAMPLES[title], trust="stranger").sources) == 2

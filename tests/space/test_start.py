@@ -77,13 +77,13 @@ for place in ("on a machine", "in a Space without an OAuth application"):
     assert len(refusals) == 2 and all("LOGIN_REQUIRED" in line for line in refusals), done.stdout + done.stderr
 
 
-def test_the_first_day_says_what_to_do(empty_space: Stage) -> None:
+def test_an_empty_page_shows_the_next_step(empty_space: Stage) -> None:
     client = Client(empty_space.url, verbose=False)
     assert client.predict(api_name="/jobs") == {"jobs": []}
     assert client.predict(api_name="/leaderboard") == {"rows": []}
 
 
-def test_in_a_space_people_act_under_the_name_they_logged_in_with(tmp_path: Path) -> None:
+def test_in_a_space_visitors_act_under_their_login(tmp_path: Path) -> None:
     with running_hub(tmp_path / "hub") as hub:
         seed(tmp_path / "hub", exhibits.hub_content(tmp_path / "content", ()))
         home = tmp_path / "home"
