@@ -190,7 +190,7 @@ def work_of(recipe: Path) -> tuple[list[tuple[str, int, int]], int]:
     """What a merge reads (file, start, stop) and how many bytes of weights it writes, from its plan."""
     from bot.merge.checkpoints import checkpoint
     from bot.merge.planning import planner
-    from bot.merge.planning.needs import needed
+    from bot.merge.planning.byte_ranges import needed
     from bot.merge.recipe import reading as recipes
 
     parsed = recipes.parse(recipe.read_text())

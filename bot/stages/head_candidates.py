@@ -169,7 +169,7 @@ def _named(text: str, asked: Recipe | None, settings: Settings) -> Parent:
 def _source(asked: Recipe, name: str) -> ModelRef:
     """The source of the recipe that `name` means: all of its reference, its path, or the last word of that."""
     stages = {stage.ref for stage in asked.stages}
-    parts = (*(stage.recipe for stage in asked.stages), asked)
+    parts = asked.documents
     refs = dict.fromkeys(ref for part in parts for ref in part.sources if ref not in stages)
     for spelt in (str, lambda ref: ref.path, lambda ref: ref.path.rstrip("/").rpartition("/")[2]):
         hits = [ref for ref in refs if spelt(ref) == name]

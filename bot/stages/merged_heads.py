@@ -166,7 +166,7 @@ def _one(ref: ModelRef) -> ModelRef:
 
 
 def _without_adapter(ref: ModelRef, asked: Recipe) -> ModelRef:
-    named = (each for part in (*(stage.recipe for stage in asked.stages), asked) for each in part.sources)
+    named = (each for part in asked.documents for each in part.sources)
     return next((each.bare for each in named if _one(each) == ref), ref)
 
 
@@ -212,7 +212,7 @@ def _untrained(
     ref: ModelRef, recipe: Recipe, found: Mapping[ModelRef, _Heads], models: Mapping[ModelRef, Path]
 ) -> _Heads:
     """Heads that repeat the base, the start of task vectors. Raises Refused if `ref` is not such a base."""
-    parts = (*(stage.recipe for stage in recipe.stages), recipe)
+    parts = recipe.documents
     starts = [part for part in parts if _is_start(part, ref)]
     if not starts or not found:
         _refuse(f"there are no heads of {ref}")

@@ -22,7 +22,7 @@ from bot.errors import Failed, Refused, Transient
 from bot.merge.checkpoints.checkpoint import TRUSTED, Checkpoint, Files, Limits, LocalFiles
 from bot.merge.checkpoints.lora import Adapter, open_source
 from bot.merge.execution.provenance import Known, SourceFile
-from bot.merge.planning.needs import Range, needed
+from bot.merge.planning.byte_ranges import Range, needed
 from bot.merge.planning.plan import Plan
 from bot.merge.recipe.document import is_repo_id
 from bot.merge.recipe.spec import ModelRef, Recipe

@@ -22,7 +22,7 @@ from bot.hub.ranges import chunks, without
 from bot.localhub import seed
 from bot.merge.checkpoints import checkpoint
 from bot.merge.execution import engine
-from bot.merge.planning import needs, plan, planner
+from bot.merge.planning import byte_ranges, plan, planner
 from bot.merge.recipe import reading as recipe
 from bot.merge.recipe.spec import ModelRef
 from tests.hub.test_hub_client import hub_of, published, refusal
@@ -88,7 +88,7 @@ def test_requests_cover_a_range_once_and_none_is_too_large(spans: list[tuple[int
 
 @given(SPANS, st.integers(0, 20))
 def test_bridging_keeps_every_byte_and_only_adds_small_gaps(spans: list[tuple[int, int]], gap: int) -> None:
-    found = needs.bridged(spans, gap)
+    found = byte_ranges.bridged(spans, gap)
     assert without(spans, list(found)) == []
     assert all(after[0] - before[1] >= max(gap, 1) for before, after in itertools.pairwise(found))
     assert all(after - before < gap for before, after in without(list(found), spans))
@@ -101,7 +101,7 @@ def test_bridging_keeps_every_byte_and_only_adds_small_gaps(spans: list[tuple[in
 def test_eight_layers_of_thirty_two_move_eight_layers(deep: RunningHub, tmp_path: Path) -> None:
     hub = hub_of(deep)
     made = planned(hub)
-    [(ref, wanted)] = needs.needed(made).items()
+    [(ref, wanted)] = byte_ranges.needed(made).items()
     layer = 2 * (4 * 512 * 512 + 3 * 12 * 512 + 2 * 512)
     before = len(deep.journal())
     verified = hub.fetch(ref.path, str(ref.revision), tmp_path / "part", wanted)
@@ -126,12 +126,12 @@ def test_a_later_plan_adds_to_what_an_earlier_one_left(deep: RunningHub, tmp_pat
         (EIGHT_OF_32, 0, 0.1),  # nothing is asked twice
         (EIGHT_OF_32.replace("[12, 20]", "[10, 20]"), 4, 4.2),  # 10 and 11; 0 and 1 are bridged
     ):
-        [(ref, wanted)] = needs.needed(planned(hub, text)).items()
+        [(ref, wanted)] = byte_ranges.needed(planned(hub, text)).items()
         before = len(deep.journal())
         hub.fetch(ref.path, str(ref.revision), into, wanted)
         assert least * layer <= served(deep, before) < most * layer, text
     all_of_it = planned(hub, EIGHT_OF_32.replace("[12, 20]", "[0, 32]"))
-    [(ref, wanted)] = needs.needed(all_of_it).items()
+    [(ref, wanted)] = byte_ranges.needed(all_of_it).items()
     verified = hub.fetch(ref.path, str(ref.revision), into, wanted)
     assert {verified[name] for name in verified if name.endswith(".safetensors")} == {"sha256"}
     assert is_partial(into)
@@ -150,7 +150,7 @@ Hub(url).fetch("deep/model", revision, Path(into), eval(sys.argv[4]))
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_killed_fetch_asks_only_for_the_rest(deep: RunningHub, tmp_path: Path, after: int) -> None:
     hub, into = hub_of(deep), tmp_path / "part"
-    [(ref, wanted)] = needs.needed(planned(hub, EIGHT_OF_32.replace("[12, 20]", "[0, 32]"))).items()
+    [(ref, wanted)] = byte_ranges.needed(planned(hub, EIGHT_OF_32.replace("[12, 20]", "[0, 32]"))).items()
     large = {name: spans for name, spans in wanted.items() if name.endswith(".safetensors")}
     command = [sys.executable, "-c", CHILD, deep.url, str(ref.revision), str(into), repr(large)]
     environment = {**deep.env(tmp_path / "home"), "MERGEBOT_CRASH_AT": f"download.after_range:{after}"}
@@ -163,7 +163,7 @@ def test_a_killed_fetch_asks_only_for_the_rest(deep: RunningHub, tmp_path: Path,
     told: list[int] = []
     hub.fetch(ref.path, str(ref.revision), into, large, progress=lambda done, total, _: told.append(done))
     assert told[0] > sum(entry["end"] - entry["start"] for entry in kept) > 0
-    assert told[-1] == needs.total_bytes({ref: large})
+    assert told[-1] == byte_ranges.total_bytes({ref: large})
     source = deep.root.parent / "content" / "models" / "deep" / "model"
     for name, spans in large.items():
         with (into / name).open("rb") as got, (source / name).open("rb") as right:

@@ -12,7 +12,7 @@ from peft_models import GPT2, TEXT, adapt, agrees, build, logits, merged, reopen
 from tiny_checkpoints import load, plan_of
 
 from bot.errors import Refused
-from bot.merge.planning.needs import needed
+from bot.merge.planning.byte_ranges import needed
 from bot.merge.recipe.spec import ModelRef
 
 ALONE = "merge_method: passthrough\nmodels: [{model: base+adapter}]\n"

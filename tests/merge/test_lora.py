@@ -23,7 +23,7 @@ from bot.merge.checkpoints import checkpoint, lora, patches
 from bot.merge.checkpoints.lora import Adapter
 from bot.merge.execution.lora_rows import PatchedView, stored_tensor
 from bot.merge.execution.views import StoredView
-from bot.merge.planning.needs import needed
+from bot.merge.planning.byte_ranges import needed
 from bot.merge.recipe.spec import ModelRef
 
 PREFIX = "base_model.model."

@@ -19,7 +19,7 @@ from bot.cli.main import app
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import LocalFiles, open_checkpoint
 from bot.merge.execution import engine
-from bot.merge.planning.needs import needed
+from bot.merge.planning.byte_ranges import needed
 from bot.merge.recipe.spec import ModelRef
 
 Tensors = dict[str, torch.Tensor]

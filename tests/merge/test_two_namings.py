@@ -18,7 +18,7 @@ from tiny_checkpoints import load, merge, plan_of
 
 from bot.errors import Failed, Refused
 from bot.merge.checkpoints.header import Limits
-from bot.merge.planning.needs import needed
+from bot.merge.planning.byte_ranges import needed
 
 INNER = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}

@@ -1,6 +1,6 @@
 """A LoRA adapter seen through its headers. Weights are not read. docs/design/merging.md 5.3.
 
-`open_source` opens whatever lies in a folder or repo; `fitting.py` sees a model through an adapter.
+`open_source` opens whatever lies in a folder or repo; `adapted_model.py` sees a model through an adapter.
 """
 
 from __future__ import annotations

@@ -108,9 +108,9 @@ def _known_file(fact: SourceFile) -> dict[str, object]:
 def _tokenizer(plan: Plan) -> dict[str, object]:
     chosen, asked = plan.vocabulary, plan.recipe.vocabulary
     if chosen is None or asked is None:
-        return {"policy": "copied", "donor": str(plan.recipe.donor)}
+        return {"policy": "copied", "donor": str(plan.recipe.config_source)}
     added = {"added_tokens": len(chosen.added), "first_added": list(chosen.added[:20])}
-    return {"policy": str(asked.source), "donor": str(chosen.giver), "rows": chosen.rows, **added}
+    return {"policy": str(asked.source), "donor": str(chosen.tokenizer_source), "rows": chosen.rows, **added}
 
 
 def manifest(files: Mapping[str, _Fact]) -> bytes:

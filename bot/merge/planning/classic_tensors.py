@@ -41,7 +41,7 @@ def plateaus(gradient: Sequence[float], layers: int) -> list[float]:
     return out + [gradient[-1]] * (layers + 2 - len(out))
 
 
-def spread(recipe: Recipe, layers: int, notes: Notes) -> Recipe:
+def expand_gradient(recipe: Recipe, layers: int, notes: Notes) -> Recipe:
     """The recipe with its layer gradient as conditions on tensor names, for a model of that depth."""
     classic = recipe.classic
     if classic is None or not classic.layer_gradient:

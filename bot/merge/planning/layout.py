@@ -15,7 +15,7 @@ from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.modules import Part, counterpart, layered, parts, require, with_loose
 from bot.merge.checkpoints.ties import is_head
-from bot.merge.planning.allowance import Allowance
+from bot.merge.planning.planning_budget import PlanningBudget
 from bot.merge.planning.spellings import find, spelling, under_prefix
 from bot.merge.recipe.parameters import position
 from bot.merge.recipe.spec import ModelRef, Module, Parameters, Recipe, Slice, Source
@@ -53,7 +53,7 @@ class Stacked:
     """One stack of the output: the config keys that count it, its original depth, and the origin of each layer."""
 
     depths: tuple[tuple[str, ...], ...]
-    donor_layers: int
+    source_layers: int
     layers: tuple[tuple[ModelRef, int], ...]
 
 
@@ -81,43 +81,43 @@ class _Piece:
     path: str
 
 
-def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures, allowance: Allowance) -> Layout:
-    """Lay out the output. Raises `Refused` for modules, ranges and depths that do not match, and beyond `allowance`."""
+def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectures, budget: PlanningBudget) -> Layout:
+    """Lay out the output. Raises `Refused` for modules, ranges and depths that do not match, and beyond `budget`."""
     modules = {module.name: module for module in recipe.modules}
     whole = modules.get("default")
     if not recipe.modular or (whole is not None and whole.layout == "models" and len(modules) == 1):
         only = _Arrangement(recipe, recipe.modules[0], checkpoints, architectures)
-        allowance.output(only.depth, only.counts())
+        budget.output(only.depth, only.counts())
         return only.layout()
     found = {ref: parts(checkpoints[ref], architectures[ref]) for ref in recipe.sources}
     arrangements: list[_Arrangement] = []
-    for module, part in _asked(recipe, found[recipe.donor]):
+    for module, part in _asked(recipe, found[recipe.config_source]):
         views = {}
         for ref, theirs in found.items():
-            twin = part if ref == recipe.donor else _twin(part, theirs)
-            if twin is not None:
-                views[ref] = twin.of(architectures[ref])
-        for source in (source for piece in module.slices for source in recipe.taking_part(module, piece)[0]):
+            match = part if ref == recipe.config_source else _matching_module(part, theirs)
+            if match is not None:
+                views[ref] = match.of(architectures[ref])
+        for source in (source for piece in module.slices for source in recipe.inputs(module, piece)[0]):
             if source.model not in views:
                 raise Refused(
                     "TENSOR_MISSING", f"{source.model} has no module `{part.name}`.",
                     f"Name models that have one under `modules.{module.name}`.", value=module.name,
                 )  # fmt: skip
         arrangements.append(_Arrangement(recipe, module, checkpoints, views, part.depths))
-    allowance.output(sum(one.depth for one in arrangements), (count for one in arrangements for count in one.counts()))
+    budget.output(sum(one.depth for one in arrangements), (count for one in arrangements for count in one.counts()))
     return _joined([one.layout() for one in arrangements])
 
 
 def _asked(recipe: Recipe, found: Sequence[Part]) -> list[tuple[Module, Part]]:
     """Modules of the output by module of the recipe; modules without layers may be merged with the main one."""
-    donor = str(recipe.donor)
+    config_source = str(recipe.config_source)
     asked: dict[str, tuple[Module, Part]] = {}
     for module in recipe.modules:
-        part = require(found, module.name, donor)
+        part = require(found, module.name, config_source)
         if part.name in asked:
             raise Refused(
-                "RECIPE_INVALID", f"`modules` names {part.name} of {donor} twice.", "Keep one.", value=module.name,
-                where=Where("recipe", None, f"modules.{module.name}"),
+                "RECIPE_INVALID", f"`modules` names {part.name} of {config_source} twice.", "Keep one.",
+                value=module.name, where=Where("recipe", None, f"modules.{module.name}"),
             )  # fmt: skip
         if part.stack is None and module.layout == "slices":
             raise Refused(
@@ -128,7 +128,7 @@ def _asked(recipe: Recipe, found: Sequence[Part]) -> list[tuple[Module, Part]]:
     missing = [part.name for part in layered(found) if part.name not in asked]
     if missing:
         raise Refused(
-            "MISSING_KEY", f"`modules` says nothing of {', '.join(missing)} of {donor}.",
+            "MISSING_KEY", f"`modules` says nothing of {', '.join(missing)} of {config_source}.",
             f"Add `{missing[0]}:` with `models:` under `modules`.", value=missing[0],
             where=Where("recipe", None, "modules"),
         )  # fmt: skip
@@ -139,13 +139,13 @@ def _asked(recipe: Recipe, found: Sequence[Part]) -> list[tuple[Module, Part]]:
     return [asked[part.name] for part in found if part.name in asked]
 
 
-def _twin(part: Part, found: Sequence[Part]) -> Part | None:
+def _matching_module(part: Part, found: Sequence[Part]) -> Part | None:
     """The same module of another model, with whatever loose tensors went along in the output."""
-    twin = counterpart(part, found)
-    if twin is None:
+    match = counterpart(part, found)
+    if match is None:
         return None
-    foreign = set(part.before) - set(twin.before) - set(twin.after)
-    return with_loose(twin, [each for each in found if each is not twin and foreign & {*each.before, *each.after}])
+    foreign = set(part.before) - set(match.before) - set(match.after)
+    return with_loose(match, [each for each in found if each is not match and foreign & {*each.before, *each.after}])
 
 
 def _joined(layouts: Sequence[Layout]) -> Layout:
@@ -171,7 +171,7 @@ class _Arrangement:
     ) -> None:
         """`depths`: paths of the config keys for the layer count; None for a model with one module."""
         self.recipe, self.checkpoints, self.architectures = recipe, checkpoints, architectures
-        self.model = architectures[recipe.donor]  # gives the output its names
+        self.model = architectures[recipe.config_source]  # gives the output its names
         self.module = module
         self.alone = depths is None
         own = () if self.model.depth_key is None else (self.model.depth_key,)
@@ -225,7 +225,7 @@ class _Arrangement:
     def _piece(self, piece: Slice, index: int) -> _Piece:
         module, prefix = self.module, f"modules.{self.module.name}." if self.recipe.modular else ""
         path = f"{prefix}slices[{index}].sources"
-        sources, base = self.recipe.taking_part(module, piece)
+        sources, base = self.recipe.inputs(module, piece)
         if module.layout == "models":
             path = f"{prefix}models"
             depths = {source.model: len(self.architectures[source.model].main.layers) for source in sources}
@@ -252,14 +252,14 @@ class _Arrangement:
         return source.layers
 
     def _refuse_second_stack(self) -> None:
-        tensors = self.checkpoints[self.recipe.donor].tensors
+        tensors = self.checkpoints[self.recipe.config_source].tensors
         total = sum(tensor.nbytes for tensor in tensors.values())
         for stack in self.model.others:
             own = sum(tensors[name].nbytes for layer in stack.layers for name in layer.values())
             if len(stack.layers) > 1 and 50 * own > total:
                 raise Refused(
                     "NOT_SUPPORTED",
-                    f"{self.recipe.donor} has a second stack, {stack.prefix.rstrip('.')}; `slices` means one.",
+                    f"{self.recipe.config_source} has a second stack, {stack.prefix.rstrip('.')}; `slices` means one.",
                     "Use `models:`, which covers every stack, or `modules:` with slices for each.",
                 )
 

@@ -1,4 +1,4 @@
-"""config.json of the output: the donor's, with the edits of merging.md 3.3 and no others."""
+"""config.json of the output: the config source's, with the edits of merging.md 3.3 and no others."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def output_config(
 ) -> str:
     """The text of config.json: dtype as written, layer count and per-layer lists, the tie that holds, vocabulary,
     and the keys that transformers 4 reads."""
-    donor = recipe.donor
-    config: dict[str, Any] = copy.deepcopy(dict(checkpoints[donor].config))
+    config_source = recipe.config_source
+    config: dict[str, Any] = copy.deepcopy(dict(checkpoints[config_source].config))
     if config.pop("auto_map", None) is not None:
-        notes.add("REMOTE_CODE_DROPPED", f"`auto_map` of {donor} is left out: no remote code is carried over")
+        notes.add("REMOTE_CODE_DROPPED", f"`auto_map` of {config_source} is left out: no remote code is carried over")
     _set_dtype(config, _main_dtype(works))
     configs = {ref: checkpoints[ref].config for ref in recipe.sources}
     for stack in layout.stacks:
-        restack(config, stack, donor, configs, notes)
+        restack(config, stack, config_source, configs, notes)
         if layout.unpredictive:
             without_predicted(config, stack)
     if layout.has_head:
@@ -51,7 +51,7 @@ def output_config(
     if layout.unpredictive:
         _without_prediction_layers(config)
     if alignment is not None:
-        config.update(remapped_ids(config, alignment, donor, checkpoints[alignment.giver].config))
+        config.update(remapped_ids(config, alignment, config_source, checkpoints[alignment.tokenizer_source].config))
         config = with_vocabulary_size(config, alignment.rows)
     add_older_keys(config)
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 def checkpoint(plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> Checkpoint:
     """The result of `plan` as later documents see it; `opened` are the sources it was planned from."""
-    return open_checkpoint(_Ahead(plan, name, opened), limits=TRUSTED, name=name, unwritten=True)
+    return open_checkpoint(_PlannedFiles(plan, name, opened), limits=TRUSTED, name=name, unwritten=True)
 
 
-class _Ahead:
+class _PlannedFiles:
     """Files that `plan` will write, as far as their bytes are known."""
 
     def __init__(self, plan: Plan, name: str, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> None:

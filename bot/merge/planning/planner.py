@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 
 from bot.errors import Refused
 from bot.merge.checkpoints import lora
+from bot.merge.checkpoints.adapted_model import models_of
 from bot.merge.checkpoints.architecture import infer
 from bot.merge.checkpoints.checkpoint import INDEX, TRUSTED, Checkpoint, Limits
-from bot.merge.checkpoints.fitting import models_of
 from bot.merge.checkpoints.lora import Adapter
 from bot.merge.checkpoints.model_files import OTHER_FILES, TEMPLATE, TOKENIZER_FILES
 from bot.merge.checkpoints.published import one_naming
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.planning import classic_tensors, planned_checkpoint
-from bot.merge.planning.allowance import Allowance
 from bot.merge.planning.layout import arrange
 from bot.merge.planning.memory import memory_of
 from bot.merge.planning.output_config import output_config
@@ -35,6 +34,7 @@ from bot.merge.planning.plan import (
     Shard,
     Step,
 )
+from bot.merge.planning.planning_budget import PlanningBudget
 from bot.merge.planning.work import Work, work_of
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.spec import ModelRef, Recipe
@@ -68,16 +68,16 @@ def make(
     `opened` holds `recipe.repos`; `seed` keys the random methods; `limits` bounds layers and tensors. Raises
     `bot.errors.Refused`: SHAPE_MISMATCH, TENSOR_MISSING, VALUE_OUT_OF_RANGE, MISSING_KEY, NOT_SUPPORTED, TOO_LARGE.
     """
-    allowance = Allowance(limits)
+    budget = PlanningBudget(limits)
     models = {ref: one for ref, one in opened.items() if isinstance(one, Checkpoint)}
     opened = {**opened, **one_naming(models, limits)}
     stages: list[tuple[ModelRef, Plan]] = []
     for stage in recipe.stages:
-        made = _planned(_asked(stage.recipe, opened, seed, shard_limit_bytes, allowance), allowance)
+        made = _planned(_asked(stage.recipe, opened, seed, shard_limit_bytes, budget), budget)
         opened[stage.ref] = planned_checkpoint.checkpoint(made, stage.name, opened)
         stages.append((stage.ref, made))
-    asked = _asked(recipe, opened, seed, shard_limit_bytes, allowance)
-    return _planned(replace(asked, stages=tuple(stages)), allowance)
+    asked = _asked(recipe, opened, seed, shard_limit_bytes, budget)
+    return _planned(replace(asked, stages=tuple(stages)), budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +97,13 @@ def _asked(
     opened: Mapping[ModelRef, Checkpoint | Adapter],
     seed: int,
     shard_limit_bytes: int,
-    allowance: Allowance,
+    budget: PlanningBudget,
 ) -> _Asked:
-    allowance.sources(len(opened[ref.bare].tensors) for ref in recipe.sources)
+    budget.sources(len(opened[ref.bare].tensors) for ref in recipe.sources)
     return _Asked(recipe, opened, models_of(recipe, opened), seed, shard_limit_bytes)
 
 
-def _planned(asked: _Asked, allowance: Allowance) -> Plan:
+def _planned(asked: _Asked, budget: PlanningBudget) -> Plan:
     """The plan of one document."""
     notes, recipe, checkpoints = Notes(), asked.recipe, asked.checkpoints
     architectures = {ref: infer(checkpoints[ref]) for ref in recipe.sources}
@@ -111,12 +111,12 @@ def _planned(asked: _Asked, allowance: Allowance) -> Plan:
     _same_width(recipe, checkpoints)
     if recipe.classic is not None:
         depths = {ref: len(part.main.layers) for ref, part in architectures.items()}
-        recipe = classic_tensors.spread(recipe, classic_tensors.first_depth(recipe, depths), notes)
+        recipe = classic_tensors.expand_gradient(recipe, classic_tensors.first_depth(recipe, depths), notes)
         asked = replace(asked, recipe=recipe)
     embeddings = {ref: part.embedding for ref, part in architectures.items()}
     rows = {ref: checkpoints[ref].tensors[name].shape[0] for ref, name in embeddings.items() if name is not None}
     alignment = align(recipe, checkpoints, rows, notes)
-    layout = arrange(recipe, checkpoints, architectures, allowance)
+    layout = arrange(recipe, checkpoints, architectures, budget)
     for code, text in layout.notices:
         notes.add(code, text, text)
     for ref in recipe.sources:
@@ -131,7 +131,7 @@ def _planned(asked: _Asked, allowance: Allowance) -> Plan:
     config = output_config(recipe, checkpoints, architectures, layout, works, notes, alignment)
     if recipe.classic is not None:
         config = classic_tensors.with_true_rows(config, {work.name: work.shape for work in works})
-    small = _small_files(recipe, checkpoints, alignment, config, notes, known_templates=allowance.strict)
+    small = _small_files(recipe, checkpoints, alignment, config, notes, known_templates=budget.strict)
     return _finish(asked, len(layout.layers), works, small, alignment, notes)
 
 
@@ -153,31 +153,31 @@ def _small_files(
     *,
     known_templates: bool,
 ) -> _SmallFiles:
-    donor = recipe.donor
-    giver = donor if alignment is None else alignment.giver
+    config_source = recipe.config_source
+    tokenizer_source = config_source if alignment is None else alignment.tokenizer_source
     texts = {} if alignment is None else dict(alignment.texts)
-    loaded = checkpoints[donor].document("generation_config.json")
-    if alignment is not None and giver != donor and loaded is not None:
-        loaded.update(remapped_ids(loaded, alignment, donor, checkpoints[giver].config))
+    loaded = checkpoints[config_source].document("generation_config.json")
+    if alignment is not None and tokenizer_source != config_source and loaded is not None:
+        loaded.update(remapped_ids(loaded, alignment, config_source, checkpoints[tokenizer_source].config))
         texts["generation_config.json"] = json.dumps(loaded, indent=2) + "\n"
     template = chat_template.chat_template(recipe, checkpoints, alignment, notes, known_only=known_templates)
     if template is not None:
         texts[TEMPLATE] = template
         made = texts.get("tokenizer_config.json")
-        own = json.loads(made) if made else checkpoints[giver].document("tokenizer_config.json")
+        own = json.loads(made) if made else checkpoints[tokenizer_source].document("tokenizer_config.json")
         if own is not None:
             texts["tokenizer_config.json"] = chat_template.without_template(own)
     stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
-    listed = chat_template.with_named_templates(checkpoints[giver], texts.get("tokenizer_config.json"))
+    listed = chat_template.with_named_templates(checkpoints[tokenizer_source], texts.get("tokenizer_config.json"))
     if template is None and listed is not None:
         texts["tokenizer_config.json"], stale = listed, stale | {TEMPLATE}
     tokenizer = () if recipe.classic is not None and not recipe.classic.copy_tokenizer else TOKENIZER_FILES
-    names = [(giver, name) for name in tokenizer if name not in stale] + [(donor, name) for name in OTHER_FILES]
-    if known_templates:
-        seen = (
-            (name, template_files.known_only(name, checkpoints[ref], texts.get(name), notes)) for ref, name in names
-        )
-        texts |= {name: kept for name, kept in seen if kept is not None}
+    names = [(tokenizer_source, name) for name in tokenizer if name not in stale]
+    names += [(config_source, name) for name in OTHER_FILES]
+    for ref, name in names if known_templates else ():
+        kept = template_files.known_only(name, checkpoints[ref], texts.get(name), notes)
+        if kept is not None:
+            texts[name] = kept
     copies = tuple(
         Copied(checkpoints[ref].elsewhere.get(name, ref.bare), name, checkpoints[ref].sizes[name])
         for ref, name in names
@@ -316,6 +316,6 @@ def _roles(recipe: Recipe, ref: ModelRef) -> tuple[str, ...]:
         roles.append("base")
     if any(ref == source.lora for source in recipe.sources):
         roles.append("adapter")
-    if ref == recipe.donor.bare:
+    if ref == recipe.config_source.bare:
         roles.append("config and tokenizer")
     return tuple(roles)

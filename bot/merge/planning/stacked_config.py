@@ -41,24 +41,24 @@ _SAME_COUNT = {"num_blocks": "num_hidden_layers"}
 _NEEDED = {"sliding": ("use_sliding_window", "sliding_window"), "chunked": ("attention_chunk_size",)}
 
 
-def restack(config: dict[str, Any], stack: Stacked, donor: ModelRef, configs: Configs, notes: Notes) -> None:
+def restack(config: dict[str, Any], stack: Stacked, config_source: ModelRef, configs: Configs, notes: Notes) -> None:
     """Change `config`, a copy of the config source's, so that it describes the layers of `stack`.
 
     Raises `Refused(LAYER_RULE)` if a rule of the config cannot give each layer the kind that it had in its own model.
     """
-    same = list(stack.layers) == [(donor, i) for i in range(stack.donor_layers)]
+    same = list(stack.layers) == [(config_source, i) for i in range(stack.source_layers)]
     for path in stack.depths or _uncounted(config, stack):
         part = at(config, path[:-1])
         if not same:
             rules = rules_of(config, path, LAYER_RULES)
-            wanted = [_wanted(rule, path, stack, donor, configs) for rule in rules]
+            wanted = [_wanted(rule, path, stack, config_source, configs) for rule in rules]
             _per_layer(part, path[:-1], stack, configs)
         if path in stack.depths:
             part[path[-1]] = len(stack.layers)
         if _SAME_COUNT.get(path[-1]) in part:
             part[_SAME_COUNT[path[-1]]] = len(stack.layers)
         if not same:
-            _follow(config, path, list(zip(rules, wanted, strict=True)), stack, donor, configs, notes)
+            _follow(config, path, list(zip(rules, wanted, strict=True)), stack, config_source, configs, notes)
 
 
 def without_predicted(config: dict[str, Any], stack: Stacked) -> None:
@@ -77,7 +77,7 @@ def _uncounted(config: Mapping[str, Any], stack: Stacked) -> list[tuple[str, ...
         path
         for path in paths
         for rule in rules_of(config, path, LAYER_RULES)
-        if rule.listed and stack.layers and _length(part_at(config, path).get(rule.listed)) == stack.donor_layers
+        if rule.listed and stack.layers and _length(part_at(config, path).get(rule.listed)) == stack.source_layers
     ][:1]
 
 
@@ -95,7 +95,7 @@ def _count(config: Mapping[str, Any], path: Sequence[str], least: int) -> int:
     return count if isinstance(count, int) and count >= least else least
 
 
-def _wanted(rule: Rule, path: Sequence[str], stack: Stacked, donor: ModelRef, configs: Configs) -> Kinds:
+def _wanted(rule: Rule, path: Sequence[str], stack: Stacked, config_source: ModelRef, configs: Configs) -> Kinds:
     """The kind each layer of the output had in its own model."""
     depth = {model: 1 + max(i for own, i in stack.layers if own == model) for model, _ in stack.layers}
     kinds = {
@@ -110,29 +110,29 @@ def _follow(
     path: Sequence[str],
     rules: Sequence[tuple[Rule, Kinds]],
     stack: Stacked,
-    donor: ModelRef,
+    config_source: ModelRef,
     configs: Configs,
     notes: Notes,
 ) -> None:
     part = at(config, path[:-1])
     for rule, wanted in rules:
-        own = rule.kinds(_view(configs[donor], path), stack.donor_layers)
+        own = rule.kinds(_view(configs[config_source], path), stack.source_layers)
         part.update(_needed(wanted, own, path, stack, configs))
         edits = rule.edits(_view(config, path), wanted)
         if edits is None:
-            raise _refusal(rule, donor, wanted)
+            raise _refusal(rule, config_source, wanted)
         part.update(edits)
-        if rule.listed is not None and rule.ignores_list(_view(configs[donor], path), own):
+        if rule.listed is not None and rule.ignores_list(_view(configs[config_source], path), own):
             _follow_old(rule, part, _view(config, path), wanted, notes)
     for rule, wanted in rules:  # two rules may share a key
         if rule.kinds(_view(config, path), len(wanted)) != wanted:
-            raise _refusal(rule, donor, wanted)
+            raise _refusal(rule, config_source, wanted)
 
 
 def _needed(
     wanted: Kinds, own: Kinds, path: Sequence[str], stack: Stacked, configs: Configs
 ) -> Iterator[tuple[str, Any]]:
-    """Keys that a kind needs which no layer of the donor has, from the model that gives it."""
+    """Keys that a kind needs which no layer of the config source has, from the model that gives it."""
     for (model, _), kind in zip(stack.layers, wanted, strict=True):
         for word, keys in _NEEDED.items():
             if isinstance(kind, str) and word in kind and kind not in own:
@@ -152,10 +152,10 @@ def _follow_old(rule: Rule, part: dict[str, Any], view: Mapping[str, Any], wante
     )
 
 
-def _refusal(rule: Rule, donor: ModelRef, wanted: Kinds) -> Refused:
+def _refusal(rule: Rule, config_source: ModelRef, wanted: Kinds) -> Refused:
     return Refused(
         "LAYER_RULE",
-        f"`{rule.name}` in the config of {donor} cannot describe this order of layers.",
+        f"`{rule.name}` in the config of {config_source} cannot describe this order of layers.",
         f"Choose slices for which {rule.limit}.",
         value=", ".join(map(str, wanted)),
     )
@@ -169,7 +169,7 @@ def _per_layer(part: dict[str, Any], path: Sequence[str], stack: Stacked, config
         elif isinstance(value, list) and not _NOT_BY_LAYER.fullmatch(key):
             extra = _predicted(part) if _WITH_PREDICTION.fullmatch(key) else 0
             part[key] = _entries(path, key, value, stack, configs, extra)
-        elif isinstance(value, str) and key in _LETTERS and len(value) == stack.donor_layers:
+        elif isinstance(value, str) and key in _LETTERS and len(value) == stack.source_layers:
             part[key] = "".join(str(_entry(configs[model], path, key, i, value)) for model, i in stack.layers)
         elif key == "per_layer_config" and isinstance(value, dict):
             part[key] = _by_number(path, key, stack, configs)
@@ -193,10 +193,10 @@ def _entries(
     path: Sequence[str], key: str, value: list[Any], stack: Stacked, configs: Configs, extra: int
 ) -> list[Any]:
     """One entry per layer, and those of `extra` prediction layers after them."""
-    if len(value) not in (stack.donor_layers, stack.donor_layers + extra):
+    if len(value) not in (stack.source_layers, stack.source_layers + extra):
         return value
     own = [_entry(configs[model], path, key, i, value) for model, i in stack.layers]
-    return own + value[stack.donor_layers :]
+    return own + value[stack.source_layers :]
 
 
 def _by_number(path: Sequence[str], key: str, stack: Stacked, configs: Configs) -> dict[str, Any]:

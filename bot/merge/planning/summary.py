@@ -171,7 +171,7 @@ def _as_written(recipe: Recipe, name: str, model: str) -> object | None:
     for module in recipe.modules:
         for piece in module.slices:
             above = (piece.parameters, module.parameters, recipe.parameters)
-            inputs = [one.parameters for one in recipe.taking_part(module, piece)[0] if str(one.model) == model]
+            inputs = [one.parameters for one in recipe.inputs(module, piece)[0] if str(one.model) == model]
             found |= {_conditions(name, (own, *above)) for own in (inputs if model else [{}])}
     if len(found) != 1:
         return None

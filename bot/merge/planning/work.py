@@ -16,8 +16,8 @@ from bot.merge.checkpoints.patches import Patch
 from bot.merge.checkpoints.ties import is_head
 from bot.merge.methods import METHODS, Absent, Base, Kind, Method, Missing, Parameter
 from bot.merge.planning import classic_tensors
-from bot.merge.planning.draws import mask_key
 from bot.merge.planning.layout import Input, Slot
+from bot.merge.planning.mask_keys import mask_key
 from bot.merge.recipe.dtypes import BY_NAME, Dtype, promote
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.parameters import resolve, written
@@ -125,7 +125,7 @@ def work_of(
     wanted = recipe.out_dtype or recipe.dtype
     dtype = BY_NAME[wanted] if wanted else promote(tensor.dtype for tensor in tensors)
     stored = {tensor.dtype.name for tensor in tensors}
-    if stored == {"float32"} and stays_float32(slot.name, dtype.name, models[recipe.donor].config):
+    if stored == {"float32"} and stays_float32(slot.name, dtype.name, models[recipe.config_source].config):
         dtype = BY_NAME["float32"]
     if recipe.classic is not None:
         dtype = BY_NAME["float32"] if slot.name in classic_tensors.FLOAT32 else dtype

@@ -197,7 +197,7 @@ def bakllama(text: str, *, file: str = "recipe") -> Recipe:
     pieces = [_piece(reader, item, i) for i, item in enumerate(reader.sequence(node, "layer_slices").items)]
     if not pieces:
         reader.refuse("RECIPE_INVALID", node, "layer_slices", "`layer_slices` is empty.", "List the slices to stack.")
-    before, after = (_donor(reader, top, key) for key in ("embedding_source", "lm_head_source"))
+    before, after = (_tensor_source(reader, top, key) for key in ("embedding_source", "lm_head_source"))
     if before is not None and before != pieces[0].sources[0].model:
         pieces.insert(0, Slice((Source(before, (0, 0)),)))
     last = pieces[-1].sources[0].model
@@ -239,7 +239,7 @@ def _piece(reader: Reader, node: Node, index: int) -> Slice:
     return Slice((Source(reader.model(table.items["model"], f"{path}.model"), (start, end), parameters),))
 
 
-def _donor(reader: Reader, top: Table, key: str) -> ModelRef | None:
+def _tensor_source(reader: Reader, top: Table, key: str) -> ModelRef | None:
     node = top.given(key)
     return None if node is None else reader.model(node, key)
 

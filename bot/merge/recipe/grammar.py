@@ -352,7 +352,7 @@ def _check_inputs(reader: Reader, top: Table, built: Recipe, method: Method) -> 
                     "RECIPE_INVALID", line, at, f"`{at}` does not list {base}, the base that {method.name} needs.",
                     "Add the base with its own layer_range to the sources of every slice.",
                 )  # fmt: skip
-            sources, base_index = built.taking_part(module, piece)
+            sources, base_index = built.inputs(module, piece)
             count = len(sources) - (base_index is not None)
             if count < method.least or (method.most is not None and count > method.most):
                 _refuse_count(reader, line, at, method, count, appended=len(sources) > len(piece.sources))

@@ -163,6 +163,11 @@ class Recipe:
     original: str | None = field(default=None, compare=False)  # text of a trusted recipe
 
     @property
+    def documents(self) -> tuple[Recipe, ...]:
+        """The recipes of the stages in their order, then this one."""
+        return (*(stage.recipe for stage in self.stages), self)
+
+    @property
     def sources(self) -> tuple[ModelRef, ...]:
         """Every model of this document as written, each once; the base keeps its place or comes last."""
         found: dict[ModelRef, None] = {}
@@ -185,16 +190,16 @@ class Recipe:
         """Every model and adapter to resolve, each once and bare, those of the stages first."""
         made = {stage.ref for stage in self.stages}
         found: dict[ModelRef, None] = {}
-        for ref in (ref for part in (*(stage.recipe for stage in self.stages), self) for ref in part.sources):
+        for ref in (ref for part in self.documents for ref in part.sources):
             found.update(dict.fromkeys(part for part in (ref.bare, ref.lora) if part is not None and part not in made))
         return tuple(found)
 
     @property
-    def donor(self) -> ModelRef:
+    def config_source(self) -> ModelRef:
         """Source of config and tokenizer: the base, else the first source."""
         return self.base or self.sources[0]
 
-    def taking_part(self, module: Module, piece: Slice) -> tuple[tuple[Source, ...], int | None]:
+    def inputs(self, module: Module, piece: Slice) -> tuple[tuple[Source, ...], int | None]:
         """The inputs of a slice in order, and the index of the base among them (None: no base).
 
         Under `models` an unlisted base is appended; under `slices` it is not (docs/design/merging.md 1.2).
@@ -213,7 +218,7 @@ class Recipe:
         adds task vectors to a base copies only the base.
         """
         method = METHODS[self.method]
-        sources, base = self.taking_part(module, piece)
+        sources, base = self.inputs(module, piece)
         if len(sources) != 1 or method.base is Base.IGNORED:
             return False
         adds_to_base = method.base is Base.REQUIRED and method.most is None

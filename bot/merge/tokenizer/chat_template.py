@@ -86,7 +86,7 @@ def _note_markers(
     notes: Notes,
 ) -> None:
     """Add a notice about markers of the template that the vocabulary lacks and would split into letters."""
-    own = None if alignment is not None else read_tokens(checkpoints[recipe.donor])
+    own = None if alignment is not None else read_tokens(checkpoints[recipe.config_source])
     known = alignment.ids if alignment is not None else None if own is None else own.ids
     lacking = [] if known is None else [marker for marker in MARKERS[name] if marker not in known]
     if lacking:

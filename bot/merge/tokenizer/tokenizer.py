@@ -42,10 +42,10 @@ class Tokens:
 class Alignment:
     """The output's vocabulary: `ids` token -> id, `rows` of the matrices, each source's own ids, rules for tokens.
 
-    `texts` are tokenizer files that differ from the giver's; `added` the tokens the giver did not have.
+    `texts` are tokenizer files that differ from those of `tokenizer_source`; `added` the tokens that it lacks.
     """
 
-    giver: ModelRef
+    tokenizer_source: ModelRef
     ids: Mapping[str, int]
     rows: int
     sources: Mapping[ModelRef, Mapping[str, int]]
@@ -110,33 +110,36 @@ def align(
     wanted = recipe.vocabulary
     if wanted is None:
         return None
-    giver = wanted.source if isinstance(wanted.source, ModelRef) else recipe.donor
-    own = read_tokens(checkpoints[giver])
+    tokenizer_source = wanted.source if isinstance(wanted.source, ModelRef) else recipe.config_source
+    own = read_tokens(checkpoints[tokenizer_source])
     if own is None:
         raise Refused(
-            "NOT_SUPPORTED", f"{giver} has no {FILE}, so its vocabulary cannot be used.",
-            "Name a model with a fast tokenizer as `tokenizer: {source: owner/name}`.", value=str(giver),
+            "NOT_SUPPORTED", f"{tokenizer_source} has no {FILE}, so its vocabulary cannot be used.",
+            "Name a model with a fast tokenizer as `tokenizer: {source: owner/name}`.", value=str(tokenizer_source),
         )  # fmt: skip
-    _close_to_rows(own, rows_of.get(giver), str(giver))
+    _close_to_rows(own, rows_of.get(tokenizer_source), str(tokenizer_source))
     sources: dict[ModelRef, Mapping[str, int]] = {}
     others: list[Tokens] = []
     for ref in recipe.sources:
-        tokens = own if ref == giver else read_tokens(checkpoints[ref])
+        tokens = own if ref == tokenizer_source else read_tokens(checkpoints[ref])
         if tokens is None:
-            notes.add("TOKENIZER_ASSUMED", f"{ref} has no {FILE}; it is taken to use the tokenizer of {giver}")
+            notes.add(
+                "TOKENIZER_ASSUMED", f"{ref} has no {FILE}; it is taken to use the tokenizer of {tokenizer_source}"
+            )
         sources[ref] = own.ids if tokens is None else tokens.ids
-        if tokens is not None and ref != giver:
+        if tokens is not None and ref != tokenizer_source:
             others.append(_with_rows(tokens, rows_of.get(ref), str(ref), notes))
     entries = _added(own, others if wanted.source == "union" else [], wanted.tokens)
     if entries and len(own.ids) <= max(own.ids.values()):
         notes.add(
             "VOCABULARY_HOLES",
-            f"the ids of {giver} leave some out, so a reader may number the {len(entries):,} added tokens otherwise",
+            f"the ids of {tokenizer_source} leave some out, so a reader may number the {len(entries):,} added tokens "
+            "otherwise",
         )
     ids = {**own.ids, **{str(entry["content"]): int(entry["id"]) for entry in entries}}
     used = max(ids.values()) + 1
     p = wanted.pad_to_multiple_of
-    rows = -(-used // p) * p if p else max(used, rows_of.get(giver, 0))
+    rows = -(-used // p) * p if p else max(used, rows_of.get(tokenizer_source, 0))
     if rows * len(recipe.sources) > ROWS_LIMIT:
         raise Refused(
             "TOO_LARGE", f"aligning {rows:,} tokens of {len(recipe.sources)} models is more than the merge can hold.",
@@ -145,13 +148,13 @@ def align(
     rules = {rule.token: rule for rule in wanted.tokens}
     for rule in wanted.tokens:
         _check_rule(rule, sources, rows_of)
-    texts = _texts(checkpoints[giver], own, entries)
+    texts = _texts(checkpoints[tokenizer_source], own, entries)
     added = tuple(str(entry["content"]) for entry in entries)
-    return Alignment(giver, ids, rows, sources, rules, recipe.base, texts, added)
+    return Alignment(tokenizer_source, ids, rows, sources, rules, recipe.base, texts, added)
 
 
 def _added(own: Tokens, others: Sequence[Tokens], rules: Sequence[TokenRule]) -> list[dict[str, Any]]:
-    """Entries of the tokens the giver lacks, numbered behind its own: source by source, ordinary tokens first."""
+    """Entries of the tokens that `own` lacks, numbered behind it: source by source, ordinary tokens first."""
     known = set(own.ids)
     out: list[dict[str, Any]] = []
     after = max(own.ids.values(), default=-1) + 1
@@ -208,7 +211,7 @@ def _check_rule(
         )  # fmt: skip
 
 
-def _texts(giver: Checkpoint, own: Tokens, entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _texts(tokenizer_source: Checkpoint, own: Tokens, entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if not entries:
         return {}
     document = copy.deepcopy(dict(own.document))
@@ -217,8 +220,8 @@ def _texts(giver: Checkpoint, own: Tokens, entries: Sequence[Mapping[str, Any]])
         out = {FILE: json.dumps(document, ensure_ascii=False, indent=2) + "\n"}
         out[FILE].encode()
     except UnicodeEncodeError:
-        raise _unreadable(giver) from None
-    loaded = giver.document(CONFIG_FILE) or {}
+        raise _unreadable(tokenizer_source) from None
+    loaded = tokenizer_source.document(CONFIG_FILE) or {}
     if isinstance(loaded.get("added_tokens_decoder"), dict):
         for entry in entries:
             flags = {key: value for key, value in entry.items() if key != "id"}
@@ -228,26 +231,26 @@ def _texts(giver: Checkpoint, own: Tokens, entries: Sequence[Mapping[str, Any]])
 
 
 def remapped_ids(
-    config: Mapping[str, Any], alignment: Alignment, donor: ModelRef, giver_config: Mapping[str, Any]
+    config: Mapping[str, Any], alignment: Alignment, config_source: ModelRef, tokenizer_source_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The `*_token_id` keys of a config of the donor's, by token string, as ids of the output's vocabulary.
+    """The `*_token_id` keys of a config of the config source's, by token string, as ids of the output's vocabulary.
 
     Those of the language model inside count too, and the `*_token_index` by which older configs name an image's token.
     """
-    strings = {i: token for token, i in alignment.sources[donor].items()}
+    strings = {i: token for token, i in alignment.sources[config_source].items()}
 
     def one(key: str, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, int):
             return value
         token = strings.get(value, "")
-        return alignment.ids[token] if token in alignment.ids else giver_config.get(key, value)
+        return alignment.ids[token] if token in alignment.ids else tokenizer_source_config.get(key, value)
 
     out: dict[str, Any] = {}
     for key, value in config.items():
         if key.endswith(("_token_id", "_token_index")):
             out[key] = [one(key, item) for item in value] if isinstance(value, list) else one(key, value)
         elif key in _LANGUAGE_PARTS and isinstance(value, dict):
-            theirs = giver_config.get(key)
+            theirs = tokenizer_source_config.get(key)
             inner = theirs if isinstance(theirs, dict) else {}
-            out[key] = {**value, **remapped_ids(value, alignment, donor, inner)}
+            out[key] = {**value, **remapped_ids(value, alignment, config_source, inner)}
     return out

@@ -11,12 +11,12 @@ from bot.errors import Refused
 from bot.merge.checkpoints.header import Limits
 
 
-class Allowance:
+class PlanningBudget:
     """Remaining planning work of one recipe, under `limits`. Raises `Refused(TOO_LARGE)` beyond them."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._looks = 0
+        self._visits = 0
 
     @property
     def strict(self) -> bool:
@@ -25,7 +25,7 @@ class Allowance:
 
     def sources(self, counts: Iterable[int]) -> None:
         """A document is to be planned from sources with `counts` tensors."""
-        self._look(sum(counts))
+        self._count(sum(counts))
 
     def output(self, layers: int, counts: Iterable[tuple[int, int]]) -> None:
         """Its output is to have `layers` layers, and by part (a layer, say) so many tensors, each of so many inputs."""
@@ -36,11 +36,11 @@ class Allowance:
             tensors += count
             if tensors > self._limits.tensors:
                 self._refuse(f"an output of more than {self._limits.tensors:,} tensors")
-            self._look(count * inputs)
+            self._count(count * inputs)
 
-    def _look(self, count: int) -> None:
-        self._looks += count
-        if self._looks > self._limits.looks:
+    def _count(self, count: int) -> None:
+        self._visits += count
+        if self._visits > self._limits.looks:
             self._refuse(f"more than {self._limits.looks:,} tensors to be looked at")
 
     def _refuse(self, what: str) -> None:

@@ -18,9 +18,9 @@ from bot.merge.checkpoints.adapter_config import odd
 from bot.merge.checkpoints.adapter_parts import AdaptedModule, SortedTensors, sort_tensors
 from bot.merge.checkpoints.checkpoint import Checkpoint, Files
 from bot.merge.checkpoints.header import TensorInfo, refuse
-from bot.merge.checkpoints.locating import Fits, locate
 from bot.merge.checkpoints.lora import WEIGHTS, Adapter
 from bot.merge.checkpoints.matrix_layout import MatrixLayout, by_biases
+from bot.merge.checkpoints.name_matching import Fits, locate
 from bot.merge.checkpoints.other_tokenizer import OtherTokenizer, tokenizer_files
 from bot.merge.checkpoints.patches import Addend, LowRank, NewRows, Patch, as_matrix
 from bot.merge.checkpoints.patterns import BadPattern
