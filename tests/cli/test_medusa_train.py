@@ -90,8 +90,8 @@ def test_conditioned_heads_are_said_to_be_for_mergebot_alone() -> None:
 
 WRONG = (
     ("train", ("base", "out", "--vocab", "most"), "neither `full` nor"),
-    ("train", ("base", "out", "--kind", "both"), "--kind 'both' is not known. Write shared or own."),
-    ("train", ("base", "out", "--dtype", "int4"), "--dtype 'int4' is not known"),
+    ("train", ("base", "out", "--kind", "both"), "--kind 'both' is not supported. Write shared or own."),
+    ("train", ("base", "out", "--dtype", "int4"), "--dtype 'int4' is not supported"),
     ("train", ("base", "out", "--device", "tpu"), "'tpu' is not a device"),
     ("train", ("base", "base"), "base is not empty"),
     ("train", ("base", "base/config.json"), "config.json is a file"),
@@ -102,8 +102,8 @@ WRONG = (
     ("bench", ("base", "--heads", "nowhere"), "no folder nowhere"),
     ("generate", ("base", "one", "--sample", "beam"), "Write greedy, exact or typical."),
     ("generate", ("base", "one", "--heads", "nowhere"), "no folder nowhere"),
-    ("export", ("base", "out", "--model", "base", "--format", "gguf"), "--format 'gguf' is not known"),
-    ("export", ("base", "out", "--model", "base", "--format", "v2", "--dtype", "int4"), "--dtype 'int4' is not known"),
+    ("export", ("base", "out", "--model", "base", "--format", "gguf"), "--format 'gguf' is not supported"),
+    ("export", ("base", "out", "--model", "base", "--format", "v2", "--dtype", "int4"), "'int4' is not supported"),
     ("export", ("base", "base", "--model", "base", "--format", "v2"), "base is not empty"),
 )
 
