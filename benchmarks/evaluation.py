@@ -109,7 +109,7 @@ def report(costs: dict[tuple[str, int], list[Cost]], command: Cost, limit: int, 
         return statistics.median(each.cpu_s if cpu else each.wall_s for each in costs[side, asked])
 
     lines = [
-        f"{', '.join(TASKS)}, {limit} questions a task, batches of {batch}, float32, one thread; medians of "
+        f"{', '.join(TASKS)}, {limit} questions per task, batches of {batch}, float32, one thread; medians of "
         f"{len(costs['ours', limit])} runs in alternation.",
         "",
         "| | start-up, wall s | start-up, CPU s | questions, wall s | questions, CPU s |",

@@ -342,7 +342,7 @@ def _strange(merge: SanityCheck, parents: Sequence[SanityCheck]) -> str | None:
     return None
 
 
-COLUMNS = ("perplexity (bits a byte)", "4-grams that differ", "texts it writes", "tokenizer", "tokens/s")
+COLUMNS = ("perplexity (bits per byte)", "4-grams that differ", "texts it writes", "tokenizer", "tokens/s")
 
 
 def cells(vitals: SanityCheck) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def _speed(report: Mapping[str, Any] | None) -> Markup | None:
     if report is None:
         return None
     drawn = speed_figure(report)
-    shown = picture(drawn, "Decode speed over plain decoding") if drawn else None
+    shown = picture(drawn, "Decoding speed relative to baseline decoding") if drawn else None
     return join([tag("h3", "Speed"), tag("p", report.get("sentence") or "Nothing could be measured."), shown])
 
 

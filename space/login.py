@@ -38,7 +38,7 @@ def check_start(settings: Settings) -> None:
     if not (oauth.OAUTH_CLIENT_ID and oauth.OAUTH_CLIENT_SECRET and oauth.OPENID_PROVIDER_URL and oauth.OAUTH_SCOPES):
         raise Refused(
             "LOGIN_REQUIRED",
-            "This Space has no OAuth application, so nobody could log in.",
+            "This Space has no OAuth application, so login is impossible.",
             "Add `hf_oauth: true` to the metadata of the Space's README.md.",
         )
 

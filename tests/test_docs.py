@@ -91,7 +91,7 @@ def test_every_command_of_the_medusa_page_runs(workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_every_command_and_the_suite_file_of_the_evaluation_pages_run(workplace: Path, shared: Path) -> None:
-    """As they stand, but on two questions a task; with the real datasets, from a local Hub."""
+    """As they stand, but on two questions per task; with the real datasets, from a local Hub."""
     for seed, name in enumerate(("MERGE", "PARENT"), start=1):
         tiny_harness.model(workplace / name, seed=seed, positions=512)
     tiny_harness.task(workplace, "our_own")

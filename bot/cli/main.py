@@ -13,7 +13,7 @@ import typer
 from bot import __version__
 from bot.cli import evaluate, medusa
 from bot.cli.options import Command, CommandGroup, bytes_of
-from bot.errors import MergebotError
+from bot.errors import MergebotError, Transient
 
 if TYPE_CHECKING:
     from bot.settings import Settings
@@ -351,7 +351,7 @@ def _exit_without_cleanup() -> NoReturn:
 def _sentence(error: Exception) -> str:
     if isinstance(error, MergebotError):
         where = error.where
-        if error.next_step.startswith("It is tried again"):  # by a running bot, not by a command
+        if isinstance(error, Transient):  # the bot retries, a command does not
             return f"{error.message} Run the same command again later. [{error.code}]"
         if where is None or not where.line:
             return f"{error} [{error.code}]"

@@ -86,6 +86,6 @@ def check_quota(*, open_jobs: int, requests_today: int, open_limit: int, day_lim
     if requests_today >= day_limit:
         raise Refused(
             "LIMIT_REACHED",
-            f"You have asked {requests_today} times in 24 hours, and {day_limit} is the limit.",
+            f"You have sent {requests_today} requests in 24 hours; the limit is {day_limit}.",
             "Try again tomorrow.",
         )

@@ -237,7 +237,7 @@ def _choice(reader: Reader, table: Table | None, key: str, path: str, default: s
 def _checked_name(name: str) -> str:
     if not REPO_NAME.match(name):
         raise Refused(
-            "REQUEST_INVALID", "This is no name for a repo.",
+            "REQUEST_INVALID", "This is not a repo name.",
             "Use letters, digits, `.`, `_` and `-`, at most 96, starting with a letter or digit.", value=name,
         )  # fmt: skip
     return name

@@ -60,7 +60,7 @@ class LocalHub:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            raise RuntimeError(f"the local Hub does not speak {scope['type']}")
+            raise RuntimeError(f"the local Hub does not support {scope['type']}")
         request = Request(scope, receive)
         entry = _Entry(self, request)
 

@@ -229,7 +229,7 @@ def _span(first: str, last: str, size: int) -> tuple[int, int]:
     else:
         start, end = max(0, size - int(last or 0)), size
     if start >= end:
-        raise HubError(416, "the range lies outside the file", headers={"Content-Range": f"bytes */{size}"})
+        raise HubError(416, "the range is outside the file", headers={"Content-Range": f"bytes */{size}"})
     return start, end
 
 

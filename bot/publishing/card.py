@@ -179,7 +179,7 @@ def _speed(job: Job) -> str:
         f"| baseline greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
         f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
     ]
-    drawn = f"![Decode speed over plain decoding]({SPEED_PICTURE})" if speed_figure(speed) else ""
+    drawn = f"![Decoding speed relative to baseline decoding]({SPEED_PICTURE})" if speed_figure(speed) else ""
     notes = "\n".join(f"- {plain(warning)}." for warning in speed.get("warnings") or ())
     tables = [plain(speed["sentence"]), drawn, "\n".join(lines), _asked(speed), notes, _transfer_table(speed)]
     return "\n\n".join(table for table in tables if table)

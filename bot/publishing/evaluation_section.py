@@ -69,7 +69,7 @@ def scores(job: Job, repo: str) -> str:
         + _samples(merged.scores)
         + f"; lm-eval {environment.lm_eval}, {environment.dtype} on {environment.device}, "
         f"{'with' if environment.chat_template else 'no'} chat template, seed {environment.seed}. "
-        f"Asked under {environment.generation} generation settings, softmax in {environment.softmax_dtype}."
+        f"Evaluated under {environment.generation} generation settings, softmax in {environment.softmax_dtype}."
     )
     notes = remarks(models, lambda name: _name(name) if name else code(repo), plain)
     return "\n\n".join([table(titles, rows), below, *(["\n".join(f"- {each}" for each in notes)] if notes else [])])

@@ -13,8 +13,8 @@ REFUSED = "The request was refused ({code}): {sentence} {next_step}"
 CANCELLED = "The request was cancelled; nothing was published."
 REFERENCE = "ref: mergebot/{key}/{event}"
 
-NOT_MEASURED = "The request asked for no evaluation."
-NO_SPEED = "The request asked for no decode-speed test."
+NOT_MEASURED = "No evaluation was requested."
+NO_SPEED = "No speed test was requested."
 CAUTION = (
     "mergebot measured the scores on exactly the files of this repo. They do not cover tasks that were not run. A task "
     "that is part of a source's training data raises the score of the source and of the merge."

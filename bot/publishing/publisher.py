@@ -67,7 +67,11 @@ def publish(spec: PublishSpec, settings: Settings, report: Show) -> Publication:
             commit = made
             break
     else:
-        raise Transient("PUBLISH_CONFLICT", f"{place.repo} changed while it was being published.", "It is tried again.")
+        raise Transient(
+            "PUBLISH_CONFLICT",
+            f"{place.repo} changed while it was being published.",
+            "It is tried again automatically.",
+        )
     failpoint("publish.after_commit")
     _read_back(hub, place.repo, commit, expected, alone=place.done is None)
     failpoint("publish.after_readback")
@@ -147,7 +151,7 @@ def _read_back(hub: Hub, repo: str, commit: str, expected: Mapping[str, Content]
         raise Failed(
             "PUBLISH_CONFLICT",
             f"{repo} does not hold the evaluated bytes: {wrong[0]} differs.",
-            "The operator should look at it before anybody uses it.",
+            "The operator should check it before it is used.",
         )
 
 
@@ -209,7 +213,7 @@ def _write_dataset(hub: Hub, repo: str, texts: Mapping[str, str], message: str) 
         except PublishConflict:
             continue
     else:
-        raise Transient("PUBLISH_CONFLICT", f"{repo} keeps changing.", "It is tried again.")
+        raise Transient("PUBLISH_CONFLICT", f"{repo} keeps changing.", "It is tried again automatically.")
     hub.make_public(repo, repo_type="dataset")
 
 

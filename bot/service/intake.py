@@ -63,7 +63,7 @@ def check(text: str, hub: Hub, settings: Settings) -> Checked:
     if any(part.chat_template not in (None, "auto", *TEMPLATES) for part in parts):
         raise Refused(
             "NOT_SUPPORTED",
-            "The recipe brings a chat template of its own, and the bot publishes only templates it knows.",
+            "The recipe has its own chat template, and the bot publishes only known templates.",
             f"Leave `chat_template` out, or write `auto`, {', '.join(f'`{name}`' for name in TEMPLATES)}.",
         )
     seen = sources.opened(asked, lambda: hub, limits=checkpoint.UNTRUSTED, accept=_require_open)
@@ -85,8 +85,8 @@ def _require_open(source: PinnedRepo) -> None:
         kind = "gated" if source.gated else "private"
         raise Refused(
             "SOURCE_GATED",
-            f"{source.repo} is {kind}, and a merge of it would be open to everybody.",
-            "Take a source that everybody may download.",
+            f"{source.repo} is {kind}, and a merge of it would be public.",
+            "Use a public source.",
             value=source.repo,
         )
 

@@ -33,7 +33,7 @@ def require_hope(
         if decision.beaten_by is not None:
             raise Failed(
                 "NOT_BETTER",
-                f"After {asked} questions a task the merge cannot end {_better(rule.margin)} than "
+                f"After {asked} questions per task the merge cannot end {_better(rule.margin)} than "
                 f"{decision.beaten_by.partition('@')[0]} any more (error rate {rule.error:.0%}).",
                 "Change the recipe, or ask the operator to measure such merges to their end.",
             )

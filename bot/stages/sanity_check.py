@@ -59,7 +59,7 @@ def first_look(
     """
     found: dict[str, SanityCheck] = {}
     for place, (name, (folder, identity)) in enumerate(models.items()):
-        report("Looking whether the models speak", place, len(models))
+        report("Sanity check of the models", place, len(models))
         cache = settings.evaluations
         signs = sanity_check.stored(cache, identity, device=device, dtype=dtype)
         if signs is None and (folder / "config.json").is_file():  # a source that was measured before may be gone
@@ -67,6 +67,6 @@ def first_look(
             signs = sanity_check.of_folder(folder, cache=cache, device=device, dtype=dtype, model_identity=identity)
         if signs is not None:
             found[name] = signs
-    report("Looking whether the models speak", len(models), len(models))
+    report("Sanity check of the models", len(models), len(models))
     sanity_check.require_sound(found[judged], [signs for name, signs in found.items() if name != judged])
     return found

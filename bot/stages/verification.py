@@ -45,11 +45,11 @@ class Verdict:
     @property
     def sentence(self) -> str:
         if not self.differences:
-            return f"{self.model} is what its provenance says: {self.tensors:,} tensors are the same, byte for byte."
+            return f"{self.model} matches its provenance: {self.tensors:,} tensors are the same, byte for byte."
         tensors = sum(each.what == "tensor" for each in self.differences)
         others = len(self.differences) - tensors
         first = self.differences[0].sentence
-        return f"{self.model} is not what its provenance says ({tensors:,} tensors, {others:,} other things): {first}"
+        return f"{self.model} differs from its provenance ({tensors:,} tensors, {others:,} other things): {first}"
 
     def as_dict(self) -> dict[str, Any]:
         """The verdict as plain JSON values."""

@@ -132,7 +132,7 @@ def _require_bounds(tokenizer: Any) -> None:
 
 
 def _neutral_generation(model: Any) -> list[str]:
-    """Put transformers' defaults in the place of the model's generation settings, with its own token ids.
+    """Put transformers' defaults in place of the model's generation settings, with its own token ids.
 
     Returns the settings that would have changed greedy answers, as `name=value`.
     """

@@ -16,7 +16,7 @@ from bot.errors import EvaluationError
 from evaluators.harness import task_files
 from evaluators.harness.task_files import Located
 
-ANY = "any"  # in the place of a metric: the first that the task has
+ANY = "any"  # in place of a metric: the first that the task has
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,9 +41,10 @@ def speed_figure(report: Mapping[str, Any]) -> str:
     drawn = _axis(low, high, bottom) + "".join(_drawn(lane, at, low, high) for at, lane in enumerate(lanes))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 46}" width="{WIDTH}" '
-        f'height="{bottom + 46}" role="img"><title>Decode speed over plain decoding</title><desc>{escape(told)}</desc>'
+        f'height="{bottom + 46}" role="img"><title>Decoding speed relative to baseline decoding</title>'
+        f"<desc>{escape(told)}</desc>"
         f'<style>{STYLE}</style><rect class="ground" x="0.5" y="0.5" width="{WIDTH - 1}" height="{bottom + 45}" '
-        f'rx="8"/>{text_at(WIDTH - _RIGHT + 24, 24, "tokens a step", "quiet")}{drawn}</svg>\n'
+        f'rx="8"/>{text_at(WIDTH - _RIGHT + 24, 24, "tokens per step", "quiet")}{drawn}</svg>\n'
     )
 
 
@@ -80,7 +81,7 @@ def _axis(low: float, high: float, bottom: int) -> str:
         x, style = _x(tenth / 10, low, high), "chance" if tenth == 10 else "line"
         parts.append(f'<line class="{style}" x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{bottom}"/>')
         parts.append(text_at(x, bottom + 18, f"{tenth / 10:.1f}", "quiet", "middle"))
-    label = "speed over plain decoding, with 95 % intervals; open: predicted"
+    label = "speed relative to baseline decoding, with 95 % intervals; open: predicted"
     return "".join(parts) + text_at(_LEFT, bottom + 36, label, "quiet")
 
 

@@ -96,7 +96,7 @@ def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json
     assert max(map(len, table.splitlines())) <= 80
     assert "would be missed in more than one of five such measurements" in words and "parent" not in words
     assert "Same answer as first, right or wrong: " in words
-    assert re.search(r"sanity check merge first second perplexity \(bits a byte\) \d", words) and "looping" in words
+    assert re.search(r"sanity check merge first second perplexity \(bits per byte\) \d", words) and "looping" in words
     assert (
         "prompts as plain text, seed 0. Generation settings: neutral; softmax in float32." in words
         and "Evaluated now: merge and second. Cached: first." in words

@@ -106,7 +106,7 @@ def test_settings_of_the_model_that_are_not_applied_are_named(place: Path) -> No
     (place / "base" / "generation_config.json").write_text('{"repetition_penalty": 1.3, "suppress_tokens": [5]}')
     done = generate("base", "one", "--heads", "heads", "--new-tokens", "3")
     told = " ".join(done.output.split())
-    assert "ask for repetition_penalty 1.3 and suppress_tokens, which no decoding here applies" in told
+    assert "ask for repetition_penalty 1.3 and suppress_tokens, which the decoding here does not apply" in told
 
 
 def test_heads_that_carry_their_accuracy_get_their_own_tree(place: Path) -> None:

@@ -145,7 +145,7 @@ def test_without_a_gpu_the_advice_fits_the_verb(folder: Path) -> None:
 
 
 def test_nobody_is_told_that_a_command_repeats_itself() -> None:
-    away = Transient("HUB_UNAVAILABLE", "The Hub answered 502 about a/b.", "It is tried again later by itself.")
+    away = Transient("HUB_UNAVAILABLE", "The Hub answered 502 about a/b.", "It is tried again automatically.")
     assert main._sentence(away) == (
         "The Hub answered 502 about a/b. Run the same command again later. [HUB_UNAVAILABLE]"
     )

@@ -260,7 +260,7 @@ def test_a_group_tells_what_the_data_of_its_tasks_have_in_common(tmp_path: Path)
 
 def test_until_an_evaluation_has_its_name_no_finished_task_is_let_go(tmp_path: Path) -> None:
     finished(tmp_path)
-    (tmp_path / "results").write_text("a file in the place of the folder")
+    (tmp_path / "results").write_text("a file in place of the folder")
     with pytest.raises(OSError, match="results"):
         results.keep(tmp_path, results.read(tmp_path, FINISHED, TASK_KEYS, KEY), TASK_KEYS)
     assert results.finished(tmp_path, TASK_KEYS[0]) is not None

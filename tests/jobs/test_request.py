@@ -74,7 +74,7 @@ def test_a_bad_card_gets_one_sentence(text: str, code: str, said: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "a--b", "../x", "x.git", "-x", "a b", "x" * 97, "a/b", "ü"])
 def test_a_name_no_repo_can_have_is_refused(name: str) -> None:
-    with pytest.raises(Refused, match="no name for a repo"):
+    with pytest.raises(Refused, match="not a repo name"):
         from_form("alice", RECIPE, name, EvaluateOptions())
 
 

@@ -292,7 +292,7 @@ def test_every_outcome_has_a_reply_with_its_reference() -> None:
     request = MergeRequest("alice", Origin.CARD, TEXT, "both", repo="alice/asks", revision=A, reply="discussion")
     failed = job(publication=None, failures=(Failure(Stage.MERGING, "DISK_FULL", "The <b>disk</b> is full.", "Wait."),))
     cancelled = job(publication=None, cancelled_at=datetime(2026, 1, 2, tzinfo=UTC))
-    refusal = {"code": "CARD_INVALID", "message": "No.", "next": "Mend it."}
+    refusal = {"code": "CARD_INVALID", "message": "No.", "next": "Correct it and try again."}
     for found, refused, event in (
         (job(), None, "published"),
         (failed, None, "failed"),

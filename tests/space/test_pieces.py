@@ -241,7 +241,7 @@ def test_a_job_page_shows_the_comparison_with_the_parents() -> None:
         head, _, data = source.partition(",")
         assert head == "data:image/svg+xml;base64" and base64.b64decode(data).startswith(b"<svg ")
     shown = [value for name, value in page.attributes if name == "alt"]
-    assert shown == ["both beside its parents", "Decode speed over plain decoding"]
+    assert shown == ["both beside its parents", "Decoding speed relative to baseline decoding"]
     assert page.text.count("2.31 tokens per step") == page.text.count("0.84 to 0.90") == 1
 
 

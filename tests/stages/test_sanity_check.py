@@ -111,7 +111,7 @@ def test_a_hopeless_merge_is_stopped_and_a_good_one_measured_on(settings: Settin
         early_stopping.require_hope(*asking(models(0.3, 0.8, sizes), chosen.evaluations, few), chosen)
     assert few == [100] and caught.value.code == "NOT_BETTER" and caught.value.next_step
     assert caught.value.message == (
-        "After 100 questions a task the merge cannot end better than org/a any more (error rate 5%)."
+        "After 100 questions per task the merge cannot end better than org/a any more (error rate 5%)."
     )
     early_stopping.require_hope(*asking(models(0.8, 0.5, sizes), chosen.evaluations, many), chosen)
     assert many == [100, 200, 400]  # a look at more than half would not be worth it

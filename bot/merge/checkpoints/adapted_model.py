@@ -54,7 +54,7 @@ def _model(ref: ModelRef, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> Ch
     if not isinstance(adapter, Adapter):
         raise Refused(
             "NOT_SUPPORTED", f"{ref.lora} is a whole model, not a LoRA adapter.",
-            "Behind the `+` stands an adapter: a repo with adapter_config.json and adapter_model.safetensors.",
+            "An adapter must follow the `+`: a repo with adapter_config.json and adapter_model.safetensors.",
             value=str(ref),
         )  # fmt: skip
     return through(model, adapter, ref)
@@ -177,7 +177,7 @@ class _Fitting:
     # ---- changes
 
     def _replace(self, own: str, tensor: TensorInfo) -> None:
-        """Put a tensor that the adapter saved whole in the place of the model's."""
+        """Put a tensor that the adapter saved whole in place of the model's."""
         before = self.tensors[own].shape
         if before != tensor.shape and not (before[1:] == tensor.shape[1:] and self.ties.counts_tokens(own)):
             self._misfit(self.tensors[own], f"a saved tensor {list(tensor.shape)}")

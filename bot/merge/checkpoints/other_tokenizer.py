@@ -17,7 +17,7 @@ def tokenizer_files(names: Iterable[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class OtherTokenizer:
-    """`Files` of a model, with `names` taken from its adapter in the place of the model's tokenizer."""
+    """`Files` of a model, with `names` taken from its adapter in place of the model's tokenizer."""
 
     model: Files
     adapter: Files

@@ -75,7 +75,7 @@ def _tensors(source: Path, torch: Any) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks for `{asked[1][:80]}`, which is no tensor" if asked else "is not a file of tensors"
+        what = f"asks for `{asked[1][:80]}`, which is not a tensor" if asked else "is not a file of tensors"
         _bad(source, what)
     for key in _WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

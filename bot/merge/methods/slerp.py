@@ -22,7 +22,7 @@ TINY_NORM = 1e-8
 def _check(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
     t = operation.shared["t"]
     if not 0 <= t <= 1:
-        yield Finding("EXTRAPOLATES", f"t = {t:g} in {operation.name} lies outside [0, 1]")
+        yield Finding("EXTRAPOLATES", f"t = {t:g} in {operation.name} is outside [0, 1]")
 
 
 @merge_method(

@@ -80,7 +80,7 @@ def _top_keys(reader: Reader, top: Table) -> None:
             reader.notice("UNUSED_KEY", f"`{key}` has no effect here.")
         elif key in KNOWN_PARAMETERS and reader.unknown_keys == "refuse":
             reader.refuse(
-                "UNKNOWN_KEY", line, key, f"line {line}: `{key}` stands at the top level.",
+                "UNKNOWN_KEY", line, key, f"line {line}: `{key}` is at the top level.",
                 f"Write it under `parameters:` (`parameters: {{{key}: ...}}`).",
             )  # fmt: skip
         else:
@@ -176,7 +176,7 @@ def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, rang
         if not ranged and "layer_range" in table.items and reader.unknown_keys == "refuse":
             reader.refuse(
                 "UNKNOWN_KEY", table.key_lines["layer_range"], f"{where}.layer_range",
-                f"`{where}.layer_range` stands under `models`, which always takes every layer.",
+                f"`{where}.layer_range` is under `models`, which always takes every layer.",
                 "Use `slices:` with `sources:` to choose layers.",
             )  # fmt: skip
         _no_revision(reader, table, where)
@@ -201,7 +201,7 @@ def _no_revision(reader: Reader, table: Table, where: str) -> None:
     if isinstance(model, Text) and isinstance(revision, Text) and reader.unknown_keys == "refuse":
         reader.refuse(
             "UNKNOWN_KEY", table.key_lines["revision"], f"{where}.revision",
-            f"line {table.key_lines['revision']}: `{where}.revision` stands beside the model.",
+            f"line {table.key_lines['revision']}: `{where}.revision` is beside the model.",
             f"Write {shown(f'model: {model.text}@{revision.text}')}.",
         )  # fmt: skip
 

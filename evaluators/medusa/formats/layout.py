@@ -214,7 +214,7 @@ def _disagreements(spec: HeadSpec, config: Mapping[str, Any], layout: Layout, ba
     if isinstance(ours, dict):
         found += [("conditioned", ours.get("conditioned"), spec.conditioned)]
     return [
-        f"the config says {repr(said)[:80]} for {key}, the file holds {held!r}: the file was believed"
+        f"the config says {repr(said)[:80]} for {key}, the file holds {held!r}: the file's value is used"
         for key, said, held in found
         if said is not None and said != held
     ]

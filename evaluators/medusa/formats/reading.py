@@ -177,7 +177,7 @@ def _pickled(path: Path) -> Stored:
         raise
     except Exception as error:  # the restricted unpickler raises whatever the file provokes
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks for `{asked[1][:80]}`, which is no tensor" if asked else "is not a file of tensors"
+        what = f"asks for `{asked[1][:80]}`, which is not a tensor" if asked else "is not a file of tensors"
         raise refused(f"{path.name} {what}; nothing in it was run.", "Ask its author for safetensors.") from error
     if not isinstance(loaded, dict) or not loaded:
         raise refused(f"{path.name} holds no table of tensors.", "Ask its author for safetensors.")

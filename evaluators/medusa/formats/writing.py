@@ -122,7 +122,7 @@ def _obstacle(heads: Heads, fmt: Format) -> tuple[str, str] | None:
         )
     if spec.kind == "own" and spec.keep is not None and fmt != "vllm":
         return (
-            f"has its own projection onto {len(spec.keep)} tokens, and {fmt} knows only the whole vocabulary",
+            f"has its own projection onto {len(spec.keep)} tokens, and {fmt} supports only the whole vocabulary",
             "Train others with --vocab full, or export these for vllm.",
         )
     if spec.kind == "own" and fmt == "v2":
@@ -214,7 +214,7 @@ def _notes(heads: Heads, fmt: Format, copied: bool, base_model: str) -> list[str
     found: list[str] = []
     if fmt in ("v1", "v2", "tgi") and spec.keep is not None:
         found.append(
-            f"the cut to {len(spec.keep)} draft tokens was dropped, because {fmt} knows only the whole vocabulary: "
+            f"the cut to {len(spec.keep)} draft tokens was dropped, because {fmt} supports only the whole vocabulary: "
             "measure the accuracy of the heads again"
         )
     if copied and fmt != "vllm":

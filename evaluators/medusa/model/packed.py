@@ -46,7 +46,7 @@ def pack(base: Base, free_bytes: int | None = None) -> str | None:
     layer (`unpack` first).
     """
     if base.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return "packed weights are for CPUs that oneDNN knows"
+        return "packed weights need a CPU supported by oneDNN"
     if base.dtype not in (torch.float32, torch.bfloat16):
         return f"oneDNN packs no weights of type {str(base.dtype).removeprefix('torch.')}"
     layers = [module for module in base.model.modules() if _kind(module) is not None]

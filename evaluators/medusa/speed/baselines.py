@@ -70,7 +70,7 @@ def never_equal(found: Sequence[Versus]) -> str | None:
     else None."""
     if not found or any(each.tokens == each.plain_tokens for each in found):
         return None
-    return "plain decoding gave another text than transformers' own `generate` on every question they were compared on"
+    return "baseline decoding gave another text than transformers' own `generate` on every compared question"
 
 
 def unapplied_settings(base: Base) -> str | None:
@@ -79,7 +79,7 @@ def unapplied_settings(base: Base) -> str | None:
     asked = [f"{name} {value}" if isinstance(value, int | float) else name for name, value in set_by_model.items()]
     if not asked:
         return None
-    return f"the model's own settings ask for {joined(asked)}, which no decoding here applies"
+    return f"the model's own settings ask for {joined(asked)}, which the decoding here does not apply"
 
 
 @torch.no_grad()

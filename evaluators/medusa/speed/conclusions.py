@@ -105,8 +105,8 @@ def _refusal(facts: Facts, rows: Mapping[str, Row]) -> str | None:
             )
     if facts.slow_plain and (over_native := rows["native"].speedup.counting):
         return (
-            f"plain decoding ran at {1 / over_native:.2f} x the speed of transformers' own `generate` here, and a "
-            "speedup over a slow baseline is none."
+            f"baseline decoding ran at {1 / over_native:.2f} x the speed of transformers' own `generate` here, and a "
+            "speedup over a slow baseline proves nothing."
         )
     for name in facts.torn:
         return (

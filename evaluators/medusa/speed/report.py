@@ -20,7 +20,7 @@ from evaluators.pictures.speed_figure import way_of
 VERDICTS = {
     "faster": "decoding with them is faster here",
     "slower": "decoding with them is slower here",
-    "same": "the difference to plain decoding is within the noise",
+    "same": "the difference to baseline decoding is within the noise",
     "inconclusive": "the machine was too unsteady, or the questions too few, for a verdict",
 }
 
@@ -102,7 +102,7 @@ def sentence(report: Mapping[str, Any]) -> str:
 
 
 def _exactness(exact: Mapping[str, Any], dtype: str | None) -> str:
-    said = f"Greedy text was equal to plain decoding on {exact['equal']} of {exact['prompts']} questions"
+    said = f"Greedy text was equal to baseline decoding on {exact['equal']} of {exact['prompts']} questions"
     ties, unjudged = ({each["prompt"] for each in exact["divergences"] if each["tie"] is tie} for tie in (True, None))
     ties -= unjudged  # one of its runs was not checked
     if ties:

@@ -115,7 +115,7 @@ def described(report: Report, blocks: Sequence[bench.Block], max_new_tokens: int
     )
     cut = (
         f"{len(shortened)} of {len(blocks)} questions exceed the model's context together with their answers, so only "
-        f"their ends were asked: {', '.join(shortened)}"
+        f"their ends were used: {', '.join(shortened)}"
     )
     warnings = (*report.warnings, *[flattered] * bool(looping), *[cut] * bool(shortened))
     return replace(report, suite=suite, plain=plain_figures(blocks), aa=machine.steadiness, warnings=warnings)

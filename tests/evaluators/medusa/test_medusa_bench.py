@@ -129,7 +129,7 @@ def test_a_repetition_penalty_in_the_models_own_settings_makes_no_other_baseline
     said = baselines.unapplied_settings(base)
     assert (
         said is not None
-        and "repetition_penalty 1.5, no_repeat_ngram_size 2 and suppress_tokens, which no decoding here" in said
+        and "repetition_penalty 1.5, no_repeat_ngram_size 2 and suppress_tokens, which the decoding here" in said
     )
     assert baselines.unapplied_settings(tiny.base("gqa")) is None
     for limits in (Limits(25, base.stop_ids), Limits(25)):

@@ -56,7 +56,7 @@ class Bomb:
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda path: torch.save({"0.0.linear.weight": Bomb()}, path), "which is no tensor"),
+        (lambda path: torch.save({"0.0.linear.weight": Bomb()}, path), "which is not a tensor"),
         (lambda path: path.write_bytes(pickle.dumps({"0.0.linear.weight": 1})), "not the zip archive"),
         (lambda path: torch.save([1, 2], path), "no table of tensors"),
         (lambda path: torch.save({"0.0.linear.weight": "text"}, path), "holds str"),

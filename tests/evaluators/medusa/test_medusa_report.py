@@ -63,7 +63,7 @@ def test_a_report_says_in_words_what_its_figures_say() -> None:
     assert report.sentence(made) == (
         "Medusa heads trained in 40 s on 2421 tokens of the model's own text bring 1.30 tokens per step; on this CPU "
         "(2 threads) decoding with them runs at 0.82 x plain speed (95 % interval 0.70 to 0.90): decoding with them is "
-        "slower here. Do not speculate here. Greedy text was equal to plain decoding on 5 of 5 questions."
+        "slower here. Do not speculate here. Greedy text was equal to baseline decoding on 5 of 5 questions."
     )
     made["candidates"] = [{**row, "id": "heads:a"}, {**row, "id": "heads:b", "tokens_per_step": {"measured": 1.5}}]
     made["chosen"] = "heads:b"
