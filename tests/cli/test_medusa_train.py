@@ -138,8 +138,8 @@ def test_ctrl_c_is_answered_with_what_is_kept_and_how_to_go_on(verb: str, place:
         "merge_method: linear\nmodels: [{model: right, parameters: {weight: 1.0}}]\n"
     )
     words, made, kept = {
-        "train": (("base", "out", "--budget-s", "600"), "out/unfinished/state.json", "so far is kept. Run the same"),
-        "bench": (("left", "--out", "out", "--parent", "right=own"), "out/merged_heads", "nothing is kept. Run the"),
+        "train": (("base", "out", "--budget-s", "600"), "out/unfinished/state.json", "so far are kept. Run the same"),
+        "bench": (("left", "--out", "out", "--parent", "right=own"), "out/merged_heads", "is not kept. Run the"),
     }[verb]
     command = [sys.executable, "-m", "bot.cli.main", "--home", "home", "medusa", verb, *words, "--device", "cpu"]
     with subprocess.Popen(
