@@ -160,14 +160,6 @@ class TokensPerStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Macro:
-    """Means in which every category has equal weight."""
-
-    tokens_per_step: float | None = None
-    speedup: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class EndToEnd:
     """Figures that include the prefill."""
 
@@ -257,7 +249,6 @@ class Row:
     tree: TreeFacts = TreeFacts()
     step_ms: StepMs = StepMs()
     tokens_per_step: TokensPerStep = TokensPerStep()
-    macro: Macro = Macro()
     end_to_end: EndToEnd = EndToEnd()
     speedup: Speedup = Speedup()
     exact: Exact = Exact()

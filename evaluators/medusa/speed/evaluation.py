@@ -86,9 +86,10 @@ def _test_questions(run: Run) -> list[prompt_sets.Prompt]:
     run.options = replace(run.options, given=given)
     if not left:
         raise EvaluationError(
-            "SPEED_CHECK_FAILED", "The given heads were trained on every one of these questions.",
+            "SPEED_CHECK_FAILED",
+            "The given heads were trained on every one of these questions.",
             "Give questions that they have not seen.",
-        )  # fmt: skip
+        )
     if known:
         run.warn(f"{len(known)} questions are left out because the given heads were trained on them: {known[:20]}")
     return left
@@ -286,8 +287,12 @@ def _learnt(
     """Train heads; write them and the facts of their training under `out`."""
     heads, _, facts = fitting.learn(course, base, features["train"], features["calibration"], run.named("fit"))
     spent = run.report.seconds
-    facts |= {"prompts": len(texts.train), "prompt_fingerprints": texts.prompts, "generate_s": spent["generate"],
-              "features_s": spent["features"]}  # fmt: skip
+    facts |= {
+        "prompts": len(texts.train),
+        "prompt_fingerprints": texts.prompts,
+        "generate_s": spent["generate"],
+        "features_s": spent["features"],
+    }
     training_file.write(heads, facts, run.out / name, base_model=run.folder.name)
     return heads, facts
 

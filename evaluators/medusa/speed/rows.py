@@ -17,7 +17,6 @@ from evaluators.medusa.speed.document import (
     EndToEnd,
     Exact,
     Interval,
-    Macro,
     Parting,
     Plain,
     Point,
@@ -220,7 +219,6 @@ def with_timings(row: Row, m: Measured, machine: Machine) -> Row:
         speedup=_speedup(row.speedup, m, name, machine, rate),
         exact=_exact(m, name),
         categories=categories,
-        macro=Macro(_mean([each.tokens_per_step for each in categories]), _mean([each.speedup for each in categories])),
     )
 
 
@@ -278,12 +276,6 @@ def _categories(m: Measured, candidate: str, clock: ClockName) -> tuple[Category
         )
         for name, blocks in found.items()
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean over categories with equal weight, whatever their numbers of tokens."""
-    known = [each for each in values if each is not None]
-    return rounded(sum(known) / len(known)) if known else None
 
 
 def value(ratio: bench.Ratio | None) -> float | None:

@@ -94,12 +94,11 @@ SHAPE = {
 }  # fmt: skip
 ROW = {
     "id origin source absent_because overhead identity_error tokens_per_s heads hidden_cosine retention accuracy tree "
-    "step_ms tokens_per_step macro end_to_end speedup exact categories training": None,
+    "step_ms tokens_per_step end_to_end speedup exact categories training": None,
     "kind count layers conditioned kept_vocab vocab_coverage parameters bytes": "heads",
     "nodes depth paths chosen": "tree",
     "draft forward accept": "step_ms",
     "expected simulated measured ci95 common_tree without_loops": "tokens_per_step",
-    "tokens_per_step speedup": "macro",
     "tokens_per_s speedup": "end_to_end",
     "wall wall_ci95 cpu cpu_ci95 clock_used predicted_here predicted_at_1_2 verdict": "speedup",
     "prompts equal divergences": "exact",
