@@ -227,7 +227,7 @@ def test_a_model_without_a_chat_template_is_named_and_the_others_are_kept(place:
     with pytest.raises(Failed) as caught:
         run(place, *words, "--chat-template")
     assert caught.value.code == "NO_CHAT_TEMPLATE" and str(place / "second") in caught.value.message
-    assert "the models it is compared with" in caught.value.next_step
+    assert "all compared models without --chat-template" in caught.value.next_step
     before = len(measured(place))
     assert run(place, str(place / "first"), "--suite", str(place / "mine.yml"), "--chat-template").exit_code == 0
     assert len(measured(place)) == before
