@@ -147,9 +147,12 @@ class StaticRunner:
         masks = {kind: strip.index_select(1, seen)[None, None] for kind, strip in strips.items()}
         cache = self.cache.at(on_device.index + self._position, span, self.length)
         hidden, logits = self.base.run(
-            tokens[None], past_key_values=cache, use_cache=True, attention_mask=masks.get(EVERY, masks),
+            tokens[None],
+            past_key_values=cache,
+            use_cache=True,
+            attention_mask=masks.get(EVERY, masks),
             position_ids=(on_device.depth + self._position)[None],
-        )  # fmt: skip
+        )
         return hidden[0], logits[0]
 
     # -- buffers and graphs --------------------------------------------------------------------------------------

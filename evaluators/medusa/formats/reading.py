@@ -37,9 +37,16 @@ JSON_LIMIT_BYTES = 16 << 20
 TENSOR_LIMIT = 50_000
 INSIDE = "medusa_head."  # what the heads' tensors of a full model begin with
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +169,10 @@ def _shards(index: Path) -> list[str]:
         )
     foreign = next((file for file in wanted if not re.fullmatch(r"[\w.\-]+\.safetensors", file, re.ASCII)), None)
     if foreign is not None:
-        raise refused(f"{index.name} names the file {foreign[:80]!r}, which is no shard beside it.", "Mend the index.")
+        raise refused(
+            f"{index.name} names the file {foreign[:80]!r}, which is not a shard in the same folder.",
+            "Correct the index and try again.",
+        )
     return wanted
 
 

@@ -55,9 +55,10 @@ def save(
     _check(heads, fmt)
     if fmt != "ours" and folder.is_dir() and any(folder.iterdir()):
         raise EvaluationError(
-            "OUTPUT_EXISTS", f"{folder} is not empty, and {fmt} heads need a folder of their own.",
+            "OUTPUT_EXISTS",
+            f"{folder} is not empty, and {fmt} heads need a folder of their own.",
             "Choose a new folder.",
-        )  # fmt: skip
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _vllm_tensors(heads) if fmt == "vllm" else _medusa_tensors(heads, fmt, copied)
     typed = {

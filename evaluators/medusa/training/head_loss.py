@@ -111,9 +111,15 @@ class SoftTargets:
 class _DraftLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, unembed: Tensor, bias: Tensor | None, ids: Tensor, shares: Tensor,
-        post: Callable[[Tensor], Tensor], dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        rows: Tensor,
+        unembed: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        shares: Tensor,
+        post: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor:
         """rows [K, N, H], unembed [V', H] for all heads or [K, V', H] for each -> the loss."""
         to_rows = torch.zeros_like(rows)
         to_unembed = torch.zeros_like(unembed) if ctx.needs_input_grad[1] else None

@@ -28,7 +28,7 @@ from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, require_own_projection
 from evaluators.medusa.model import causal_lm, packed, support
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.training import distillation, fitting, joint, prompt_sets, simulation, train, training_file
+from evaluators.medusa.training import distillation, head_trainer, joint, prompt_sets, simulation, train, training_file
 from evaluators.medusa.training.store import Checkpoint, Store, key_of
 
 GENERATED_BY = {False: 0.78, True: 0.4}  # share of the budget, by whether the base is trained, too
@@ -53,17 +53,17 @@ class Wanted:
 
     budget_s: float = 600.0
     kind: Literal["shared", "own"] = "shared"
-    heads: int = fitting.HEADS
+    heads: int = head_trainer.HEADS
     layers: int = 1
     conditioned: bool = True
-    vocab: int | None = fitting.DRAFT_VOCABULARY
+    vocab: int | None = head_trainer.DRAFT_VOCABULARY
     prompts: Path | None = None
     test: Path | None = None
     seed: int = 0
     joint: bool = False
     steps: int | None = None
     answers: int | None = None
-    answer_tokens: int = fitting.ANSWER_TOKENS
+    answer_tokens: int = head_trainer.ANSWER_TOKENS
     batch: int = 96
     checkpoint_s: float = 30.0
     dtype: str = "auto"
@@ -295,8 +295,8 @@ def _fitted(
         None if wanted.steps else PATIENCE, work.checkpoint("heads"),
     )  # fmt: skip
     spec = HeadSpec(wanted.kind, wanted.heads, wanted.layers, wanted.conditioned)
-    heads, training, facts = fitting.learn(
-        fitting.Course(spec, wanted.recipe, limits, wanted.vocab), base, learn, apart,
+    heads, training, facts = head_trainer.learn(
+        head_trainer.Course(spec, wanted.recipe, limits, wanted.vocab), base, learn, apart,
         lambda done, total: work.progress("fit", done, total),
     )  # fmt: skip
     _noted(work, "fit", began)

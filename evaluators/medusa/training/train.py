@@ -244,10 +244,19 @@ class _Loop:
             for name, tensor in self._best.items():
                 self._task.parameters[name].copy_(tensor)
         return Training(
-            len(self._usable), self.step, self.planned, self.step * self._recipe.batch / len(self._usable),
-            self._seconds, self._limits.seed, self._losses[0], self._losses[-1],
-            tuple(score for _, _, score in self._curve), self._best_at, tuple(self._curve), self._resumed,
-        )  # fmt: skip
+            len(self._usable),
+            self.step,
+            self.planned,
+            self.step * self._recipe.batch / len(self._usable),
+            self._seconds,
+            self._limits.seed,
+            self._losses[0],
+            self._losses[-1],
+            tuple(score for _, _, score in self._curve),
+            self._best_at,
+            tuple(self._curve),
+            self._resumed,
+        )
 
     def _groups(self) -> list[dict[str, Any]]:
         scales = dict.fromkeys(self._task.rates.values())
@@ -287,9 +296,15 @@ class _Loop:
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "step": self.step, "total": self.total, "seconds": self._seconds, "losses": self._losses,
-            "curve": self._curve, "best_at": self._best_at, "scores": self._scores, "resumed": self._resumed,
-        }  # fmt: skip
+            "step": self.step,
+            "total": self.total,
+            "seconds": self._seconds,
+            "losses": self._losses,
+            "curve": self._curve,
+            "best_at": self._best_at,
+            "scores": self._scores,
+            "resumed": self._resumed,
+        }
 
     def _take_up(self) -> None:
         found = None if self._limits.checkpoint is None else self._limits.checkpoint.load()

@@ -65,6 +65,4 @@ def _counts(value: object) -> bool:
 
 
 def _are_shares(row: object) -> bool:
-    return (
-        isinstance(row, list) and 0 < len(row) <= MOST_RANKS and all(_counts(share) and share <= 1 for share in row)
-    )  # fmt: skip
+    return isinstance(row, list) and 0 < len(row) <= MOST_RANKS and all(_counts(share) and share <= 1 for share in row)

@@ -148,7 +148,10 @@ def test_the_heads_of_a_sharded_model_are_found_by_its_index(base: Base, tmp_pat
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     again, _ = formats.load(tmp_path, base)
     assert torch.equal(logits(again, base), logits(heads, base))
-    for wrong, says in (({"medusa_head.x": "../up.safetensors"}, "no shard beside it"), ({"a": "b"}, "without heads")):
+    for wrong, says in (
+        ({"medusa_head.x": "../up.safetensors"}, "not a shard in the same"),
+        ({"a": "b"}, "without heads"),
+    ):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
         assert says in refusal(lambda: formats.load(tmp_path, base)).message
 

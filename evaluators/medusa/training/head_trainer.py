@@ -49,26 +49,55 @@ def learn(
     if spec.keep is None and course.vocab is not None and course.vocab < base.vocab:
         spec = replace(spec, keep=vocabulary_cut(counted, course.vocab, base))
     heads, training = train.fit(
-        spec, base, features, limits=limits, recipe=course.recipe, held_out=held_out,
-        initial=course.initial, progress=progress,
-    )  # fmt: skip
+        spec,
+        base,
+        features,
+        limits=limits,
+        recipe=course.recipe,
+        held_out=held_out,
+        initial=course.initial,
+        progress=progress,
+    )
     said = held_out.tokens.tolist()
     kept = set(spec.keep or ())
-    return heads, training, {
-        "schema": SCHEMA, "seed": limits.seed, "tokens": len(counted), "positions": training.positions,
-        "steps": training.steps, "planned_steps": training.planned_steps, "epochs": round(training.epochs, 2),
-        "recipe": asdict(course.recipe), "features_s": 0.0, "fit_s": round(training.seconds, 2),
-        "heads": {"kind": spec.kind, "count": spec.heads, "layers": spec.layers, "conditioned": spec.conditioned,
-                  "kept_vocab": None if spec.keep is None else len(spec.keep),
-                  "parameters": heads.trained_parameters(), "bytes": heads.size_bytes(),
-                  "formats": formats.formats_of(heads)},
-        "coverage": 1.0 if spec.keep is None else round(sum(token in kept for token in said) / max(1, len(said)), 4),
-        "held_out": {"answers": len(held_out.lengths), "tokens": len(said), "nodes": train.COMMON_NODES,
-                     "untrained": train.held_out_rate(identity_heads(spec, base), held_out),
-                     "best": max(training.held_out, default=None)},
-        "accuracy": simulation.accuracy(drafters.drafting(heads), held_out).shares,
-        "curve": [
-            {"step": step, "fit_minutes": round(seconds / 60, 3), "tokens_per_step": round(rate, 4)}
-            for step, seconds, rate in training.curve
-        ],
-    }  # fmt: skip
+    return (
+        heads,
+        training,
+        {
+            "schema": SCHEMA,
+            "seed": limits.seed,
+            "tokens": len(counted),
+            "positions": training.positions,
+            "steps": training.steps,
+            "planned_steps": training.planned_steps,
+            "epochs": round(training.epochs, 2),
+            "recipe": asdict(course.recipe),
+            "features_s": 0.0,
+            "fit_s": round(training.seconds, 2),
+            "heads": {
+                "kind": spec.kind,
+                "count": spec.heads,
+                "layers": spec.layers,
+                "conditioned": spec.conditioned,
+                "kept_vocab": None if spec.keep is None else len(spec.keep),
+                "parameters": heads.trained_parameters(),
+                "bytes": heads.size_bytes(),
+                "formats": formats.formats_of(heads),
+            },
+            "coverage": 1.0
+            if spec.keep is None
+            else round(sum(token in kept for token in said) / max(1, len(said)), 4),
+            "held_out": {
+                "answers": len(held_out.lengths),
+                "tokens": len(said),
+                "nodes": train.COMMON_NODES,
+                "untrained": train.held_out_rate(identity_heads(spec, base), held_out),
+                "best": max(training.held_out, default=None),
+            },
+            "accuracy": simulation.accuracy(drafters.drafting(heads), held_out).shares,
+            "curve": [
+                {"step": step, "fit_minutes": round(seconds / 60, 3), "tokens_per_step": round(rate, 4)}
+                for step, seconds, rate in training.curve
+            ],
+        },
+    )
