@@ -58,46 +58,48 @@ def learn(
         initial=course.initial,
         progress=progress,
     )
-    said = held_out.tokens.tolist()
+    return heads, training, _record(course, features, held_out, heads, training)
+
+
+def _record(
+    course: Course, features: Features, held_out: Features, heads: Heads, training: train.Training
+) -> dict[str, Any]:
+    """Contents of training.json."""
+    spec, tokens = heads.spec, held_out.tokens.tolist()
     kept = set(spec.keep or ())
-    return (
-        heads,
-        training,
-        {
-            "schema": SCHEMA,
-            "seed": limits.seed,
-            "tokens": len(counted),
-            "positions": training.positions,
-            "steps": training.steps,
-            "planned_steps": training.planned_steps,
-            "epochs": round(training.epochs, 2),
-            "recipe": asdict(course.recipe),
-            "features_s": 0.0,
-            "fit_s": round(training.seconds, 2),
-            "heads": {
-                "kind": spec.kind,
-                "count": spec.heads,
-                "layers": spec.layers,
-                "conditioned": spec.conditioned,
-                "kept_vocab": None if spec.keep is None else len(spec.keep),
-                "parameters": heads.trained_parameters(),
-                "bytes": heads.size_bytes(),
-                "formats": formats.formats_of(heads),
-            },
-            "coverage": 1.0
-            if spec.keep is None
-            else round(sum(token in kept for token in said) / max(1, len(said)), 4),
-            "held_out": {
-                "answers": len(held_out.lengths),
-                "tokens": len(said),
-                "nodes": train.COMMON_NODES,
-                "untrained": train.held_out_rate(identity_heads(spec, base), held_out),
-                "best": max(training.held_out, default=None),
-            },
-            "accuracy": simulation.accuracy(drafters.drafting(heads), held_out).shares,
-            "curve": [
-                {"step": step, "fit_minutes": round(seconds / 60, 3), "tokens_per_step": round(rate, 4)}
-                for step, seconds, rate in training.curve
-            ],
+    covered = 1.0 if spec.keep is None else round(sum(token in kept for token in tokens) / max(1, len(tokens)), 4)
+    return {
+        "schema": SCHEMA,
+        "seed": course.limits.seed,
+        "tokens": len(features.tokens),
+        "positions": training.positions,
+        "steps": training.steps,
+        "planned_steps": training.planned_steps,
+        "epochs": round(training.epochs, 2),
+        "recipe": asdict(course.recipe),
+        "features_s": 0.0,
+        "fit_s": round(training.seconds, 2),
+        "heads": {
+            "kind": spec.kind,
+            "count": spec.heads,
+            "layers": spec.layers,
+            "conditioned": spec.conditioned,
+            "kept_vocab": None if spec.keep is None else len(spec.keep),
+            "parameters": heads.trained_parameters(),
+            "bytes": heads.size_bytes(),
+            "formats": formats.formats_of(heads),
         },
-    )
+        "coverage": covered,
+        "held_out": {
+            "answers": len(held_out.lengths),
+            "tokens": len(tokens),
+            "nodes": train.COMMON_NODES,
+            "untrained": train.held_out_rate(identity_heads(spec, heads.base), held_out),
+            "best": max(training.held_out, default=None),
+        },
+        "accuracy": simulation.accuracy(drafters.drafting(heads), held_out).shares,
+        "curve": [
+            {"step": step, "fit_minutes": round(seconds / 60, 3), "tokens_per_step": round(rate, 4)}
+            for step, seconds, rate in training.curve
+        ],
+    }
