@@ -30,14 +30,14 @@ from evaluators.medusa.drafting.heads import Heads, identity_heads
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import distillation, prompt_sets, simulation
-from evaluators.medusa.training.head_training import HEADS_BY, Wanted, train_heads
+from evaluators.medusa.training.head_training import HEADS_BY, HeadTrainingConfig, train_heads
 from evaluators.medusa.trees.tree import greedy_tree
 
 KINDS = {
-    "shared, conditioned, reduced": Wanted(),
-    "shared, reduced": Wanted(conditioned=False),
-    "shared, conditioned, full": Wanted(vocab=None),
-    "own, full": Wanted(kind="own", vocab=None, conditioned=False),
+    "shared, conditioned, reduced": HeadTrainingConfig(),
+    "shared, reduced": HeadTrainingConfig(conditioned=False),
+    "shared, conditioned, full": HeadTrainingConfig(vocab=None),
+    "own, full": HeadTrainingConfig(kind="own", vocab=None, conditioned=False),
 }
 SIZES = (8, 16, 64)
 FOREVER_S = 1e9

@@ -178,7 +178,7 @@ def _fit(base: Base, texts: Texts, recipe: train.Recipe, initial: Heads | None =
     )
     keep = vocabulary_cut(learnt.tokens.tolist(), KEPT, base)
     spec = HeadSpec("shared", HEADS, 1, conditioned=True, keep=keep) if initial is None else initial.spec
-    return train.fit(spec, base, learnt, limits=train.Limits(3600), recipe=recipe, held_out=held_out, initial=initial)
+    return train.fit(spec, base, learnt, train.TrainingOptions(recipe, 3600), held_out=held_out, initial=initial)
 
 
 def _at_home(model: Path, folder: Path, prompts: Prompts, console: Console) -> dict[str, Any]:

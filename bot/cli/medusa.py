@@ -193,12 +193,12 @@ def train(
     configured = context.obj(device=options.device(device))
     with output.progress() as report:
         folder = local_runs.model_folder(model, configured, report)
-        from evaluators.medusa.training.head_training import Wanted
+        from evaluators.medusa.training.head_training import HeadTrainingConfig
 
-        wanted = Wanted(
+        config = HeadTrainingConfig(
             *(budget_s, made, heads, layers, conditioned, kept, prompts, test, seed, joint, steps, answers),
             dtype=precision,
         )
-        facts = head_training.train(folder, out, wanted, configured, report)
+        facts = head_training.train(folder, out, config, configured, report)
     for sentence in head_training.told(facts, model, out):
         output.console.print(sentence, soft_wrap=True, markup=False, highlight=False)

@@ -14,7 +14,7 @@ from bot.stages.merged_heads import WEIGHTS
 
 if TYPE_CHECKING:
     from evaluators.medusa.decoding.acceptance import Rule
-    from evaluators.medusa.training.head_training import Wanted
+    from evaluators.medusa.training.head_training import HeadTrainingConfig
 
 SAMPLING = ("greedy", "exact", "typical")
 LAYOUTS = ("v1", "v2", "tgi", "vllm", "ours")  # the formats of evaluators.medusa.formats, known without torch
@@ -24,7 +24,7 @@ CHANGES_THE_MODEL = (
 )
 
 
-def train(model: Path, out: Path, wanted: Wanted, settings: Settings, report: Show) -> dict[str, Any]:
+def train(model: Path, out: Path, config: HeadTrainingConfig, settings: Settings, report: Show) -> dict[str, Any]:
     """Train heads for the model in a folder; answers and rows are kept under the home's cache. Raises Refused
     OUTPUT_EXISTS as `require_room`, Failed as the evaluator does."""
     from bot.merge.execution.engine import choose_device
@@ -35,7 +35,7 @@ def train(model: Path, out: Path, wanted: Wanted, settings: Settings, report: Sh
         model,
         out,
         settings.home / "cache" / "medusa",
-        wanted,
+        config,
         device=choose_device(settings.device).type,
         progress=lambda stage, done, total: report(f"Training heads: {stage}", done, total),
     )

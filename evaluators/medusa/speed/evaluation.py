@@ -30,7 +30,7 @@ from evaluators.medusa.speed.options import SpeedOptions
 from evaluators.medusa.speed.rows import Scored
 from evaluators.medusa.speed.run import Progress, Run
 from evaluators.medusa.speed.transfer import HeadSet
-from evaluators.medusa.training import distillation, head_trainer, prompt_sets, train, training_file
+from evaluators.medusa.training import distillation, prompt_sets, train, training_file
 from evaluators.medusa.training.distillation import stack_features
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree
@@ -232,7 +232,7 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
     dialogues = distillation.self_distil(
         base,
         [ids for _, ids in mixed],
-        max_new_tokens=head_trainer.ANSWER_TOKENS,
+        max_new_tokens=distillation.ANSWER_TOKENS,
         batch=BATCH,
         deadline=run.until(GENERATED_BY),
         progress=run.named("generate"),
@@ -247,7 +247,7 @@ def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning:
 def _labelled(base: Base, split: str, prompts: Sequence[prompt_sets.Prompt]) -> list[tuple[str, list[int]]]:
     """Return (split, token ids) of each prompt, with room for an answer."""
     whole = [prompt_sets.encode(base, prompt.turns[0]) for prompt in prompts]
-    return [(split, prompt_sets.shortened(base, ids, head_trainer.ANSWER_TOKENS)) for ids in whole]
+    return [(split, prompt_sets.shortened(base, ids, distillation.ANSWER_TOKENS)) for ids in whole]
 
 
 def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
@@ -267,17 +267,14 @@ def _sets(
     left_s = max(1.0, run.until(FITTED_BY) - time.monotonic())
     sets = list(given)
     if merged is not None:  # one pass over the merged model's own text
-        limits = train.Limits(TUNING_SHARE * left_s, run.options.seed)
-        course = head_trainer.Course(merged.spec, TUNING, limits, None, merged)
-        tuned, facts = _learnt(run, base, "merged_tuned", course, features, texts)
+        options = train.TrainingOptions(TUNING, TUNING_SHARE * left_s, run.options.seed)
+        tuned, facts = _learnt(run, base, "merged_tuned", merged, options, features, texts)
         sets.append(HeadSet("merged_tuned", "merged", tuned, "the merged heads, trained a little further", None, facts))
         left_s *= 1.0 - TUNING_SHARE
-    count = head_trainer.HEADS if run.tree is None else max(head_trainer.HEADS, run.tree.max_depth)
+    count = train.HEADS if run.tree is None else max(train.HEADS, run.tree.max_depth)
     recipe = train.QUICK if run.options.budget_s < LONG_BUDGET_S else train.LONG
-    course = head_trainer.Course(
-        HeadSpec("shared", count, 1, conditioned=True), recipe, train.Limits(left_s, run.options.seed)
-    )
-    heads, facts = _learnt(run, base, "heads", course, features, texts)
+    options = train.TrainingOptions(recipe, left_s, run.options.seed, vocab=train.DRAFT_VOCABULARY)
+    heads, facts = _learnt(run, base, "heads", HeadSpec("shared", count, 1, conditioned=True), options, features, texts)
     return [*sets, HeadSet("fresh", "fresh", heads, training=facts)]
 
 
@@ -285,14 +282,19 @@ def _learnt(
     run: Run,
     base: Base,
     name: str,
-    course: head_trainer.Course,
+    start: HeadSpec | Heads,
+    options: train.TrainingOptions,
     features: dict[str, distillation.Features],
     texts: _Texts,
 ) -> tuple[Heads, dict[str, Any]]:
     """Train heads; write them and the facts of their training under `out`."""
-    heads, _, facts = head_trainer.learn(course, base, features["train"], features["calibration"], run.named("fit"))
+    spec, initial = (start, None) if isinstance(start, HeadSpec) else (start.spec, start)
+    learn, held_out = features["train"], features["calibration"]
+    heads, training = train.fit(
+        spec, base, learn, options, held_out=held_out, initial=initial, progress=run.named("fit")
+    )
     spent = run.report.seconds
-    facts |= {
+    facts = training_file.record(options, learn, held_out, heads, training) | {
         "prompts": len(texts.train),
         "prompt_fingerprints": texts.prompts,
         "generate_s": spent["generate"],

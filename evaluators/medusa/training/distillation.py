@@ -26,8 +26,9 @@ UNJUDGED_STEPS = 4
 IGNORED = -100
 PILOT_ROWS = 12
 PILOT_TOKENS = 24
-READING_SHARE = 0.3
+PREFILL_SHARE = 0.3
 LEAST_ROWS = 4
+ANSWER_TOKENS = 96
 LEAST_TOKENS = 4  # fewer teach a head nothing, so no deadline cuts before
 
 
@@ -133,13 +134,13 @@ def self_distil(
     rows, limit = (batch, max_new_tokens) if deadline is None else (PILOT_ROWS, min(PILOT_TOKENS, max_new_tokens))
     while len(done) < len(prompts) and rows >= LEAST_ROWS:
         some = prompts[len(done) : len(done) + min(rows, batch)]
-        answers, reading_s = answer(base, some, limit, deadline)
+        answers, prefill_s = answer(base, some, limit, deadline)
         done += answers
         if progress is not None:
             progress(len(done), len(prompts))
         if deadline is not None:
             left_s, limit = deadline - time.monotonic(), max_new_tokens
-            rows = int(READING_SHARE * left_s * len(some) / reading_s)
+            rows = int(PREFILL_SHARE * left_s * len(some) / prefill_s)
     return done
 
 
@@ -149,7 +150,7 @@ def answer(
 ) -> tuple[list[Dialogue], float]:
     """Answers to one batch, and the seconds until all first tokens were generated."""
     began = time.monotonic()
-    reading_s = 0.0
+    prefill_s = 0.0
     longest = max(len(prompt) for prompt in prompts)
     if base.max_positions is not None:
         limit = max(1, min(limit, base.depth_room(longest) + 1))
@@ -162,7 +163,7 @@ def answer(
             ids, last_only=True, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         following = logits[:, -1].max(-1).indices  # argmax takes five times as long in bfloat16
-        reading_s = reading_s or time.monotonic() - began
+        prefill_s = prefill_s or time.monotonic() - began
         for row, token, state in zip(alive, following.tolist(), hidden[:, -1], strict=True):
             outputs[row].append(token)
             states[row].append(state)
@@ -182,7 +183,7 @@ def answer(
         Dialogue(tuple(prompt), tuple(output), torch.stack(rows))
         for prompt, output, rows in zip(prompts, outputs, states, strict=True)
     ]
-    return answers, max(reading_s, 1e-6)
+    return answers, max(prefill_s, 1e-6)
 
 
 def _padded(base: Base, prompts: Sequence[Sequence[int]], limit: int) -> tuple[Any, Tensor, Tensor, Tensor]:

@@ -120,18 +120,16 @@ def fit(
     base: Base,
     heads: Heads,
     dialogues: Sequence[Dialogue],
-    limits: train.Limits,
-    *,
-    recipe: train.Recipe = RECIPE,
+    options: train.TrainingOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> JointTraining:
     """Train the base (in place, by an adapter) and `heads`, which were trained on the frozen base before."""
-    adapter = Adapter(base, limits.seed)
+    adapter = Adapter(base, options.seed)
     heads.train().requires_grad_(True)
     held_out_count = max(1, len(dialogues) // 16) if len(dialogues) > 1 else 0
     split = len(dialogues) - held_out_count
     task = _JointTask(base, adapter, heads, dialogues[:split])
-    training = train.optimise(task, recipe, torch.arange(split), limits, progress)
+    training = train.optimise(task, torch.arange(split), options, progress)
     heads.eval().requires_grad_(False)
     divergence, agreement = task.distance(dialogues[split:] or dialogues[:split])
     for parameter in adapter.parameters().values():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.medusa.drafting import drafters
-from evaluators.medusa.drafting.heads import Heads, HeadSpec
+from evaluators.medusa.drafting.heads import Heads, HeadSpec, vocabulary_cut
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training.distillation import IGNORED, Features
 from evaluators.medusa.training.head_loss import SoftTargets, draft_loss, frozen_unembedding
@@ -31,6 +31,8 @@ PROBE_STEPS = 3
 SAMPLED_ROWS = 4096
 COMMON_NODES = 8
 SCORING = 0.15  # of the budget at most
+HEADS = 3
+DRAFT_VOCABULARY = 8192
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -43,8 +45,8 @@ class Recipe:
     epochs: int
 
 
-# A few thousand positions are learnt in three passes (measured on a 135 M Llama, 8,000 positions: 1.65 tokens per step
-# with 16 nodes after three as after six; 1.63 at a rate of 3e-3). Twice the text is worth more than twice the passes.
+# Three epochs suffice for a few thousand positions (measured on a 135 M Llama, 8,000 positions, 16 nodes: 1.65 tokens
+# per step after three epochs and after six; 1.63 at a rate of 3e-3). Twice the text gains more than twice the epochs.
 QUICK = Recipe(2e-3, 128, 3)
 LONG = Recipe(2e-3, 256, 4)
 
@@ -72,19 +74,22 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Length of a training: exactly `steps`, or the steps of its recipe that fit into `budget_s`.
+class TrainingOptions:
+    """Recipe and length of a training: exactly `steps`, or the steps of the recipe that fit into `budget_s`.
 
     The training is scored `scores` times at equal intervals (None: after each epoch) and stops after `patience` scores
-    without improvement. With a `checkpoint` an interrupted training is resumed.
+    without improvement. With a `checkpoint` an interrupted training is resumed. `vocab` is the size of the draft
+    vocabulary of heads, None for the whole one.
     """
 
+    recipe: Recipe
     budget_s: float
     seed: int = 0
     steps: int | None = None
     scores: int | None = None
     patience: int | None = None
     checkpoint: Checkpoint | None = None
+    vocab: int | None = None
 
 
 class Task(Protocol):
@@ -110,37 +115,39 @@ def fit(
     spec: HeadSpec,
     base: Base,
     features: Features,
+    options: TrainingOptions,
     *,
-    limits: Limits,
-    recipe: Recipe = QUICK,
     held_out: Features | None = None,
     initial: Heads | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Heads, Training]:
-    """Train `spec` on `features`. The same seed gives the same heads as long as the budget does not cut the plan.
+    """Train heads of the shape `spec` on the frozen base.
 
-    The heads start untrained or from `initial`, which must have the same spec. The number of steps is fixed after a few
-    steps were timed (`planned_steps` if the budget allows), so that the schedule depends on the clock only once.
-    `progress` gets (steps done, steps).
+    The same seed gives the same heads as long as the budget does not reduce the planned steps. The heads start
+    untrained or from `initial`, which must have the same spec. After a few timed steps the number of steps is fixed
+    (`planned_steps` if the budget allows), so the schedule depends on the clock only once. `progress` gets (steps done,
+    steps).
     """
     began = time.monotonic()
+    if spec.keep is None and options.vocab is not None and options.vocab < base.vocab:
+        spec = replace(spec, keep=vocabulary_cut(features.tokens.tolist(), options.vocab, base))
     heads = Heads(spec, base)
     if initial is not None:
         heads.load_state_dict(initial.state_dict())
     heads.take_embeddings_at(embedding_scale(base, features))
     task = HeadTask(heads, features, held_out)
     prepared_s = time.monotonic() - began
-    training = optimise(task, recipe, task.usable, replace(limits, budget_s=limits.budget_s - prepared_s), progress)
+    training = optimise(task, task.usable, replace(options, budget_s=options.budget_s - prepared_s), progress)
     heads.take_embeddings_at(1.0)
     return heads.eval().requires_grad_(False), training
 
 
 @torch.no_grad()
 def embedding_scale(base: Base, features: Features) -> float:
-    """The power of two that brings embeddings closest to the size of hidden rows, by root mean squares.
+    """Return the power of two that best scales embeddings to the root mean square of hidden rows.
 
-    Input embeddings are often far smaller than the rows after the final norm, and AdamW then learns as much less from
-    them (measured on a 135 M Llama, a sixteenth as large: 0.04 tokens per step with 16 nodes).
+    Input embeddings are often far smaller than the rows after the final norm, and AdamW then learns less from them
+    (measured on a 135 M Llama with embeddings a sixteenth as large: 0.04 tokens per step with 16 nodes).
     """
     sample = slice(0, SAMPLED_ROWS)
     sizes = [x.float().pow(2).mean() for x in (features.hidden[sample], base.embed(features.tokens[sample]))]
@@ -169,12 +176,12 @@ class HeadTask:
 
 
 def optimise(
-    task: Task, recipe: Recipe, usable: Tensor, limits: Limits, progress: Callable[[int, int], None] | None = None
+    task: Task, usable: Tensor, options: TrainingOptions, progress: Callable[[int, int], None] | None = None
 ) -> Training:
     """Train `task` on the examples with the indices `usable` and restore its best score."""
-    if not len(usable) or recipe.epochs < 1:
-        return Training(0, 0, 0, 0.0, 0.0, limits.seed, None, None, (), None)
-    loop = _Loop(task, recipe, usable, limits)
+    if not len(usable) or options.recipe.epochs < 1:
+        return Training(0, 0, 0, 0.0, 0.0, options.seed, None, None, (), None)
+    loop = _Loop(task, usable, options)
     while not loop.over:
         loop.advance()
         if progress is not None:
@@ -185,25 +192,25 @@ def optimise(
 class _Loop:
     """An unfinished training; the complete state of the next step can be saved and resumed."""
 
-    def __init__(self, task: Task, recipe: Recipe, usable: Tensor, limits: Limits) -> None:
-        self._task, self._recipe, self._usable, self._limits = task, recipe, usable, limits
-        self._per_epoch = math.ceil(len(usable) / recipe.batch)
-        self.planned = self.total = limits.steps or self._per_epoch * recipe.epochs
+    def __init__(self, task: Task, usable: Tensor, options: TrainingOptions) -> None:
+        self._task, self._recipe, self._usable, self._options = task, options.recipe, usable, options
+        self._per_epoch = math.ceil(len(usable) / self._recipe.batch)
+        self.planned = self.total = options.steps or self._per_epoch * self._recipe.epochs
         self._optimizer = torch.optim.AdamW(self._groups(), betas=BETAS, weight_decay=0.0, fused=True)
         self.step, self._resumed, self._before_s = 0, 0, 0.0
         self._losses: list[float] = []
         self._curve: list[tuple[int, float, float]] = []
         self._best: dict[str, Tensor] = {}
         self._best_at: int | None = None
-        self._scores = limits.scores
-        self._take_up()
+        self._scores = options.scores
+        self._resume()
         self._started = time.monotonic()
         self._batches = self._shuffled(self.step)
 
     @property
     def over(self) -> bool:
         waited = len(self._curve) - 1 - (self._best_at or 0)
-        return self.step >= self.total or (self._limits.patience is not None and waited >= self._limits.patience)
+        return self.step >= self.total or (self._options.patience is not None and waited >= self._options.patience)
 
     @property
     def _seconds(self) -> float:
@@ -219,18 +226,18 @@ class _Loop:
         self._optimizer.step()
         self._losses = [*self._losses[:1], float(loss.detach())]
         self.step += 1
-        if self.step == PROBE_STEPS and self._limits.steps is None:
-            self._afford()
+        if self.step == PROBE_STEPS and self._options.steps is None:
+            self._fit_budget()
         if self.step == self.total or self.step % self._between_scores() == 0:
-            self._offer()
-        kept = self._limits.checkpoint
+            self._score()
+        kept = self._options.checkpoint
         if kept is not None and kept.due():
             kept.save(self._tensors(), self._facts())
 
-    def _afford(self) -> None:
+    def _fit_budget(self) -> None:
         """Fix the numbers of steps and scores, so that scoring a large vocabulary does not use up the budget."""
         per_step = self._seconds / self.step
-        left_s = self._limits.budget_s
+        left_s = self._options.budget_s
         if self._scores is not None:
             began = time.monotonic()
             self._task.score()
@@ -249,7 +256,7 @@ class _Loop:
             self.planned,
             self.step * self._recipe.batch / len(self._usable),
             self._seconds,
-            self._limits.seed,
+            self._options.seed,
             self._losses[0],
             self._losses[-1],
             tuple(score for _, _, score in self._curve),
@@ -265,7 +272,7 @@ class _Loop:
 
     def _shuffled(self, begin: int) -> Iterator[Tensor]:
         """Batches of all epochs from step `begin`; each epoch is a permutation drawn from one generator."""
-        order = torch.Generator().manual_seed(self._limits.seed)
+        order = torch.Generator().manual_seed(self._options.seed)
         number = 0
         while True:
             permuted = self._usable[torch.randperm(len(self._usable), generator=order).to(self._usable.device)]
@@ -277,7 +284,8 @@ class _Loop:
     def _between_scores(self) -> int:
         return self._per_epoch if self._scores is None else max(1, self.total // self._scores)
 
-    def _offer(self) -> None:
+    def _score(self) -> None:
+        """Score the task and keep its parameters if the score is the best so far."""
         score = self._task.score()
         if score is None:
             return
@@ -306,8 +314,9 @@ class _Loop:
             "resumed": self._resumed,
         }
 
-    def _take_up(self) -> None:
-        found = None if self._limits.checkpoint is None else self._limits.checkpoint.load()
+    def _resume(self) -> None:
+        """Continue from the checkpoint, if there is one."""
+        found = None if self._options.checkpoint is None else self._options.checkpoint.load()
         if found is None:
             return
         tensors, facts = found
@@ -344,8 +353,10 @@ def _schedule(step: int, total: int) -> float:
 
 
 def held_out_rate(heads: Heads, held_out: Features | None) -> float | None:
-    """Tokens per step on held-out answers with the best tree of a fixed size, drafted as when decoding; None without
-    any."""
+    """Tokens per step on held-out answers with the best tree of COMMON_NODES nodes, drafted as in decoding.
+
+    None without held-out answers.
+    """
     if held_out is None or not held_out.lengths:
         return None
     drafts = drafters.drafting(heads)

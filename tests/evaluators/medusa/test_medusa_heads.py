@@ -213,7 +213,7 @@ def test_labels_end_with_their_answer() -> None:
 def test_training_learns_and_one_seed_gives_one_set_of_heads() -> None:
     base, features = teachable()
     spec = HeadSpec("shared", 3, conditioned=True)
-    runs = [train.fit(spec, base, features, limits=train.Limits(600, seed), recipe=THIRTY) for seed in (3, 3, 4)]
+    runs = [train.fit(spec, base, features, train.TrainingOptions(THIRTY, 600, seed)) for seed in (3, 3, 4)]
     (first, training), (second, _), (third, _) = runs
     assert training.steps == training.planned_steps and training.last_loss is not None
     assert training.first_loss is not None and training.last_loss < 0.95 * training.first_loss
@@ -228,7 +228,7 @@ def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
     dialogues = answers(base, 16)
     learn, held_out = distillation.stack_features(base, dialogues[:8]), distillation.stack_features(base, dialogues[8:])
     spec, too_fast = HeadSpec("shared", 3, conditioned=True), train.Recipe(1e-2, 64, 8)
-    heads, training = train.fit(spec, base, learn, limits=train.Limits(600), recipe=too_fast, held_out=held_out)
+    heads, training = train.fit(spec, base, learn, train.TrainingOptions(too_fast, 600), held_out=held_out)
     tree = greedy_tree(simulation.accuracy(heads, held_out).shares, train.COMMON_NODES)
     assert training.best_epoch is not None
     assert simulation.simulate(heads, held_out, tree) == pytest.approx(max(training.held_out))
@@ -237,7 +237,9 @@ def test_training_keeps_the_epoch_that_was_best_on_held_out_answers() -> None:
 
 def test_a_model_that_wrote_nothing_to_learn_from_leaves_the_heads_untrained() -> None:
     base = tiny.base("gqa")
-    heads, training = train.fit(HeadSpec(), base, distillation.stack_features(base, []), limits=train.Limits(1))
+    heads, training = train.fit(
+        HeadSpec(), base, distillation.stack_features(base, []), train.TrainingOptions(train.QUICK, 1)
+    )
     assert training.steps == 0 and not heads.first.any()
 
 
@@ -246,7 +248,7 @@ def test_simulation_without_the_base_predicts_the_real_tokens_per_step() -> None
     base = tiny.base("gqa")
     dialogues = answers(base, 5, 30)
     features = distillation.stack_features(base, dialogues)
-    heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, limits=train.Limits(600), recipe=TEN)
+    heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, train.TrainingOptions(TEN, 600))
     for tree in (ROOT_ONLY, chain(1), chain(3), full((2, 2))):
         steps = tokens = 0
         for dialogue in dialogues:
@@ -262,7 +264,7 @@ def test_a_target_outside_the_draft_vocabulary_is_a_miss_but_not_in_the_loss() -
     absent = set(features.tokens.tolist())
     keep = tuple(token for token in range(tiny.VOCAB) if token not in absent)
     spec = HeadSpec("shared", 2, keep=keep)
-    heads, training = train.fit(spec, base, features, limits=train.Limits(5))
+    heads, training = train.fit(spec, base, features, train.TrainingOptions(train.QUICK, 5))
     assert training.positions == 0
     assert set(simulation.accuracy(heads, features).shares[0]) == {0.0}
 
@@ -275,7 +277,7 @@ def test_the_draft_vocabulary_holds_the_stop_ids_then_the_frequent_then_the_low(
 
 def test_no_speculation_where_the_cost_curve_cannot_win() -> None:
     base, features = teachable()
-    heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, limits=train.Limits(600), recipe=TEN)
+    heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, train.TrainingOptions(TEN, 600))
     dear = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 50.0), (4, 60.0), (8, 70.0)), 0.1, 0.001)
     cheap = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0)), 0.0, 0.001)
     assert not calibrate.choose_tree(heads, features, dear).speculate

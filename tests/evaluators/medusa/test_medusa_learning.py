@@ -82,7 +82,9 @@ def test_embeddings_enter_training_at_the_size_of_hidden_rows() -> None:
         other.model.get_input_embeddings().weight.mul_(1 / 64)
     ratio = train.embedding_scale(other, features) / train.embedding_scale(base, features)
     assert ratio == 64.0
-    heads, _ = train.fit(HeadSpec("shared", 2, conditioned=True), base, features, limits=train.Limits(60))
+    heads, _ = train.fit(
+        HeadSpec("shared", 2, conditioned=True), base, features, train.TrainingOptions(train.QUICK, 60)
+    )
     assert heads.embed_scale == 1.0
 
 

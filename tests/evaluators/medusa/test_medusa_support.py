@@ -14,7 +14,7 @@ from evaluators import medusa
 from evaluators.medusa import generation
 from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.model import support
-from evaluators.medusa.training.head_training import Wanted, train_heads
+from evaluators.medusa.training.head_training import HeadTrainingConfig, train_heads
 from tests.evaluators.medusa import tiny_causal_lms as tiny
 
 T5 = T5Config(architectures=["T5ForConditionalGeneration"])
@@ -30,7 +30,9 @@ def written(folder: Path, config: Any) -> Path:
 def test_training_names_the_limit_of_decoding_before_weights_are_read(tmp_path: Path, kind: str) -> None:
     base = tiny.base(kind)
     with pytest.raises(EvaluationError) as refused:
-        train_heads(written(tmp_path / "model", base.model.config), tmp_path / "out", tmp_path / "cache", Wanted())
+        train_heads(
+            written(tmp_path / "model", base.model.config), tmp_path / "out", tmp_path / "cache", HeadTrainingConfig()
+        )
     assert refused.value.code == "SPEED_UNSUPPORTED" and refused.value.message == reason_against_trees(base)
 
 
@@ -44,12 +46,12 @@ def test_a_recurrent_state_is_found_in_the_config(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "wanted", "says"),
     [
-        ("gpt2", Wanted(joint=True), "GPT2LMHeadModel has no plain linear layer"),
-        ("gptj", Wanted(kind="own"), "cannot copy an output embedding that has a bias"),
+        ("gpt2", HeadTrainingConfig(joint=True), "GPT2LMHeadModel has no plain linear layer"),
+        ("gptj", HeadTrainingConfig(kind="own"), "cannot copy an output embedding that has a bias"),
     ],
 )
 def test_heads_that_a_model_cannot_have_are_refused_before_it_answers(
-    tmp_path: Path, kind: str, wanted: Wanted, says: str
+    tmp_path: Path, kind: str, wanted: HeadTrainingConfig, says: str
 ) -> None:
     folder, stages = tiny.write(tmp_path / "model", tiny.model(kind)), []
     with pytest.raises(EvaluationError, match=says) as refused:
@@ -62,7 +64,10 @@ def test_heads_that_a_model_cannot_have_are_refused_before_it_answers(
 @pytest.mark.parametrize("config", [T5, BART], ids=["t5", "bart"])
 def test_an_encoder_decoder_is_named_as_one_before_weights_are_read(tmp_path: Path, config: Any) -> None:
     folder, out = written(tmp_path / "model", config), tmp_path / "out"
-    attempts = [lambda: generation.load(folder, None), lambda: train_heads(folder, out, tmp_path / "cache", Wanted())]
+    attempts = [
+        lambda: generation.load(folder, None),
+        lambda: train_heads(folder, out, tmp_path / "cache", HeadTrainingConfig()),
+    ]
     for attempt in attempts:
         with pytest.raises(EvaluationError, match=f"{config.architectures[0]} is an encoder-decoder") as refused:
             attempt()

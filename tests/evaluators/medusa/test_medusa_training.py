@@ -27,12 +27,12 @@ from evaluators.medusa.speed.options import SpeedOptions
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.training import distillation, joint, prompt_sets, store, train, training_file
 from evaluators.medusa.training.head_loss import Targets, draft_loss
-from evaluators.medusa.training.head_training import Wanted, train_heads
+from evaluators.medusa.training.head_training import HeadTrainingConfig, train_heads
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import greedy_tree
 from tests import forked
 
-FIXED = Wanted(heads=2, vocab=64, steps=12, answers=8, answer_tokens=10, batch=4, checkpoint_s=0.0)
+FIXED = HeadTrainingConfig(heads=2, vocab=64, steps=12, answers=8, answer_tokens=10, batch=4, checkpoint_s=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,9 @@ def test_one_seed_gives_one_set_of_heads_and_answers_are_computed_once(model: Pa
 
 def test_a_budget_ends_a_training_and_a_model_without_a_template_gets_plain_text(tmp_path: Path) -> None:
     plain = tiny.write(tmp_path / "plain", tiny.model("gpt2"), template=None)
-    facts = train_heads(plain, tmp_path / "out", tmp_path / "cache", Wanted(3.0, heads=2, vocab=None, batch=8))
+    facts = train_heads(
+        plain, tmp_path / "out", tmp_path / "cache", HeadTrainingConfig(3.0, heads=2, vocab=None, batch=8)
+    )
     assert facts["chat_template"] is False and facts["heads"]["kept_vocab"] is None and facts["coverage"] == 1.0
     assert facts["steps"] > 0 and facts["seconds"]["total"] < 30
     assert 0 < facts["shortened_prompts"] <= facts["prompts"], "64 positions hold few of our prompts and their answers"
@@ -132,11 +134,8 @@ def test_a_training_stops_early_once_held_out_answers_gain_nothing() -> None:
     base = tiny.base("gqa")
     dialogues = distillation.self_distil(base, [[n, n + 1, n + 2] for n in range(12)], max_new_tokens=20)
     learn, held_out = distillation.stack_features(base, dialogues[:8]), distillation.stack_features(base, dialogues[8:])
-    limits = train.Limits(600, scores=40, patience=3)
-    _, made = train.fit(
-        HeadSpec("shared", 2), base, learn, recipe=train.Recipe(1e-2, 16, 40), held_out=held_out,
-        limits=limits,
-    )  # fmt: skip
+    options = train.TrainingOptions(train.Recipe(1e-2, 16, 40), 600, scores=40, patience=3)
+    _, made = train.fit(HeadSpec("shared", 2), base, learn, options, held_out=held_out)
     assert made.best_epoch is not None and made.steps < made.planned_steps
     assert len(made.held_out) == made.best_epoch + 1 + 3
     assert [rate for _, _, rate in made.curve] == list(made.held_out)
@@ -160,7 +159,7 @@ def test_an_adapter_switched_off_is_the_original() -> None:
     before = base.run(ids, use_cache=False)[1]
     dialogues = distillation.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
     heads = identity_heads(HeadSpec("shared", 2), base)
-    made = joint.fit(base, heads, dialogues, train.Limits(600, steps=10))
+    made = joint.fit(base, heads, dialogues, train.TrainingOptions(joint.RECIPE, 600, steps=10))
     assert not torch.equal(base.run(ids, use_cache=False)[1], before)
     made.adapter.enable(False)
     assert torch.equal(base.run(ids, use_cache=False)[1], before)
@@ -204,7 +203,9 @@ def test_the_merge_engine_applies_the_adapter(model: Path, tmp_path: Path) -> No
 
     base = causal_lm.load(model)
     dialogues = distillation.self_distil(base, [[n, n + 1] for n in range(8)], max_new_tokens=12)
-    made = joint.fit(base, identity_heads(HeadSpec("shared", 2), base), dialogues, train.Limits(600, steps=10))
+    made = joint.fit(
+        base, identity_heads(HeadSpec("shared", 2), base), dialogues, train.TrainingOptions(joint.RECIPE, 600, steps=10)
+    )
     made.adapter.save(tmp_path / "adapter", base_model="model")
     text = f"{{merge_method: passthrough, models: [{{model: {model}+{tmp_path / 'adapter'}}}], dtype: float32}}"
     recipe = reading.parse(text)

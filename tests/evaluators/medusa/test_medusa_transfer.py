@@ -145,7 +145,7 @@ def test_heads_merged_with_themselves_by_the_recipe_of_the_models_keep_all_they_
     text = distillation.stack_features(
         base, distillation.self_distil(base, [[n, 2 * n, 7] for n in range(1, 14)], max_new_tokens=30)
     )
-    fresh, _ = train.fit(SPEC, base, text, limits=train.Limits(60), recipe=train.Recipe(2e-3, 64, 8))
+    fresh, _ = train.fit(SPEC, base, text, train.TrainingOptions(train.Recipe(2e-3, 64, 8), 60))
     parents = {ModelRef(name): tmp_path / name for name in ("left", "right")}
     for folder in parents.values():
         formats.save(fresh, folder)
@@ -183,14 +183,12 @@ def test_training_goes_on_from_where_heads_were() -> None:
     text = distillation.stack_features(
         base, distillation.self_distil(base, [[n, 2 * n, 7] for n in range(1, 14)], max_new_tokens=30)
     )
-    start, _ = train.fit(SPEC, base, text, limits=train.Limits(60), recipe=train.Recipe(1e-3, 64, 2))
+    start, _ = train.fit(SPEC, base, text, train.TrainingOptions(train.Recipe(1e-3, 64, 2), 60))
     kept = {name: tensor.clone() for name, tensor in start.state_dict().items()}
-    still, _ = train.fit(SPEC, base, text, limits=train.Limits(60), recipe=train.Recipe(0.0, 64, 1), initial=start)
+    still, _ = train.fit(SPEC, base, text, train.TrainingOptions(train.Recipe(0.0, 64, 1), 60), initial=start)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in still.state_dict().items())
-    further, training = train.fit(
-        SPEC, base, text, limits=train.Limits(60), recipe=train.Recipe(1e-3, 64, 2), initial=start
-    )
-    first, _ = train.fit(SPEC, base, text, limits=train.Limits(60), recipe=train.Recipe(1e-3, 64, 1))
+    further, training = train.fit(SPEC, base, text, train.TrainingOptions(train.Recipe(1e-3, 64, 2), 60), initial=start)
+    first, _ = train.fit(SPEC, base, text, train.TrainingOptions(train.Recipe(1e-3, 64, 1), 60))
     assert not torch.equal(further.first, start.first)
     assert training.first_loss is not None and training.first_loss < 12
     assert simulation.accuracy(further, text).shares[0][0] >= simulation.accuracy(first, text).shares[0][0]
