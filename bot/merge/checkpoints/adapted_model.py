@@ -44,19 +44,14 @@ def _model(ref: ModelRef, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> Ch
     model = opened[ref.bare]
     if isinstance(model, Adapter):
         base = model.config.trained_on or "its base"
-        raise Refused(
-            "NOT_SUPPORTED", f"{ref.bare} is a LoRA adapter, not a model.",
-            f"Name the model it belongs to: `{base[:80]}+{ref.bare}`.", value=str(ref),
-        )  # fmt: skip
+        next_step = f"Name the model it belongs to: `{base[:80]}+{ref.bare}`."
+        raise Refused("NOT_SUPPORTED", f"{ref.bare} is a LoRA adapter, not a model.", next_step, value=str(ref))
     if ref.lora is None:
         return model
     adapter = opened[ref.lora]
     if not isinstance(adapter, Adapter):
-        raise Refused(
-            "NOT_SUPPORTED", f"{ref.lora} is a whole model, not a LoRA adapter.",
-            "An adapter must follow the `+`: a repo with adapter_config.json and adapter_model.safetensors.",
-            value=str(ref),
-        )  # fmt: skip
+        next_step = "An adapter must follow the `+`: a repo with adapter_config.json and adapter_model.safetensors."
+        raise Refused("NOT_SUPPORTED", f"{ref.lora} is a whole model, not a LoRA adapter.", next_step, value=str(ref))
     return through(model, adapter, ref)
 
 
@@ -258,11 +253,9 @@ class _Fitting:
     def _add_bias(self, module: str, vector: TensorInfo, scale: float) -> None:
         own = self.located.found.get(f"{module}.bias")
         if own is None:
-            raise Refused(
-                "TENSOR_MISSING",
-                f"{self.adapter.name} has `{vector.name[:120]}`, a change of a bias that {self.ref.bare} lacks.",
-                "Train it with `lora_bias: false`; PEFT cannot merge such an adapter either.", value=vector.name,
-            )  # fmt: skip
+            message = f"{self.adapter.name} has `{vector.name[:120]}`, a change of a bias that {self.ref.bare} lacks."
+            next_step = "Train it with `lora_bias: false`; PEFT cannot merge such an adapter either."
+            raise Refused("TENSOR_MISSING", message, next_step, value=vector.name)
         if self.tensors[own].shape != vector.shape:
             self._misfit(self.tensors[own], f"a change of shape {list(vector.shape)}")
         self.patches[own] = Addend(self.lora, vector, scale)
@@ -280,11 +273,12 @@ class _Fitting:
             return
         if len(set(rows.values())) > 1:
             shapes = ", ".join(f"{name} has {count} rows" for name, count in rows.items())
-            raise Refused(
-                "SHAPE_MISMATCH", f"Through {self.adapter.name} the vocabularies differ: {shapes}.",
+            message = f"Through {self.adapter.name} the vocabularies differ: {shapes}."
+            next_step = (
                 "Save the adapter with both embedding and head (save_embedding_layers=True), or resize the model's "
-                "embeddings first and name the resized model.", value=next(iter(changed)),
-            )  # fmt: skip
+                "embeddings first and name the resized model."
+            )
+            raise Refused("SHAPE_MISMATCH", message, next_step, value=next(iter(changed)))
         count = next(iter(changed.values()))
         self.config = with_vocabulary_size(self.config, count)
         self.notices.append(f"{self.ref}: the adapter's vocabulary has {count:,} rows, the model's {before.pop():,}")
@@ -311,10 +305,8 @@ class _Fitting:
         refuse(f"{self.adapter.name}: {WEIGHTS}", what)
 
     def _stray(self, name: str) -> NoReturn:
-        raise Refused(
-            "TENSOR_MISSING", f"{self.adapter.name} has `{name[:120]}`, for which {self.ref.bare} has no tensor.",
-            self._next_step(), value=name,
-        )  # fmt: skip
+        message = f"{self.adapter.name} has `{name[:120]}`, for which {self.ref.bare} has no tensor."
+        raise Refused("TENSOR_MISSING", message, self._next_step(), value=name)
 
     def _unclear(self, name: str) -> NoReturn:
         several = self.located.unclear[name]
@@ -323,17 +315,14 @@ class _Fitting:
             if len(several) > 1
             else f"means {several[0]}, which another of its tensors means too"
         )
-        raise Refused(
-            "TENSOR_MISSING", f"{self.adapter.name}: on {self.ref.bare}, its {name[:120]} {why}.",
-            f"{self._next_step()} Or rename its tensors after those of the model.", value=name,
-        )  # fmt: skip
+        message = f"{self.adapter.name}: on {self.ref.bare}, its {name[:120]} {why}."
+        next_step = f"{self._next_step()} Or rename its tensors after those of the model."
+        raise Refused("TENSOR_MISSING", message, next_step, value=name)
 
     def _misfit(self, weight: TensorInfo, brought: str) -> NoReturn:
-        raise Refused(
-            "SHAPE_MISMATCH",
-            f"{self.adapter.name} brings {brought} for {weight.name}, {self.ref.bare} has {list(weight.shape)}.",
-            self._resizing() if self.ties.counts_tokens(weight.name) else self._next_step(), value=weight.name,
-        )  # fmt: skip
+        message = f"{self.adapter.name} brings {brought} for {weight.name}, {self.ref.bare} has {list(weight.shape)}."
+        next_step = self._resizing() if self.ties.counts_tokens(weight.name) else self._next_step()
+        raise Refused("SHAPE_MISMATCH", message, next_step, value=weight.name)
 
     def _next_step(self) -> str:
         told = self.adapter.config.trained_on

@@ -83,10 +83,8 @@ def lora_config(config: Mapping[str, Any], label: str) -> LoraConfig:
 
 def odd(label: str, key: str, what: str) -> NoReturn:
     """Refuse an adapter's config: `what` continues the sentence about `key`."""
-    raise Refused(
-        "BAD_CHECKPOINT", f"{label}: `{key}` of adapter_config.json {what}.",
-        "Ask the adapter's author for a whole config.", value=label,
-    )  # fmt: skip
+    message = f"{label}: `{key}` of adapter_config.json {what}."
+    raise Refused("BAD_CHECKPOINT", message, "Ask the adapter's author for a whole config.", value=label)
 
 
 def _flag(config: Mapping[str, Any], key: str, label: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bot.errors import Refused
+from bot.merge.checkpoints.tensor_names import words
 
 _MERGE_FIRST = "Merge it into its model with the PEFT library first, and name the merged model."
 _NO_MERGED_MODEL = "No merged model can compute the same; leave the adapter out of the recipe."
@@ -35,10 +36,9 @@ _KEYS: Mapping[str, tuple[str, str]] = {
 _REPEATED_BY_PEFT = ("pissa", "olora")
 _NOT_REPEATED = ("pissa_niter", "corda", "lora_ga", "loftq")
 # values of `peft_type` whose tuners have no merge_and_unload, or one that raises
-_WITHOUT_MERGE = (
-    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
-    "P_TUNING", "SHADOW", "XLORA",
-)  # fmt: skip
+_WITHOUT_MERGE = words(
+    "ADAPTION_PROMPT CARTRIDGE CPT LILY MULTITASK_PROMPT_TUNING POLY PREFIX_TUNING PROMPT_TUNING P_TUNING SHADOW XLORA"
+)
 # keys of LoraConfig for training only, and the tensors they leave beside A and B
 _TRAINING_ONLY: Mapping[str, tuple[str, ...]] = {
     "velora_config": (".lora_velora_embed",),

@@ -162,12 +162,9 @@ def _main_stack(
         found = max(longer, key=weight)
         return Stack(found.prefix, found.layers[:depth]), found.layers[depth:]
     longest = max((len(stack.layers) for stack in stacks), default=0)
-    raise Refused(
-        "TENSOR_MISSING",
-        f"{checkpoint.name} has {longest} complete layers in its shards; its config says {depth or 'nothing'}.",
-        "Download it again: layers are missing, or its config.json belongs to another model.",
-        value=checkpoint.name,
-    )
+    message = f"{checkpoint.name} has {longest} complete layers in its shards; its config says {depth or 'nothing'}."
+    next_step = "Download it again: layers are missing, or its config.json belongs to another model."
+    raise Refused("TENSOR_MISSING", message, next_step, value=checkpoint.name)
 
 
 def _split(loose: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

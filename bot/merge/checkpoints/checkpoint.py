@@ -28,7 +28,7 @@ from bot.merge.checkpoints.weight_files import (
     shard_like,
     shards_without_index,
     weight_file,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from bot.merge.checkpoints.patches import Patch
@@ -69,10 +69,8 @@ class LocalFiles:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise Refused(
-                "SOURCE_NOT_FOUND", f"There is no model folder {self.path}.",
-                "Check the name: a local folder, or owner/name on the Hub.", value=str(self.path),
-            )  # fmt: skip
+            next_step = "Check the name: a local folder, or owner/name on the Hub."
+            raise Refused("SOURCE_NOT_FOUND", f"There is no model folder {self.path}.", next_step, value=str(self.path))
         real = self.path.resolve()
         # a snapshot of the Hub's cache links to ../../blobs of the same repo
         in_cache = real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir()
@@ -91,10 +89,8 @@ class LocalFiles:
         real = (self.path / name).resolve()
         inner = name.removeprefix(f"{NAMED_TEMPLATES}/")
         if "/" in inner or "\\" in inner or not real.is_relative_to(self._root):
-            raise Refused(
-                "BAD_SHARD_NAME", f"{name[:80]!r} leads out of the folder {self.path}.",
-                "Put the file itself into the folder.", value=name,
-            )  # fmt: skip
+            message = f"{name[:80]!r} leads out of the folder {self.path}."
+            raise Refused("BAD_SHARD_NAME", message, "Put the file itself into the folder.", value=name)
         return real
 
     def read(self, name: str, start: int, length: int) -> bytes:
@@ -106,10 +102,9 @@ class LocalFiles:
         try:
             handle = os.open(self.locate(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            raise Failed(
-                "SOURCE_CHANGED_OR_GONE", f"{name} of {self.path} cannot be read: {os.strerror(error.errno or 0)}.",
-                "Check that the file is there and that you may read it.", value=name,
-            ) from None  # fmt: skip
+            message = f"{name} of {self.path} cannot be read: {os.strerror(error.errno or 0)}."
+            next_step = "Check that the file is there and that you may read it."
+            raise Failed("SOURCE_CHANGED_OR_GONE", message, next_step, value=name) from None
         try:
             filled = 0
             while filled < len(buffer) and (count := os.preadv(handle, [buffer[filled:][: 2**26]], start + filled)):
@@ -295,24 +290,17 @@ def read_json(
 def _config(files: Files, sizes: Mapping[str, int], label: str, limits: Limits, notices: list[str]) -> dict[str, Any]:
     text = _text(files, sizes, "config.json", limits.config_bytes)
     if text is None and "adapter_config.json" in sizes:
-        raise Refused(
-            "NOT_SUPPORTED",
-            f"{label} is a LoRA adapter, not a model.",
-            "Write MODEL+ADAPTER in the recipe.",
-            value=label,
-        )
+        message = f"{label} is a LoRA adapter, not a model."
+        raise Refused("NOT_SUPPORTED", message, "Write MODEL+ADAPTER in the recipe.", value=label)
     if text is None:
-        raise Refused(
-            "BAD_CHECKPOINT" if sizes else "SOURCE_NOT_FOUND",
-            f"{label} {'has no config.json' if sizes else 'holds no files'}.",
-            "Name the folder or repo that holds config.json and the weights.", value=label,
-        )  # fmt: skip
+        message = f"{label} {'has no config.json' if sizes else 'holds no files'}."
+        next_step = "Name the folder or repo that holds config.json and the weights."
+        raise Refused("BAD_CHECKPOINT" if sizes else "SOURCE_NOT_FOUND", message, next_step, value=label)
     config = _json_object(text, f"{label}: config.json", None if limits.strict else notices)
     if limits.strict and "auto_map" in config:
-        raise Refused(
-            "NEEDS_REMOTE_CODE", f"{label} ships its own modelling code; the bot never runs it.",
-            "Use a model of an architecture that transformers itself has.", value=label,
-        )  # fmt: skip
+        message = f"{label} ships its own modelling code; the bot never runs it."
+        next_step = "Use a model of an architecture that transformers itself has."
+        raise Refused("NEEDS_REMOTE_CODE", message, next_step, value=label)
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):
         refuse(f"{label}: config.json", "has a model_type that is not text.")
@@ -332,10 +320,9 @@ def _index(
         refuse(where, "has no weight_map.")
     for name, shard in mapped.items():
         if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard) or ".." in shard:
-            raise Refused(
-                "BAD_SHARD_NAME", f"{where} puts `{name[:80]}` into {str(shard)[:80]!r}, not a plain file name.",
-                "A shard must be a .safetensors file in the same folder.", value=str(shard),
-            )  # fmt: skip
+            message = f"{where} puts `{name[:80]}` into {str(shard)[:80]!r}, not a plain file name."
+            next_step = "A shard must be a .safetensors file in the same folder."
+            raise Refused("BAD_SHARD_NAME", message, next_step, value=str(shard))
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return mapped, total if isinstance(total, int) else None
@@ -347,7 +334,5 @@ def _refuse_quantised(label: str, config: Mapping[str, Any], tensors: Mapping[st
     if not scheme and odd is None:
         return
     how = scheme.get("quant_method") if isinstance(scheme, dict) else None
-    raise Refused(
-        "NOT_SUPPORTED", f"{label} is quantised ({how or odd or 'see its config'}); rounded weights cannot be merged.",
-        "Use the unquantised model it was made from.", value=label,
-    )  # fmt: skip
+    message = f"{label} is quantised ({how or odd or 'see its config'}); rounded weights cannot be merged."
+    raise Refused("NOT_SUPPORTED", message, "Use the unquantised model it was made from.", value=label)

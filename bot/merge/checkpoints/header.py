@@ -36,9 +36,14 @@ class Limits:
 
 UNTRUSTED = Limits(header_bytes=8 * 2**20, tensors=50_000, strict=True)
 TRUSTED = Limits(
-    header_bytes=100_000_000, tensors=1_000_000, strict=False, index_bytes=100_000_000, shards=100_000, layers=100_000,
+    header_bytes=100_000_000,
+    tensors=1_000_000,
+    strict=False,
+    index_bytes=100_000_000,
+    shards=100_000,
+    layers=100_000,
     looks=20_000_000,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +107,8 @@ def parse(file: str, raw: bytes, file_size: int, limits: Limits) -> dict[str, Te
 
 def refuse(file: str, what: str) -> NoReturn:
     """Refuse a file as a checkpoint: `what` continues the sentence that starts with its name."""
-    raise Refused(
-        "BAD_CHECKPOINT", f"{file} {what}", "Download it again, or ask its author for a whole safetensors file.",
-        value=file,
-    )  # fmt: skip
+    next_step = "Download it again, or ask its author for a whole safetensors file."
+    raise Refused("BAD_CHECKPOINT", f"{file} {what}", next_step, value=file)
 
 
 def _load(raw: bytes, limits: Limits) -> dict[str, Any]:
@@ -134,10 +137,10 @@ def _load(raw: bytes, limits: Limits) -> dict[str, Any]:
         raise _Bad("has a number in its header that is not whole.")
 
     try:
+        text = raw.decode("utf-8")
         loaded = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=pairs, parse_int=integer, parse_float=no_float,
-            parse_constant=no_float,
-        )  # fmt: skip
+            text, object_pairs_hook=pairs, parse_int=integer, parse_float=no_float, parse_constant=no_float
+        )
     except (ValueError, RecursionError):
         raise _Bad("has a header that is not JSON.") from None
     if not isinstance(loaded, dict):

@@ -67,10 +67,8 @@ def open_adapter(files: Files, *, limits: Limits = TRUSTED, name: str | None = N
     meaning = lora_config(loaded, label)
     if WEIGHTS not in sizes:
         only = next((file for file in sorted(sizes) if file.startswith("adapter_model")), None)
-        raise Refused(
-            "SOURCE_NOT_SAFETENSORS", f"{label} has {'only ' + only if only else 'no ' + WEIGHTS}.",
-            "Ask its author for safetensors.", value=label,
-        )  # fmt: skip
+        message = f"{label} has {'only ' + only if only else 'no ' + WEIGHTS}."
+        raise Refused("SOURCE_NOT_SAFETENSORS", message, "Ask its author for safetensors.", value=label)
     tensors, digest = read_header(files, WEIGHTS, sizes[WEIGHTS], label, limits)
     stray = next((tensor for tensor in tensors if not tensor.startswith(PREFIX)), None)
     if stray is not None:

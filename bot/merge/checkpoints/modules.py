@@ -100,10 +100,8 @@ def require(found: Sequence[Part], name: str, model: str) -> Part:
     part = find(found, name)
     if part is None:
         names = ", ".join(f"`{each.name}`" for each in found)
-        raise Refused(
-            "RECIPE_INVALID", f"{model} has no module `{name[:60]}`.", f"Its modules are {names}.",
-            value=name, where=Where("recipe", None, f"modules.{name[:60]}"),
-        )  # fmt: skip
+        message, where = f"{model} has no module `{name[:60]}`.", Where("recipe", None, f"modules.{name[:60]}")
+        raise Refused("RECIPE_INVALID", message, f"Its modules are {names}.", value=name, where=where)
     return part
 
 
@@ -193,9 +191,10 @@ def _part(
     before = tuple(tensor for tensor in whole.before if tensor in own)
     after = tuple(tensor for tensor in whole.after if tensor in own)
     others = tuple(
-        other for other in whole.others
-        if other is not stack and other.layers and any(tensor in own for tensor in other.layers[0].values())
-    )  # fmt: skip
+        other
+        for other in whole.others
+        if other is not stack and other.layers and not own.isdisjoint(other.layers[0].values())
+    )
     words = frozenset() if stack is None else frozenset(stack.prefix.rstrip(".").split("."))
     depths = () if stack is None else _depths(checkpoint.config, kind, len(stack.layers))
     return Part(name, kind, words, stack, others, before, after, depths)

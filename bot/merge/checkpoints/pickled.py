@@ -96,10 +96,8 @@ def _tensors(source: Path, torch: Any) -> dict[str, torch.Tensor]:
 
 
 def _bad(source: Path, what: str) -> NoReturn:
-    raise Refused(
-        "BAD_CHECKPOINT", f"{source.name} {what}.", "Ask its author for safetensors; nothing in it was run.",
-        value=source.name,
-    )  # fmt: skip
+    next_step = "Ask its author for safetensors; nothing in it was run."
+    raise Refused("BAD_CHECKPOINT", f"{source.name} {what}.", next_step, value=source.name)
 
 
 def _limit(memory_bytes: int, file_bytes: int) -> None:

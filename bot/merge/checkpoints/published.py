@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import Limits, TensorInfo, refuse
+from bot.merge.checkpoints.tensor_names import words
 
 Key = TypeVar("Key")
 Renames = tuple[tuple[re.Pattern[str], str], ...]
@@ -70,11 +71,11 @@ _GRANITE = _renames(
     (r"\.block_sparse_moe\.experts\.down_proj$", ".block_sparse_moe.output_linear.weight"),
     (r"\.block_sparse_moe\.router\.weight$", ".block_sparse_moe.router.layer.weight"),
 )
-_APART = (
-    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "flex_olmo", "glm4_moe",
-    "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "hunyuan_v1_moe", "jamba", "longcat_flash",
-    "mellum", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_text", "solar_open",
-)  # fmt: skip
+_APART = words(
+    "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 flex_olmo glm4_moe glm4_moe_lite glm4v_moe "
+    "glm4v_moe_text glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next "
+    "qwen3_omni_moe_text solar_open"
+)
 # towers of vision-language models, in which transformers 5 leaves out one level of names
 _TOWER = _renames(
     (
@@ -91,7 +92,9 @@ _FAMILIES: dict[str, Naming] = {
     "phimoe": _W1_W3_W2 + _renames((r"\.mlp\.router\.", ".mlp.gate."), _SPARSE),
     "lfm2_moe": _W1_W3_W2,
     "nemotron_h": _UP_DOWN + _renames((r"^model\.", "backbone.")),
-    "kimi_linear": _MIXTRAL + _CONVOLUTIONS + _FORGET_GATE
+    "kimi_linear": _MIXTRAL
+    + _CONVOLUTIONS
+    + _FORGET_GATE
     + _renames((r"\.block_sparse_moe\.(?=(gate|up|down)_proj\.)", ".mlp.")),  # so transformers 5.23 saves dense layers
     "gpt_neox": _renames((r"^lm_head\.", "embed_out.")),
     "aria_text": _renames(
@@ -100,7 +103,8 @@ _FAMILIES: dict[str, Naming] = {
     "axk1": _GATE_UP_DOWN + _renames((r"\.mlp\.post_mlp_layernorm\.", ".post_mlp_layernorm.")),
     "axk2": _GATE_UP_DOWN
     + _renames(
-        (r"layernorm\.mlp\.fc1\.", "layernorm.W_down."), (r"layernorm\.mlp\.fc2\.", "layernorm.W_up."),
+        (r"layernorm\.mlp\.fc1\.", "layernorm.W_down."),
+        (r"layernorm\.mlp\.fc2\.", "layernorm.W_up."),
         (r"\.self_attn\.q_gate_proj\.", ".self_attn.q_b_proj."),
     ),
     "ernie4_5_moe": _GATE_UP_DOWN + _renames((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics.")),
@@ -108,7 +112,8 @@ _FAMILIES: dict[str, Naming] = {
     "kolibri1": _GATE_UP_DOWN
     + _renames(
         (r"\.mlp\.gate\.e_score_correction_bias$", ".moe.router.expert_bias"),
-        (r"\.post_self_attn_layernorm\.", ".post_attn_norm."), (r"\.post_mlp_layernorm\.", ".post_ffn_norm."),
+        (r"\.post_self_attn_layernorm\.", ".post_attn_norm."),
+        (r"\.post_mlp_layernorm\.", ".post_ffn_norm."),
     ),
     "laguna": _GATE_UP_DOWN
     + _renames(
@@ -120,16 +125,20 @@ _FAMILIES: dict[str, Naming] = {
     "hy_v3": _GATE_UP_DOWN
     + _renames(
         (r"\.mlp\.gate\.weight$", ".mlp.router.gate.weight"),
-        (r"\.mlp\.e_score_correction_bias$", ".mlp.expert_bias"), (r"\.mlp\.shared_experts\.", ".mlp.shared_mlp."),
+        (r"\.mlp\.e_score_correction_bias$", ".mlp.expert_bias"),
+        (r"\.mlp\.shared_experts\.", ".mlp.shared_mlp."),
     ),
-    "bailing_hybrid": _GATE_UP_DOWN + _CONVOLUTIONS + _FORGET_GATE
+    "bailing_hybrid": _GATE_UP_DOWN
+    + _CONVOLUTIONS
+    + _FORGET_GATE
     + _renames(
-        (r"\.self_attn\.o_proj\.", ".self_attn.dense."), (r"\.self_attn\.", ".attention."),
+        (r"\.self_attn\.o_proj\.", ".self_attn.dense."),
+        (r"\.self_attn\.", ".attention."),
         (r"^model\.embed_tokens\.", "model.word_embeddings."),
         (r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.gate.expert_bias"),
     ),
     **dict.fromkeys(_TOWERS, _TOWER),
-}  # fmt: skip
+}
 _EXPERT = re.compile(r"\.experts\.(gate_up_proj$|\d+\.)")
 _UNDER_MODEL = (
     r"^model\.(?=(vision_tower|image_tower|video_tower|audio_tower|vision_model|multi_modal_projector|image_newline"
@@ -137,15 +146,15 @@ _UNDER_MODEL = (
 )
 _LLAVA = _renames(
     # `model.language_model.model.` was written by some versions of transformers 5
-    (r"^model\.language_model\.(model\.)?", "language_model.model."), (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.language_model\.(model\.)?", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
     (_UNDER_MODEL, ""),
-)  # fmt: skip
-_LIKE_LLAVA = (
-    "aria", "audioflamingo3", "aya_vision", "fuyu", "gemma3", "glmasr", "got_ocr2", "granite_speech",
-    "granite_speech_plus", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3",
-    "mllama", "musicflamingo", "paligemma", "pp_chart2table", "qwen2_audio", "vibevoice_asr", "video_llava",
-    "vipllava", "voxtral", "voxtral_realtime",
-)  # fmt: skip
+)
+_LIKE_LLAVA = words(
+    "aria audioflamingo3 aya_vision fuyu gemma3 glmasr got_ocr2 granite_speech granite_speech_plus internvl llava "
+    "llava_next llava_next_video llava_onevision mistral3 mllama musicflamingo paligemma pp_chart2table "
+    "qwen2_audio vibevoice_asr video_llava vipllava voxtral voxtral_realtime"
+)
 _QWEN2_VL = _renames((r"^model\.(?=(visual|audio_tower)\.)", ""), (r"^model\.language_model\.", "model."))
 # model_type -> naming; all versions of transformers that have the family read both, so sources that agree keep theirs
 _EITHER: dict[str, Naming] = {
@@ -153,13 +162,14 @@ _EITHER: dict[str, Naming] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _QWEN2_VL),
     **dict.fromkeys(("qwen3_5_moe_text", "qwen4_exp_text"), _GATE_UP_DOWN),  # published fused, saved apart
     "emu3": _renames(
-        (r"^model\.text_model\.", "text_model.model."), (r"^lm_head\.", "text_model.lm_head."),
+        (r"^model\.text_model\.", "text_model.model."),
+        (r"^lm_head\.", "text_model.lm_head."),
         (r"^model\.vqmodel\.", "vqmodel."),
     ),
     "paddleocr_vl": _renames(
         (r"^model\.projector\.", "mlp_AR."), (r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")
     ),
-}  # fmt: skip
+}
 
 
 def one_naming(sources: Mapping[Key, Checkpoint], limits: Limits) -> dict[Key, Checkpoint]:
@@ -206,14 +216,15 @@ def _refuse_layouts(sources: Iterable[Checkpoint]) -> None:
     for seen in found.values():
         if len(seen) > 1:
             (source, tensor), (other, second) = (seen[layout] for layout in sorted(seen)[:2])
-            raise Refused(
-                "NOT_SUPPORTED",
+            message = (
                 f"{source.name} holds its experts as {tensor.name} {list(tensor.shape)}, {other.name} as {second.name} "
-                f"{list(second.shape)}; these two layouts cannot be read as one.",
-                "Load the one that is not as published with transformers 5, copy its state_dict into a model made by "
-                "from_config, and save that one.",
-                value=tensor.name,
+                f"{list(second.shape)}; these two layouts cannot be read as one."
             )
+            next_step = (
+                "Load the one that is not as published with transformers 5, copy its state_dict into a model made by "
+                "from_config, and save that one."
+            )
+            raise Refused("NOT_SUPPORTED", message, next_step, value=tensor.name)
 
 
 def _layout_of_experts(source: Checkpoint, tensor: TensorInfo) -> str:

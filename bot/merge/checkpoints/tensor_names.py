@@ -13,3 +13,8 @@ def stack_of(name: str) -> str:
     """The part of a name before its first layer number, "" outside of layers."""
     match = LAYER.search(name)
     return name[: match.start()] if match else ""
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The names in a text that separates them by spaces, for long tables."""
+    return tuple(text.split())

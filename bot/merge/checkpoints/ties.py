@@ -19,7 +19,7 @@ from typing import Any
 
 from bot.errors import Refused
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.checkpoints.tensor_names import AUDIO, VISION
+from bot.merge.checkpoints.tensor_names import AUDIO, VISION, words
 
 Read = Callable[[str, int, int], bytes]  # file, first byte, count -> bytes
 
@@ -40,17 +40,17 @@ _POSITION = re.compile(r"wpe|position")
 _ENCODER = re.compile(r"(?P<parent>.*?)encoder\.")
 _LAYER_LIST = re.compile(r"(?P<parent>.*?)(?P<list>layers|h|blocks|block)\.\d+\.")
 # families whose encoder and decoder share one embedding, `shared.weight`
-_SHARED = frozenset({
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "led", "longt5", "m2m_100", "marian", "mbart", "mt5",
-    "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "pop2piano", "switch_transformers", "t5", "udop", "umt5",
-})  # fmt: skip
+_SHARED = words(
+    "bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus "
+    "pegasus_x plbart pop2piano switch_transformers t5 udop umt5"
+)
 # families whose config class ties always, whatever config.json says
 _ALWAYS = frozenset({"longt5", "mt5", "pop2piano", "t5", "udop", "umt5"})
 # families that never tie, whatever config.json says
-_NEVER = frozenset({
-    "bailing_hybrid", "cpmant", "evolla", "inkling2_text", "inkling_mm_model", "inkling_text", "kimi_linear", "mllama",
-    "mllama_text_model", "nemotron_h", "rembert", "xlstm",
-})  # fmt: skip
+_NEVER = words(
+    "bailing_hybrid cpmant evolla inkling2_text inkling_mm_model inkling_text kimi_linear mllama "
+    "mllama_text_model nemotron_h rembert xlstm"
+)
 # families whose flag also scales the decoder's outputs or ties what `_pairs` does not know: it stays as it is
 _FLAG_STAYS = frozenset({"fsmt", "prophetnet", "seamless_m4t", "seamless_m4t_v2", "switch_transformers"})
 # families whose head has its bias in one place only
@@ -60,10 +60,11 @@ _SCALED = frozenset({"longt5", "pop2piano", "t5"})
 # the embedding's name beside the list of layers, and by family where another one is usual
 _BESIDE_LAYER_LISTS = {"layers": "embed_tokens", "h": "wte", "blocks": "wte"}
 _EMBEDDING_NAMES = {
-    "bloom": "word_embeddings", "falcon": "word_embeddings", "falcon_mamba": "embeddings", "gpt_neox": "embed_in",
-    "gpt_neox_japanese": "embed_in", "mamba": "embeddings", "mamba2": "embeddings", "openai-gpt": "tokens_embed",
-    "rwkv": "embeddings",
-}  # fmt: skip
+    **dict.fromkeys(("bloom", "falcon"), "word_embeddings"),
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv"), "embeddings"),
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "embed_in"),
+    "openai-gpt": "tokens_embed",
+}
 _FLAGS = ("tie_word_embeddings", "tie_embedding")  # the second: LFM2 before transformers 5
 _SAMPLES, _SAMPLE_BYTES, _BLOCK_BYTES = 8, 16 * 2**10, 4 * 2**20
 
@@ -192,11 +193,9 @@ def as_loaded(
 def require_equal(read: Read, label: str, kept: TensorInfo, left_out: TensorInfo) -> None:
     """Read two tensors whole that a plan presumed to be equal. Raises Refused NOT_SUPPORTED if they are not."""
     if not _equal(read, kept, left_out, thorough=True):
-        raise Refused(
-            "NOT_SUPPORTED",
-            f"{label} stores {left_out.name} and {kept.name}, which it ties, and some of their rows differ.",
-            "Download it, set tie_word_embeddings to false in its config.json, and name that folder.", value=label,
-        )  # fmt: skip
+        message = f"{label} stores {left_out.name} and {kept.name}, which it ties, and some of their rows differ."
+        next_step = "Download it, set tie_word_embeddings to false in its config.json, and name that folder."
+        raise Refused("NOT_SUPPORTED", message, next_step, value=label)
 
 
 def _headless(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -247,10 +246,8 @@ def _embedding_name(label: str, config: Mapping[str, Any], tensors: Mapping[str,
             return f"{found['parent']}{word}.weight"
     if not (config_ties(config) and head.endswith(("lm_head.weight", "embed_out.weight"))):
         return None
-    raise Refused(
-        "TENSOR_MISSING", f"{label} stores {head} and no embedding that we know.",
-        "Load it with transformers, save it again, and name that folder.", value=head,
-    )  # fmt: skip
+    next_step = "Load it with transformers, save it again, and name that folder."
+    raise Refused("TENSOR_MISSING", f"{label} stores {head} and no embedding that we know.", next_step, value=head)
 
 
 def _equal(read: Read, a: TensorInfo, b: TensorInfo, thorough: bool) -> bool | None:

@@ -19,7 +19,7 @@ from bot.merge.checkpoints.ties import (
     main_head,
     replacement,
     second_bias,
-)  # fmt: skip
+)
 
 # an embedding under a language model's own prefix, beside which the head is stored: language_model.lm_head
 _NESTED = re.compile(r"(?P<outer>(?!model\.)\w+\.)model\.(?:decoder\.)?embed_tokens\.weight")

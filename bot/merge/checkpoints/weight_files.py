@@ -35,10 +35,8 @@ def require_usual_name(config: Mapping[str, Any], names: Collection[str], label:
     """Refuse a config that names another file as the weights. Raises Refused NOT_SUPPORTED."""
     told = config.get("transformers_weights")
     if isinstance(told, str) and told != weight_file(names):
-        raise Refused(
-            "NOT_SUPPORTED", f"{label} names {told[:80]!r} as its weights (`transformers_weights` in config.json).",
-            f"Name its weights {SINGLE} and remove that key.", value=label,
-        )  # fmt: skip
+        message = f"{label} names {told[:80]!r} as its weights (`transformers_weights` in config.json)."
+        raise Refused("NOT_SUPPORTED", message, f"Name its weights {SINGLE} and remove that key.", value=label)
 
 
 def shards_without_index(names: Collection[str], label: str) -> list[str]:

@@ -27,7 +27,7 @@ from bot.merge.recipe.spec import (
     Setting,
     Slice,
     Source,
-)  # fmt: skip
+)
 
 DEFAULT_DENSITY = 0.33
 Method = Literal["ties", "linear", "slerp"]
@@ -110,11 +110,8 @@ def _inputs(arguments: Arguments) -> _Inputs:
 def _ref(text: str, flag: str) -> ModelRef:
     path, plus, lora = text.strip().partition("+")
     if not path or "@" in text or "+" in lora or (plus and not lora) or any(ord(char) < 32 for char in text):
-        _refuse(
-            "NOT_A_REPO_ID",
-            f"{flag} {text[:80]!r} is not a model.",
-            "Write MODEL or MODEL+ADAPTER, without a revision.",
-        )
+        next_step = "Write MODEL or MODEL+ADAPTER, without a revision."
+        _refuse("NOT_A_REPO_ID", f"{flag} {text[:80]!r} is not a model.", next_step)
     return ModelRef(path, None, ModelRef(lora) if lora else None)
 
 
@@ -162,10 +159,8 @@ def _per_model(values: Sequence[float], inputs: _Inputs, flag: str) -> dict[Mode
     """One value for all models, or one per `--merge` by position."""
     count = len(inputs.named)
     if len(values) not in (1, count):
-        _refuse(
-            "RECIPE_INVALID", f"{flag} is given {len(values)} times for {count} models.",
-            f"Give it once, or once for each of the {count} --merge.",
-        )  # fmt: skip
+        message = f"{flag} is given {len(values)} times for {count} models."
+        _refuse("RECIPE_INVALID", message, f"Give it once, or once for each of the {count} --merge.")
     spread = list(values) * count if len(values) == 1 else values
     return {model: float(value) for model, value in zip(inputs.named, spread, strict=True)}
 
@@ -227,10 +222,8 @@ def _piece(reader: Reader, node: Node, index: int) -> Slice:
         reader.refuse("MISSING_KEY", table, f"{path}.{lacking}", f"`{path}` has no `{lacking}`.", "Add it.")
     start, end = (reader.integer(table.items[key], f"{path}.{key}") for key in ("start", "end"))
     if not 0 <= start < end:
-        reader.refuse(
-            "VALUE_OUT_OF_RANGE", table, path, f"`{path}` takes the layers from {start} to {end}.",
-            "`end` is one past the last layer, and greater than `start`.",
-        )  # fmt: skip
+        next_step = "`end` is one past the last layer, and greater than `start`."
+        reader.refuse("VALUE_OUT_OF_RANGE", table, path, f"`{path}` takes the layers from {start} to {end}.", next_step)
     parameters: Parameters = {}
     scale = table.given("scale")
     if scale is not None:

@@ -172,15 +172,11 @@ class Reader:
         text = name if revision is None else f"{name}@{revision}"
         bad_revision = revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision)
         if not name or bad_revision or any(ord(c) < 32 for c in name):
-            self.refuse(
-                "NOT_A_REPO_ID", node, path, f"{shown(text)} is not a model reference.",
-                "Write owner/name or owner/name@revision.",
-            )  # fmt: skip
+            message = f"{shown(text)} is not a model reference."
+            self.refuse("NOT_A_REPO_ID", node, path, message, "Write owner/name or owner/name@revision.")
         if self.trust == "stranger" and not is_repo_id(name) and text not in self.made:
-            self.refuse(
-                "NOT_A_REPO_ID", node, path, f"{shown(text)} is not the id of a repo.",
-                "Write owner/name, not an address or a folder.",
-            )  # fmt: skip
+            next_step = "Write owner/name, not an address or a folder."
+            self.refuse("NOT_A_REPO_ID", node, path, f"{shown(text)} is not the id of a repo.", next_step)
         return ModelRef(name, revision)
 
     def unknown(self, node: Table, path: str, valid: Iterable[str]) -> None:
@@ -205,10 +201,8 @@ class Reader:
             got = "nothing" if node.is_null else shown(node.text)
         else:
             got = "a list" if isinstance(node, Sequence) else "a mapping"
-        self.refuse(
-            "RECIPE_INVALID", node, path, f"line {node.line}: `{path or 'the recipe'}` is {got}.",
-            f"Write {wanted} there.",
-        )  # fmt: skip
+        message = f"line {node.line}: `{path or 'the recipe'}` is {got}."
+        self.refuse("RECIPE_INVALID", node, path, message, f"Write {wanted} there.")
 
 
 def _split(text: str) -> tuple[str, str | None]:

@@ -32,10 +32,8 @@ def recipe(make_reader: MakeReader, roots: Sequence[Node]) -> Recipe:
             built, notices=(*built.notices, Notice("UNUSED_KEY", "`name` has no effect in a recipe of one document."))
         )
     if len(written) > MOST:
-        reader.refuse(
-            "RECIPE_TOO_LARGE", written[MOST], "", f"the recipe has {len(written)} documents; the limit is {MOST}.",
-            "Merge in several runs.",
-        )  # fmt: skip
+        message = f"the recipe has {len(written)} documents; the limit is {MOST}."
+        reader.refuse("RECIPE_TOO_LARGE", written[MOST], "", message, "Merge in several runs.")
     names = _names(reader, written)
     made = frozenset(name for name in names if name is not None)
     recipes = [grammar.recipe(make_reader(made), root) for root in written]
@@ -58,15 +56,11 @@ def _names(reader: Reader, roots: Sequence[Node]) -> list[str | None]:
         if first == i:
             continue
         if name is None:
-            reader.refuse(
-                "MISSING_KEY", root, "name",
-                f"the documents on lines {roots[first].line} and {root.line} have no name.",
-                "Give every document but the last a `name:`, and use that name as a model.",
-            )  # fmt: skip
-        reader.refuse(
-            "DUPLICATE_KEY", root, "name", f"the documents on lines {roots[first].line} and {root.line} are both "
-            f"called {shown(name)}.", "Give each its own name.",
-        )  # fmt: skip
+            message = f"the documents on lines {roots[first].line} and {root.line} have no name."
+            next_step = "Give every document but the last a `name:`, and use that name as a model."
+            reader.refuse("MISSING_KEY", root, "name", message, next_step)
+        message = f"the documents on lines {roots[first].line} and {root.line} are both called {shown(name)}."
+        reader.refuse("DUPLICATE_KEY", root, "name", message, "Give each its own name.")
     return names
 
 
@@ -76,10 +70,8 @@ def _name(reader: Reader, root: Node) -> str | None:
         return None
     name = reader.text(node, "name").strip()
     if not _NAME.fullmatch(name):
-        reader.refuse(
-            "RECIPE_INVALID", node, "name", f"line {node.line}: {shown(name)} cannot be a document's name.",
-            "Write up to 96 characters without `@` and `+`.",
-        )  # fmt: skip
+        message = f"line {node.line}: {shown(name)} cannot be a document's name."
+        reader.refuse("RECIPE_INVALID", node, "name", message, "Write up to 96 characters without `@` and `+`.")
     return name
 
 
@@ -88,11 +80,9 @@ def _uses(reader: Reader, root: Node, built: Recipe, names: Sequence[str | None]
     places: Mapping[ModelRef, int] = {ModelRef(name): i for i, name in enumerate(names) if name is not None}
     for ref in built.sources:
         if ref.lora in places:
-            reader.refuse(
-                "RECIPE_INVALID", root, "",
-                f"{ref} uses {shown(str(ref.lora))}, the result of a document, as an adapter.",
-                "A merge gives a model; name an adapter's own repo after `+`.",
-            )  # fmt: skip
+            message = f"{ref} uses {shown(str(ref.lora))}, the result of a document, as an adapter."
+            next_step = "A merge gives a model; name an adapter's own repo after `+`."
+            reader.refuse("RECIPE_INVALID", root, "", message, next_step)
     return list(dict.fromkeys(places[ref.bare] for ref in built.sources if ref.bare in places))
 
 
@@ -110,10 +100,9 @@ def _order(
             return
         if i in entered:
             circle = " -> ".join(shown(names[j] or "") for j in (*entered[entered.index(i) :], i))
-            reader.refuse(
-                "RECIPE_INVALID", roots[i], "", f"the documents need each other in a circle: {circle}.",
-                "Let every document use only results that are made before it.",
-            )  # fmt: skip
+            message = f"the documents need each other in a circle: {circle}."
+            next_step = "Let every document use only results that are made before it."
+            reader.refuse("RECIPE_INVALID", roots[i], "", message, next_step)
         entered.append(i)
         for needed in uses[i]:
             visit(needed)

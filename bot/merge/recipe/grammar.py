@@ -26,17 +26,12 @@ from bot.merge.recipe.spec import (
     Setting,
     Slice,
     Source,
-)  # fmt: skip
+)
 from bot.merge.recipe.vocabulary_grammar import vocabulary
 
-_TOP = frozenset(
-    {
-        "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
-        "tokenizer_source", "tokenizer", "chat_template", "name",
-    }
-)  # fmt: skip
 _LAYOUTS = ("models", "slices", "modules")
-_MISPLACED = _TOP - {"parameters", "models", "slices", "modules", "name"}
+_SINGLE = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
+_TOP = frozenset((*_SINGLE, *_LAYOUTS, "parameters", "name"))
 
 # Keys of mergekit and of older recipes without effect on any method here.
 IGNORED_PARAMETERS = frozenset(
@@ -79,10 +74,8 @@ def _top_keys(reader: Reader, top: Table) -> None:
         elif key in IGNORED_PARAMETERS:
             reader.notice("UNUSED_KEY", f"`{key}` has no effect here.")
         elif key in KNOWN_PARAMETERS and reader.unknown_keys == "refuse":
-            reader.refuse(
-                "UNKNOWN_KEY", line, key, f"line {line}: `{key}` is at the top level.",
-                f"Write it under `parameters:` (`parameters: {{{key}: ...}}`).",
-            )  # fmt: skip
+            next_step = f"Write it under `parameters:` (`parameters: {{{key}: ...}}`)."
+            reader.refuse("UNKNOWN_KEY", line, key, f"line {line}: `{key}` is at the top level.", next_step)
         else:
             reader.unknown_key(key, line, "", _TOP)
 
@@ -95,22 +88,19 @@ def _method(reader: Reader, top: Table) -> Method:
         )
     name = reader.text(node, "merge_method").strip()
     if name not in METHODS:
-        reader.refuse(
-            "UNKNOWN_METHOD", node, "merge_method", f"line {node.line}: the merge method {shown(name)} is not known.",
-            nearest(name, METHODS),
-        )  # fmt: skip
+        message = f"line {node.line}: the merge method {shown(name)} is not known."
+        reader.refuse("UNKNOWN_METHOD", node, "merge_method", message, nearest(name, METHODS))
     return METHODS[name]
 
 
 def _modules(reader: Reader, top: Table, method: Method) -> tuple[tuple[Module, ...], bool]:
     given = [key for key in _LAYOUTS if top.given(key) is not None]
     if len(given) != 1:
-        reader.refuse(
-            "MISSING_KEY" if not given else "RECIPE_INVALID", top.key_lines[given[1]] if given else top, "",
-            "the recipe needs exactly one of `models`, `slices` and `modules`"
-            + (f"; it has {' and '.join(given)}." if given else "."),
-            "Add `models:` with the models to merge." if not given else f"Keep one, for example `{given[0]}`.",
-        )  # fmt: skip
+        message = "the recipe needs exactly one of `models`, `slices` and `modules`"
+        if given:
+            message, next_step = f"{message}; it has {' and '.join(given)}.", f"Keep one, for example `{given[0]}`."
+            reader.refuse("RECIPE_INVALID", top.key_lines[given[1]], "", message, next_step)
+        reader.refuse("MISSING_KEY", top, "", f"{message}.", "Add `models:` with the models to merge.")
     if given[0] != "modules":
         return (_module(reader, top, "default", "", method, own_parameters=False),), False
     block = reader.mapping(top.items["modules"], "modules")
@@ -155,10 +145,9 @@ def _slice(reader: Reader, node: Node, path: str, method: Method) -> Slice:
     lengths = {source.layers[1] - source.layers[0] for source in sources if source.layers is not None}
     if len(lengths) > 1:
         ranges = ", ".join(f"{source.model} {list(source.layers or ())}" for source in sources)
-        reader.refuse(
-            "RECIPE_INVALID", table, where, f"`{where}` stacks ranges of different lengths: {ranges}.",
-            "Give every source of a slice the same number of layers.",
-        )  # fmt: skip
+        message = f"`{where}` stacks ranges of different lengths: {ranges}."
+        next_step = "Give every source of a slice the same number of layers."
+        reader.refuse("RECIPE_INVALID", table, where, message, next_step)
     return Slice(
         sources,
         _optional_model(reader, table, "base_model", path),
@@ -174,11 +163,9 @@ def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, rang
         where = f"{path}[{i}]"
         table = reader.mapping(node, where)
         if not ranged and "layer_range" in table.items and reader.unknown_keys == "refuse":
-            reader.refuse(
-                "UNKNOWN_KEY", table.key_lines["layer_range"], f"{where}.layer_range",
-                f"`{where}.layer_range` is under `models`, which always takes every layer.",
-                "Use `slices:` with `sources:` to choose layers.",
-            )  # fmt: skip
+            message = f"`{where}.layer_range` is under `models`, which always takes every layer."
+            next_step = "Use `slices:` with `sources:` to choose layers."
+            reader.refuse("UNKNOWN_KEY", table.key_lines["layer_range"], f"{where}.layer_range", message, next_step)
         _no_revision(reader, table, where)
         reader.unknown(table, where, {"model", "layer_range", "parameters"} if ranged else {"model", "parameters"})
         model_node = table.given("model")
@@ -186,10 +173,9 @@ def _sources(reader: Reader, block: Sequence, path: str, method: Method, *, rang
             reader.refuse("MISSING_KEY", table, where, f"`{where}` names no model.", "Add `model: owner/name`.")
         model = reader.model(model_node, f"{where}.model")
         if any(source.model == model for source in out):
-            reader.refuse(
-                "RECIPE_INVALID", table, f"{where}.model", f"line {table.line}: {shown(str(model))} is listed twice.",
-                "Name every source of a slice once and add the weights up.",
-            )  # fmt: skip
+            message = f"line {table.line}: {shown(str(model))} is listed twice."
+            next_step = "Name every source of a slice once and add the weights up."
+            reader.refuse("RECIPE_INVALID", table, f"{where}.model", message, next_step)
         layers = _layer_range(reader, table, where) if ranged else None
         out.append(Source(model, layers, _parameters(reader, table, where, method, per_source=True)))
     return tuple(out)
@@ -199,11 +185,9 @@ def _no_revision(reader: Reader, table: Table, where: str) -> None:
     """Refuse a revision beside the model. mergekit ignores it silently; here it is part of the reference."""
     model, revision = table.items.get("model"), table.items.get("revision")
     if isinstance(model, Text) and isinstance(revision, Text) and reader.unknown_keys == "refuse":
-        reader.refuse(
-            "UNKNOWN_KEY", table.key_lines["revision"], f"{where}.revision",
-            f"line {table.key_lines['revision']}: `{where}.revision` is beside the model.",
-            f"Write {shown(f'model: {model.text}@{revision.text}')}.",
-        )  # fmt: skip
+        message = f"line {table.key_lines['revision']}: `{where}.revision` is beside the model."
+        next_step = f"Write {shown(f'model: {model.text}@{revision.text}')}."
+        reader.refuse("UNKNOWN_KEY", table.key_lines["revision"], f"{where}.revision", message, next_step)
 
 
 def _layer_range(reader: Reader, table: Table, path: str) -> tuple[int, int]:
@@ -214,10 +198,8 @@ def _layer_range(reader: Reader, table: Table, path: str) -> tuple[int, int]:
     block = reader.sequence(node, where)
     ends = [reader.integer(item, f"{where}[{i}]") for i, item in enumerate(block.items)]
     if len(ends) != 2 or not (0 <= ends[0] < ends[1] or ends == [0, 0]):  # no layers: embeddings, or norm and head
-        reader.refuse(
-            "VALUE_OUT_OF_RANGE", node, where, f"line {node.line}: `{where}` is {ends}.",
-            "Write [first, one past the last], for example [0, 8].",
-        )  # fmt: skip
+        next_step = "Write [first, one past the last], for example [0, 8]."
+        reader.refuse("VALUE_OUT_OF_RANGE", node, where, f"line {node.line}: `{where}` is {ends}.", next_step)
     return ends[0], ends[1]
 
 
@@ -253,7 +235,7 @@ def _parameters(reader: Reader, table: Table, path: str, method: Method, *, per_
     for name, value in block.items.items():
         line, at = block.key_lines[name], f"{where}.{name}"
         known = method.parameter(name)
-        if known is None and name in _MISPLACED:
+        if known is None and name in _SINGLE:
             reader.notice("MISPLACED_KEY", f"`{at}` has no effect; `{name}` belongs to the top level of the recipe.")
             continue
         if known is None and name not in KNOWN_PARAMETERS and name not in IGNORED_PARAMETERS:
@@ -325,10 +307,8 @@ def _check_range(reader: Reader, node: Node, path: str, parameter: Parameter, se
         return
     for value in literals(setting):
         if isinstance(value, float) and not parameter.admits(value):
-            reader.refuse(
-                "VALUE_OUT_OF_RANGE", node, path, f"line {node.line}: `{path}` is {value:g}.",
-                f"`{parameter.name}` must lie in {parameter.range_text}.",
-            )  # fmt: skip
+            next_step = f"`{parameter.name}` must lie in {parameter.range_text}."
+            reader.refuse("VALUE_OUT_OF_RANGE", node, path, f"line {node.line}: `{path}` is {value:g}.", next_step)
 
 
 def _check_inputs(reader: Reader, top: Table, built: Recipe, method: Method) -> None:
@@ -340,18 +320,15 @@ def _check_inputs(reader: Reader, top: Table, built: Recipe, method: Method) -> 
             line = top.key_lines.get("modules" if built.modular else module.layout, 1)
             base = piece.base or built.base
             if method.base is Base.REQUIRED and base is None:
-                reader.refuse(
-                    "MISSING_KEY", line, "base_model", f"{method.name} needs a `base_model`.",
-                    "Add `base_model:` with the model the others were tuned from.",
-                )  # fmt: skip
+                next_step = "Add `base_model:` with the model the others were tuned from."
+                reader.refuse("MISSING_KEY", line, "base_model", f"{method.name} needs a `base_model`.", next_step)
             if built.passes_through(module, piece):
                 continue
             listed = {source.model for source in piece.sources}
             if module.layout == "slices" and method.base is not Base.IGNORED and base and base not in listed:
-                reader.refuse(
-                    "RECIPE_INVALID", line, at, f"`{at}` does not list {base}, the base that {method.name} needs.",
-                    "Add the base with its own layer_range to the sources of every slice.",
-                )  # fmt: skip
+                message = f"`{at}` does not list {base}, the base that {method.name} needs."
+                next_step = "Add the base with its own layer_range to the sources of every slice."
+                reader.refuse("RECIPE_INVALID", line, at, message, next_step)
             sources, base_index = built.inputs(module, piece)
             count = len(sources) - (base_index is not None)
             if count < method.least or (method.most is not None and count > method.most):
@@ -363,11 +340,9 @@ def _refuse_count(reader: Reader, line: int, at: str, method: Method, count: int
     wanted = f"{method.least}" if most == method.least else f"at least {method.least}"
     besides = "" if method.base is Base.IGNORED else " besides the base"
     extra = " (the unlisted base_model counts as one)" if appended and method.base is Base.IGNORED else ""
-    reader.refuse(
-        "RECIPE_INVALID", line, at,
-        f"{method.name} takes {wanted} model{'s' if wanted != '1' else ''}{besides}; `{at}` gives {count}{extra}.",
-        "Remove `base_model`." if extra else "Change the list of models, or choose another merge method.",
-    )  # fmt: skip
+    message = f"{method.name} takes {wanted} model{'s' if wanted != '1' else ''}{besides}; `{at}` gives {count}{extra}."
+    next_step = "Remove `base_model`." if extra else "Change the list of models, or choose another merge method."
+    reader.refuse("RECIPE_INVALID", line, at, message, next_step)
 
 
 def _note_base(reader: Reader, built: Recipe) -> None:

@@ -27,7 +27,7 @@ _BY_KEY: dict[str, tuple[str, str]] = {
         "this is the config of a model and not a recipe",
         "Write a recipe with `merge_method` and `models`, and name the model's folder there.",
     ),
-}  # fmt: skip
+}
 
 
 def refuse_other_programs(reader: Reader, top: Table) -> None:

@@ -73,10 +73,8 @@ def read_yaml(text: str, *, trust: Trust, file: str = "recipe") -> Node:
     """The tree of a YAML text of one document, under the limits of `trust`."""
     roots = read_stream(text, trust=trust, file=file)
     if len(roots) > 1:
-        raise Refused(
-            "RECIPE_INVALID", f"{file} holds {len(roots)} YAML documents.", "Write one.",
-            where=Where(file, roots[1].line),
-        )  # fmt: skip
+        message = f"{file} holds {len(roots)} YAML documents."
+        raise Refused("RECIPE_INVALID", message, "Write one.", where=Where(file, roots[1].line))
     return roots[0]
 
 
@@ -85,23 +83,16 @@ def read_stream(text: str, *, trust: Trust, file: str = "recipe") -> tuple[Node,
     limits = LIMITS[trust]
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > limits.text_bytes:
-        raise Refused(
-            "RECIPE_TOO_LARGE",
-            f"the recipe has {size:,} bytes; the limit is {limits.text_bytes:,}.",
-            "Shorten it: comments and repeated blocks count too.",
-            where=Where(file),
-        )
+        message = f"the recipe has {size:,} bytes; the limit is {limits.text_bytes:,}."
+        next_step = "Shorten it: comments and repeated blocks count too."
+        raise Refused("RECIPE_TOO_LARGE", message, next_step, where=Where(file))
     for line, content in enumerate(text.split("\n"), 1):
         bad = next(
             (c for c in content if (ord(c) < 32 and c not in "\t\r") or c in "\x7f\ufeff" or _surrogate(c)), None
         )
         if bad is not None:
-            raise Refused(
-                "RECIPE_INVALID",
-                f"line {line} holds the control character U+{ord(bad):04X}.",
-                "Save the recipe as plain UTF-8 text.",
-                where=Where(file, line),
-            )
+            message = f"line {line} holds the control character U+{ord(bad):04X}."
+            raise Refused("RECIPE_INVALID", message, "Save the recipe as plain UTF-8 text.", where=Where(file, line))
     builder = _Builder(file, trust, limits)
     try:
         return builder.build(text)
@@ -109,12 +100,9 @@ def read_stream(text: str, *, trust: Trust, file: str = "recipe") -> tuple[Node,
         mark = getattr(error, "problem_mark", None)
         at = None if mark is None else mark.line + 1
         problem = getattr(error, "problem", None) or "it cannot be read"
-        raise Refused(
-            "RECIPE_INVALID",
-            f"line {at}: this is not YAML: {problem}.",
-            "Check indentation, colons and quotes there.",
-            where=Where(file, at),
-        ) from None
+        message = f"line {at}: this is not YAML: {problem}."
+        next_step = "Check indentation, colons and quotes there."
+        raise Refused("RECIPE_INVALID", message, next_step, where=Where(file, at)) from None
 
 
 def _surrogate(char: str) -> bool:
@@ -170,10 +158,8 @@ class _Builder:
         elif isinstance(event, yaml.CollectionStartEvent):
             self._no_tag(event, line)
             if len(self.open) >= self.limits.depth:
-                self._refuse(
-                    "RECIPE_TOO_DEEP", line, f"the recipe nests deeper than {self.limits.depth} levels.",
-                    "A merge recipe needs about six.",
-                )  # fmt: skip
+                message = f"the recipe nests deeper than {self.limits.depth} levels."
+                self._refuse("RECIPE_TOO_DEEP", line, message, "A merge recipe needs about six.")
             self.open.append(_Open(line, event.anchor, isinstance(event, yaml.MappingStartEvent), []))
         elif isinstance(event, yaml.CollectionEndEvent):
             done = self.open.pop()
@@ -200,10 +186,8 @@ class _Builder:
         if not isinstance(node, Text):
             self.aliased += nodes
             if self.aliased > self.limits.alias_nodes:
-                self._refuse(
-                    "RECIPE_USES_ALIASES", line, f"the alias *{anchor[:40]} repeats a whole block.",
-                    "Write the block out; aliases to single values are fine.",
-                )  # fmt: skip
+                next_step = "Write the block out; aliases to single values are fine."
+                self._refuse("RECIPE_USES_ALIASES", line, f"the alias *{anchor[:40]} repeats a whole block.", next_step)
         self._add(node, None, nodes)
 
     def _table(self, done: _Open) -> Table:
@@ -219,11 +203,8 @@ class _Builder:
                 inherited += [block for block in blocks if isinstance(block, Table)]
                 continue
             if key.text in items:
-                self._refuse(
-                    "DUPLICATE_KEY", key.line,
-                    f"line {key.line}: `{key.text[:60]}` is given twice (first on line {lines[key.text]}).",
-                    "Keep one of them.",
-                )  # fmt: skip
+                message = f"line {key.line}: `{key.text[:60]}` is given twice (first on line {lines[key.text]})."
+                self._refuse("DUPLICATE_KEY", key.line, message, "Keep one of them.")
             items[key.text], lines[key.text] = value, key.line
             if anchor in self.used:
                 anchored.add(key.text)

@@ -12,10 +12,8 @@ def vocabulary(reader: Reader, top: Table) -> Vocabulary | None:
     """The vocabulary of the recipe; None when it has no tokenizer keys."""
     legacy, block = top.given("tokenizer_source"), top.given("tokenizer")
     if legacy is not None and block is not None:
-        reader.refuse(
-            "RECIPE_INVALID", legacy, "tokenizer_source", "`tokenizer_source` and `tokenizer` are both given.",
-            "Keep `tokenizer`.",
-        )  # fmt: skip
+        message = "`tokenizer_source` and `tokenizer` are both given."
+        reader.refuse("RECIPE_INVALID", legacy, "tokenizer_source", message, "Keep `tokenizer`.")
     if legacy is not None:
         return Vocabulary(_source(reader, legacy, "tokenizer_source"), legacy=True)
     if block is None:
@@ -71,10 +69,8 @@ def _token_source(reader: Reader, node: Node, path: str) -> TokenSource:
         reader.unknown(node, path, {"kind"})
         return TokenSource("zero")
     if kind != "model_token" or "model" not in node.items:
-        reader.refuse(
-            "RECIPE_INVALID", node, path, f"`{path}` is neither a model nor a known kind of row.",
-            "Write a model, `kind: zero`, or `kind: model_token` with `model` and `token` or `token_id`.",
-        )  # fmt: skip
+        next_step = "Write a model, `kind: zero`, or `kind: model_token` with `model` and `token` or `token_id`."
+        reader.refuse("RECIPE_INVALID", node, path, f"`{path}` is neither a model nor a known kind of row.", next_step)
     reader.unknown(node, path, {"kind", "model", "token", "token_id"})
     model = reader.model(node.items["model"], f"{path}.model")
     if "token" in node.items:
@@ -83,8 +79,7 @@ def _token_source(reader: Reader, node: Node, path: str) -> TokenSource:
         reader.refuse("MISSING_KEY", node, path, f"`{path}` names no token.", "Add `token` or `token_id`.")
     row = reader.integer(node.items["token_id"], f"{path}.token_id")
     if not 0 <= row < 2**24:
-        reader.refuse(
-            "VALUE_OUT_OF_RANGE", node.items["token_id"], f"{path}.token_id", f"`{path}.token_id` is {row:.6g}.",
-            "Write the number of a row, from 0 on.",
-        )  # fmt: skip
+        message = f"`{path}.token_id` is {row:.6g}."
+        next_step = "Write the number of a row, from 0 on."
+        reader.refuse("VALUE_OUT_OF_RANGE", node.items["token_id"], f"{path}.token_id", message, next_step)
     return TokenSource("model_token", model, token_id=row)
