@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bot.jobs.job import Evaluation, Job
 from bot.publishing import messages
-from bot.publishing.markdown import code, joined, listed, plain, table
+from bot.publishing.markdown import code, listed, plain, table
 from evaluators import sanity_check
 from evaluators.comparison import report
 from evaluators.comparison.remarks import remarks
@@ -42,9 +42,9 @@ def _keeping_up(evaluation: Evaluation) -> str:
         (lost if score.value < best.value - spread else kept).append(code(score.task))
     told = []
     if kept:
-        told.append(f"within two standard errors of its best source, or above, on {joined(kept)}")
+        told.append(f"within two standard errors of its best source, or above, on {report.joined(kept)}")
     if lost:
-        told.append(f"below its best source on {joined(lost)}")
+        told.append(f"below its best source on {report.joined(lost)}")
     return f"It is {'; it is '.join(told)}." if told else ""
 
 

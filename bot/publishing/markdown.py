@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from evaluators.comparison.report import joined
+
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
@@ -30,11 +32,6 @@ def fenced(text: str, language: str) -> str:
 def listed(names: Sequence[str]) -> str:
     """Names in code style, each once: `a`, `b` and `c`."""
     return joined([code(name) for name in dict.fromkeys(names)])
-
-
-def joined(parts: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:

@@ -1,4 +1,4 @@
-"""Check before a comparison that all models received the same, complete prompts.
+"""Check before a comparison that two models received the same, complete prompts.
 
 Suite, settings and questions are compared elsewhere (`scores.require_comparable`, `comparing`); differences there
 forbid a comparison. Prompts can still differ by the chat template or by the context length.
@@ -6,10 +6,8 @@ forbid a comparison. Prompts can still differ by the chat template or by the con
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from evaluators.comparison.samples import Answers
-from evaluators.harness.scores import Cut, ModelEvaluation
+from evaluators.harness.scores import ModelEvaluation
 
 
 def unlike_prompts(merge: Answers, parent: Answers) -> str | None:
@@ -21,11 +19,11 @@ def unlike_prompts(merge: Answers, parent: Answers) -> str | None:
 
 def unlike_cuts(task: str, merge: ModelEvaluation, parent: ModelEvaluation) -> str | None:
     """Clause on prompts of a task that were shortened differently; None if they were not."""
-    ours, theirs = (next((each for each in model.cut if each.task == task), None) for model in (merge, parent))
-    if (ours and _lost(ours)) == (theirs and _lost(theirs)):
-        return None
-    parents, merges = (each.requests if each else 0 for each in (theirs, ours))
-    return f"read {parents} prompts without their start, and the merge {merges}"
+    ours, theirs = (
+        next(((cut.requests, cut.longest - cut.limit) for cut in model.cut if cut.task == task), (0, 0))
+        for model in (merge, parent)
+    )
+    return None if ours == theirs else f"read {theirs[0]} prompts without their start, and the merge {ours[0]}"
 
 
 def unlike_bounds(merge: ModelEvaluation, parent: ModelEvaluation) -> str | None:
@@ -36,29 +34,11 @@ def unlike_bounds(merge: ModelEvaluation, parent: ModelEvaluation) -> str | None
     ours, theirs = merge.loaded, parent.loaded
     if ours is None or theirs is None or merge.environment.chat_template:
         return None
-    for verb, its, other in (
+    for verb, tokens, of_merge in (
         ("begins", theirs.begins_with, ours.begins_with),
         ("ends", theirs.ends_with, ours.ends_with),
     ):
-        if bool(its) != bool(other):
-            return (
-                f"{verb} every text with {' '.join(its) or 'no token'}, and the merge with {' '.join(other) or 'none'}"
-            )
+        if bool(tokens) != bool(of_merge):
+            added = " ".join(tokens) or "no token"
+            return f"{verb} every text with {added}, and the merge with {' '.join(of_merge) or 'none'}"
     return None
-
-
-def _lost(cut: Cut) -> tuple[int, int]:
-    """Equal for models that lost the same tokens."""
-    return cut.requests, cut.longest - cut.limit
-
-
-def excluded(unlike: Mapping[str, Mapping[str, str]], tasks: Sequence[str]) -> dict[str, str]:
-    """The parents whose prompts differ from the merge's in every one of `tasks`, with the reason.
-
-    `unlike` has half a sentence by parent and task.
-    """
-    return {
-        name: "; ".join(dict.fromkeys(reasons.values()))
-        for name, reasons in unlike.items()
-        if tasks and len(reasons) == len(tasks)
-    }

@@ -16,6 +16,7 @@ import numpy as np
 from bot.errors import EvaluationError
 from evaluators import harness, paired
 from evaluators.comparison import alike, samples, stopping
+from evaluators.comparison.report import short
 from evaluators.comparison.samples import Answers, Unpaired
 from evaluators.comparison.verdict import (
     ALPHA,
@@ -43,21 +44,24 @@ def compare(merge: ModelEvaluation, parents: Mapping[str, ModelEvaluation], *, c
     with the reason. Raises EvaluationError NOT_COMPARABLE if suite, environment or questions differ, if answers were
     not kept, or if no parent had the merge's prompts.
     """
-    found = _paired(merge, parents, cache)
-    compared = {name: each for name, each in parents.items() if name not in found.not_alike}
+    paired_tasks = _paired(merge, parents, cache)
+    tasks, not_alike = paired_tasks.tasks, paired_tasks.not_alike
+    compared = {name: each for name, each in parents.items() if name not in not_alike}
     if parents and not compared:
-        raise _not_comparable_by_prompts(found.not_alike)
-    tasks = found.tasks
-    judged = corrected([_judged(task, len(tasks) * len(compared)) for task in tasks])
-    keys = {MERGE: merge.key, **{name: evaluation.key for name, evaluation in compared.items()}}
+        raise _not_comparable(
+            "its parents because their prompts differ",
+            "; ".join(f"{short(name)} {because}" for name, because in not_alike.items()),
+            "Give their tokenizers the same chat template, begin and end tokens and maximum length, and measure again.",
+        )
+    verdicts = corrected([_verdict(task, len(tasks) * len(compared)) for task in tasks])
     return Comparison(
         merge.suite,
         merge.suite_digest,
-        keys,
-        tuple(judged),
-        overall(tasks, judged, tuple(compared)),
-        tuple(found.left_out),
-        tuple(NotAlike(name, because) for name, because in found.not_alike.items()),
+        {MERGE: merge.key, **{name: evaluation.key for name, evaluation in compared.items()}},
+        tuple(verdicts),
+        overall(tasks, verdicts, tuple(compared)),
+        tuple(paired_tasks.left_out),
+        tuple(NotAlike(name, because) for name, because in not_alike.items()),
     )
 
 
@@ -74,13 +78,13 @@ def differences(
     limited = {
         name: replace(parent, environment=replace(parent.environment, limit=limit)) for name, parent in parents.items()
     }
-    found = _paired(merge, limited, cache, partly=True)
-    tasks = [task for task in found.tasks if _is_share(task)]
+    paired_tasks = _paired(merge, limited, cache, partly=True)
+    tasks = [task for task in paired_tasks.tasks if _is_share(task)]
     orders = [samples.in_turn(task.answers[MERGE].questions) for task in tasks]
     return {
         name: [task.difference(name)[order] for task, order in zip(tasks, orders, strict=True)]
         for name in parents
-        if name not in found.not_alike
+        if name not in paired_tasks.not_alike
     }
 
 
@@ -94,17 +98,26 @@ def most_telling(models: Mapping[str, ModelEvaluation], *, cache: Path) -> list[
         return []
     first, *others = models
     try:
-        found = _paired(models[first], {name: models[name] for name in others}, cache)
+        paired_tasks = _paired(models[first], {name: models[name] for name in others}, cache)
     except EvaluationError:
         return []
-    tasks, others = found.tasks, [name for name in others if name not in found.not_alike]
-    paces = {}
-    for task in tasks:
-        seconds = [took for each in models.values() if (took := each.seconds_of(task.score.task)) is not None]
+    information = {}
+    for task in paired_tasks.tasks:
+        name = task.score.task
+        seconds = [spent for model in models.values() if (spent := model.seconds_of(name)) is not None]
         if seconds:
-            differences = [task.difference(name) for name in others]
-            paces[task.score.task] = stopping.pace(differences, sum(seconds) / len(seconds))
-    return stopping.by_information(paces)
+            values = [task.difference(other) for other in others if other not in paired_tasks.not_alike]
+            information[name] = stopping.information(values, sum(seconds) / len(seconds))
+    return sorted(information, key=lambda name: -information[name])
+
+
+@dataclass(frozen=True, slots=True)
+class _Paired:
+    """Tasks with equal prompts for all remaining models, other tasks, and parents without any such task."""
+
+    tasks: list[_Task]
+    left_out: list[LeftOut]
+    not_alike: dict[str, str]
 
 
 def _paired(
@@ -123,42 +136,37 @@ def _paired(
             left_out.append(LeftOut(score.task, str(reason)))
             continue
         tasks.append(_Task(score, {name: _in_order(answers, name, score.task, partly) for name in answers}))
-    return _only_alike(tasks, left_out, models, partly)
+    return _with_equal_prompts(tasks, left_out, models, partly)
 
 
-@dataclass(frozen=True, slots=True)
-class _Paired:
-    """Tasks with equal prompts for all remaining models, other tasks, and parents without any such task."""
-
-    tasks: list[_Task]
-    left_out: list[LeftOut]
-    not_alike: dict[str, str]
-
-
-def _only_alike(
+def _with_equal_prompts(
     tasks: list[_Task], left_out: list[LeftOut], models: Mapping[str, ModelEvaluation], partly: bool
 ) -> _Paired:
     """Without the parents that had other prompts in every task, and without the tasks that others had."""
-    unlike: dict[str, dict[str, str]] = {name: {} for name in models if name != MERGE}
-    for task, (name, reasons) in itertools.product(tasks, unlike.items()):
-        reason = alike.unlike_prompts(task.answers[MERGE], task.answers[name])
-        reason = reason or alike.unlike_bounds(models[MERGE], models[name])
-        if reason is None and not partly:  # of fewer questions fewer are too long
-            reason = alike.unlike_cuts(task.score.task, models[MERGE], models[name])
-        if reason is not None:
-            reasons[task.score.task] = reason
-    not_alike = alike.excluded(unlike, [task.score.task for task in tasks])
+
+    def reason(task: _Task, name: str) -> str | None:
+        return (
+            alike.unlike_prompts(task.answers[MERGE], task.answers[name])
+            or alike.unlike_bounds(models[MERGE], models[name])
+            # Of fewer questions, fewer are too long.
+            or (None if partly else alike.unlike_cuts(task.score.task, models[MERGE], models[name]))
+        )
+
+    unlike = {name: [reason(task, name) for task in tasks] for name in models if name != MERGE}
+    not_alike = {
+        name: "; ".join(dict.fromkeys(filter(None, reasons)))
+        for name, reasons in unlike.items()
+        if tasks and all(reasons)
+    }
     kept = []
-    for task in tasks:
-        others = {name: reasons[task.score.task] for name, reasons in unlike.items() if task.score.task in reasons}
-        reasons_here = [
-            f"{name.partition('@')[0]} {reason}" for name, reason in others.items() if name not in not_alike
+    for at, task in enumerate(tasks):
+        clauses = [
+            f"{short(name)} {reasons[at]}" for name, reasons in unlike.items() if reasons[at] and name not in not_alike
         ]
-        if reasons_here:
-            left_out.append(LeftOut(task.score.task, "; ".join(reasons_here)))
+        if clauses:
+            left_out.append(LeftOut(task.score.task, "; ".join(clauses)))
         else:
-            answers = {name: found for name, found in task.answers.items() if name not in not_alike}
-            kept.append(replace(task, answers=answers))
+            kept.append(replace(task, answers={n: each for n, each in task.answers.items() if n not in not_alike}))
     return _Paired(kept, left_out, not_alike)
 
 
@@ -175,112 +183,94 @@ class _Task:
 
     def difference(self, parent: str) -> Values:
         """[n], more is better."""
-        found: Values = self.answers[MERGE].values - self.answers[parent].values
-        return found if self.score.higher_is_better else -found
+        values: Values = self.answers[MERGE].values - self.answers[parent].values
+        return values if self.score.higher_is_better else -values
 
     def stderr(self, parent: str) -> float:
         """Standard error of the mean difference; binary answers get the two questions of `difference_interval`."""
-        found = self.difference(parent)
+        values = self.difference(parent)
         if self.binary:
-            return math.sqrt((np.count_nonzero(found) + 2) / (len(found) + 2) ** 2)
-        return float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else math.inf
+            return math.sqrt((np.count_nonzero(values) + 2) / (len(values) + 2) ** 2)
+        return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
 # -- the same questions ---------------------------------------------------------------------------------------------
 
 
 def _same(score: Score, evaluation: ModelEvaluation, name: str) -> Score:
-    for found in evaluation.scores:
-        if (found.task, found.metric, found.filter) == (score.task, score.metric, score.filter):
-            if found.task_version != score.task_version:
-                raise _not_comparable(name, f"task `{score.task}` was of version {found.task_version} there")
-            return found
+    for other in evaluation.scores:
+        if (other.task, other.metric, other.filter) == (score.task, score.metric, score.filter):
+            if other.task_version != score.task_version:
+                raise _not_comparable(name, f"task `{score.task}` was of version {other.task_version} there")
+            return other
     raise _not_comparable(name, f"it has no score of task `{score.task}`")
 
 
 def _in_order(answers: Mapping[str, Answers], name: str, task: str, partly: bool) -> Answers:
     """`name`'s answers in the order of the merge's questions."""
-    wanted, found = answers[MERGE].questions, answers[name]
-    if found.questions == wanted:
-        return found
-    places = {question: at for at, question in enumerate(found.questions)}
-    if (len(places) != len(wanted) and not partly) or any(question not in places for question in wanted):
+    questions, own = answers[MERGE].questions, answers[name]
+    if own.questions == questions:
+        return own
+    places = {question: at for at, question in enumerate(own.questions)}
+    if (len(places) != len(questions) and not partly) or any(question not in places for question in questions):
         raise _not_comparable(name, f"it has other questions of task `{task}`")
-    order = [places[question] for question in wanted]
-    choices = None if found.choices is None else tuple(found.choices[at] for at in order)
-    prompts = tuple(found.prompts[at] for at in order)
-    return replace(found, questions=wanted, values=found.values[order], choices=choices, prompts=prompts)
+    order = [places[question] for question in questions]
+    choices = None if own.choices is None else tuple(own.choices[at] for at in order)
+    prompts = tuple(own.prompts[at] for at in order)
+    return replace(own, questions=questions, values=own.values[order], choices=choices, prompts=prompts)
 
 
-def _not_comparable(name: str, reason: str) -> EvaluationError:
-    return EvaluationError(
-        "NOT_COMPARABLE",
-        f"The merge cannot be compared with {name or 'its parents'}: {reason}.",
-        "Measure all of them with the same suite, settings and versions.",
-    )
-
-
-def _not_comparable_by_prompts(reasons: Mapping[str, str]) -> EvaluationError:
-    reason = "; ".join(f"{name.partition('@')[0]} {because}" for name, because in reasons.items())
-    return EvaluationError(
-        "NOT_COMPARABLE",
-        f"The merge cannot be compared with its parents because their prompts differ: {reason}.",
-        "Give their tokenizers the same chat template, begin and end tokens and maximum length, and measure again.",
-    )
+def _not_comparable(
+    name: str, reason: str, next_step: str = "Measure all of them with the same suite, settings and versions."
+) -> EvaluationError:
+    message = f"The merge cannot be compared with {name or 'its parents'}: {reason}."
+    return EvaluationError("NOT_COMPARABLE", message, next_step)
 
 
 # -- one task ----------------------------------------------------------------------------------------------------
 
 
-def _judged(task: _Task, comparisons: int) -> TaskVerdict:
-    parents = [name for name in task.answers if name != MERGE]
+def _verdict(task: _Task, comparisons: int) -> TaskVerdict:
+    """Verdict on a task; `comparisons` is the number of differences that are corrected together."""
+    merge = task.answers[MERGE]
+    parents = {name: answers for name, answers in task.answers.items() if name != MERGE}
     return TaskVerdict(
         task=task.score.task,
         metric=task.score.metric,
-        samples=len(task.answers[MERGE].values),
-        chance=task.answers[MERGE].chance,
-        merge=_scored(MERGE, task),
-        parents=tuple(_scored(name, task) for name in parents),
-        differences=tuple(_difference(task, name, comparisons) for name in parents),
-        patterns=patterns({name: task.answers[name].values for name in parents}, task.answers[MERGE].values)
-        if task.binary
-        else (),
-        same_choice=_same_choices(task, parents),
+        samples=len(merge.values),
+        chance=merge.chance,
+        merge=_scored(MERGE, merge),
+        parents=tuple(_scored(name, answers) for name, answers in parents.items()),
+        differences=tuple(_difference(task, name, ALPHA / max(1, comparisons)) for name in parents),
+        patterns=patterns({name: each.values for name, each in parents.items()}, merge.values) if task.binary else (),
+        same_choice={
+            name: sum(map(str.__eq__, answers.choices, merge.choices))
+            for name, answers in parents.items()
+            if answers.choices is not None and merge.choices is not None
+        },
     )
 
 
-def _same_choices(task: _Task, parents: Sequence[str]) -> dict[str, int]:
-    """Number of questions on which each parent chose the merge's answer; only parents with stored answers."""
-    ours = task.answers[MERGE].choices
-    chosen = {name: task.answers[name].choices for name in parents}
-    return {
-        name: sum(map(str.__eq__, theirs, ours))
-        for name, theirs in chosen.items()
-        if theirs is not None and ours is not None
-    }
-
-
-def _scored(name: str, task: _Task) -> Scored:
-    values = task.answers[name].values
-    if task.answers[name].binary:
+def _scored(name: str, answers: Answers) -> Scored:
+    values = answers.values
+    if answers.binary:
         interval = paired.proportion_interval(int(values.sum()), len(values))
     else:
         interval = paired.mean_interval(values)
     return Scored(name, float(values.mean()), interval)
 
 
-def _difference(task: _Task, parent: str, comparisons: int) -> Difference:
-    """Difference on a task; `comparisons` is the number of differences that are corrected together."""
-    found, level = task.difference(parent), ALPHA / max(1, comparisons)
+def _difference(task: _Task, parent: str, level: float) -> Difference:
+    values = task.difference(parent)
+    mean, questions = float(values.mean()), len(values)
     if task.binary:
-        won, lost = int((found > 0).sum()), int((found < 0).sum())
-        chance = paired.mcnemar(won, lost)
-        detectable = paired.detectable_share((won + lost + 2) / (len(found) + 2), len(found), level)
-        interval = paired.difference_interval(won, lost, len(found))
-        return Difference(parent, float(found.mean()), interval, chance, chance, detectable, MCNEMAR, won, lost)
-    chance = paired.sign_flip([found])
-    detectable = paired.detectable_mean(task.stderr(parent), level)
-    return Difference(parent, float(found.mean()), paired.mean_interval(found), chance, chance, detectable, SIGN_FLIP)
+        won, lost = int((values > 0).sum()), int((values < 0).sum())
+        p = paired.mcnemar(won, lost)
+        detectable = paired.detectable_share((won + lost + 2) / (questions + 2), questions, level)
+        interval = paired.difference_interval(won, lost, questions)
+        return Difference(parent, mean, interval, p, p, detectable, MCNEMAR, won, lost)
+    p, detectable = paired.sign_flip([values]), paired.detectable_mean(task.stderr(parent), level)
+    return Difference(parent, mean, paired.mean_interval(values), p, p, detectable, SIGN_FLIP)
 
 
 def corrected(tasks: Sequence[TaskVerdict]) -> list[TaskVerdict]:
@@ -294,51 +284,47 @@ def corrected(tasks: Sequence[TaskVerdict]) -> list[TaskVerdict]:
 
 def patterns(parents: Mapping[str, Values], merge: Values) -> tuple[Pattern, ...]:
     """Sets of parents that are right together, largest first, with their counts for parents and merge."""
-    found = []
-    names = tuple(parents)
-    for size in range(len(names), -1, -1):
-        for right in itertools.combinations(names, size):
+    counts = []
+    for size in range(len(parents), -1, -1):
+        for right in itertools.combinations(parents, size):
             here = np.ones(len(merge), dtype=bool)
-            for name in names:
-                here &= (parents[name] == 1) == (name in right)
-            found.append(Pattern(right, int(here.sum()), int((here & (merge == 1)).sum())))
-    return tuple(found)
+            for name, values in parents.items():
+                here &= (values == 1) == (name in right)
+            counts.append(Pattern(right, int(here.sum()), int((here & (merge == 1)).sum())))
+    return tuple(counts)
 
 
 # -- all tasks ---------------------------------------------------------------------------------------------------
 
 
-def overall(tasks: Sequence[_Task], judged: Sequence[TaskVerdict], parents: tuple[str, ...]) -> Overall | None:
+def overall(tasks: Sequence[_Task], verdicts: Sequence[TaskVerdict], parents: tuple[str, ...]) -> Overall | None:
     """Mean over the tasks that are higher-is-better shares; None without any."""
-    chosen = [(task, verdict) for task, verdict in zip(tasks, judged, strict=True) if _is_share(task)]
-    if not chosen:
+    shares = [(task, verdict) for task, verdict in zip(tasks, verdicts, strict=True) if _is_share(task)]
+    if not shares:
         return None
     differences = []
     for place, parent in enumerate(parents):
-        found = [verdict.differences[place] for _, verdict in chosen]
-        strata = [task.difference(parent) for task, _ in chosen]
-        stderr = math.sqrt(sum(task.stderr(parent) ** 2 for task, _ in chosen)) / len(chosen)
-        value, interval = _average([(each.value, each.interval) for each in found])
-        chance = found[0].p if len(found) == 1 else paired.sign_flip(strata)
-        detectable = found[0].detectable if len(found) == 1 else paired.detectable_mean(stderr, ALPHA / len(parents))
-        test = found[0].test if len(found) == 1 else SIGN_FLIP
-        differences.append(Difference(parent, value, interval, chance, chance, min(1.0, detectable), test))
+        first, *others = by_task = [verdict.differences[place] for _, verdict in shares]
+        p, detectable, test = first.p, first.detectable, first.test
+        if others:
+            p, test = paired.sign_flip([task.difference(parent) for task, _ in shares]), SIGN_FLIP
+            stderr = math.sqrt(sum(task.stderr(parent) ** 2 for task, _ in shares)) / len(shares)
+            detectable = paired.detectable_mean(stderr, ALPHA / len(parents))
+        differences.append(Difference(parent, *_average(by_task), p, p, min(1.0, detectable), test))
     adjusted = paired.holm([each.p for each in differences])
-    models = zip(*([verdict.merge, *verdict.parents] for _, verdict in chosen), strict=True)
-    merge, *others = [
-        Scored(scores[0].model, *_average([(each.value, each.interval) for each in scores])) for scores in models
-    ]
+    models = zip(*([verdict.merge, *verdict.parents] for _, verdict in shares), strict=True)
+    merge, *of_parents = [Scored(scores[0].model, *_average(scores)) for scores in models]
     return Overall(
-        tuple(verdict.task for _, verdict in chosen),
+        tuple(verdict.task for _, verdict in shares),
         merge,
-        tuple(others),
-        tuple(replace(each, adjusted_p=chance) for each, chance in zip(differences, adjusted, strict=True)),
+        tuple(of_parents),
+        tuple(replace(each, adjusted_p=p) for each, p in zip(differences, adjusted, strict=True)),
     )
 
 
-def _average(found: Sequence[tuple[float, Interval]]) -> tuple[float, Interval]:
-    values, intervals = [value for value, _ in found], [interval for _, interval in found]
-    return sum(values) / len(values), paired.average_interval(values, intervals)
+def _average(by_task: Sequence[Scored] | Sequence[Difference]) -> tuple[float, Interval]:
+    values = [each.value for each in by_task]
+    return sum(values) / len(values), paired.average_interval(values, [each.interval for each in by_task])
 
 
 def _is_share(task: _Task) -> bool:

@@ -19,9 +19,9 @@ def remarks(models: Mapping[str, ModelEvaluation], show: Show = short, escape: S
     for name, evaluation in models.items():
         for clause in _peculiar(evaluation):
             by_clause.setdefault(clause, []).append(show(name))
-    found = [f"{joined(names)}: {escape(clause)}." for clause, names in by_clause.items()]
+    peculiarities = [f"{joined(names)}: {escape(clause)}." for clause, names in by_clause.items()]
     loaded = {show(name): each.loaded for name, each in models.items() if each.loaded is not None}
-    return [*found, *_own_settings(loaded, escape)]
+    return [*peculiarities, *_own_settings(loaded, escape)]
 
 
 def _peculiar(evaluation: ModelEvaluation) -> Iterator[str]:

@@ -64,7 +64,8 @@ class ScoreRow:
 class DifferenceRow:
     """Difference of the merge to one parent on a task or on average, in points.
 
-    `p` is corrected; `detectable` is the difference that would have been shown in four of five such measurements.
+    `p` is corrected; `detectable` is the difference that would have been shown in four of five such measurements, a
+    dash if a difference was shown.
     """
 
     title: str
@@ -90,7 +91,10 @@ def scores(models: Mapping[str, ModelEvaluation], comparison: Comparison | None)
         rows.append(ScoreRow(_average_of(len(whole.tasks)), "", figures, is_task=False))
     from_chance = any(score.chance is not None for score in first.scores)
     if len(first.scores) > 1 and (from_chance or whole is None):
-        figures = {name: _average(each) for name, each in models.items()}
+        figures = {
+            name: Figure(MISSING) if each.average is None else _figure(each.average, each.average_interval95)
+            for name, each in models.items()
+        }
         ranked = sum(score.higher_is_better for score in first.scores)
         rows.append(ScoreRow("average from chance" if from_chance else _average_of(ranked), "", figures, is_task=False))
     return rows
@@ -104,12 +108,12 @@ def _about(score: Score) -> str:
 
 
 def _of_task(score: Score, models: Mapping[str, ModelEvaluation], comparison: Comparison | None) -> dict[str, Figure]:
-    judged = next((each for each in comparison.tasks if each.task == score.task), None) if comparison else None
-    known: dict[str, tuple[float, Interval | None]]
-    if judged is not None:
-        known = {each.model: (each.value, each.interval) for each in (judged.merge, *judged.parents)}
-    else:
-        known = {}
+    known: dict[str, tuple[float, Interval | None]] = {
+        each.model: (each.value, each.interval)
+        for task in (comparison.tasks if comparison else ())
+        if task.task == score.task
+        for each in (task.merge, *task.parents)
+    }
     for name, evaluation in models.items():
         if name not in known and (own := score_of(evaluation, score.task)) is not None:
             known[name] = own.value, own.interval95
@@ -129,11 +133,6 @@ def is_share(task: TaskVerdict) -> bool:
     return all(each.value * (task.merge.value - parent.value) >= 0 for each, parent in pairs)
 
 
-def _average(evaluation: ModelEvaluation) -> Figure:
-    average = evaluation.average
-    return Figure(MISSING) if average is None else _figure(average, evaluation.average_interval95)
-
-
 def _average_of(tasks: int) -> str:
     return f"average of {tasks} tasks"
 
@@ -143,13 +142,14 @@ def score_of(evaluation: ModelEvaluation, task: str) -> Score | None:
     return next((score for score in evaluation.scores if score.task == task), None)
 
 
-def _figure(value: float, interval: Interval | None, *, share: bool = True) -> Figure:
-    """Figure in percent, or in the metric's own unit if it is not a share."""
-    value_text = f"{100 * value:.1f}" if share else number(value)
-    if interval is None:
-        return Figure(value_text)
-    low, high = interval
-    return Figure(value_text, f"{100 * low:.1f} to {100 * high:.1f}" if share else f"{number(low)} to {number(high)}")
+def _figure(value: float, interval: Interval | None, *, share: bool = True, signed: bool = False) -> Figure:
+    texts = [_number(each, share, signed=signed) for each in (value, *(interval or ()))]
+    return Figure(texts[0], " to ".join(texts[1:]))
+
+
+def _number(value: float, share: bool, *, signed: bool = False) -> str:
+    """A value in percent or points, or in the metric's own unit if it is not a share."""
+    return f"{100 * value:{'+' if signed else ''}.1f}" if share else number(value, signed=signed)
 
 
 def differences(comparison: Comparison) -> list[DifferenceRow]:
@@ -161,22 +161,13 @@ def differences(comparison: Comparison) -> list[DifferenceRow]:
     return rows
 
 
-def _difference(title: str, found: Difference, share: bool = True, *, is_task: bool = True) -> DifferenceRow:
-    value, low, high = (
-        f"{100 * each:+.1f}" if share else number(each, signed=True) for each in (found.value, *found.interval)
-    )
-    figure = Figure(value, f"{low} to {high}")
-    chance = "< 0.001" if found.adjusted_p < 0.001 else f"{found.adjusted_p:.3f}"
-    return DifferenceRow(title, found.parent, found.outcome, figure, chance, _detectable(found, share), is_task)
-
-
-def _detectable(found: Difference, share: bool) -> str:
-    """Detectable difference in points or in the metric's own unit; a dash if a difference was shown."""
-    if found.outcome is not Outcome.NOT_SHOWN:
-        return MISSING
-    if _none_is(found.detectable, share):
-        return "none"
-    return f"{100 * found.detectable:.1f}" if share else number(found.detectable)
+def _difference(title: str, paired: Difference, share: bool = True, *, is_task: bool = True) -> DifferenceRow:
+    figure = _figure(paired.value, paired.interval, share=share, signed=True)
+    p = "< 0.001" if paired.adjusted_p < 0.001 else f"{paired.adjusted_p:.3f}"
+    detectable = MISSING
+    if paired.outcome is Outcome.NOT_SHOWN:
+        detectable = "none" if _none_is(paired.detectable, share) else _number(paired.detectable, share)
+    return DifferenceRow(title, paired.parent, paired.outcome, figure, p, detectable, is_task)
 
 
 def _none_is(detectable: float, share: bool) -> bool:
@@ -216,12 +207,13 @@ def words(differences: Sequence[Difference], show: Show = short, *, brief: bool 
 
     `brief` leaves the explanation of the detectable difference to the legend; `share` says whether `is_share` holds.
     """
-    found = {outcome: [each for each in differences if each.outcome is outcome] for outcome in Outcome}
-    clauses = []
-    for outcome, start in ((Outcome.BETTER, "better than"), (Outcome.WORSE, "worse than")):
-        if found[outcome]:
-            clauses.append(f"{start} {_whom(found[outcome], len(differences), show)}")
-    if unseen := found[Outcome.NOT_SHOWN]:
+    by_outcome = {outcome: [each for each in differences if each.outcome is outcome] for outcome in Outcome}
+    clauses = [
+        f"{outcome.value} than {_whom(by_outcome[outcome], len(differences), show)}"
+        for outcome in (Outcome.BETTER, Outcome.WORSE)
+        if by_outcome[outcome]
+    ]
+    if unseen := by_outcome[Outcome.NOT_SHOWN]:
         everywhere = len(unseen) == len(differences) > 1
         to = "" if everywhere else f" to {_whom(unseen, len(differences), show)}"
         clauses.append(f"no difference{to} shown ({_unseen([each.detectable for each in unseen], brief, share)})")
@@ -237,9 +229,7 @@ def _whom(some: Sequence[Difference], of: int, show: Show) -> str:
 def _unseen(detectable: Sequence[float], brief: bool, share: bool) -> str:
     if _none_is(min(detectable), share):
         return "there are too few questions to show any"
-    least, most = (
-        f"{100 * min(1.0, each):.1f}" if share else number(each) for each in (min(detectable), max(detectable))
-    )
+    least, most = (_number(min(1.0, each) if share else each, share) for each in (min(detectable), max(detectable)))
     points = (least if least == most else f"{least} to {most}") + " points" * share
     if brief:
         return f"detectable: {points}"
@@ -252,10 +242,9 @@ def inherited(comparison: Comparison, show: Show = short, terms: Terms = MERGED)
     lines = list(inheritance([each for task in comparison.tasks for each in task.patterns], show, terms))
     for name in comparison.parents:
         known = [task for task in comparison.tasks if name in task.same_choice]
-        asked = sum(task.samples for task in known)
-        same = sum(task.same_choice[name] for task in known)
-        if asked:
-            lines.append(f"Same answer as {show(name)}, right or wrong: {same} of {asked} questions.")
+        questions, same = sum(task.samples for task in known), sum(task.same_choice[name] for task in known)
+        if questions:
+            lines.append(f"Same answer as {show(name)}, right or wrong: {same} of {questions} questions.")
     return lines
 
 
@@ -277,8 +266,10 @@ def _who(right: tuple[str, ...], parents: int, show: Show, terms: Terms) -> str:
     if not right:
         return f"no {terms.other} is right" if parents > 1 else f"the {terms.other} is wrong"
     if len(right) == parents:
-        return {1: f"the {terms.other} is right", 2: f"both {terms.other}s are right"}.get(
-            parents, f"all {terms.other}s are right"
+        return (
+            f"the {terms.other} is right"
+            if parents == 1
+            else f"{'both' if parents == 2 else 'all'} {terms.other}s are right"
         )
     return f"only {joined([show(name) for name in right])} {'is' if len(right) == 1 else 'are'} right"
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from evaluators.harness.results import samples_file
 from evaluators.harness.scores import Score
 from evaluators.paired import Values
 
-# What reading answers ends in that no evaluation has written: a torn file, or another machine's.
+# Errors of reading an incomplete file, or one that no evaluation has written.
 _BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _CHOSEN = frozenset({"acc", "acc_norm"})  # metrics of which a blind guess among the choices has a known mean
 
@@ -76,17 +76,13 @@ def read(folder: Path, score: Score, subtasks: Mapping[str, Sequence[str]]) -> A
     values = np.array([row.value for row in rows])
     if not rows or not math.isclose(values.mean(), score.value, abs_tol=1e-6):
         raise Unpaired("its score is not the mean of its questions' values")
-    guesses = [row.guess for row in rows]
-    known = score.metric in _CHOSEN and bool(np.isin(values, (0.0, 1.0)).all()) and None not in guesses
-    chance = sum(guess for guess in guesses if guess is not None) / len(rows) if known else None
     choices = [row.choice for row in rows if row.choice is not None]
-    return Answers(
-        tuple(row.question for row in rows),
-        values,
-        tuple(choices) if len(choices) == len(rows) else None,
-        chance,
-        tuple(row.prompt for row in rows),
-    )
+    kept = tuple(choices) if len(choices) == len(rows) else None
+    answers = Answers(tuple(row.question for row in rows), values, kept, None, tuple(row.prompt for row in rows))
+    guesses = [row.guess for row in rows if row.guess is not None]
+    if score.metric in _CHOSEN and answers.binary and len(guesses) == len(rows):
+        return replace(answers, chance=sum(guesses) / len(rows))
+    return answers
 
 
 def _unusable(task: str, how: str) -> EvaluationError:
@@ -112,15 +108,11 @@ class _Row:
 
 def _files(folder: Path, task: str, subtasks: Mapping[str, Sequence[str]]) -> list[tuple[str, Path]]:
     """Sample files of a task, or of all tasks within a group, by name."""
-    leaves, waiting, seen = set(), [task], set()
-    while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen.add(name)
-            leaves |= set() if subtasks.get(name) else {name}
-            waiting += subtasks.get(name) or []
-    found = [(name, samples_file(folder, name)) for name in sorted(leaves)]
-    return found if all(path.is_file() for _, path in found) else []
+    names = [task]
+    for name in names:  # grows while it is read
+        names += [each for each in subtasks.get(name, ()) if each not in names]
+    files = [(name, samples_file(folder, name)) for name in sorted(set(names)) if not subtasks.get(name)]
+    return files if all(path.is_file() for _, path in files) else []
 
 
 def _rows(task: str, path: Path, score: Score) -> Iterator[_Row]:

@@ -59,11 +59,11 @@ def decide(differences: Mapping[str, Values], questions: int, rule: Rule) -> Dec
     Over several tasks they are `rounds`, so that their mean is the overall one.
     """
     error = rule.error / max(1, len(differences))
-    seen = max((len(found) for found in differences.values()), default=0)
+    seen = max(map(len, differences.values()), default=0)
     lowest, beaten_by = 1.0, None
-    for name, found in differences.items():
-        bound = upper_bound(found, questions, error)
-        if log_capital(found, questions, rule.margin).max(initial=0.0) >= math.log(1 / error):
+    for name, values in differences.items():
+        bound = upper_bound(values, questions, error)
+        if log_capital(values, questions, rule.margin).max(initial=0.0) >= math.log(1 / error):
             bound = min(bound, rule.margin)
             beaten_by = name if beaten_by is None or bound < lowest else beaten_by
         lowest = min(lowest, bound)
@@ -91,20 +91,21 @@ def upper_bound(differences: Values, questions: int, error: float) -> float:
 
 def _log_capitals(differences: Values, questions: int, margins: Values) -> Values:
     """[margins, seen]. Everything is moved to 0..1 first; each bet rests on the questions before it only."""
-    found = (differences + 1) / 2
-    wanted = ((margins + 1) / 2)[:, None]
-    places = np.arange(len(found))
-    sums = np.concatenate([[0.0], np.cumsum(found)])
-    means = (0.5 + sums) / (np.arange(len(found) + 1) + 1)
-    spreads = (0.25 + np.concatenate([[0.0], np.cumsum((found - means[1:]) ** 2)])) / (np.arange(len(found) + 1) + 1)
-    # What the questions left must bring on average for the whole to reach the margin.
-    needed = (questions * wanted - sums[:-1]) / (questions - places)
+    values = (differences + 1) / 2
+    goals = questions * ((margins + 1) / 2)[:, None]
+    places = np.arange(len(values))
+    counts = np.arange(1, len(values) + 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means = (0.5 + sums) / counts
+    spreads = (0.25 + np.concatenate([[0.0], np.cumsum((values - means[1:]) ** 2)])) / counts
+    # Mean of the remaining questions at which the whole reaches the margin.
+    needed = (goals - sums[:-1]) / (questions - places)
     possible = np.minimum(needed, 1.0)
     edge = possible - means[:-1]
     most = _STAKE / np.maximum(1 - possible, 1e-12)
     bets = np.where(needed > 0, np.clip(edge / (spreads[:-1] + edge**2), 0.0, most), 0.0)
-    grown = np.cumsum(np.log1p(-bets * (found - possible)), axis=1)
-    lacking = questions * wanted - sums[1:] > questions - places - 1 + 1e-9 * questions
+    grown = np.cumsum(np.log1p(-bets * (values - possible)), axis=1)
+    lacking = goals - sums[1:] > questions - places - 1 + 1e-9 * questions
     return np.where(np.maximum.accumulate(lacking, axis=1), np.inf, grown)
 
 
@@ -117,32 +118,18 @@ def rounds(tasks: Sequence[Values]) -> Values:
     """
     if not tasks:
         return np.zeros(0)
-    found: Values = np.mean([task[: min(map(len, tasks))] for task in tasks], axis=0)
-    return found
+    means: Values = np.mean([task[: min(map(len, tasks))] for task in tasks], axis=0)
+    return means
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Information and cost of a task: the mean square of its paired differences, and seconds per question."""
-
-    variance: float
-    seconds: float
-
-
-def by_information(tasks: Mapping[str, Pace]) -> list[str]:
-    """Tasks in order of information per second; equal ones in the given order.
+def information(differences: Sequence[Values], seconds: float) -> float:
+    """Information per second of a task from its paired differences, one array per pair of models, and its seconds.
 
     A question on which models never differ carries no information. Sampling from each task in proportion to its spread
-    over the root of its cost is Neyman's allocation (1934, JRSS 97:558); as an order it is variance over cost.
-    """
-    return sorted(tasks, key=lambda task: -tasks[task].variance / max(tasks[task].seconds, 1e-12))
-
-
-def pace(differences: Sequence[Values], seconds: float) -> Pace:
-    """Pace of a task from its paired differences, one array per pair of models, and its total seconds.
-
-    Two questions of disagreement are added, so that a task without any so far keeps its place.
+    over the root of its cost is Neyman's allocation (1934, JRSS 97:558); as an order it is the mean square of the
+    differences over the seconds per question. Two questions of disagreement are added, so that a task without any so
+    far keeps its place.
     """
     count = max((len(each) for each in differences), default=0)
     squares = [(float((each**2).sum()) + 2) / (len(each) + 2) for each in differences]
-    return Pace(sum(squares) / max(1, len(squares)), seconds / max(1, count))
+    return sum(squares) / max(1, len(squares)) / max(seconds / max(1, count), 1e-12)
