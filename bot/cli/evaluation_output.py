@@ -189,7 +189,8 @@ def _eval_config(evaluation: ModelEvaluation) -> str:
     limit = f", the first {here.limit} samples per task" if here.limit else ""
     return (
         f"lm-eval {here.lm_eval}, {here.dtype} on {here.device}, batch {here.batch_size}, prompts {prompts}, "
-        f"seed {here.seed}{limit}. Generation settings: {here.generation}; softmax in {here.softmax_dtype}."
+        f"seed {here.seed}{limit}. Generation settings: {here.generation}; softmax in {here.softmax_dtype}; "
+        f"reading {here.reading}."
     )
 
 

@@ -116,24 +116,32 @@ def resuming(model_class: type[Any]) -> type[Any]:
             self._journal.batch_ended()
             return super()._model_generate(*args, **kwargs)
 
-        def _resumed(self, requests: list[Any], ask: Callable[..., list[Any]]) -> list[Any]:
+        def _resumed(self, requests: list[Any], ask: Callable[..., list[Any]], planned: bool = False) -> list[Any]:
             answers = self._journal.known([request.args for request in requests])
             missing = [i for i, answer in enumerate(answers) if answer is None]
             self._done += len(requests) - len(missing)
             self._report(self._done)
-            if missing:
+            if missing and planned and hasattr(self, "answered"):  # it plans its passes over all requests
+                self.answered = set(range(len(requests))) - set(missing)
+                found = ask(requests, disable_tqdm=True)
+                self.answered = set()
+                answers = [found[i] if answer is None else answer for i, answer in enumerate(answers)]
+            elif missing:
                 for i, answer in zip(missing, ask([requests[i] for i in missing], disable_tqdm=True), strict=True):
                     answers[i] = answer
-                self._journal.batch_ended()
+            self._journal.batch_ended()
             return answers
 
+        def batch_ended(self) -> None:
+            self._journal.batch_ended()
+
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-            return self._resumed(requests, super().loglikelihood)
+            return self._resumed(requests, super().loglikelihood, planned=True)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
             return self._resumed(requests, super().loglikelihood_rolling)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-            return self._resumed(requests, super().generate_until)
+            return self._resumed(requests, super().generate_until, planned=True)
 
     return ResumingLM

@@ -13,6 +13,7 @@ from bot.errors import EvaluationError
 from evaluators import loading, memory
 from evaluators.harness import workload
 from evaluators.harness.eval_config import GENERATION, LIBRARIES, SOFTMAX_DTYPE
+from evaluators.harness.scores import WHOLE
 from evaluators.harness.workload import Workload
 
 
@@ -28,10 +29,10 @@ def language_model(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[
     """lm-eval's model over the folder of the job, by transformers or vLLM. Raises EvaluationError."""
     if job["backend"] == "vllm":
         return _with_vllm(job, resuming)
-    from evaluators.harness.neutral_lm import NeutralLM
+    from evaluators.harness.prefix_lm import PrefixLM
 
     model, tokenizer = load(Path(job["model"]), job["device"], job["dtype"])
-    return resuming(NeutralLM)(model, tokenizer)
+    return resuming(PrefixLM)(model, tokenizer)
 
 
 def _with_vllm(job: Mapping[str, Any], resuming: Callable[[type[Any]], type[Any]]) -> Any:
@@ -152,5 +153,6 @@ def facts(lm: Any, job: Mapping[str, Any]) -> dict[str, Any]:
         "backend": job["backend"],
         "softmax_dtype": SOFTMAX_DTYPE,
         "generation": GENERATION,
+        "reading": getattr(lm, "reading", WHOLE),
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
     }

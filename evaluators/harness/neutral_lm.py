@@ -100,12 +100,22 @@ class NeutralLM(HFLM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end token (eos_token), at which lm-eval ends an answer")
+        self._require_end()
         found: list[str] = super().generate_until(requests, disable_tqdm)
         return found
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
+        self._require_answers(requests)
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
+        return found
+
+    def _require_end(self) -> None:
+        """Raises ValueError without an end token."""
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token (eos_token), at which lm-eval ends an answer")
+
+    def _require_answers(self, requests: Sequence[Any]) -> None:
+        """Raises ValueError for an answer without tokens, or with more than the model reads."""
         for _, _, answer in requests:
             if not answer:
                 raise ValueError("an answer adds no token to its question")
@@ -114,8 +124,6 @@ class NeutralLM(HFLM):  # type: ignore[misc]
                     f"an answer of {len(answer)} tokens is longer than the {self.max_length} tokens that the model "
                     "reads at once"
                 )
-        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
-        return found
 
 
 def _nothing(*_arguments: Any, **_options: Any) -> None:

@@ -199,7 +199,7 @@ def _amount(task: task_loading.Prepared, job: Mapping[str, Any], lm: Any) -> Wor
     found = []
     for leaf in task.leaves:
         with contextlib.suppress(Exception):  # a task that cannot be built says so when its turn has come
-            found.append(workload.amount(leaf, job["limit"], lm.tok_encode))
+            found.append(workload.amount(leaf, job["limit"], lm.tok_encode, shared=getattr(lm, "unshared", "") is None))
     return workload.together(found)
 
 

@@ -17,6 +17,9 @@ from bot.errors import EvaluationError
 _Z95 = 1.959964
 
 
+WHOLE = "each request whole"  # as lm-eval does
+
+
 @dataclass(frozen=True, slots=True)
 class TaskData:
     """Data of a task: a dataset repo, its configuration and split, and the commit that was read."""
@@ -77,8 +80,9 @@ class Score:
 class Environment:
     """Settings and libraries of the computation; all of it is equal before two scores are compared.
 
-    `batch_size` is the requested one. Older evaluations took the softmax in the model's dtype and generated under the
-    model's own settings.
+    `batch_size` is the requested one. `reading` says whether requests share the prefixes that they have in common; in
+    float32 the numbers are the same up to rounding, in 16 bits they are not. Older evaluations took the softmax in the
+    model's dtype and generated under the model's own settings.
     """
 
     device: str
@@ -93,6 +97,7 @@ class Environment:
     backend: str = "hf"
     softmax_dtype: str = "the model's type"
     generation: str = "the model's own"
+    reading: str = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +202,8 @@ class ModelEvaluation:
         here = self.environment
         rule = [self.suite_digest, here.lm_eval, here.dtype, here.chat_template, here.seed, here.limit, here.backend]
         rule += [here.softmax_dtype, here.generation]
+        if here.dtype != "float32" and here.reading != WHOLE:
+            rule += [here.reading]
         return hashlib.sha256(json.dumps(rule).encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
@@ -230,6 +237,7 @@ _WORDS = {
     "backend": "by {}",
     "softmax_dtype": "with a softmax in {}",
     "generation": "under {} generation settings",
+    "reading": "reading {}",
 }
 
 
@@ -243,7 +251,7 @@ def differences(first: ModelEvaluation, second: ModelEvaluation) -> tuple[str, .
         other = there[name]
         if name == "device":
             value, other = str(value).partition(":")[0], str(other).partition(":")[0]
-        if value == other:
+        if value == other or (name == "reading" and here["dtype"] == there["dtype"] == "float32"):
             continue
         if name == "chat_template":
             modes = ("with its chat template", "as plain text")

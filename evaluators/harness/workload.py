@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evaluators.harness.prefix_tree import PrefixTree
+
 QUESTIONS = 8  # of each task are looked at
 PROBE_TOKENS = 64
 NEW_TOKENS = 256  # what lm-eval lets a model write where a task names no limit
@@ -23,21 +25,27 @@ class Workload:
     longest: int = 0
 
 
-def amount(task: Any, limit: int | None, encode: Any) -> Workload:
-    """Workload of one task without groups. `encode` is text -> list of token ids."""
+def amount(task: Any, limit: int | None, encode: Any, *, shared: bool = False) -> Workload:
+    """Workload of one task without groups. `encode` is text -> list of token ids.
+
+    shared: prefixes of several requests are read once, so that further questions add only their own tokens.
+    """
     questions = len(task.eval_docs)
     if limit is not None:
         questions = min(questions, limit)
     looked_at = min(questions, QUESTIONS)
     task.build_all_requests(limit=looked_at, rank=0, world_size=1)
-    found = _of_requests([(each.request_type, each.args) for each in task.instances], encode)
+    found = _of_requests([(each.request_type, each.args) for each in task.instances], encode, shared)
     share = questions / max(1, looked_at)
-    return Workload(
-        round(found.requests * share), round(found.tokens * share), round(found.new_tokens * share), found.longest
-    )
+    tokens = found.tokens * share
+    if shared and looked_at > 1:
+        first = [(each.request_type, each.args) for each in task.instances if each.doc_id == task.instances[0].doc_id]
+        alone = _of_requests(first, encode, shared).tokens
+        tokens = alone + (found.tokens - alone) / (looked_at - 1) * (questions - 1)
+    return Workload(round(found.requests * share), round(tokens), round(found.new_tokens * share), found.longest)
 
 
-def _of_requests(requests: Sequence[tuple[str, tuple[Any, ...]]], encode: Any) -> Workload:
+def _of_requests(requests: Sequence[tuple[str, tuple[Any, ...]]], encode: Any, shared: bool) -> Workload:
     """Answers of one token to the same question are read off one pass, as lm-eval does."""
     passes: dict[tuple[int, ...], int] = {}
     longest = new = 0
@@ -51,7 +59,9 @@ def _of_requests(requests: Sequence[tuple[str, tuple[Any, ...]]], encode: Any) -
             new += int(arguments[1].get("max_gen_toks", NEW_TOKENS))
         passes[read] = len(read)
         longest = max(longest, len(read))
-    return Workload(len(requests), sum(passes.values()), new, longest)
+    tree = PrefixTree(list(passes))
+    tokens = tree.tokens_read(tree.plan(longest)) if shared else sum(passes.values())
+    return Workload(len(requests), tokens, new, longest)
 
 
 def together(amounts: Iterable[Workload]) -> Workload:
