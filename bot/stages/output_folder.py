@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import Refused
-from bot.merge.planning.output_names import MANIFEST, MANIFEST_SCHEMA, PROVENANCE
+from bot.merge.execution.provenance import MANIFEST, MANIFEST_SCHEMA, PROVENANCE
 from bot.merge.planning.plan import Plan
 from bot.stages.sources import Opened
 from bot.storage import sync_folder

@@ -20,8 +20,8 @@ from bot.jobs import stage_process
 from bot.jobs.job import Evaluation, Merge, PublishedFile
 from bot.jobs.specs import EvaluateSpec, MergeSpec
 from bot.merge.checkpoints import checkpoint
+from bot.merge.execution.provenance import MANIFEST
 from bot.merge.planning import planner
-from bot.merge.planning.output_names import MANIFEST
 from bot.merge.recipe import reading as recipe
 from bot.progress import Show, named
 from bot.settings import Settings, failpoint

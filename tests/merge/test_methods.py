@@ -16,8 +16,7 @@ from torch import Tensor
 
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.methods import METHODS, Base, Parameter, merge_method
-from bot.merge.planning.mask_keys import mask_key
-from bot.merge.planning.work import Operand, Work
+from bot.merge.planning.work import Operand, Work, mask_key
 from bot.merge.recipe.dtypes import BY_NAME
 from bot.merge.recipe.spec import ModelRef
 from bot.merge.streaming import masks, selection

@@ -67,10 +67,10 @@ def test_tensors_and_inputs_are_counted_and_named_when_they_are_too_many() -> No
     with pytest.raises(Refused, match="more than 41 tensors"):
         planned(text, limits=dataclasses.replace(UNTRUSTED, tensors=41))
     assert len(planned(text, limits=dataclasses.replace(UNTRUSTED, tensors=42)).steps) == 42
-    looks = 14 + 42 + 42 + 42  # the model and its uses, the intermediate and its uses
-    assert planned(text, limits=dataclasses.replace(UNTRUSTED, looks=looks)).layers == 6
-    with pytest.raises(Refused, match="to be looked at"):
-        planned(text, limits=dataclasses.replace(UNTRUSTED, looks=looks - 1))
+    visits = 14 + 42 + 42 + 42  # the model and its uses, the intermediate and its uses
+    assert planned(text, limits=dataclasses.replace(UNTRUSTED, source_tensors=visits)).layers == 6
+    with pytest.raises(Refused, match="tensors of sources"):
+        planned(text, limits=dataclasses.replace(UNTRUSTED, source_tensors=visits - 1))
 
 
 def test_models_of_126_layers_and_of_30_000_tensors_may_be_merged() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bot.errors import Failed
 from bot.merge.methods import METHODS, Base
-from bot.merge.planning.mask_keys import mask_key
+from bot.merge.planning.work import mask_key
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

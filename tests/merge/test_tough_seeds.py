@@ -12,7 +12,7 @@ from method_oracles import _stream
 from tiny_checkpoints import llama_tensors, load, merge, save
 from torch import Tensor
 
-from bot.merge.planning.mask_keys import mask_key
+from bot.merge.planning.work import mask_key
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 DRAWING = ["dare_linear", "dare_ties", "della", "della_linear"]

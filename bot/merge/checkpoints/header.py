@@ -31,7 +31,7 @@ class Limits:
     dimension: int = 2**31
     shards: int = 1_000
     layers: int = 1_000  # of one output
-    looks: int = 1_000_000  # tensors of sources that planning looks at, for all documents of a recipe together
+    source_tensors: int = 1_000_000  # visited by planning, over all documents of a recipe
 
 
 UNTRUSTED = Limits(header_bytes=8 * 2**20, tensors=50_000, strict=True)
@@ -42,7 +42,7 @@ TRUSTED = Limits(
     index_bytes=100_000_000,
     shards=100_000,
     layers=100_000,
-    looks=20_000_000,
+    source_tensors=20_000_000,
 )
 
 

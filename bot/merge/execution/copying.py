@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
-from bot.merge.execution.options import DEFAULTS, MergeOptions, NonFinite
+from bot.merge.execution.options import MergeOptions, NonFinite
 from bot.merge.execution.stored import StoredBytes
-from bot.merge.execution.writer import Found, TensorWriter
+from bot.merge.execution.writer import StepCounts, TensorWriter
 from bot.merge.planning.plan import Plan, Step
 from bot.merge.planning.work import Operand, Work
 from bot.merge.recipe.spec import ModelRef
@@ -35,38 +35,43 @@ class Copier:
         self,
         sources: Mapping[ModelRef, LocalFiles],
         writer: TensorWriter,
-        options: MergeOptions = DEFAULTS,
-        stopped: threading.Event | None = None,
+        options: MergeOptions,
+        stopped: threading.Event,
     ) -> None:
-        self.sources, self._writer, self._options = sources, writer, options
-        self._stopped = stopped or threading.Event()
+        self.sources, self.writer, self._options, self._stopped = sources, writer, options, stopped
         self._buffers: dict[int, Bytes] = {}
 
     def carry_out(self, step: Step) -> None:
         """Copy one tensor to the writer. Raises `bot.errors.Failed`."""
-        self._writer.finished(step, self._equal(step) if step.work.action == "equal" else self._copied(step))
+        self.writer.finished(step, self._copy_equal(step) if step.work.action == "equal" else self._copy(step))
 
-    def _copied(self, step: Step) -> Found:
+    def _copy(self, step: Step) -> StepCounts:
         """Copy one operand and count its non-finite values."""
         (operand,) = step.work.operands
-        stored, nonfinite = self._stored(operand), dict[str, int]()
+        stored, nonfinite, counts = self._stored(operand), 0, dict[str, int]()
         for start, count in self._parts(step.work):
             data = self._read(stored, 0, start, count)
-            if bad := count_nonfinite(data, step.work.dtype.name):
-                nonfinite[str(operand.source)] = nonfinite.get(str(operand.source), 0) + bad
-                require_finite(step, nonfinite, self._options.on_nonfinite)
-            self._writer.write(step, start, data.data)
-        return Found(nonfinite)
+            nonfinite += count_nonfinite(data, step.work.dtype.name)
+            if nonfinite:
+                counts[str(operand.source)] = nonfinite
+            require_finite(step, counts, self._options.on_nonfinite)
+            self.writer.write(step, start, data.data)
+        return StepCounts(counts)
 
-    def _equal(self, step: Step) -> Found:
+    def _copy_equal(self, step: Step) -> StepCounts:
         """Copy a tensor that is not floating point if it is equal in every source."""
         every = [self._stored(operand) for operand in step.work.operands]
         for start, count in self._parts(step.work):
             first, *others = (self._read(stored, i, start, count) for i, stored in enumerate(every))
             if any(not np.array_equal(first, other) for other in others):
-                _differs(step)
-            self._writer.write(step, start, first.data)
-        return Found()
+                raise Failed(
+                    "SHAPE_MISMATCH",
+                    f"{step.name} is not floating point and differs between the sources.",
+                    "Use models that agree on it.",
+                    value=step.name,
+                )
+            self.writer.write(step, start, first.data)
+        return StepCounts()
 
     def _parts(self, work: Work) -> Iterator[tuple[int, int]]:
         """(first byte, bytes) of each chunk."""
@@ -107,8 +112,8 @@ def count_nonfinite(data: Bytes, dtype: str) -> int:
     if dtype not in _EXPONENTS or not len(data):
         return 0
     exponent = _EXPONENTS[dtype]
-    found = np.bitwise_and(data.view(exponent.dtype), exponent)
-    return int(np.count_nonzero(found == exponent)) if found.max() == exponent else 0
+    bits = np.bitwise_and(data.view(exponent.dtype), exponent)
+    return int(np.count_nonzero(bits == exponent)) if bits.max() == exponent else 0
 
 
 def require_finite(step: Step, nonfinite: Mapping[str, int], on_nonfinite: NonFinite) -> None:
@@ -118,7 +123,7 @@ def require_finite(step: Step, nonfinite: Mapping[str, int], on_nonfinite: NonFi
         raise Failed(
             "NOT_FINITE",
             f"{step.name} has {count} NaN or infinite values in {source}.",
-            "Use another source: such weights spoil whatever they are merged into.",
+            "Use another source: merged with other weights, such values spread.",
             value=step.name,
         )
 
@@ -127,12 +132,3 @@ def read_ahead(step: Step, sources: Mapping[ModelRef, LocalFiles]) -> None:
     """Ask the operating system to read the operands of `step` ahead."""
     for operand in step.work.reads:
         StoredBytes(sources[operand.model], operand.tensor).will_need()
-
-
-def _differs(step: Step) -> NoReturn:
-    raise Failed(
-        "SHAPE_MISMATCH",
-        f"{step.name} is not floating point and differs between the sources.",
-        "Use models that agree on it.",
-        value=step.name,
-    )

@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from bot.errors import Refused
-from bot.merge.checkpoints.checkpoint import INDEX, LocalFiles
+from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.ties import require_equal
 from bot.merge.execution.copying import Copier, only_copies, read_ahead
 from bot.merge.execution.options import DEFAULTS, MergeOptions
-from bot.merge.execution.provenance import Known, manifest, provenance, torch_version
+from bot.merge.execution.provenance import (
+    MANIFEST,
+    PROVENANCE,
+    FileFact,
+    Known,
+    manifest,
+    provenance,
+    torch_version,
+)
 from bot.merge.execution.unchanged import Watch
-from bot.merge.execution.writer import FileFact, Record, TensorWriter, Writer
-from bot.merge.planning.output_names import MANIFEST, PROVENANCE
+from bot.merge.execution.writer import Record, TensorWriter, Writer
 from bot.merge.planning.plan import Plan, Step
-from bot.merge.recipe.reading import write_yaml
 from bot.merge.recipe.spec import ModelRef, Notice
 
 if TYPE_CHECKING:
@@ -43,7 +49,7 @@ CORNERS = {  # code -> text of the notice; the first tensor and the count follow
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A finished merge. `manifest_id` is the SHA-256 of manifest.json, which lists every file."""
+    """A finished merge. `manifest_id` is the SHA-256 of manifest.json."""
 
     files: Mapping[str, FileFact]
     bytes: int
@@ -68,7 +74,7 @@ def merge(plan: Plan, folders: Mapping[ModelRef, Path], out: Path, options: Merg
     ) as writer:
         run_steps(plan, sources, writer, options, devices)
         writer.sync()
-        notices = (*plan.notices, *found_notices(plan, writer.done))
+        notices = (*plan.notices, *step_notices(plan, writer.done))
         files, manifest_id = _complete(plan, sources, writer, notices, kind, options.known)
         watch.require_unchanged()
         options.on_event("writer.before_rename")
@@ -132,7 +138,7 @@ def run_steps(
             waiting = []
             for place, step in enumerate(todo):
                 ahead = todo[place + options.threads :][:1]
-                waiting.append((step, pools[step.shard % len(pools)].submit(step, ahead)))
+                waiting.append((step, pools[step.shard % len(pools)].submit(_carry_out, step, ahead)))
             done_bytes = plan.bytes_out - sum(step.nbytes for step in todo)
             for step, future in waiting:
                 future.result()
@@ -145,32 +151,18 @@ def run_steps(
             raise
 
 
-class _Worker(Protocol):
-    """Carries out steps, one after the other."""
-
-    sources: Mapping[ModelRef, LocalFiles]
-
-    def carry_out(self, step: Step) -> None: ...
+_thread = threading.local()  # `worker`: the Copier or Worker of a pool's thread
 
 
-class _Pool:
-    """Threads that share a device, each with its own worker."""
+def _begin(make_worker: Callable[[], Copier]) -> None:
+    _thread.worker = make_worker()
 
-    def __init__(self, make_worker: Callable[[], _Worker], threads: int) -> None:
-        self._own = threading.local()
-        self.executor = ThreadPoolExecutor(threads, "merge", initializer=self._begin, initargs=(make_worker,))
 
-    def _begin(self, make_worker: Callable[[], _Worker]) -> None:
-        self._own.worker = make_worker()
-
-    def submit(self, step: Step, ahead: Iterable[Step]) -> Future[None]:
-        return self.executor.submit(self._carry_out, step, ahead)
-
-    def _carry_out(self, step: Step, ahead: Iterable[Step]) -> None:
-        worker: _Worker = self._own.worker
-        for coming in ahead:
-            read_ahead(coming, worker.sources)
-        worker.carry_out(step)
+def _carry_out(step: Step, ahead: Sequence[Step]) -> None:
+    worker: Copier = _thread.worker
+    for later in ahead:
+        read_ahead(later, worker.sources)
+    worker.carry_out(step)
 
 
 @contextmanager
@@ -181,29 +173,27 @@ def _pools(
     options: MergeOptions,
     devices: Sequence[torch.device],
     stopped: threading.Event,
-) -> Iterator[list[_Pool]]:
-    """One pool per device, shut down when the context ends. torch is imported only for a plan that computes."""
+) -> Iterator[list[ThreadPoolExecutor]]:
+    """One pool of threads per device, shut down when the context ends. Only a plan that computes imports torch."""
     restore: Callable[[], None] = lambda: None  # noqa: E731
+    workers: list[tuple[Callable[[], Copier], int]] = []  # and the threads of each pool
     if only_copies(plan):
-        made = [_Pool(partial(Copier, sources, writer, options, stopped), options.threads)]
+        workers.append((partial(Copier, sources, writer, options, stopped), options.threads))
     else:
         import torch
 
-        from bot.merge.execution.worker import single_threaded_worker
+        from bot.merge.execution.worker import Worker
 
         restore = partial(torch.set_num_threads, torch.get_num_threads())
-        made = [
-            _Pool(
-                partial(single_threaded_worker, sources, writer, options, at, stopped),
-                options.threads if at.type == "cpu" else 1,
-            )
-            for at in devices or (torch.device("cpu"),)
-        ]
+        for device in devices or (torch.device("cpu"),):
+            make_worker = partial(Worker, sources, writer, options, stopped, device)
+            workers.append((make_worker, options.threads if device.type == "cpu" else 1))
+    pools = [ThreadPoolExecutor(threads, "merge", _begin, (make_worker,)) for make_worker, threads in workers]
     try:
-        yield made
+        yield pools
     finally:
-        for pool in made:
-            pool.executor.shutdown(wait=True, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
         restore()
 
 
@@ -213,14 +203,14 @@ def in_working_order(steps: Sequence[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: step.nbytes < large)
 
 
-def found_notices(plan: Plan, done: Mapping[int, Record]) -> tuple[Notice, ...]:
+def step_notices(plan: Plan, done: Mapping[int, Record]) -> tuple[Notice, ...]:
     """Notices of the steps, summed over them: non-finite values per source, then corner cases by code."""
     sums: dict[tuple[str, str], list[int]] = {}
     for index in sorted(done):
         record = done[index]
-        found = [*(("NOT_FINITE", source, count) for source, count in record.nonfinite.items())]
-        found += [(code, CORNERS.get(code, code), count) for code, count in record.corners.items()]
-        for code, text, count in found:
+        counts = [("NOT_FINITE", source, count) for source, count in record.nonfinite.items()]
+        counts += [(code, CORNERS.get(code, code), count) for code, count in record.corners.items()]
+        for code, text, count in counts:
             sums.setdefault((code, text), [index, 0])[1] += count
     return tuple(
         Notice(
@@ -244,19 +234,14 @@ def _complete(
 ) -> tuple[dict[str, FileFact], str]:
     """Write the files beside the weights, the manifest last."""
     files = writer.hash_shards()
-    if plan.index is not None:
-        files[INDEX] = writer.add(INDEX, plan.index.encode())
+    texts = plan.written_texts
+    if plan.recipe.original is not None:
+        texts["mergekit_config.original.yml"] = plan.recipe.original
+    for name, text in texts.items():
+        files[name] = writer.add(name, text.encode())
     for copied in plan.copies:
         files[copied.file] = writer.add(copied.file, sources[copied.model].read(copied.file, 0, copied.nbytes))
-    for name, text in plan.texts.items():
-        files[name] = writer.add(name, text.encode())
-    files["config.json"] = writer.add("config.json", plan.config.encode())
-    files["mergekit_config.yml"] = writer.add("mergekit_config.yml", write_yaml(plan.recipe.document()).encode())
-    if plan.recipe.original is not None:
-        files["mergekit_config.original.yml"] = writer.add(
-            "mergekit_config.original.yml", plan.recipe.original.encode()
-        )
-    facts = provenance(plan, files, notices, device, torch_version(), known() if known else None)
+    facts = provenance(plan, files, notices, device, known() if known else None)
     files[PROVENANCE] = writer.add(PROVENANCE, facts)
     fact = writer.add(MANIFEST, manifest(files))
     return {**files, MANIFEST: fact}, fact.sha256

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 
 from bot.errors import Refused
-from bot.merge.planning.output_names import MANIFEST
+from bot.merge.execution.provenance import MANIFEST
 from bot.storage import try_lock
 
 

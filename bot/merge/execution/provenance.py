@@ -10,19 +10,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Literal, Protocol
+from typing import Literal
 
 from bot import __version__
-from bot.merge.planning.output_names import MANIFEST_SCHEMA, SCHEMA
 from bot.merge.planning.plan import NUMERICS_VERSION, Plan
 from bot.merge.recipe.spec import ModelRef, Notice
 
+MANIFEST = "manifest.json"  # lists every file with size and hash; written last, so its presence marks a complete folder
+PROVENANCE = "merge_provenance.json"
+SCHEMA = "mergebot.merge_provenance/1"
+MANIFEST_SCHEMA = "mergebot.manifest/1"
 
-class _Fact(Protocol):
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def sha256(self) -> str: ...
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """Size and SHA-256 (64 hex digits) of one finished file."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +53,13 @@ def torch_version() -> str:
 
 def provenance(
     plan: Plan,
-    outputs: Mapping[str, _Fact],
+    outputs: Mapping[str, FileFact],
     notices: Sequence[Notice],
     device: str,
-    torch_version: str,
     known: Known | None = None,
 ) -> bytes:
-    """Text of merge_provenance.json.
-
-    Its sources carry the size and header hash behind the plan, and the `known` facts. Local sources keep their names as
-    given.
-    """
+    """Return the text of merge_provenance.json. Its sources carry sizes and header hashes, and the `known` facts."""
+    known = known or {}
     document = {
         "schema": SCHEMA,
         "engine": {"name": "mergebot", "version": __version__, "numerics": NUMERICS_VERSION},
@@ -66,26 +67,25 @@ def provenance(
         "plan_digest": plan.digest,
         "seed": plan.seed,
         "shard_limit_bytes": plan.shard_limit_bytes,
-        "sources": _sources(plan, known or {}),
-        **({"stages": [_stage(ref, made, known or {}) for ref, made in plan.stages]} if plan.stages else {}),
+        "sources": _sources(plan, known),
+        **({"stages": [_stage(ref, stage, known) for ref, stage in plan.stages]} if plan.stages else {}),
         **recorded_facts(plan),
         "outputs": {name: {"bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(outputs.items())},
         "notices": [{"code": n.code, "count": n.count, "example": n.text} for n in notices],
-        "environment": {"torch": torch_version, "device": device},
+        "environment": {"torch": torch_version(), "device": device},
     }
     return _text(document)
 
 
 def recorded_facts(plan: Plan) -> dict[str, object]:
-    """Provenance of a plan beside its digest: vocabulary and number of moved tensors."""
+    """Facts of a plan that its digest does not cover: vocabulary and number of tensors."""
     actions = [step.work.action for step in plan.steps]
     tensors = {"merged": actions.count("merge"), "copied": actions.count("copy") + actions.count("equal")}
     return {"tokenizer": _tokenizer(plan), "tensors": tensors}
 
 
-def _stage(ref: ModelRef, made: Plan, known: Known) -> dict[str, object]:
-    """A temporary intermediate result; its shards are among the sources of the next stage."""
-    return {"name": str(ref), "plan_digest": made.digest, "sources": _sources(made, known)}
+def _stage(ref: ModelRef, stage: Plan, known: Known) -> dict[str, object]:
+    return {"name": str(ref), "plan_digest": stage.digest, "sources": _sources(stage, known)}
 
 
 def _sources(plan: Plan, known: Known) -> list[dict[str, object]]:
@@ -106,14 +106,15 @@ def _known_file(fact: SourceFile) -> dict[str, object]:
 
 
 def _tokenizer(plan: Plan) -> dict[str, object]:
-    chosen, asked = plan.vocabulary, plan.recipe.vocabulary
-    if chosen is None or asked is None:
+    alignment, requested = plan.vocabulary, plan.recipe.vocabulary
+    if alignment is None or requested is None:
         return {"policy": "copied", "donor": str(plan.recipe.config_source)}
-    added = {"added_tokens": len(chosen.added), "first_added": list(chosen.added[:20])}
-    return {"policy": str(asked.source), "donor": str(chosen.tokenizer_source), "rows": chosen.rows, **added}
+    added = {"added_tokens": len(alignment.added), "first_added": list(alignment.added[:20])}
+    donor = str(alignment.tokenizer_source)
+    return {"policy": str(requested.source), "donor": donor, "rows": alignment.rows, **added}
 
 
-def manifest(files: Mapping[str, _Fact]) -> bytes:
+def manifest(files: Mapping[str, FileFact]) -> bytes:
     """Return the text of manifest.json: path, size and SHA-256 of every file; its own SHA-256 is the manifest's id."""
     entries = [{"path": name, "bytes": fact.bytes, "sha256": fact.sha256} for name, fact in sorted(files.items())]
     return _text({"schema": MANIFEST_SCHEMA, "files": entries})

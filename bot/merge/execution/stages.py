@@ -24,9 +24,8 @@ from bot.merge.execution import engine
 from bot.merge.execution.engine import Merged
 from bot.merge.execution.options import DEFAULTS, MergeOptions
 from bot.merge.execution.partial import hold
-from bot.merge.execution.provenance import torch_version
+from bot.merge.execution.provenance import MANIFEST, PROVENANCE, torch_version
 from bot.merge.execution.unchanged import require_same
-from bot.merge.planning.output_names import MANIFEST, PROVENANCE
 from bot.merge.planning.plan import Plan
 from bot.merge.recipe.spec import ModelRef, Notice
 from bot.storage import size_text

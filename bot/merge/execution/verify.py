@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from bot.errors import Refused
-from bot.merge.checkpoints.checkpoint import INDEX, TRUSTED, Files, LocalFiles, read_header
+from bot.merge.checkpoints.checkpoint import TRUSTED, Files, LocalFiles, read_header
 from bot.merge.checkpoints.header import TensorInfo
-from bot.merge.execution.provenance import recorded_facts
-from bot.merge.execution.writer import Found, Progress
-from bot.merge.planning.output_names import MANIFEST, PROVENANCE, SCHEMA
+from bot.merge.execution.provenance import MANIFEST, PROVENANCE, SCHEMA, recorded_facts
+from bot.merge.execution.writer import Progress, StepCounts
 from bot.merge.planning.plan import NUMERICS_VERSION, Copied, Plan, Step
 from bot.merge.recipe import reading as recipe
-from bot.merge.recipe.reading import write_yaml
 from bot.merge.recipe.spec import ModelRef, Recipe
 
 LIMIT_BYTES = 64 * 2**20
@@ -101,7 +99,7 @@ def read_claim(files: Files) -> Claim:
         raise Refused(
             "NOT_VERIFIABLE",
             f"{PROVENANCE} of {files} was not written by mergebot.",
-            "Ask its author how it was made.",
+            "Ask its author how it was plan.",
         ) from None
 
 
@@ -124,16 +122,16 @@ def _digest(text: object) -> str:
     return text
 
 
-def expected_sizes(made: Plan) -> dict[str, int]:
+def expected_sizes(plan: Plan) -> dict[str, int]:
     """Lengths of all files of the merge whose bytes the plan knows."""
-    shards = {shard.file: shard.nbytes for shard in made.shards}
-    copies = {copied.file: copied.nbytes for copied in made.copies}
-    return {**shards, **copies, **{name: len(text.encode()) for name, text in _texts(made).items()}}
+    shards = {shard.file: shard.nbytes for shard in plan.shards}
+    copies = {copied.file: copied.nbytes for copied in plan.copies}
+    return {**shards, **copies, **{name: len(text.encode()) for name, text in plan.written_texts.items()}}
 
 
-def bounded(made: Plan, files: Files, sha256: Hashes) -> Hashes:
+def bounded(plan: Plan, files: Files, sha256: Hashes) -> Hashes:
     """`sha256` that skips files whose size is already wrong: such a file may be a sparse terabyte."""
-    expected, sizes = expected_sizes(made), files.sizes()
+    expected, sizes = expected_sizes(plan), files.sizes()
 
     def hash_if_expected(name: str) -> str | None:
         size = sizes.get(name)
@@ -144,9 +142,9 @@ def bounded(made: Plan, files: Files, sha256: Hashes) -> Hashes:
     return hash_if_expected
 
 
-def against_listing(made: Plan, names: Iterable[str]) -> list[Difference]:
+def against_listing(plan: Plan, names: Iterable[str]) -> list[Difference]:
     """Compare the names in the folder, subfolders ending in a slash, with those that the merge writes."""
-    written = {*expected_sizes(made), PROVENANCE}
+    written = {*expected_sizes(plan), PROVENANCE}
     found = set(names) - {MANIFEST}  # it is not published
     out = [_missing(name) for name in sorted(written - found)]
     strange = (name for name in sorted(found - written) if not _HARMLESS.fullmatch(name))
@@ -155,11 +153,6 @@ def against_listing(made: Plan, names: Iterable[str]) -> list[Difference]:
 
 def _missing(name: str) -> Difference:
     return Difference("file", name, f"{name} is missing.")
-
-
-def _texts(made: Plan) -> dict[str, str]:
-    texts = {**made.texts, "config.json": made.config, "mergekit_config.yml": write_yaml(made.recipe.document())}
-    return texts if made.index is None else {**texts, INDEX: made.index}
 
 
 def against_files(claim: Claim, sha256: Hashes) -> list[Difference]:
@@ -174,26 +167,26 @@ def against_files(claim: Claim, sha256: Hashes) -> list[Difference]:
     return out
 
 
-def against_plan(claim: Claim, made: Plan, files: Files) -> list[Difference]:
+def against_plan(claim: Claim, plan: Plan, files: Files) -> list[Difference]:
     """Compare the claim and the small files with a new plan."""
     out = []
     if claim.recipe.digest != claim.recipe_digest:
         out.append(Difference("recipe", "digest", "The recipe in the provenance does not match its digest."))
-    for source in (source for part in made.parts for source in part.sources):
+    for source in (source for part in plan.parts for source in part.sources):
         claimed = claim.sources.get(str(source.model))
         for file, (_, digest) in source.headers.items():
-            if source.model in dict(made.stages):
+            if source.model in dict(plan.stages):
                 continue
             if claimed is None or claimed.get(file, {}).get("header_sha256") != digest:
                 out.append(
                     Difference("source", str(source.model), f"{file} of {source.model} does not match the provenance.")
                 )
     # another version of the engine gives another digest for the same merge; the tensors are still compared
-    if made.digest != claim.plan_digest and claim.numerics == NUMERICS_VERSION:
+    if plan.digest != claim.plan_digest and claim.numerics == NUMERICS_VERSION:
         out.append(Difference("plan", "digest", "A new plan of the same sources has another digest."))
-    out += _other_facts(claim, made)
+    out += _other_facts(claim, plan)
     sizes = files.sizes()
-    for name, text in sorted(_texts(made).items()):
+    for name, text in sorted(plan.written_texts.items()):
         expected = text.encode()
         if name in sizes and (sizes[name] != len(expected) or files.read(name, 0, len(expected)) != expected):
             out.append(
@@ -202,16 +195,16 @@ def against_plan(claim: Claim, made: Plan, files: Files) -> list[Difference]:
     return out
 
 
-def _other_facts(claim: Claim, made: Plan) -> Iterator[Difference]:
-    for name in sorted(set(expected_sizes(made)) - set(claim.outputs)):
+def _other_facts(claim: Claim, plan: Plan) -> Iterator[Difference]:
+    for name in sorted(set(expected_sizes(plan)) - set(claim.outputs)):
         yield Difference("provenance", name, f"The provenance does not list {name} among its outputs.")
-    for key, expected in recorded_facts(made).items() if claim.numerics == NUMERICS_VERSION else ():
+    for key, expected in recorded_facts(plan).items() if claim.numerics == NUMERICS_VERSION else ():
         if claim.recorded[key] != expected:
             yield Difference("provenance", key, f"The provenance records other {key} than the merge has.")
 
 
 def against_merge(
-    made: Plan,
+    plan: Plan,
     merged: Path,
     theirs: Files,
     sha256: Hashes,
@@ -223,17 +216,17 @@ def against_merge(
     `written` holds the SHA-256 of its files: a shard with an equal hash is not read again.
     """
     ours, done = LocalFiles(merged), 0
-    comparison = Comparing(made, theirs)
-    for shard in made.shards:
+    comparison = Comparing(plan, theirs)
+    for shard in plan.shards:
         same = sha256(shard.file) == written[shard.file]
-        for step in (step for step in made.steps if made.shards[step.shard].file == shard.file):
+        for step in (step for step in plan.steps if plan.shards[step.shard].file == shard.file):
             for at in () if same else range(0, step.nbytes, _BLOCK_BYTES):
                 length = min(_BLOCK_BYTES, step.nbytes - at)
                 comparison.write(step, at, memoryview(ours.read(shard.file, step.offset + at, length)))
             done += step.nbytes
             if progress is not None:
-                progress(done, made.bytes_out, step.name)
-    copies = (copied for copied in made.copies if sha256(copied.file) != written[copied.file])
+                progress(done, plan.bytes_out, step.name)
+    copies = (copied for copied in plan.copies if sha256(copied.file) != written[copied.file])
     return comparison.differences() + [_other_copy(copied) for copied in copies]
 
 
@@ -242,9 +235,9 @@ class Comparing:
 
     done: frozenset[int] = frozenset()
 
-    def __init__(self, made: Plan, theirs: Files) -> None:
-        self._made, self._theirs = made, theirs
-        self._stored, self._layout, self._unread = _headers(theirs, made)
+    def __init__(self, plan: Plan, theirs: Files) -> None:
+        self._plan, self._theirs = plan, theirs
+        self._stored, self._layout, self._unread = _headers(theirs, plan)
         self._lock = threading.Lock()
         self._found: dict[int, tuple[int, int]] = {}  # step -> elements, ulps
 
@@ -260,36 +253,36 @@ class Comparing:
                 before = self._found.get(step.index, (0, 0))
                 self._found[step.index] = (before[0] + elements, max(before[1], ulps))
 
-    def finished(self, step: Step, found: Found) -> None:
+    def finished(self, step: Step, counts: StepCounts) -> None:
         """Do nothing: no state is kept."""
 
     def differences(self) -> list[Difference]:
         """Differences in the order of the plan, after all steps were written."""
         out = list(self._layout)
-        for step in self._made.steps:
-            if step.name not in self._stored and self._made.shards[step.shard].file in self._unread:
+        for step in self._plan.steps:
+            if step.name not in self._stored and self._plan.shards[step.shard].file in self._unread:
                 continue  # the file is reported already
             found = _misfit(step, self._stored.get(step.name))
             if found is None and step.index in self._found:
                 found = _differing(step, *self._found[step.index])
             out += [] if found is None else [found]
-        names = {step.name for step in self._made.steps}
+        names = {step.name for step in self._plan.steps}
         return out + [_stray(name) for name in self._stored if name not in names]
 
 
-def against_copies(made: Plan, sources: Mapping[ModelRef, Files], sha256: Hashes) -> list[Difference]:
+def against_copies(plan: Plan, sources: Mapping[ModelRef, Files], sha256: Hashes) -> list[Difference]:
     """Compare copied files with those of their sources."""
     return [
         _other_copy(copied)
-        for copied in made.copies
+        for copied in plan.copies
         if sha256(copied.file) != hash_of(sources[copied.model], copied.file)
     ]
 
 
-def _headers(files: Files, made: Plan) -> tuple[dict[str, TensorInfo], list[Difference], set[str]]:
+def _headers(files: Files, plan: Plan) -> tuple[dict[str, TensorInfo], list[Difference], set[str]]:
     """Tensors of the planned shards by name; errors of shards; unreadable shards."""
     sizes, out, found, unread = files.sizes(), dict[str, TensorInfo](), list[Difference](), set[str]()
-    for shard in made.shards:
+    for shard in plan.shards:
         if shard.file not in sizes:
             found.append(_missing(shard.file))
             unread.add(shard.file)

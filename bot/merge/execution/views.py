@@ -5,16 +5,13 @@ Every pass over a tensor reads the same chunks again. From the second pass on th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from bot.merge.checkpoints.checkpoint import LocalFiles
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.execution.stored import StoredBytes
-from bot.merge.streaming.inputs import Scratch, View
+from bot.merge.streaming.inputs import Scratch
 
 
 class StoredView:
@@ -40,8 +37,3 @@ class StoredView:
         """Read elements from `start` on into `out`, a contiguous CPU tensor of the stored dtype, and return it."""
         self._bytes.fill(start * out.element_size(), out.view(torch.uint8).numpy().data)
         return out
-
-
-def common_unit(views: Sequence[View]) -> int:
-    """Return the least common multiple of the units of all views."""
-    return math.lcm(*(view.unit for view in views))

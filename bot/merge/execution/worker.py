@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,9 +18,9 @@ from bot.merge.execution.copying import Copier, copies, count_nonfinite, require
 from bot.merge.execution.device import TILE, DeviceReader
 from bot.merge.execution.gather import GatheredView
 from bot.merge.execution.lora_rows import patched, stored_tensor
-from bot.merge.execution.options import DEFAULTS, MergeOptions
-from bot.merge.execution.views import StoredView, common_unit
-from bot.merge.execution.writer import Found, TensorWriter
+from bot.merge.execution.options import MergeOptions
+from bot.merge.execution.views import StoredView
+from bot.merge.execution.writer import StepCounts, TensorWriter
 from bot.merge.methods import METHODS
 from bot.merge.planning.memory import row_length
 from bot.merge.planning.plan import Step
@@ -42,29 +42,35 @@ class Stoppable:
             yield chunk
 
 
-@dataclass(slots=True)
-class Worker:
+class Worker(Copier):
     """State of one thread: a device and buffers that are reused for every tensor."""
 
-    sources: Mapping[ModelRef, LocalFiles]
-    writer: TensorWriter
-    options: MergeOptions = DEFAULTS
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    stopped: threading.Event = field(default_factory=threading.Event)
-    scratch: Scratch = field(default_factory=Scratch)
-    copier: Copier = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.copier = Copier(self.sources, self.writer, self.options, self.stopped)
+    def __init__(
+        self,
+        sources: Mapping[ModelRef, LocalFiles],
+        writer: TensorWriter,
+        options: MergeOptions,
+        stopped: threading.Event,
+        device: torch.device,
+    ) -> None:
+        super().__init__(sources, writer, options, stopped)
+        self.device, self.scratch = device, Scratch()
+        torch.set_num_threads(1)  # for this thread: splitting a tensor would show in the last bits
 
     def carry_out(self, step: Step) -> None:
         """Compute one tensor and write it to the writer. Raises `bot.errors.Failed`."""
         if copies(step.work):
-            self.copier.carry_out(step)
+            super().carry_out(step)
         else:
-            self.writer.finished(step, self._merged(step))
+            self.writer.finished(step, self._merge(step))
 
-    def view(self, operand: Operand, wide: torch.dtype, name: str) -> View:
+    def _views(self, work: Work, wide: torch.dtype) -> list[View]:
+        views = [self._view(operand, wide, f"operand {i}") for i, operand in enumerate(work.reads)]
+        if work.aligned is None:
+            return views
+        return [GatheredView(one, i, views, wide) for i, one in enumerate(work.aligned.maps[: len(work.operands)])]
+
+    def _view(self, operand: Operand, wide: torch.dtype, name: str) -> View:
         """View of one operand before its rows are re-indexed."""
         stored = StoredView(self.sources[operand.model], operand.tensor, wide, self.scratch, name)
         patch = operand.patch
@@ -72,30 +78,24 @@ class Worker:
             return stored
         return patched(stored, patch, lambda tensor: stored_tensor(self.sources[patch.adapter], tensor, wide))
 
-    def _views(self, work: Work, wide: torch.dtype) -> list[View]:
-        views = [self.view(operand, wide, f"operand {i}") for i, operand in enumerate(work.reads)]
-        if work.aligned is None:
-            return views
-        return [GatheredView(one, i, views, wide) for i, one in enumerate(work.aligned.maps[: len(work.operands)])]
-
-    def _merged(self, step: Step) -> Found:
+    def _merge(self, step: Step) -> StepCounts:
         work = step.work
         if work.action == "copy":
-            work = dataclasses.replace(work, method="passthrough", per_input={"scale": (None,)}, shared={}, base=None)
+            work = replace(work, method="passthrough", per_input={"scale": (None,)}, shared={}, base=None)
         wide = torch.float64 if any(o.tensor.dtype.name == "float64" for o in work.reads) else torch.float32
         views = self._views(work, wide)
-        unit = common_unit(views) if row_length(work) == 1 else max(common_unit(views), row_length(work))
+        unit = max(math.lcm(*(view.unit for view in views)), row_length(work))
         on_cpu = self.device.type == "cpu"
-        reader = Stoppable(CpuReader(views) if on_cpu else DeviceReader(views, wide, self.device), self.stopped)
-        chunk = self.options.chunk if on_cpu else TILE
-        on_nonfinite = partial(require_finite, step, on_nonfinite=self.options.on_nonfinite)
+        reader = Stoppable(CpuReader(views) if on_cpu else DeviceReader(views, wide, self.device), self._stopped)
+        chunk = self._options.chunk if on_cpu else TILE
+        on_nonfinite = partial(require_finite, step, on_nonfinite=self._options.on_nonfinite)
         inputs = Inputs(work, reader, wide, unit, chunk=chunk, scratch=self.scratch, on_nonfinite=on_nonfinite)
         if not work.elements:
-            return Found()
+            return StepCounts()
         kernel = METHODS[work.method].kernel(inputs)
         for part in inputs.chunks():
             self._write(step, inputs, part, kernel(part))
-        return Found(inputs.nonfinite, inputs.corner_cases)
+        return StepCounts(inputs.nonfinite, inputs.corner_cases)
 
     def _write(self, step: Step, inputs: Inputs, chunk: Chunk, result: Tensor) -> None:
         """Round one chunk of the result and write it."""
@@ -125,15 +125,3 @@ def rounded_to_odd(wide: Tensor) -> Tensor:
     bits = out.view(torch.int32)
     bits -= (out.abs() > wide.abs()).int()
     return torch.where(out == wide, out, (bits | 1).view(torch.float32), out=out)
-
-
-def single_threaded_worker(
-    sources: Mapping[ModelRef, LocalFiles],
-    writer: TensorWriter,
-    options: MergeOptions,
-    device: torch.device,
-    stopped: threading.Event,
-) -> Worker:
-    """Worker for the calling thread. torch computes single-threaded: splitting a tensor would show in the last bits."""
-    torch.set_num_threads(1)
-    return Worker(sources, writer, options, device, stopped)

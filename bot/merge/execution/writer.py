@@ -26,6 +26,7 @@ from typing import Protocol
 from bot.errors import Failed, Refused, Transient
 from bot.merge.execution.hashing import Hashing
 from bot.merge.execution.partial import held_bytes, hold, reclaim
+from bot.merge.execution.provenance import FileFact
 from bot.merge.execution.unchanged import Fact, require_same
 from bot.merge.planning.plan import Plan, Step
 from bot.storage import journal_entry, journal_line, size_text, sync_folder, try_lock
@@ -38,7 +39,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One complete tensor: its step, the CRC-32 of its bytes, and its findings."""
+    """Journal entry of one complete tensor: its step, the CRC-32 of its bytes, and its counts."""
 
     step: int
     crc: int
@@ -58,19 +59,8 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class FileFact:
-    """Size and SHA-256 (64 hex digits) of one finished file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Findings of merging one tensor.
-
-    nonfinite: NaN or infinite elements per source. corners: uses of rules for special cases, by notice code.
-    """
+class StepCounts:
+    """Counts of one merged tensor: NaN or infinite elements per source, special cases per notice code."""
 
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     corners: Mapping[str, int] = field(default_factory=dict)
@@ -91,7 +81,7 @@ class TensorWriter(Protocol):
         """
         ...
 
-    def finished(self, step: Step, found: Found) -> None:
+    def finished(self, step: Step, counts: StepCounts) -> None:
         """Mark `step` as complete."""
         ...
 
@@ -183,9 +173,9 @@ class Writer:
         except OSError as error:
             raise self._explained(error) from error
 
-    def finished(self, step: Step, found: Found) -> None:
+    def finished(self, step: Step, counts: StepCounts) -> None:
         """Record that a tensor is complete; it enters the journal once it is durable, without blocking the caller."""
-        record = Record(step.index, self._crcs.pop(step.index, 0), found.nonfinite, found.corners)
+        record = Record(step.index, self._crcs.pop(step.index, 0), counts.nonfinite, counts.corners)
         with self._wake:
             self._pending.append(record)
             self._pending_bytes += step.nbytes

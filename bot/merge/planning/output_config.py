@@ -62,7 +62,7 @@ def _main_dtype(works: Sequence[Work]) -> str:
     sizes: dict[str, int] = {}
     for work in works:
         if work.dtype.floating:
-            sizes[work.dtype.name] = sizes.get(work.dtype.name, 0) + work.elements * work.dtype.itemsize
+            sizes[work.dtype.name] = sizes.get(work.dtype.name, 0) + work.nbytes
     return max(sizes, key=lambda name: sizes[name])
 
 

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from bot.merge.checkpoints.checkpoint import INDEX
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.planning.work import Work
+from bot.merge.recipe.reading import write_yaml
 from bot.merge.recipe.spec import ModelRef, Notice, Recipe
 from bot.merge.tokenizer.tokenizer import Alignment
 
 NUMERICS_VERSION = 5  # raised whenever the same plan would give other bytes
-BASE_MEMORY_BYTES = 300 * 2**20  # an interpreter with torch imported and warm: measured, without any tensor
-WORKERS = 2  # tensors worked on at a time
+BASE_MEMORY_BYTES = 300 * 2**20  # measured: an interpreter with torch imported, without tensors
+WORKERS = 2  # tensors processed at a time
 SHARD_LIMIT_BYTES = 5_000_000_000
 METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor of the output: its work, and its `nbytes` bytes at `offset` of `shard`."""
+    """One tensor of the output: its work, and the place of its bytes at `offset` of `shard`."""
 
     index: int
     work: Work
     shard: int
     offset: int
-    nbytes: int
 
     @property
     def name(self) -> str:
         return self.work.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.work.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +93,19 @@ class Plan:
     peak_memory_bytes: int
     disk_bytes: int
     parameters: int
-    digest: str = field(default="")
+    digest: str = ""
     stages: tuple[tuple[ModelRef, Plan], ...] = ()  # intermediates, each after those it uses
 
     @property
     def parts(self) -> tuple[Plan, ...]:
         """The plans of the stages in their order, then this one."""
-        return (*(made for _, made in self.stages), self)
+        return (*(stage for _, stage in self.stages), self)
+
+    @property
+    def written_texts(self) -> dict[str, str]:
+        """Texts of all files beside the weights that are not copied; provenance and manifest come later."""
+        texts = {**self.texts, "config.json": self.config, "mergekit_config.yml": write_yaml(self.recipe.document())}
+        return texts if self.index is None else {**texts, INDEX: self.index}
 
     @property
     def index(self) -> str | None:

@@ -252,12 +252,11 @@ def pack(works: Iterable[Work], shard_limit_bytes: int) -> tuple[tuple[Step, ...
     groups: list[list[Work]] = [[]]
     filled = 0
     for work in works:
-        size = work.elements * work.dtype.itemsize
-        if groups[-1] and filled + size > shard_limit_bytes:
+        if groups[-1] and filled + work.nbytes > shard_limit_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(work)
-        filled += size
+        filled += work.nbytes
     steps: list[Step] = []
     shards: list[Shard] = []
     for number, group in enumerate(groups):
@@ -266,7 +265,7 @@ def pack(works: Iterable[Work], shard_limit_bytes: int) -> tuple[tuple[Step, ...
         starts: dict[str, int] = {}
         at = 0
         for work in sorted(group, key=lambda w: -w.dtype.itemsize):
-            end = at + work.elements * work.dtype.itemsize
+            end = at + work.nbytes
             entries[work.name] = {"dtype": work.dtype.code, "shape": list(work.shape), "data_offsets": [at, end]}
             starts[work.name], at = at, end
         text = json.dumps(entries, separators=(",", ":")).encode()
@@ -274,8 +273,7 @@ def pack(works: Iterable[Work], shard_limit_bytes: int) -> tuple[tuple[Step, ...
         header = len(text).to_bytes(8, "little") + text
         shards.append(Shard(file, header, len(header) + at))
         for work in group:
-            nbytes = work.elements * work.dtype.itemsize
-            steps.append(Step(len(steps), work, number, len(header) + starts[work.name], nbytes))
+            steps.append(Step(len(steps), work, number, len(header) + starts[work.name]))
     return tuple(steps), tuple(shards)
 
 

@@ -24,11 +24,11 @@ class PlanningBudget:
         return self._limits.strict
 
     def sources(self, counts: Iterable[int]) -> None:
-        """A document is to be planned from sources with `counts` tensors."""
+        """Count the tensors of a document's sources."""
         self._count(sum(counts))
 
     def output(self, layers: int, counts: Iterable[tuple[int, int]]) -> None:
-        """Its output is to have `layers` layers, and by part (a layer, say) so many tensors, each of so many inputs."""
+        """Count the output of a document: its layers, and (tensors, inputs of each) per part, such as a layer."""
         if layers > self._limits.layers:
             self._refuse(f"an output of {layers:,} layers; the limit is {self._limits.layers:,}")
         tensors = 0
@@ -40,8 +40,8 @@ class PlanningBudget:
 
     def _count(self, count: int) -> None:
         self._visits += count
-        if self._visits > self._limits.looks:
-            self._refuse(f"more than {self._limits.looks:,} tensors to be looked at")
+        if self._visits > self._limits.source_tensors:
+            self._refuse(f"more than {self._limits.source_tensors:,} tensors of sources")
 
     def _refuse(self, what: str) -> None:
-        raise Refused("TOO_LARGE", f"the recipe asks for {what}.", "Use fewer slices, sources or documents.")
+        raise Refused("TOO_LARGE", f"the recipe requires {what}.", "Use fewer slices, sources or documents.")

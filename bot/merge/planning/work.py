@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from bot.merge.checkpoints.ties import is_head
 from bot.merge.methods import METHODS, Absent, Base, Kind, Method, Missing, Parameter
 from bot.merge.planning import classic_tensors
 from bot.merge.planning.layout import Input, Slot
-from bot.merge.planning.mask_keys import mask_key
 from bot.merge.recipe.dtypes import BY_NAME, Dtype, promote
 from bot.merge.recipe.notices import Notes
 from bot.merge.recipe.parameters import resolve, written
@@ -91,6 +91,11 @@ class Work:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to write."""
+        return self.elements * self.dtype.itemsize
 
 
 def work_of(
@@ -286,3 +291,12 @@ def _note_gradient(slot: Slot, method: Method, notes: Notes) -> None:
         found = (written(parameter.name, (level, *slot.shared_levels), tensor) for level, tensor in asked)
         if parameter.used and any(isinstance(value, Gradient) for value in found):
             notes.add("GRADIENT_AT_ZERO", f"{slot.name} takes the first entry of the gradient of `{parameter.name}`")
+
+
+def mask_key(seed: int, model: str, tensor: str) -> int:
+    """64-bit key of the random mask for the delta of `model` (pinned reference) in the output tensor `tensor`.
+
+    docs/design/merging.md 1.7.
+    """
+    text = "\0".join(("mask/1", str(seed), model, tensor)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

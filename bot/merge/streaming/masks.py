@@ -1,6 +1,6 @@
 """Masks of the task-vector methods: keep the largest elements, a band of magnitudes, or a random subset.
 
-Random masks come from SplitMix64 keyed by seed, source and tensor (`planning/mask_keys.py`): element i of a tensor has
+Random masks come from SplitMix64 keyed by seed, source and tensor (`planning/work.py`): element i of a tensor has
 the same draw for any order of models, chunk size, device and number of threads.
 """
 
