@@ -113,7 +113,7 @@ def generate(
     chosen = choose_device(configured.device).type
     with threads.steadiest_threads(chosen):
         generator = generation.load(folder, heads, device=chosen, dtype=kind)
-        medusa_output.stream(generator.say(prompt, new_tokens, how, [text for text in stop or () if text]))
+        medusa_output.stream(generator.generate(prompt, new_tokens, how, [text for text in stop or () if text]))
     medusa_output.summary(generator.trace, generator.tree.nodes, generator.notes)
 
 

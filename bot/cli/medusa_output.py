@@ -15,7 +15,7 @@ from evaluators.pictures.speed_figure import speed_figure, way_of
 
 if TYPE_CHECKING:
     from evaluators.medusa.decoding.decode import Trace
-    from evaluators.medusa.generation import Piece
+    from evaluators.medusa.generation import Chunk
 
 
 def speed(report: Mapping[str, Any], file: Path) -> None:
@@ -58,11 +58,11 @@ def _show_rows(report: Mapping[str, Any]) -> None:
         console.print(_categories(by_category))
 
 
-def stream(pieces: Iterable[Piece]) -> None:
+def stream(chunks: Iterable[Chunk]) -> None:
     """Stream text, accepted draft tokens in green. Control sequences that a model emits are removed."""
-    for piece in pieces:
-        harmless = "".join(letter for letter in piece.text if letter.isprintable() or letter in "\n\t")
-        console.print(Text(harmless, "green" if piece.guessed else ""), end="", soft_wrap=True)
+    for chunk in chunks:
+        harmless = "".join(letter for letter in chunk.text if letter.isprintable() or letter in "\n\t")
+        console.print(Text(harmless, "green" if chunk.guessed else ""), end="", soft_wrap=True)
     console.print()
 
 

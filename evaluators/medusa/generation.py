@@ -15,7 +15,7 @@ from evaluators.medusa import formats
 from evaluators.medusa.decoding import batch
 from evaluators.medusa.decoding.acceptance import GREEDY, Rule
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, plain, stream
+from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, baseline, stream
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.decoding.static_runner import fastest
 from evaluators.medusa.drafting.drafters import HeadDrafter
@@ -28,15 +28,15 @@ from evaluators.medusa.training import prompt_sets, training_file
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 
 CONTEXT = 128
-NO_HEADS = "there are no heads, so one token comes at a time; `mergebot medusa train MODEL HEADS` makes some"
+NO_HEADS = "there are no heads, so one token is decoded per step; `mergebot medusa train MODEL HEADS` trains some"
 UNKNOWN = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Text of one token, "" while its character is unfinished; `guessed` is True for a token that the heads proposed.
 
-    A character that is unfinished at the end of the answer is a separate piece.
+    A character that is unfinished at the end of the answer is a separate chunk.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Speaker:
+class Generator:
     """A loaded model with its heads. `notes` are warnings; `trees` is False if the model does not support trees."""
 
     base: Base
@@ -55,35 +55,41 @@ class Speaker:
     trees: bool = True
     trace: Trace = field(default_factory=Trace)
 
-    def say(self, prompt: str, max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()) -> Iterator[Piece]:
-        """The answer to `prompt`, token by token, up to the first of the strings `stop`; `trace` then tells what it
-        took. Raises EvaluationError PROMPT_TOO_LONG for a prompt that exceeds the model's context."""
+    def generate(
+        self, prompt: str, max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()
+    ) -> Iterator[Chunk]:
+        """Stream the answer to `prompt` up to the first of the strings `stop`, and record it in `trace`.
+
+        Raises EvaluationError PROMPT_TOO_LONG for a prompt that exceeds the model's context.
+        """
         ids, limits = self._encoded(prompt), self._limits(max_new_tokens, stop)
         self.trace = Trace()
-        said: list[int] = []
+        tokens: list[int] = []
         shown, text, guessed = "", "", False
         for block in stream(self.runner, self.drafter, self.tree, ids, limits, rule, trace=self.trace):
             for number, token in enumerate(block):
-                said.append(token)
-                text = self.base.tokenizer.decode(said, skip_special_tokens=True)
+                tokens.append(token)
+                text = self.base.tokenizer.decode(tokens, skip_special_tokens=True)
                 fresh = text[len(shown) :] if not text.endswith(UNKNOWN) else ""
                 shown += fresh
                 guessed = bool(self.trace.paths) and number < len(self.trace.paths[-1]) - 1
-                yield Piece(fresh, guessed)
+                yield Chunk(fresh, guessed)
         if len(text) > len(shown):  # the answer ends inside a character
-            yield Piece(text[len(shown) :], guessed)
+            yield Chunk(text[len(shown) :], guessed)
 
-    def answers(
+    def generate_batch(
         self, prompts: Sequence[str], max_new_tokens: int, rule: Rule = GREEDY, stop: Sequence[str] = ()
     ) -> list[str]:
-        """The whole answers to several prompts, decoded together where the model can take trees: each is the text
-        that its prompt gets alone, in float32 to the token."""
+        """Answers to several prompts, decoded as one batch if the model supports trees.
+
+        In float32 each answer is the one that its prompt gets alone, token for token.
+        """
         limits = self._limits(max_new_tokens, stop)
-        asked = [batch.Request(self._encoded(each), limits, self.drafter, rule) for each in prompts]
+        requests = [batch.Request(self._encoded(each), limits, self.drafter, rule) for each in prompts]
         if self.trees:
-            traces = batch.decode(self.base, asked, self.tree)
+            traces = batch.decode(self.base, requests, self.tree)
         else:
-            traces = [plain(self.runner, each.ids, limits, rule) for each in asked]
+            traces = [baseline(self.runner, each.ids, limits, rule) for each in requests]
         return [self.base.tokenizer.decode(trace.tokens, skip_special_tokens=True) for trace in traces]
 
     def _encoded(self, prompt: str) -> list[int]:
@@ -100,8 +106,8 @@ class Speaker:
         return Limits(max_new_tokens, self.base.stop_ids, StopStrings(self.base.tokenizer, stop) if stop else None)
 
 
-def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "auto") -> Speaker:
-    """The checkpoint in `model` with heads of any format, by default those it carries, None without any.
+def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "auto") -> Generator:
+    """Load the checkpoint in `model` with heads of any format, by default those in its folder, if there are any.
 
     Raises EvaluationError for a checkpoint that cannot be loaded and for heads that do not fit it.
     """
@@ -114,19 +120,19 @@ def load(model: Path, heads: Path | None, *, device: str = "cpu", dtype: str = "
     runner = fastest(base)
     if found is None or reason is not None:
         notes.append(reason.removesuffix(".") if reason else NO_HEADS)
-        return Speaker(base, runner, None, ROOT_ONLY, notes, reason is None)
-    made, warnings = formats.load(found, base)
-    shares = _accuracy(found, made.spec.heads)
+        return Generator(base, runner, None, ROOT_ONLY, notes, reason is None)
+    loaded, warnings = formats.load(found, base)
+    shares = _accuracy(found, loaded.spec.heads)
     if shares is None:
-        notes.append("the heads come without their accuracy, so a tree of ordinary heads is tried")
-        shares = USUAL[: made.spec.heads]
-    tree = calibrate.tree_by_accuracy(shares, calibrate.cost_curve(runner, made, CONTEXT))
+        notes.append("the accuracy of the heads is unknown, so a tree for typical heads is used")
+        shares = USUAL[: loaded.spec.heads]
+    tree = calibrate.tree_by_accuracy(shares, calibrate.cost_curve(runner, loaded, CONTEXT))
     if tree.nodes == 1:
-        notes.append("no tree pays on this machine, so one token comes at a time")
-    return Speaker(base, runner, HeadDrafter(made), tree, [*notes, *warnings])
+        notes.append("no tree is faster on this machine, so one token is decoded per step")
+    return Generator(base, runner, HeadDrafter(loaded), tree, [*notes, *warnings])
 
 
-# Shares of right guesses by rank, heads 1 to 5, of the Medusa heads published for a 7B model (FasterDecoding/Medusa).
+# Accuracy by rank, heads 1 to 5, of the Medusa heads published for a 7B model (FasterDecoding/Medusa).
 USUAL: tuple[tuple[float, ...], ...] = (
     (0.560, 0.112, 0.055, 0.033, 0.020),
     (0.316, 0.108, 0.061, 0.043, 0.034),
@@ -137,6 +143,6 @@ USUAL: tuple[tuple[float, ...], ...] = (
 
 
 def _accuracy(folder: Path, heads: int) -> Sequence[Sequence[float]] | None:
-    """What `mergebot medusa train` wrote down of heads: shares of right guesses by head and rank."""
+    """Accuracy by head and rank from the training.json of the heads; None without one."""
     known = training_file.read(folder / CARRIED if (folder / CARRIED).is_dir() else folder) or {}
     return known["accuracy"][:heads] if "accuracy" in known else None

@@ -14,7 +14,7 @@ from benchmarks import decoding
 from benchmarks.report import Results
 from benchmarks.sections import section, with_section
 from benchmarks.simulated import PUBLISHED, SHAPES, SimulatedDrafter, real_heads, shares, simulated
-from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.decode import Limits, baseline
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.trees.tree import expected_tokens, full, greedy_tree
 
@@ -58,7 +58,7 @@ def test_a_folder_without_a_model_is_a_sentence_and_an_exit_code(
 def test_the_text_of_a_made_model_is_known_and_no_rounding_changes_it(dtype: torch.dtype) -> None:
     model = simulated(SHAPES["tiny"], CPU, dtype)
     for prompt in ([3, 99, 7], [500], [1, 2, 3, 4, 5]):
-        assert plain(EagerRunner(model.base), prompt, Limits(60)).tokens == model.text(prompt[-1], 60)
+        assert baseline(EagerRunner(model.base), prompt, Limits(60)).tokens == model.text(prompt[-1], 60)
     assert len(set(model.text(0, SHAPES["tiny"].vocabulary))) == SHAPES["tiny"].vocabulary, "it never repeats itself"
 
 

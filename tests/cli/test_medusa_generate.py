@@ -16,7 +16,7 @@ from bot.errors import EvaluationError
 from bot.stages import head_training
 from evaluators.medusa import formats, generation
 from evaluators.medusa.decoding.acceptance import Exact, Typical
-from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.decode import Limits, baseline
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import causal_lm
@@ -51,39 +51,39 @@ def generate(*arguments: str) -> Any:
 def test_the_answer_is_the_models_own_and_what_it_took_is_said(place: Path) -> None:
     base = causal_lm.load(place / "base")
     ids = prompt_sets.encode(base, "one two")
-    answer = plain(EagerRunner(base), ids, Limits(20, base.stop_ids)).tokens
+    answer = baseline(EagerRunner(base), ids, Limits(20, base.stop_ids)).tokens
     want = base.tokenizer.decode(answer, skip_special_tokens=True)
     done = generate("base", "one two", "--heads", "heads", "--new-tokens", "20", "--dtype", "float32")
     assert done.exit_code == 0
     said, _, told = done.stdout.rpartition("\n20 tokens in ")
     assert _printable(said) == _printable(want) and told and said == _shown(said), "no letter steers the terminal"
-    assert " tokens in " in done.output and "come without their accuracy" in done.output
+    assert " tokens in " in done.output and "the accuracy of the heads is unknown" in done.output
 
 
 def test_a_model_without_heads_speaks_one_token_at_a_time(place: Path) -> None:
     done = generate("base", "one", "--new-tokens", "5")
-    assert "there are no heads, so one token comes at a time" in done.output and "medusa train" in done.output
+    assert "there are no heads, so one token is decoded per step" in done.output and "medusa train" in done.output
 
 
 @pytest.mark.parametrize("rule", [Exact(3, 0.9), Typical(0.7)], ids=["exact", "typical"])
 def test_pieces_are_the_text_of_the_tokens_whatever_the_rule(place: Path, rule: Any) -> None:
-    speaker = generation.load(place / "base", place / "heads", dtype="float32")
-    pieces = list(speaker.say("one two", 25, rule))
-    assert len(speaker.trace.tokens) <= len(pieces) <= 26
-    assert "".join(piece.text for piece in pieces) == speaker.base.tokenizer.decode(
-        speaker.trace.tokens, skip_special_tokens=True
+    generator = generation.load(place / "base", place / "heads", dtype="float32")
+    chunks = list(generator.generate("one two", 25, rule))
+    assert len(generator.trace.tokens) <= len(chunks) <= 26
+    assert "".join(chunk.text for chunk in chunks) == generator.base.tokenizer.decode(
+        generator.trace.tokens, skip_special_tokens=True
     )
-    assert sum(not piece.guessed for piece in pieces) >= speaker.trace.steps
+    assert sum(not chunk.guessed for chunk in chunks) >= generator.trace.steps
 
 
 def test_a_long_prompt_is_read_whole(place: Path) -> None:
-    speaker = generation.load(place / "base", place / "heads", dtype="float32")
-    model, tokenizer = speaker.base.model, speaker.base.tokenizer
+    generator = generation.load(place / "base", place / "heads", dtype="float32")
+    model, tokenizer = generator.base.model, generator.base.tokenizer
     prompt = "The first word decides what comes after all the others. " * 4  # 224 of 256 positions
     ids = torch.tensor([tokenizer(prompt).input_ids])
     with torch.no_grad():
         want = model.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.shape[1] :]
-    assert ids.shape[1] > 200 and list(speaker.say(prompt, 20)) and speaker.trace.tokens == want.tolist()
+    assert ids.shape[1] > 200 and list(generator.generate(prompt, 20)) and generator.trace.tokens == want.tolist()
 
 
 def test_a_prompt_that_the_context_cannot_hold_is_refused_and_a_full_context_is_named(place: Path) -> None:
@@ -95,11 +95,14 @@ def test_a_prompt_that_the_context_cannot_hold_is_refused_and_a_full_context_is_
 
 
 def test_an_answer_that_ends_inside_a_character_shows_it_as_decoding_does(place: Path) -> None:
-    speaker = generation.load(place / "base", place / "heads", dtype="float32")
-    said = [("".join(piece.text for piece in speaker.say("one two", count)), speaker.trace) for count in range(1, 26)]
+    generator = generation.load(place / "base", place / "heads", dtype="float32")
+    said = [
+        ("".join(chunk.text for chunk in generator.generate("one two", count)), generator.trace)
+        for count in range(1, 26)
+    ]
     assert any(text.endswith(generation.UNKNOWN) for text, _ in said)
     for text, trace in said:
-        assert text == speaker.base.tokenizer.decode(trace.tokens, skip_special_tokens=True)
+        assert text == generator.base.tokenizer.decode(trace.tokens, skip_special_tokens=True)
 
 
 def test_settings_of_the_model_that_are_not_applied_are_named(place: Path) -> None:
@@ -112,33 +115,36 @@ def test_settings_of_the_model_that_are_not_applied_are_named(place: Path) -> No
 def test_heads_that_carry_their_accuracy_get_their_own_tree(place: Path) -> None:
     hopeless = [[0.0] * 10] * 3
     formats.write_json(place / "heads" / "training.json", {"accuracy": hopeless})
-    speaker = generation.load(place / "base", place / "heads")
-    assert speaker.tree.nodes == 1 and "no tree pays on this machine, so one token comes at a time" in speaker.notes
+    generator = generation.load(place / "base", place / "heads")
+    assert (
+        generator.tree.nodes == 1
+        and "no tree is faster on this machine, so one token is decoded per step" in generator.notes
+    )
     perfect = [[1.0] + [0.0] * 9] * 3
     formats.write_json(place / "heads" / "training.json", {"accuracy": perfect})
     assert generation.load(place / "base", place / "heads").tree.paths[:2] == ((0,), (0, 0))
 
 
 def test_a_stop_string_ends_the_answer(place: Path) -> None:
-    speaker = generation.load(place / "base", place / "heads", dtype="float32")
-    whole = "".join(piece.text for piece in speaker.say("one two", 25))
+    generator = generation.load(place / "base", place / "heads", dtype="float32")
+    whole = "".join(chunk.text for chunk in generator.generate("one two", 25))
     wanted = whole[3:5]
-    cut = "".join(piece.text for piece in speaker.say("one two", 25, stop=[wanted]))
-    assert whole.startswith(cut) and wanted in cut and len(cut) < len(whole) and speaker.trace.finish == "stop"
+    cut = "".join(chunk.text for chunk in generator.generate("one two", 25, stop=[wanted]))
+    assert whole.startswith(cut) and wanted in cut and len(cut) < len(whole) and generator.trace.finish == "stop"
 
 
 def test_several_answers_together_are_those_that_each_prompt_gets_alone(place: Path) -> None:
-    speaker = generation.load(place / "base", place / "heads", dtype="float32")
+    generator = generation.load(place / "base", place / "heads", dtype="float32")
     prompts = ["one two", "a much longer beginning than that", "three"]
-    alone = ["".join(piece.text for piece in speaker.say(each, 12)) for each in prompts]
-    assert speaker.answers(prompts, 12) == alone and len(set(alone)) == 3
+    alone = ["".join(chunk.text for chunk in generator.generate(each, 12)) for each in prompts]
+    assert generator.generate_batch(prompts, 12) == alone and len(set(alone)) == 3
 
 
 def test_of_the_likeliest_token_alone_every_draw_is_the_greedy_one(place: Path) -> None:
-    speaker = generation.load(place / "base", place / "heads", dtype="float32")
-    greedy = list(speaker.say("one two", 12))
+    generator = generation.load(place / "base", place / "heads", dtype="float32")
+    greedy = list(generator.generate("one two", 12))
     for cut in (head_training.rule("exact", 2.0, 3, top_k=1), head_training.rule("exact", 2.0, 3, top_p=1e-6)):
-        assert list(speaker.say("one two", 12, cut)) == greedy
+        assert list(generator.generate("one two", 12, cut)) == greedy
     done = generate("base", "one", "--sample", "exact", "--top-k", "5", "--top-p", "0.9", "--new-tokens", "4")
     assert done.exit_code == 0 and "4 tokens in" in done.output
 

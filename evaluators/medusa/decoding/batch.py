@@ -21,10 +21,10 @@ from evaluators.medusa.decoding.decode import (
     Finish,
     Limits,
     Trace,
+    baseline,
     draft,
     medusa,
     past_context,
-    plain,
     require_finite,
 )
 from evaluators.medusa.decoding.runners import EagerRunner, bias_of, masks_of
@@ -45,7 +45,7 @@ class Request:
 
 @torch.inference_mode()
 def decode(base: Base, requests: Sequence[Request], tree: Tree) -> list[Trace]:
-    """One trace per request, in float32 equal to that of `decode.medusa` or `decode.plain`.
+    """One trace per request, in float32 equal to that of `decode.medusa` or `decode.baseline`.
 
     The base must support trees (`reason_against_trees`). The clocks of the traces stay at zero. Raises ValueError for
     an empty prompt or nothing to generate, EvaluationError for logits that are not finite.
@@ -72,7 +72,7 @@ def decode(base: Base, requests: Sequence[Request], tree: Tree) -> list[Trace]:
 def _alone(base: Base, request: Request, tree: Tree) -> Trace:
     runner = EagerRunner(base)
     if request.drafter is None:
-        return plain(runner, request.ids, request.limits, request.rule)
+        return baseline(runner, request.ids, request.limits, request.rule)
     return medusa(runner, request.drafter, tree, request.ids, request.limits, request.rule)
 
 

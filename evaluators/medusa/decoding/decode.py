@@ -127,7 +127,7 @@ class Trace:
         return (len(self.tokens) - 1) / self.steps if self.steps else None
 
 
-def plain(
+def baseline(
     runner: Runner, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY, *, keep_hidden: bool = False
 ) -> Trace:
     """Baseline decoding: one token per step. `keep_hidden` keeps the state [H] that predicted each emitted token."""
@@ -139,7 +139,7 @@ def plain(
 def medusa(
     runner: Runner, drafter: Drafter, tree: Tree, ids: Sequence[int], limits: Limits, rule: Rule = GREEDY
 ) -> Trace:
-    """Medusa decoding. Greedy acceptance in float32 gives exactly the tokens of `plain`."""
+    """Medusa decoding. Greedy acceptance in float32 gives exactly the tokens of `baseline`."""
     trace = Trace()
     deque(stream(runner, drafter, tree, ids, limits, rule, trace=trace), maxlen=0)
     return trace

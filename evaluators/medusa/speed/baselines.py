@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from evaluators.comparison.report import joined
 from evaluators.generation_settings import steering
-from evaluators.medusa.decoding.decode import Clock, Limits, clocked, plain
+from evaluators.medusa.decoding.decode import Clock, Limits, baseline, clocked
 from evaluators.medusa.decoding.runners import EagerRunner, Runner
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.bench import Question, end_to_end_s, seconds
@@ -48,10 +48,10 @@ def against_native(
             break
         began = time.monotonic()
         if number % 2:
-            trace = plain(runner, question.ids, limits)
+            trace = baseline(runner, question.ids, limits)
         tokens, clock = native(base, question, limits)
         if not number % 2:
-            trace = plain(runner, question.ids, limits)
+            trace = baseline(runner, question.ids, limits)
         ours = Clock(end_to_end_s(trace, "wall"), end_to_end_s(trace, "cpu"))
         found.append(Versus(question, tokens, clock, trace.tokens, ours))
         longest_s = max(longest_s, time.monotonic() - began)

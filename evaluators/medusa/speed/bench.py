@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluators.medusa.decoding.decode import Clock, Limits, Trace, medusa, plain
+from evaluators.medusa.decoding.decode import Clock, Limits, Trace, baseline, medusa
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.drafting.drafters import Drafter
 from evaluators.medusa.model.causal_lm import Base
@@ -130,7 +130,7 @@ def warm_up(runner: Runner, candidates: Sequence[Candidate], question: Question,
     """Decode a few tokens with the baseline and each candidate, so that first-time work is not timed."""
     few = Limits(min(WARM_UP_TOKENS, limits.max_new_tokens), limits.stop_ids)
     return [
-        plain(runner, question.ids, few),
+        baseline(runner, question.ids, few),
         *(medusa(runner, each.drafter, each.tree, question.ids, few) for each in candidates),
     ]
 
@@ -144,7 +144,7 @@ def _round(
     ids = question.ids
 
     def plainly(keep_hidden: bool = False) -> Trace:
-        return plain(runner, ids, limits, keep_hidden=keep_hidden)
+        return baseline(runner, ids, limits, keep_hidden=keep_hidden)
 
     def all_candidates(order: Sequence[Candidate]) -> dict[str, Trace]:
         return {c.id: medusa(runner, c.drafter, c.tree, ids, limits) for c in order}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
-from evaluators.medusa.decoding.decode import Limits, Trace, plain, stream
+from evaluators.medusa.decoding.decode import Limits, Trace, baseline, stream
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Tree, chain, full
@@ -21,7 +21,7 @@ PROMPT = [7, 42, 99, 3, 250, 7, 42]
 
 def test_each_seed_draws_its_own_text() -> None:
     base = tiny.base("llama")
-    drawn = {tuple(plain(EagerRunner(base), PROMPT, Limits(8), Exact(seed, temperature=1.5)).tokens)
+    drawn = {tuple(baseline(EagerRunner(base), PROMPT, Limits(8), Exact(seed, temperature=1.5)).tokens)
              for seed in (0, 1, 2, -1, 1 << 32, 1 << 40)}  # fmt: skip
     assert len(drawn) == 6, "two seeds gave one text"
 

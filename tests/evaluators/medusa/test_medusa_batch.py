@@ -15,7 +15,7 @@ from bot.errors import EvaluationError
 from evaluators.medusa.decoding import batch
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.decoding.batch import Request
-from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, baseline, medusa
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import HeadSpec
@@ -35,14 +35,14 @@ class Numbers:
 
 def alone(base: Base, request: Request, tree: Tree) -> Trace:
     if request.drafter is None:
-        return plain(EagerRunner(base), request.ids, request.limits, request.rule)
+        return baseline(EagerRunner(base), request.ids, request.limits, request.rule)
     return medusa(EagerRunner(base), request.drafter, tree, request.ids, request.limits, request.rule)
 
 
 def drafter_of(base: Base, name: str, request: Request) -> Any:
     """A new drafter: some count their calls."""
     if name == "oracle":
-        text = plain(EagerRunner(base), request.ids, Limits(request.limits.max_new_tokens), request.rule).tokens
+        text = baseline(EagerRunner(base), request.ids, Limits(request.limits.max_new_tokens), request.rule).tokens
         return tiny.Oracle([*request.ids, *text])
     made: dict[str, Callable[[], Any]] = {
         "heads": lambda: HeadDrafter(tiny.random_heads(base, HeadSpec("shared", 4, conditioned=True))),
@@ -70,7 +70,7 @@ def test_every_row_of_a_ragged_batch_gets_the_tokens_and_paths_it_gets_alone(
     base, tree = tiny.base(kind), TREES[shape]
     requests: list[Request] = []
     for ids, tokens, _, rule, stops in rows:
-        said = plain(EagerRunner(base), ids, Limits(tokens), rule).tokens
+        said = baseline(EagerRunner(base), ids, Limits(tokens), rule).tokens
         limits = Limits(tokens, frozenset({said[len(said) // 2]}) if stops else frozenset())
         requests.append(Request(ids, limits, None, rule))
     named = [name for _, _, name, _, _ in rows]
@@ -92,7 +92,7 @@ def test_every_row_of_a_ragged_batch_gets_the_tokens_and_paths_it_gets_alone(
 def test_rows_that_end_early_leave_and_the_others_go_on_to_the_edge_of_the_context() -> None:
     base, tree = tiny.base("gpt2"), full((2, 2, 2))
     prompts = [[(index * 37 + row) % 290 for index in range(size)] for row, size in enumerate((3, 62, 40, 63, 64))]
-    texts = [plain(EagerRunner(base), prompt, Limits(70)).tokens for prompt in prompts]
+    texts = [baseline(EagerRunner(base), prompt, Limits(70)).tokens for prompt in prompts]
     requests = [
         Request(prompt, Limits(70 if row else 5), tiny.Oracle([*prompt, *text]))
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
@@ -106,7 +106,7 @@ def test_rows_that_end_early_leave_and_the_others_go_on_to_the_edge_of_the_conte
 def test_stop_strings_and_prompt_lookup_work_row_by_row() -> None:
     base = tiny.base("llama")
     prompts = [[7, 42, 99, 3, 250, 7, 42], [5, 6, 7], [9] * 12, [1]]
-    texts = [plain(EagerRunner(base), prompt, Limits(30)).tokens for prompt in prompts]
+    texts = [baseline(EagerRunner(base), prompt, Limits(30)).tokens for prompt in prompts]
     letters = [[part for part in map(base.tokenizer.decode, [[token] for token in text[3:]]) if part.isascii()]
                for text in texts]  # fmt: skip
     assert sum(map(bool, letters)) > 1
@@ -115,7 +115,7 @@ def test_stop_strings_and_prompt_lookup_work_row_by_row() -> None:
         for prompt, some in zip(prompts, letters, strict=True)
     ]
     for got, request, some in zip(batch.decode(base, requests, chain(3)), requests, letters, strict=True):
-        want = plain(EagerRunner(base), request.ids, request.limits)
+        want = baseline(EagerRunner(base), request.ids, request.limits)
         assert got.tokens == want.tokens
         assert got.finish == want.finish == ("stop" if some else "length")
 
@@ -126,7 +126,7 @@ def test_rows_whose_angles_depend_on_their_length_do_not_turn_each_other(kind: s
     prompts = [list(range(10, 10 + size)) for size in (4, 29, 36)]
     requests = [Request(prompt, Limits(12), tiny.Always(3)) for prompt in prompts]
     for got, request in zip(batch.decode(base, requests, chain(2)), requests, strict=True):
-        assert got.tokens == plain(EagerRunner(base), request.ids, request.limits).tokens
+        assert got.tokens == baseline(EagerRunner(base), request.ids, request.limits).tokens
 
 
 def test_no_request_no_prompt_and_no_finite_logits_each_have_their_answer() -> None:

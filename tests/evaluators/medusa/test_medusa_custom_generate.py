@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 from evaluators.medusa import custom_generate
-from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.decode import Limits, baseline
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
 from evaluators.medusa.formats.carried import carry
@@ -28,7 +28,7 @@ NEW = 28  # fewer tokens than hidden dimensions, so that heads can know them all
 
 def oracle(base: Base, heads: int = 3) -> Heads:
     """Heads that know the greedy text after PROMPT: projections that map each of its states to what follows."""
-    trace = plain(EagerRunner(base), PROMPT, Limits(NEW), keep_hidden=True)
+    trace = baseline(EagerRunner(base), PROMPT, Limits(NEW), keep_hidden=True)
     states, text = torch.stack(trace.hidden), torch.tensor(trace.tokens)
     made = Heads(HeadSpec("own", heads), base)
     for head in range(heads):

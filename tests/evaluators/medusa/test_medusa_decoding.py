@@ -22,7 +22,7 @@ from transformers import (
 from bot.errors import EvaluationError
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, StopStrings, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, StopStrings, baseline, medusa
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads, vocabulary_cut
@@ -67,7 +67,7 @@ def test_greedy_text_equals_plain_decoding_token_for_token(kind: str, shape: str
     base, tree = tiny.base(kind), TREES[shape]
     limits = Limits(MODELS[kind], base.stop_ids)
     assert shape != "sparse" or tree.nodes == 64
-    want = plain(EagerRunner(base), PROMPT, limits)
+    want = baseline(EagerRunner(base), PROMPT, limits)
     assert len(set(want.tokens)) > 8, "a model that repeats itself proves little"
     spec = HeadSpec("shared", 4, 1, conditioned=True, keep=tuple(range(0, tiny.VOCAB, 2)))
     drafters = [
@@ -92,7 +92,7 @@ def test_the_answers_to_test_questions_stay_plain_over_128_tokens() -> None:
     lengths = set()
     for question in prompt_sets.builtin("test")[:4]:
         ids = prompt_sets.encode(base, question.turns[0])
-        want = plain(EagerRunner(base), ids, limits).tokens
+        want = baseline(EagerRunner(base), ids, limits).tokens
         for drafter in (HeadDrafter(heads), tiny.Oracle([*ids, *want])):
             assert medusa(EagerRunner(base), drafter, SPARSE.first(16), ids, limits).tokens == want
         lengths.add((len(ids), len(want)))
@@ -102,7 +102,7 @@ def test_the_answers_to_test_questions_stay_plain_over_128_tokens() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_fast_loop_takes_the_paths_of_the_slow_reference(kind: str) -> None:
     base, limits, tree = tiny.base(kind), Limits(12), SPARSE.first(12)
-    text = plain(EagerRunner(base), PROMPT, limits).tokens
+    text = baseline(EagerRunner(base), PROMPT, limits).tokens
     for drafter in (tiny.Oracle, lambda _: HeadDrafter(tiny.random_heads(base, HeadSpec(heads=4)))):
         for rule in (Greedy(), Typical(temperature=3.0), Exact(seed=5, temperature=2.0)):
             fast = medusa(EagerRunner(base), drafter([*PROMPT, *text]), tree, PROMPT, limits, rule)
@@ -173,7 +173,7 @@ def test_token_zero_after_a_short_leaf_is_not_accepted_by_a_padding_alias() -> N
     with torch.no_grad():
         state, _ = base.run(after[None], last_only=True, use_cache=False)
         model.get_output_embeddings().weight[0] = 5 * state[0, -1] / state.norm() ** 2 * 40
-    want = plain(EagerRunner(base), PROMPT, Limits(12))
+    want = baseline(EagerRunner(base), PROMPT, Limits(12))
 
     class ShortLeaf:
         def propose(self, h: torch.Tensor, root: int, seen: list[int], tree: Tree) -> torch.Tensor:
@@ -198,10 +198,10 @@ def test_token_zero_after_a_short_leaf_is_not_accepted_by_a_padding_alias() -> N
 
 def test_a_stop_id_inside_an_accepted_path_ends_the_text_there() -> None:
     base = tiny.base("llama")
-    text = plain(EagerRunner(base), PROMPT, Limits(30)).tokens
+    text = baseline(EagerRunner(base), PROMPT, Limits(30)).tokens
     for at in (3, 4, 5, 6):
         stops = frozenset({text[at], tiny.EOS})
-        want = plain(EagerRunner(base), PROMPT, Limits(30, stops))
+        want = baseline(EagerRunner(base), PROMPT, Limits(30, stops))
         got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), full((2, 2, 2)), PROMPT, Limits(30, stops))
         assert got.tokens == want.tokens
         assert got.tokens[-1] in stops and not stops & set(got.tokens[:-1])
@@ -211,7 +211,7 @@ def test_a_stop_id_inside_an_accepted_path_ends_the_text_there() -> None:
 @pytest.mark.parametrize("tokens", range(1, 9))
 def test_max_new_tokens_cuts_inside_an_accepted_path(tokens: int) -> None:
     base = tiny.base("gqa")
-    text = plain(EagerRunner(base), PROMPT, Limits(30)).tokens
+    text = baseline(EagerRunner(base), PROMPT, Limits(30)).tokens
     got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), chain(4), PROMPT, Limits(tokens))
     assert got.tokens == text[:tokens]
     assert got.finish == "length"
@@ -224,7 +224,7 @@ def test_at_the_end_of_the_context_decoding_stays_exact_and_stops(kind: str, lef
     base = tiny.base(kind)
     assert base.max_positions is not None
     prompt = [(index * 37) % 290 for index in range(base.max_positions - left)]
-    want = plain(EagerRunner(base), prompt, Limits(50))
+    want = baseline(EagerRunner(base), prompt, Limits(50))
     got = medusa(EagerRunner(base), tiny.Oracle([*prompt, *want.tokens]), full((2, 2, 2)), prompt, Limits(50))
     assert want.finish == got.finish == "context"
     assert got.tokens == want.tokens and len(want.tokens) == left + 1
@@ -255,7 +255,7 @@ def test_sampling_with_trees_gives_the_tokens_of_plain_sampling_with_the_same_no
     heads = HeadDrafter(tiny.random_heads(base, HeadSpec("shared", 4, conditioned=True)))
     for seed in range(2):
         rule = Exact(seed=seed, temperature=1.5, top_k=50, top_p=0.95)
-        want = plain(EagerRunner(base), PROMPT, limits, rule)
+        want = baseline(EagerRunner(base), PROMPT, limits, rule)
         for drafter in (tiny.Oracle([*PROMPT, *want.tokens]), heads, tiny.Always(tiny.EOS), tiny.Always(0)):
             got = medusa(EagerRunner(base), drafter, tree, PROMPT, limits, rule)
             assert got.tokens == want.tokens
@@ -276,7 +276,7 @@ def test_a_model_whose_logits_are_not_finite_ends_with_the_step_and_a_reason() -
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = float("nan")
     with pytest.raises(EvaluationError, match="NaN or infinity at decoding step 0"):
-        plain(EagerRunner(base), PROMPT, Limits(5))
+        baseline(EagerRunner(base), PROMPT, Limits(5))
     with pytest.raises(EvaluationError, match="NaN or infinity on its first tokens"):
         Base(model, tiny.tokenizer())
 
@@ -284,12 +284,12 @@ def test_a_model_whose_logits_are_not_finite_ends_with_the_step_and_a_reason() -
 def test_a_number_that_turns_nan_on_the_way_ends_with_its_step() -> None:
     model = tiny.model("llama", tie_word_embeddings=False)
     base = Base(model, tiny.tokenizer())
-    text = plain(EagerRunner(base), PROMPT, Limits(30)).tokens
+    text = baseline(EagerRunner(base), PROMPT, Limits(30)).tokens
     at = next(at for at in range(4, 30) if text[at] not in [*PROMPT, *text[:at]])
     with torch.no_grad():
         model.get_input_embeddings().weight[text[at]] = float("nan")
     with pytest.raises(EvaluationError, match=f"NaN or infinity at decoding step {at + 1}"):
-        plain(EagerRunner(base), PROMPT, Limits(40))
+        baseline(EagerRunner(base), PROMPT, Limits(40))
     with pytest.raises(EvaluationError, match=r"NaN or infinity at decoding step \d"):
         medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), chain(3), PROMPT, Limits(40))
 
@@ -309,10 +309,10 @@ def test_added_tokens_of_a_merged_tokenizer_are_read_proposed_and_stopped_at() -
     assert {tiny.VOCAB, end} <= set(keep)
     heads = tiny.random_heads(base, HeadSpec("shared", 3, 1, conditioned=True, keep=keep))
     stops = StopStrings(made, ["zzz"])
-    text = plain(EagerRunner(base), ids, Limits(60)).tokens
+    text = baseline(EagerRunner(base), ids, Limits(60)).tokens
     assert max(text) >= tiny.VOCAB, "no added token was ever said"
     for limits in (Limits(60, base.stop_ids, stops), Limits(60, frozenset({max(text)}), stops)):
-        want = plain(EagerRunner(base), ids, limits)
+        want = baseline(EagerRunner(base), ids, limits)
         for drafter in (HeadDrafter(heads), tiny.Oracle([*ids, *text], base.vocab), tiny.Always(end)):
             assert medusa(EagerRunner(base), drafter, full((2, 2, 1)), ids, limits).tokens == want.tokens
     assert want.finish == "stop"

@@ -11,7 +11,7 @@ import torch
 from benchmarks import decoding
 from evaluators import medusa as evaluator
 from evaluators.medusa.decoding.acceptance import GREEDY
-from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, baseline, medusa
 from evaluators.medusa.decoding.graphs import CudaGraphs
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.decoding.static_runner import StaticRunner, fastest
@@ -39,9 +39,9 @@ def on_gpu(kind: str) -> Base:
 @pytest.mark.parametrize("kind", ["llama", "gqa", "gpt2", "opt", "window", "gemma3", "longrope"])
 def test_graphs_give_the_text_of_the_growing_cache(kind: str, shape: str) -> None:
     base, tree, limits = on_gpu(kind), TREES[shape], Limits(40)
-    want = plain(EagerRunner(base), PROMPT, limits)
+    want = baseline(EagerRunner(base), PROMPT, limits)
     runner = StaticRunner(base, CudaGraphs(), span=16)
-    assert plain(runner, PROMPT, limits).tokens == want.tokens
+    assert baseline(runner, PROMPT, limits).tokens == want.tokens
     text = [*PROMPT, *want.tokens]
     spec = HeadSpec("shared", 4, 1, conditioned=True, keep=tuple(range(0, tiny.VOCAB, 2)))
     for drafter in (
@@ -61,8 +61,8 @@ def test_one_runner_serves_prompts_of_any_length_and_grows() -> None:
     runner = StaticRunner(base, CudaGraphs(), span=16)
     for length in (3, 70, 1, 100, 5):
         prompt = [(index * 37 + length) % 290 for index in range(length)]
-        want = plain(EagerRunner(base), prompt, Limits(25))
-        assert plain(runner, prompt, Limits(25)).tokens == want.tokens
+        want = baseline(EagerRunner(base), prompt, Limits(25))
+        assert baseline(runner, prompt, Limits(25)).tokens == want.tokens
         drafter = tiny.TensorOracle([*prompt, *want.tokens], "cuda")
         assert medusa(runner, drafter, SPARSE, prompt, Limits(25)).tokens == want.tokens
 

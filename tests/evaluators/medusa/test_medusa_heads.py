@@ -15,7 +15,7 @@ from tiny_heads import KEEP
 
 from bot.errors import EvaluationError
 from evaluators.medusa import formats
-from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, baseline, medusa
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
@@ -159,7 +159,7 @@ def test_batched_answers_and_their_states_are_those_of_plain_decoding() -> None:
         found = answers(base, 7, 25)
         assert len({len(dialogue.prompt) for dialogue in found}) > 2
         for dialogue in found:
-            want = plain(EagerRunner(base), dialogue.prompt, Limits(25, base.stop_ids), keep_hidden=True)
+            want = baseline(EagerRunner(base), dialogue.prompt, Limits(25, base.stop_ids), keep_hidden=True)
             assert list(dialogue.output) == want.tokens
             torch.testing.assert_close(dialogue.hidden, torch.stack(want.hidden), atol=1e-3, rtol=1e-3)
         assert distillation.check(base, found, sample=len(found)) == 1.0
@@ -175,7 +175,7 @@ def test_an_answer_in_a_batch_ends_with_its_first_stop_id_which_is_learnt_and_le
     found = answers(base, 6, 25)
     assert len({len(each.output) for each in found}) > 2 and min(len(each.output) for each in found) > 1
     for each, whole in zip(found, endless, strict=True):
-        want = plain(EagerRunner(base), each.prompt, Limits(25, base.stop_ids), keep_hidden=True)
+        want = baseline(EagerRunner(base), each.prompt, Limits(25, base.stop_ids), keep_hidden=True)
         assert list(each.output) == want.tokens == list(whole.output[: len(want.tokens)])
         assert not base.stop_ids & set(each.output[:-1])
         torch.testing.assert_close(each.hidden, torch.stack(want.hidden), atol=1e-3, rtol=1e-3)

@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from bot.errors import EvaluationError
 from evaluators.medusa.decoding.acceptance import Exact
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, baseline, medusa
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
@@ -44,7 +44,7 @@ def test_heads_and_trees_work_on_any_decoder_and_leave_its_text_as_it_is(kind: s
     torch.testing.assert_close(logits, base.model(input_ids=ids).logits)
     torch.testing.assert_close(base.logits(hidden), logits)
     torch.testing.assert_close(identity_heads(HeadSpec(), base)(hidden[0], ids[0])[0], logits[0])
-    want = plain(EagerRunner(base), PROMPT, limits)
+    want = baseline(EagerRunner(base), PROMPT, limits)
     assert len(set(want.tokens)) > 2, "a model that repeats itself proves little"
     assert baselines.native(base, Question(Prompt("1", "x", ("?",)), tuple(PROMPT)), limits)[0] == want.tokens
     oracle = tiny.Oracle([*PROMPT, *want.tokens], base.vocab)
@@ -53,7 +53,7 @@ def test_heads_and_trees_work_on_any_decoder_and_leave_its_text_as_it_is(kind: s
         got = medusa(EagerRunner(base), drafter, full((2, 2, 2)), PROMPT, limits)
         assert got.tokens == want.tokens
         assert drafter is not oracle or got.steps < want.steps / 2
-    drawn = plain(EagerRunner(base), PROMPT, limits, Exact(seed=2)).tokens
+    drawn = baseline(EagerRunner(base), PROMPT, limits, Exact(seed=2)).tokens
     assert medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *drawn]), chain(3), PROMPT, limits, Exact(2)).tokens == drawn
 
 
@@ -93,7 +93,7 @@ def test_the_row_behind_further_layers_is_taken_where_it_enters_the_output_embed
 
 def test_whatever_any_config_calls_the_end_ends_the_text() -> None:
     made, words = tiny.model("llama"), tiny.tokenizer()
-    text = plain(EagerRunner(tiny.base("llama")), PROMPT, Limits(30)).tokens
+    text = baseline(EagerRunner(tiny.base("llama")), PROMPT, Limits(30)).tokens
     ends = list(dict.fromkeys(text[4:]))[:4]
     made.generation_config.eos_token_id, made.config.eos_token_id = ends[:2], ends[2]
     words.eos_token = words.convert_ids_to_tokens(ends[3])
@@ -101,7 +101,7 @@ def test_whatever_any_config_calls_the_end_ends_the_text() -> None:
     assert base.stop_ids == set(ends)
     for rest in (ends, ends[1:], ends[2:], ends[3:]):
         limits = Limits(30, base.stop_ids & set(rest))
-        want = plain(EagerRunner(base), PROMPT, limits).tokens
+        want = baseline(EagerRunner(base), PROMPT, limits).tokens
         assert want[-1] in rest and not set(want[:-1]) & set(rest)
         assert medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), full((2, 2, 2)), PROMPT, limits).tokens == want
 

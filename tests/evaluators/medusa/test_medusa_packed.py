@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from evaluators import medusa
 from evaluators.medusa.decoding.capability import PROBE, disagreement, reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, plain
+from evaluators.medusa.decoding.decode import Limits, baseline
 from evaluators.medusa.decoding.decode import medusa as speculate
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
@@ -77,7 +77,7 @@ def test_with_packed_weights_greedy_text_equals_plain_decoding_token_for_token(k
     base = made(kind)
     assert packed.pack(base) is None
     limits = Limits(40, base.stop_ids)
-    want = plain(EagerRunner(base), PROMPT, limits)
+    want = baseline(EagerRunner(base), PROMPT, limits)
     for tree in (chain(4), full((3, 3, 3))):
         drafter = tiny.Oracle([*PROMPT, *want.tokens])
         assert speculate(EagerRunner(base), drafter, tree, PROMPT, limits).tokens == want.tokens

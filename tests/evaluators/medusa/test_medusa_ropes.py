@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from evaluators.medusa.decoding.acceptance import Exact
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, baseline, medusa
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import distillation
@@ -29,13 +29,13 @@ def prompt_of(tokens: int) -> list[int]:
 def test_across_the_switch_the_text_is_that_of_plain_decoding_and_of_generate(kind: str, start: int) -> None:
     base, prompt, limits = tiny.base(kind), prompt_of(start), Limits(NEW)
     assert reason_against_trees(base) is None
-    want = plain(EagerRunner(base), prompt, limits)
+    want = baseline(EagerRunner(base), prompt, limits)
     for shape in (full((2, 2, 2)), chain(4)):
         got = medusa(EagerRunner(base), tiny.Oracle([*prompt, *want.tokens]), shape, prompt, limits)
         assert got.tokens == want.tokens
         # A tree is used wherever the angles of all its nodes are those of plain steps.
         assert (got.steps < want.steps) == (kind != "dynamic" or start < SWITCH - 1)
-    drawn = plain(EagerRunner(base), prompt, limits, Exact(seed=1))
+    drawn = baseline(EagerRunner(base), prompt, limits, Exact(seed=1))
     got = medusa(EagerRunner(base), tiny.Oracle([*prompt, *drawn.tokens]), chain(4), prompt, limits, Exact(seed=1))
     assert got.tokens == drawn.tokens
     # Beyond the switch `generate` with rope `dynamic` goes on from the longest text it ever read: give it a new model.
@@ -49,9 +49,9 @@ def test_across_the_switch_the_text_is_that_of_plain_decoding_and_of_generate(ki
 def test_a_text_does_not_depend_on_the_longer_one_decoded_before() -> None:
     base = Base(tiny.model("dynamic"), tiny.tokenizer())
     prompt = prompt_of(SWITCH + 2)
-    first = plain(EagerRunner(base), prompt, Limits(NEW)).tokens
-    plain(EagerRunner(base), prompt_of(SWITCH + 40), Limits(NEW))
-    assert plain(EagerRunner(base), prompt, Limits(NEW)).tokens == first
+    first = baseline(EagerRunner(base), prompt, Limits(NEW)).tokens
+    baseline(EagerRunner(base), prompt_of(SWITCH + 40), Limits(NEW))
+    assert baseline(EagerRunner(base), prompt, Limits(NEW)).tokens == first
 
 
 def test_the_room_of_a_tree_ends_where_its_angles_would_change() -> None:
@@ -68,6 +68,6 @@ def test_answers_generated_in_a_batch_end_before_the_switch(kind: str) -> None:
     base = tiny.base(kind)
     prompts = [prompt_of(tokens)[::-1] for tokens in (5, 12, 20)]
     for prompt, dialogue in zip(prompts, distillation.self_distil(base, prompts, max_new_tokens=30), strict=True):
-        want = plain(EagerRunner(base), prompt, Limits(30, base.stop_ids)).tokens
+        want = baseline(EagerRunner(base), prompt, Limits(30, base.stop_ids)).tokens
         assert list(dialogue.output) == want[: len(dialogue.output)]
         assert distillation.replay(base, dialogue)[1] == 1.0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_causal_lms as tiny
 
-from evaluators.medusa.decoding.decode import Clock, Limits, Trace, plain
+from evaluators.medusa.decoding.decode import Clock, Limits, Trace, baseline
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, rows, transfer
@@ -24,7 +24,7 @@ READING_S = 1.0
 
 @cache
 def text() -> tuple[int, ...]:
-    return tuple(plain(EagerRunner(tiny.base("gqa")), IDS, Limits(41)).tokens)
+    return tuple(baseline(EagerRunner(tiny.base("gqa")), IDS, Limits(41)).tokens)
 
 
 @cache

@@ -16,7 +16,7 @@ from bot.errors import EvaluationError
 from evaluators import medusa as evaluator
 from evaluators.medusa.decoding.acceptance import Exact, Greedy, Typical
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, baseline, medusa
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.decoding.static_runner import StaticRunner, fastest, reason_against_static
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
@@ -38,9 +38,9 @@ CAPTURES = {"anew": lambda: None, "recorded": Recorded}
 @pytest.mark.parametrize("kind", ["llama", "gqa", "gpt2", "opt"])
 def test_static_shapes_give_the_text_of_the_growing_cache(kind: str, shape: str, capture: str) -> None:
     base, tree, limits = tiny.base(kind), TREES[shape], Limits(40)
-    want = plain(EagerRunner(base), PROMPT, limits)
+    want = baseline(EagerRunner(base), PROMPT, limits)
     runner = StaticRunner(base, CAPTURES[capture](), span=16)
-    assert plain(runner, PROMPT, limits).tokens == want.tokens
+    assert baseline(runner, PROMPT, limits).tokens == want.tokens
     text = [*PROMPT, *want.tokens]
     spec = HeadSpec("shared", 4, 1, conditioned=True, keep=tuple(range(0, tiny.VOCAB, 2)))
     for drafter in (
@@ -61,7 +61,7 @@ def test_static_shapes_give_the_text_of_the_growing_cache(kind: str, shape: str,
 @pytest.mark.parametrize("kind", ["llama", "gqa", "mqa", "gpt2", "opt", "partial-rotary"])
 def test_the_static_cache_after_many_scattered_paths_equals_a_fresh_prefill(kind: str, capture: str) -> None:
     base, limits = tiny.base(kind), Limits(50)
-    text = [*PROMPT, *plain(EagerRunner(base), PROMPT, limits).tokens]
+    text = [*PROMPT, *baseline(EagerRunner(base), PROMPT, limits).tokens]
     runner = StaticRunner(base, CAPTURES[capture](), span=32)
     trace = medusa(runner, tiny.TensorOracle(text), full((3, 3)), PROMPT, limits)
     assert any(path != tuple(range(len(path))) for path in trace.paths)
@@ -76,19 +76,19 @@ def test_one_runner_serves_prompts_of_any_length_one_after_another() -> None:
     runner = StaticRunner(base, capture, span=16)
     for length in (3, 70, 1, 20, 100, 5):
         prompt = [(index * 37 + length) % 290 for index in range(length)]
-        want = plain(EagerRunner(base), prompt, Limits(25))
+        want = baseline(EagerRunner(base), prompt, Limits(25))
         drafter = tiny.TensorOracle([*prompt, *want.tokens])
-        assert plain(runner, prompt, Limits(25)).tokens == want.tokens
+        assert baseline(runner, prompt, Limits(25)).tokens == want.tokens
         assert medusa(runner, drafter, SPARSE, prompt, Limits(25)).tokens == want.tokens
     captured = capture.captures
-    plain(runner, PROMPT, Limits(25))
+    baseline(runner, PROMPT, Limits(25))
     assert capture.captures == captured, "a shape that is known is not recorded again"
 
 
 @pytest.mark.parametrize("rule", [Greedy(), Typical(temperature=3.0), Exact(seed=5, temperature=2.0)])
 def test_every_rule_takes_the_same_paths_as_on_the_growing_cache(rule: Any) -> None:
     base, limits = tiny.base("llama"), Limits(30)
-    text = [*PROMPT, *plain(EagerRunner(base), PROMPT, limits, rule).tokens]
+    text = [*PROMPT, *baseline(EagerRunner(base), PROMPT, limits, rule).tokens]
     for runner in (StaticRunner(base, span=16), StaticRunner(base, Recorded(), span=16)):
         got = medusa(runner, tiny.TensorOracle(text), SPARSE, PROMPT, limits, rule)
         want = medusa(EagerRunner(base), tiny.TensorOracle(text), SPARSE, PROMPT, limits, rule)
@@ -115,7 +115,7 @@ def test_nothing_is_recorded_while_the_clock_runs() -> None:
         runner.prepare(drafter, tree, rule, range(len(PROMPT), len(PROMPT) + limits.max_new_tokens))
         captured = capture.captures
         if drafter is None:
-            plain(runner, PROMPT, limits, rule)
+            baseline(runner, PROMPT, limits, rule)
         else:
             medusa(runner, drafter, tree, PROMPT, limits, rule)
         assert capture.captures == captured
@@ -127,10 +127,10 @@ def test_at_the_end_of_the_context_static_decoding_stays_exact_and_stops(left: i
     base = tiny.base("gpt2")
     assert base.max_positions is not None
     prompt = [(index * 37) % 290 for index in range(base.max_positions - left)]
-    want = plain(EagerRunner(base), prompt, Limits(50))
+    want = baseline(EagerRunner(base), prompt, Limits(50))
     runner = StaticRunner(base, CAPTURES[capture]())
     for got in (
-        plain(runner, prompt, Limits(50)),
+        baseline(runner, prompt, Limits(50)),
         medusa(runner, tiny.TensorOracle([*prompt, *want.tokens]), full((2, 2, 2)), prompt, Limits(50)),
     ):
         assert (got.tokens, got.finish) == (want.tokens, "context")
@@ -139,17 +139,17 @@ def test_at_the_end_of_the_context_static_decoding_stays_exact_and_stops(left: i
 @pytest.mark.parametrize("tokens", range(1, 7))
 def test_stops_and_limits_inside_a_path_cut_the_text_as_they_do_elsewhere(tokens: int) -> None:
     base = tiny.base("gqa")
-    text = plain(EagerRunner(base), PROMPT, Limits(30)).tokens
+    text = baseline(EagerRunner(base), PROMPT, Limits(30)).tokens
     for limits in (Limits(tokens), Limits(30, frozenset({text[tokens]}))):
-        want = plain(EagerRunner(base), PROMPT, limits)
+        want = baseline(EagerRunner(base), PROMPT, limits)
         got = medusa(StaticRunner(base), tiny.TensorOracle([*PROMPT, *text]), chain(4), PROMPT, limits)
         assert (got.tokens, got.finish) == (want.tokens, want.finish)
 
 
 def test_states_that_are_kept_are_those_of_each_step() -> None:
     base, limits = tiny.base("llama"), Limits(20)
-    want = plain(EagerRunner(base), PROMPT, limits, keep_hidden=True)
-    got = plain(StaticRunner(base, Recorded()), PROMPT, limits, keep_hidden=True)
+    want = baseline(EagerRunner(base), PROMPT, limits, keep_hidden=True)
+    got = baseline(StaticRunner(base, Recorded()), PROMPT, limits, keep_hidden=True)
     torch.testing.assert_close(torch.stack(got.hidden), torch.stack(want.hidden), atol=1e-4, rtol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_the_cost_of_passes_is_measured_on_static_shapes_too_and_leaves_the_cach
     assert [width for width, _ in curve.points] == [1, 4, 8]
     assert runner.length == 40 and min(ms for _, ms in curve.points) > 0
     runner.rewind(33)
-    want = plain(EagerRunner(base), [index % base.vocab for index in range(7)], Limits(5)).tokens
+    want = baseline(EagerRunner(base), [index % base.vocab for index in range(7)], Limits(5)).tokens
     _, logits = runner.forward(torch.tensor([want[0]]), ROOT_ONLY)
     assert int(logits[0].argmax()) == want[1]
 
@@ -204,12 +204,12 @@ def test_the_cost_of_passes_is_measured_on_static_shapes_too_and_leaves_the_cach
 def test_logits_that_are_not_finite_end_a_static_step_with_its_number() -> None:
     model = tiny.model("llama")
     base = Base(model, tiny.tokenizer())
-    text = plain(EagerRunner(base), PROMPT, Limits(9)).tokens
+    text = baseline(EagerRunner(base), PROMPT, Limits(9)).tokens
     new = next(at for at in range(1, 8) if text[at] not in {*PROMPT, *text[:at]})
     with torch.no_grad():
         model.get_input_embeddings().weight[text[new]] = float("nan")
     with pytest.raises(EvaluationError, match=f"NaN or infinity at decoding step {new + 1}"):
-        plain(StaticRunner(base, Recorded()), PROMPT, Limits(9))
+        baseline(StaticRunner(base, Recorded()), PROMPT, Limits(9))
 
 
 @pytest.mark.parametrize(
@@ -232,9 +232,9 @@ def test_a_model_that_cannot_run_statically_says_why(kind: str, says: str) -> No
 def test_windows_mixed_layers_and_a_change_of_angles_need_no_host(kind: str) -> None:
     base, limits = tiny.base(kind), Limits(40)
     assert reason_against_static(base, Recorded()) is None
-    want = plain(EagerRunner(base), PROMPT, limits)
+    want = baseline(EagerRunner(base), PROMPT, limits)
     runner = StaticRunner(base, Recorded(), span=16)
-    assert plain(runner, PROMPT, limits).tokens == want.tokens
+    assert baseline(runner, PROMPT, limits).tokens == want.tokens
     got = medusa(runner, tiny.TensorOracle([*PROMPT, *want.tokens]), SPARSE, PROMPT, limits)
     assert got.tokens == want.tokens and got.steps < 0.8 * want.steps
 
@@ -248,7 +248,7 @@ def test_models_that_can_are_found_by_trying_them() -> None:
 @pytest.mark.parametrize("kind", ["gqa", "mqa", "window", "gemma3"])
 def test_grouped_attention_gives_the_text_and_the_logits_of_repeated_keys(kind: str) -> None:
     base, limits = Base(tiny.model(kind), tiny.tokenizer()), Limits(30)
-    want = plain(EagerRunner(base), PROMPT, limits)
+    want = baseline(EagerRunner(base), PROMPT, limits)
     eager = EagerRunner(base)
     eager.prefill(PROMPT)
     tokens = torch.arange(SPARSE.nodes)

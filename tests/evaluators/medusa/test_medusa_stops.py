@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 from transformers.generation import StopStringCriteria
 
-from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, medusa, plain, stream
+from evaluators.medusa.decoding.decode import Limits, StopStrings, Trace, baseline, medusa, stream
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.trees.tree import chain, full
 
@@ -53,13 +53,13 @@ def stops_in(text: list[int]) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("shape", [chain(4), full((2, 2, 2))])
 def test_a_stop_string_across_two_blocks_or_inside_one_ends_the_text_where_generate_ends(shape: object) -> None:
     base = tiny.base("llama")
-    text = plain(EagerRunner(base), PROMPT, Limits(40)).tokens
+    text = baseline(EagerRunner(base), PROMPT, Limits(40)).tokens
     cases = stops_in(text)
     assert len(cases) > 5
     inside = across = 0
     for strings in cases:
         limits = Limits(40, stop_strings=StopStrings(base.tokenizer, strings))
-        want = plain(EagerRunner(base), PROMPT, limits)
+        want = baseline(EagerRunner(base), PROMPT, limits)
         got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *text]), shape, PROMPT, limits)  # type: ignore[arg-type]
         assert want.tokens == got.tokens == native(PROMPT, strings, 40)
         assert want.finish == got.finish == "stop"
@@ -72,26 +72,26 @@ def test_a_stop_string_across_two_blocks_or_inside_one_ends_the_text_where_gener
 
 def test_the_streaming_iterator_ends_with_the_token_that_completes_the_string() -> None:
     base = tiny.base("llama")
-    text = plain(EagerRunner(base), PROMPT, Limits(40)).tokens
+    text = baseline(EagerRunner(base), PROMPT, Limits(40)).tokens
     limits = Limits(40, stop_strings=StopStrings(base.tokenizer, stops_in(text)[-1]))
     trace = Trace()
     drafter = tiny.Oracle([*PROMPT, *text])
     blocks = list(stream(EagerRunner(base), drafter, chain(3), PROMPT, limits, trace=trace))
     assert [token for block in blocks for token in block] == trace.tokens
-    assert trace.tokens == plain(EagerRunner(base), PROMPT, limits).tokens and len(trace.tokens) < 40
+    assert trace.tokens == baseline(EagerRunner(base), PROMPT, limits).tokens and len(trace.tokens) < 40
     assert trace.finish == "stop"
 
 
 def test_a_string_that_begins_in_the_prompt_ends_the_text_with_the_first_token() -> None:
     base = tiny.base("llama")
     prompts = [[*PROMPT[:-1], *of_bytes(letter)] for letter in "abcdefghijklmnopqrstuvwxyz"]
-    firsts = [plain(EagerRunner(base), prompt, Limits(1)).tokens[0] for prompt in prompts]
+    firsts = [baseline(EagerRunner(base), prompt, Limits(1)).tokens[0] for prompt in prompts]
     readable = [pair for pair in zip(prompts, firsts, strict=True) if "\ufffd" not in BYTES.decode([pair[1]])]
     assert readable
     for prompt, first in readable:
         said = BYTES.decode([prompt[-1], first])
         limits = Limits(9, stop_strings=StopStrings(base.tokenizer, (said,)))
-        assert plain(EagerRunner(base), prompt, limits).tokens == [first] == native(prompt, (said,), 9)
+        assert baseline(EagerRunner(base), prompt, limits).tokens == [first] == native(prompt, (said,), 9)
 
 
 LETTERS = "abé世🙂 "

@@ -19,7 +19,7 @@ from bot.stages import merged_heads
 from evaluators import medusa
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.decode import Clock, Limits
-from evaluators.medusa.decoding.decode import plain as plain_run
+from evaluators.medusa.decoding.decode import baseline as plain_run
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads

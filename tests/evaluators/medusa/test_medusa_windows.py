@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from evaluators.medusa.decoding.acceptance import Exact
 from evaluators.medusa.decoding.capability import reason_against_trees
-from evaluators.medusa.decoding.decode import Limits, medusa, plain
+from evaluators.medusa.decoding.decode import Limits, baseline, medusa
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.windows import Window, window_of
@@ -29,7 +29,7 @@ def test_past_its_window_a_model_decodes_the_text_of_its_own_generate(kind: str)
     base, limits = tiny.base(kind), Limits(40)
     assert reason_against_trees(base) is None
     assert base.window is not None and base.window.size == 8
-    want = plain(EagerRunner(base), PROMPT, limits)
+    want = baseline(EagerRunner(base), PROMPT, limits)
     assert len(set(want.tokens)) > 8, "a model that repeats itself proves little"
     ids = torch.tensor([PROMPT])
     config = GenerationConfig(do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
@@ -39,7 +39,7 @@ def test_past_its_window_a_model_decodes_the_text_of_its_own_generate(kind: str)
         got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *want.tokens]), shape, PROMPT, limits)
         assert got.tokens == want.tokens and got.steps < want.steps
         rule = Exact(seed=3, temperature=1.5)
-        drawn = plain(EagerRunner(base), PROMPT, limits, rule)
+        drawn = baseline(EagerRunner(base), PROMPT, limits, rule)
         got = medusa(EagerRunner(base), tiny.Oracle([*PROMPT, *drawn.tokens]), shape, PROMPT, limits, rule)
         assert got.tokens == drawn.tokens
 
@@ -47,7 +47,7 @@ def test_past_its_window_a_model_decodes_the_text_of_its_own_generate(kind: str)
 @pytest.mark.parametrize("kind", ["window", "gemma3"])
 def test_a_tree_that_crosses_the_window_takes_the_paths_of_passes_without_a_cache(kind: str) -> None:
     base, limits = tiny.base(kind), Limits(14)
-    text = plain(EagerRunner(base), PROMPT[:4], limits).tokens
+    text = baseline(EagerRunner(base), PROMPT[:4], limits).tokens
     for shape in (full((2, 2)), chain(9)):
         fast = medusa(EagerRunner(base), tiny.Oracle([*PROMPT[:4], *text]), shape, PROMPT[:4], limits)
         slow = reference.medusa(base, tiny.Oracle([*PROMPT[:4], *text]), shape, PROMPT[:4], limits)
@@ -108,7 +108,7 @@ def test_answers_generated_in_a_batch_past_the_window_are_those_of_plain_decodin
     begin = PROMPT[:6]
     prompts = [[*begin, *range(10, 10 + more)] for more in (1, 4, 9)]
     for prompt, dialogue in zip(prompts, distillation.self_distil(base, prompts, max_new_tokens=16), strict=True):
-        want = plain(EagerRunner(base), prompt, Limits(16, base.stop_ids))
+        want = baseline(EagerRunner(base), prompt, Limits(16, base.stop_ids))
         assert list(dialogue.output) == want.tokens
         rows, agreed, difference = distillation.replay(base, dialogue)
         assert agreed == 1.0 and difference < 1e-3 and len(rows) == len(want.tokens)
