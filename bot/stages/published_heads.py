@@ -28,7 +28,7 @@ def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, Pub
     trained, the report is refused, or the heads exceed the size limit.
     """
     from evaluators.medusa.formats import write_json
-    from evaluators.medusa.formats.carried import put_code
+    from evaluators.medusa.formats.writing import write_generate_code
     from evaluators.medusa.speed import conclusions
 
     shutil.rmtree(into, ignore_errors=True)
@@ -47,7 +47,7 @@ def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, Pub
     if paths := row["tree"]["paths"]:
         config["mergebot_tree"] = paths
     write_json(heads / "config.json", config)
-    put_code(into)
+    write_generate_code(into)
     return {path.relative_to(into).as_posix(): _fact(path) for path in sorted(into.rglob("*")) if path.is_file()}
 
 

@@ -17,6 +17,7 @@ config key that contains "num" with "heads" or "layers", so there is one of each
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from bot.errors import EvaluationError
 from bot.storage import move_into_place
+from evaluators.medusa import custom_generate
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.formats.reading import MODEL, WEIGHTS
 from evaluators.medusa.trees.tree import Tree
@@ -33,6 +35,7 @@ from evaluators.medusa.trees.tree import Tree
 Format = Literal["ours", "v1", "v2", "tgi", "vllm"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CONFIG = "config.json"
+GENERATE = "custom_generate/generate.py"
 LAST_VLLM = "0.32"  # 0.33.0 has no Medusa
 
 
@@ -85,6 +88,13 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     move_into_place(temporary, path)
+
+
+def write_generate_code(model: Path) -> None:
+    """Write the code of `model.generate(custom_generate=...)`, which reads the heads in `medusa/` of the same repo."""
+    target = model / GENERATE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(custom_generate.__file__), target)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

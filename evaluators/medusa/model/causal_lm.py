@@ -17,8 +17,8 @@ from transformers import logging
 from bot.errors import EvaluationError
 from evaluators import loading
 from evaluators.medusa.model import support
+from evaluators.medusa.model.cache import empty_cache, window_of
 from evaluators.medusa.model.support import rope_of
-from evaluators.medusa.model.windows import empty_cache, window_of
 
 SELF_CHECK_TOKENS = 16
 # Their own `generate` reads the text anew when rope `longrope` changes its factors; others go on with the old rows.

@@ -11,7 +11,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bot.errors import EvaluationError
-from evaluators.medusa.model.windows import empty_cache, window_of
+from evaluators.medusa.model.cache import empty_cache, window_of
 
 ALIBI_MODELS = frozenset({"bloom", "mpt"})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bot.errors import EvaluationError
 from evaluators import repetition
-from evaluators.medusa.model import growing
+from evaluators.medusa.model.cache import grow_in_place
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.rounding import rounding_gaps, step
 from evaluators.medusa.training.store import Rows
@@ -195,7 +195,7 @@ def _padded(base: Base, prompts: Sequence[Sequence[int]], limit: int) -> tuple[A
     """
     longest = max(len(prompt) for prompt in prompts)
     shared = 0 if base.window is not None and longest + limit > base.window.size else _common(prompts)
-    cache = growing.in_place(base.new_cache())
+    cache = grow_in_place(base.new_cache())
     if shared:
         prefix = torch.tensor([list(prompts[0][:shared])], device=base.device)
         base.run(prefix, last_only=True, project=False, past_key_values=cache, use_cache=True)

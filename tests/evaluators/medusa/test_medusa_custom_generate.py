@@ -17,7 +17,8 @@ from evaluators.medusa import custom_generate
 from evaluators.medusa.decoding.decode import Limits, baseline
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import Heads, HeadSpec
-from evaluators.medusa.formats.carried import carry
+from evaluators.medusa.formats.reading import CARRIED
+from evaluators.medusa.formats.writing import save, write_generate_code
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.trees.tree import Tree, chain, full
 from tests.localhub.server import RunningHub, running_hub
@@ -54,6 +55,12 @@ class Passes:
 
 def ids(*rows: list[int]) -> torch.Tensor:
     return torch.tensor([list(row) for row in (rows or (PROMPT,))])
+
+
+def carry(heads: Heads, model: Path, tree: Tree | None = None) -> None:
+    """Write the heads of a model and the code that uses them into its folder."""
+    save(heads, model / CARRIED, tree=tree)
+    write_generate_code(model)
 
 
 def carrying(folder: Path, kind: str, tree: Tree | None, heads: Heads | None = None) -> Any:

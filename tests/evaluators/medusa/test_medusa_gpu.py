@@ -12,9 +12,8 @@ from benchmarks import decoding
 from evaluators import medusa as evaluator
 from evaluators.medusa.decoding.acceptance import GREEDY
 from evaluators.medusa.decoding.decode import Limits, baseline, medusa
-from evaluators.medusa.decoding.graphs import CudaGraphs
 from evaluators.medusa.decoding.runners import EagerRunner
-from evaluators.medusa.decoding.static_runner import StaticRunner, fastest
+from evaluators.medusa.decoding.static_runner import CudaGraphs, StaticRunner, fastest
 from evaluators.medusa.drafting.drafters import HeadDrafter, PromptLookup
 from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.model.attention import GROUPED

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from benchmarks import heads as benchmark
 from evaluators.medusa.drafting import drafters
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
-from evaluators.medusa.model import growing
+from evaluators.medusa.model import cache as caches
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.training import distillation, train
 from evaluators.medusa.training.head_loss import CHOICES, SOFT_SHARE, SoftTargets, Targets, draft_loss, product_dtype
@@ -126,7 +126,7 @@ def test_a_cache_that_grows_in_place_holds_what_one_that_copies_holds(
     actions: list[tuple[str, int | list[int]]],
 ) -> None:
     draw = torch.Generator().manual_seed(0)
-    copying, growing_one = DynamicLayer(), growing.GrowingLayer()
+    copying, growing_one = DynamicLayer(), caches.GrowingLayer()
     layers, rows = (copying, growing_one), 2
     for name, value in [("append", 3), *actions, ("append", 1)]:
         if name == "append":
@@ -150,14 +150,14 @@ def test_a_cache_that_grows_in_place_holds_what_one_that_copies_holds(
 
 
 def test_only_plain_layers_of_a_cache_grow_in_place() -> None:
-    full = growing.in_place(DynamicCache(config=tiny.model("gqa").config))
-    assert {type(layer) for layer in full.layers} == {growing.GrowingLayer}
+    full = caches.grow_in_place(DynamicCache(config=tiny.model("gqa").config))
+    assert {type(layer) for layer in full.layers} == {caches.GrowingLayer}
     windowed = DynamicCache(config=tiny.model("gqa").config)
     windowed.layers[0] = type("Other", (DynamicLayer,), {})()
-    assert type(growing.in_place(windowed).layers[0]) is not growing.GrowingLayer
-    bare = growing.in_place(DynamicCache())
+    assert type(caches.grow_in_place(windowed).layers[0]) is not caches.GrowingLayer
+    bare = caches.grow_in_place(DynamicCache())
     bare.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
-    assert type(bare.layers[0]) is growing.GrowingLayer
+    assert type(bare.layers[0]) is caches.GrowingLayer
 
 
 @pytest.mark.slow

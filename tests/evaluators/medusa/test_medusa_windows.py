@@ -14,8 +14,8 @@ from evaluators.medusa.decoding.acceptance import Exact
 from evaluators.medusa.decoding.capability import reason_against_trees
 from evaluators.medusa.decoding.decode import Limits, baseline, medusa
 from evaluators.medusa.decoding.runners import EagerRunner
+from evaluators.medusa.model.cache import Window, window_of
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.model.windows import Window, window_of
 from evaluators.medusa.training import distillation
 from evaluators.medusa.trees.tree import Tree, chain, full
 
