@@ -35,7 +35,7 @@ from evaluators.medusa.drafting.drafters import Drafter, HeadDrafter
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.attention import use_grouped
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench
+from evaluators.medusa.speed import bench
 from evaluators.medusa.training import prompt_sets
 from evaluators.medusa.trees.tree import expected_tokens, greedy_tree
 
@@ -212,8 +212,8 @@ def _others(subject: Subject, limits: Limits, into: Figures) -> None:
     for name, cache in OTHERS.items():
         try:
             first, *rest = [*subject.questions[:1], *subject.questions]
-            baselines.native(base, first, limits, cache)
-            runs = [baselines.native(base, question, limits, cache) for question in rest]
+            bench.native(base, first, limits, cache)
+            runs = [bench.native(base, question, limits, cache) for question in rest]
         except Exception as error:  # a compiler may be missing; the page says so
             into.others[name] = f"did not run ({type(error).__name__})"
             continue

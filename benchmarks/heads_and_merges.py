@@ -24,6 +24,7 @@ from rich.console import Console
 
 from bot.demo import base as base_model
 from bot.demo import parents, skills
+from bot.errors import EvaluationError
 from bot.merge.recipe import reading
 from bot.merge.recipe.spec import ModelRef, Recipe
 from bot.stages import merged_heads
@@ -31,7 +32,7 @@ from evaluators import medusa, repetition
 from evaluators.medusa import formats
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
-from evaluators.medusa.model import packed
+from evaluators.medusa.model import causal_lm, packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate, transfer
 from evaluators.medusa.training import distillation, prompt_sets, simulation, train, training_file
@@ -48,6 +49,7 @@ FULL = train.QUICK
 SHORT = replace(train.QUICK, learning_rate=1e-3, epochs=1)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)
 TIMED = 15
+LEAST_TO_RETAIN = 0.02
 TIMED_MERGE, TIMED_QUESTIONS, TIMED_TOKENS = "task_arithmetic", 16, 48
 
 _TWO = f"models: [{{model: {CRESTS}, parameters: {{weight: %s}}}}, {{model: {SMITHS}, parameters: {{weight: %s}}}}]"
@@ -107,7 +109,7 @@ def main() -> int:
         console.print(f"{TIMED_MERGE}: the speed test")
         out["timed"] = _time(family, cache, asked.prompts, asked.timed_s)
         OUT.write_text(json.dumps(out, indent=1) + "\n")
-        console.print(medusa.sentence(out["timed"]), soft_wrap=True)
+        console.print(out["timed"]["sentence"], soft_wrap=True)
     return 0
 
 
@@ -229,6 +231,44 @@ class Family:
     prompts: Prompts
 
 
+def retention(top1: Sequence[float], untrained: Sequence[float], reference: Sequence[float]) -> list[float | None]:
+    """Share per head of the gain from training on this model that a set has: (acc - floor) / (fresh - floor).
+
+    None where training gained less than 0.02, which would divide by noise. Sets of unequal size are compared as far as
+    both go.
+    """
+    kept: list[float | None] = []
+    for mine, floor, best in zip(top1, untrained, reference, strict=False):
+        gained = best - floor
+        kept.append(None if gained < LEAST_TO_RETAIN else (mine - floor) / gained)
+    return kept
+
+
+def hidden_cosine(model: Path, base: Base, texts: Sequence[distillation.Dialogue]) -> float | None:
+    """Mean cosine between the hidden rows of another model and of `base` on the same tokens, over all output tokens.
+
+    None where the two cannot be compared: other width, other vocabulary, or a model that cannot be loaded.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    try:
+        other = causal_lm.load(model, str(base.device), base.dtype)
+    except EvaluationError:
+        return None
+    if (other.hidden, other.vocab) != (base.hidden, base.vocab):
+        return None
+    total, rows = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[*text.prompt, *text.output[:-1]]], device=base.device)
+        with torch.no_grad():
+            hidden, _ = other.run(ids, project=False, use_cache=False)
+        theirs = hidden[0, len(text.prompt) - 1 :].float()
+        total += float(F.cosine_similarity(theirs, text.hidden.to(theirs), dim=-1).sum())
+        rows += len(theirs)
+    return total / rows if rows else None
+
+
 def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[str, Any]:
     """Every set of heads on the merged model's own text; the parents' merged heads are put into `heads`."""
     began = time.monotonic()
@@ -246,9 +286,9 @@ def _compare(recipe: Recipe, merged: Path, heads: Path, family: Family) -> dict[
     common = transfer.common_tree(fresh, calibration)
     rows = {key: _row(each, calibration, test, common, cost) for key, each in sets.items()}
     for row in rows.values():
-        row["retention"] = transfer.retention(row["top1"], rows["identity"]["top1"], rows["fresh"]["top1"])
+        row["retention"] = retention(row["top1"], rows["identity"]["top1"], rows["fresh"]["top1"])
     for ref in family.heads:
-        rows[f"parent:{ref.path}"]["hidden_cosine"] = transfer.hidden_cosine(family.models[ref.path], base, texts.test)
+        rows[f"parent:{ref.path}"]["hidden_cosine"] = hidden_cosine(family.models[ref.path], base, texts.test)
     return {
         "rows": rows,
         "cost": {"clock": cost.clock, "draft_ms": cost.draft_ms, "points": cost.points},
@@ -284,10 +324,7 @@ def _time(family: Family, cache: Path, prompts: Path | None, budget_s: float) ->
     folder = cache / "heads" / f"merged-{TIMED_MERGE}"
     if not folder.is_dir():
         merged_heads.merge(reading.parse(RECIPES[TIMED_MERGE]), family.heads, folder)
-    given = [
-        medusa.Given(f"parent:{ref.path}", "parent", heads, model=family.models[ref.path])
-        for ref, heads in family.heads.items()
-    ]
+    given = [medusa.Given(f"parent:{ref.path}", "parent", heads) for ref, heads in family.heads.items()]
     return medusa.measure(
         merged,
         cache / "timed",

@@ -21,9 +21,10 @@ import gradio as gr
 from pydantic import TypeAdapter
 
 from bot.jobs.job import ENDED, Evaluation, Failure, Job, Source, Stage, stage
-from bot.publishing.leaderboard import Row, measured_heads, speedup
+from bot.publishing.leaderboard import Row
 from bot.service.intake import Checked
 from evaluators.harness.scores import ModelEvaluation
+from evaluators.medusa.speed.report import Report
 from space import login
 from space.desk import Desk, Refusal, attempt, now
 
@@ -141,18 +142,18 @@ def _measured(found: Evaluation | None) -> dict[str, Any] | None:
     """Scores of the merge and its sources, and the result of the speed test."""
     if found is None:
         return None
-    heads = measured_heads(found.decode_speed)
-    ratio, interval = (None, None) if heads is None else speedup(heads)
+    speed = Report.from_dict(found.decode_speed or {})
+    heads = speed.heads
     return {
         "manifest": found.manifest,
         "merged": _MODEL.dump_python(found.merged, mode="json"),
         "sources": {name: _MODEL.dump_python(each, mode="json") for name, each in found.sources.items()},
         "decode_speed": found.decode_speed
         and {
-            "sentence": found.decode_speed.get("sentence"),
-            "tokens_per_step": None if heads is None else heads["tokens_per_step"]["measured"],
-            "speedup": ratio,
-            "speedup_ci95": interval,
+            "sentence": speed.sentence,
+            "tokens_per_step": None if heads is None else heads.tokens_per_step.measured,
+            "speedup": None if heads is None else heads.speedup.ratio,
+            "speedup_ci95": None if heads is None else heads.speedup.interval,
         },
         "seconds": found.seconds,
     }

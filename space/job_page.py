@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from bot.jobs.job import ENDED, Failure, Job, Progress, Stage, missing, stage
+from evaluators.medusa.speed.report import Report
 from evaluators.pictures.speed_figure import speed_figure
 from space import verdict_page, words
 from space.markup import Markup, join, repo_link, tag
@@ -121,9 +122,10 @@ def _speed(report: Mapping[str, Any] | None) -> Markup | None:
     """Speed test: the report's sentence, and its picture if decoding was timed."""
     if report is None:
         return None
-    drawn = speed_figure(report)
+    speed = Report.from_dict(report)
+    drawn = speed_figure(speed)
     shown = picture(drawn, "Decoding speed relative to baseline decoding") if drawn else None
-    return join([tag("h3", "Speed"), tag("p", report.get("sentence") or "Nothing could be measured."), shown])
+    return join([tag("h3", "Speed"), tag("p", speed.sentence or "Nothing could be measured."), shown])
 
 
 def _failures(failures: tuple[Failure, ...]) -> Markup | None:

@@ -39,7 +39,7 @@ PARTS = {
     ),
     "evaluators": (
         "figures", "generation_settings", "content", "paired", "repetition", "memory", "loading",
-        "prompt_tokens", "harness", "sanity_check", "comparison", "pictures", "medusa",
+        "prompt_tokens", "harness", "sanity_check", "comparison", "medusa", "pictures",
     ),
     "evaluators/medusa": (
         "trees", "model", "drafting", "formats", "decoding", "training", "speed", "generation",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from bot.cli.output import console, say
-from evaluators.pictures.speed_figure import speed_figure, way_of
+from evaluators.medusa.speed.report import Report, Row, TokensPerStep
+from evaluators.pictures.speed_figure import speed_figure
 
 if TYPE_CHECKING:
     from evaluators.medusa.decoding.decode import Trace
     from evaluators.medusa.generation import Chunk
 
 
-def speed(report: Mapping[str, Any], file: Path) -> None:
+def speed(measured: Mapping[str, Any], file: Path) -> None:
     """Table of the speed test: one row per decoding method, one per category of questions."""
-    say(escape(str(report["sentence"])))
-    if report["candidates"]:
+    report = Report.from_dict(measured)
+    say(escape(report.sentence or ""))
+    if report.candidates:
         _show_rows(report)
-    for warning in report["warnings"]:
+    for warning in report.warnings:
         say(escape(f"Note: {warning}."))
     drawn = speed_figure(report)
     if drawn:
@@ -32,28 +34,26 @@ def speed(report: Mapping[str, Any], file: Path) -> None:
     say(f"The report is in {escape(str(file))}{beside}.")
 
 
-def _show_rows(report: Mapping[str, Any]) -> None:
+def _show_rows(report: Report) -> None:
     """Decoding methods, the meaning of the columns, the methods that were not timed, and the categories."""
     columns = ("decoding", "accuracy", "nodes", "tok/step", "cost", "tok/s", "speedup (95 %)")
-    table = _table(f"Decoding speed, {_precision(report)}", columns)
-    for row in report["candidates"]:
-        if row["absent_because"] is None:
-            cost = "" if row["overhead"] is None else f"{row['overhead']:.2f}"
-            rate = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
-            nodes = "" if row["tree"]["nodes"] is None else str(row["tree"]["nodes"])
-            shares = " ".join(f"{head['top1']:.2f}" for head in row["accuracy"])
-            table.add_row(
-                escape(way_of(row["id"])), shares, nodes, _steps(row["tokens_per_step"]), cost, rate, _ratio(row)
-            )
+    table = _table(f"Decoding speed, {report.model.dtype} on {report.environment.device}", columns)
+    for row in report.candidates:
+        if row.absent_because is None:
+            cost = "" if row.overhead is None else f"{row.overhead:.2f}"
+            rate = "" if row.tokens_per_s is None else f"{row.tokens_per_s:.1f}"
+            nodes = "" if row.tree.nodes is None else str(row.tree.nodes)
+            shares = " ".join(f"{head.top1:.2f}" for head in row.accuracy)
+            table.add_row(escape(row.label), shares, nodes, _steps(row.tokens_per_step), cost, rate, _ratio(row))
     console.print(table)
     say(
         "accuracy: top-1 accuracy of each head; cost: duration of a step relative to a baseline step; "
         "speedup: relative to baseline decoding, which was timed twice to show the noise."
     )
-    for row in report["candidates"]:
-        if row["absent_because"] is not None:
-            say(escape(f"Not timed: {way_of(row['id'])}: {row['absent_because']}"))
-    by_category = {row["id"]: row["categories"] for row in report["candidates"] if row["categories"]}
+    for row in report.candidates:
+        if row.absent_because is not None:
+            say(escape(f"Not timed: {row.label}: {row.absent_because}"))
+    by_category = [row for row in report.candidates if row.categories]
     if by_category:
         console.print(_categories(by_category))
 
@@ -85,34 +85,26 @@ def _table(title: str, columns: Iterable[str]) -> Table:
     return table
 
 
-def _categories(candidates: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
+def _categories(candidates: Sequence[Row]) -> Table:
     """Tokens per step and speed of each timed candidate, by category of questions."""
-    table = _table(
-        "By category: tokens/step, speed", ("category", "questions", *(escape(way_of(name)) for name in candidates))
-    )
-    for rows in zip(*candidates.values(), strict=True):
-        cells = [" ".join("–" if x is None else f"{x:.2f}" for x in (r["tokens_per_step"], r["speedup"])) for r in rows]
-        table.add_row(escape(rows[0]["name"]), str(rows[0]["prompts"]), *cells)
+    names = (escape(row.label) for row in candidates)
+    table = _table("By category: tokens/step, speed", ("category", "questions", *names))
+    for rows in zip(*(row.categories for row in candidates), strict=True):
+        cells = [" ".join("–" if x is None else f"{x:.2f}" for x in (r.tokens_per_step, r.speedup)) for r in rows]
+        table.add_row(escape(rows[0].name), str(rows[0].prompts), *cells)
     return table
 
 
-def _precision(report: Mapping[str, Any]) -> str:
-    """Precision and device of all methods: `bfloat16 on cpu`."""
-    return f"{report['model']['dtype']} on {report['environment']['device']}"
-
-
-def _steps(rate: Mapping[str, Any]) -> str:
-    found = rate["simulated"] if rate["measured"] is None else rate["measured"]
+def _steps(rate: TokensPerStep) -> str:
+    found = rate.simulated if rate.measured is None else rate.measured
     return "" if found is None else f"{found:.2f}"
 
 
-def _ratio(row: Mapping[str, Any]) -> str:
+def _ratio(row: Row) -> str:
     """Measured speedup over baseline decoding; a predicted one is marked."""
-    found = row["speedup"]
-    clock = found["clock_used"]
-    if clock is None:
-        return "" if found["predicted_here"] is None else f"{found['predicted_here']:.2f} predicted"
-    if found[clock] is None:
+    found = row.speedup
+    if found.clock_used is None:
+        return "" if found.predicted_here is None else f"{found.predicted_here:.2f} predicted"
+    if found.ratio is None:
         return ""
-    interval = found[f"{clock}_ci95"]
-    return f"{found[clock]:.2f}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
+    return f"{found.ratio:.2f}" + (f" ({found.interval[0]:.2f}–{found.interval[1]:.2f})" if found.interval else "")

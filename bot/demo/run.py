@@ -31,6 +31,7 @@ from bot.progress import Show
 from bot.service import serve
 from bot.settings import Settings, activate
 from evaluators.harness.scores import ModelEvaluation
+from evaluators.medusa.speed.report import Report
 
 REQUESTER = "visitor"
 BOT = "mergebot"
@@ -285,9 +286,8 @@ def _show(jobs: list[Job], made: dict[str, Any], display: Display) -> None:
         if job.evaluation.merged:
             evaluations[f"{job.publication.repo} ({job.plan['method']})"] = job.evaluation.merged
     display.scores(evaluations)
-    speed = made["decode_speed"]
-    if speed is not None:
-        display.say(escape(str(speed["sentence"])))
+    if made["decode_speed"] is not None:
+        display.say(escape(Report.from_dict(made["decode_speed"]).sentence or ""))
     for row in made["leaderboard"]:
         display.say(f"[green]published[/green] {escape(row['repo_url'])}")
     display.say(f"[dim]{escape(_took(made['seconds'], made['kept']))}[/dim]")

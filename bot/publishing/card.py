@@ -18,17 +18,17 @@ from bot.jobs.job import Job, Source
 from bot.jobs.request import MergeRequest
 from bot.jobs.specs import PublicationContent, ReplySpec
 from bot.merge.recipe import reading as recipe
-from bot.publishing import evaluation_section, leaderboard, messages
+from bot.publishing import evaluation_section, messages
 from bot.publishing.markdown import code, fenced, listed, plain
 from bot.settings import Settings
 from evaluators.harness.scores import Score
+from evaluators.medusa.speed.report import CONCLUSIVE, Report
 from evaluators.pictures.score_figure import score_figure
-from evaluators.pictures.speed_figure import speed_figure, way_of
+from evaluators.pictures.speed_figure import speed_figure
 
 OUTPUT_TAG = "made-with-mergebot"
 NAME_LIMIT = 96
 SPEED_PICTURE = "results/decode_speed.svg"
-CONCLUSIVE = ("faster", "slower", "same")  # verdicts of a speed test that are one
 
 
 def publication_content(job: Job, settings: Settings) -> PublicationContent:
@@ -40,7 +40,7 @@ def publication_content(job: Job, settings: Settings) -> PublicationContent:
         results["results/lm_eval.json"] = _json(_lm_eval(job))
     if job.evaluation.decode_speed is not None:
         results["results/decode_speed.json"] = _json(job.evaluation.decode_speed)
-        if drawn := speed_figure(job.evaluation.decode_speed):
+        if drawn := speed_figure(Report.from_dict(job.evaluation.decode_speed)):
             results[SPEED_PICTURE] = drawn
     return PublicationContent(
         digest=job.digest,
@@ -134,15 +134,14 @@ def _model_index(job: Job) -> list[dict[str, Any]]:
             "name": f"{score.metric}, {score.few_shot}-shot",
         }
         results.append({"task": task, "dataset": _dataset(score), "metrics": [metric]})
-    heads = leaderboard.measured_heads(job.evaluation.decode_speed)
-    ratio, interval = (None, None) if heads is None else leaderboard.speedup(heads)
-    verdict = None if heads is None else heads["speedup"].get("verdict")
+    heads = Report.from_dict(job.evaluation.decode_speed or {}).heads
     # Metadata is shown without the text of the card, so an inconclusive speedup is left out.
-    if ratio is not None and interval is not None and verdict in CONCLUSIVE:
+    if heads and heads.speedup.ratio is not None and heads.speedup.interval and heads.speedup.verdict in CONCLUSIVE:
+        low, high = heads.speedup.interval
         metric = {
             "type": "medusa_speedup",
-            "value": round(ratio, 4),
-            "name": f"tokens per second, Medusa / plain greedy, 95 % interval {interval[0]:.2f} to {interval[1]:.2f}",
+            "value": round(heads.speedup.ratio, 4),
+            "name": f"tokens per second, Medusa / plain greedy, 95 % interval {low:.2f} to {high:.2f}",
         }
         results.append(
             {"task": task, "dataset": {"type": "prompts", "name": "Speed test prompts"}, "metrics": [metric]}
@@ -167,39 +166,38 @@ def _dataset(score: Score) -> dict[str, str]:
 
 def _speed(job: Job) -> str:
     assert job.evaluation is not None
-    speed = job.evaluation.decode_speed
-    if speed is None:
+    if job.evaluation.decode_speed is None:
         return messages.NO_SPEED
-    heads = leaderboard.measured_heads(speed)
-    if heads is None or heads["tokens_per_s"] is None:
-        return plain(speed["sentence"])
+    speed = Report.from_dict(job.evaluation.decode_speed)
+    heads, sentence = speed.heads, plain(speed.sentence or "")
+    if heads is None or heads.tokens_per_s is None:
+        return sentence
     lines = [
         f"| {plain(_conditions(speed))} | tokens/s | tokens per step |",
         "|---|---:|---:|",
-        f"| baseline greedy | {speed['plain']['tokens_per_s']:.1f} | 1.00 |",
-        f"| Medusa heads | {heads['tokens_per_s']:.1f} | {heads['tokens_per_step']['measured']:.2f} |",
+        f"| baseline greedy | {speed.plain.tokens_per_s or 0:.1f} | 1.00 |",
+        f"| Medusa heads | {heads.tokens_per_s:.1f} | {heads.tokens_per_step.measured:.2f} |",
     ]
     drawn = f"![Decoding speed relative to baseline decoding]({SPEED_PICTURE})" if speed_figure(speed) else ""
-    notes = "\n".join(f"- {plain(warning)}." for warning in speed.get("warnings") or ())
-    tables = [plain(speed["sentence"]), drawn, "\n".join(lines), _asked(speed), notes, _transfer_table(speed)]
+    notes = "\n".join(f"- {plain(warning)}." for warning in speed.warnings)
+    tables = [sentence, drawn, "\n".join(lines), _questions(speed), notes, _transfer_table(speed)]
     return "\n\n".join(table for table in tables if table)
 
 
-def _conditions(speed: Mapping[str, Any]) -> str:
+def _conditions(speed: Report) -> str:
     """Dtype and device of the decoding times, if the report has them."""
-    model, machine = speed.get("model") or {}, speed.get("environment") or {}
-    dtype, device, threads = model.get("dtype"), machine.get("device"), machine.get("threads")
-    told = [str(dtype)] if dtype else []
-    if device:
-        counted = f", {threads} thread{'s' * (threads != 1)}" if device == "cpu" and threads else ""
-        told.append(f"on {device}{counted}")
-    return " ".join(told)
+    machine = speed.environment
+    parts = [str(speed.model.dtype)] if speed.model.dtype else []
+    if machine.device:
+        threads = machine.threads if machine.device == "cpu" else None
+        counted = f", {threads} thread{'s' * (threads != 1)}" if threads else ""
+        parts.append(f"on {machine.device}{counted}")
+    return " ".join(parts)
 
 
-def _asked(speed: Mapping[str, Any]) -> str:
+def _questions(speed: Report) -> str:
     """Number of timed questions and the length of the answers, as far as the report has them."""
-    suite = speed.get("suite") or {}
-    questions, tokens = suite.get("questions"), suite.get("max_new_tokens")
+    questions, tokens = speed.suite.questions, speed.suite.max_new_tokens
     return f"Questions: {questions}, each answer at most {tokens} tokens." if questions and tokens else ""
 
 
@@ -210,22 +208,19 @@ def _use_heads(job: Job, repo: str) -> list[str]:
     return [messages.HEADS, fenced(messages.USE_HEADS.format(repo=repo), "python"), messages.HEADS_CAUTION]
 
 
-def _transfer_table(speed: Mapping[str, Any]) -> str:
+def _transfer_table(speed: Report) -> str:
     """All sets of heads on the merged model with the same tree; empty without heads of the parents."""
-    if not speed.get("transfer"):
+    if not speed.transfer:
         return ""
     lines = ["| heads | top-1 accuracy per head | tokens per step, same tree |", "|---|---|---:|"]
-    for row in speed["candidates"]:
-        if row["origin"] not in ("identity", "parent", "merged", "fresh"):
+    for row in speed.candidates:
+        if row.origin not in ("identity", "parent", "merged", "fresh"):
             continue
-        if row["absent_because"] is not None:
-            lines.append(f"| {plain(way_of(row['id']))} | {plain(row['absent_because'])} | – |")
+        if row.absent_because is not None:
+            lines.append(f"| {plain(row.label)} | {plain(row.absent_because)} | – |")
             continue
-        shares, rate = (
-            " ".join(f"{head['top1']:.2f}" for head in row["accuracy"]),
-            row["tokens_per_step"]["common_tree"],
-        )
-        lines.append(f"| {plain(way_of(row['id']))} | {shares} | {'–' if rate is None else format(rate, '.2f')} |")
+        shares, rate = " ".join(f"{head.top1:.2f}" for head in row.accuracy), row.tokens_per_step.common_tree
+        lines.append(f"| {plain(row.label)} | {shares} | {'–' if rate is None else format(rate, '.2f')} |")
     return "\n".join(lines)
 
 

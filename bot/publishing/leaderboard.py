@@ -26,6 +26,7 @@ from bot.settings import Settings
 from evaluators.comparison import report
 from evaluators.comparison.verdict import Comparison
 from evaluators.harness.scores import ModelEvaluation
+from evaluators.medusa.speed.report import Report
 
 BOARD = "mergebot-leaderboard"
 BOARD_FILE = "data/leaderboard.jsonl"
@@ -121,14 +122,13 @@ _ROW = TypeAdapter(Row)
 def row(job: Job, settings: Settings) -> Row:
     """The row of a published job."""
     assert job.publication is not None and job.evaluation is not None and job.merge is not None
-    merged, speed = job.evaluation.merged, job.evaluation.decode_speed
+    merged, speed = job.evaluation.merged, Report.from_dict(job.evaluation.decode_speed or {})
     comparison = job.evaluation.comparison
     measured = [] if merged is None else list(_measured(job.publication.repo, merged, _intervals(comparison, "")))
     for name, evaluation in job.evaluation.sources.items():
         measured += _measured(name.partition("@")[0], evaluation, _intervals(comparison, name))
     average, stderr = (None, None) if merged is None else _average(merged)
-    heads = measured_heads(speed)
-    ratio, interval = (None, None) if heads is None else speedup(heads)
+    heads = speed.heads
     return Row(
         model=job.publication.repo,
         repo_url=f"{settings.hub}/{job.publication.repo}",
@@ -144,16 +144,16 @@ def row(job: Job, settings: Settings) -> Row:
         average=average,
         average_stderr=stderr,
         results=tuple(measured),
-        tokens_per_step=None if heads is None else heads["tokens_per_step"]["measured"],
-        plain_tokens_per_s=None if speed is None or speed.get("plain") is None else speed["plain"]["tokens_per_s"],
-        speedup=ratio,
-        speedup_ci=interval,
+        tokens_per_step=None if heads is None else heads.tokens_per_step.measured,
+        plain_tokens_per_s=speed.plain.tokens_per_s,
+        speedup=None if heads is None else heads.speedup.ratio,
+        speedup_ci=None if heads is None else heads.speedup.interval,
         published_at="" if job.ended_at is None else job.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
         verdict=None if comparison is None else report.headline(comparison) or None,
         ranking=None if merged is None else merged.board,
         asked=None if merged is None else _asked(merged),
         average_interval=None if merged is None else merged.average_interval95,
-        speed_verdict=None if heads is None else heads["speedup"].get("verdict"),
+        speed_verdict=None if heads is None else heads.speedup.verdict,
     )
 
 
@@ -168,30 +168,6 @@ def _intervals(comparison: Comparison | None, model: str) -> dict[str, tuple[flo
     """Intervals by task of the model with this name in the comparison ("" is the merge)."""
     tasks = comparison.tasks if comparison else ()
     return {task.task: each.interval for task in tasks for each in (task.merge, *task.parents) if each.model == model}
-
-
-def measured_heads(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Candidate row of the timed heads in a speed report; None without heads or for a refused report.
-
-    Heads that the report advises against are included: a ratio below 1 is a result.
-    """
-    rows = [] if speed is None or speed.get("refusal") else speed["candidates"]
-    timed = [
-        row
-        for row in rows
-        if row["origin"] in ("fresh", "merged", "parent") and row["tokens_per_step"]["measured"] is not None
-    ]
-    # Every board row speaks of the same thing, so heads made for the model come first.
-    return next((dict(row) for row in sorted(timed, key=lambda row: row["origin"] != "fresh")), None)
-
-
-def speedup(heads: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
-    """Ratio to baseline decoding on the clock that the report trusts, and its 95 % interval."""
-    measured, clock = heads["speedup"], heads["speedup"]["clock_used"]
-    if clock is None:
-        return None, None
-    interval = measured[f"{clock}_ci95"]
-    return measured[clock], None if interval is None else (interval[0], interval[1])
 
 
 def _measured(

@@ -96,7 +96,7 @@ def candidates(asked: Recipe | None, parents: Sequence[Parent], scratch: Path, s
     rows = [
         Given(
             f"parent:{parent.name}", "parent", parent.heads,
-            parent.absent_because or (None if parent.heads else "it carries no heads."), parent.model, str(parent.ref),
+            parent.absent_because or (None if parent.heads else "it carries no heads."), str(parent.ref),
         )
         for parent in parents
     ]  # fmt: skip

@@ -79,7 +79,7 @@ def told(facts: dict[str, Any], model: str, out: Path) -> list[str]:
         f"Heads in {out}: {facts['steps']} steps over {facts['positions']} positions of {facts['prompts']} answers in "
         f"{spent['total']:.0f} s, of which {facts['generate_s']:.0f} s went into answers."
     ]
-    if hardly_trained(facts):
+    if hardly_trained(facts["steps"], facts["tokens"]):
         said.append(
             f"So few steps on {facts['tokens']} tokens leave heads hardly trained, and they will hardly speed anything "
             "up: train again, longer (--budget-s)."

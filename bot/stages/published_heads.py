@@ -30,12 +30,13 @@ def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, Pub
     from evaluators.medusa.formats import write_json
     from evaluators.medusa.formats.writing import write_generate_code
     from evaluators.medusa.speed import conclusions
+    from evaluators.medusa.speed.report import Report
 
     shutil.rmtree(into, ignore_errors=True)
-    name = conclusions.carried(speed, FOLDERS)
-    if name is None or not _fetchable(measured / FOLDERS[name] / WEIGHTS):
+    row = conclusions.carried(Report.from_dict(speed), FOLDERS)
+    if row is None or not _fetchable(measured / FOLDERS[row.id] / WEIGHTS):
         return {}
-    source = measured / FOLDERS[name]
+    source = measured / FOLDERS[row.id]
     heads = into / CARRIED
     heads.mkdir(parents=True)
     for file in (WEIGHTS, *SMALL_FILES):
@@ -43,9 +44,8 @@ def carry(measured: Path, speed: Mapping[str, Any], into: Path) -> dict[str, Pub
             shutil.copyfile(source / file, heads / file)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("base_model_name_or_path", None)  # a path of this machine; the base is the repo they stand in
-    row = next(row for row in speed["candidates"] if row["id"] == name)
-    if paths := row["tree"]["paths"]:
-        config["mergebot_tree"] = paths
+    if row.tree.paths:
+        config["mergebot_tree"] = row.tree.paths
     write_json(heads / "config.json", config)
     write_generate_code(into)
     return {path.relative_to(into).as_posix(): _fact(path) for path in sorted(into.rglob("*")) if path.is_file()}

@@ -18,7 +18,7 @@ SEED = 0  # the same for every merge, so that their speed tests draw the same nu
 
 
 def of_merge(out: Path, sources: tuple[Source, ...], settings: Settings, scratch: Path, report: Show) -> dict[str, Any]:
-    """Return the Medusa report of the merged model, with its summary sentence; includes the heads of its sources."""
+    """Return the Medusa report of the merged model; includes the heads of its sources."""
     from bot.hub import Hub
     from bot.stages import head_candidates
     from evaluators.medusa import SpeedOptions
@@ -38,10 +38,9 @@ def bench(folder: Path, out: Path, options: SpeedOptions, settings: Settings, re
     from bot.merge.execution.engine import choose_device
     from evaluators import medusa
 
-    measured = medusa.measure(
+    return medusa.measure(
         folder,
         out,
         replace(options, device=choose_device(settings.device).type),
         progress=lambda stage, done, total: report(f"Speed test: {stage}", done, total),
     )
-    return {**measured, "sentence": medusa.sentence(measured)}

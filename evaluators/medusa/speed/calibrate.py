@@ -19,7 +19,7 @@ from evaluators.medusa.decoding.decode import Clock, clocked
 from evaluators.medusa.decoding.runners import Runner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.speed.document import ClockName
+from evaluators.medusa.speed.report import ClockName
 from evaluators.medusa.training.distillation import Features
 from evaluators.medusa.training.simulation import accuracy, simulate_each
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, expected_tokens, full, greedy_tree

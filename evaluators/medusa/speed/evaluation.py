@@ -8,13 +8,18 @@ out/merged_tuned/                given merged heads after a short fine-tune, whe
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from bot.errors import EvaluationError
+from bot.storage import sha256_file
 from evaluators.medusa import formats
 from evaluators.medusa.decoding import decode
 from evaluators.medusa.decoding.capability import reason_against_trees
@@ -24,11 +29,9 @@ from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads
 from evaluators.medusa.model import packed, support
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.threads import steadiest_threads
-from evaluators.medusa.speed import baselines, bench, calibrate, conclusions, head_rows, report, rows, timing, transfer
-from evaluators.medusa.speed.document import Row, Suite, as_json
-from evaluators.medusa.speed.options import SpeedOptions
-from evaluators.medusa.speed.rows import Scored
-from evaluators.medusa.speed.run import Progress, Run
+from evaluators.medusa.speed import bench, calibrate, conclusions, rows, timing, transfer
+from evaluators.medusa.speed.report import Environment, Model, Row, Suite
+from evaluators.medusa.speed.run import Progress, Run, SpeedOptions
 from evaluators.medusa.speed.transfer import HeadSet
 from evaluators.medusa.training import distillation, prompt_sets, train, training_file
 from evaluators.medusa.training.distillation import stack_features
@@ -44,7 +47,6 @@ LONG_BUDGET_S = 180
 TUNING_SHARE = 0.3
 BATCH = 48
 HELD_OUT = 16
-COMPARED_TEXTS = 4
 TUNING = train.Recipe(1e-3, 128, 1)
 
 
@@ -70,7 +72,7 @@ def measure(
     options = replace(options, questions=max(1, options.questions))
     tree = None if options.tree is None else tree_files.read(options.tree)
     run = Run(model, out, options, progress or (lambda stage, done, total: None), tree)
-    run.note(mode="full" if options.turns > 1 else "quick", refusal=support.reason_against(model))
+    run.note(refusal=support.reason_against(model))
     if run.report.refusal is None:
         with steadiest_threads(options.device):
             _examine(run)
@@ -98,11 +100,12 @@ def _test_questions(run: Run) -> list[prompt_sets.Prompt]:
 def _written(run: Run) -> dict[str, Any]:
     total_s, spent = time.monotonic() - run.started, run.report.seconds
     run.note(
-        environment=replace(run.report.environment, load_after=report.load()),
+        environment=replace(run.report.environment, load_after=_load_average()),
         seconds={**spent, "write": round(total_s - sum(spent.values()), 2), "total": round(total_s, 2)},
     )
+    run.note(sentence=conclusions.sentence(run.report))
     run.out.mkdir(parents=True, exist_ok=True)
-    written = as_json(run.report)
+    written = run.report.as_dict()
     formats.write_json(run.out / "decode_speed.json", written)
     return written
 
@@ -116,44 +119,34 @@ def _loaded(run: Run) -> Base:
 
 def _examine(run: Run) -> None:
     run.progress("load", 0, 1)
-    asked = prompt_sets.in_turns(_test_questions(run), run.options.questions)
+    prompts = prompt_sets.in_turns(_test_questions(run), run.options.questions)
     base = _loaded(run)
     reason = reason_against_trees(base)
-    kernel = getattr(base.model.config, "_attn_implementation", None)
-    run.note(
-        model=report.describe_model(base, run.folder),
-        environment=report.describe_environment(base, kernel, run.options.seed),
-    )
-    test = [bench.question(base, prompt, run.options.max_new_tokens) for prompt in asked]
+    run.note(model=_model(base, run.folder), environment=_environment(base, run.options.seed))
+    test = [bench.question(base, prompt, run.options.max_new_tokens) for prompt in prompts]
     _describe_suite(run, base, test)
-    if (unapplied := baselines.unapplied_settings(base)) is not None:
+    if (unapplied := bench.unapplied_settings(base)) is not None:
         run.warn(unapplied)
     now = run.stage("load", run.started)
     run.progress("load", 1, 1)
     if reason is None:
         _speculate(run, base, test, now)
     else:
-        _only_plain(run, base, test, reason)
+        _baseline_only(run, base, test, reason)
     _warn_of_budget(run, len(test))
 
 
-def _only_plain(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
+def _baseline_only(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
     """Report a model without tree support: its baseline speed, transformers' own loop, the reason."""
     limits = decode.Limits(run.options.max_new_tokens, base.stop_ids)
-    base.window = None  # what was not proven is left to the cache that transformers gives the model
+    base.window = None  # the cache of transformers is proven for every model
     runner = _runner(run, base)
     blocks = bench.run_blocks(runner, [], test, limits, bench.Schedule(deadline=run.until(REFUSED_BY)))
     versus = timing.time_native(run, base, blocks, limits, runner)
-    machine = rows.machine_of(base, blocks, run.options.seed)
-    run.report = rows.described(run.report, blocks, limits.max_new_tokens, machine)
-    run.note(
-        candidates=(
-            rows.none_row(blocks, run.options.seed, machine),
-            rows.native_row(versus, machine),
-            Row("prompt_lookup", "prompt_lookup", absent_because=reason),
-        ),
-        refusal=reason,
-    )
+    m = rows.Measured(base, blocks, versus, limits.max_new_tokens, run.options.seed)
+    run.report = rows.described(run.report, m)
+    lookup = Row("prompt_lookup", "prompt_lookup", absent_because=reason)
+    run.note(candidates=(rows.none_row(m), rows.native_row(m), lookup), refusal=reason)
 
 
 def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float) -> None:
@@ -174,28 +167,24 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     runner = _runner(run, base)
     widths = calibrate.WIDTHS if shape is None else (1, shape.nodes)
     cost = calibrate.cost_curve(runner, reference.heads, context, widths=widths, deadline=run.until(CALIBRATED_BY))
-    scored = [_scored(each, reference, features["calibration"], cost, shape) for each in sets]
+    sets = [_with_tree(each, reference, features["calibration"], cost, shape) for each in sets]
     now = run.stage("calibrate", now)
     run.progress("calibrate", 1, 1)
-    limits, blocks = timing.time_candidates(run, base, test, scored, cost, runner)
+    limits, blocks = timing.time_candidates(run, base, test, sets, runner)
     versus = timing.time_native(run, base, blocks, limits, runner)
     run.stage("bench", now)
-    said = bench.spoken(base, blocks)
-    measured = rows.Measured(
-        base=base,
-        scored=[_with_cosine(run, each, base, said) for each in scored],
-        reference=next(each for each in scored if each.set is reference),
-        floor=identity_heads(reference.heads.spec, base),
+    answers = bench.baseline_answers(base, blocks)
+    latest = run.deadline + timing.CHECKED_WITHIN * run.options.budget_s
+    measured = rows.Measured(base, blocks, versus, limits.max_new_tokens, run.options.seed, latest)
+    compared = rows.Compared(
+        sets,
+        untrained=identity_heads(reference.heads.spec, base),
         common=transfer.common_tree(reference.heads, features["calibration"]),
-        features={"timed": stack_features(base, said), "held_out": stack_features(base, [*texts.calibration, *said])},
+        timed=stack_features(base, answers),
+        held_out=stack_features(base, [*texts.calibration, *answers]),
         cost=cost,
-        blocks=blocks,
-        versus=versus,
-        max_new_tokens=limits.max_new_tokens,
-        seed=run.options.seed,
-        deadline=run.deadline + timing.JUDGED_WITHIN * run.options.budget_s,
     )
-    run.report = head_rows.completed(run.report, measured)
+    run.report = rows.completed(run.report, measured, compared)
 
 
 def _warn_of_budget(run: Run, questions: int) -> None:
@@ -304,19 +293,13 @@ def _learnt(
     return heads, facts
 
 
-def _scored(
+def _with_tree(
     each: HeadSet, reference: HeadSet, held_out: distillation.Features, cost: calibrate.CostCurve, shape: Tree | None
-) -> Scored:
+) -> HeadSet:
     if each.heads is None:
-        return Scored(each, None)
-    own = cost if each is reference else calibrate.with_draft_of(cost, each.heads)
-    return Scored(each, calibrate.choose_tree(each.heads, held_out, own, shape))
-
-
-def _with_cosine(run: Run, each: Scored, base: Base, said: Sequence[distillation.Dialogue]) -> Scored:
-    if each.set.model is None or time.monotonic() > run.deadline:  # a parent is loaded for it
         return each
-    return replace(each, cosine=transfer.hidden_cosine(each.set.model, base, said[:COMPARED_TEXTS]))
+    own = cost if each is reference else calibrate.with_draft_of(cost, each.heads)
+    return replace(each, choice=calibrate.choose_tree(each.heads, held_out, own, shape))
 
 
 def _describe_suite(run: Run, base: Base, test: Sequence[bench.Question]) -> None:
@@ -332,3 +315,47 @@ def _describe_suite(run: Run, base: Base, test: Sequence[bench.Question]) -> Non
             order="ABBA",
         )
     )
+
+
+def _model(base: Base, folder: Path) -> Model:
+    """Describe the checkpoint in `folder` as loaded."""
+    return Model(
+        weights_sha256=_weights_sha256(folder),
+        architecture=type(base.model).__name__,
+        parameters=sum(parameter.numel() for parameter in base.model.parameters()),
+        layers=getattr(base.config, "num_hidden_layers", None),
+        hidden_size=base.hidden,
+        vocab_size=base.vocab,
+        dtype=str(base.dtype).removeprefix("torch."),
+    )
+
+
+def _environment(base: Base, seed: int) -> Environment:
+    """Describe the machine and the execution of the base on it."""
+    return Environment(
+        device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        attention=getattr(base.model.config, "_attn_implementation", None),
+        execution=base.execution,
+        load_before=_load_average(),
+        seed=seed,
+    )
+
+
+def _load_average() -> float | None:
+    """One-minute load average, this process included; None if the system has none."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):
+        return None
+
+
+def _weights_sha256(folder: Path) -> str | None:
+    """SHA-256 of the weights: of the single safetensors file, or of the lines `sha256  name` of several."""
+    digests = [(path.name, sha256_file(path)) for path in sorted(folder.glob("*.safetensors"))]
+    if len(digests) <= 1:
+        return digests[0][1] if digests else None
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests).encode()).hexdigest()

@@ -1,131 +1,319 @@
-"""Description of model and machine in the speed report, and the report as one paragraph."""
+"""Speed report `mergebot.decode_speed/1`: its types, and the encoder and decoder of its JSON. Imports no torch.
+
+The JSON has the fields of the types as keys. None means not measured; speeds are tokens per second. The decoder ignores
+unknown keys and fills in missing ones, so that reports of other releases stay readable.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, Literal
 
-import torch
-import transformers
+from pydantic import TypeAdapter
 
-from bot.storage import sha256_file
-from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed.conclusions import DO_NOT, hardly_trained
-from evaluators.medusa.speed.document import Environment, Model
-from evaluators.pictures.speed_figure import way_of
-
-VERDICTS = {
-    "faster": "decoding with them is faster here",
-    "slower": "decoding with them is slower here",
-    "same": "the difference to baseline decoding is within the noise",
-    "inconclusive": "the machine was too unsteady, or the questions too few, for a verdict",
+SCHEMA = "mergebot.decode_speed/1"
+Interval = tuple[float, float]
+ClockName = Literal["wall", "cpu"]
+Verdict = Literal["faster", "slower", "same", "inconclusive"]
+CONCLUSIVE = ("faster", "slower", "same")
+_LABELS = {
+    "none": "plain, once more",
+    "native": "transformers' generate",
+    "prompt_lookup": "prompt lookup",
+    "identity": "untrained heads",
+    "fresh": "heads trained for it",
+    "merged": "its parents' heads, merged",
+    "merged_tuned": "merged heads, tuned",
 }
+_LABEL_PREFIXES = {"parent:": "heads of ", "heads:": "given heads "}
 
 
-def describe_model(base: Base, folder: Path) -> Model:
-    """Describe the checkpoint in `folder` as loaded."""
-    config = base.config
-    return Model(
-        weights_sha256=weights_sha256(folder),
-        architecture=type(base.model).__name__,
-        parameters=sum(parameter.numel() for parameter in base.model.parameters()),
-        layers=getattr(config, "num_hidden_layers", None),
-        hidden_size=base.hidden,
-        vocab_size=base.vocab,
-        dtype=str(base.dtype).removeprefix("torch."),
-    )
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The checkpoint and the dtype it ran in."""
+
+    weights_sha256: str | None = None
+    architecture: str | None = None
+    parameters: int | None = None
+    layers: int | None = None
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+    dtype: str | None = None
 
 
-def describe_environment(base: Base, kernel: str | None, seed: int) -> Environment:
-    """Describe the machine and the execution of the base on it."""
-    return Environment(
-        device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        attention=kernel,
-        execution=base.execution,
-        load_before=load(),
-        seed=seed,
-    )
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The machine and the libraries; loads are one-minute averages."""
+
+    device: str | None = None
+    cores: int | None = None
+    threads: int | None = None
+    torch: str | None = None
+    transformers: str | None = None
+    attention: str | None = None
+    execution: str | None = None
+    load_before: float | None = None
+    load_after: float | None = None
+    seed: int | None = None
 
 
-def load() -> float | None:
-    """One-minute load average, this process included; None if the system has none."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except (OSError, AttributeError):
-        return None
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """The questions as run; `looping` counts repetitive answers, `shortened` prompts cut to the context."""
+
+    name: str | None = None
+    sha256: str | None = None
+    questions: int | None = None
+    turns: int | None = None
+    max_new_tokens: int | None = None
+    chat_template: bool | None = None
+    mean_context_tokens: float | None = None
+    repeats: int | None = None
+    order: str | None = None
+    looping: int | None = None
+    shortened: int | None = None
 
 
-def weights_sha256(folder: Path) -> str | None:
-    """SHA-256 of the weights: of the single safetensors file, or of the lines `sha256  name` of several."""
-    digests = [(path.name, sha256_file(path)) for path in sorted(folder.glob("*.safetensors"))]
-    if len(digests) <= 1:
-        return digests[0][1] if digests else None
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests).encode()).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A forward pass of `n` tokens; `ratio` is relative to one token."""
+
+    n: int
+    forward_ms: float
+    ratio: float
 
 
-def sentence(report: Mapping[str, Any]) -> str:
-    """Summarise the report in one paragraph for a model card. A speedup below 1 is stated first."""
-    if report["refusal"]:
-        return f"Decode speed with Medusa heads was not measured: {report['refusal']}"
-    fresh = [row for row in report["candidates"] if row["origin"] == "fresh"]
-    timed = [row for row in fresh if row["tokens_per_step"]["measured"] is not None]
-    if not timed:
-        reason = next((row["absent_because"] for row in fresh if row["absent_because"]), None)
-        reason = reason or "the model stopped at once on every prompt."
-        return f"Decode speed with Medusa heads was not measured: {reason}"
-    row = next((row for row in timed if row["id"] == report["chosen"]), timed[0])
-    others = f" These are the {way_of(row['id'])}, of {len(timed)} sets." if len(timed) > 1 else ""
-    speed, machine = row["speedup"], report["environment"]
-    clock = speed["clock_used"]
-    ratio, interval = speed[clock], speed[f"{clock}_ci95"]
-    unit = "x plain speed in CPU time" if clock == "cpu" else "x plain speed"
-    span = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "from one question, no interval"
-    exact = row["exact"]
-    looping = report["suite"]["looping"]
-    flattered = (
-        f" {looping} of {exact['prompts']} answers repeat themselves, which flatters this figure." if looping else ""
-    )
-    advice = " Do not speculate here." if report["recommendation"] == DO_NOT else ""
-    return (
-        f"{_trained(row['training'])} bring {row['tokens_per_step']['measured']:.2f} tokens per step; "
-        f"on {_where(machine)} decoding with them runs at {ratio:.2f} {unit} ({span}): {VERDICTS[speed['verdict']]}."
-        f"{others}{flattered}{advice} {_exactness(exact, report['model']['dtype'])}"
-        f"{' ' + report['transfer'] if report['transfer'] else ''}"
-    )
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Cost of a forward pass by the number of tokens."""
+
+    context_tokens: int | None = None
+    clock: ClockName | None = None
+    points: tuple[Point, ...] = ()
 
 
-def _exactness(exact: Mapping[str, Any], dtype: str | None) -> str:
-    said = f"Greedy text was equal to baseline decoding on {exact['equal']} of {exact['prompts']} questions"
-    ties, unjudged = ({each["prompt"] for each in exact["divergences"] if each["tie"] is tie} for tie in (True, None))
-    ties -= unjudged  # one of its runs was not checked
-    if ties:
-        said += f"; on {len(ties)} it left it where rounding in {dtype} decides between two tokens"
-    if unjudged:
-        said += f"; on {len(unjudged)} it left it, and whether rounding in {dtype} explains that was not checked"
-    return f"{said}."
+@dataclass(frozen=True, slots=True)
+class Steadiness:
+    """A/A comparison: the first baseline run of each question over the second."""
+
+    ratio: float | None = None
+    ci95: Interval | None = None
+    ok: bool | None = None
 
 
-def _trained(training: Mapping[str, Any]) -> str:
-    if training["steps"] is None:
-        return "The Medusa heads that were given"
-    if not training["steps"]:
-        return "Untrained Medusa heads (there was no time, or no text, to train them)"
-    seconds = sum(training[key] or 0.0 for key in ("generate_s", "features_s", "fit_s"))
-    learnt = f"trained in {seconds:.0f} s on {training['tokens']} tokens of the model's own text"
-    if hardly_trained(training):
-        steps = "step" if training["steps"] == 1 else "steps"
-        return f"Medusa heads that are hardly trained ({training['steps']} {steps}; {learnt}; give it more time)"
-    return f"Medusa heads {learnt}"
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """All runs of baseline decoding together."""
+
+    tokens: int | None = None
+    steps: int | None = None
+    wall_s: float | None = None
+    cpu_s: float | None = None
+    tokens_per_s: float | None = None
 
 
-def _where(machine: Mapping[str, Any]) -> str:
-    if machine["device"] != "cpu":
-        return str(machine["device"])
-    return f"this CPU ({machine['threads']} thread{'s' if machine['threads'] != 1 else ''})"
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """Shape of a set of heads."""
+
+    kind: str | None = None
+    count: int | None = None
+    layers: int | None = None
+    conditioned: bool | None = None
+    kept_vocab: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadAccuracy:
+    """Top-1 accuracy of one head."""
+
+    head: int | None = None
+    top1: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TimedTree:
+    """The timed tree and its origin."""
+
+    nodes: int | None = None
+    depth: int | None = None
+    paths: tuple[tuple[int, ...], ...] | None = None
+    chosen: Literal["none", "cost", "common", "given"] = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class TokensPerStep:
+    """Expected from the calibration text, simulated on the timed text, measured; `common_tree` is simulated with one
+    tree for all sets of heads."""
+
+    expected: float | None = None
+    simulated: float | None = None
+    measured: float | None = None
+    common_tree: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """Speedup over the baseline by each clock; `clock_used` is the decisive one, None if nothing was timed."""
+
+    wall: float | None = None
+    wall_ci95: Interval | None = None
+    cpu: float | None = None
+    cpu_ci95: Interval | None = None
+    clock_used: ClockName | None = None
+    predicted_here: float | None = None
+    verdict: Verdict | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """The speedup by the decisive clock."""
+        return {"wall": self.wall, "cpu": self.cpu, None: None}[self.clock_used]
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % interval of the speedup by the decisive clock."""
+        return {"wall": self.wall_ci95, "cpu": self.cpu_ci95, None: None}[self.clock_used]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """First difference of a run from the baseline's text: token `index` of the answer to question `prompt`.
+
+    `tie` is True if rounding explains every token from there on, None if that was not checked. The least explained
+    token is `gap` below the best one in float32, and `limit` is the reach of rounding.
+    """
+
+    prompt: str
+    index: int
+    gap: float | None = None
+    limit: float | None = None
+    tie: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Number of answers equal to the baseline's."""
+
+    prompts: int | None = None
+    equal: int | None = None
+    divergences: tuple[Divergence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """Figures of one category of questions."""
+
+    name: str
+    prompts: int
+    tokens_per_step: float | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Cost of making a set of heads, and the tokens after which it pays off."""
+
+    prompts: int | None = None
+    tokens: int | None = None
+    positions: int | None = None
+    generate_s: float | None = None
+    features_s: float | None = None
+    fit_s: float | None = None
+    steps: int | None = None
+    seed: int | None = None
+    break_even_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One decoding method; `absent_because` gives the reason if it was not tried."""
+
+    id: str
+    origin: str
+    source: str | None = None
+    absent_because: str | None = None
+    overhead: float | None = None
+    tokens_per_s: float | None = None
+    heads: HeadShape = HeadShape()
+    accuracy: tuple[HeadAccuracy, ...] = ()
+    tree: TimedTree = TimedTree()
+    tokens_per_step: TokensPerStep = TokensPerStep()
+    speedup: Speedup = Speedup()
+    exact: Exact = Exact()
+    categories: tuple[Category, ...] = ()
+    training: Training = Training()
+
+    @property
+    def label(self) -> str:
+        """The decoding method in words."""
+        for prefix, words in _LABEL_PREFIXES.items():
+            if self.id.startswith(prefix):
+                return words + self.id.removeprefix(prefix)
+        return _LABELS.get(self.id, self.id)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as JSON."""
+        return _as_json(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A whole speed report. The fields from `chosen` to `transfer` are its conclusions; `sentence` summarises it."""
+
+    schema: str = SCHEMA
+    chosen: str = "none"
+    recommendation: str | None = None
+    verdict: Verdict | None = None
+    refusal: str | None = None
+    transfer: str | None = None
+    sentence: str | None = None
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    model: Model = Model()
+    environment: Environment = Environment()
+    suite: Suite = Suite()
+    cost_curve: Curve = Curve()
+    aa: Steadiness = Steadiness()
+    plain: Baseline = Baseline()
+    candidates: tuple[Row, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report in JSON of this or another release."""
+        return _decoder().validate_python(_without_nulls(data))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON."""
+        return _as_json(asdict(self))
+
+    @property
+    def heads(self) -> Row | None:
+        """The timed heads, those trained for the model first; None without heads or for a refused report.
+
+        Heads that the report advises against are included: a ratio below 1 is a result.
+        """
+        if self.refusal:
+            return None
+        origins = ("fresh", "merged", "parent")
+        timed = [row for row in self.candidates if row.origin in origins and row.tokens_per_step.measured is not None]
+        return min(timed, key=lambda row: row.origin != "fresh", default=None)
+
+
+@cache
+def _decoder() -> TypeAdapter[Report]:
+    return TypeAdapter(Report)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop keys whose value is null: the field has a default."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    return found

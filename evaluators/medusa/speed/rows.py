@@ -3,295 +3,368 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 from evaluators import repetition
-from evaluators.medusa.decoding.decode import Trace
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench, calibrate, conclusions, exactness
-from evaluators.medusa.speed.document import (
+from evaluators.medusa.speed import bench, conclusions, exactness, transfer
+from evaluators.medusa.speed.bench import Block, Ratio
+from evaluators.medusa.speed.calibrate import CostCurve
+from evaluators.medusa.speed.report import (
+    Baseline,
     Category,
     ClockName,
     Curve,
-    EndToEnd,
     Exact,
+    HeadAccuracy,
+    HeadShape,
     Interval,
-    Parting,
-    Plain,
     Point,
     Report,
     Row,
     Speedup,
     Steadiness,
-    StepMs,
+    TimedTree,
     TokensPerStep,
-    TreeFacts,
+    Training,
 )
 from evaluators.medusa.speed.transfer import HeadSet
-from evaluators.medusa.training import distillation
+from evaluators.medusa.training import simulation
+from evaluators.medusa.training.distillation import Features
+from evaluators.medusa.training.training_file import COSTS
 from evaluators.medusa.trees.tree import Tree
 
-GOOD_OVERHEAD = 1.2
+SIMULATION_LIMIT = 0.01
+UNTRAINED = "identity"  # the row of untrained heads
+Shares = Mapping[str, simulation.Accuracy]
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A set of heads and the tree chosen for it; None without heads. `cosine` is relative to the heads' own model."""
-
-    set: HeadSet
-    choice: calibrate.Choice | None
-    cosine: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Measured:
-    """All measurements behind a report. `features` has the splits timed and held_out, which includes the calibration's.
+    """The timings behind a report, by the baseline alone or also by sets of heads.
 
-    `reference` is the set made for this model, `floor` untrained heads of its shape, `common` the tree all are
-    compared at. Past `deadline` (time.monotonic) no more than must be is still looked at.
+    Past `deadline` (time.monotonic) only the first divergence of each row is checked.
     """
 
     base: Base
-    scored: Sequence[Scored]
-    reference: Scored
-    floor: Heads
-    common: Tree
-    features: Mapping[str, distillation.Features]
-    cost: calibrate.CostCurve
-    blocks: Sequence[bench.Block]
-    versus: Sequence[baselines.Versus]
+    blocks: Sequence[Block]
+    versus: Sequence[bench.Versus]
     max_new_tokens: int
     seed: int
     deadline: float | None = None
 
+    @cached_property
+    def clock(self) -> ClockName:
+        """The wall clock if the A/A comparison holds on it, else (shared machine) this process's CPU clock."""
+        wall_ok = bench.a_a_ok(bench.a_a(self.blocks, "wall", self.seed))
+        return "wall" if wall_ok or self.base.device.type != "cpu" else "cpu"
+
+    @cached_property
+    def aa(self) -> Steadiness:
+        """The A/A comparison on the decisive clock."""
+        ratio = bench.a_a(self.blocks, self.clock, self.seed)
+        return Steadiness(_value(ratio), _interval(ratio), bench.a_a_ok(ratio))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The sets of heads behind a report.
+
+    `untrained` heads have the shape of the reference; `common` is the tree all sets are compared with. `timed` are the
+    answers of the timing, `held_out` those and the calibration's.
+    """
+
+    sets: Sequence[HeadSet]
+    untrained: Heads
+    common: Tree
+    timed: Features
+    held_out: Features
+    cost: CostCurve
+
     @property
-    def best(self) -> Scored:
-        """The set whose tree has the highest predicted gain; of equals the one made for this model."""
-        able = [each for each in self.scored if each.choice is not None]
+    def reference(self) -> HeadSet:
+        """The set trained for this model."""
+        return next(each for each in self.sets if each.origin == "fresh")
+
+    @property
+    def best(self) -> HeadSet:
+        """The set whose tree has the highest predicted gain; of equals the one trained for this model."""
+        able = [each for each in self.sets if each.choice is not None]
         return max(able, key=lambda each: (each.choice.gain, each is self.reference))  # type: ignore[union-attr]
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The decisive clock and the A/A comparison on it."""
-
-    clock: ClockName
-    steadiness: Steadiness
-
-    @property
-    def ok(self) -> bool:
-        """True if the A/A comparison holds."""
-        return self.steadiness.ok is True
-
-
-def baseline_rows(m: Measured, machine: Machine) -> tuple[Row, Row, Row]:
-    """Rows beside those of heads: baseline, transformers' own loop, prompt lookup."""
-    lookup = Row("prompt_lookup", "prompt_lookup")
-    if all("prompt_lookup" in block.runs for block in m.blocks):
-        lookup = with_timings(replace(lookup, tree=TreeFacts(chosen="common")), m, machine)
-    else:
-        lookup = replace(lookup, absent_because="the budget was too short to time it.")
-    return none_row(m.blocks, m.seed, machine), native_row(m.versus, machine), lookup
-
-
-def described(report: Report, blocks: Sequence[bench.Block], max_new_tokens: int, machine: Machine) -> Report:
+def described(report: Report, m: Measured) -> Report:
     """Add the suite as run, the baseline, the machine, and warnings of repetitive answers and shortened questions."""
+    blocks = m.blocks
     shortened = [block.question.prompt.id for block in blocks if block.question.shortened]
-    looping = [block.question.prompt.id for block in blocks if repetition.loops(block.plain[0].tokens)]
+    looping = [block.question.prompt.id for block in blocks if _loops(block)]
     context = sum(len(b.question.ids) + len(b.plain[0].tokens) / 2 for b in blocks) / max(len(blocks), 1)
     suite = replace(
         report.suite,
         questions=len({block.question.prompt.id for block in blocks}),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=m.max_new_tokens,
         mean_context_tokens=round(context, 1),
         looping=len(looping),
         shortened=len(shortened),
     )
-    flattered = (
-        f"{len(looping)} of {len(blocks)} answers repeat themselves (fewer than half of their 4-grams differ), which "
-        f"inflates tokens per step: {', '.join(looping)}"
+    warnings = list(report.warnings)
+    if looping:
+        warnings.append(
+            f"{len(looping)} of {len(blocks)} answers repeat themselves (fewer than half of their 4-grams differ), "
+            f"which inflates tokens per step: {', '.join(looping)}"
+        )
+    if shortened:
+        warnings.append(
+            f"{len(shortened)} of {len(blocks)} questions exceed the model's context together with their answers, so "
+            f"only their ends were used: {', '.join(shortened)}"
+        )
+    return replace(report, suite=suite, plain=_baseline(blocks), aa=m.aa, warnings=tuple(warnings))
+
+
+def completed(report: Report, m: Measured, heads: Compared) -> Report:
+    """Return the report with the baselines, all candidates and the conclusions."""
+    report = described(report, m)
+    sets = {UNTRAINED: heads.untrained} | {each.id: each.heads for each in heads.sets if each.heads is not None}
+    shares = {name: simulation.accuracy(each, heads.held_out, 1) for name, each in sets.items()}
+    found = [_heads_row(each, m, heads, shares) for each in heads.sets]
+    candidates = (none_row(m), native_row(m), _lookup_row(m), _untrained_row(heads, shares), *found)
+    timed = dict.fromkeys(name for block in m.blocks for name in block.runs)
+    assert heads.best.choice is not None  # the reference always has heads, so the best of all has
+    facts = conclusions.Facts(
+        candidates,
+        reference=heads.reference.id,
+        best=heads.best.id,
+        promised=heads.best.choice.speculate,
+        slow_baseline=bench.baseline_is_slow(m.versus, m.clock),
+        clock_errors={name: error for name in timed if (error := bench.clock_error(m.blocks, name)) is not None},
+        common_nodes=transfer.COMMON_NODES,
     )
-    cut = (
-        f"{len(shortened)} of {len(blocks)} questions exceed the model's context together with their answers, so only "
-        f"their ends were used: {', '.join(shortened)}"
-    )
-    warnings = (*report.warnings, *[flattered] * bool(looping), *[cut] * bool(shortened))
-    return replace(report, suite=suite, plain=plain_figures(blocks), aa=machine.steadiness, warnings=warnings)
-
-
-def machine_of(base: Base, blocks: Sequence[bench.Block], seed: int) -> Machine:
-    """Choose the wall clock if the A/A comparison holds on it, else (shared machine) this process's CPU clock."""
-    clock: ClockName = "wall"
-    ratio = bench.a_a(blocks, clock, seed)
-    if not bench.a_a_ok(ratio) and base.device.type == "cpu":
-        clock = "cpu"
-        ratio = bench.a_a(blocks, clock, seed)
-    return Machine(clock, Steadiness(value(ratio), ci(ratio), bench.a_a_ok(ratio)))
-
-
-def curve_of(cost: calibrate.CostCurve) -> Curve:
-    """Cost curve, each point also as a ratio to one token."""
-    points = (Point(n, round(ms, 2), round(ms / cost.points[0][1], 3)) for n, ms in cost.points)
-    return Curve(cost.context, cost.clock, tuple(points))
-
-
-def plain_figures(blocks: Sequence[bench.Block]) -> Plain:
-    """Figures of the baseline, all its runs together."""
-    traces = [trace for block in blocks for trace in block.plain]
-    tokens = bench.decoded(traces)
-    wall, cpu = sum(t.decode.wall_s for t in traces), sum(t.decode.cpu_s for t in traces)
-    prefill = sum(t.prefill.wall_s for t in traces)
-    steps = sum(t.steps for t in traces)
-    return Plain(
-        tokens=tokens,
-        steps=steps,
-        wall_s=round(wall, 4),
-        cpu_s=round(cpu, 4),
-        tokens_per_s=over(tokens, wall),
-        step_ms=over(1000 * wall, steps),
-        prefill_ms=over(1000 * prefill, len(traces)),
-        end_to_end_tokens_per_s=over(sum(len(t.tokens) for t in traces), wall + prefill),
+    unequal = transfer.unequal_training(heads.sets, heads.reference)
+    return replace(
+        report,
+        cost_curve=_curve(heads.cost),
+        candidates=candidates,
+        warnings=(*report.warnings, *_unlike_simulation(found, m.base), *unequal),
+        **asdict(conclusions.drawn(facts)),
     )
 
 
-def none_row(blocks: Sequence[bench.Block], seed: int, machine: Machine) -> Row:
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+def none_row(m: Measured) -> Row:
     """Row of the baseline itself: its speedup is that of the first runs over the second (A/A)."""
-    wall, cpu = bench.a_a(blocks, "wall", seed), bench.a_a(blocks, "cpu", seed)
-    speed = replace(_on_both_clocks(wall, cpu, machine), predicted_here=1.0)
+    ratios = (bench.a_a(m.blocks, "wall", m.seed), bench.a_a(m.blocks, "cpu", m.seed))
     return Row(
         "none",
         "none",
         overhead=1.0,
-        tokens_per_s=plain_figures(blocks).tokens_per_s,
-        tree=TreeFacts(1, 0, ()),
+        tokens_per_s=_baseline(m.blocks).tokens_per_s,
+        tree=TimedTree(1, 0, ()),
         tokens_per_step=TokensPerStep(expected=1.0, simulated=1.0, measured=1.0, common_tree=1.0),
-        speedup=replace(speed, verdict="same" if machine.ok else "inconclusive"),
+        speedup=replace(
+            _by_both_clocks(*ratios, m.clock), predicted_here=1.0, verdict="same" if m.aa.ok else "inconclusive"
+        ),
     )
 
 
-def _on_both_clocks(wall: bench.Ratio | None, cpu: bench.Ratio | None, machine: Machine) -> Speedup:
-    """Speedup by each clock with its interval, and the decisive clock."""
-    return Speedup(value(wall), ci(wall), value(cpu), ci(cpu), machine.clock)
-
-
-def native_row(versus: Sequence[baselines.Versus], machine: Machine) -> Row:
-    """Row of transformers' own loop against the baseline, end to end, prefill included. A slow baseline shows here."""
-    if not versus:
+def native_row(m: Measured) -> Row:
+    """Row of transformers' `generate` against the baseline, end to end, prefill included."""
+    if not m.versus:
         return Row("native", "native", absent_because="there was no time left to run it.")
-    plain_s, native_s = (sum(getattr(each, side).wall_s for each in versus) for side in ("plain", "native"))
-    plain_cpu_s, native_cpu_s = (sum(getattr(each, side).cpu_s for each in versus) for side in ("plain", "native"))
-    wall, rate = over(plain_s, native_s), over(sum(len(each.tokens) for each in versus), native_s)
+    native_s = sum(each.native.wall_s for each in m.versus)
+    wall = _over(sum(each.plain.wall_s for each in m.versus), native_s)
+    cpu = _over(sum(each.plain.cpu_s for each in m.versus), sum(each.native.cpu_s for each in m.versus))
     return Row(
         "native",
         "native",
-        tokens_per_s=rate,
-        tree=TreeFacts(1, 0, ()),
+        tokens_per_s=_over(sum(len(each.tokens) for each in m.versus), native_s),
+        tree=TimedTree(1, 0, ()),
         tokens_per_step=TokensPerStep(measured=1.0),
-        end_to_end=EndToEnd(rate, wall),
-        speedup=Speedup(wall=wall, cpu=over(plain_cpu_s, native_cpu_s), clock_used=machine.clock),
-        exact=Exact(len(versus), sum(each.tokens == each.plain_tokens for each in versus)),
+        speedup=Speedup(wall=wall, cpu=cpu, clock_used=m.clock),
+        exact=Exact(len(m.versus), sum(each.tokens == each.plain_tokens for each in m.versus)),
     )
 
 
-def with_timings(row: Row, m: Measured, machine: Machine) -> Row:
-    """Add speed, tokens per step, exactness and agreement of the clocks from the blocks of the row's candidate."""
+def _lookup_row(m: Measured) -> Row:
+    row = Row("prompt_lookup", "prompt_lookup")
+    if not all("prompt_lookup" in block.runs for block in m.blocks):
+        return replace(row, absent_because="the budget was too short to time it.")
+    return _with_timings(replace(row, tree=TimedTree(chosen="common")), m)
+
+
+def _baseline(blocks: Sequence[Block]) -> Baseline:
+    traces = [trace for block in blocks for trace in block.plain]
+    tokens, wall = bench.decoded(traces), sum(trace.decode.wall_s for trace in traces)
+    return Baseline(
+        tokens=tokens,
+        steps=sum(trace.steps for trace in traces),
+        wall_s=round(wall, 4),
+        cpu_s=round(sum(trace.decode.cpu_s for trace in traces), 4),
+        tokens_per_s=_over(tokens, wall),
+    )
+
+
+def _curve(cost: CostCurve) -> Curve:
+    points = (Point(n, round(ms, 2), round(ms / cost.points[0][1], 3)) for n, ms in cost.points)
+    return Curve(cost.context, cost.clock, tuple(points))
+
+
+# -- timed candidates --------------------------------------------------------------------------------------------------
+
+
+def _with_timings(row: Row, m: Measured) -> Row:
+    """Add speed, tokens per step and exactness from the blocks of the row's candidate."""
     name = row.id
     runs = [trace for block in m.blocks for trace in block.runs[name]]
-    steps = sum(trace.steps for trace in runs)
+    wall, cpu = bench.speedup(m.blocks, name, "wall", m.seed), bench.speedup(m.blocks, name, "cpu", m.seed)
+    decisive = wall if m.clock == "wall" else cpu
+    verdict = None if decisive is None else conclusions.verdict(decisive.interval, decisive.questions, m.aa.ok is True)
     rate = bench.rate(m.blocks, name, m.seed)
-    overhead, error = bench.identity_error(m.blocks, name)
-    categories = _categories(m, name, machine.clock)
     return replace(
         row,
-        overhead=rounded(overhead),
-        identity_error=rounded(error),
-        tokens_per_s=over(bench.decoded(runs), sum(t.decode.wall_s for t in runs)),
-        end_to_end=_end_to_end(m.blocks, name, machine.clock),
-        step_ms=StepMs(
-            draft=over(1000 * sum(t.draft_s for t in runs), steps),
-            forward=over(1000 * sum(t.forward_s for t in runs), steps),
-            accept=over(1000 * sum(t.accept_s for t in runs), steps),
+        overhead=_rounded(bench.overhead(m.blocks, name)),
+        tokens_per_s=_over(bench.decoded(runs), sum(trace.decode.wall_s for trace in runs)),
+        tokens_per_step=replace(row.tokens_per_step, measured=_value(rate)),
+        speedup=replace(
+            _by_both_clocks(wall, cpu, m.clock),
+            predicted_here=row.speedup.predicted_here,
+            verdict=verdict or "inconclusive",
         ),
-        tokens_per_step=replace(
-            row.tokens_per_step, measured=value(rate), ci95=ci(rate), without_loops=_without_loops(m, name)
-        ),
-        speedup=_speedup(row.speedup, m, name, machine, rate),
         exact=_exact(m, name),
-        categories=categories,
+        categories=_categories(m, name),
     )
 
 
-def _speedup(known: Speedup, m: Measured, name: str, machine: Machine, rate: bench.Ratio | None) -> Speedup:
-    wall, cpu = bench.speedup(m.blocks, name, "wall", m.seed), bench.speedup(m.blocks, name, "cpu", m.seed)
-    counts = wall if machine.clock == "wall" else cpu
-    return replace(
-        _on_both_clocks(wall, cpu, machine),
-        predicted_here=known.predicted_here,
-        predicted_at_1_2=None if rate is None else rounded(rate.value / GOOD_OVERHEAD),
-        verdict="inconclusive"
-        if counts is None
-        else conclusions.verdict(counts.interval, counts.questions, machine.ok),
-    )
+def _by_both_clocks(wall: Ratio | None, cpu: Ratio | None, clock: ClockName) -> Speedup:
+    return Speedup(_value(wall), _interval(wall), _value(cpu), _interval(cpu), clock)
 
 
-def _end_to_end(blocks: Sequence[bench.Block], name: str, clock: ClockName) -> EndToEnd:
-    """Figures that include the prefill, as a user experiences them."""
-    runs = [trace for block in blocks for trace in block.runs[name]]
-    plain = [trace for block in blocks for trace in block.plain]
-
-    def rate(traces: Sequence[Trace], by: ClockName) -> float | None:
-        return over(sum(len(t.tokens) for t in traces), sum(bench.end_to_end_s(t, by) for t in traces))
-
-    mine, theirs = rate(runs, clock), rate(plain, clock)
-    return EndToEnd(rate(runs, "wall"), over(mine, theirs) if mine and theirs else None)
-
-
-def _without_loops(m: Measured, name: str) -> float | None:
-    straight = [block for block in m.blocks if not repetition.loops(block.plain[0].tokens)]
-    return value(bench.rate(straight, name, m.seed))
-
-
-def _exact(m: Measured, name: str) -> Exact:
-    found = exactness.divergences(m.base, m.blocks, name, m.deadline)
-    return Exact(
-        prompts=len(m.blocks),
-        equal=len(m.blocks) - len({each.question for each in found}),
-        divergences=tuple(
-            Parting(each.prompt, each.index, rounded(each.gap), rounded(each.limit), each.tie) for each in found
-        ),
-    )
-
-
-def _categories(m: Measured, candidate: str, clock: ClockName) -> tuple[Category, ...]:
-    found: dict[str, list[bench.Block]] = {}
+def _categories(m: Measured, name: str) -> tuple[Category, ...]:
+    found: dict[str, list[Block]] = {}
     for block in m.blocks:
         found.setdefault(block.question.prompt.category, []).append(block)
     return tuple(
         Category(
-            name,
+            category,
             len(blocks),
-            value(bench.rate(blocks, candidate, m.seed)),
-            value(bench.speedup(blocks, candidate, clock, m.seed)),
+            _value(bench.rate(blocks, name, m.seed)),
+            _value(bench.speedup(blocks, name, m.clock, m.seed)),
         )
-        for name, blocks in found.items()
+        for category, blocks in found.items()
     )
 
 
-def value(ratio: bench.Ratio | None) -> float | None:
+def _exact(m: Measured, name: str) -> Exact:
+    texts = [(block.plain[0].tokens, block.runs[name]) for block in m.blocks]
+    equal = sum(all(trace.tokens == baseline for trace in runs) for baseline, runs in texts)
+    return Exact(len(texts), equal, tuple(exactness.divergences(m.base, m.blocks, name, m.deadline)))
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+def _heads_row(each: HeadSet, m: Measured, c: Compared, shares: Shares) -> Row:
+    row = Row(each.id, each.origin, each.source, each.absent_because)
+    heads, choice = each.heads, each.choice
+    if heads is None or choice is None:
+        return row
+    simulated = _simulated(heads, c.timed, choice.tree)
+    row = replace(
+        row,
+        heads=_shape(heads),
+        accuracy=_accuracy(shares[each.id]),
+        overhead=_rounded(choice.overhead),
+        tree=TimedTree(choice.tree.nodes, choice.tree.max_depth, choice.tree.paths, choice.chosen),
+        tokens_per_step=TokensPerStep(
+            expected=_rounded(choice.expected),
+            simulated=simulated,
+            common_tree=_simulated(heads, c.timed, c.common.shallow(heads.spec.heads)),
+        ),
+        speedup=Speedup(
+            predicted_here=_rounded((choice.expected if simulated is None else simulated) / choice.overhead)
+        ),
+    )
+    ratio = None
+    if all(each.id in block.runs for block in m.blocks):
+        row = _with_timings(row, m)
+        ratio = bench.speedup(m.blocks, each.id, m.clock, m.seed)
+    if all(len(block.plain[0].tokens) < 2 for block in m.blocks):
+        row = replace(row, absent_because="the model ended every answer with its first token, so nothing was decoded.")
+    return replace(row, training=_training(each, ratio, m))
+
+
+def _untrained_row(c: Compared, shares: Shares) -> Row:
+    """Row of untrained heads on the same answers, by simulation alone: the reference for trained ones."""
+    choice = c.reference.choice
+    return Row(
+        UNTRAINED,
+        UNTRAINED,
+        heads=_shape(c.untrained),
+        accuracy=_accuracy(shares[UNTRAINED]),
+        tokens_per_step=TokensPerStep(
+            simulated=None if choice is None else _simulated(c.untrained, c.timed, choice.tree),
+            common_tree=_simulated(c.untrained, c.timed, c.common),
+        ),
+    )
+
+
+def _shape(heads: Heads) -> HeadShape:
+    spec = heads.spec
+    kept = heads.base.vocab if spec.keep is None else len(spec.keep)
+    return HeadShape(spec.kind, spec.heads, spec.layers, spec.conditioned, kept)
+
+
+def _accuracy(known: simulation.Accuracy) -> tuple[HeadAccuracy, ...]:
+    return tuple(HeadAccuracy(head, round(shares[0], 4)) for head, shares in enumerate(known.shares, start=1))
+
+
+def _simulated(heads: Heads, features: Features, tree: Tree) -> float | None:
+    return _rounded(simulation.simulate(heads, features, tree)) if features.lengths else None
+
+
+def _training(each: HeadSet, ratio: Ratio | None, m: Measured) -> Training:
+    """Cost of making the heads, and the tokens after which it pays off at the measured speed."""
+    known = Training(**{key: (each.training or {}).get(key) for key in COSTS})
+    spent = [part for part in (known.generate_s, known.features_s, known.fit_s) if part is not None]
+    speed = _baseline(m.blocks).tokens_per_s
+    if ratio is None or ratio.value <= 1 or not speed or len(spent) < 3:
+        return known
+    saved_s = (1 - 1 / ratio.value) / speed
+    return replace(known, break_even_tokens=round(sum(spent) / saved_s))
+
+
+def _unlike_simulation(rows: Sequence[Row], base: Base) -> list[str]:
+    """Check measured against simulated tokens per step; in float32 they are equal unless one of them is wrong."""
+    sentences = []
+    for row in rows:
+        measured, simulated = row.tokens_per_step.measured, row.tokens_per_step.simulated
+        if measured and simulated and base.dtype.itemsize == 4 and abs(measured / simulated - 1) > SIMULATION_LIMIT:
+            sentences.append(
+                f"{row.id}: decoding brought {measured:.3f} tokens per step where the simulation says {simulated:.3f}"
+            )
+    return sentences
+
+
+def _loops(block: Block) -> bool:
+    return repetition.loops(block.plain[0].tokens)
+
+
+def _value(ratio: Ratio | None) -> float | None:
     return None if ratio is None else round(ratio.value, 4)
 
 
-def ci(ratio: bench.Ratio | None) -> Interval | None:
+def _interval(ratio: Ratio | None) -> Interval | None:
     if ratio is None or ratio.interval is None:
         return None
-    low, high = ratio.interval
-    return round(low, 4), round(high, 4)
+    return round(ratio.interval[0], 4), round(ratio.interval[1], 4)
 
 
-def rounded(number: float | None) -> float | None:
+def _rounded(number: float | None) -> float | None:
     return None if number is None else round(number, 4)
 
 
-def over(above: float, below: float) -> float | None:
+def _over(above: float, below: float) -> float | None:
     return round(above / below, 3) if below else None

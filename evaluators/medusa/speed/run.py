@@ -1,18 +1,50 @@
-"""State of a running speed test: its options, the time it may use, the report so far."""
+"""Options of the speed test, and the state of a running one: its time budget and the report so far."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaluators.medusa.speed.document import Report
-from evaluators.medusa.speed.options import SpeedOptions
+from evaluators.medusa.speed.report import Report
+from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.trees.tree import Tree
 
+if TYPE_CHECKING:
+    from evaluators.medusa.decoding.runners import Runner
+    from evaluators.medusa.model.causal_lm import Base
+
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedOptions:
+    """Options of one speed test: its questions, its budget, the heads and the tree to time.
+
+    `prompts` (MT-bench layout) replaces the built-in test questions; training prompts that leak from it are dropped.
+    The first `questions` of them are used for one or two `turns`, each answered with up to `max_new_tokens` tokens.
+    `budget_s` bounds everything from loading to writing; checking texts that differ from the baseline's may take a
+    twentieth more. A short budget means less training text and fewer or shorter answers, but at least one question of
+    16 tokens, twice as the baseline and twice with the heads.
+    `given` heads are compared with those trained here; where some have origin "fresh", none are trained.
+    `dtype` is auto, float32, bfloat16 or float16. `tree` is a file with the tree to time (tree_files); without one each
+    set of heads gets the tree with the highest predicted gain. `runner` defaults to the fastest one of the device.
+    """
+
+    prompts: Path | None = None
+    budget_s: float = 60
+    questions: int = 8
+    max_new_tokens: int = 48
+    turns: int = 1
+    seed: int = 0
+    repeats: int = 1
+    device: str = "cpu"
+    given: Sequence[Given] = ()
+    dtype: str = "auto"
+    tree: Path | None = None
+    runner: Callable[[Base], Runner] | None = None
 
 
 @dataclass(slots=True)
@@ -35,7 +67,7 @@ class Run:
     def until(self, share: float) -> float:
         """The monotonic time at which `share` of the budget after loading has passed."""
         loaded = self.started + self.report.seconds.get("load", 0.0)
-        return float(loaded + share * (self.started + self.options.budget_s - loaded))
+        return loaded + share * (self.deadline - loaded)
 
     def named(self, stage: str) -> Callable[[int, int], None]:
         """Progress callback of one stage."""
@@ -47,9 +79,9 @@ class Run:
         self.note(seconds={**self.report.seconds, name: round(now - began, 2)})
         return now
 
-    def note(self, **parts: Any) -> None:
+    def note(self, **fields: Any) -> None:
         """Set fields of the report."""
-        self.report = replace(self.report, **parts)
+        self.report = replace(self.report, **fields)
 
     def warn(self, *sentences: str) -> None:
         """Add warnings to the report."""

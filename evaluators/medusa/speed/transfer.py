@@ -11,43 +11,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch.nn import functional as F
-
 from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
-from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
+from evaluators.medusa.speed.calibrate import Choice
 from evaluators.medusa.training import distillation, prompt_sets, simulation, training_file
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees import tree_files
 from evaluators.medusa.trees.tree import Tree, greedy_tree
 
 COMMON_NODES = 8
-LEAST_TO_RETAIN = 0.02
 UNEQUAL_TRAINING = 0.1
 Origin = Literal["parent", "merged", "fresh"]
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Heads supplied by the caller. Without a `folder` they are a row with a reason (`absent_because`).
-
-    `model` is the folder of the model they were trained on; its hidden states are compared with the measured model's.
-    """
+    """Heads supplied by the caller. Without a `folder` they are a row with a reason (`absent_because`)."""
 
     id: str
     origin: Origin
     folder: Path | None
     absent_because: str | None = None
-    model: Path | None = None
     source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HeadSet:
-    """One candidate. `training` holds the facts of its training, empty if unknown."""
+    """Loaded heads, the facts of their training and the tree chosen for them, as far as known."""
 
     id: str
     origin: Origin
@@ -55,7 +47,7 @@ class HeadSet:
     source: str | None = None
     absent_because: str | None = None
     training: dict[str, Any] | None = None
-    model: Path | None = None
+    choice: Choice | None = None
 
 
 def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
@@ -76,7 +68,7 @@ def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
                     raise
                 reason = error.message
         training = None if each.folder is None else training_file.read(each.folder)
-        sets.append(HeadSet(each.id, each.origin, heads, each.source, reason, training, each.model))
+        sets.append(HeadSet(each.id, each.origin, heads, each.source, reason, training))
     return sets, warnings
 
 
@@ -109,58 +101,23 @@ def common_tree(heads: Heads, calibration: distillation.Features) -> Tree:
     return greedy_tree(simulation.accuracy(heads, calibration).shares, COMMON_NODES)
 
 
-def retention(top1: Sequence[float], untrained: Sequence[float], reference: Sequence[float]) -> list[float | None]:
-    """Share per head of the gain from training on this model that a set has: (acc - floor) / (fresh - floor).
-
-    None where training gained less than 0.02, which would divide by noise. Sets of unequal size are compared as far as
-    both go.
-    """
-    kept: list[float | None] = []
-    for mine, floor, best in zip(top1, untrained, reference, strict=False):
-        gained = best - floor
-        kept.append(None if gained < LEAST_TO_RETAIN else (mine - floor) / gained)
-    return kept
-
-
-@torch.no_grad()
-def hidden_cosine(model: Path, base: Base, texts: Sequence[distillation.Dialogue]) -> float | None:
-    """Mean cosine between the hidden rows of another model and of `base` on the same tokens, over all output tokens.
-
-    None where the two cannot be compared: other width, other vocabulary, or a model that cannot be loaded.
-    """
-    try:
-        other = causal_lm.load(model, str(base.device), base.dtype)
-    except EvaluationError:
-        return None
-    if (other.hidden, other.vocab) != (base.hidden, base.vocab):
-        return None
-    total, rows = 0.0, 0
-    for text in texts:
-        ids = torch.tensor([[*text.prompt, *text.output[:-1]]], device=base.device)
-        hidden, _ = other.run(ids, project=False, use_cache=False)
-        theirs = hidden[0, len(text.prompt) - 1 :].float()
-        total += float(F.cosine_similarity(theirs, text.hidden.to(theirs), dim=-1).sum())
-        rows += len(theirs)
-    return total / rows if rows else None
-
-
 def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
     """Sentences on sets trained on clearly more or less text than the reference, or on an unknown amount."""
     wanted = (reference.training or {}).get("positions")
-    said = []
+    sentences = []
     for each in sets:
         if each.heads is None or each.origin != "parent" or not wanted:
             continue
         positions = (each.training or {}).get("positions")
         if positions is None:
-            said.append(
+            sentences.append(
                 f"nothing says how long the heads of {each.id} were trained, so they may have had another budget"
             )
         elif abs(positions / wanted - 1) > UNEQUAL_TRAINING:
-            said.append(
+            sentences.append(
                 f"the heads of {each.id} learnt from {positions} positions, those of {reference.id} from {wanted}"
             )
-    return said
+    return sentences
 
 
 def kept_apart(
@@ -168,15 +125,15 @@ def kept_apart(
 ) -> tuple[list[Prompt], list[str], list[Given]]:
     """Return (questions unseen in training, ids of the others, the given heads), according to the training files.
 
-    What stands beside heads of a parent is a stranger's word: where it would leave fewer than `least` questions, those
-    heads are left out in place of the questions, and those merged from them.
+    The training file of a parent's heads is untrusted: if it would leave fewer than `least` questions, those heads and
+    the ones merged from them are left out instead of the questions.
     """
     left, known = prompt_sets.unlearnt(test, learnt_prompts([each for each in given if each.origin == "fresh"]))
-    knowing: set[str] = set()
+    leaking: set[str] = set()
     for each in given:
         rest, seen = prompt_sets.unlearnt(left, learnt_prompts([each]))
         if seen and len(rest) < min(least, len(left)):
-            knowing |= {each.id, "merged"}
+            leaking |= {each.id, "merged"}
         else:
             left, known = rest, [*known, *seen]
     absent = "they, or heads they are merged from, were trained on the questions that are asked here."
@@ -185,7 +142,7 @@ def kept_apart(
         known,
         [
             replace(each, folder=None, absent_because=absent)
-            if each.folder is not None and each.origin != "fresh" and each.id in knowing
+            if each.folder is not None and each.origin != "fresh" and each.id in leaking
             else each
             for each in given
         ],

@@ -11,8 +11,8 @@ from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.model.rounding import in_float32
-from evaluators.medusa.speed import bench, exactness, report
-from evaluators.medusa.speed.document import Report, Row, as_json
+from evaluators.medusa.speed import bench, conclusions, exactness
+from evaluators.medusa.speed.report import Report, Row
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import Tree, chain
 
@@ -148,18 +148,19 @@ def test_logits_that_overflow_judge_nothing_and_memory_that_runs_out_judges_noth
 
 
 def test_what_was_not_judged_is_called_so() -> None:
-    row = as_json(Row("fresh", "fresh"))
+    row = Row("fresh", "fresh").as_dict()
     row["exact"] |= {"prompts": 5, "equal": 2, "divergences": [
         {"prompt": name, "index": 1, "gap": None, "limit": None, "tie": tie}
         for name, tie in (("a", True), ("a", True), ("b", True), ("b", None), ("c", None))
     ]}  # fmt: skip
     row["tokens_per_step"]["measured"] = 1.3
     row["speedup"] |= {"wall": 1.0, "clock_used": "wall", "verdict": "same"}
-    made = as_json(Report()) | {"candidates": [row]}
+    made = Report().as_dict() | {"candidates": [row]}
     made["model"]["dtype"] = "bfloat16"
     made["suite"] |= {"questions": 3, "looping": 4}  # some of two turns, answered each
-    assert " 4 of 5 answers repeat themselves" in report.sentence(made)
-    assert report.sentence(made).endswith(
+    told = conclusions.sentence(Report.from_dict(made))
+    assert " 4 of 5 answers repeat themselves" in told
+    assert told.endswith(
         "on 2 of 5 questions; on 1 it left it where rounding in bfloat16 decides between two tokens; on 2 it left it, "
         "and whether rounding in bfloat16 explains that was not checked."
     )

@@ -16,6 +16,7 @@ from evaluators.medusa.drafting.heads import HeadSpec
 from evaluators.medusa.model.attention import GROUPED, use_grouped
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import transfer
+from evaluators.medusa.speed.report import Report
 from evaluators.medusa.training import training_file
 from evaluators.medusa.training.prompt_sets import Prompt, fingerprint
 from evaluators.medusa.trees.tree import full
@@ -65,8 +66,8 @@ def test_a_parents_word_on_what_its_heads_learnt_takes_no_verdict_from_the_other
 
 
 def test_a_refused_report_draws_nothing() -> None:
-    row = {"id": "fresh", "absent_because": None}
-    assert speed_figure({"refusal": "the clocks disagree.", "candidates": [row, row]}) == ""
+    row = {"id": "fresh", "origin": "fresh", "absent_because": None}
+    assert speed_figure(Report.from_dict({"refusal": "the clocks disagree.", "candidates": [row, row]})) == ""
 
 
 def test_heads_of_one_name_are_told_apart() -> None:

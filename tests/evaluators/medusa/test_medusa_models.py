@@ -17,7 +17,7 @@ from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import Heads, HeadSpec, identity_heads, vocabulary_cut
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines
+from evaluators.medusa.speed import bench
 from evaluators.medusa.speed.bench import Question
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import chain, full
@@ -46,7 +46,7 @@ def test_heads_and_trees_work_on_any_decoder_and_leave_its_text_as_it_is(kind: s
     torch.testing.assert_close(identity_heads(HeadSpec(), base)(hidden[0], ids[0])[0], logits[0])
     want = baseline(EagerRunner(base), PROMPT, limits)
     assert len(set(want.tokens)) > 2, "a model that repeats itself proves little"
-    assert baselines.native(base, Question(Prompt("1", "x", ("?",)), tuple(PROMPT)), limits)[0] == want.tokens
+    assert bench.native(base, Question(Prompt("1", "x", ("?",)), tuple(PROMPT)), limits)[0] == want.tokens
     oracle = tiny.Oracle([*PROMPT, *want.tokens], base.vocab)
     heads = tiny.random_heads(base, HeadSpec("shared", 3, conditioned=True))
     for drafter in (oracle, HeadDrafter(heads)):

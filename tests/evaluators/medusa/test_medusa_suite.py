@@ -15,7 +15,7 @@ from evaluators import repetition
 from evaluators.medusa.decoding.decode import Limits, baseline
 from evaluators.medusa.decoding.runners import EagerRunner
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench
+from evaluators.medusa.speed import bench
 from evaluators.medusa.training import distillation, prompt_sets, prompts
 from evaluators.prompt_tokens import prompt_tokens
 from tests import family
@@ -118,7 +118,7 @@ def test_where_the_context_ends_plain_decoding_and_generate_end_alike(kind: str)
         question = bench.Question(prompt_sets.Prompt("p", "x", ("?",)), tuple(range(1, 200))[:length] * 2)
         question = replace(question, ids=question.ids[:length])
         limits = Limits(48, base.stop_ids)
-        assert baselines.native(base, question, limits)[0] == baseline(EagerRunner(base), question.ids, limits).tokens
+        assert bench.native(base, question, limits)[0] == baseline(EagerRunner(base), question.ids, limits).tokens
 
 
 @pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", "<s> $A", "$A"])

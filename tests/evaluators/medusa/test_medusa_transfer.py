@@ -25,10 +25,9 @@ from evaluators.medusa.drafting.drafters import HeadDrafter
 from evaluators.medusa.drafting.heads import HeadSpec, identity_heads
 from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
-from evaluators.medusa.speed import baselines, bench, calibrate, head_rows, rows, timing, transfer
-from evaluators.medusa.speed.document import Report
-from evaluators.medusa.speed.options import SpeedOptions
-from evaluators.medusa.speed.run import Run
+from evaluators.medusa.speed import bench, calibrate, rows, timing, transfer
+from evaluators.medusa.speed.report import Report
+from evaluators.medusa.speed.run import Run, SpeedOptions
 from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.training import distillation, prompt_sets, simulation, train
 from evaluators.medusa.training.prompt_sets import Prompt
@@ -55,11 +54,11 @@ def test_a_plain_loop_that_was_slowed_is_caught_by_transformers_own_generate() -
     base = tiny.base("gqa")
     limits = Limits(24, base.stop_ids)
     for runner, slow in ((EagerRunner(base), False), (Slowed(base), True)):
-        baselines.against_native(base, asked(1), limits, runner=runner)  # warm
-        versus = baselines.against_native(base, asked(2), limits, runner=runner)
+        bench.against_native(base, asked(1), limits, runner=runner)  # warm
+        versus = bench.against_native(base, asked(2), limits, runner=runner)
         assert [each.tokens == each.plain_tokens for each in versus] == [True, True]
-        assert baselines.plain_is_slow(versus, "cpu") is slow
-    assert not baselines.plain_is_slow([], "cpu")
+        assert bench.baseline_is_slow(versus, "cpu") is slow
+    assert not bench.baseline_is_slow([], "cpu")
 
 
 class Unasked:
@@ -99,30 +98,28 @@ def test_what_was_measured_overrules_what_calibration_promised(fast_s: float, ch
     text = distillation.stack_features(base, distillation.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=20))
     cheap = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1, 0.01)
     promised = calibrate.Choice(chain(2), 1.9, 1.1, 1.7, True)
-    scored = rows.Scored(transfer.HeadSet("fresh", "fresh", heads), promised)
+    fresh = transfer.HeadSet("fresh", "fresh", heads, choice=promised)
     questions = [bench.Question(Prompt(name, "x", ("?",)), (1, 2)) for name in "abcdefgh"]
     plain = (tiny_trace(base, 2.0), tiny_trace(base, 2.0))
     fast = (tiny_trace(base, fast_s), tiny_trace(base, fast_s))
     blocks = [bench.Block(question, plain, {"fresh": fast}) for question in questions]
-    measured = rows.Measured(
-        base, [scored], scored, heads, chain(2), {"timed": text, "held_out": text}, cheap, blocks, (), 20, 0
-    )
-    made = head_rows.completed(Report(), measured)
+    compared = rows.Compared([fresh], heads, chain(2), text, text, cheap)
+    made = rows.completed(Report(), rows.Measured(base, blocks, (), 20, 0), compared)
     assert made.chosen == chosen
     assert made.verdict == ("faster" if chosen == "fresh" else "slower")
     assert (made.recommendation == "do not speculate") is (chosen == "none")
 
 
-def test_a_machine_slower_than_its_calibration_gets_short_answers_and_fewer_questions(tmp_path: Path) -> None:
+def test_a_short_budget_gives_short_answers_and_fewer_questions(tmp_path: Path) -> None:
     base = tiny.base("gqa")
     heads = identity_heads(SPEC, base)
-    scored = [rows.Scored(transfer.HeadSet("fresh", "fresh", heads), calibrate.Choice(chain(2), 1.0, 1.1, 0.9, False))]
-    swift = calibrate.CostCurve(10, "wall", ((1, 1e-6), (4, 1e-6)), 1e-6, 1e-9)
+    choice = calibrate.Choice(chain(2), 1.0, 1.1, 0.9, False)
+    sets = [transfer.HeadSet("fresh", "fresh", heads, choice=choice)]
     run = Run(tmp_path, tmp_path, SpeedOptions(budget_s=0.05), lambda stage, done, total: None)
     run.note(seconds={"load": 0.0, "calibrate": 0.0})
-    limits, blocks = timing.time_candidates(run, base, asked(8), scored, swift, EagerRunner(base))
+    limits, blocks = timing.time_candidates(run, base, asked(8), sets, EagerRunner(base))
     assert limits.max_new_tokens == timing.LEAST_TIMED_TOKENS == 16 and 1 <= len(blocks) < 8
-    assert list(blocks[0].runs) == ["fresh"], "no time for prompt lookup that calibration had promised"
+    assert list(blocks[0].runs) == ["fresh"], "no time for prompt lookup"
 
 
 def tiny_trace(base: Base, seconds: float) -> Any:
@@ -131,13 +128,6 @@ def tiny_trace(base: Base, seconds: float) -> Any:
     made.decode = Clock(seconds, seconds)
     made.forward_s, made.draft_s, made.accept_s = seconds, 0.0, 0.0
     return made
-
-
-def test_retention_is_one_for_the_reference_itself_and_nothing_where_nothing_was_gained() -> None:
-    fresh, floor = [0.4, 0.2, 0.03], [0.1, 0.05, 0.02]
-    assert transfer.retention(fresh, floor, fresh) == [1.0, 1.0, None]
-    assert transfer.retention(floor, floor, fresh) == [0.0, 0.0, None]
-    assert transfer.retention([0.25], floor, fresh) == [pytest.approx(0.5)]
 
 
 def test_heads_merged_with_themselves_by_the_recipe_of_the_models_keep_all_they_gained(tmp_path: Path) -> None:
@@ -158,22 +148,12 @@ def test_heads_merged_with_themselves_by_the_recipe_of_the_models_keep_all_they_
         [shares[0] for shares in simulation.accuracy(heads, text, 1).shares]
         for heads in (merged, fresh, identity_heads(SPEC, base))
     )
-    kept = transfer.retention(of_merged, floor, of_fresh)
-    assert kept[0] == 1.0 and set(kept) <= {1.0, None}
+    assert of_merged == of_fresh and of_fresh[0] > floor[0]
 
 
-def test_hidden_cosine_is_one_to_the_model_itself_and_missing_where_models_cannot_be_compared(tmp_path: Path) -> None:
+def test_a_model_without_memory_left_on_its_device_is_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model", tiny.model("gqa"))
-    other = tiny.write(tmp_path / "other", tiny.model("gqa", seed=3))
-    narrow = tiny.write(tmp_path / "narrow", tiny.model("gqa", hidden_size=16))
-    base = causal_lm.load(folder)
-    texts = distillation.self_distil(base, [[1, 2, 3], [4, 5, 6, 7]], max_new_tokens=12)
-    assert transfer.hidden_cosine(folder, base, texts) == pytest.approx(1.0, abs=1e-5)
-    away = transfer.hidden_cosine(other, base, texts)
-    assert away is not None and abs(away) < 0.9
-    assert transfer.hidden_cosine(narrow, base, texts) is None
-    assert transfer.hidden_cosine(tmp_path, base, texts) is None
-    with pytest.raises(EvaluationError) as refused:  # as one that has no memory left for a parent's model
+    with pytest.raises(EvaluationError) as refused:
         causal_lm.load(folder, "mps")
     assert refused.value.code == "MODEL_UNLOADABLE"
 
@@ -224,7 +204,7 @@ def test_what_is_spoken_while_timing_is_text_to_judge_any_heads_on() -> None:
     heads = tiny.random_heads(base, HeadSpec("shared", 2))
     tree = Tree(((0,), (1,), (0, 0)))
     blocks = bench.run_blocks(EagerRunner(base), [bench.Candidate("h", HeadDrafter(heads), tree)], asked(3), Limits(30))
-    said = distillation.stack_features(base, bench.spoken(base, blocks))
+    said = distillation.stack_features(base, bench.baseline_answers(base, blocks))
     assert said.lengths == tuple(len(b.plain[0].tokens) for b in blocks)
     measured = bench.rate(blocks, "h")
     assert measured is not None and simulation.simulate(heads, said, tree) == pytest.approx(measured.value)
@@ -241,7 +221,7 @@ def test_parents_heads_merged_heads_and_fresh_ones_stand_in_one_report(tmp_path:
     wide = Base(tiny.model("gqa", hidden_size=48), tiny.tokenizer())
     formats.save(identity_heads(SPEC, wide), tmp_path / "wide")
     given = [
-        Given("parent:left", "parent", tmp_path / "left", model=folder),
+        Given("parent:left", "parent", tmp_path / "left"),
         Given("parent:right", "parent", tmp_path / "right", source="org/right"),
         Given("parent:wide", "parent", tmp_path / "wide"),
         Given("parent:none", "parent", None, "it brings no heads."),
@@ -256,20 +236,19 @@ def test_parents_heads_merged_heads_and_fresh_ones_stand_in_one_report(tmp_path:
         "none", "native", "prompt_lookup", "identity", "parent:left", "parent:right", "parent:wide", "parent:none",
         "merged", "merged_tuned", "fresh",
     ]  # fmt: skip
-    assert rows["parent:left"]["hidden_cosine"] == pytest.approx(1.0, abs=1e-3)
     assert "48" in rows["parent:wide"]["absent_because"] and rows["parent:wide"]["accuracy"] == []
     assert (
         rows["parent:none"]["absent_because"] == "it brings no heads." and rows["parent:right"]["source"] == "org/right"
     )
     for name in ("parent:left", "parent:right", "merged", "merged_tuned", "fresh"):
         row = rows[name]
-        assert len(row["accuracy"]) == len(row["retention"]) == (2 if name == "parent:right" else 3)
+        assert len(row["accuracy"]) == (2 if name == "parent:right" else 3)
         assert row["tokens_per_step"]["common_tree"] >= 1 and row["speedup"]["predicted_here"] > 0
     timed = [name for name, row in rows.items() if row["tokens_per_step"]["measured"] is not None]
     assert "fresh" in timed and len({"parent:left", "parent:right", "merged", "merged_tuned"} & set(timed)) == 1
     assert rows["merged_tuned"]["training"]["steps"] > 0 and rows["merged"]["training"]["steps"] is None
     assert any("nothing says how long the heads of parent:left" in warning for warning in measured["warnings"])
-    assert "heads made for this model" in measured["transfer"] and measured["transfer"] in medusa.sentence(measured)
+    assert "heads made for this model" in measured["transfer"] and measured["transfer"] in measured["sentence"]
     assert (tmp_path / "out" / "merged_tuned" / "training.json").is_file()
 
 
