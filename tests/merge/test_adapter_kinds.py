@@ -13,7 +13,7 @@ from peft_models import IDS, TEXT, adapt, agrees, build, logits, merged, peft, r
 from tiny_checkpoints import merge, plan_of
 
 from bot.errors import Refused
-from bot.merge.checkpoints import adapter_kinds
+from bot.merge.checkpoints import adapter_config
 
 lora_configs = pytest.importorskip("peft.tuners.lora.config")
 LLAMA = "LlamaForCausalLM"
@@ -150,7 +150,7 @@ def test_every_key_of_the_librarys_config_is_known() -> None:
         "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size",
         "runtime_config", "lora_bias", "ensure_weight_tying",
     }  # fmt: skip
-    known = plain | set(adapter_kinds._KEYS) | set(adapter_kinds._TRAINING_ONLY)
+    known = plain | set(adapter_config._KEYS) | set(adapter_config._TRAINING_ONLY)
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
 
 
@@ -159,5 +159,5 @@ def test_types_of_adapters_without_a_merge_are_those_of_the_library() -> None:
 
     without = {kind.value for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
                if not hasattr(tuner, "merge_and_unload")}  # fmt: skip
-    assert without <= set(adapter_kinds._WITHOUT_MERGE)
-    assert set(adapter_kinds._WITHOUT_MERGE) - without == {"LILY", "POLY", "SHADOW", "XLORA"}  # theirs raises
+    assert without <= set(adapter_config._WITHOUT_MERGE)
+    assert set(adapter_config._WITHOUT_MERGE) - without == {"LILY", "POLY", "SHADOW", "XLORA"}  # theirs raises

@@ -16,7 +16,15 @@ from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.tensor_names import LAYER
-from bot.merge.checkpoints.ties import config_ties, is_embedding, is_head, main_embedding, main_head, replacement
+from bot.merge.checkpoints.ties import (
+    config_ties,
+    is_embedding,
+    is_head,
+    language_configs,
+    main_embedding,
+    main_head,
+    replacement,
+)
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 # families whose layers are counted by a key of their own
@@ -100,11 +108,8 @@ def tied_in(name: str, model: Architecture) -> str | None:
 
 def layer_count(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, int | None]:
     """Path and value of the number of layers in a config."""
-    inner = config.get("text_config")
-    parts: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
-    if isinstance(inner, dict):
-        parts.append((("text_config",), inner))
-    for path, part in parts:
+    paths: tuple[tuple[str, ...], ...] = ((), ("text_config",))
+    for path, part in zip(paths, language_configs(config), strict=False):
         own = _OWN_DEPTH_KEYS.get(str(part.get("model_type")))
         for key in (*([own] if own else []), *_DEPTH_KEYS):
             if isinstance(part.get(key), int):

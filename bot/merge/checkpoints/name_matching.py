@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from bot.merge.checkpoints.header import TensorInfo
 from bot.merge.checkpoints.tensor_names import AUDIO, VISION, stack_of
 
-Fits = Callable[[tuple[int, ...]], bool]  # whether a stored tensor of this shape can be the one that is meant
+Fits = Callable[[tuple[int, ...]], bool]  # True if a stored tensor of this shape may be the wanted one
 _TOWERS = (
     ("vision", VISION),
     ("audio", AUDIO),
@@ -27,14 +27,14 @@ _PREFIXES_LIMIT = 10_000  # pairs of prefixes; no model has so many stacks
 class Located:
     """Wanted name -> stored name, and for names with several possible tensors those tensors."""
 
-    found: dict[str, str] = field(default_factory=dict)
-    unclear: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    ambiguous: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def locate(
     wanted: Mapping[str, Fits], stored: Mapping[str, TensorInfo], published: Callable[[str], str] = lambda name: name
 ) -> Located:
-    """Find every wanted name among the stored ones; names that nothing stored can mean are in neither table.
+    """Find every wanted name among the stored ones; names without a possible stored tensor are in neither table.
 
     `published` gives the name that the family's files have for a module of transformers 5.
     """
@@ -42,7 +42,7 @@ def locate(
     out = Located({name: own for name, own in known.items() if own in stored})
     groups: dict[str, list[str]] = {}
     for name in wanted:
-        if name not in out.found:
+        if name not in out.names:
             groups.setdefault(stack_of(name), []).append(name)
     loose = groups.pop("", [])
     stacks = {stack_of(name) for name in stored} - {""}
@@ -71,8 +71,8 @@ def _stacks_for(
         for stack in sorted(stacks)
         if _tower(stack) == tower and all(stack + end in stored for end in rest.values())
     ]
-    fitting = [s for s in possible if all(wanted[name](stored[s + end].shape) for name, end in rest.items())]
-    best = _most_alike(prefix, fitting or possible)
+    with_shape = [s for s in possible if all(wanted[name](stored[s + end].shape) for name, end in rest.items())]
+    best = _most_alike(prefix, with_shape or possible)
     return [{name: stack + end for name, end in rest.items()} for stack in best]
 
 
@@ -81,8 +81,8 @@ def _tensors_for(
 ) -> list[dict[str, str]]:
     """Candidates for a name outside of layers."""
     possible = [own for own in same_ending if _tower(own) == _tower(name)]
-    fitting = [own for own in possible if fits(stored[own].shape)]
-    return [{name: own} for own in _most_alike(name, fitting or possible)]
+    with_shape = [own for own in possible if fits(stored[own].shape)]
+    return [{name: own} for own in _most_alike(name, with_shape or possible)]
 
 
 def _tower(path: str) -> str:
@@ -110,18 +110,18 @@ def _by_ending(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _settle(out: Located, names: Sequence[str], tables: Sequence[Mapping[str, str]]) -> None:
     if len(tables) == 1:
-        out.found.update(tables[0])
+        out.names.update(tables[0])
     elif tables:
-        out.unclear.update({name: tuple(table[name] for table in tables) for name in names})
+        out.ambiguous.update({name: tuple(table[name] for table in tables) for name in names})
 
 
 def _keep_one_each(out: Located) -> None:
-    """Two names that would mean one tensor are both unclear; a name that is stored as it is keeps its tensor."""
+    """Two names with the same stored tensor are both ambiguous; a name that is stored as it is keeps its tensor."""
     owners: dict[str, list[str]] = {}
-    for name, own in out.found.items():
+    for name, own in out.names.items():
         owners.setdefault(own, []).append(name)
     for own, names in owners.items():
         for name in names if len(names) > 1 else ():
             if name != own:
-                del out.found[name]
-                out.unclear[name] = (own,)
+                del out.names[name]
+                out.ambiguous[name] = (own,)

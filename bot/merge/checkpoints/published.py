@@ -21,6 +21,7 @@ from bot.errors import Refused
 from bot.merge.checkpoints.checkpoint import Checkpoint
 from bot.merge.checkpoints.header import Limits, TensorInfo, refuse
 from bot.merge.checkpoints.tensor_names import words
+from bot.merge.checkpoints.ties import language_configs
 
 Key = TypeVar("Key")
 Renames = tuple[tuple[re.Pattern[str], str], ...]
@@ -230,8 +231,7 @@ def _refuse_layouts(sources: Iterable[Checkpoint]) -> None:
 def _layout_of_experts(source: Checkpoint, tensor: TensorInfo) -> str:
     if not tensor.name.endswith(".experts.gate_up_proj"):
         return "apart"
-    text = source.config.get("text_config")
-    hidden = (text if isinstance(text, Mapping) else source.config).get("hidden_size")
+    hidden = language_configs(source.config)[-1].get("hidden_size")
     return "fused, inputs first" if hidden in tensor.shape[1:2] else "fused"
 
 

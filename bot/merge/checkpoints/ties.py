@@ -111,7 +111,7 @@ def config_ties(config: Mapping[str, Any]) -> bool | None:
         return True
     if config.get("model_type") in _NEVER:
         return False
-    flags = [part[key] for part in _parts(config) for key in _FLAGS if isinstance(part.get(key), bool)]
+    flags = [part[key] for part in language_configs(config) for key in _FLAGS if isinstance(part.get(key), bool)]
     return any(flags) if flags else None
 
 
@@ -131,7 +131,7 @@ def with_flag(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     out["tie_word_embeddings"] = tied
     if isinstance(out.get("text_config"), dict):
         out["text_config"] = {**out["text_config"], "tie_word_embeddings": tied}
-    for part in _parts(out):
+    for part in language_configs(out):
         if "tie_embedding" in part:
             part["tie_embedding"] = tied
     return out
@@ -204,7 +204,8 @@ def _headless(label: str, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         yield f"{label} stores no head and its config ties none; transformers fills the head with random numbers"
 
 
-def _parts(config: Mapping[str, Any]) -> list[Any]:
+def language_configs(config: Mapping[str, Any]) -> list[Any]:
+    """The config of a model, and that of its language model where the two are separate."""
     inner = config.get("text_config")
     return [config, inner] if isinstance(inner, dict) else [config]
 

@@ -15,6 +15,7 @@ from bot.merge.checkpoints.ties import (
     is_copy,
     is_embedding,
     is_head,
+    language_configs,
     main_embedding,
     main_head,
     replacement,
@@ -92,8 +93,5 @@ def _head_beside_its_bias(loose: Sequence[str]) -> str | None:
 
 def with_vocabulary_size(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The config of a model with another vocabulary size."""
-    out = {**config, "vocab_size": rows} if "vocab_size" in config else dict(config)
-    inner = config.get("text_config")
-    if isinstance(inner, dict) and "vocab_size" in inner:
-        out["text_config"] = {**inner, "vocab_size": rows}
-    return out
+    out, *inner = ({**part, "vocab_size": rows} if "vocab_size" in part else part for part in language_configs(config))
+    return {**out, "text_config": inner[0]} if inner else dict(out)
