@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import NoReturn
 
 from bot.errors import Failed
 from bot.merge.checkpoints.checkpoint import LocalFiles
@@ -23,7 +22,12 @@ class StoredBytes:
         while filled < len(buffer):
             count = os.preadv(self._handle(), [buffer[filled:][: 2**26]], at + filled)
             if not count:
-                self._raise_truncated()
+                raise Failed(
+                    "SOURCE_CHANGED_OR_GONE",
+                    f"{self._tensor.file} of {self._files} ends inside {self._tensor.name}.",
+                    "The source was changed or truncated during the merge: fetch it again.",
+                    value=self._tensor.name,
+                )
             filled += count
 
     def will_need(self) -> None:
@@ -34,14 +38,6 @@ class StoredBytes:
         if self._opened is None:
             self._opened = _Handle(self._files, self._tensor.file)
         return self._opened.number
-
-    def _raise_truncated(self) -> NoReturn:
-        raise Failed(
-            "SOURCE_CHANGED_OR_GONE",
-            f"{self._tensor.file} of {self._files} ends inside {self._tensor.name}.",
-            "The source was changed or truncated during the merge: fetch it again.",
-            value=self._tensor.name,
-        )
 
 
 class _Handle:

@@ -17,7 +17,8 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -124,10 +125,8 @@ class Writer:
                 value=str(self.out),
             )
         try:
-            self._open()
-        except OSError as error:
-            self.close()
-            raise self._explained(error) from error
+            with self._explaining():
+                self._open()
         except BaseException:
             self.close()
             raise
@@ -139,11 +138,9 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is not None and self._journal >= 0:
+        if error is not None and self._journal >= 0:
+            with suppress(OSError, Failed):  # tensors that the journal lacks are computed again
                 self.sync()
-        except (OSError, Failed):
-            pass  # tensors that the journal lacks are computed again
         self.close()
 
     def close(self) -> None:
@@ -165,13 +162,11 @@ class Writer:
         if self._failure is not None:
             raise self._failure
         self._crcs[step.index] = zlib.crc32(data, self._crcs[step.index] if at else 0)
-        try:
-            place, view = step.offset + at, data
+        place, view = step.offset + at, data
+        with self._explaining():
             while view.nbytes:
                 count = os.pwrite(self._shards[step.shard], view[: 2**26], place)
                 place, view = place + count, view[count:]
-        except OSError as error:
-            raise self._explained(error) from error
 
     def finished(self, step: Step, counts: StepCounts) -> None:
         """Record that a tensor is complete; it enters the journal once it is durable, without blocking the caller."""
@@ -206,13 +201,11 @@ class Writer:
                 records, self._pending, self._pending_bytes = self._pending, [], 0
             if not records:
                 return
-            try:
+            with self._explaining():
                 for shard in sorted({self.plan.steps[record.step].shard for record in records}):
                     os.fdatasync(self._shards[shard])
                 _write_all(self._journal, b"".join(record.line() for record in records))
                 os.fdatasync(self._journal)
-            except OSError as error:
-                raise self._explained(error) from error
             self.done.update({record.step: record for record in records})
         self._on_event("writer.after_journal")
 
@@ -220,30 +213,24 @@ class Writer:
         """Size and SHA-256 of every shard; every tensor must be finished."""
         if self._hashing is None:
             return {}
-        try:
-            hashes = self._hashing.result()
-        except OSError as error:
-            raise self._explained(error) from error
-        return {
-            shard.file: FileFact(shard.nbytes, digest) for shard, digest in zip(self.plan.shards, hashes, strict=True)
-        }
+        with self._explaining():
+            hashes = zip(self.plan.shards, self._hashing.result(), strict=True)
+        return {shard.file: FileFact(shard.nbytes, digest) for shard, digest in hashes}
 
     def add(self, name: str, content: bytes) -> FileFact:
         """Write a small file durably."""
-        try:
+        with self._explaining():
             handle = os.open(self.partial / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
                 _write_all(handle, content)
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        except OSError as error:
-            raise self._explained(error) from error
         return FileFact(len(content), hashlib.sha256(content).hexdigest())
 
     def finish(self) -> None:
         """Make all files durable, remove the journal, rename the folder to its final name."""
-        try:
+        with self._explaining():
             for handle in self._shards.values():
                 os.fsync(handle)
             if self.out.exists():
@@ -254,8 +241,6 @@ class Writer:
             sync_folder(self.partial)
             self.partial.rename(self.out)
             sync_folder(self.out.parent)
-        except OSError as error:
-            raise self._explained(error) from error
 
     def _open(self) -> None:
         self.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -303,11 +288,11 @@ class Writer:
             content += part
         same = b"mergebot-journal/2 " + self.identity.encode() + b" "
         head = same + json.dumps(self._sources).encode() + b"\n"
-        begun, whole, _ = content.partition(b"\n")
-        if not whole and (begun.startswith(same) or same.startswith(begun)):
+        first, newline, _ = content.partition(b"\n")
+        if not newline and (first.startswith(same) or same.startswith(first)):
             content = b""  # killed while writing the first line
-        elif begun.startswith(same):
-            require_same(json.loads(begun[len(same) :]), self._sources, self.partial)
+        elif first.startswith(same):
+            require_same(json.loads(first[len(same) :]), self._sources, self.partial)
         else:
             raise Refused(
                 "OUTPUT_EXISTS",
@@ -315,7 +300,7 @@ class Writer:
                 "Remove that folder, or name another output.",
                 value=str(self.partial),
             )
-        good = len(begun) + 1 if content else len(head)
+        good = len(first) + 1 if content else len(head)
         for line in content[good:].splitlines(keepends=True):
             record = Record.read(line)
             if record is None:
@@ -346,18 +331,23 @@ class Writer:
                 retry_after_s=600.0,
             )
 
-    def _explained(self, error: OSError) -> Exception:
-        if error.errno in _NO_SPACE:
-            return Failed(
-                "DISK_FULL",
-                f"the disk filled up while writing {self.partial.name}; nothing was left at {self.out}.",
-                "Free some space and run the same command again: it continues where it stopped.",
-            )
-        return Failed(
-            "OUTPUT_UNWRITABLE",
-            f"{self.partial} cannot be written: {os.strerror(error.errno or 0)}.",
-            "Check the folder's permissions, or name another one.",
-        )
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Turn an OSError into Failed DISK_FULL or OUTPUT_UNWRITABLE."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise Failed(
+                    "DISK_FULL",
+                    f"the disk filled up while writing {self.partial.name}; nothing was left at {self.out}.",
+                    "Free some space and run the same command again: it continues where it stopped.",
+                ) from error
+            raise Failed(
+                "OUTPUT_UNWRITABLE",
+                f"{self.partial} cannot be written: {os.strerror(error.errno or 0)}.",
+                "Check the folder's permissions, or name another one.",
+            ) from error
 
 
 def _write_all(handle: int, content: bytes) -> None:

@@ -8,6 +8,7 @@ sparsify and in whether they elect a sign.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bot.merge.methods.registry import WEIGHT, Absent, Base, Finding, Parameter, flag, merge_method
@@ -57,18 +58,46 @@ def _negative_weights(operation: Operation, *, elects: bool) -> Iterator[Finding
         )
 
 
-def _check_linear(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    return _negative_weights(operation, elects=False)
+def _nothing_kept(operation: Operation, kept: Callable[[float], int | float]) -> Iterator[Finding]:
+    """A notice if `kept` is 0 for the density of an input."""
+    if any(kept(float(density)) == 0 for density in operation.per_input["density"] if density is not None):
+        yield Finding("NOTHING_KEPT", f"the density is so low that nothing of a source is kept in {operation.name}")
 
 
-@merge_method(
+def _check_epsilon(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
+    columns = operation.per_input["density"], operation.per_input["epsilon"]
+    for path, density, epsilon in zip(paths, *columns, strict=True):
+        if density is None or epsilon is None or not 0 < density < 1:
+            continue
+        if density - epsilon <= 0 or density + epsilon >= 1:
+            yield Finding(
+                "VALUE_OUT_OF_RANGE",
+                f"`{path}.parameters` has density {density:g} with epsilon {epsilon:g} in {operation.name}.",
+                "della needs density - epsilon above 0 and density + epsilon below 1: set a smaller `epsilon`.",
+            )
+
+
+def _check(operation: Operation, paths: Sequence[str], *, elects: bool) -> Iterator[Finding]:
+    """Check of all methods of the family: each parameter that a method has."""
+    if "epsilon" in operation.per_input:
+        yield from _check_epsilon(operation, paths)
+    yield from _negative_weights(operation, elects=elects)
+    if "gamma" in operation.per_input:
+        yield from _nothing_kept(operation, lambda density: int(density * operation.elements))
+    elif "density" in operation.per_input:
+        yield from _nothing_kept(operation, lambda density: density)
+
+
+_CHECK, _CHECK_ELECTION = partial(_check, elects=False), partial(_check, elects=True)
+_task_vector_method = partial(merge_method, base=Base.REQUIRED, inputs=(1, None))
+
+
+@_task_vector_method(
     "task_arithmetic",
-    base=Base.REQUIRED,
-    inputs=(1, None),
     per_input=(WEIGHT, Parameter("density", Absent.NONE, used=False)),
     shared=(flag("normalize", False), Parameter("lambda", 1.0), flag("rescale", False, used=False)),
     reference="arXiv:2212.04089",
-    check=_check_linear,
+    check=_CHECK,
 )
 def task_arithmetic(inputs: Inputs) -> Kernel:
     """b + lambda * sum(w_i d_i), the sum divided by sum(w_i) with `normalize`."""
@@ -134,12 +163,6 @@ def _rescales(inputs: Inputs, masks: Sequence[Mask]) -> list[float]:
     return [1.0 if a < TINY_L1 or c < TINY_L1 else a / c for a, c in zip(whole, rest, strict=True)]
 
 
-def _nothing_kept(operation: Operation, kept: Callable[[float], int | float]) -> Iterator[Finding]:
-    """A notice if `kept` is 0 for the density of an input."""
-    if any(kept(float(density)) == 0 for density in operation.per_input["density"] if density is not None):
-        yield Finding("NOTHING_KEPT", f"the density is so low that nothing of a source is kept in {operation.name}")
-
-
 # --- ties and breadcrumbs: masks by magnitude ---
 
 
@@ -148,24 +171,13 @@ def _gathered(operation: Operation, itemsize: int, thresholds: int) -> int:
     return thresholds * len(operation.operands) * 2 * itemsize * min(operation.elements, GATHER_LIMIT)
 
 
-def _ties_state(operation: Operation, itemsize: int) -> int:
-    return _gathered(operation, itemsize, 1)
-
-
-def _check_ties(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    yield from _negative_weights(operation, elects=True)
-    yield from _nothing_kept(operation, lambda density: density)
-
-
-@merge_method(
+@_task_vector_method(
     "ties",
-    base=Base.REQUIRED,
-    inputs=(1, None),
     per_input=(WEIGHT, DENSITY),
     shared=_shared(normalize=True, rescale=False),
     reference="arXiv:2306.01708",
-    state_bytes=_ties_state,
-    check=_check_ties,
+    state_bytes=partial(_gathered, thresholds=1),
+    check=_CHECK_ELECTION,
 )
 def ties(inputs: Inputs) -> Kernel:
     """Trim each delta to its largest elements, elect a sign per element, sum the deltas that agree with it.
@@ -180,33 +192,13 @@ def ties(inputs: Inputs) -> Kernel:
     return _combine(inputs, _by_magnitude(inputs, counts), elects=True)
 
 
-def _breadcrumbs_state(operation: Operation, itemsize: int) -> int:
-    return _gathered(operation, itemsize, 2)
-
-
-def _few_crumbs(operation: Operation) -> Iterator[Finding]:
-    return _nothing_kept(operation, lambda density: int(density * operation.elements))
-
-
-def _check_breadcrumbs(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    yield from _negative_weights(operation, elects=False)
-    yield from _few_crumbs(operation)
-
-
-def _check_breadcrumbs_ties(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    yield from _negative_weights(operation, elects=True)
-    yield from _few_crumbs(operation)
-
-
-@merge_method(
+@_task_vector_method(
     "breadcrumbs",
-    base=Base.REQUIRED,
-    inputs=(1, None),
     per_input=(WEIGHT, DENSITY, GAMMA),
     shared=_shared(normalize=False, rescale=False),
     reference="arXiv:2312.06795",
-    state_bytes=_breadcrumbs_state,
-    check=_check_breadcrumbs,
+    state_bytes=partial(_gathered, thresholds=2),
+    check=_CHECK,
 )
 def breadcrumbs(inputs: Inputs) -> Kernel:
     """Drop the largest elements (outliers) and the smallest ones of each delta, then sum.
@@ -216,15 +208,13 @@ def breadcrumbs(inputs: Inputs) -> Kernel:
     return _combine(inputs, _bands(inputs), elects=False)
 
 
-@merge_method(
+@_task_vector_method(
     "breadcrumbs_ties",
-    base=Base.REQUIRED,
-    inputs=(1, None),
     per_input=(WEIGHT, DENSITY, GAMMA),
     shared=_shared(normalize=False, rescale=False),
     reference="arXiv:2312.06795",
-    state_bytes=_breadcrumbs_state,
-    check=_check_breadcrumbs_ties,
+    state_bytes=partial(_gathered, thresholds=2),
+    check=_CHECK_ELECTION,
 )
 def breadcrumbs_ties(inputs: Inputs) -> Kernel:
     """breadcrumbs with the sign election of ties."""
@@ -247,14 +237,14 @@ def _by_magnitude(inputs: Inputs, counts: Sequence[tuple[int, ...]]) -> list[Mas
     from bot.merge.streaming.selection import select
 
     out: list[Mask] = []
-    for found in select(inputs, lambda chunk: [delta.abs_() for delta in chunk.deltas()], counts):
-        match found:
+    for selections in select(inputs, lambda chunk: [delta.abs_() for delta in chunk.deltas()], counts):
+        match selections:
             case []:
                 out.append(Mask())
             case [only]:
                 out.append(Largest(only, inputs.dtype))
-            case _:
-                out.append(Band(found[0], found[1], inputs))
+            case [inner, outer]:
+                out.append(Band(inner, outer, inputs))
     return out
 
 
@@ -268,21 +258,14 @@ def _drawn_state(operation: Operation, itemsize: int) -> int:
     return len(operation.operands) * min(operation.elements // 8 + 1, MASK_LIMIT_BYTES)
 
 
-def _check_dare(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    yield from _negative_weights(operation, elects=False)
-    yield from _nothing_kept(operation, lambda density: density)
-
-
-@merge_method(
+@_task_vector_method(
     "dare_linear",
-    base=Base.REQUIRED,
-    inputs=(1, None),
     per_input=(WEIGHT, DENSITY),
     shared=_shared(normalize=False, rescale=True),
     reference="arXiv:2311.03099",
     draws=True,
     state_bytes=_drawn_state,
-    check=_check_dare,
+    check=_CHECK,
 )
 def dare_linear(inputs: Inputs) -> Kernel:
     """Drop elements of each delta at random, restore its L1 norm, then sum.
@@ -292,16 +275,14 @@ def dare_linear(inputs: Inputs) -> Kernel:
     return _combine(inputs, _dare_masks(inputs), elects=False)
 
 
-@merge_method(
+@_task_vector_method(
     "dare_ties",
-    base=Base.REQUIRED,
-    inputs=(1, None),
     per_input=(WEIGHT, DENSITY),
     shared=_shared(normalize=False, rescale=True),
     reference="arXiv:2311.03099",
     draws=True,
     state_bytes=_drawn_state,
-    check=_check_ties,
+    check=_CHECK_ELECTION,
 )
 def dare_ties(inputs: Inputs) -> Kernel:
     """dare_linear with the sign election of ties."""
@@ -314,57 +295,30 @@ def _dare_masks(inputs: Inputs) -> list[Mask]:
     return _random_masks(inputs, lambda density, key, i: by_chance(density, key))
 
 
-def _check_epsilon(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    columns = operation.per_input["density"], operation.per_input["epsilon"]
-    for path, density, epsilon in zip(paths, *columns, strict=True):
-        if density is None or epsilon is None or not 0 < density < 1:
-            continue
-        if density - epsilon <= 0 or density + epsilon >= 1:
-            yield Finding(
-                "VALUE_OUT_OF_RANGE",
-                f"`{path}.parameters` asks for density {density:g} with epsilon {epsilon:g} in {operation.name}.",
-                "della needs density - epsilon above 0 and density + epsilon below 1: set a smaller `epsilon`.",
-            )
-
-
-def _check_della_linear(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    yield from _check_epsilon(operation, paths)
-    yield from _check_dare(operation, paths)
-
-
-def _check_della(operation: Operation, paths: Sequence[str]) -> Iterator[Finding]:
-    yield from _check_epsilon(operation, paths)
-    yield from _check_ties(operation, paths)
-
-
-@merge_method(
+@_task_vector_method(
     "della",
-    base=Base.REQUIRED,
-    inputs=(1, None),
     per_input=(WEIGHT, DENSITY, EPSILON),
     shared=_shared(normalize=True, rescale=True),
     reference="arXiv:2406.11617",
     draws=True,
     row_length=row_width,
     state_bytes=_drawn_state,
-    check=_check_della,
+    check=_CHECK_ELECTION,
 )
 def della(inputs: Inputs) -> Kernel:
     """dare_ties, but large elements of a row are kept more often: with probability density +- epsilon by rank."""
     return _combine(inputs, _della_masks(inputs), elects=True)
 
 
-@merge_method(
+@_task_vector_method(
     "della_linear",
-    base=Base.REQUIRED,
-    inputs=(1, None),
     per_input=(WEIGHT, DENSITY, EPSILON),
     shared=_shared(normalize=False, rescale=True),
     reference="arXiv:2406.11617",
     draws=True,
     row_length=row_width,
     state_bytes=_drawn_state,
-    check=_check_della_linear,
+    check=_CHECK,
 )
 def della_linear(inputs: Inputs) -> Kernel:
     """della without the sign election."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,7 @@ def output_config(
     notes: Notes,
     alignment: Alignment | None,
 ) -> str:
-    """The text of config.json: dtype as written, layer count and per-layer lists, the tie that holds, vocabulary,
-    and the keys that transformers 4 reads."""
+    """Text of config.json with dtype, layers, head tie and vocabulary of the output, and transformers 4 keys."""
     config_source = recipe.config_source
     config: dict[str, Any] = copy.deepcopy(dict(checkpoints[config_source].config))
     if config.pop("auto_map", None) is not None:
@@ -58,11 +58,11 @@ def output_config(
 
 
 def _main_dtype(works: Sequence[Work]) -> str:
-    """The type most bytes are written in."""
-    sizes: dict[str, int] = {}
+    """Floating-point dtype with the most bytes."""
+    sizes = Counter[str]()
     for work in works:
         if work.dtype.floating:
-            sizes[work.dtype.name] = sizes.get(work.dtype.name, 0) + work.nbytes
+            sizes[work.dtype.name] += work.nbytes
     return max(sizes, key=lambda name: sizes[name])
 
 

@@ -73,46 +73,34 @@ def make(
     opened = {**opened, **one_naming(models, limits)}
     stages: list[tuple[ModelRef, Plan]] = []
     for stage in recipe.stages:
-        made = _planned(_asked(stage.recipe, opened, seed, shard_limit_bytes, budget), budget)
-        opened[stage.ref] = planned_checkpoint.checkpoint(made, stage.name, opened)
-        stages.append((stage.ref, made))
-    asked = _asked(recipe, opened, seed, shard_limit_bytes, budget)
-    return _planned(replace(asked, stages=tuple(stages)), budget)
+        plan = _plan_document(_Document(stage.recipe, opened, seed, shard_limit_bytes), budget)
+        opened[stage.ref] = planned_checkpoint.checkpoint(plan, stage.name, opened)
+        stages.append((stage.ref, plan))
+    return _plan_document(_Document(recipe, opened, seed, shard_limit_bytes, tuple(stages)), budget)
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """Inputs of one document's plan: `opened` by bare reference, `checkpoints` by `recipe.sources` as written."""
+class _Document:
+    """One document of a recipe with its sources (`opened`, by bare reference) and the options of the plan."""
 
     recipe: Recipe
     opened: Mapping[ModelRef, Checkpoint | Adapter]
-    checkpoints: Mapping[ModelRef, Checkpoint]
     seed: int
     shard_limit_bytes: int
     stages: tuple[tuple[ModelRef, Plan], ...] = ()
 
 
-def _asked(
-    recipe: Recipe,
-    opened: Mapping[ModelRef, Checkpoint | Adapter],
-    seed: int,
-    shard_limit_bytes: int,
-    budget: PlanningBudget,
-) -> _Asked:
-    budget.sources(len(opened[ref.bare].tensors) for ref in recipe.sources)
-    return _Asked(recipe, opened, models_of(recipe, opened), seed, shard_limit_bytes)
-
-
-def _planned(asked: _Asked, budget: PlanningBudget) -> Plan:
-    """The plan of one document."""
-    notes, recipe, checkpoints = Notes(), asked.recipe, asked.checkpoints
+def _plan_document(document: _Document, budget: PlanningBudget) -> Plan:
+    notes, recipe = Notes(), document.recipe
+    budget.sources(len(document.opened[ref.bare].tensors) for ref in recipe.sources)
+    checkpoints = models_of(recipe, document.opened)
     architectures = {ref: infer(checkpoints[ref]) for ref in recipe.sources}
     _same_family(recipe, checkpoints)
     _same_width(recipe, checkpoints)
     if recipe.classic is not None:
         depths = {ref: len(part.main.layers) for ref, part in architectures.items()}
         recipe = classic_tensors.expand_gradient(recipe, classic_tensors.first_depth(recipe, depths), notes)
-        asked = replace(asked, recipe=recipe)
+        document = replace(document, recipe=recipe)
     embeddings = {ref: part.embedding for ref, part in architectures.items()}
     rows = {ref: checkpoints[ref].tensors[name].shape[0] for ref, name in embeddings.items() if name is not None}
     alignment = align(recipe, checkpoints, rows, notes)
@@ -125,19 +113,19 @@ def _planned(asked: _Asked, budget: PlanningBudget) -> Plan:
     works = [
         work
         for slot in layout.slots
-        if (work := work_of(slot, recipe, checkpoints, asked.seed, notes, alignment)) is not None
+        if (work := work_of(slot, recipe, checkpoints, document.seed, notes, alignment)) is not None
     ]
     layout = replace(layout, has_head=any(is_head(work.name) for work in works))
     config = output_config(recipe, checkpoints, architectures, layout, works, notes, alignment)
     if recipe.classic is not None:
         config = classic_tensors.with_true_rows(config, {work.name: work.shape for work in works})
     small = _small_files(recipe, checkpoints, alignment, config, notes, known_templates=budget.strict)
-    return _finish(asked, len(layout.layers), works, small, alignment, notes)
+    return _finish(document, len(layout.layers), works, small, alignment, notes)
 
 
 @dataclass(frozen=True, slots=True)
 class _SmallFiles:
-    """Everything beside the weights: config.json, texts we make, files copied."""
+    """Files beside the weights: config.json, further texts, files copied."""
 
     config: str
     texts: Mapping[str, str]
@@ -163,8 +151,8 @@ def _small_files(
     template = chat_template.chat_template(recipe, checkpoints, alignment, notes, known_only=known_templates)
     if template is not None:
         texts[TEMPLATE] = template
-        made = texts.get("tokenizer_config.json")
-        own = json.loads(made) if made else checkpoints[tokenizer_source].document("tokenizer_config.json")
+        text = texts.get("tokenizer_config.json")
+        own = json.loads(text) if text else checkpoints[tokenizer_source].document("tokenizer_config.json")
         if own is not None:
             texts["tokenizer_config.json"] = chat_template.without_template(own)
     stale = {"added_tokens.json"} if "tokenizer.json" in texts else set()
@@ -187,18 +175,23 @@ def _small_files(
 
 
 def _finish(
-    asked: _Asked, layers: int, works: Sequence[Work], small: _SmallFiles, alignment: Alignment | None, notes: Notes
+    document: _Document,
+    layers: int,
+    works: Sequence[Work],
+    small: _SmallFiles,
+    alignment: Alignment | None,
+    notes: Notes,
 ) -> Plan:
-    steps, shards = pack(works, asked.shard_limit_bytes)
-    recipe = asked.recipe
+    steps, shards = pack(works, document.shard_limit_bytes)
+    recipe = document.recipe
     read = dict.fromkeys(part for ref in recipe.sources for part in (ref.bare, ref.lora) if part is not None)
-    sources = tuple(_planned_source(ref, _roles(recipe, ref), asked.opened[ref]) for ref in read)
+    sources = tuple(_planned_source(ref, _roles(recipe, ref), document.opened[ref]) for ref in read)
     small_bytes = len(small.config) + sum(map(len, small.texts.values())) + sum(c.nbytes for c in small.copies)
     memory = sorted((memory_of(step.work) for step in steps), reverse=True)
     return Plan(
         recipe=recipe,
-        seed=asked.seed,
-        shard_limit_bytes=asked.shard_limit_bytes,
+        seed=document.seed,
+        shard_limit_bytes=document.shard_limit_bytes,
         steps=steps,
         shards=shards,
         sources=sources,
@@ -213,25 +206,27 @@ def _finish(
         peak_memory_bytes=BASE_MEMORY_BYTES + sum(memory[:WORKERS]),
         disk_bytes=sum(shard.nbytes for shard in shards) + small_bytes + 200 * len(steps) + 64 * 1024,
         parameters=sum(step.work.elements for step in steps),
-        digest=_digest(asked, sources, small, alignment),
-        stages=asked.stages,
+        digest=_digest(document, sources, small, alignment),
+        stages=document.stages,
     )
 
 
-def _digest(asked: _Asked, sources: Iterable[PlannedSource], small: _SmallFiles, alignment: Alignment | None) -> str:
+def _digest(
+    document: _Document, sources: Iterable[PlannedSource], small: _SmallFiles, alignment: Alignment | None
+) -> str:
     """Identity of the exact work: everything that may change a byte of the output."""
-    adapters = {str(ref): one.digest for ref, one in asked.opened.items() if isinstance(one, Adapter)}
+    adapters = {str(ref): one.digest for ref, one in document.opened.items() if isinstance(one, Adapter)}
     identity = {
-        "recipe": asked.recipe.digest,
+        "recipe": document.recipe.digest,
         "numerics": NUMERICS_VERSION,
-        "seed": asked.seed,
-        "shard_limit_bytes": asked.shard_limit_bytes,
+        "seed": document.seed,
+        "shard_limit_bytes": document.shard_limit_bytes,
         "sources": {str(source.model): {k: list(v) for k, v in source.headers.items()} for source in sources},
         "config": small.config,
         "texts": dict(small.texts),
         "vocabulary": None if alignment is None else {str(ref): dict(ids) for ref, ids in alignment.sources.items()},
         **({"adapters": adapters} if adapters else {}),
-        **({"stages": [made.digest for _, made in asked.stages]} if asked.stages else {}),
+        **({"stages": [stage.digest for _, stage in document.stages]} if document.stages else {}),
     }
     return hashlib.sha256(b"plan/1\n" + json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from bot.merge.recipe.spec import Condition, Conditions, Gradient, Parameters, R
 if TYPE_CHECKING:
     from bot.merge.checkpoints.patches import Patch
     from bot.merge.planning.plan import Plan, Step
-    from bot.merge.planning.work import Operand, Work
+    from bot.merge.planning.work import Work
     from bot.merge.streaming.operation import Value
 
 _CONDITIONS_SHOWN = 8  # the layer gradients of 2023 become one for every tensor
@@ -34,21 +35,19 @@ def summary(plan: Plan) -> dict[str, object]:
         "bytes_out": plan.bytes_out,
         "peak_memory_bytes": max(part.peak_memory_bytes for part in plan.parts),
         "disk_bytes": sum(part.disk_bytes for part in plan.parts),
-        "values": _values_told(plan),
-        "notices": [
-            {"code": n.code, "text": n.text, "count": n.count} for part in plan.parts for n in part.notices
-        ],
-    }  # fmt: skip
+        "values": _parameter_values(plan),
+        "notices": [{"code": n.code, "text": n.text, "count": n.count} for part in plan.parts for n in part.notices],
+    }
     if plan.stages:
         out["stages"] = [
             {
                 "name": str(ref),
-                "method": made.recipe.method,
-                "plan_digest": made.digest,
-                "bytes_out": made.bytes_out,
-                "values": _values_told(made),
+                "method": stage.recipe.method,
+                "plan_digest": stage.digest,
+                "bytes_out": stage.bytes_out,
+                "values": _parameter_values(stage),
             }
-            for ref, made in plan.stages
+            for ref, stage in plan.stages
         ]
     return out
 
@@ -62,7 +61,7 @@ def values_of(plan: Plan, tensor: str) -> dict[str, object]:
     """
     found = [
         {**_values_of(step), **named}
-        for part, named in (*((made, {"stage": str(ref)}) for ref, made in plan.stages), (plan, {}))
+        for part, named in (*((stage, {"stage": str(ref)}) for ref, stage in plan.stages), (plan, {}))
         for step in part.steps
         if step.name == tensor
     ]
@@ -85,7 +84,7 @@ def _values_of(step: Step) -> dict[str, object]:
         "dtype": work.dtype.name,
         "inputs": [
             {
-                "model": _label(operand),
+                "model": str(operand.source),
                 "tensor": operand.tensor.name,
                 "dtype": operand.tensor.dtype.name,
                 "base": i == work.base,
@@ -106,7 +105,7 @@ def _adapter(patch: Patch) -> dict[str, object]:
 
 
 def names_like(tensor: str, steps: Iterable[Step]) -> str:
-    """A next step for a name no tensor has: the names that contain it or share its last parts."""
+    """Next step for an unknown tensor: the names that contain it or share its last parts."""
     names = [step.name for step in steps]
     for count in range(tensor.count(".") + 1):
         end = ".".join(tensor.split(".")[count:])
@@ -117,31 +116,26 @@ def names_like(tensor: str, steps: Iterable[Step]) -> str:
     return "Name one such as " + ", ".join(names[:3]) + "."
 
 
-def _label(operand: Operand) -> str:
-    return str(operand.source)
-
-
 def _sources(plan: Plan) -> list[dict[str, object]]:
     """The models read from outside, by any part of the plan."""
-    made = {ref for ref, _ in plan.stages}
+    stages = {ref for ref, _ in plan.stages}
     roles: dict[str, dict[str, None]] = {}
     sizes: dict[str, int] = {}
-    for source in (source for part in plan.parts for source in part.sources if source.model not in made):
+    for source in (source for part in plan.parts for source in part.sources if source.model not in stages):
         roles.setdefault(str(source.model), {}).update(dict.fromkeys(source.roles))
         sizes[str(source.model)] = sum(size for size, _ in source.headers.values())
-    return [{"model": model, "roles": list(given), "bytes": sizes[model]} for model, given in roles.items()]
+    return [{"model": model, "roles": list(names), "bytes": sizes[model]} for model, names in roles.items()]
 
 
 def _dtype_bytes(steps: Iterable[Step]) -> dict[str, int]:
-    out: dict[str, int] = {}
+    out = Counter[str]()
     for step in steps:
-        out[step.work.dtype.name] = out.get(step.work.dtype.name, 0) + step.nbytes
-    return out
+        out[step.work.dtype.name] += step.nbytes
+    return dict(out)
 
 
-def _values_told(plan: Plan) -> dict[str, object]:
-    """All parameters, per model if they are given per model: a value; a gradient or conditions as written; or the
-    lowest and the highest value of several settings."""
+def _parameter_values(plan: Plan) -> dict[str, object]:
+    """Values of all parameters. A parameter with several values: gradient or conditions as written, else the range."""
     spans: dict[tuple[str, str], tuple[Value, Value]] = {}
     for step in plan.steps:
         for key, value in _values(step.work):
@@ -157,31 +151,30 @@ def _values_told(plan: Plan) -> dict[str, object]:
 
 
 def _values(work: Work) -> Iterable[tuple[tuple[str, str], Value]]:
-    """(parameter, model or nothing) and value, of one tensor."""
+    """((parameter, model or ""), value) of one tensor."""
     yield from (((name, ""), value) for name, value in work.shared.items())
     for name, values in work.per_input.items():
         for operand, value in zip(work.operands, values, strict=True):
             if value is not None:
-                yield (name, _label(operand)), value
+                yield (name, str(operand.source)), value
 
 
 def _as_written(recipe: Recipe, name: str, model: str) -> object | None:
     """Gradient or conditions of a parameter; None if slices differ in them."""
-    found: set[tuple[Condition, ...]] = set()
+    distinct: set[tuple[Condition, ...]] = set()
     for module in recipe.modules:
         for piece in module.slices:
             above = (piece.parameters, module.parameters, recipe.parameters)
             inputs = [one.parameters for one in recipe.inputs(module, piece)[0] if str(one.model) == model]
-            found |= {_conditions(name, (own, *above)) for own in (inputs if model else [{}])}
-    if len(found) != 1:
+            distinct |= {_conditions(name, (own, *above)) for own in (inputs if model else [{}])}
+    if len(distinct) != 1:
         return None
-    [items] = found
-    told = [_anchors(item.value) for item in items]
+    [items] = distinct
     if len(items) == 1 and items[0].filter is None:
-        return told[0]
-    named = zip(items, told, strict=True)
-    few = 0 < len(items) <= _CONDITIONS_SHOWN
-    return [({"filter": item.filter} if item.filter else {}) | {"value": each} for item, each in named] if few else None
+        return _plain(items[0].value)
+    if not 0 < len(items) <= _CONDITIONS_SHOWN:
+        return None
+    return [({"filter": item.filter} if item.filter else {}) | {"value": _plain(item.value)} for item in items]
 
 
 def _conditions(name: str, levels: Iterable[Parameters]) -> tuple[Condition, ...]:
@@ -196,5 +189,5 @@ def _conditions(name: str, levels: Iterable[Parameters]) -> tuple[Condition, ...
     return tuple(out)
 
 
-def _anchors(value: Scalar | Gradient) -> object:
+def _plain(value: Scalar | Gradient) -> object:
     return list(value.values) if isinstance(value, Gradient) else value
