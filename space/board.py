@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from bot.publishing.leaderboard import Row
 from space import figures, words
 from space.desk import Board, Desk
 from space.markup import Markup, join, link, plain, repo_link, tag
-from space.pieces import drawing, facts_table, panel, refused
+from space.pieces import QUIET, Look, drawing, empty, facts_table, panel, refused
 
 FIXED = ("Model", "Method", "Sources", "Average %")
 TAIL = ("Tokens / step", "Speedup", "Parameters")
@@ -28,15 +29,6 @@ WIDTHS = {
     "Speedup": "148px",
     "Parameters": "112px",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Components that other parts of the page use: `look` reads the board again."""
-
-    look: Callable[..., Any]
-    inputs: list[Any]
-    outputs: list[Any]
 
 
 # What the board can be ordered by, the best first; rows without the figure come last. Tasks join as `task:<name>`.
@@ -101,20 +93,17 @@ class Filters:
 
 def rankings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Rankings by their description: only rows of one ranking are compared. The largest first."""
-    counts: dict[str, int] = {}
-    asked: dict[str, str] = {}
-    for row in rows:
-        if row.ranked_in is not None:
-            counts[row.ranked_in] = counts.get(row.ranked_in, 0) + 1
-            asked.setdefault(row.ranked_in, row.asked or row.suite or "")
-    shown = list(asked.values())
+    counts = Counter(row.ranked_in for row in rows if row.ranked_in is not None)
+    titles = {row.ranked_in: row.asked or row.suite or "" for row in reversed(rows)}
+    shown = [titles[key] for key in counts]
     return [
-        (f"{asked[each]} ({each[:6]})" if shown.count(asked[each]) > 1 else asked[each], each)
-        for each in sorted(counts, key=lambda each: -counts[each])
+        (f"{titles[key]} ({key[:6]})" if shown.count(titles[key]) > 1 else titles[key], key)
+        for key, _ in counts.most_common()
     ]
 
 
-def build(desk: Desk) -> Parts:
+def build(desk: Desk) -> Look:
+    """The tab; returns the handler that reads the board again."""
     summary = panel(elem_id="board-summary")
     with gr.Row(elem_classes="filters"):
         search = gr.Textbox(label="Search", placeholder="name, source, method", elem_id="search", scale=3, max_lines=1)
@@ -151,21 +140,18 @@ def build(desk: Desk) -> Parts:
 
     filters = [search, method, source, licence, least, order, ranking]
     shown = [summary, table, empty, below, heading, parents, detail, scatter, unseen, chosen]
-    look = _looker(desk)
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-    inputs, outputs = [*filters, chosen], [*shown, method, source, licence, order, ranking]
-    # A dropdown also "changes" when it is given new choices: only what a person does to it counts.
-    said = (search.change, least.change, *(each.input for each in (method, source, licence, order, ranking, chosen)))
-    for happened in said:
-        happened(look, inputs, outputs, trigger_mode="always_last", **quiet)
-    table.select(_selector(desk), filters, [heading, parents, detail, scatter, chosen], **quiet)
-    return Parts(look, inputs, outputs)
+    look = Look(_looker(desk), [*filters, chosen], [*shown, method, source, licence, order, ranking])
+    # A dropdown also "changes" when its choices are replaced; `input` is the visitor's own change.
+    for event in (search.change, least.change, *(each.input for each in (*filters[1:4], order, ranking, chosen))):
+        look.on(event, trigger_mode="always_last")
+    table.select(_selector(desk), filters, [heading, parents, detail, scatter, chosen], **QUIET)
+    return look
 
 
 def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
     def look(*values: Any) -> tuple[Any, ...]:
-        *asked, chosen = values
-        board, filters = desk.board(), Filters.of(*asked)
+        *filtered, chosen = values
+        board, filters = desk.board(), Filters.of(*filtered)
         rows, known = filters.pick(board.rows), rankings(board.rows)
         row = next((each for each in rows if each.model == chosen), rows[0] if rows else None)
         return (
@@ -212,11 +198,8 @@ def table_value(rows: Sequence[Row]) -> dict[str, Any]:
     """Values, headers and types of the table: numbers to sort by, with their display."""
     tasks = sorted({task for row in rows for task in row.scores})
     headers = [*FIXED, *(_header(task) for task in tasks), *TAIL]
-    values, displayed = [], []
-    for row in rows:
-        cells = _cells(row, tasks)
-        values.append([value for value, _ in cells])
-        displayed.append([shown for _, shown in cells])
+    cells = [_cells(row, tasks) for row in rows]
+    values, displayed = ([[cell[at] for cell in row] for row in cells] for at in (0, 1))
     types = ["html", "str", "str", *["number"] * (1 + len(tasks) + len(TAIL))]
     return {
         "value": {"headers": headers, "data": values, "metadata": {"display_value": displayed}},
@@ -270,8 +253,8 @@ def _names(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _summary(board: Board, kept: int) -> Markup:
-    told = words.plural(len(board.rows), "published merge")
-    picked = f"{kept} of {told}" if kept != len(board.rows) else told
+    merges = words.plural(len(board.rows), "published merge")
+    picked = f"{kept} of {merges}" if kept != len(board.rows) else merges
     several = len(rankings(board.rows)) > 1
     mixed = " Merges measured under other conditions are in a separate ranking." if several else ""
     note = tag("p", picked, ". Scores by lm-eval, percent with 95\u00a0% intervals.", mixed, class_="fine")
@@ -279,18 +262,15 @@ def _summary(board: Board, kept: int) -> Markup:
 
 
 def _nothing(board: Board) -> Markup:
-    told = (
-        "No merge matches these filters. Remove some of them."
-        if board.rows
-        else "No merges yet. Submit one in the first tab."
-        if board.stale is None
-        else "The leaderboard could not be read."
+    if board.rows:
+        return empty("No merge matches these filters. Remove some of them.")
+    return empty(
+        "No merges yet. Submit one in the first tab." if board.stale is None else "The leaderboard could not be read."
     )
-    return tag("div", tag("p", told), class_="empty")
 
 
 def _unseen(rows: Sequence[Row]) -> Markup:
-    without = sum(1 for row in rows if row.average is None or row.speedup is None)
+    without = sum(row.average is None or row.speedup is None for row in rows)
     if not without:
         return Markup("")
     if without == len(rows):
@@ -306,20 +286,12 @@ def _detail(row: Row | None, hub: str) -> tuple[Markup, Markup, Markup]:
     """Heading, figure and table of the chosen merge."""
     if row is None:
         return Markup(""), Markup(""), Markup("")
+    commit = tag("code", row.commit[:7], class_="sha", title=row.commit)
     rows: list[tuple[str, object]] = [
-        (
-            "Published",
-            join(
-                [
-                    link(f"{row.repo_url}/tree/{row.commit}", row.model),
-                    " ",
-                    tag("code", row.commit[:7], class_="sha", title=row.commit),
-                ]
-            ),
-        ),
+        ("Published", [link(f"{row.repo_url}/tree/{row.commit}", row.model), " ", commit]),
         ("Sources", tag("ul", [tag("li", repo_link(hub, source)) for source in row.sources], class_="bare")),
         ("License", row.licence),
-        ("Requested by", join([row.requester, f", {row.published_at[:10]}" if row.published_at else None])),
+        ("Requested by", [row.requester, f", {row.published_at[:10]}" if row.published_at else None]),
         ("Measured", f"{row.asked or row.suite} on {row.device}" if row.suite else "not evaluated"),
     ]
     if row.verdict:

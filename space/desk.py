@@ -1,4 +1,4 @@
-"""Actions of a visitor: check, submit, cancel, look. Page and API both call these functions.
+"""Actions of a visitor: check, submit, cancel, read. Page and API both call these functions.
 
 An action raises `bot.errors`; `attempt` turns any error into a `Refusal` for page and API.
 """
@@ -27,7 +27,6 @@ from bot.publishing.leaderboard import Row
 from bot.service import intake
 from bot.service.intake import Checked
 from bot.settings import Settings
-from evaluators.harness import suites
 from space import login
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ class Board:
 
 @dataclass(slots=True)
 class Desk:
-    """The deeds, under `settings`. One for the process; safe to share between threads."""
+    """The actions, under `settings`. One for the process; safe to share between threads."""
 
     settings: Settings
     hub: Hub
@@ -94,11 +93,10 @@ class Desk:
     def submit(self, visitor: str | None, **form: Any) -> Job:
         """Ask for a merge. Raises Refused or Transient."""
         requester = login.require(visitor)
-        asked = read_form(form)
-        evaluate = EvaluateOptions(suite=asked.suite, tasks=tuple(asked.tasks), limit=asked.limit, speed=asked.speed)
-        return intake.take(
-            request.from_form(requester, asked.recipe, asked.name, evaluate), self.hub, self.queue, self.settings
-        )
+        fields = read_form(form)
+        evaluate = EvaluateOptions(fields.suite, tuple(fields.tasks), fields.limit, speed=fields.speed)
+        merge = request.from_form(requester, fields.recipe, fields.name, evaluate)
+        return intake.take(merge, self.hub, self.queue, self.settings)
 
     def check(self, visitor: str | None, recipe: str) -> Checked:
         """Plan of `recipe`, without submitting it. Raises Refused or Transient."""
@@ -122,9 +120,9 @@ class Desk:
         """The leaderboard on the Hub, at most 10 s old; the last known one while the Hub is unavailable."""
         with self._board_lock:
             if time.monotonic() - self._board_at > BOARD_FRESH_S:
-                found = attempt(lambda: leaderboard.read(self.hub, self.settings))
+                rows = attempt(lambda: leaderboard.read(self.hub, self.settings))
                 known = self._board.rows if self._board else ()
-                self._board = Board(known, found) if isinstance(found, Refusal) else Board(found)
+                self._board = Board(known, rows) if isinstance(rows, Refusal) else Board(rows)
                 self._board_at = time.monotonic()
             assert self._board is not None
             return self._board
@@ -144,35 +142,20 @@ def read_form(form: dict[str, Any]) -> Form:
         ) from None
 
 
-def suite_names() -> list[str]:
-
-    return list(suites.SUITES)
-
-
-def suite_tasks(suite: str) -> tuple[str, ...]:
-    return tuple(task.name for task in suites.SUITES[suite].tasks) if suite in suites.SUITES else ()
-
-
 def now() -> datetime:
     return datetime.now(UTC)
 
 
-def attempt(deed: Callable[[], Result]) -> Result | Refusal:
-    """Result of `deed`, or a Refusal. Defects are logged and shown to the visitor by their id only."""
+def attempt(action: Callable[[], Result]) -> Result | Refusal:
+    """Result of `action`, or a Refusal. Defects are logged and shown to the visitor by their id only."""
     request_id = secrets.token_hex(4)
     try:
-        return deed()
+        return action()
     except MergebotError as error:
         log.info("%s %s: %s", request_id, error.code, error)
         again = error.next_step or ("Try again in a minute." if isinstance(error, Transient) else "")
         return Refusal(error.code, error.message, again, error.value, error.where, request_id)
     except Exception:
         log.exception("request %s stopped on a defect", request_id)
-        return Refusal(
-            "INTERNAL",
-            "An internal error of the bot stopped this request.",
-            f"Tell the operator the request id {request_id}.",
-            None,
-            None,
-            request_id,
-        )
+        message = "An internal error of the bot stopped this request."
+        return Refusal("INTERNAL", message, f"Tell the operator the request id {request_id}.", None, None, request_id)

@@ -11,7 +11,7 @@ from evaluators.medusa.speed.report import Report
 from evaluators.pictures.speed_figure import speed_figure
 from space import verdict_page, words
 from space.markup import Markup, join, repo_link, tag
-from space.pieces import facts_table, picture, sources_table
+from space.pieces import facts_table, notice, picture, sources_table
 
 STEPS = (
     (Stage.MERGING, "Merge"),
@@ -48,8 +48,8 @@ def progress_bar(progress: Progress) -> Markup:
 
 def _title(job: Job, at: datetime) -> Markup:
     tried = f", attempt {job.attempts}" if job.attempts > 1 else ""
-    told = f"requested by {job.request.requester} {words.age(job.submitted_at, at)}{tried}"
-    return tag("header", tag("h2", job.request.name), tag("p", "Job ", tag("code", job.id), ", ", told, class_="fine"))
+    request = f", requested by {job.request.requester} {words.age(job.submitted_at, at)}{tried}"
+    return tag("header", tag("h2", job.request.name), tag("p", "Job ", tag("code", job.id), request, class_="fine"))
 
 
 def _steps(job: Job, stands: Stage) -> Markup:
@@ -59,14 +59,14 @@ def _steps(job: Job, stands: Stage) -> Markup:
     items = []
     for (step, word), fact in zip(STEPS, facts, strict=True):
         if fact is not None:
-            state, told = "done", words.duration(fact.seconds)
+            state, note = "done", words.duration(fact.seconds)
         elif step is lacking and stands is step:
-            state, told = "now", "running"
+            state, note = "now", "running"
         elif step is lacking and stands in ENDED:
-            state, told = "stopped", stands.value
+            state, note = "stopped", stands.value
         else:
-            state, told = "later", "pending" if stands not in ENDED else "not reached"
-        items.append(tag("li", tag("b", word), tag("span", told), class_=state))
+            state, note = "later", "pending" if stands not in ENDED else "not reached"
+        items.append(tag("li", tag("b", word), tag("span", note), class_=state))
     return tag("ol", items, class_="steps-bar", aria_label="Stages")
 
 
@@ -74,47 +74,42 @@ def _headline(job: Job, hub: str, stands: Stage, ahead: int) -> Markup:
     """The one thing to know now, with the next step."""
     if job.publication is not None:
         where = repo_link(hub, job.publication.repo, job.publication.commit)
-        return tag("div", tag("p", "Published as ", where, class_="message"), class_="notice good")
+        return notice(["Published as ", where], kind="good")
     if stands is Stage.CANCELLED:
-        return tag("div", tag("p", "Cancelled by its owner. Nothing was published.", class_="message"), class_="notice")
+        return notice("Cancelled by its owner. Nothing was published.")
     if stands is Stage.FAILED:
         last = job.failures[-1]
-        return tag(
-            "div",
-            tag("p", last.sentence, class_="message"),
-            tag("p", last.next_step, class_="next") if last.next_step else None,
-            tag("p", tag("code", last.code), class_="fine"),
-            class_="notice bad",
-            role="alert",
+        next_step = tag("p", last.next_step, class_="next") if last.next_step else None
+        return notice(
+            last.sentence, next_step, tag("p", tag("code", last.code), class_="fine"), kind="bad", role="alert"
         )
     if stands is Stage.QUEUED:
         later = job.failures[-1].retry_at if job.failures else None
         if later is not None:
-            told = f"It is tried again at {later:%H:%M} UTC. Its results so far are kept."
-        else:
-            told = f"{words.plural(ahead, 'job')} before it in the queue." if ahead else "It starts next."
-        return tag("div", tag("p", told, class_="message"), class_="notice")
+            return notice(f"It is tried again at {later:%H:%M} UTC. Its results so far are kept.")
+        return notice(f"{words.plural(ahead, 'job')} before it in the queue." if ahead else "It starts next.")
     return tag("div", progress_bar(job.progress or Progress("Starting", 0, 1)), class_="notice", aria_live="polite")
 
 
 def _facts(job: Job) -> list[tuple[str, object]]:
     plan = job.plan
     rows: list[tuple[str, object]] = [("Method", tag("code", plan.get("method", words.MISSING)))]
-    if "tensors" in plan:
-        rows.append(("Tensors", f"{plan['tensors']:,}"))
-    if "parameters" in plan:
-        rows.append(("Parameters", words.count(plan["parameters"])))
-    if "bytes_in" in plan:
-        rows.append(("Read", words.size(plan["bytes_in"])))
+    for title, key, shown in (
+        ("Tensors", "tensors", "{:,}".format),
+        ("Parameters", "parameters", words.count),
+        ("Read", "bytes_in", words.size),
+    ):
+        if key in plan:
+            rows.append((title, shown(plan[key])))
     if job.merge is not None:
         rows.append(("Written", words.size(job.merge.bytes)))
         rows.append(("Manifest of the bytes", tag("code", job.merge.manifest[:16], title=job.merge.manifest)))
     elif "bytes_out" in plan:
         rows.append(("Planned output", words.size(plan["bytes_out"])))
-    asked = job.request.evaluate
-    suite = ", ".join(asked.tasks) or asked.suite
-    samples = f", {asked.limit} samples per task" if asked.limit else ""
-    rows.append(("Requested evaluation", f"{suite}{samples}; speed test {asked.speed}"))
+    options = job.request.evaluate
+    suite = ", ".join(options.tasks) or options.suite
+    samples = f", {options.limit} samples per task" if options.limit else ""
+    rows.append(("Requested evaluation", f"{suite}{samples}; speed test {options.speed}"))
     return rows
 
 

@@ -13,21 +13,12 @@ from bot.jobs.job import ENDED, Job, Stage, stage
 from space import login, words
 from space.desk import Desk, Refusal, attempt, now
 from space.job_page import job_page, progress_bar
-from space.markup import Markup, join, tag
-from space.pieces import panel, refused, rows_table
+from space.markup import Markup, tag
+from space.pieces import QUIET, Look, empty, notice, panel, refused, rows_table
 
 POLL_HERE_S = 2.0
 POLL_PUBLIC_S = 5.0
 RESEND_S = 20.0
-STAGE_WORDS = {
-    Stage.QUEUED: "Queued",
-    Stage.MERGING: "Merging",
-    Stage.EVALUATING: "Evaluating",
-    Stage.PUBLISHING: "Publishing",
-    Stage.PUBLISHED: "Published",
-    Stage.FAILED: "Failed",
-    Stage.CANCELLED: "Cancelled",
-}
 
 # A click on a row, or Enter on its button, says which job; a refresh gives the focus back to the same button.
 _SELECT_ROW = """
@@ -49,12 +40,10 @@ watch('value', () => {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Components that other parts of the page use: `look` reads the jobs again."""
+    """Components that other parts of the page use."""
 
     chosen: gr.State
-    look: Callable[..., Any]
-    inputs: list[Any]
-    outputs: list[Any]
+    look: Look
     timer: gr.Timer
 
 
@@ -72,26 +61,22 @@ def build(desk: Desk) -> Parts:
                 cancel = gr.Button("Cancel this job", variant="stop", visible=False, elem_id="cancel")
                 sure = gr.Button("Yes, stop it", variant="stop", visible=False, elem_id="cancel-sure")
                 keep = gr.Button("Keep it", visible=False, elem_id="cancel-keep")
-            told = panel(elem_id="cancel-answer")
+            answer = panel(elem_id="cancel-answer")
 
-    look = _looker(desk)
-    inputs, outputs = [chosen, mine, seen], [table, page, cancel, sure, keep, chosen, seen]
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+    buttons = [cancel, sure, keep]
+    look = Look(_looker(desk), [chosen, mine, seen], [table, page, *buttons, chosen, seen])
 
     def choose(event: gr.EventData) -> str:
         return str(event._data.get("job", ""))
 
-    timer.tick(look, inputs, outputs, **quiet)
-    mine.input(look, inputs, outputs, **quiet)
-    table.click(choose, None, chosen, **quiet).then(lambda: "", None, told, **quiet).then(
-        look, inputs, outputs, **quiet
-    )
-    cancel.click(lambda: _buttons(False, True), None, [cancel, sure, keep], **quiet)
-    keep.click(lambda: _buttons(True, False), None, [cancel, sure, keep], **quiet)
-    sure.click(_canceller(desk), chosen, told, api_visibility="private", queue=False).then(
-        lambda: None, None, seen, **quiet
-    ).then(look, inputs, outputs, **quiet)
-    return Parts(chosen, look, inputs, outputs, timer)
+    look.on(timer.tick)
+    look.on(mine.input)
+    look.on(table.click(choose, None, chosen, **QUIET).then(lambda: "", None, answer, **QUIET).then)
+    cancel.click(lambda: _buttons(False, True), None, buttons, **QUIET)
+    keep.click(lambda: _buttons(True, False), None, buttons, **QUIET)
+    cancelled = sure.click(_canceller(desk), chosen, answer, api_visibility="private", queue=False)
+    look.on(cancelled.then(lambda: None, None, seen, **QUIET).then)
+    return Parts(chosen, look, timer)
 
 
 def _looker(desk: Desk) -> Callable[..., tuple[Any, ...]]:
@@ -127,12 +112,7 @@ def _canceller(desk: Desk) -> Callable[..., Markup]:
         done = attempt(lambda: desk.cancel(login.visitor(request, desk.settings), chosen))
         if isinstance(done, Refusal):
             return refused(done)
-        return tag(
-            "div",
-            tag("p", "Cancelled. The running work is being stopped.", class_="message"),
-            class_="notice good",
-            role="status",
-        )
+        return notice("Cancelled. The running work is being stopped.", kind="good", role="status")
 
     return cancel
 
@@ -143,7 +123,7 @@ def _buttons(cancel: bool, sure: bool) -> tuple[gr.Button, gr.Button, gr.Button]
 
 def _page(desk: Desk, job: Job | Refusal | None) -> Markup:
     if job is None:
-        return tag("div", tag("p", "The page of the chosen job appears here."), class_="empty")
+        return empty("The page of the chosen job appears here.")
     if isinstance(job, Refusal):
         return refused(job)
     return job_page(job, desk.settings.hub, desk.queue.position(job.id), now())
@@ -153,7 +133,7 @@ def jobs_table(desk: Desk, jobs: list[Job], chosen: str | None, mine: bool) -> M
     """The newest jobs; a row is a button for its page."""
     if not jobs:
         whose = "You have not requested a merge yet" if mine else "No jobs yet"
-        return tag("div", tag("p", f"{whose}. Submit one in the first tab."), class_="empty")
+        return empty(f"{whose}. Submit one in the first tab.")
     at = now()
     rows = []
     for job in jobs:
@@ -169,24 +149,22 @@ def jobs_table(desk: Desk, jobs: list[Job], chosen: str | None, mine: bool) -> M
         of = tag("span", f"{job.plan.get('method', '')} by {job.request.requester}", class_="fine")
         cells = (
             tag("td", name, of, tag("span", words.age(job.submitted_at, at), class_="fine")),
-            tag("td", stage_pill(stands), _how_far(desk, job, stands)),
+            tag(
+                "td", tag("span", stands.value.capitalize(), class_=f"pill {stands.value}"), _how_far(desk, job, stands)
+            ),
         )
         rows.append(tag("tr", cells, data_job=job.id, class_="chosen" if job.id == chosen else None))
     return rows_table(("Merge", "Stage"), rows)
-
-
-def stage_pill(stands: Stage) -> Markup:
-    return tag("span", STAGE_WORDS[stands], class_=f"pill {stands.value}")
 
 
 def _how_far(desk: Desk, job: Job, stands: Stage) -> Markup | None:
     if stands is Stage.QUEUED:
         ahead = desk.queue.position(job.id)
         later = job.failures[-1].retry_at if job.failures else None
-        told = f"tries again at {later:%H:%M} UTC" if later else f"{ahead} before it" if ahead else "next"
-        return tag("span", told, class_="fine")
+        turn = f"tries again at {later:%H:%M} UTC" if later else f"{ahead} before it" if ahead else "next"
+        return tag("span", turn, class_="fine")
     if stands is Stage.FAILED:
         return tag("span", job.failures[-1].sentence, class_="fine clip", title=job.failures[-1].sentence)
     if job.progress is not None and stands not in ENDED:
-        return join([progress_bar(job.progress)])
+        return progress_bar(job.progress)
     return None

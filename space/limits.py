@@ -23,11 +23,13 @@ POLICY = "; ".join(
 )
 
 
-class BodyLimit:
-    """413 for a body past the limit, whatever length it declares."""
-
+class _Middleware:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+
+
+class BodyLimit(_Middleware):
+    """413 for a body past the limit, whatever length it declares."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,11 +53,8 @@ class BodyLimit:
         await self.app(scope, bounded, send)
 
 
-class NoUploads:
+class NoUploads(_Middleware):
     """The page takes no files, so Gradio's upload routes stay shut."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].rstrip("/").endswith(("/upload", "/upload_progress")):
@@ -64,11 +63,8 @@ class NoUploads:
         await self.app(scope, receive, send)
 
 
-class SecurityHeaders:
+class SecurityHeaders(_Middleware):
     """Headers that keep the browser from loading anything from elsewhere."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def headed(message: Message) -> None:

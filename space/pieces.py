@@ -1,9 +1,10 @@
-"""Pieces that more than one tab shows: a refusal, a table of facts, the sources of a merge."""
+"""Elements that more than one tab shows: notices, tables, pictures, the sources of a merge."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -13,9 +14,25 @@ from space import words
 from space.desk import Refusal
 from space.markup import Markup, repo_link, tag
 
+# Options of an event that only redraws the page.
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Event handler that draws a tab again, with its components."""
+
+    handler: Callable[..., Any]
+    inputs: list[Any]
+    outputs: list[Any]
+
+    def on(self, event: Callable[..., Any], **options: Any) -> Any:
+        """Draw the tab again at `event`."""
+        return event(self.handler, self.inputs, self.outputs, **QUIET, **options)
+
 
 def panel(value: Markup | None = None, **options: Any) -> gr.HTML:
-    """A place for our own HTML, or news for one: without the borders Gradio draws around each table cell."""
+    """Component for our own HTML, or an update of one, without the borders that Gradio draws around table cells."""
     return gr.HTML(value, apply_default_css=False, **options)
 
 
@@ -26,15 +43,25 @@ def refused(refusal: Refusal) -> Markup:
         tag("span", "Line ", tag("b", where.line), " ") if where and where.line else None,
         tag("code", where.path) if where and where.path else None,
     ]
-    return tag(
-        "div",
-        tag("p", _capital(refusal.message), class_="message"),
-        tag("p", *[part for part in place if part], class_="place") if any(place) else None,
+    return notice(
+        _capital(refusal.message),
+        tag("p", *place, class_="place") if any(place) else None,
         tag("p", _capital(refusal.next_step), class_="next") if refusal.next_step else None,
         tag("p", tag("code", refusal.code), f" request {refusal.request_id}", class_="fine"),
-        class_="notice bad",
+        kind="bad",
         role="alert",
     )
+
+
+def notice(message: object, *details: object, kind: str = "", **attributes: object) -> Markup:
+    """A framed message with its details; `kind` is good or bad."""
+    shown = tag("p", message, class_="message")
+    return tag("div", shown, *details, class_=f"notice {kind}".rstrip(), **attributes)
+
+
+def empty(sentence: str) -> Markup:
+    """Sentence in place of something that does not exist yet."""
+    return tag("div", tag("p", sentence), class_="empty")
 
 
 def facts_table(rows: list[tuple[str, object]]) -> Markup:
@@ -44,7 +71,7 @@ def facts_table(rows: list[tuple[str, object]]) -> Markup:
 
 
 def sources_table(sources: tuple[Source, ...], hub: str, plan: Mapping[str, Any]) -> Markup:
-    """The models a merge is made of, with their commits and licences."""
+    """The models of a merge with their commits and licenses."""
     roles = {each["model"]: ", ".join(each.get("roles", ())) for each in plan.get("sources", [])}
     rows = [
         tag(
@@ -59,19 +86,16 @@ def sources_table(sources: tuple[Source, ...], hub: str, plan: Mapping[str, Any]
     return rows_table(("Source", "Role", "License", "Weights"), rows)
 
 
-def rows_table(titles: tuple[str, ...], rows: list[Markup], caption: str | None = None) -> Markup:
+def rows_table(titles: tuple[str, ...], rows: list[Markup]) -> Markup:
     """A table that scrolls sideways on narrow pages."""
     head = tag("tr", [tag("th", title, scope="col") for title in titles])
-    shown = tag("caption", caption) if caption else None
-    table = tag("table", shown, tag("thead", head), tag("tbody", rows), class_="rows")
-    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption or titles[0])
+    return _scrolling(tag("table", tag("thead", head), tag("tbody", rows), class_="rows"), titles[0])
 
 
 def picture(drawn: str, says: str) -> Markup:
     """An SVG of ours as an image that scrolls sideways on narrow pages; `says` is its alternative text."""
     data = base64.b64encode(drawn.encode()).decode()
-    image = tag("img", src=f"data:image/svg+xml;base64,{data}", alt=says, class_="picture")
-    return tag("div", image, class_="scroll", tabindex="0", role="region", aria_label=says)
+    return _scrolling(tag("img", src=f"data:image/svg+xml;base64,{data}", alt=says, class_="picture"), says)
 
 
 def drawing(drawn: str, says: str) -> Markup:
@@ -81,9 +105,11 @@ def drawing(drawn: str, says: str) -> Markup:
     """
     scoped = drawn.replace("<style>", "<style>.drawing{").replace("</style>", "}</style>")
     inline = Markup(scoped.replace("@media (prefers-color-scheme:dark)", ".dark &"))
-    if not inline:
-        return inline
-    return tag("div", inline, class_="drawing scroll", tabindex="0", role="region", aria_label=says)
+    return _scrolling(inline, says, "drawing scroll") if inline else inline
+
+
+def _scrolling(content: Markup, label: str, class_: str = "scroll") -> Markup:
+    return tag("div", content, class_=class_, tabindex="0", role="region", aria_label=label)
 
 
 def _capital(sentence: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -11,13 +10,13 @@ import gradio as gr
 from bot.jobs.job import Job
 from bot.service.intake import Checked
 from bot.settings import LIVE_HUB, Settings
+from evaluators.harness import suites
 from space import login, words
-from space.desk import Desk, Refusal, attempt, now, suite_names, suite_tasks
+from space.desk import Desk, Refusal, attempt, now
 from space.markup import Markup, join, tag
-from space.pieces import facts_table, panel, refused, sources_table
+from space.pieces import facts_table, notice, panel, refused, sources_table
 
 EXAMPLE_LIMIT_BYTES = 64 * 1024
-SUITE_WORDS = {"none": "nothing"}
 
 _SMOL = "HuggingFaceTB/SmolLM2-135M"
 EXAMPLES = {
@@ -56,14 +55,6 @@ dtype: bfloat16
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Components that other parts of the page use."""
-
-    follow: gr.Button
-    job_id: gr.State
-
-
 def examples(settings: Settings) -> dict[str, str]:
     """Recipes to start from, by title: the operator's, else ours for the live Hub."""
     if settings.examples is None:
@@ -79,7 +70,8 @@ def examples(settings: Settings) -> dict[str, str]:
     return found
 
 
-def build(desk: Desk) -> Parts:
+def build(desk: Desk) -> tuple[gr.Button, gr.State]:
+    """The tab; returns the button that follows the submitted job, and the id of that job."""
     offered = examples(desk.settings)
     first = next(iter(offered), None)
     with gr.Row(elem_classes="columns"):
@@ -112,7 +104,7 @@ def build(desk: Desk) -> Parts:
                     min_width=260,
                 )
                 suite = gr.Radio(
-                    choices=[(_suite_label(each), each) for each in suite_names()],
+                    choices=[(_suite_label(each), each) for each in suites.SUITES],
                     value=desk.settings.suite,
                     label="Evaluate with lm-eval",
                     info="The sources are evaluated under the same conditions.",
@@ -153,32 +145,18 @@ def build(desk: Desk) -> Parts:
     example.input(
         lambda title: offered.get(title, ""), example, recipe, api_visibility="private", show_progress="hidden"
     )
-    check.click(
-        _checker(desk),
-        recipe,
-        [answer, follow],
-        api_visibility="private",
-        concurrency_limit=4,
-        concurrency_id="hub",
-        show_progress_on=answer,
-    )
-    submit.click(
-        _submitter(desk),
-        [recipe, name, suite, tasks, limit, speed],
-        [answer, follow, job_id],
-        api_visibility="private",
-        concurrency_limit=4,
-        concurrency_id="hub",
-        show_progress_on=answer,
-    )
-    return Parts(follow, job_id)
+    options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4, "concurrency_id": "hub"}
+    check.click(_checker(desk), recipe, [answer, follow], show_progress_on=answer, **options)
+    inputs = [recipe, name, suite, tasks, limit, speed]
+    submit.click(_submitter(desk), inputs, [answer, follow, job_id], show_progress_on=answer, **options)
+    return follow, job_id
 
 
 def _checker(desk: Desk) -> Callable[..., tuple[Markup, gr.Button]]:
     def check(recipe: str, request: gr.Request) -> tuple[Markup, gr.Button]:
         visitor = login.visitor(request, desk.settings)
-        found = attempt(lambda: desk.check(visitor, recipe or ""))
-        shown = refused(found) if isinstance(found, Refusal) else _plan_page(found, desk.settings.hub)
+        checked = attempt(lambda: desk.check(visitor, recipe or ""))
+        shown = refused(checked) if isinstance(checked, Refusal) else _plan_page(checked, desk.settings.hub)
         return shown, gr.Button(visible=False)
 
     return check
@@ -197,11 +175,11 @@ def _submitter(desk: Desk) -> Callable[..., tuple[Markup, gr.Button, str | None]
             "limit": None if limit is None else int(limit),
             "speed": "medusa" if speed else "off",
         }
-        asked_at = now()
+        before = now()
         job = attempt(lambda: desk.submit(visitor, **form))
         if isinstance(job, Refusal):
             return refused(job), gr.Button(visible=False), None
-        known = job.submitted_at < asked_at
+        known = job.submitted_at < before
         return _accepted(job, desk.queue.position(job.id), known), gr.Button(visible=True), job.id
 
     return submit
@@ -209,27 +187,22 @@ def _submitter(desk: Desk) -> Callable[..., tuple[Markup, gr.Button, str | None]
 
 def _accepted(job: Job, ahead: int, known: bool) -> Markup:
     waiting = "It starts next." if ahead == 0 else f"{words.plural(ahead, 'job')} before it in the queue."
-    said = "You requested this before. This is its job." if known else f"Accepted. {waiting}"
-    return tag(
-        "div",
-        tag("p", said, class_="message"),
-        tag("p", "Job ", tag("code", job.id), f", {job.request.name}", class_="next"),
-        class_="notice good",
-        role="status",
-    )
+    message = "You requested this before. This is its job." if known else f"Accepted. {waiting}"
+    name = tag("p", "Job ", tag("code", job.id), f", {job.request.name}", class_="next")
+    return notice(message, name, kind="good", role="status")
 
 
 def _plan_page(checked: Checked, hub: str) -> Markup:
     """A plan in a sentence and a table."""
     plan = checked.plan
     notices = [tag("li", notice["text"]) for notice in plan.get("notices", [])]
-    said = (
+    message = (
         f"The recipe is valid: {plan['method']} over {words.plural(len(checked.sources), 'model')} gives a model of "
         f"{words.count(plan['parameters'])} parameters. Nothing has been queued yet."
     )
     return tag(
         "div",
-        tag("div", tag("p", said, class_="message"), class_="notice good", role="status"),
+        notice(message, kind="good", role="status"),
         facts_table(_plan_rows(plan, checked.licence)),
         tag("h3", "Sources, pinned to a commit"),
         sources_table(checked.sources, hub, plan),
@@ -267,9 +240,9 @@ def _intro(offered: bool) -> Markup:
 
 
 def _suite_label(suite: str) -> str:
-    tasks = suite_tasks(suite)
-    return f"{SUITE_WORDS.get(suite, suite)} ({words.plural(len(tasks), 'task')})" if tasks else "nothing"
+    count = len(suites.SUITES[suite].tasks)
+    return f"{suite} ({words.plural(count, 'task')})" if count else "nothing"
 
 
 def _all_tasks() -> list[str]:
-    return sorted({task for suite in suite_names() for task in suite_tasks(suite)})
+    return sorted({task.name for suite in suites.SUITES.values() for task in suite.tasks})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from bot.jobs.job import Evaluation
 from bot.publishing import messages
 from evaluators import sanity_check
@@ -35,9 +33,9 @@ def _verdict(found: Evaluation, name: str) -> Markup | None:
     """The sentence first, then the picture."""
     if found.comparison is None:
         return tag("p", found.not_compared, class_="fine") if found.not_compared else None
-    said, drawn = report.headline(found.comparison), score_figure(found.comparison, name)
+    sentence, drawn = report.headline(found.comparison), score_figure(found.comparison, name)
     shown = picture(drawn, f"{name} beside its parents") if drawn else None
-    return join([tag("p", said, class_="verdict") if said else None, shown])
+    return join([tag("p", sentence, class_="verdict") if sentence else None, shown])
 
 
 def _scores(found: Evaluation, merged: ModelEvaluation) -> Markup:
@@ -48,13 +46,13 @@ def _scores(found: Evaluation, merged: ModelEvaluation) -> Markup:
         for row in report.scores(models, found.comparison)
     ]
     taken = merged.environment
-    told = f"lm-eval {taken.lm_eval} on {taken.device} in {taken.dtype}; percent with 95\u00a0% intervals."
+    config = f"lm-eval {taken.lm_eval} on {taken.device} in {taken.dtype}; percent with 95\u00a0% intervals."
     titles = ("Task", "This merge", *(report.short(name) for name in found.sources))
     notes = remarks(models, lambda name: report.short(name) or "This merge")
     return join(
         [
             rows_table(titles, rows),
-            tag("p", told, class_="fine"),
+            tag("p", config, class_="fine"),
             tag("ul", [tag("li", line) for line in notes], class_="notes") if notes else None,
         ]
     )
@@ -97,9 +95,10 @@ def _difference(row: report.DifferenceRow) -> Markup:
 
 
 def _vitals(found: Evaluation) -> Markup | None:
-    signs: Mapping[str, sanity_check.SanityCheck] = found.vitals
-    if not signs:
+    if not found.vitals:
         return None
-    rows = [_row(report.short(name) or "This merge", list(sanity_check.cells(each))) for name, each in signs.items()]
+    rows = [
+        _row(report.short(name) or "This merge", list(sanity_check.cells(each))) for name, each in found.vitals.items()
+    ]
     titles = ("Model", *(title[0].upper() + title[1:] for title in sanity_check.COLUMNS))
     return join([tag("h3", "Sanity check"), rows_table(titles, rows), tag("p", messages.FIRST_LOOK, class_="fine")])

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from bot.storage import size_text as size
 
-__all__ = ["age", "count", "duration", "interval", "percent", "plural", "size", "times", "within"]
+__all__ = ["age", "count", "duration", "interval", "percent", "plural", "scored", "size", "times"]
 MISSING = "–"
 
 
@@ -20,12 +20,9 @@ def percent(value: float | None, stderr: float | None = None) -> str:
 
 def scored(value: float | None, interval: tuple[float, float] | None, stderr: float | None) -> str:
     """A fraction as percent with its 95 % interval, else with its standard error: `97.5 (87.1–99.6)`, `83.1 ± 2.2`."""
-    return percent(value, stderr) if value is None or interval is None else within(value, interval)
-
-
-def within(value: float, interval: tuple[float, float]) -> str:
-    """A fraction as percent with its 95 % interval: `97.5 (87.1–99.6)`."""
-    return f"{100 * value:.1f} ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
+    if value is None or interval is None:
+        return percent(value, stderr)
+    return f"{percent(value)} ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
 
 
 def times(ratio: float | None) -> str:

@@ -86,7 +86,6 @@ LONG_FUNCTIONS = frozenset(
         "space/app.py:create",
         "space/board.py:build",
         "space/submit.py:build",
-        "space/theme.py:theme",
     }
 )
 # processes that read untrusted requests or hold the token start without these
