@@ -1,7 +1,4 @@
-"""Check of whether a loaded model can verify a tree of guesses, with the reason against it as a sentence.
-
-A silent wrong answer would be worse than any refusal.
-"""
+"""Check of a loaded model: a model that cannot verify a tree correctly is refused with a sentence as reason."""
 
 from __future__ import annotations
 
@@ -21,15 +18,14 @@ from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain
 ROUNDED = 0.15
 LEAST_ROUNDED = 0.005
 MISPLACED = 2.0
-# Deeper than the window it is tried with, so that a node falls out of the sight of another.
+# Deeper than PROBE_WINDOW, so that a node is outside the window of another.
 PROBE = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
 PROBE_WINDOW = 3
 PROBE_TOKENS = 16
 
 
 def reason_against_trees(base: Base) -> str | None:
-    """A sentence on why trees may not be verified on this base, by its configuration or by trying one on a few
-    tokens. None if they may."""
+    """A sentence on why this base cannot verify trees, by its configuration or by a trial. None if it can."""
     kernel = str(getattr(base.model.config, "_attn_implementation", "eager"))
     if kernel not in ("sdpa", GROUPED, "eager"):
         return f"{type(base.model).__name__} runs with the attention kernel {kernel}, which takes no tree mask."
@@ -38,7 +34,7 @@ def reason_against_trees(base: Base) -> str | None:
 
 @torch.no_grad()
 def _tree_disagrees(base: Base) -> str | None:
-    """Verify a small tree after a few tokens; every node must read as in a plain pass over its own path."""
+    """Verify a small tree after a few tokens; each node must give the logits of a pass over its path."""
     name = type(base.model).__name__
     bounds = [bound for bound in (base.max_positions, base.rope[1]) if bound is not None]
     room = min([PROBE_TOKENS, *bounds])
@@ -51,61 +47,63 @@ def _tree_disagrees(base: Base) -> str | None:
         wide = None if base.window is None else _last_logits(base, ids)
         with narrow_window(base):
             if wide is not None and close(_last_logits(base, ids), wide):
-                return f"{name} takes no attention window from its config, so what a tree sees past it is not known."
+                return f"{name} takes no attention window from its config, so the window of a tree is unknown."
             return disagreement(EagerRunner(base), ids, tokens)
-    except Exception as error:  # any failure here is an answer: this model cannot verify a tree
+    except Exception as error:  # any failure means that the model is not supported
         return f"{name} does not run with a tree mask ({type(error).__name__})."
 
 
 def disagreement(runner: Runner, ids: Sequence[int], tokens: Tensor) -> str | None:
-    """In a sentence, what reads otherwise through this runner than in plain passes: the last of `ids`, or the nodes
-    of `PROBE` [n] after them. None if nothing does."""
+    """A sentence on logits of this runner that differ from passes without a cache; None without a difference.
+
+    The last of `ids` is compared, then the nodes of `PROBE` with `tokens` [n] after them.
+    """
     base = runner.base
     name = type(base.model).__name__
     runner.prefill(ids[:-1])
     _, logits = runner.forward(torch.tensor(ids[-1:], device=base.device), ROOT_ONLY)
     runner.keep((0,))
     if not _same(base, logits[0].float(), ids):
-        return f"{name} gives other logits for a token after cached ones than for the same token in plain text."
+        return f"{name} gives other logits for a token after cached ones than for the same token without a cache."
     paths = [[*ids, *tokens[list(PROBE.ancestors(node))].tolist()] for node in range(PROBE.nodes)]
     found = runner.forward(tokens, PROBE)[1].float().clone()
     runner.keep(())
-    alike = all(_same(base, *pair) for pair in zip(found, paths, strict=True))
-    if not alike or (base.dtype != torch.float32 and _misplaced(runner, found, tokens, paths)):
-        return f"{name} gives other logits for a token inside a tree than for the same token in plain text."
+    equal = all(_same(base, *pair) for pair in zip(found, paths, strict=True))
+    if not equal or (base.dtype != torch.float32 and _misplaced(runner, found, tokens, paths)):
+        return f"{name} gives other logits for a token inside a tree than for the same token without a tree."
     return None
 
 
 def _misplaced(runner: Runner, found: Tensor, tokens: Tensor, paths: Sequence[Sequence[int]]) -> bool:
-    """Whether the nodes' logits [n, V] are further from plain passes over their paths than rounding to 16 bit takes
-    them: a wrong position can change less than rounding may.
+    """Return True if logits [n, V] of the nodes differ from passes over their paths by more than rounding to 16 bit.
 
-    What rounding does here is seen on the same paths in a tree of the same size that is a chain, where every node
-    stands in the column of its position. Measured on a CPU, that is the same to the last bit.
+    The effect of rounding is measured on the same paths in a chain of the same size, where the column of each node is
+    its position; on a CPU it is equal to the last bit. A fixed tolerance does not suffice: a wrong position can change
+    the logits less than rounding does.
     """
-    plain = torch.stack([_last_logits(runner.base, path) for path in paths])
-    in_line = torch.empty_like(plain)
+    reference = torch.stack([_last_logits(runner.base, path) for path in paths])
+    in_chain = torch.empty_like(reference)
     for node in range(PROBE.nodes):
         path = tokens[list(PROBE.ancestors(node))]
         row = torch.cat([path, tokens[: PROBE.nodes - len(path)]])
-        in_line[node] = runner.forward(row, chain(PROBE.nodes - 1))[1][len(path) - 1]
+        in_chain[node] = runner.forward(row, chain(PROBE.nodes - 1))[1][len(path) - 1]
         runner.keep(())
-    rounding = max(_distance(in_line, plain), LEAST_ROUNDED * float(plain.std()))
-    return _distance(found, plain) > MISPLACED * rounding
+    rounding = max(_distance(in_chain, reference), LEAST_ROUNDED * float(reference.std()))
+    return _distance(found, reference) > MISPLACED * rounding
 
 
 def _same(base: Base, found: Tensor, ids: Sequence[int]) -> bool:
-    """Whether logits [V] are, but for rounding, those of a plain pass after `ids`.
+    """Return True if logits [V] equal those of a pass over `ids` up to rounding.
 
-    In 16 bit rounding moves them on text as odd as the probe's: measured, by root mean squares, 0.02 to 0.17 of their
-    spread, most where the text is most sensitive. So there they may be off by half of what another token before them
-    would change.
+    In 16 bit, rounding changes logits after random tokens by 0.02 to 0.17 of their standard deviation (measured, root
+    mean square), most where they are most sensitive to the text. So the tolerance there is half of the change that
+    another previous token causes.
     """
-    plain = _last_logits(base, ids)
+    reference = _last_logits(base, ids)
     if base.dtype == torch.float32:
-        return close(found, plain, 2e-3)
+        return close(found, reference, 2e-3)
     other = _last_logits(base, [*ids[:-2], (ids[-2] + 1) % base.vocab, ids[-1]])
-    return _distance(found, plain) <= max(ROUNDED * float(plain.std()), 0.5 * _distance(other, plain))
+    return _distance(found, reference) <= max(ROUNDED * float(reference.std()), 0.5 * _distance(other, reference))
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
@@ -113,14 +111,14 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 
 def _last_logits(base: Base, ids: Sequence[int]) -> Tensor:
-    """Logits [V] of the last token in a plain pass without a cache."""
+    """Logits [V] of the last token in a pass without a cache."""
     _, logits = base.run(torch.tensor([list(ids)], device=base.device), last_only=True, use_cache=False)
     return logits[0, -1].float()
 
 
 @contextlib.contextmanager
 def narrow_window(base: Base) -> Iterator[None]:
-    """While it lasts the attention window, if there is one, is so narrow that a few tokens pass it."""
+    """Narrow the attention window, if there is one, inside the block, so that a few tokens exceed it."""
     whole = base.window
     if whole is None:
         yield

@@ -101,7 +101,7 @@ class EagerRunner:
     def forward(self, tokens: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
         # The baseline (root alone) needs neither a mask nor explicit positions and does not pay for them.
         self._width, self._tokens = tree.nodes, tokens
-        if tree.nodes == 1 and self.base.reads_anew(self.length):
+        if tree.nodes == 1 and self.base.recomputes_at(self.length):
             hidden, logits = self._read([*self._text, *tokens.tolist()])
             return hidden[None], logits[None]
         options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
@@ -118,7 +118,7 @@ class EagerRunner:
 
     def keep(self, path: Sequence[int]) -> None:
         kept = len(path)
-        if (self.base.cache_name is None or self.base.rereads_at is not None) and self._tokens is not None:
+        if (self.base.cache_name is None or self.base.recompute_length is not None) and self._tokens is not None:
             self._text[self.length :] = self._tokens[list(path)].tolist()
         if list(path) != list(range(kept)):
             # Advanced indexing copies its right-hand side first, so overlapping source and target rows are safe.

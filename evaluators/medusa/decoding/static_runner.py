@@ -340,7 +340,7 @@ def fastest(base: Base) -> Runner:
 def reason_against_static(base: Base, capture: Capture | None = None) -> str | None:
     """A sentence on why this base cannot run with static shapes, by its config or by a trial. None if it can."""
     name = type(base.model).__name__
-    if base.rope[0] == "dynamic" or base.rereads_at is not None:
+    if base.rope[0] == "dynamic" or base.recompute_length is not None:
         return f"{name} changes its rotary angles with the length of the text, which captured kernels do not support."
     if isinstance(shape := row_shape(base), str):
         return shape

@@ -1,10 +1,10 @@
-"""Attention over grouped keys and values without repeating them, for one token and for a tree.
+"""Grouped-query attention that does not repeat keys and values, for one token and for a tree.
 
-With a mask, transformers' sdpa repeats the keys and values of each group for every query head, several times the cache
-in each layer of each step; without one it leaves grouping to torch, whose CPU kernel in bfloat16 is the slower the
-longer the text (measured: a plain step of a 135 M Llama after 512 tokens 31 ms instead of 20). The query heads of a
-group can stand below one another as rows instead: the same products, one row of scores each, over the keys as they lie
-in the cache. Both loops and transformers' own `generate` then run so.
+With a mask, sdpa in transformers repeats the keys and values of each group for every query head, in each layer of each
+step. Without a mask it leaves grouping to torch, whose CPU kernel in bfloat16 becomes slower with longer texts
+(measured: a baseline step of a 135 M Llama after 512 tokens takes 31 ms instead of 20). Here the query heads of a group
+become rows of one matrix, which gives the same products over the keys in the cache. Both decoding loops and `generate`
+of transformers then use this kernel.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from transformers.masking_utils import sdpa_mask
 from evaluators.medusa.model.causal_lm import Base
 
 GROUPED = "sdpa_grouped"
-# what would change the scores
+# options that change the scores
 UNLIKE_SDPA = ("position_bias", "softcap", "s_aux", "cache", "indices", "block_indices")
-ASKS_BY_NAME = re.compile(r"_attn_implementation\s*(?:not\s+)?(?:in|==|!=)[\s(\"']")
+CHECKS_NAME = re.compile(r"_attn_implementation\s*(?:not\s+)?(?:in|==|!=)[\s(\"']")
 
 
 def grouped_attention(
@@ -33,12 +33,12 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """query [B, heads, n, d], key and value [B, kv_heads, L, d], mask [B, 1, n or n * heads / kv_heads, L] or None.
 
-    Returns [B, n, heads, d]. A mask of the longer kind is tiled already, once for all layers.
+    Returns [B, n, heads, d]. The longer mask is already tiled, once for all layers.
     """
     _, heads, n, _ = query.shape
     groups = heads // key.shape[1]
     odd = any(options.get(name) is not None for name in UNLIKE_SDPA)
-    causal = attention_mask is None and n > 1  # reading a prompt: its kernel needs no mask, and makes none
+    causal = attention_mask is None and n > 1  # prefill: its kernel needs no mask
     if causal or groups == 1 or odd or (attention_mask is not None and attention_mask.shape[1] > 1):
         done: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return done
@@ -55,24 +55,24 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 def use_grouped(base: Base) -> None:
-    """Let this base attend so from now on, if it runs with sdpa and nothing in its class asks for that by name.
+    """Use this kernel for `base`, if it runs with sdpa and the code of its class does not check for that name.
 
-    Models with sparse attention do, and would then leave out the mask of what a token may see.
+    Models with sparse attention check the name and would otherwise omit their mask.
     """
-    if base.model.config._attn_implementation == "sdpa" and not _asks_by_name(base.model):
+    if base.model.config._attn_implementation == "sdpa" and not _checks_name(base.model):
         base.model.set_attn_implementation(GROUPED)
 
 
-def _asks_by_name(model: nn.Module) -> bool:
+def _checks_name(model: nn.Module) -> bool:
     try:
         source = inspect.getsource(sys.modules[type(model).__module__])
     except (OSError, TypeError, KeyError):
         return True
-    return ASKS_BY_NAME.search(source) is not None
+    return CHECKS_NAME.search(source) is not None
 
 
 def tiles_of(base: Base) -> int:
-    """How often the rows of a tree's mask should stand below one another for this base."""
+    """Number of times the rows of the mask of a tree are repeated for this base."""
     if base.model.config._attn_implementation != GROUPED:
         return 1
     heads = base.config.num_attention_heads

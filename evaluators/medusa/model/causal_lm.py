@@ -1,4 +1,4 @@
-"""The base model as the engine sees it: hidden rows, logits, stop ids, room for a tree.
+"""Base model: hidden states, logits, stop ids, cache and position limits.
 
 `Base` wraps any decoder-only causal LM of transformers v5 without patching it.
 """
@@ -21,12 +21,12 @@ from evaluators.medusa.model.cache import empty_cache, window_of
 from evaluators.medusa.model.support import rope_of
 
 SELF_CHECK_TOKENS = 16
-# Their own `generate` reads the text anew when rope `longrope` changes its factors; others go on with the old rows.
-REREADING_MODELS = frozenset({"phi3", "phimoe", "phi4_multimodal"})
+# `generate` of these models recomputes the whole text when rope `longrope` changes its factors; others keep the cache.
+RECOMPUTING_MODELS = frozenset({"phi3", "phimoe", "phi4_multimodal"})
 
 
 class Base:
-    """A frozen causal LM. `h` is always the row that enters the output embedding (after the final norm)."""
+    """A frozen causal LM. `h` is the hidden state that enters the output embedding (after the final norm)."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -47,12 +47,12 @@ class Base:
         self.rope = rope_of(self.config)
         self.cache_name = support.cache_name(model)
         self.execution = "eager"
-        # None also lets a model whose window could not be proven fall back to the cache that transformers gives it.
+        # None if the window is not supported; the model then uses the cache of transformers.
         self.window = window_of(model.config)
         self._hooked = False
         self._captured: Tensor | None = None
         self.post: Callable[[Tensor], Tensor] = lambda z: z
-        self._find_hidden_row()
+        self._find_hidden_state()
 
     # -- running the model ---------------------------------------------------------------------------------------
 
@@ -61,8 +61,8 @@ class Base:
     ) -> tuple[Tensor, Tensor]:
         """ids [B, T] -> (h [B, T, H], logits [B, T, V]); with `last_only` both hold the last position only.
 
-        Without `project` the logits are empty: heads and features need rows, not the vocabulary. The cache is given as
-        `past_key_values`, whatever the model calls it.
+        Without `project` the logits are empty, which saves time if only hidden states are needed. The cache is passed
+        as `past_key_values`, whatever its name in the model.
         """
         if self.cache_name != "past_key_values" and "past_key_values" in kwargs:
             cache = kwargs.pop("past_key_values")
@@ -78,25 +78,25 @@ class Base:
         return hidden, self.logits(hidden) if project else hidden.new_empty(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[.., H] -> [.., V], the model's own logits."""
+        """[.., H] -> [.., V], the logits of the model."""
         return self.post(self.output(hidden))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [..] -> input embeddings [.., H] (scaled embedding modules included)."""
+        """Token ids [..] -> input embeddings [.., H], scaled as the model scales them."""
         embedded: Tensor = self.model.get_input_embeddings()(ids)
         return embedded
 
     def new_cache(self) -> Any:
-        """An empty cache. With a window it keeps what the window has left, so that a tree can be undone."""
+        """Make an empty cache. Its sliding layers keep all rows, so that rejected tokens can be removed."""
         if self.rope[0] == "dynamic":
-            self._forget_longest_text()
+            self._reset_dynamic_rope()
         return empty_cache(self.model.config, self.window)
 
     def depth_room(self, length: int) -> int:
-        """How deep a tree may reach after `length` cached tokens without leaving the position table.
+        """Largest depth of a tree after `length` cached tokens.
 
-        rope `longrope` switches its factors and `dynamic` rescales all angles once a position passes the original
-        length, so a tree there must not look across that line.
+        A tree must stay inside the position table. rope `longrope` switches its factors and `dynamic` rescales all
+        angles once a position passes the original length, so a tree must not cross that length either.
         """
         room = 1 << 30 if self.max_positions is None else self.max_positions - 1 - length
         kind, original = self.rope
@@ -104,28 +104,28 @@ class Base:
             return room
         if length + 1 <= original:
             return min(room, original - 1 - length)
-        return 0 if kind == "dynamic" or length == self.rereads_at else room
+        return 0 if kind == "dynamic" or length == self.recompute_length else room
 
-    def reads_anew(self, length: int) -> bool:
-        """Whether the step after `length` tokens reads the whole text again."""
-        return self.cache_name is None or length == self.rereads_at
+    def recomputes_at(self, length: int) -> bool:
+        """Return True if the step after `length` tokens recomputes the whole text."""
+        return self.cache_name is None or length == self.recompute_length
 
     @property
-    def rereads_at(self) -> int | None:
-        """The length after which the next token makes the model read the whole text anew, for other angles."""
+    def recompute_length(self) -> int | None:
+        """Length after which the next token makes the model recompute the whole text with other angles."""
         kind, original = self.rope
-        return original if kind == "longrope" and self.config.model_type in REREADING_MODELS else None
+        return original if kind == "longrope" and self.config.model_type in RECOMPUTING_MODELS else None
 
     def last_position(self) -> int | None:
-        """The largest position a token may be forwarded at; None where nothing bounds it."""
+        """Largest position of a token; None without a limit."""
         if self.max_positions is None or self.rope[0] == "dynamic":
             return None
         return self.max_positions - 1
 
-    def _forget_longest_text(self) -> None:
-        """The angles of rope `dynamic` are those of the longest text so far, and of none before a new one.
+    def _reset_dynamic_rope(self) -> None:
+        """Reset the angles of rope `dynamic`, which depend on the longest text so far, before a new text.
 
-        The model forgets by itself only when it reads fewer tokens than the original length.
+        The model resets them only when it reads fewer tokens than the original length.
         """
         for module in self.model.modules():
             for name, angles in list(module.named_buffers(recurse=False)):
@@ -134,11 +134,11 @@ class Base:
             for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
                 setattr(module, name, module.original_max_seq_len)
 
-    # -- finding h -----------------------------------------------------------------------------------------------
+    # -- hidden state --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _find_hidden_row(self) -> None:
-        """Make `run` agree with the model's own logits, by the backbone if that works, by a hook if not."""
+    def _find_hidden_state(self) -> None:
+        """Make `run` agree with the logits of the model, by the backbone if that works, else by a hook."""
         generator = torch.Generator().manual_seed(0)
         size = min(SELF_CHECK_TOKENS, (self.max_positions or SELF_CHECK_TOKENS))
         ids = torch.randint(0, self.vocab, (1, size), generator=generator).to(self.device)
@@ -160,7 +160,7 @@ class Base:
         if hidden.shape[-1] != self.hidden or not close(logits.float(), own):
             raise EvaluationError(
                 "SPEED_UNSUPPORTED",
-                f"The hidden state that {type(self.model).__name__} hands to its output embedding could not be found.",
+                f"The hidden state that enters the output embedding of {type(self.model).__name__} was not found.",
                 "Evaluate this model without the speed check.",
             )
 
@@ -169,10 +169,10 @@ class Base:
 
 
 def fastest_dtype(folder: Path, device: str = "cpu") -> torch.dtype:
-    """In what a checkpoint runs fastest on this machine, by what it is stored in and what the hardware multiplies.
+    """Fastest type for a checkpoint on this machine, by its stored type and the hardware.
 
-    16 bit as stored on a GPU, bfloat16 also on a CPU that has it in hardware; float32 for everything else. Decided
-    without timing, so that it is the same for every run.
+    The stored 16 bit type on a GPU, bfloat16 on a CPU with hardware support, float32 otherwise. Nothing is timed, so
+    the result is the same for every run.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -187,7 +187,7 @@ def fastest_dtype(folder: Path, device: str = "cpu") -> torch.dtype:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it; without, bfloat16 is slower than float32."""
+    """Return True if this CPU has instructions for bfloat16; without them it is slower than float32."""
     return any(
         getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("avx512_bf16", "amx_tile", "arm_bf16")
     )
@@ -203,7 +203,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
             "MODEL_UNLOADABLE", f"{folder} holds no config.json.", "Give the folder of a transformers checkpoint."
         )
     support.require_decoder_only(folder)
-    logging.disable_progress_bar()  # callers show their own
+    logging.disable_progress_bar()  # callers show progress themselves
     try:
         try:
             model, tokenizer = loading.load(folder, dtype=dtype, attn_implementation="sdpa")
@@ -212,13 +212,13 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) 
                 raise
             model, tokenizer = loading.load(folder, dtype=dtype, attn_implementation="eager")
         model = model.to(device)
-    except (MemoryError, RuntimeError, OSError) as error:  # memory ran out, here or on the device
+    except (MemoryError, RuntimeError, OSError) as error:  # out of memory on the host or the device
         raise loading.unloadable(loading.sentence(error, folder)) from error
     return Base(model, tokenizer)
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The union of what generation_config, config and tokenizer call the end; each may be a list."""
+    """Union of the `eos_token_id` of generation_config, config and tokenizer; each may be a list."""
     found: set[int] = set()
     for owner in (model.generation_config, model.config, model.config.get_text_config(decoder=True), tokenizer):
         value = getattr(owner, "eos_token_id", None)
@@ -227,7 +227,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _postprocessors(config: Any) -> list[Callable[[Tensor], Tensor]]:
-    """Monotone logit post-processings seen in transformers; the self-check picks the one this model uses."""
+    """Monotone logit post-processing functions of transformers, from which the one of this model is chosen."""
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None)
     scaling = getattr(config, "logits_scaling", None)
@@ -249,12 +249,12 @@ def not_finite(where: str) -> EvaluationError:
     return EvaluationError(
         "SPEED_CHECK_FAILED",
         f"The model's logits hold NaN or infinity {where}.",
-        "Look at the merged weights: a source or the merge itself is not finite.",
+        "Check the merged weights: a source or the merge itself is not finite.",
     )
 
 
 def close(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> bool:
-    """Equal up to rounding, measured against the spread of the logits so that scales do not matter."""
+    """Return True for logits that are equal up to a share `tolerance` of their standard deviation."""
     if left.shape != right.shape:
         return False
     spread = float(right.std()) or 1.0

@@ -1,8 +1,8 @@
-"""Linear layers with weights laid out once for this CPU: the same products, without laying them out at every call.
+"""Linear layers with weights packed once for this CPU.
 
-torch multiplies one row by a matrix as it lies, and lays the whole matrix out anew each time several rows come, so that
-two tokens cost far more than one. oneDNN's own layout, made once, serves any number of rows, one included: both
-decoding loops gain. Every weight is then there twice. Measured in benchmarks/RESULTS.md.
+torch multiplies one row by a matrix in its stored layout, but reorders the whole matrix for every product of several
+rows, so two tokens cost far more than one. A layout of oneDNN that is made once serves any number of rows and speeds up
+both decoding loops. Each weight then takes memory twice. Measured in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.attention import use_grouped
 from evaluators.medusa.model.causal_lm import Base, close
 
-# The layout oneDNN chooses for one row alone is slower for one row, too (measured), so it is asked for several.
+# The layout that oneDNN chooses for one row is slower even for one row (measured).
 ROWS = 16
 LARGEST_SHARE = 0.5  # of the free memory
 PROBE_ROWS = 3
 
 
 def load(folder: Path, device: str = "cpu", dtype: str = "auto") -> tuple[Base, str | None]:
-    """A checkpoint as it runs fastest on this machine, and why its weights are not packed, None if they are.
+    """Load a checkpoint as it runs fastest on this machine. Returns (base, reason why weights are not packed, or None).
 
     `dtype` "auto" is causal_lm.fastest_dtype. Raises EvaluationError as causal_lm.load does.
     """
@@ -40,10 +40,9 @@ def load(folder: Path, device: str = "cpu", dtype: str = "auto") -> tuple[Base, 
 
 
 def pack(base: Base, free_bytes: int | None = None) -> str | None:
-    """Let the linear layers of `base` multiply by packed weights. Returns why not, None if they now do.
+    """Let the linear layers of `base` multiply by packed weights. Returns the reason if that is not possible.
 
-    `free_bytes` is the memory there is, None asks the system. Only for running: no gradient passes through a packed
-    layer (`unpack` first).
+    `free_bytes` is the free memory, by default that of the system. Packed layers have no gradient (`unpack` first).
     """
     if base.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "packed weights need a CPU supported by oneDNN"
@@ -57,7 +56,7 @@ def pack(base: Base, free_bytes: int | None = None) -> str | None:
     try:
         for layer in layers:
             layer.forward = _packed(layer)
-    except RuntimeError:  # a layer of another type, or of no rows
+    except RuntimeError:  # a layer of another type or without rows
         unpack(base)
         return "oneDNN does not take all of its layers"
     if layers and not all(_agrees(layer) for layer in {layer.weight.shape: layer for layer in layers}.values()):
@@ -68,7 +67,7 @@ def pack(base: Base, free_bytes: int | None = None) -> str | None:
 
 
 def unpack(base: Base) -> None:
-    """Back to torch's own products."""
+    """Return to the products of torch."""
     for module in base.model.modules():
         if _kind(module) is not None:
             module.__dict__.pop("forward", None)
@@ -77,7 +76,7 @@ def unpack(base: Base) -> None:
 
 @contextlib.contextmanager
 def unpacked(base: Base) -> Iterator[None]:
-    """While it lasts the base multiplies by torch's own products; what was laid out before is kept."""
+    """Use the products of torch inside the block; packed weights are kept."""
     layers = [module for module in base.model.modules() if _kind(module) is not None]
     kept = [(layer, layer.__dict__.pop("forward")) for layer in layers if "forward" in vars(layer)]
     try:
@@ -98,12 +97,12 @@ def _packed(layer: Any) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """x [.., I] -> x W^T + b [.., O], with W [O, I] laid out now."""
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    """Pack W [O, I]. Returns the function x [.., I] -> x W^T + b [.., O]."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
     bias = None if bias is None else bias.detach()
 
     def forward(x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return product
 
     return forward
@@ -111,7 +110,7 @@ def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def _agrees(layer: Any) -> bool:
-    """Whether the packed products are torch's own up to rounding."""
+    """Return True if the packed products equal those of torch up to rounding."""
     width = layer.weight.shape[0 if type(layer) is Conv1D else 1]
     x = torch.randn(1, PROBE_ROWS, width, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
     tolerance = 1e-4 if x.dtype == torch.float32 else 2e-2
@@ -119,7 +118,7 @@ def _agrees(layer: Any) -> bool:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that nobody uses on the device; None where the system does not say."""
+    """Free bytes on the device; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -135,7 +134,6 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def available(meminfo: str) -> int | None:
-    """Bytes that Linux would give a process, by its /proc/meminfo: of files that were read, such as a checkpoint's own
-    weights, it lets go. None where that is not told."""
+    """`MemAvailable` of /proc/meminfo in bytes, which counts cached files as free; None if it is absent."""
     found = re.search(r"^MemAvailable: +([0-9]+) kB$", meminfo, re.MULTILINE)
     return None if found is None else 1024 * int(found[1])

@@ -1,8 +1,8 @@
-"""Check of whether rounding alone explains a token that differs from baseline decoding.
+"""Check if rounding alone explains a token that differs from baseline decoding.
 
-In 16 bit a token that is computed among others goes through other kernels than alone, and two logits that lie near one
-another may change places. How near cannot be asked of the computation that is under suspicion: the judge is the same
-model with the same weights in float32, over the whole text at once, without a cache and without a tree.
+In 16 bit a token that is computed together with others uses other kernels than alone, and two logits that are close may
+change order. The reference for what is close is the same model with the same weights in float32, in one pass over the
+whole text without a cache and without a tree, because the decoding under test cannot be its own reference.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from evaluators.medusa.model import packed
 from evaluators.medusa.model.causal_lm import Base
 
 FLOAT32_TIE = 1e-3
-# Measured on a 135 M Llama in bfloat16: however its tokens are read, one by one or five together, the two best moved
-# against one another by at most 2.4 of these deviations and a step.
+# Measured on a 135 M Llama in bfloat16: between decoding one token and five tokens per pass, the difference of the two
+# best logits changed by at most 2.4 of these deviations plus one step of the type.
 REACH = 4 * math.sqrt(2)
 LARGEST_SHARE = 0.8  # of the free memory
 HALVES = (torch.bfloat16, torch.float16)
@@ -30,19 +30,18 @@ HALVES = (torch.bfloat16, torch.float16)
 def rounding_gaps(
     base: Base, prompt: Sequence[int], chosen: Sequence[int], since: int = 0, rival: int | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """How far below the best token in float32 each token of the answer `chosen` lies from index `since` on [n], and
-    how far rounding reaches there [n]. A `rival` is a token that another way of decoding chose at `since`: there the
-    worse of the two counts.
+    """(gaps [n], tolerances [n]) of the tokens of the answer `chosen` from index `since` on.
 
-    Rounding chose only what lies within its reach: what separates two tokens whose errors are each as large as those
-    of this model are here. That is the standard deviation, over the vocabulary, of what 16 bit changes in the logits
-    of plain text (one shift of all decides nothing), four times that of a difference of two; and one step of the type
-    at the best logit. A wrong mask, cache or acceptance changes neither pass over plain text, so it cannot widen the
-    reach that it is held against. In float32 the reach is a constant.
+    The gap is the distance of the token's logit from the best one in float32. `rival` is a token that another decoding
+    chose at `since`; the larger gap of the two counts there.
 
-    None where nobody can tell: float32 weights do not fit into memory, logits overflow or are no numbers, or the text
-    reaches the line at which the rope changes its angles, and one pass over all of it is another computation than step
-    after step.
+    Rounding explains a token whose gap is at most the tolerance: four standard deviations of the difference of two
+    logits, plus one step of the type at the best logit. The deviation is that of the changes by 16 bit over the
+    vocabulary, in a pass over the text. A wrong mask, cache or acceptance affects neither of the two passes, so it
+    cannot raise the tolerance. In float32 the tolerance is a constant.
+
+    None if no reference exists: float32 weights do not fit into memory, logits are not finite, or the text reaches the
+    length at which the rope changes its angles, so that one pass differs from step-by-step decoding.
     """
     text = [*prompt, *chosen[:-1]]
     kind, line = base.rope
@@ -51,7 +50,7 @@ def rounding_gaps(
     ids = torch.tensor([text], device=base.device)
     first = len(prompt) + since - 1
     try:
-        with _memory_said_as_such():
+        with _raise_memory_error():
             as_run = _logits(base, ids, first) if base.dtype in HALVES else None
         with in_float32(base):
             exact = _logits(base, ids, first)
@@ -71,9 +70,9 @@ def rounding_gaps(
 
 @contextlib.contextmanager
 def in_float32(base: Base, free_bytes: int | None = None) -> Iterator[None]:
-    """While it lasts the base computes in float32, by torch's own products, with the weights that it has.
+    """Convert the weights of the base to float32 inside the block and use the products of torch.
 
-    `free_bytes` is the memory there is, None asks the system. Raises MemoryError where the copies do not fit.
+    `free_bytes` is the free memory, by default that of the system. Raises MemoryError if the copies do not fit.
     """
     tensors = [
         tensor for tensor in itertools.chain(base.model.parameters(), base.model.buffers()) if tensor.dtype in HALVES
@@ -84,7 +83,7 @@ def in_float32(base: Base, free_bytes: int | None = None) -> Iterator[None]:
         raise MemoryError(f"float32 weights need {needed >> 20} MiB, and {free >> 20} MiB are free")
     narrow = [tensor.data for tensor in tensors]
     try:
-        with _memory_said_as_such(), packed.unpacked(base):
+        with _raise_memory_error(), packed.unpacked(base):
             for tensor in tensors:
                 tensor.data = tensor.data.float()
             yield
@@ -94,8 +93,8 @@ def in_float32(base: Base, free_bytes: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _memory_said_as_such() -> Iterator[None]:
-    """torch raises RuntimeError where memory runs out; raise MemoryError."""
+def _raise_memory_error() -> Iterator[None]:
+    """Turn RuntimeError of torch for exhausted memory into MemoryError."""
     try:
         yield
     except RuntimeError as error:
@@ -105,11 +104,11 @@ def _memory_said_as_such() -> Iterator[None]:
 
 
 def _logits(base: Base, ids: Tensor, first: int) -> Tensor:
-    """Logits [n, V] in float32 after the tokens of `ids` from index `first` on, in one pass over plain text."""
+    """Logits [n, V] in float32 after the tokens of `ids` from index `first` on, in one pass without a cache."""
     hidden, _ = base.run(ids, project=False, use_cache=False)
     return base.logits(hidden[0, first:]).float()
 
 
 def step(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between numbers of this type next to each of `values`."""
+    """Distance between adjacent numbers of this type at each of `values`."""
     return torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=1e-30))))

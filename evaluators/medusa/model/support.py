@@ -30,7 +30,7 @@ def require_decoder_only(folder: Path) -> None:
 
 
 def require_trees(folder: Path) -> None:
-    """Raise EvaluationError SPEED_UNSUPPORTED where the configuration shows that heads would be of no use."""
+    """Raise EvaluationError SPEED_UNSUPPORTED if the configuration shows that the model cannot use heads."""
     config = _config_of(folder)
     if config is None:
         return
@@ -39,8 +39,7 @@ def require_trees(folder: Path) -> None:
 
 
 def reason_against_trees(config: Any) -> str | None:
-    """A sentence on why no tree of guesses can be verified on a decoder-only model; None if its configuration shows
-    no reason."""
+    """A sentence on why a decoder-only model cannot verify a tree; None if its configuration shows no reason."""
     name, text = _class_name(config), config.get_text_config(decoder=True)
     if text.model_type in ALIBI_MODELS or getattr(text, "alibi", False):
         return f"{name} takes its ALiBi bias from the cache column, so sibling tokens of a tree would be misplaced."
@@ -48,28 +47,28 @@ def reason_against_trees(config: Any) -> str | None:
         return f"{name} uses three-dimensional rotary positions (mrope), which a tree of tokens does not have."
     try:
         layers = empty_cache(config, window_of(config)).layers
-    except Exception as error:  # a config whose cache cannot even be described
+    except Exception as error:  # transformers cannot describe a cache for this config
         return f"{name} has a cache that transformers cannot build ({type(error).__name__})."
     kinds = [type(layer) for layer in layers if type(layer) is not DynamicLayer and not isinstance(layer, DummyLayer)]
     recurrent = next((kind.__name__ for kind in kinds if "Linear" in kind.__name__), None)
-    stateful = not kinds and getattr(_class_of(config), "_is_stateful", False)  # RWKV, xLSTM: a state of their own
+    stateful = not kinds and getattr(_class_of(config), "_is_stateful", False)  # RWKV, xLSTM
     if recurrent is not None or stateful:
         layer = "" if recurrent is None else f" ({recurrent})"
         return f"{name} keeps a recurrent state{layer}, which the branches of a tree would share."
     if (made := _class_of(config)) is not None and "past_key_values" not in inspect.signature(made.forward).parameters:
-        return f"{name} keeps no cache (past_key_values), on which the tokens of a tree would be checked."
+        return f"{name} has no cache (past_key_values), which the verification of a tree needs."
     if not kinds:
         return None
     kind = kinds[0].__name__
     if "Sliding" in kind:
-        return f"{name} has attention windows or chunks ({kind}) of a kind that no mask of a tree is known for."
-    return f"{name} uses the cache layer {kind}, which is not known to hold a tree."
+        return f"{name} has attention windows or chunks ({kind}) of a kind that tree masks do not support."
+    return f"{name} uses the cache layer {kind}, which tree decoding does not support."
 
 
 def cache_name(model: Any) -> str | None:
-    """The argument that takes a cache of transformers' kind; None where the model reads the whole text at every step.
+    """Name of the cache argument of `forward`; None if the model recomputes the whole text at every step.
 
-    A model ignores a cache that it is given by another name. The states of RWKV and xLSTM are no such cache.
+    A model ignores a cache under another name. The states of RWKV and xLSTM do not count as a cache.
     """
     names = inspect.signature(type(model).forward).parameters
     if "past_key_values" in names:
@@ -85,7 +84,7 @@ def unsupported(reason: str) -> EvaluationError:
 
 
 def rope_of(config: Any) -> tuple[str, int | None]:
-    """(rope type, original length): what bounds a tree besides the position table."""
+    """(rope type, original length), which limit a tree in addition to the position table."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return ("default", None)
@@ -103,10 +102,10 @@ def rope_of(config: Any) -> tuple[str, int | None]:
 
 
 def _config_of(folder: Path) -> Any | None:
-    """The configuration as transformers reads it; None where it cannot, which loading then explains."""
+    """Configuration of a checkpoint; None if transformers cannot read it, which loading then reports."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:  # transformers raises whatever the file provokes
+    except Exception:  # a malformed file can raise anything
         return None
 
 
@@ -117,7 +116,7 @@ def _not_decoder_only(config: Any) -> str | None:
 
 
 def _class_of(config: Any) -> Any:
-    """The class that AutoModelForCausalLM makes of the configuration; None if it has none."""
+    """Class that AutoModelForCausalLM chooses for the configuration; None without one."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return found[0] if isinstance(found, tuple) else found
 

@@ -1,4 +1,4 @@
-"""Number of threads for a small model: on a shared machine, several can be slower than one."""
+"""Choice between one thread and several: on a shared machine, several can be slower."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 @contextlib.contextmanager
 def steadiest_threads(device: str) -> Iterator[None]:
-    """Use one thread where more are slower: on a shared machine threads that wait for each other cost tenfold."""
+    """Use one thread inside the block if several are slower, as on a shared machine."""
     threads = torch.get_num_threads()
     try:
         if device == "cpu" and threads > 1:
-            together = _products_s()
+            several_s = _products_s()
             torch.set_num_threads(1)
-            if together < _products_s():
+            if several_s < _products_s():
                 torch.set_num_threads(threads)
         yield
     finally:
@@ -26,7 +26,7 @@ def steadiest_threads(device: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _products_s(products: int = 40, repeats: int = 5) -> float:
-    """The median seconds of matrix products like those of a few tokens in a small model."""
+    """Median seconds of matrix products of the size of a few tokens in a small model."""
     weight, rows = torch.ones(1536, 576), torch.ones(8, 576)
     spent = []
     for _ in range(repeats):

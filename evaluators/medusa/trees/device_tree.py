@@ -1,4 +1,4 @@
-"""A tree as tensors, and the walk along it without the host."""
+"""A tree as tensors, and greedy acceptance on the device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from evaluators.medusa.trees.tree import Tree
 
 
 class DeviceTree:
-    """The facts of a tree on a device; n nodes, d = max_depth.
+    """Tensors of a tree on a device; n nodes, d = max_depth.
 
-    parent [n] (the root's is itself), depth [n], visible [n, n]: column j is i or an ancestor of i, elder [n, n]:
-    column j is an older sibling of i, level [d + 1, n]: 1 where node j lies at depth i, steps [d + 1] and index [n]
+    parent [n] (that of the root is 0), depth [n], visible [n, n]: column j is i or an ancestor of i, elder [n, n]:
+    column j is an earlier sibling of i, level [d + 1, n]: 1 where node j lies at depth i, steps [d + 1] and index [n]
     count from 0.
     """
 
@@ -29,12 +29,12 @@ class DeviceTree:
         self.level = (self.depth[None] == self.steps[:, None]).long()
 
     def mask_strip(self, span: int, dtype: torch.dtype, tiles: int = 1, window: int | None = None) -> Tensor:
-        """[n, span + n + span]: additive mask of everything before the tree, the tree itself, and what lies after it.
+        """[n, span + n + span]: additive mask for the cached tokens, the tree, and the unused rows after it.
 
-        The mask after L cached tokens is the window of `span` columns from `span - L` on. With `tiles` all rows come
-        that often, one set below the other. With `window` a node sees no token that many positions back.
+        The mask after L cached tokens is the `span` columns from `span - L` on. All rows are repeated `tiles` times.
+        With `window` a node sees only the last `window` positions.
         """
-        before = torch.arange(-span, 0, device=self.depth.device)  # positions, counted from the root
+        before = torch.arange(-span, 0, device=self.depth.device)  # positions relative to the root
         seen = torch.cat([before.new_ones((self.nodes, span), dtype=torch.bool), self.visible], dim=1)
         if window is not None:
             seen &= self.depth[:, None] - torch.cat([before, self.depth]) < window
@@ -46,11 +46,11 @@ class DeviceTree:
     def greedy_path(self, tokens: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
         """Node tokens [n] and the base's choices after them [n] -> (path [d + 1], accepted [1]).
 
-        The path of `acceptance.Greedy`: path[0..accepted]; what follows counts on and belongs to no path.
+        path[0..accepted] is the path of `acceptance.Greedy`; later entries continue the count and are unused.
         """
         hit = (tokens == best[self.parent]) | (self.index == 0)
-        hit = hit & ~(self.elder & hit).any(-1)  # of siblings with one token the first, as the walk takes it
-        line = (hit | ~self.visible).all(-1)  # right from the root down: one node a level at most
+        hit = hit & ~(self.elder & hit).any(-1)  # of siblings with the same token only the first, as in Greedy
+        line = (hit | ~self.visible).all(-1)  # correct from the root on: at most one node per level
         accepted = line.sum(0, keepdim=True) - 1
         path = (self.level * (line * self.index)).sum(-1)
         return torch.where(self.steps <= accepted, path, self.steps), accepted
