@@ -167,36 +167,36 @@ def _rank(value: object, label: str, key: str) -> int:
 
 
 def _names(config: Mapping[str, Any], key: str, label: str) -> tuple[str, ...]:
-    given = config.get(key) or ()
-    if not isinstance(given, list | tuple) or not all(isinstance(name, str) and name for name in given):
+    value = config.get(key) or ()
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
         refuse_config(label, key, "is not a list of names")
-    return tuple(given)
+    return tuple(value)
 
 
 def _tokens(config: Mapping[str, Any], label: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    given = config.get("trainable_token_indices") or ()
-    if isinstance(given, dict):
-        return {name: _indices(rows, label) for name, rows in given.items()}
-    return _indices(given, label)
+    value = config.get("trainable_token_indices") or ()
+    if isinstance(value, dict):
+        return {name: _indices(rows, label) for name, rows in value.items()}
+    return _indices(value, label)
 
 
-def _indices(given: object, label: str) -> tuple[int, ...]:
+def _indices(value: object, label: str) -> tuple[int, ...]:
     key = "trainable_token_indices"
-    if not isinstance(given, list | tuple):
+    if not isinstance(value, list | tuple):
         refuse_config(label, key, "is not a list of token ids")
-    if not all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in given):
+    if not all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in value):
         refuse_config(label, key, "holds something that is not a token id")
-    if len(set(given)) < len(given):
+    if len(set(value)) < len(value):
         refuse_config(label, key, "names a token twice")
-    return tuple(given)
+    return tuple(value)
 
 
 def _patterns(config: Mapping[str, Any], key: str, label: str) -> Patterns:
-    given = config.get(key) or {}
-    if not isinstance(given, dict) or len(given) > PATTERNS_LIMIT:
+    value = config.get(key) or {}
+    if not isinstance(value, dict) or len(value) > PATTERNS_LIMIT:
         refuse_config(label, key, f"is not a table of at most {PATTERNS_LIMIT:,} patterns")
     rank = key == "rank_pattern"
-    values = {name: float(_rank(v, label, key)) if rank else _finite(v, label, key) for name, v in given.items()}
+    values = {name: float(_rank(v, label, key)) if rank else _finite(v, label, key) for name, v in value.items()}
     try:
         return Patterns(values)
     except BadPattern as bad:

@@ -135,15 +135,15 @@ def _is_buffer(tensor: TensorInfo) -> bool:
 
 
 def _stacks(names: Iterable[str]) -> list[Stack]:
-    found: dict[str, dict[int, dict[str, str]]] = {}
+    prefixes: dict[str, dict[int, dict[str, str]]] = {}
     for name in names:
         match = LAYER.search(name)
         if match is not None:
-            layers = found.setdefault(name[: match.start()], {})
+            layers = prefixes.setdefault(name[: match.start()], {})
             layers.setdefault(int(match.group(1)), {})[name[match.end() :]] = name
     return [
         Stack(prefix, tuple(layers[i] for i in sorted(layers)))
-        for prefix, layers in found.items()
+        for prefix, layers in prefixes.items()
         if sorted(layers) == list(range(len(layers)))
     ]
 
@@ -159,13 +159,13 @@ def _main_stack(
     """The stack that the config counts, and the layers stored behind its end, which transformers does not load."""
 
     weight = partial(stored_bytes, checkpoint)
-    fitting = [stack for stack in stacks if depth is None or len(stack.layers) == depth]
-    if fitting:
-        return max(fitting, key=weight), ()
+    matching = [stack for stack in stacks if depth is None or len(stack.layers) == depth]
+    if matching:
+        return max(matching, key=weight), ()
     longer = [stack for stack in stacks if type(depth) is int and 0 < depth < len(stack.layers)]
     if longer:
-        found = max(longer, key=weight)
-        return Stack(found.prefix, found.layers[:depth]), found.layers[depth:]
+        stack = max(longer, key=weight)
+        return Stack(stack.prefix, stack.layers[:depth]), stack.layers[depth:]
     longest = max((len(stack.layers) for stack in stacks), default=0)
     message = f"{checkpoint.name} has {longest} complete layers in its shards; its config says {depth or 'nothing'}."
     next_step = "Download it again: layers are missing, or its config.json belongs to another model."

@@ -194,9 +194,9 @@ def _every_header(
     tensors: dict[str, TensorInfo] = {}
     headers: dict[str, tuple[int, str]] = {}
     for shard in shards:
-        found, digest = read_header(files, shard, sizes.get(shard), label, limits)
+        shard_tensors, digest = read_header(files, shard, sizes.get(shard), label, limits)
         headers[shard] = (sizes[shard], digest)
-        for tensor in found.values():
+        for tensor in shard_tensors.values():
             if tensor.name in tensors:
                 repeats = f"repeats `{tensor.name}`, which {tensors[tensor.name].file} has too."
                 if limits.strict:
@@ -330,9 +330,9 @@ def _index(
 
 def _refuse_quantised(label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     scheme = config.get("quantization_config")
-    odd = next((t.name for t in tensors.values() if t.dtype.quantised or t.name.endswith(_QUANTISED)), None)
-    if not scheme and odd is None:
+    quantised = next((t.name for t in tensors.values() if t.dtype.quantised or t.name.endswith(_QUANTISED)), None)
+    if not scheme and quantised is None:
         return
     how = scheme.get("quant_method") if isinstance(scheme, dict) else None
-    message = f"{label} is quantised ({how or odd or 'see its config'}); rounded weights cannot be merged."
+    message = f"{label} is quantised ({how or quantised or 'see its config'}); rounded weights cannot be merged."
     raise Refused("NOT_SUPPORTED", message, "Use the unquantised model it was made from.", value=label)

@@ -1,7 +1,7 @@
 """The header of one safetensors file: bytes -> tensors, or a refusal. docs/design/reliability.md 3.2 and 4.2.
 
 What we accept, the safetensors library accepts too; we refuse more: duplicate keys, oversized headers, hostile
-names, extra keys. After `parse` nobody checks a header again.
+names, extra keys. Headers are checked here only.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TensorInfo:
 
 
 class _Bad(Exception):
-    """A header that is refused; carries the half sentence saying why."""
+    """A header that is refused; its text continues the sentence."""
 
 
 def header_length(file: str, first_bytes: bytes, file_size: int, limits: Limits) -> int:

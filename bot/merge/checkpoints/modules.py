@@ -1,6 +1,6 @@
 """Modules of a model with several stacks: their layers, loose tensors and names.
 
-A stack is told apart by the first part of its name that no other stack shares: `language_model.` and `vision_tower.`,
+A stack is identified by the first part of its name that no other stack shares: `language_model.` and `vision_tower.`,
 or `encoder.` and `decoder.`. What stands outside of all (a projector, a shared embedding) is a module without layers.
 docs/design/merging.md 1.4.
 """
@@ -29,7 +29,7 @@ _WORDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("projector", re.compile(r"projector|connector|merger|aligner|adapter")),
     ("shared", re.compile(r"shared")),
 )
-# names in the wild, whatever the model itself calls the module; the first is how we call one without a name
+# names in the wild, whatever the model itself calls the module; the first names one without a name
 _CALLED: Mapping[Kind, tuple[str, ...]] = {
     "vision": ("vision_tower", "vision_model", "vision_encoder", "visual", "vision", "image_encoder"),
     "audio": ("audio_tower", "audio_model", "audio_encoder", "audio"),
@@ -41,7 +41,7 @@ _CALLED: Mapping[Kind, tuple[str, ...]] = {
     "other": (),
 }
 _DEPTH = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|depth")
-_COUNTS = 0.02  # share of the bytes from which a stack without a telling name counts as a module of its own
+_COUNTS = 0.02  # share of the bytes from which a stack without a descriptive name counts as a module of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,12 @@ def parts(checkpoint: Checkpoint, whole: Architecture) -> tuple[Part, ...]:
     return tuple(_named(out))
 
 
-def layered(found: Iterable[Part]) -> tuple[Part, ...]:
+def layered(modules: Iterable[Part]) -> tuple[Part, ...]:
     """The modules that have layers."""
-    return tuple(part for part in found if part.stack is not None)
+    return tuple(part for part in modules if part.stack is not None)
 
 
-def find(found: Sequence[Part], name: str) -> Part | None:
+def find(modules: Sequence[Part], name: str) -> Part | None:
     """The one module that `name` means: its own name, a part of its tensors' names, or a name used in the wild."""
     tests = (
         lambda part: name == part.name,
@@ -89,25 +89,25 @@ def find(found: Sequence[Part], name: str) -> Part | None:
         lambda part: name in _CALLED[part.kind],
     )
     for test in tests:
-        hits = [part for part in found if test(part)]
+        hits = [part for part in modules if test(part)]
         if len(hits) == 1:
             return hits[0]
     return None
 
 
-def require(found: Sequence[Part], name: str, model: str) -> Part:
+def require(modules: Sequence[Part], name: str, model: str) -> Part:
     """As `find`; refused with the names there are."""
-    part = find(found, name)
+    part = find(modules, name)
     if part is None:
-        names = ", ".join(f"`{each.name}`" for each in found)
+        names = ", ".join(f"`{each.name}`" for each in modules)
         message, where = f"{model} has no module `{name[:60]}`.", Where("recipe", None, f"modules.{name[:60]}")
         raise Refused("RECIPE_INVALID", message, f"Its modules are {names}.", value=name, where=where)
     return part
 
 
-def counterpart(part: Part, found: Sequence[Part]) -> Part | None:
+def counterpart(part: Part, modules: Sequence[Part]) -> Part | None:
     """The module of another model of the same family that corresponds to `part`."""
-    same = [each for each in found if each.kind == part.kind and (each.stack is None) == (part.stack is None)]
+    same = [each for each in modules if each.kind == part.kind and (each.stack is None) == (part.stack is None)]
     if len(same) > 1:
         same = [each for each in same if each.name == part.name]
     return same[0] if same else None
@@ -200,10 +200,10 @@ def _part(
     return Part(name, kind, words, stack, others, before, after, depths)
 
 
-def _named(found: Sequence[Part]) -> Iterable[Part]:
-    """Each with a name that tells something, and with the components that only it has."""
-    for part in found:
-        elsewhere = {word for other in found if other is not part for word in other.components}
+def _named(modules: Sequence[Part]) -> Iterable[Part]:
+    """Each with a descriptive name, and with the components that no other has."""
+    for part in modules:
+        elsewhere = {word for other in modules if other is not part for word in other.components}
         name = _CALLED[part.kind][0] if part.name == "model" and part.kind != "other" else part.name
         yield replace(part, name=name, components=part.components - elsewhere)
 
@@ -221,9 +221,9 @@ def _depths(config: Mapping[str, Any], kind: Kind, layers: int) -> tuple[tuple[s
         return tuple(own)
     top = [key for key, value in config.items() if _DEPTH.fullmatch(key) and isinstance(value, int)]
     foreign = {"encoder": "decoder", "decoder": "encoder"}.get(kind)
-    fitting = [key for key in top if foreign is None or foreign not in key]
+    keys = [key for key in top if foreign is None or foreign not in key]
     if kind == "decoder":
-        named = [key for key in fitting if "decoder" in key]
+        named = [key for key in keys if "decoder" in key]
         # a config without a count of its own for the decoder means the encoder's
-        fitting = named or (["num_decoder_layers"] if fitting else [])
-    return (*own, *((key,) for key in fitting if config.get(key, layers) == layers))
+        keys = named or (["num_decoder_layers"] if keys else [])
+    return (*own, *((key,) for key in keys if config.get(key, layers) == layers))

@@ -26,7 +26,7 @@ _PLAIN_COST = 4  # of trying one plain name, in the same unit
 
 
 class BadPattern(Exception):
-    """A pattern that cannot be matched, or only at too great a cost; carries the half sentence saying why."""
+    """A pattern that cannot be matched, or only at too great a cost; its text continues the sentence."""
 
 
 class Patterns:
@@ -71,8 +71,8 @@ def _plain(pattern: str) -> Callable[[str], bool]:
 def _expression(pattern: str) -> Callable[[str], bool]:
     import re2  # only few adapters have expressions
 
-    for found, why in _AMBIGUOUS:
-        if found.search(pattern):
+    for ambiguous, why in _AMBIGUOUS:
+        if ambiguous.search(pattern):
             raise BadPattern(why)
     options = re2.Options()
     options.log_errors, options.never_capture, options.max_mem = False, True, MEMORY_LIMIT_BYTES
@@ -103,6 +103,6 @@ def _valid(expression: str) -> bool:
 def _reason(pattern: str, error: Exception) -> str:
     if re.search(r"\(\?<?[=!]", pattern):
         return "looks ahead or behind, which cannot be matched in linear time"
-    told = error.args[0] if error.args else ""
-    said = told.decode("utf-8", "replace") if isinstance(told, bytes) else str(told)
-    return f"RE2 cannot read ({said[:80]})"
+    reason = error.args[0] if error.args else ""
+    text = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
+    return f"RE2 cannot read ({text[:80]})"

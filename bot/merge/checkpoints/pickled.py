@@ -1,4 +1,4 @@
-"""Pickled PyTorch weights -> safetensors, tensor by tensor. Only for the operator, only with `--allow-pickle`.
+"""Pickled PyTorch weights -> safetensors, tensor by tensor. Only for trusted users, only with `--allow-pickle`.
 
 A pickle is a program. It is read by torch's restricted unpickler (`weights_only=True`, which knows tensors and plain
 containers and calls nothing else), mapped rather than loaded, and only ever in a child process with limits and
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 REFUSED = 3  # exit status: the last line of the output is a JSON object with code, message and next step
 _WEIGHTS = re.compile(r"(pytorch_model|adapter_model|model|consolidated)[\w.\-]*\.(bin|pt|pth)", re.ASCII)
 _WRAPPERS = ("state_dict", "model", "module")
-_PIECE_BYTES = 64 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 _NAME_LIMIT = 1024
 
 
@@ -62,8 +62,8 @@ def convert(source: Path, target: Path) -> None:
         out.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in order:
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            for start in range(0, len(flat), _PIECE_BYTES):
-                out.write(flat[start : start + _PIECE_BYTES])
+            for start in range(0, len(flat), _CHUNK_BYTES):
+                out.write(flat[start : start + _CHUNK_BYTES])
     sync_file(target)
 
 
@@ -74,25 +74,25 @@ def _tensors(source: Path, torch: Any) -> dict[str, torch.Tensor]:
     except MemoryError:
         raise
     except Exception as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks for `{asked[1][:80]}`, which is not a tensor" if asked else "is not a file of tensors"
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"asks for `{name[1][:80]}`, which is not a tensor" if name else "is not a file of tensors"
         _bad(source, what)
     for key in _WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict):
         _bad(source, "holds no table of tensors")
-    found = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-    for name, tensor in found.items():
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    for name, tensor in tensors.items():
         if not isinstance(name, str) or not 0 < len(name) <= _NAME_LIMIT or not name.isprintable():
             _bad(source, "has a tensor without a proper name")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             _bad(source, f"stores `{name[:80]}` in a layout that is not plain")
         if tensor.numel() * tensor.element_size() > source.stat().st_size:
             _bad(source, f"repeats the numbers of `{name[:80]}`")  # a huge tensor made of a small one
-    if not found or sum(t.numel() * t.element_size() for t in found.values()) > 4 * source.stat().st_size:
-        _bad(source, "holds no tensors" if not found else "describes more numbers than it holds")
-    return found
+    if not tensors or sum(t.numel() * t.element_size() for t in tensors.values()) > 4 * source.stat().st_size:
+        _bad(source, "holds no tensors" if not tensors else "describes more numbers than it holds")
+    return tensors
 
 
 def _bad(source: Path, what: str) -> NoReturn:
@@ -101,7 +101,7 @@ def _bad(source: Path, what: str) -> NoReturn:
 
 
 def _limit(memory_bytes: int, file_bytes: int) -> None:
-    """What the child may use: memory, the size of a file, open files; no core file, no further process."""
+    """Limit the child: memory, the size of a file, open files; no core file, no further process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
@@ -110,7 +110,7 @@ def _limit(memory_bytes: int, file_bytes: int) -> None:
 
 
 def main() -> None:
-    """The child's program."""
+    """Run the program of the child process."""
     into, memory_bytes = Path(sys.argv[1]), int(sys.argv[2])
     sources = [Path(text) for text in sys.argv[3:]]
     import torch

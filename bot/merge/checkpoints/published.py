@@ -208,13 +208,13 @@ def _namings(config: Mapping[str, Any], table: Mapping[str, Naming]) -> list[Nam
 
 def _refuse_layouts(sources: Iterable[Checkpoint]) -> None:
     """Refuse sources of one family whose experts lie differently still: apart, in one tensor, or in one transposed."""
-    found: dict[object, dict[str, tuple[Checkpoint, TensorInfo]]] = {}
+    layouts: dict[object, dict[str, tuple[Checkpoint, TensorInfo]]] = {}
     for source in sources:
         tensor = next((one for name, one in source.tensors.items() if _EXPERT.search(name)), None)
         if tensor is not None:
-            seen = found.setdefault(source.config.get("model_type"), {})
+            seen = layouts.setdefault(source.config.get("model_type"), {})
             seen.setdefault(_layout_of_experts(source, tensor), (source, tensor))
-    for seen in found.values():
+    for seen in layouts.values():
         if len(seen) > 1:
             (source, tensor), (other, second) = (seen[layout] for layout in sorted(seen)[:2])
             message = (

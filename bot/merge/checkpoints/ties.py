@@ -96,8 +96,8 @@ def is_copy(name: str) -> bool:
 
 def main_embedding(names: Collection[str]) -> str | None:
     """The input embedding among tensors outside the layers: one shared by encoder and decoder, else the first."""
-    found = [name for name in names if is_embedding(name)]
-    return next((name for name in found if name.endswith("shared.weight")), found[0] if found else None)
+    embeddings = [name for name in names if is_embedding(name)]
+    return next((name for name in embeddings if name.endswith("shared.weight")), embeddings[0] if embeddings else None)
 
 
 def main_head(names: Collection[str]) -> str | None:
@@ -239,12 +239,12 @@ def _embedding_name(label: str, config: Mapping[str, Any], tensors: Mapping[str,
     if beside is not None:
         return f"{beside['parent']}{'tok' if family == 'modernbert' else 'word'}_embeddings.weight"
     for name in tensors:
-        found = _LAYER_LIST.match(name)
-        if found is None or any(tower.search(found["parent"]) for tower in (VISION, AUDIO)):
+        match = _LAYER_LIST.match(name)
+        if match is None or any(tower.search(match["parent"]) for tower in (VISION, AUDIO)):
             continue
-        word = _EMBEDDING_NAMES.get(family) or _BESIDE_LAYER_LISTS.get(found["list"])
+        word = _EMBEDDING_NAMES.get(family) or _BESIDE_LAYER_LISTS.get(match["list"])
         if word is not None and family not in _FLAG_STAYS:
-            return f"{found['parent']}{word}.weight"
+            return f"{match['parent']}{word}.weight"
     if not (config_ties(config) and head.endswith(("lm_head.weight", "embed_out.weight"))):
         return None
     next_step = "Load it with transformers, save it again, and name that folder."

@@ -85,9 +85,9 @@ def _head_beside_its_bias(loose: Sequence[str]) -> str | None:
         module = name.removesuffix("bias")
         if name.endswith(".bias"):
             further = any(other.startswith(module) and other != name for other in loose)
-            found = f"{module}decoder.weight" if further else f"{module}weight"
-            if is_head(found):
-                return found
+            head = f"{module}decoder.weight" if further else f"{module}weight"
+            if is_head(head):
+                return head
     return None
 
 

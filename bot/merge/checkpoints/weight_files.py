@@ -18,7 +18,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
 _NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
-_MOST_NOTICES = 3  # an index that fits no shard needs no notice for every tensor
+_MOST_NOTICES = 3  # an index of other shards would give one per tensor
 
 
 def weight_file(names: Collection[str]) -> str | None:
@@ -33,9 +33,9 @@ def shard_like(name: str) -> bool:
 
 def require_usual_name(config: Mapping[str, Any], names: Collection[str], label: str) -> None:
     """Refuse a config that names another file as the weights. Raises Refused NOT_SUPPORTED."""
-    told = config.get("transformers_weights")
-    if isinstance(told, str) and told != weight_file(names):
-        message = f"{label} names {told[:80]!r} as its weights (`transformers_weights` in config.json)."
+    named = config.get("transformers_weights")
+    if isinstance(named, str) and named != weight_file(names):
+        message = f"{label} names {named[:80]!r} as its weights (`transformers_weights` in config.json)."
         raise Refused("NOT_SUPPORTED", message, f"Name its weights {SINGLE} and remove that key.", value=label)
 
 
@@ -66,10 +66,10 @@ def beside(names: Collection[str], chosen: Collection[str], label: str) -> tuple
 def against_index(
     label: str, mapped: Mapping[str, str], total: int | None, tensors: Mapping[str, TensorInfo], limits: Limits
 ) -> tuple[str, ...]:
-    """Notices about an index that does not fit its shards; refused where a tensor is missing, or for a stranger."""
+    """Notices about an index that does not fit its shards. Refused if a tensor is missing, or if untrusted."""
     notices: list[str] = []
 
-    def odd(where: str, sentence: str) -> None:
+    def report(where: str, sentence: str) -> None:
         if limits.strict:
             refuse(where, sentence)
         notices.append(f"{where} {sentence}")
@@ -79,13 +79,13 @@ def against_index(
         if name not in tensors and not (is_head(name) or is_copy(name)):
             refuse(f"{label}: {shard}", lacks)
         if name not in tensors or tensors[name].file != shard:
-            odd(f"{label}: {shard}", lacks)
+            report(f"{label}: {shard}", lacks)
     extra = next((name for name in tensors if name not in mapped), None)
     if mapped and extra is not None:
-        odd(f"{label}: {tensors[extra].file}", f"has `{extra[:80]}`, which the index does not name.")
+        report(f"{label}: {tensors[extra].file}", f"has `{extra[:80]}`, which the index does not name.")
     stored = sum(tensor.nbytes for tensor in tensors.values())
     if total is not None and total != stored:
-        odd(f"{label}: {INDEX}", f"says {total:,} bytes in all, its shards hold {stored:,}.")
+        report(f"{label}: {INDEX}", f"says {total:,} bytes in all, its shards hold {stored:,}.")
     return tuple(notices[:_MOST_NOTICES])
 
 

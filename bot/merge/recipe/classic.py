@@ -132,26 +132,26 @@ def _gradient(text: str | None) -> tuple[float, ...]:
 
 
 def _weights(arguments: Arguments, inputs: _Inputs, has_gradient: bool) -> dict[ModelRef, float]:
-    given = [float(value) for value in arguments.weight]
-    if not all(map(math.isfinite, given)):
+    values = list(map(float, arguments.weight))
+    if not all(map(math.isfinite, values)):
         _refuse("VALUE_OUT_OF_RANGE", "--weight is not finite.", "Give finite numbers.")
     if arguments.method == "slerp":
-        if len(given) > 1:
-            _refuse("RECIPE_INVALID", f"slerp takes one --weight; there are {len(given)}.", "Give the one that is t.")
-        if not given and not has_gradient:
+        if len(values) > 1:
+            _refuse("RECIPE_INVALID", f"slerp takes one --weight; there are {len(values)}.", "Give the one that is t.")
+        if not values and not has_gradient:
             _refuse(
                 "MISSING_KEY", "slerp has neither --weight nor --layer-gradient.", "Give --weight 0.5, for example."
             )
         return {}
-    if arguments.method == "ties" and not given:
-        given = [1.0]
-    if not given and has_gradient:
+    if arguments.method == "ties" and not values:
+        values = [1.0]
+    if not values and has_gradient:
         return {}
-    if not given:
+    if not values:
         _refuse(
             "MISSING_KEY", "linear has neither --weight nor --layer-gradient.", "Give one --weight for each --merge."
         )
-    weights = _per_model(given, inputs, "--weight")
+    weights = _per_model(values, inputs, "--weight")
     return {model: weights.get(model, 0.0) for model in inputs.models}
 
 
@@ -189,19 +189,19 @@ def bakllama(text: str, *, file: str = "recipe") -> Recipe:
         reader.refuse(
             "MISSING_KEY", top, "layer_slices", "the config has no `layer_slices`.", "List the slices to stack."
         )
-    pieces = [_piece(reader, item, i) for i, item in enumerate(reader.sequence(node, "layer_slices").items)]
-    if not pieces:
+    slices = [_slice(reader, item, i) for i, item in enumerate(reader.sequence(node, "layer_slices").items)]
+    if not slices:
         reader.refuse("RECIPE_INVALID", node, "layer_slices", "`layer_slices` is empty.", "List the slices to stack.")
     before, after = (_tensor_source(reader, top, key) for key in ("embedding_source", "lm_head_source"))
-    if before is not None and before != pieces[0].sources[0].model:
-        pieces.insert(0, Slice((Source(before, (0, 0)),)))
-    last = pieces[-1].sources[0].model
-    apart = (before or pieces[0].sources[0].model) != (after or last)
+    if before is not None and before != slices[0].sources[0].model:
+        slices.insert(0, Slice((Source(before, (0, 0)),)))
+    last = slices[-1].sources[0].model
+    apart = (before or slices[0].sources[0].model) != (after or last)
     if (after or last) != last or (apart and (before is not None or after is not None)):
-        pieces.append(Slice((Source(after or last, (0, 0)),)))
+        slices.append(Slice((Source(after or last, (0, 0)),)))
     return Recipe(
         method=METHODS["passthrough"].name,
-        modules=(Module("default", "slices", tuple(pieces)),),
+        modules=(Module("default", "slices", tuple(slices)),),
         base=None,
         parameters={},
         dtype=None,
@@ -213,13 +213,13 @@ def bakllama(text: str, *, file: str = "recipe") -> Recipe:
     )
 
 
-def _piece(reader: Reader, node: Node, index: int) -> Slice:
+def _slice(reader: Reader, node: Node, index: int) -> Slice:
     path = f"layer_slices[{index}]"
     table = reader.mapping(node, path)
     reader.unknown(table, path, {"model", "start", "end", "scale"})
-    lacking = next((key for key in ("model", "start", "end") if table.given(key) is None), None)
-    if lacking is not None:
-        reader.refuse("MISSING_KEY", table, f"{path}.{lacking}", f"`{path}` has no `{lacking}`.", "Add it.")
+    missing = next((key for key in ("model", "start", "end") if table.given(key) is None), None)
+    if missing is not None:
+        reader.refuse("MISSING_KEY", table, f"{path}.{missing}", f"`{path}` has no `{missing}`.", "Add it.")
     start, end = (reader.integer(table.items[key], f"{path}.{key}") for key in ("start", "end"))
     if not 0 <= start < end:
         next_step = "`end` is one past the last layer, and greater than `start`."

@@ -86,7 +86,7 @@ class Reader:
     file: str
     trust: Trust
     unknown_keys: UnknownKeys
-    made: frozenset[str] = frozenset()  # names of the recipe's documents, which can be used as models
+    documents: frozenset[str] = frozenset()  # names of the recipe's documents, which can be used as models
     notices: list[Notice] = field(default_factory=list)
 
     def refuse(self, code: str, node: Node | int | None, path: str, message: str, next_step: str) -> NoReturn:
@@ -174,7 +174,7 @@ class Reader:
         if not name or bad_revision or any(ord(c) < 32 for c in name):
             message = f"{shown(text)} is not a model reference."
             self.refuse("NOT_A_REPO_ID", node, path, message, "Write owner/name or owner/name@revision.")
-        if self.trust == "stranger" and not is_repo_id(name) and text not in self.made:
+        if self.trust == "stranger" and not is_repo_id(name) and text not in self.documents:
             next_step = "Write owner/name, not an address or a folder."
             self.refuse("NOT_A_REPO_ID", node, path, f"{shown(text)} is not the id of a repo.", next_step)
         return ModelRef(name, revision)

@@ -35,8 +35,8 @@ def recipe(make_reader: MakeReader, roots: Sequence[Node]) -> Recipe:
         message = f"the recipe has {len(written)} documents; the limit is {MOST}."
         reader.refuse("RECIPE_TOO_LARGE", written[MOST], "", message, "Merge in several runs.")
     names = _names(reader, written)
-    made = frozenset(name for name in names if name is not None)
-    recipes = [grammar.recipe(make_reader(made), root) for root in written]
+    named = frozenset(name for name in names if name is not None)
+    recipes = [grammar.recipe(make_reader(named), root) for root in written]
     uses = [_uses(reader, root, built, names) for root, built in zip(written, recipes, strict=True)]
     order = _order(reader, written, names, uses)
     stages = tuple(Stage(names[i] or "", recipes[i]) for i in order[:-1])

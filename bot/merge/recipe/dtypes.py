@@ -43,7 +43,7 @@ MERGEABLE = ("float16", "bfloat16", "float32", "float64")
 
 
 def promote(dtypes: Iterable[Dtype]) -> Dtype:
-    """The floating type that holds every value of the given ones (float16 with bfloat16 gives float32)."""
+    """The floating type that holds all values of several types (float16 with bfloat16 gives float32)."""
     kinds = {dtype.name for dtype in dtypes}
     if len(kinds) == 1:
         return BY_NAME[kinds.pop()]

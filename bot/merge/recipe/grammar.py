@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bot.merge.methods import KNOWN_PARAMETERS, METHODS, Base, Kind, Method, Parameter
-from bot.merge.recipe.classic_grammar import classic
 from bot.merge.recipe.document import Node, Reader, Sequence, Table, Text, nearest, shown
 from bot.merge.recipe.dtypes import MERGEABLE
 from bot.merge.recipe.other_programs import refuse_other_programs
 from bot.merge.recipe.spec import (
+    Classic,
     Condition,
     Conditions,
     Gradient,
@@ -32,6 +32,8 @@ from bot.merge.recipe.vocabulary_grammar import vocabulary
 _LAYOUTS = ("models", "slices", "modules")
 _SINGLE = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 _TOP = frozenset((*_SINGLE, *_LAYOUTS, "parameters", "name"))
+
+_CLASSIC = "classic"  # block of recipes made from arguments of the 2023 `main.py`; mergekit ignores it
 
 # Keys of mergekit and of older recipes without effect on any method here.
 IGNORED_PARAMETERS = frozenset(
@@ -57,7 +59,7 @@ def recipe(reader: Reader, root: Node) -> Recipe:
         vocabulary=vocabulary(reader, top),
         chat_template=_optional_text(reader, top, "chat_template"),
         modular=modular,
-        classic=classic(reader, top),
+        classic=_classic(reader, top),
     )
     _check_inputs(reader, top, built, method)
     _note_base(reader, built)
@@ -66,7 +68,7 @@ def recipe(reader: Reader, root: Node) -> Recipe:
 
 def _top_keys(reader: Reader, top: Table) -> None:
     for key in top.items:
-        if key in _TOP or key == "classic":
+        if key in _TOP or key == _CLASSIC:
             continue
         line = top.key_lines[key]
         if key in top.anchored:
@@ -94,14 +96,14 @@ def _method(reader: Reader, top: Table) -> Method:
 
 
 def _modules(reader: Reader, top: Table, method: Method) -> tuple[tuple[Module, ...], bool]:
-    given = [key for key in _LAYOUTS if top.given(key) is not None]
-    if len(given) != 1:
+    layouts = [key for key in _LAYOUTS if top.given(key) is not None]
+    if len(layouts) != 1:
         message = "the recipe needs exactly one of `models`, `slices` and `modules`"
-        if given:
-            message, next_step = f"{message}; it has {' and '.join(given)}.", f"Keep one, for example `{given[0]}`."
-            reader.refuse("RECIPE_INVALID", top.key_lines[given[1]], "", message, next_step)
+        if layouts:
+            message, next_step = f"{message}; it has {' and '.join(layouts)}.", f"Keep one, for example `{layouts[0]}`."
+            reader.refuse("RECIPE_INVALID", top.key_lines[layouts[1]], "", message, next_step)
         reader.refuse("MISSING_KEY", top, "", f"{message}.", "Add `models:` with the models to merge.")
-    if given[0] != "modules":
+    if layouts[0] != "modules":
         return (_module(reader, top, "default", "", method, own_parameters=False),), False
     block = reader.mapping(top.items["modules"], "modules")
     modules = []
@@ -117,13 +119,13 @@ def _modules(reader: Reader, top: Table, method: Method) -> tuple[tuple[Module, 
 
 def _module(reader: Reader, table: Table, name: str, path: str, method: Method, *, own_parameters: bool) -> Module:
     prefix = f"{path}." if path else ""
-    given = [key for key in ("models", "slices") if table.given(key) is not None]
-    if len(given) != 1:
+    layouts = [key for key in ("models", "slices") if table.given(key) is not None]
+    if len(layouts) != 1:
         reader.refuse(
             "RECIPE_INVALID", table, path, f"`{path}` needs exactly one of `models` and `slices`.", "Keep one."
         )
     parameters = _parameters(reader, table, path, method, per_source=False) if own_parameters else {}
-    if given[0] == "models":
+    if layouts[0] == "models":
         where = f"{prefix}models"
         sources = _sources(reader, reader.sequence(table.items["models"], where), where, method, ranged=False)
         return Module(name, "models", (Slice(sources),), parameters)
@@ -293,6 +295,24 @@ def _scalar(reader: Reader, node: Node, path: str, kind: Kind | None) -> Scalar:
             return reader.boolean(node, path)
     text = reader.text(node, path)
     return text == "true" if text in ("true", "false") else text
+
+
+def _classic(reader: Reader, top: Table) -> Classic | None:
+    """The `classic` block as `Recipe.document` writes it, None without one. Unknown in untrusted recipes."""
+    node = top.given(_CLASSIC)
+    if node is None:
+        return None
+    if reader.trust == "stranger":
+        reader.unknown_key(_CLASSIC, top.key_lines[_CLASSIC], "", {"merge_method", "models", "slices", "parameters"})
+        return None
+    table = reader.mapping(node, _CLASSIC)
+    flags = ("naive_count", "copy_tokenizer")
+    reader.unknown(table, _CLASSIC, {*flags, "layer_gradient"})
+    naive, copies = (key in table.items and reader.boolean(table.items[key], f"{_CLASSIC}.{key}") for key in flags)
+    values, path = table.items.get("layer_gradient"), f"{_CLASSIC}.layer_gradient"
+    items = () if values is None else reader.sequence(values, path).items
+    gradient = tuple(reader.number(item, f"{path}[{i}]") for i, item in enumerate(items))
+    return Classic(naive, copies or "copy_tokenizer" not in table.items, gradient)
 
 
 def literals(setting: Setting) -> Iterator[Scalar]:

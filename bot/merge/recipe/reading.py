@@ -7,7 +7,7 @@ The resulting tree goes through `grammar.py`. Threats and limits: docs/design/re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -35,6 +35,7 @@ LIMITS: dict[Trust, TextLimits] = {
     "stranger": TextLimits(text_bytes=64 * 1024, depth=32, events=20_000, alias_nodes=0),
     "operator": TextLimits(text_bytes=1024 * 1024, depth=32, events=200_000, alias_nodes=10_000),
 }
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -49,7 +50,7 @@ def parse(
     if trust == "operator":
         text = text.removeprefix("\ufeff")  # byte order mark, written by some editors
     roots = read_stream(text, trust=trust, file=file)
-    recipe = documents.recipe(lambda made: Reader(file, trust, unknown_keys, made), roots)
+    recipe = documents.recipe(lambda names: Reader(file, trust, unknown_keys, names), roots)
     return replace(recipe, original=text if trust == "operator" else None)
 
 
@@ -60,7 +61,7 @@ def from_canonical(canonical: str) -> Recipe:
         roots = [_from_json(value) for value in (loaded if isinstance(loaded, list) else [loaded])]
     except (ValueError, RecursionError) as error:
         raise Refused("RECIPE_INVALID", "the canonical recipe is not JSON.", "Parse the recipe again.") from error
-    return documents.recipe(lambda made: Reader("canonical recipe", "operator", "refuse", made), roots)
+    return documents.recipe(lambda names: Reader("canonical recipe", "operator", "refuse", names), roots)
 
 
 def write_yaml(document: Document) -> str:
@@ -86,13 +87,11 @@ def read_stream(text: str, *, trust: Trust, file: str = "recipe") -> tuple[Node,
         message = f"the recipe has {size:,} bytes; the limit is {limits.text_bytes:,}."
         next_step = "Shorten it: comments and repeated blocks count too."
         raise Refused("RECIPE_TOO_LARGE", message, next_step, where=Where(file))
-    for line, content in enumerate(text.split("\n"), 1):
-        bad = next(
-            (c for c in content if (ord(c) < 32 and c not in "\t\r") or c in "\x7f\ufeff" or _surrogate(c)), None
-        )
-        if bad is not None:
-            message = f"line {line} holds the control character U+{ord(bad):04X}."
-            raise Refused("RECIPE_INVALID", message, "Save the recipe as plain UTF-8 text.", where=Where(file, line))
+    control = _CONTROL.search(text)
+    if control is not None:
+        line = text.count("\n", 0, control.start()) + 1
+        message = f"line {line} holds the control character U+{ord(control[0]):04X}."
+        raise Refused("RECIPE_INVALID", message, "Save the recipe as plain UTF-8 text.", where=Where(file, line))
     builder = _Builder(file, trust, limits)
     try:
         return builder.build(text)
@@ -103,10 +102,6 @@ def read_stream(text: str, *, trust: Trust, file: str = "recipe") -> tuple[Node,
         message = f"line {at}: this is not YAML: {problem}."
         next_step = "Check indentation, colons and quotes there."
         raise Refused("RECIPE_INVALID", message, next_step, where=Where(file, at)) from None
-
-
-def _surrogate(char: str) -> bool:
-    return 0xD800 <= ord(char) <= 0xDFFF
 
 
 @dataclass(slots=True)
@@ -132,7 +127,7 @@ class _Builder:
         self.roots: list[Node] = []
 
     def build(self, text: str) -> tuple[Node, ...]:
-        for count, event in enumerate(self._events(text), 1):
+        for count, event in enumerate(yaml.parse(text, Loader=_LOADER), 1):
             line = event.start_mark.line + 1 if event.start_mark is not None else 0
             if count > self.limits.events:
                 self._refuse("RECIPE_TOO_LARGE", line, "the recipe has too many entries.", "Shorten it.")
@@ -144,10 +139,6 @@ class _Builder:
         if not self.roots:
             self._refuse("RECIPE_INVALID", 1, "the recipe is empty.", "Write at least `merge_method` and `models`.")
         return tuple(self.roots)
-
-    @staticmethod
-    def _events(text: str) -> Iterator[yaml.Event]:
-        return yaml.parse(text, Loader=_LOADER)
 
     def _take(self, event: yaml.Event, line: int) -> None:
         if isinstance(event, yaml.AliasEvent):

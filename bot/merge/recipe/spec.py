@@ -170,29 +170,31 @@ class Recipe:
     @property
     def sources(self) -> tuple[ModelRef, ...]:
         """Every model of this document as written, each once; the base keeps its place or comes last."""
-        found: dict[ModelRef, None] = {}
+        models: dict[ModelRef, None] = {}
         for piece in (piece for module in self.modules for piece in module.slices):
-            found.update(dict.fromkeys(source.model for source in piece.sources))
+            models.update(dict.fromkeys(source.model for source in piece.sources))
             if piece.base is not None:
-                found.setdefault(piece.base)
+                models.setdefault(piece.base)
         if self.base is not None:
-            found.setdefault(self.base)
+            models.setdefault(self.base)
         if self.vocabulary is not None:
             if isinstance(self.vocabulary.source, ModelRef):
-                found.setdefault(self.vocabulary.source)
+                models.setdefault(self.vocabulary.source)
             for rule in self.vocabulary.tokens:
                 if rule.source is not None and rule.source.model is not None:
-                    found.setdefault(rule.source.model)
-        return tuple(found)
+                    models.setdefault(rule.source.model)
+        return tuple(models)
 
     @property
     def repos(self) -> tuple[ModelRef, ...]:
         """Every model and adapter to resolve, each once and bare, those of the stages first."""
-        made = {stage.ref for stage in self.stages}
-        found: dict[ModelRef, None] = {}
+        results = {stage.ref for stage in self.stages}
+        models: dict[ModelRef, None] = {}
         for ref in (ref for part in self.documents for ref in part.sources):
-            found.update(dict.fromkeys(part for part in (ref.bare, ref.lora) if part is not None and part not in made))
-        return tuple(found)
+            models.update(
+                dict.fromkeys(part for part in (ref.bare, ref.lora) if part is not None and part not in results)
+            )
+        return tuple(models)
 
     @property
     def config_source(self) -> ModelRef:
@@ -257,8 +259,7 @@ class Recipe:
             out["modules"] = {module.name: _module_json(module) for module in self.modules}
         else:
             out.update(_module_json(self.modules[0]))
-        if self.parameters:
-            out["parameters"] = _parameters_json(self.parameters)
+        out.update(_parameters_json(self.parameters))
         for key in ("dtype", "out_dtype", "chat_template"):
             if getattr(self, key) is not None:
                 out[key] = getattr(self, key)
@@ -283,13 +284,10 @@ def plain_number(value: float) -> float | int:
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value)
 
 
-def _pinned_source(source: Source, commits: Mapping[ModelRef, ModelRef]) -> Source:
-    return replace(source, model=source.model.pinned(commits))
-
-
 def _pinned_slice(piece: Slice, commits: Mapping[ModelRef, ModelRef]) -> Slice:
     base = None if piece.base is None else piece.base.pinned(commits)
-    return replace(piece, base=base, sources=tuple(_pinned_source(source, commits) for source in piece.sources))
+    sources = tuple(replace(source, model=source.model.pinned(commits)) for source in piece.sources)
+    return replace(piece, base=base, sources=sources)
 
 
 def _pinned_vocabulary(vocabulary: Vocabulary, commits: Mapping[ModelRef, ModelRef]) -> Vocabulary:
@@ -311,67 +309,54 @@ def _classic_json(classic: Classic) -> dict[str, object]:
     return block
 
 
-def _scalar_json(value: Scalar) -> object:
-    return value if isinstance(value, bool | str) else plain_number(value)
-
-
 def _value_json(value: Scalar | Gradient) -> object:
-    return [_scalar_json(v) for v in value.values] if isinstance(value, Gradient) else _scalar_json(value)
+    if isinstance(value, Gradient):
+        return [_value_json(each) for each in value.values]
+    return value if isinstance(value, bool | str) else plain_number(value)
 
 
 def _setting_json(setting: Setting) -> object:
     if not isinstance(setting, Conditions):
         return _value_json(setting)
     return [
-        {"value": _value_json(item.value)}
-        if item.filter is None
-        else {"filter": item.filter, "value": _value_json(item.value)}
+        {**({} if item.filter is None else {"filter": item.filter}), "value": _value_json(item.value)}
         for item in setting.items
     ]
 
 
 def _parameters_json(parameters: Parameters) -> dict[str, object]:
-    return {name: _setting_json(setting) for name, setting in parameters.items()}
+    """The key `parameters`, left out if there are none."""
+    values = {name: _setting_json(setting) for name, setting in parameters.items()}
+    return {"parameters": values} if values else {}
 
 
 def _source_json(source: Source) -> dict[str, object]:
-    out: dict[str, object] = {"model": source.model.document()}
-    if source.layers is not None:
-        out["layer_range"] = list(source.layers)
-    if source.parameters:
-        out["parameters"] = _parameters_json(source.parameters)
-    return out
+    layers = {} if source.layers is None else {"layer_range": list(source.layers)}
+    return {"model": source.model.document(), **layers, **_parameters_json(source.parameters)}
 
 
 def _slice_json(piece: Slice) -> dict[str, object]:
-    out: dict[str, object] = {"sources": [_source_json(source) for source in piece.sources]}
-    if piece.base is not None:
-        out["base_model"] = piece.base.document()
-    if piece.parameters:
-        out["parameters"] = _parameters_json(piece.parameters)
-    return out
+    base = {} if piece.base is None else {"base_model": piece.base.document()}
+    sources = [_source_json(source) for source in piece.sources]
+    return {"sources": sources, **base, **_parameters_json(piece.parameters)}
 
 
 def _module_json(module: Module) -> dict[str, object]:
-    if module.layout == "models":
-        out: dict[str, object] = {"models": [_source_json(source) for source in module.slices[0].sources]}
-    else:
-        out = {"slices": [_slice_json(piece) for piece in module.slices]}
-    if module.parameters:
-        out["parameters"] = _parameters_json(module.parameters)
-    return out
+    models = [_source_json(source) for source in module.slices[0].sources]
+    layers = models if module.layout == "models" else [_slice_json(piece) for piece in module.slices]
+    return {module.layout: layers, **_parameters_json(module.parameters)}
 
 
 def _token_json(rule: TokenRule) -> dict[str, object]:
     out: dict[str, object] = {}
-    given = rule.source
-    if given is not None and given.model is not None and given.kind == "model":
-        out["source"] = given.model.document()
-    elif given is not None and given.kind == "zero":
+    source = rule.source
+    if source is not None and source.model is not None and source.kind == "model":
+        out["source"] = source.model.document()
+    elif source is not None and source.kind == "zero":
         out["source"] = {"kind": "zero"}
-    elif given is not None and given.model is not None:
-        token = {"token": given.token} if given.token is not None else {"token_id": given.token_id}
-        out["source"] = {"kind": "model_token", "model": given.model.document(), **token}
+    elif source is not None and source.model is not None:
+        token = {"token": source.token} if source.token is not None else {"token_id": source.token_id}
+        out["source"] = {"kind": "model_token", "model": source.model.document(), **token}
     if rule.force:
         out["force"] = True
     return out

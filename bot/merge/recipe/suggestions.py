@@ -16,8 +16,8 @@ def closest(name: str, valid: Iterable[str]) -> str | None:
     """
     if len(name) > LONGEST:
         return None
-    found = ((_edits(_plain(name), _plain(each)), each) for each in valid if abs(len(each) - len(name)) <= MOST_EDITS)
-    near = [(n, each) for n, each in found if n <= min(MOST_EDITS, min(len(name), len(each)) // LETTERS_PER_EDIT)]
+    edits = ((_edits(_plain(name), _plain(each)), each) for each in valid if abs(len(each) - len(name)) <= MOST_EDITS)
+    near = [(n, each) for n, each in edits if n <= min(MOST_EDITS, min(len(name), len(each)) // LETTERS_PER_EDIT)]
     return min(near)[1] if near else None
 
 
