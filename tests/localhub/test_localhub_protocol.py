@@ -382,3 +382,13 @@ def test_a_login_says_who_somebody_is_and_opens_nothing(local_hub: RunningHub) -
     assert logged_in.post("/api/repos/create", json={"name": "x"}).status_code == 403
     elsewhere = http.get(about["authorization_endpoint"], params={**asked, "redirect_uri": "https://evil.example/cb"})
     assert elsewhere.status_code == 400
+
+
+def test_a_small_answer_waits_for_no_acknowledgement(local_hub: RunningHub) -> None:
+    """Without TCP_NODELAY each answer after the first few waits 40 ms for the client's delayed ACK."""
+    with httpx.Client(base_url=local_hub.url, trust_env=False) as client:
+        times = []
+        for _ in range(30):
+            assert client.get("/api/models").status_code == 200
+            times.append(client.get("/api/whoami-v2").elapsed.total_seconds())
+    assert min(times[10:]) < 0.02, times
