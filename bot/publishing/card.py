@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 
 from bot.jobs import policy
-from bot.jobs.job import Job, Source
+from bot.jobs.job import Job
 from bot.jobs.request import MergeRequest
 from bot.jobs.specs import PublicationContent, ReplySpec
 from bot.merge.recipe import reading as recipe
 from bot.publishing import evaluation_section, messages
-from bot.publishing.markdown import code, fenced, listed, plain
+from bot.publishing.markdown import code, fenced, listed, plain, table
 from bot.settings import Settings
 from evaluators.harness.scores import Score
 from evaluators.medusa.speed.report import CONCLUSIVE, Report
@@ -57,11 +57,11 @@ def publication_content(job: Job, settings: Settings) -> PublicationContent:
 def _comparison(job: Job, repo: str) -> dict[str, str]:
     """The comparison as data, and as a picture if it has one; both name the merge `repo`."""
     assert job.evaluation is not None
-    found = job.evaluation.comparison
-    if found is None:
+    comparison = job.evaluation.comparison
+    if comparison is None:
         return {}
-    drawn = score_figure(found, repo)
-    data = {"results/comparison.json": _json(found.named(repo).as_dict())}
+    drawn = score_figure(comparison, repo)
+    data = {"results/comparison.json": _json(comparison.named(repo).as_dict())}
     return {**data, evaluation_section.PICTURE: drawn} if drawn else data
 
 
@@ -73,24 +73,35 @@ def output_names(job: Job, namespace: str) -> list[str]:
 
 def model_card(job: Job, repo: str) -> str:
     """README.md of the published repo: metadata for the Hub, then text for people."""
+    assert job.evaluation is not None
+    evaluation = job.evaluation
+    pictured = evaluation_section.PICTURE in _comparison(job, repo)
     metadata = yaml.dump(_metadata(job, repo), Dumper=_NoAliases, sort_keys=False, allow_unicode=True)
     method = str(job.plan["method"])
     sections = [
         f"# {repo.partition('/')[2]}",
         f"A **{method}** merge of {listed([source.repo for source in job.sources])}, merged, evaluated and published "
         f"by mergebot for {code(job.request.requester)}.",
-        evaluation_section.headline(job),
+        evaluation_section.headline(evaluation),
         "## Scores",
-        evaluation_section.scores(job, repo),
-        *evaluation_section.against_parents(job, repo, pictured=evaluation_section.PICTURE in _comparison(job, repo)),
-        *evaluation_section.first_look(job),
+        evaluation_section.scores(evaluation, repo),
+        *evaluation_section.against_parents(evaluation, repo, pictured=pictured),
+        *evaluation_section.sanity_checks(evaluation.vitals),
         "## Decode speed",
         _speed(job),
         "## Use",
         fenced(messages.USE.format(repo=repo), "python"),
-        *_use_heads(job, repo),
+        *(
+            [messages.HEADS, fenced(messages.USE_HEADS.format(repo=repo), "python"), messages.HEADS_CAUTION]
+            if evaluation.heads
+            else ()
+        ),
         "## Sources",
-        _source_table(job.sources),
+        table(
+            ("source", "commit", "license"),
+            [(code(each.repo), f"`{each.revision}`", code(str(each.licence))) for each in job.sources],
+            words=3,
+        ),
         "## Recipe",
         fenced(recipe.write_yaml(recipe.from_canonical(job.recipe).document()), "yaml"),
         messages.REPRODUCE,
@@ -154,14 +165,8 @@ def _dataset(score: Score) -> dict[str, str]:
     data = score.data
     if data is None or data.repo is None:
         return {"type": score.task, "name": score.task}
-    found = {
-        "type": data.repo,
-        "name": score.task,
-        "config": data.config,
-        "split": data.split,
-        "revision": data.revision,
-    }
-    return {key: value for key, value in found.items() if value}
+    optional = {"config": data.config, "split": data.split, "revision": data.revision}
+    return {"type": data.repo, "name": score.task, **{key: value for key, value in optional.items() if value}}
 
 
 def _speed(job: Job) -> str:
@@ -201,13 +206,6 @@ def _questions(speed: Report) -> str:
     return f"Questions: {questions}, each answer at most {tokens} tokens." if questions and tokens else ""
 
 
-def _use_heads(job: Job, repo: str) -> list[str]:
-    assert job.evaluation is not None
-    if not job.evaluation.heads:
-        return []
-    return [messages.HEADS, fenced(messages.USE_HEADS.format(repo=repo), "python"), messages.HEADS_CAUTION]
-
-
 def _transfer_table(speed: Report) -> str:
     """All sets of heads on the merged model with the same tree; empty without heads of the parents."""
     if not speed.transfer:
@@ -221,12 +219,6 @@ def _transfer_table(speed: Report) -> str:
             continue
         shares, rate = " ".join(f"{head.top1:.2f}" for head in row.accuracy), row.tokens_per_step.common_tree
         lines.append(f"| {plain(row.label)} | {shares} | {'–' if rate is None else format(rate, '.2f')} |")
-    return "\n".join(lines)
-
-
-def _source_table(sources: tuple[Source, ...]) -> str:
-    lines = ["| source | commit | license |", "|---|---|---|"]
-    lines += [f"| {code(source.repo)} | `{source.revision}` | {code(str(source.licence))} |" for source in sources]
     return "\n".join(lines)
 
 
@@ -261,11 +253,12 @@ def reply_spec(
 def _ending(job: Job | None, refusal: Mapping[str, Any] | None, settings: Settings) -> tuple[str, str]:
     if job is None:
         assert refusal is not None
-        said = {"code": refusal["code"], "sentence": plain(refusal["message"]), "next_step": plain(refusal["next"])}
-        return "refused", messages.REFUSED.format(**said)
-    if job.publication is not None:
+        return "refused", messages.REFUSED.format(
+            code=refusal["code"], sentence=plain(refusal["message"]), next_step=plain(refusal["next"])
+        )
+    if job.publication is not None and job.evaluation is not None:
         repo = job.publication.repo
-        scores = evaluation_section.scores(job, repo)
+        scores = evaluation_section.scores(job.evaluation, repo)
         url = f"{settings.hub}/{repo}"
         return "published", messages.PUBLISHED.format(repo=repo, url=url, commit=job.publication.commit, scores=scores)
     if job.cancelled_at is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from bot.jobs.job import Evaluation, Job
+from bot.jobs.job import Evaluation
 from bot.publishing import messages
 from bot.publishing.markdown import code, listed, plain, table
 from evaluators import sanity_check
@@ -15,53 +15,52 @@ from evaluators.harness.scores import Score
 PICTURE = "results/comparison.svg"
 
 
-def headline(job: Job) -> str:
-    """The point of the merge in one sentence."""
-    assert job.evaluation is not None
-    if job.evaluation.comparison is None:
-        return "" if job.evaluation.not_compared else _keeping_up(job.evaluation)
-    return report.headline(job.evaluation.comparison, _name)
+def headline(evaluation: Evaluation) -> str:
+    """The result of the merge in one sentence."""
+    if evaluation.comparison is None:
+        return "" if evaluation.not_compared else _beside_best_source(evaluation)
+    return report.headline(evaluation.comparison, _name)
 
 
 def _name(model: str) -> str:
     return code(report.short(model))
 
 
-def _keeping_up(evaluation: Evaluation) -> str:
-    """Tasks in which the merge is within two standard errors of its best source."""
+def _beside_best_source(evaluation: Evaluation) -> str:
+    """Tasks on which the merge is within two standard errors of its best source."""
     if evaluation.merged is None:
         return ""
     kept: list[str] = []
     lost: list[str] = []
     for score in (score for score in evaluation.merged.scores if score.higher_is_better):
-        rivals = [report.score_of(each, score.task) for each in evaluation.sources.values()]
-        best = max((rival for rival in rivals if rival is not None), key=lambda rival: rival.value, default=None)
+        others = [report.score_of(each, score.task) for each in evaluation.sources.values()]
+        best = max((other for other in others if other is not None), key=lambda other: other.value, default=None)
         if best is None:
             continue
         spread = 2 * ((score.stderr or 0.0) ** 2 + (best.stderr or 0.0) ** 2) ** 0.5
         (lost if score.value < best.value - spread else kept).append(code(score.task))
-    told = []
+    clauses = []
     if kept:
-        told.append(f"within two standard errors of its best source, or above, on {report.joined(kept)}")
+        clauses.append(f"within two standard errors of its best source, or above, on {report.joined(kept)}")
     if lost:
-        told.append(f"below its best source on {report.joined(lost)}")
-    return f"It is {'; it is '.join(told)}." if told else ""
+        clauses.append(f"below its best source on {report.joined(lost)}")
+    return f"It is {'; it is '.join(clauses)}." if clauses else ""
 
 
 # -- scores ------------------------------------------------------------------------------------------------------
 
 
-def scores(job: Job, repo: str) -> str:
+def scores(evaluation: Evaluation, repo: str) -> str:
     """The merge and its sources, task by task, each number with its interval."""
-    assert job.evaluation is not None
-    merged = job.evaluation.merged
+    merged = evaluation.merged
     if merged is None:
         return messages.NOT_MEASURED
-    models = {"": merged, **job.evaluation.sources}
-    found = report.scores(models, job.evaluation.comparison)
-    titles = ["model", *(code(row.title) if row.is_task else row.title for row in found)]
+    models = {"": merged, **evaluation.sources}
+    columns = report.scores(models, evaluation.comparison)
+    titles = ["model", *(code(each.title) if each.is_task else each.title for each in columns)]
     rows = [
-        [_name(name) if name else f"**{code(repo)}**", *(str(row.figures[name]) for row in found)] for name in models
+        [_name(name) if name else f"**{code(repo)}**", *(str(each.figures[name]) for each in columns)]
+        for name in models
     ]
     environment = merged.environment
     below = (
@@ -80,34 +79,32 @@ def _samples(scores: Sequence[Score]) -> str:
     by_count: dict[int, list[str]] = {}
     for score in scores:
         by_count.setdefault(score.samples, []).append(score.task)
-    told = ""
+    counts = ""
     for count, tasks in by_count.items():
-        unit = "" if told else " samples"
-        told += f", {count:,}{unit}{' each' if len(tasks) > 1 else ''} of {listed(tasks)}"
-    return told
+        unit = "" if counts else " samples"
+        counts += f", {count:,}{unit}{' each' if len(tasks) > 1 else ''} of {listed(tasks)}"
+    return counts
 
 
 # -- against the parents -----------------------------------------------------------------------------------------
 
 
-def against_parents(job: Job, repo: str, *, pictured: bool) -> list[str]:
+def against_parents(evaluation: Evaluation, repo: str, *, pictured: bool) -> list[str]:
     """Comparison with the parents, or the reason for its absence; empty without either."""
-    assert job.evaluation is not None
-    found = job.evaluation.comparison
+    comparison = evaluation.comparison
     title = "## Against its parents"
-    if found is None:
-        return [title, plain(job.evaluation.not_compared)] if job.evaluation.not_compared else []
-    sections = [title, f"![{_alone(repo)} beside its parents]({PICTURE})" if pictured else ""]
-    rows = [_row(row) for row in report.differences(found)]
-    sections.append(table(("task", "parent", "the merge is", "difference", "p", "detectable"), rows, words=3))
-    sections.append(report.legend(found))
-    sections.append("\n".join(f"- {line}" for line in report.inherited(found, _name)))
-    sections += report.left_out(found, code, plain)
+    if comparison is None:
+        return [title, plain(evaluation.not_compared)] if evaluation.not_compared else []
+    rows = [_row(row) for row in report.differences(comparison)]
+    sections = [
+        title,
+        f"![{plain(repo.partition('/')[2])} beside its parents]({PICTURE})" if pictured else "",
+        table(("task", "parent", "the merge is", "difference", "p", "detectable"), rows, words=3),
+        report.legend(comparison),
+        "\n".join(f"- {line}" for line in report.inherited(comparison, _name)),
+        *report.left_out(comparison, code, plain),
+    ]
     return [section for section in sections if section]
-
-
-def _alone(repo: str) -> str:
-    return plain(repo.partition("/")[2])
 
 
 def _row(row: report.DifferenceRow) -> list[str]:
@@ -121,14 +118,12 @@ def _row(row: report.DifferenceRow) -> list[str]:
     ]
 
 
-# -- vitals ------------------------------------------------------------------------------------------------------
+# -- sanity checks -----------------------------------------------------------------------------------------------
 
 
-def first_look(job: Job) -> list[str]:
+def sanity_checks(checks: Mapping[str, sanity_check.SanityCheck]) -> list[str]:
     """Sanity checks, the merge first; empty without any."""
-    assert job.evaluation is not None
-    found = job.evaluation.vitals
-    if not found:
+    if not checks:
         return []
-    rows = [[_name(name) if name else "this merge", *sanity_check.cells(each)] for name, each in found.items()]
+    rows = [[_name(name) if name else "this merge", *sanity_check.cells(each)] for name, each in checks.items()]
     return ["## Sanity check", table(["model", *sanity_check.COLUMNS], rows), messages.FIRST_LOOK]

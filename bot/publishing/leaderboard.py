@@ -85,9 +85,9 @@ class Row:
     speedup: float | None
     speedup_ci: tuple[float, float] | None
     published_at: str
-    verdict: str | None = None  # what the merge is beside its parents, in words
-    ranking: str | None = None  # `ModelEvaluation.board`; rows that lack it are told apart by their suite
-    asked: str | None = None  # how, in words
+    verdict: str | None = None  # comparison of the merge with its parents, in words
+    ranking: str | None = None  # `ModelEvaluation.board`; rows without it are ranked by suite
+    asked: str | None = None  # suite and settings, in words
     average_interval: tuple[float, float] | None = None  # 95 %
     speed_verdict: str | None = None  # the speed test's own: an interval from too few questions has none
 
@@ -109,11 +109,11 @@ class Row:
     @property
     def source_scores(self) -> dict[str, dict[str, tuple[float, float | None]]]:
         """The sources' scores, by source and task."""
-        found: dict[str, dict[str, tuple[float, float | None]]] = {}
+        by_source: dict[str, dict[str, tuple[float, float | None]]] = {}
         for each in self.results:
             if each.model != self.model:
-                found.setdefault(each.model, {})[each.task] = (each.value, each.stderr)
-        return found
+                by_source.setdefault(each.model, {})[each.task] = (each.value, each.stderr)
+        return by_source
 
 
 _ROW = TypeAdapter(Row)

@@ -10,9 +10,10 @@ after a crash.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,9 @@ def publish(spec: PublishSpec, settings: Settings, report: Show) -> Publication:
             commit, expected = place.done, evaluated
             break
         expected = evaluated | heads | {path: text.encode() for path, text in content.texts[place.repo].items()}
-        made = _commit(hub, queue, spec, place, expected, report)
-        if made is not None:
-            commit = made
+        new_commit = _commit(hub, queue, spec, place, expected, report)
+        if new_commit is not None:
+            commit = new_commit
             break
     else:
         raise Transient(
@@ -101,10 +102,10 @@ def _place(hub: Hub, names: list[str], marker: Mapping[str, Any]) -> Place:
             if paths <= UNTOUCHED and hub.resolve(repo).private:
                 return Place(repo, head, None)
             continue
-        found = json.loads(text)
-        if found["digest"] != marker["digest"]:
+        existing = json.loads(text)
+        if existing["digest"] != marker["digest"]:
             continue
-        if found["manifest"] != marker["manifest"]:
+        if existing["manifest"] != marker["manifest"]:
             raise Failed(
                 "PUBLISH_CONFLICT",
                 f"{repo} already holds another result of the same request.",
@@ -156,25 +157,11 @@ def _read_back(hub: Hub, repo: str, commit: str, expected: Mapping[str, Content]
 
 
 def _same(content: Content, stored: FileFact) -> bool:
-    if stored.sha256 is not None:
-        return stored.sha256 == _digest(content, hashlib.sha256())
     length = content.stat().st_size if isinstance(content, Path) else len(content)
-    return stored.size == length and stored.blob_id == _digest(content, hashlib.sha1(f"blob {length}\0".encode()))
-
-
-def _digest(content: Content, digest: Any) -> str:
-    for block in _blocks(content):
-        digest.update(block)
-    return str(digest.hexdigest())
-
-
-def _blocks(content: Content) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with content.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            yield block
+    digest = hashlib.sha256() if stored.sha256 is not None else hashlib.sha1(f"blob {length}\0".encode())
+    with content.open("rb") if isinstance(content, Path) else io.BytesIO(content) as stream:
+        hashed = hashlib.file_digest(stream, lambda: digest).hexdigest()
+    return hashed == stored.sha256 if stored.sha256 is not None else (length, hashed) == (stored.size, stored.blob_id)
 
 
 def _still_there(hub: Hub, repo: str, revision: str) -> None:
