@@ -58,7 +58,7 @@ def test_heads_go_out_to_every_program_and_come_back(place: Path) -> None:
 @pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_in_a_sentence(place: Path) -> None:
     for arguments, says in (
-        (("conditioned", "out", "--format", "vllm"), "for which vllm has no place. Train others with --no-conditioned"),
+        (("conditioned", "out", "--format", "vllm"), "which vllm does not support. Train heads with --no-conditioned"),
         (("base", "out", "--format", "v1"), "base is a model, not heads"),
     ):
         with pytest.raises(EvaluationError) as caught:

@@ -1,7 +1,7 @@
-"""What a head checkpoint holds, decided by its keys and shapes and never by its config.
+"""Layout of a head checkpoint, derived from its keys and shapes and never from its config.
 
-The published 7B config says two heads where the file holds five: a config that disagrees is a warning. After `examine`
-every tensor that is going to be copied is there, has its shape for this base, and is a number.
+The published 7B config states two heads for a file with five, so a config that disagrees is only a warning. After
+`examine` every tensor that is copied exists, has the right shape for this base and a floating point type.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _WRAPPERS = (INSIDE, "medusa_heads.")
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
-    """Where every part of the heads lies in the file: names by (head, block) or head. `spec` is what they make."""
+class HeadLayout:
+    """Tensor names in the file by (head, block) or head, and the shape `spec` of the heads."""
 
     stored: Stored
     spec: HeadSpec
@@ -45,21 +45,21 @@ class Holding:
     warnings: list[str] = field(default_factory=list)
 
     def read(self, name: str) -> Tensor:
-        """The tensor in float32. Raises EvaluationError BAD_HEADS if it is not finite."""
+        """Read a tensor in float32. Raises EvaluationError BAD_HEADS if it is not finite."""
         tensor = self.stored.read(name).to(torch.float32)
         if not bool(torch.isfinite(tensor).all()):
             raise refused(f"{name} holds NaN or infinity.")
         return tensor
 
     def projection(self, head: int) -> Tensor:
-        """[V', H]; where the file has all rows and a map of tokens, the rows of the map."""
+        """[V', H]; of a projection with all rows, those of the draft vocabulary."""
         rows = self.read(self.projections[head])
         keep = self.spec.keep
         return rows if keep is None or len(rows) == len(keep) else rows[list(keep)]
 
 
-def examine(stored: Stored, config: Mapping[str, Any], base: Base) -> Holding:
-    """Raises EvaluationError BAD_HEADS with the reason why these heads do not fit `base`."""
+def examine(stored: Stored, config: Mapping[str, Any], base: Base) -> HeadLayout:
+    """Derive the layout. Raises EvaluationError BAD_HEADS with the reason if the heads do not fit `base`."""
     names, warnings = _unwrapped(stored)
     layout = _layout(names, stored)
     block, projection = _NAMES[layout]
@@ -79,25 +79,25 @@ def examine(stored: Stored, config: Mapping[str, Any], base: Base) -> Holding:
     if ignored := sorted(set(names.values()) - known):
         warnings.append(f"the file holds {len(ignored)} tensors that belong to no head, such as {ignored[0][:80]}")
     keep = _keep(stored, names.get(_KEEP[layout]), base)
-    _one_precision(stored, [*weights.values(), *biases.values(), *projections.values()], warnings)
+    _check_types(stored, [*weights.values(), *biases.values(), *projections.values()], warnings)
     # vLLM stores the one shared output embedding as the projection of head 0.
     shared = not projections or (layout == "vllm" and heads > 1 and set(projections) == {0})
-    conditioned = _blocks_fit(stored, weights, biases, heads, layers, base.hidden)
-    _projections_fit(stored, projections, 1 if shared else heads, keep, base, names, layout, layers)
+    conditioned = _check_blocks(stored, weights, biases, heads, layers, base.hidden)
+    _check_projections(stored, projections, 1 if shared else heads, keep, base, names, layout, layers)
     spec = HeadSpec("shared" if shared else "own", heads, layers, conditioned, keep)
     if layout == "vllm" and not projections:
         warnings.append("the file holds no `lm_heads.0.weight`: the model's own output embedding is used")
     warnings += _disagreements(spec, config, layout, base)
-    return Holding(stored, spec, weights, biases, projections, warnings)
+    return HeadLayout(stored, spec, weights, biases, projections, warnings)
 
 
 def _unwrapped(stored: Stored) -> tuple[dict[str, str], list[str]]:
-    """Plain name -> name in the file. Of a full model only what lies under `medusa_head.`."""
+    """({name without prefix: name in the file}, warnings). Of a full model only tensors under `medusa_head.` count."""
     inside = [name for name in stored.shapes if name.startswith(INSIDE)]
     if inside and len(inside) < len(stored.shapes):
         others = len(stored.shapes) - len(inside)
         return {name.removeprefix(INSIDE): name for name in inside}, [
-            f"the heads were taken out of a whole model with {others} other tensors, with which they may be trained"
+            f"the heads come from a full model with {others} other tensors, which may have been trained with them"
         ]
     names = {}
     for name in stored.shapes:
@@ -112,17 +112,17 @@ def _layout(names: Mapping[str, str], stored: Stored) -> Layout:
     ]
     if not found and stored.file == MODEL:
         raise refused(
-            f"{stored.folder.name} is a model, not heads: none of its {len(names)} tensors belongs to a head.",
+            f"{stored.folder.name} is a model without heads: none of its {len(names)} tensors belongs to a head.",
             "Train heads on it (`mergebot medusa train`), or name a folder that holds heads.",
         )
     if not found:
         raise refused("The head file holds no `{i}.{j}.linear.weight` and no `blocks.{i}.layers.{j}.weight`.")
     if len(found) == 2:
-        raise refused("The head file mixes the names of Medusa and of vLLM, so what it means is not certain.")
+        raise refused("The head file mixes the names of Medusa and of vLLM, so its layout is ambiguous.")
     return found[0]
 
 
-def _blocks_fit(
+def _check_blocks(
     stored: Stored,
     weights: Mapping[tuple[int, int], str],
     biases: Mapping[tuple[int, int], str],
@@ -130,7 +130,7 @@ def _blocks_fit(
     layers: int,
     width: int,
 ) -> bool:
-    """Whether the heads are conditioned; refuses blocks of another shape."""
+    """Check the shapes of the blocks. Returns True if the heads are conditioned."""
     first = stored.shapes.get(weights.get((0, 0), ""), ())
     conditioned = first == (width, 2 * width)
     for head in range(heads):
@@ -147,7 +147,7 @@ def _blocks_fit(
     return conditioned
 
 
-def _projections_fit(
+def _check_projections(
     stored: Stored,
     projections: Mapping[int, str],
     wanted: int,
@@ -162,10 +162,10 @@ def _projections_fit(
     for head in range(wanted):
         if head not in projections:
             lacking = f"{head}.{layers}.weight" if layout == "medusa" else f"lm_heads.{head}.weight"
-            raise refused(f"The head file lacks {lacking}, the projection of head {head}, but holds those of others.")
+            raise refused(f"The head file lacks {lacking}, the projection of head {head}, but has those of others.")
         found = stored.shapes[projections[head]]
         rows = base.vocab if keep is None or (layout == "vllm" and found[:1] == (base.vocab,)) else len(keep)
-        other = f": the heads know {found[0]} tokens, the model {rows}" if found and found[0] != rows else ""
+        other = f": the heads have {found[0]} tokens, the model {rows}" if found and found[0] != rows else ""
         _expect(stored, projections[head], (rows, base.hidden), other)
 
 
@@ -186,18 +186,18 @@ def _keep(stored: Stored, name: str | None, base: Base) -> tuple[int, ...] | Non
     return tuple(ids)
 
 
-def _one_precision(stored: Stored, names: list[str], warnings: list[str]) -> None:
+def _check_types(stored: Stored, names: list[str], warnings: list[str]) -> None:
     for name in names:
         dtype = stored.dtypes[name]
         if dtype is None or not dtype.is_floating_point:
-            raise refused(f"{name} is stored in a type that is no 16, 32 or 64 bit float ({dtype or 'unknown'}).")
+            raise refused(f"{name} is not stored as a 16, 32 or 64 bit float ({dtype or 'unknown'}).")
     found = sorted({str(stored.dtypes[name]).removeprefix("torch.") for name in names})
     if len(found) > 1:
         warnings.append(f"the file mixes {' and '.join(found)}: everything is computed in float32")
 
 
 def _disagreements(spec: HeadSpec, config: Mapping[str, Any], layout: Layout, base: Base) -> list[str]:
-    """What the config says otherwise, a sentence each. A full model's config counts its own layers."""
+    """Warnings for values of the config that differ from the file."""
     ours = config.get("mergebot_heads")
     found: list[tuple[str, Any, Any]] = [
         ("medusa_num_heads", config.get("medusa_num_heads"), spec.heads),
@@ -214,7 +214,7 @@ def _disagreements(spec: HeadSpec, config: Mapping[str, Any], layout: Layout, ba
     if isinstance(ours, dict):
         found += [("conditioned", ours.get("conditioned"), spec.conditioned)]
     return [
-        f"the config says {repr(said)[:80]} for {key}, the file holds {held!r}: the file's value is used"
-        for key, said, held in found
-        if said is not None and said != held
+        f"the config says {repr(configured)[:80]} for {key}, the file holds {stored!r}: the file's value is used"
+        for key, configured, stored in found
+        if configured is not None and configured != stored
     ]

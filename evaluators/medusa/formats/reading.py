@@ -1,12 +1,12 @@
-"""Opening a head checkpoint that a stranger may have made: sizes and headers first, tensors only when asked for.
+"""Reading of an untrusted head checkpoint: sizes and headers are checked first, tensors are read on demand.
 
     medusa_lm_head.safetensors        ours, V1, V2, TGI
-    medusa_lm_head.pt                 V1 as first published: a pickle, read as tensors and nothing else
+    medusa_lm_head.pt                 V1 as first published: a pickle, from which only tensors are read
     model.safetensors, or its shards  vLLM, or a full model with heads inside (Medusa-2)
-    medusa/...                        the heads a merged repo carries
+    medusa/...                        heads in the repo of a merged model
 
-A pickle is a program. It is opened only under that one name, only as torch's zip archive whose parts are stored plainly
-and add up, and only by torch's restricted unpickler (`weights_only=True`, which knows tensors and plain containers).
+A pickle can run code. It is opened only under that one name, only as a zip archive of torch without compression, and
+only by the restricted unpickler of torch (`weights_only=True`: tensors and plain containers).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HEADER_LIMIT_BYTES = 8 << 20
 PICKLE_LIMIT_BYTES = 4 << 20
 JSON_LIMIT_BYTES = 16 << 20
 TENSOR_LIMIT = 50_000
-INSIDE = "medusa_head."  # what the heads' tensors of a full model begin with
+INSIDE = "medusa_head."  # prefix of the tensors of heads in a full model
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,7 +51,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The tensors of one head checkpoint by name, not yet read. `dtypes` names what has none in torch's terms None."""
+    """Shapes and types of the tensors of a head checkpoint; `read` loads one. An unknown type is None."""
 
     folder: Path
     file: str
@@ -61,7 +61,7 @@ class Stored:
 
 
 def find(folder: Path) -> Stored:
-    """The head checkpoint in `folder`. Raises EvaluationError BAD_HEADS with the reason."""
+    """Find the head checkpoint in `folder`. Raises EvaluationError BAD_HEADS with the reason."""
     place = folder / CARRIED if (folder / CARRIED / WEIGHTS).is_file() else folder
     if (place / WEIGHTS).is_file():
         return _safetensors(place, [WEIGHTS])
@@ -73,14 +73,14 @@ def find(folder: Path) -> Stored:
         return _safetensors(place, [MODEL])
     if any(place.glob("pytorch_model*.bin")):
         raise refused(
-            f"{folder.name} is a whole model in pickled files, and of pickles only {PICKLED} is opened.",
+            f"{folder.name} is a full model in pickled files, and {PICKLED} is the only pickle that is read.",
             "Save the model as safetensors first.",
         )
     raise refused(f"There is no {WEIGHTS} in {folder.name}.", f"Give a folder with {WEIGHTS}, {PICKLED} or {MODEL}.")
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """config.json beside the heads; an absent or unreadable one is empty, because nothing is decided by it."""
+    """Contents of the config.json of the heads; empty if it cannot be read, because only warnings depend on it."""
     path = folder / "config.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= JSON_LIMIT_BYTES else None
@@ -97,7 +97,7 @@ def refused(sentence: str, next_step: str = "Train heads on this model or give h
 
 
 def _safetensors(folder: Path, files: list[str], *, inside: bool = False) -> Stored:
-    """`inside`: of a sharded model only the tensors of heads are looked at."""
+    """With `inside` only the tensors of heads in a full model are read."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype | None] = {}
     home: dict[str, Path] = {}
@@ -139,8 +139,8 @@ def _check_header(path: Path) -> None:
         raise _too_large(path)
     if size >= 8 and announced > HEADER_LIMIT_BYTES:
         raise refused(
-            f"{path.name} announces a header of {announced:,} bytes; the limit is {HEADER_LIMIT_BYTES:,}.",
-            "Ask its author for a whole safetensors file.",
+            f"{path.name} declares a header of {announced:,} bytes; the limit is {HEADER_LIMIT_BYTES:,}.",
+            "Ask its author for a complete safetensors file.",
         )
     if size < 8 or announced + 8 > size:
         raise _broken(path, "it is shorter than its own header")
@@ -155,7 +155,7 @@ def _too_large(path: Path) -> EvaluationError:
 
 
 def _shards(index: Path) -> list[str]:
-    """The shards that hold heads, by the index of a full model."""
+    """Names of the shards that hold heads, from the index of a full model."""
     try:
         listed = json.loads(index.read_text(encoding="utf-8")) if index.stat().st_size <= JSON_LIMIT_BYTES else None
         weights = dict(listed["weight_map"]) if isinstance(listed, dict) else {}
@@ -176,7 +176,7 @@ def _shards(index: Path) -> list[str]:
     return wanted
 
 
-# -- the one pickle ----------------------------------------------------------------------------------------------
+# -- pickle ------------------------------------------------------------------------------------------------------
 
 
 def _pickled(path: Path) -> Stored:
@@ -185,12 +185,12 @@ def _pickled(path: Path) -> Stored:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
-    except Exception as error:  # the restricted unpickler raises whatever the file provokes
+    except Exception as error:  # a malformed file can raise anything
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks for `{asked[1][:80]}`, which is not a tensor" if asked else "is not a file of tensors"
         raise refused(f"{path.name} {what}; nothing in it was run.", "Ask its author for safetensors.") from error
     if not isinstance(loaded, dict) or not loaded:
-        raise refused(f"{path.name} holds no table of tensors.", "Ask its author for safetensors.")
+        raise refused(f"{path.name} holds no dictionary of tensors.", "Ask its author for safetensors.")
     tensors: dict[str, Tensor] = {}
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -198,7 +198,7 @@ def _pickled(path: Path) -> Stored:
                 f"{path.name} holds {type(value).__name__} under {str(name)[:80]!r}, not only tensors by name.",
                 "Ask its author for safetensors.",
             )
-        tensors[name] = _plain(path, name, value.detach())
+        tensors[name] = _checked(path, name, value.detach())
     return Stored(
         path.parent,
         path.name,
@@ -208,30 +208,30 @@ def _pickled(path: Path) -> Stored:
     )
 
 
-def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
+def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise refused(
-            f"{path.name} stores {name[:80]} in a layout that is not plain.", "Ask its author for safetensors."
+            f"{path.name} stores {name[:80]} in a layout that is not supported.", "Ask its author for safetensors."
         )
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise refused(
-            f"{path.name} describes more numbers of {name[:80]} than it holds.", "Ask its author for safetensors."
+            f"{path.name} describes more values of {name[:80]} than it holds.", "Ask its author for safetensors."
         )
     return tensor
 
 
 def _check_archive(path: Path) -> None:
-    """Torch's zip archive: nothing compressed, no more bytes than the file has, one small pickle."""
+    """Check the zip archive of torch: no compression, no more bytes than the file has, one small pickle."""
     size = path.stat().st_size
     if size > LIMIT_BYTES:
         raise _too_large(path)
     try:
         with path.open("rb") as handle:
-            begins_well = handle.read(4) == b"PK\x03\x04"
-        entries = zipfile.ZipFile(path).infolist() if begins_well else []
+            is_zip = handle.read(4) == b"PK\x03\x04"
+        entries = zipfile.ZipFile(path).infolist() if is_zip else []
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise refused(f"{path.name} is a truncated or broken zip archive.", "Download it again.") from error
-    if not begins_well:
+    if not is_zip:
         raise refused(
             f"{path.name} is not the zip archive that torch writes since 1.6.", "Ask its author for safetensors."
         )
@@ -243,5 +243,5 @@ def _check_archive(path: Path) -> None:
         raise refused(f"{path.name} would unpack to more than its {size:,} bytes.", "Ask its author for safetensors.")
     if len(pickles) != 1 or pickles[0].file_size > PICKLE_LIMIT_BYTES:
         raise refused(
-            f"{path.name} does not hold exactly one small table of tensors.", "Ask its author for safetensors."
+            f"{path.name} does not hold exactly one small dictionary of tensors.", "Ask its author for safetensors."
         )

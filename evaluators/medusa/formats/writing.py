@@ -1,17 +1,17 @@
-"""Heads to disk, for us and for others. A variant that a format cannot carry is refused with the reason.
+"""Writing of heads in five formats. A variant that a format does not support is refused with the reason.
 
 | variant          | v1                    | v2            | tgi          | vllm      | ours |
 |------------------|-----------------------|---------------|--------------|-----------|------|
 | own              | yes                   | no            | as v1        | yes       | yes  |
 | shared, 1 block  | copies of the lm_head | yes           | as v2        | one copy  | yes  |
 | shared, more     | copies of the lm_head | yes           | as v1        | one copy  | yes  |
-| shared, reduced  | the cut is dropped    | dropped       | dropped      | token_map | yes  |
+| shared, reduced  | vocabulary restored   | dropped       | dropped      | token_map | yes  |
 | own, reduced     | no                    | no            | no           | token_map | yes  |
 | conditioned      | no                    | no            | no           | no        | yes  |
 
-TGI tries the V1 reader first; its V2 reader asserts one block a head and opens exactly `medusa_lm_head.safetensors`.
-With an `architectures` key in the config TGI takes the folder for a model and drops the heads. vLLM renames every
-config key that contains "num" with "heads" or "layers", so there is one of each.
+TGI tries the V1 reader first; its V2 reader asserts one block per head and opens only `medusa_lm_head.safetensors`.
+With an `architectures` key in the config TGI treats the folder as a model and ignores the heads. vLLM renames every
+config key that contains "num" and "heads" or "layers", so the config has one of each.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def save(
     tree: Tree | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[str]:
-    """Write the heads; each file appears whole or not at all. Returns what a user should know, a sentence each.
+    """Write the heads, each file atomically. Returns notes for the user.
 
-    `base_model` is the repo of the base (TGI downloads it by that name), `tree` the one chosen for these heads; only
-    ours has a place for it. Raises EvaluationError HEADS_UNSUPPORTED for a variant that `fmt` cannot carry,
-    OUTPUT_EXISTS for another program's format in a folder that is not empty.
+    `base_model` is the repo_id of the base, by which TGI downloads it. `tree` is stored only in our format. Raises
+    EvaluationError HEADS_UNSUPPORTED for a variant that `fmt` does not support, OUTPUT_EXISTS for another format than
+    ours in a folder that is not empty.
     """
     copied = _copies_output(heads, fmt)
     _check(heads, fmt)
     if fmt != "ours" and folder.is_dir() and any(folder.iterdir()):
         raise EvaluationError(
             "OUTPUT_EXISTS",
-            f"{folder} is not empty, and {fmt} heads need a folder of their own.",
+            f"{folder} is not empty, and {fmt} heads need an empty folder.",
             "Choose a new folder.",
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def save(
     }
     target = folder / (MODEL if fmt == "vllm" else WEIGHTS)
     temporary = target.with_name(target.name + ".part")
-    # Copies of one tensor would share memory, which safetensors refuses to write.
-    save_file(_apart(typed), str(temporary), metadata={"format": "pt"})
+    # Copies of one tensor share memory, which safetensors does not write.
+    save_file(_separate(typed), str(temporary), metadata={"format": "pt"})
     move_into_place(temporary, target)
     write_json(folder / CONFIG, _vllm_config(heads) if fmt == "vllm" else _config(heads, fmt, copied, base_model, tree))
     return _notes(heads, fmt, copied, base_model)
@@ -97,7 +97,7 @@ def write_generate_code(model: Path) -> None:
     shutil.copyfile(Path(custom_generate.__file__), target)
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if tensor.data_ptr() in seen:
@@ -106,40 +106,40 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-# -- what goes where ---------------------------------------------------------------------------------------------
+# -- contents ----------------------------------------------------------------------------------------------------
 
 
 def _copies_output(heads: Heads, fmt: Format) -> bool:
-    """Whether `fmt` carries shared heads only together with copies of the base's output embedding."""
+    """Return True if `fmt` stores shared heads only with copies of the base's output embedding."""
     if heads.spec.kind == "own":
         return False
     return fmt in ("v1", "vllm") or (fmt == "tgi" and heads.spec.layers > 1)
 
 
 def formats_of(heads: Heads) -> list[Format]:
-    """The formats that can carry these heads."""
+    """Formats that support these heads."""
     return [fmt for fmt in FORMATS if _obstacle(heads, fmt) is None]
 
 
 def _obstacle(heads: Heads, fmt: Format) -> tuple[str, str] | None:
-    """What about these heads `fmt` cannot carry, a clause, and what to do; None if it carries them."""
+    """(predicate, next step) for heads that `fmt` does not support; None if it does."""
     spec = heads.spec
     if fmt == "ours":
         return None
     if spec.conditioned:
         return (
-            f"reads the base's next token (conditioned), for which {fmt} has no place",
-            "Train others with --no-conditioned, or keep these in mergebot's own format.",
+            f"reads the base's next token (conditioned), which {fmt} does not support",
+            "Train heads with --no-conditioned, or keep these in mergebot's own format.",
         )
     if spec.kind == "own" and spec.keep is not None and fmt != "vllm":
         return (
             f"has its own projection onto {len(spec.keep)} tokens, and {fmt} supports only the whole vocabulary",
-            "Train others with --vocab full, or export these for vllm.",
+            "Train heads with --vocab full, or export these for vllm.",
         )
     if spec.kind == "own" and fmt == "v2":
         return "has its own projection, and v2 uses the base's", "Export for v1, tgi or vllm."
     if _copies_output(heads, fmt) and heads.unembed_bias is not None:
-        return f"shares an output embedding that has a bias, which {fmt} cannot carry", "Export for v2."
+        return f"shares an output embedding that has a bias, which {fmt} does not support", "Export for v2."
     return None
 
 
@@ -215,7 +215,7 @@ def _vllm_config(heads: Heads) -> dict[str, Any]:
 
 
 def _logit_scale(heads: Heads) -> float:
-    """The factor between lm_head(h) and the base's logits; 1 for a cap, which changes no ranks."""
+    """Factor between lm_head(h) and the logits of the base; 1 for a soft cap, which does not change ranks."""
     one, two = (float(heads.base.post(torch.tensor([value]))) for value in (1.0, 2.0))
     return one if abs(two - 2 * one) < 1e-6 * abs(two) else 1.0
 
@@ -225,19 +225,19 @@ def _notes(heads: Heads, fmt: Format, copied: bool, base_model: str) -> list[str
     found: list[str] = []
     if fmt in ("v1", "v2", "tgi") and spec.keep is not None:
         found.append(
-            f"the cut to {len(spec.keep)} draft tokens was dropped, because {fmt} supports only the whole vocabulary: "
+            f"the draft vocabulary of {len(spec.keep)} tokens was dropped, because {fmt} supports only the whole one: "
             "measure the accuracy of the heads again"
         )
     if copied and fmt != "vllm":
-        found.append(f"the base's output embedding was copied {spec.heads} times, once for each head")
+        found.append(f"the base's output embedding was copied {spec.heads} times, once per head")
     if fmt == "v2" and spec.layers > 1:
-        found.append("TGI reads v2 heads only with one block a head: export for tgi if it is to serve them")
+        found.append("TGI reads v2 heads only with one block per head: export with format tgi to serve them with TGI")
     if fmt == "tgi":
         found.append(
             f"TGI downloads the base from the Hub as `{base_model}`, branch main: change base_model_name_or_path in "
-            f"{CONFIG} if it has another name there, and start TGI with `--speculate` of at most {spec.heads}"
+            f"{CONFIG} if its name there differs, and start TGI with `--speculate` of at most {spec.heads}"
         )
     if fmt == "vllm":
-        found.append("vLLM takes only the best guess of each head, not a tree")
-        found.append(f"vLLM reads Medusa heads up to release {LAST_VLLM}: later ones have no Medusa")
+        found.append("vLLM uses only the best token of each head, not a tree")
+        found.append(f"vLLM reads Medusa heads up to release {LAST_VLLM}; later releases have no Medusa")
     return found

@@ -58,7 +58,7 @@ class Bomb:
     [
         (lambda path: torch.save({"0.0.linear.weight": Bomb()}, path), "which is not a tensor"),
         (lambda path: path.write_bytes(pickle.dumps({"0.0.linear.weight": 1})), "not the zip archive"),
-        (lambda path: torch.save([1, 2], path), "no table of tensors"),
+        (lambda path: torch.save([1, 2], path), "no dictionary of tensors"),
         (lambda path: torch.save({"0.0.linear.weight": "text"}, path), "holds str"),
     ],
 )  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_broken_file_is_refused(base: Base, tmp_path: Path, head: bytes) -> No
 
 def test_a_huge_header_a_truncated_file_and_a_truncated_archive_are_named_as_such(base: Base, tmp_path: Path) -> None:
     (tmp_path / formats.WEIGHTS).write_bytes((10**15).to_bytes(8, "little"))
-    assert "announces a header of 1,000,000,000,000,000 bytes" in refusal(lambda: formats.load(tmp_path, base)).message
+    assert "declares a header of 1,000,000,000,000,000 bytes" in refusal(lambda: formats.load(tmp_path, base)).message
     formats.save(tiny.random_heads(base, SHARED), tmp_path)
     whole = (tmp_path / formats.WEIGHTS).read_bytes()
     for length in (4, 60, len(whole) - 1):
@@ -133,12 +133,12 @@ def test_an_archive_that_unpacks_to_more_or_holds_a_second_table_is_not_opened(b
     path.unlink()
     pickled(base, tmp_path / "two")
     repacked(tmp_path / "two" / path.name, second=b"cos\nsystem\n(S'true'\ntR.")
-    assert "exactly one small table" in refusal(lambda: formats.load(tmp_path / "two", base)).message
+    assert "exactly one small dictionary" in refusal(lambda: formats.load(tmp_path / "two", base)).message
 
 
 def test_a_tensor_that_describes_more_numbers_than_it_holds_is_refused(base: Base, tmp_path: Path) -> None:
     pickled(base, tmp_path, lambda tensors: {**tensors, "0.0.linear.weight": torch.zeros(1, 1).expand(32, 32)})
-    assert "describes more numbers" in refusal(lambda: formats.load(tmp_path, base)).message
+    assert "describes more values" in refusal(lambda: formats.load(tmp_path, base)).message
 
 
 def test_tied_blocks_of_a_pickled_file_share_one_storage_and_still_become_two(base: Base, tmp_path: Path) -> None:

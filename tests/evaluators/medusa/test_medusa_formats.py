@@ -49,7 +49,7 @@ def test_a_cut_that_a_format_does_not_know_is_dropped_and_said(base: Base, tmp_p
     heads = tiny.random_heads(base, CUT)
     notes = formats.save(heads, tmp_path / "out", fmt)
     again, _ = formats.load(tmp_path / "out", base)
-    assert any("5 draft tokens was dropped" in note for note in notes)
+    assert any("vocabulary of 5 tokens was dropped" in note for note in notes)
     torch.testing.assert_close(logits(again, base)[..., list(KEEP)], logits(heads, base))
 
 
@@ -101,7 +101,7 @@ def test_the_heads_of_a_whole_model_are_taken_out_of_it(base: Base, tmp_path: Pa
     save_file({**inside, "model.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
     again, warnings = formats.load(tmp_path, base)
     assert torch.equal(logits(again, base), logits(heads, base))
-    assert any("whole model" in warning for warning in warnings)
+    assert any("full model" in warning for warning in warnings)
 
 
 def test_five_stored_heads_count_though_the_config_says_two(base: Base, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_vllm_heads_may_have_all_rows_beside_a_token_map_a_prefix_or_no_output_e
     assert again.spec == CUT and warnings == [] and torch.equal(logits(again, base), logits(heads, base))
     tensors["lm_heads.0.weight"] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    assert "another model's" in formats.load(tmp_path, base)[1][0]
+    assert "is not that of this model" in formats.load(tmp_path, base)[1][0]
     del tensors["lm_heads.0.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     again, warnings = formats.load(tmp_path, base)

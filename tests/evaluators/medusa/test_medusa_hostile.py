@@ -88,10 +88,10 @@ class Sparse:
 
 
 def test_models_that_ask_for_their_attention_by_name_keep_it() -> None:
-    from evaluators.medusa.model.attention import ASKS_BY_NAME
+    from evaluators.medusa.model.attention import CHECKS_NAME
 
-    assert ASKS_BY_NAME.search(Sparse.source)
-    assert not ASKS_BY_NAME.search("interface(self.config._attn_implementation, eager_attention_forward)")
+    assert CHECKS_NAME.search(Sparse.source)
+    assert not CHECKS_NAME.search("interface(self.config._attn_implementation, eager_attention_forward)")
     base = Base(tiny.model("gqa"), tiny.tokenizer())
     use_grouped(base)
     assert base.model.config._attn_implementation == GROUPED
