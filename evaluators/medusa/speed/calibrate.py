@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,33 +27,25 @@ from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain, expected_tokens
 
 LEAST_GAIN = 1.02
 REPEATS = 3
-WIDTHS = (1, 4, 8, 2, 16, 6, 12, 32, 64)  # in the order they are timed: the telling ones first
+WIDTHS = (1, 4, 8, 2, 16, 6, 12, 32, 64)  # in the order of timing, the most useful ones first
 
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
-    """Milliseconds per forward pass by tree width, after `context` cached tokens; `draft_ms` is the time of the heads.
-
-    `plain_wall_s` is the plain step on the wall, whichever clock the points are from.
-    """
+    """Milliseconds per forward pass by tree width, after `context` cached tokens; `draft_ms` is one draft."""
 
     context: int
     clock: ClockName
     points: tuple[tuple[int, float], ...]
     draft_ms: float
-    plain_wall_s: float
 
     def overhead(self, nodes: int) -> float:
-        """(forward + draft) / plain step, between the measured widths by straight lines."""
+        """(forward + draft) / baseline step, interpolated linearly between the measured widths."""
         if nodes <= 1:
             return 1.0
-        return (self._forward_ms(nodes) + self.draft_ms) / self.points[0][1]
-
-    def _forward_ms(self, nodes: int) -> float:
-        for (left, left_ms), (right, right_ms) in zip(self.points, self.points[1:], strict=False):
-            if nodes <= right:
-                return left_ms + (right_ms - left_ms) * (nodes - left) / (right - left)
-        return self.points[-1][1] * nodes / self.points[-1][0]
+        widths, times = [width for width, _ in self.points], [spent for _, spent in self.points]
+        forward_ms = float(np.interp(nodes, widths, times)) * max(1.0, nodes / widths[-1])
+        return (forward_ms + self.draft_ms) / self.points[0][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +90,9 @@ def cost_curve(
     wall, cpu = (sum(getattr(clock, name) for _, clock in timings) for name in ("wall_s", "cpu_s"))
     shared = base.device.type == "cpu" and cpu < 0.85 * wall * torch.get_num_threads()
     clock: ClockName = "cpu" if shared else "wall"
-    plain_wall_s = timings[0][1].wall_s
     points = sorted((width, 1000 * (spent.cpu_s if shared else spent.wall_s)) for width, spent in timings)
     draft_ms = 1000 * (draft.cpu_s if shared else draft.wall_s)
-    return CostCurve(context, clock, tuple(points), draft_ms, plain_wall_s)
+    return CostCurve(context, clock, tuple(points), draft_ms)
 
 
 @torch.inference_mode()
@@ -142,8 +134,7 @@ def _least(call: Callable[[], object], repeats: int, device: torch.device) -> Cl
 def choose_tree(heads: Heads, features: Features, cost: CostCurve, given: Tree | None = None) -> Choice:
     """Choose the width with the largest simulated tokens per step / overhead; below a gain of 1.02 do not speculate.
 
-    The tree of the best speculating width is returned either way, so that it can be measured honestly; with a `given`
-    tree there is nothing to choose.
+    The best tree is returned in either case, so that it can be timed. A `given` tree is returned as it is.
     """
     shares = accuracy(heads, features).shares
     trees = _grown(shares, cost) if given is None else [given]
@@ -155,13 +146,10 @@ def choose_tree(heads: Heads, features: Features, cost: CostCurve, given: Tree |
 
 
 def tree_by_accuracy(shares: Sequence[Sequence[float]], cost: CostCurve) -> Tree:
-    """Choose the tree from accuracies by head and rank alone, without answers to simulate on.
-
-    The root alone where nothing gains 1.02.
-    """
+    """Choose the tree from accuracies by head and rank, without answers to simulate on; the root alone below 1.02."""
 
     def gain(tree: Tree) -> float:
-        # More tokens never cost less than one: where the clock says so, it was disturbed.
+        # More tokens never cost less than one: a lower time is noise.
         return expected_tokens(shares, tree) / max(1.0, cost.overhead(tree.nodes))
 
     best = max(_grown(shares, cost), key=gain)
@@ -169,5 +157,5 @@ def tree_by_accuracy(shares: Sequence[Sequence[float]], cost: CostCurve) -> Tree
 
 
 def _grown(shares: Sequence[Sequence[float]], cost: CostCurve) -> list[Tree]:
-    """The best tree of each timed width, without width 1."""
+    """Grow the best tree of each timed width, without width 1."""
     return [greedy_tree(shares, width) for width, _ in cost.points if width > 1]

@@ -1,4 +1,4 @@
-"""Speed test of one checkpoint within one time budget: distil, train, calibrate, time, write.
+"""Speed test of one checkpoint within a time budget: distil, train, calibrate, time, write.
 
 out/decode_speed.json            the report
 out/heads/                       the heads made for the model (formats)
@@ -139,7 +139,7 @@ def _examine(run: Run) -> None:
 def _baseline_only(run: Run, base: Base, test: Sequence[bench.Question], reason: str) -> None:
     """Report a model without tree support: its baseline speed, transformers' own loop, the reason."""
     limits = decode.Limits(run.options.max_new_tokens, base.stop_ids)
-    base.window = None  # the cache of transformers is proven for every model
+    base.window = None  # our cache of sliding windows is proven only for models that support trees
     runner = _runner(run, base)
     blocks = bench.run_blocks(runner, [], test, limits, bench.Schedule(deadline=run.until(REFUSED_BY)))
     versus = timing.time_native(run, base, blocks, limits, runner)
@@ -162,7 +162,7 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
     now = run.stage("fit", now)
     run.progress("calibrate", 0, 1)
     reference = next(each for each in sets if each.origin == "fresh")
-    assert reference.heads is not None  # given ones that do not fit were refused, others were made here
+    assert reference.heads is not None  # given heads that do not fit were refused
     context = sum(len(q.ids) for q in test) // len(test) + run.options.max_new_tokens // 2
     runner = _runner(run, base)
     widths = calibrate.WIDTHS if shape is None else (1, shape.nodes)
@@ -189,13 +189,13 @@ def _speculate(run: Run, base: Base, test: Sequence[bench.Question], now: float)
 
 def _warn_of_budget(run: Run, questions: int) -> None:
     """Warn if the budget allowed shorter answers or fewer than the requested `questions`."""
-    asked, timed = min(run.options.questions, questions), run.report.suite.questions or 0
+    wanted, timed = min(run.options.questions, questions), run.report.suite.questions or 0
     new_tokens = run.report.suite.max_new_tokens or 0
     less = []
     if new_tokens < run.options.max_new_tokens:
         less.append(f"answers of at most {new_tokens} tokens instead of {run.options.max_new_tokens}")
-    if timed < asked:
-        less.append(f"{timed} of {asked} questions")
+    if timed < wanted:
+        less.append(f"{timed} of {wanted} questions")
     if less:
         run.warn(f"the budget of {run.options.budget_s:g} s allowed {' and '.join(less)}")
 
@@ -210,14 +210,14 @@ def _runner(run: Run, base: Base) -> Runner:
 
 def _generate(run: Run, base: Base, test: Sequence[bench.Question], *, learning: bool) -> _Texts:
     """Generate answers for both splits in the same batches, so that a short budget reduces both alike."""
-    asked = [question.prompt for question in test]
+    tested = [question.prompt for question in test]
     sources, held_out = (prompt_sets.builtin(split, run.options.seed) for split in ("train", "calibration"))
-    sources, held_out, dropped = prompt_sets.apart(sources, held_out, asked, HELD_OUT)
+    sources, held_out, dropped = prompt_sets.apart(sources, held_out, tested, HELD_OUT)
     if dropped:
         run.warn(f"{len(dropped)} of our prompts were too close to a test prompt: {dropped}")
     queues = [iter(_labelled(base, "train", sources if learning else ()))] * 4
     queues.append(iter(_labelled(base, "calibration", held_out)))
-    mixed = _taking_turns(queues)
+    mixed = _interleaved(queues)
     dialogues = distillation.self_distil(
         base,
         [ids for _, ids in mixed],
@@ -239,7 +239,7 @@ def _labelled(base: Base, split: str, prompts: Sequence[prompt_sets.Prompt]) -> 
     return [(split, prompt_sets.shortened(base, ids, distillation.ANSWER_TOKENS)) for ids in whole]
 
 
-def _taking_turns(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
+def _interleaved(queues: Sequence[Iterator[tuple[str, list[int]]]]) -> list[tuple[str, list[int]]]:
     """Interleave the queues until all are empty; a queue listed three times gives three items per round."""
     ended = object()
     rounds = iter(lambda: [item for queue in queues if (item := next(queue, ended)) is not ended], [])
@@ -257,17 +257,18 @@ def _sets(
     sets = list(given)
     if merged is not None:  # one pass over the merged model's own text
         options = train.TrainingOptions(TUNING, TUNING_SHARE * left_s, run.options.seed)
-        tuned, facts = _learnt(run, base, "merged_tuned", merged, options, features, texts)
+        tuned, facts = _trained(run, base, "merged_tuned", merged, options, features, texts)
         sets.append(HeadSet("merged_tuned", "merged", tuned, "the merged heads, trained a little further", None, facts))
         left_s *= 1.0 - TUNING_SHARE
     count = train.HEADS if run.tree is None else max(train.HEADS, run.tree.max_depth)
     recipe = train.QUICK if run.options.budget_s < LONG_BUDGET_S else train.LONG
     options = train.TrainingOptions(recipe, left_s, run.options.seed, vocab=train.DRAFT_VOCABULARY)
-    heads, facts = _learnt(run, base, "heads", HeadSpec("shared", count, 1, conditioned=True), options, features, texts)
+    spec = HeadSpec("shared", count, 1, conditioned=True)
+    heads, facts = _trained(run, base, "heads", spec, options, features, texts)
     return [*sets, HeadSet("fresh", "fresh", heads, training=facts)]
 
 
-def _learnt(
+def _trained(
     run: Run,
     base: Base,
     name: str,
@@ -278,12 +279,12 @@ def _learnt(
 ) -> tuple[Heads, dict[str, Any]]:
     """Train heads; write them and the facts of their training under `out`."""
     spec, initial = (start, None) if isinstance(start, HeadSpec) else (start.spec, start)
-    learn, held_out = features["train"], features["calibration"]
+    seen, held_out = features["train"], features["calibration"]
     heads, training = train.fit(
-        spec, base, learn, options, held_out=held_out, initial=initial, progress=run.named("fit")
+        spec, base, seen, options, held_out=held_out, initial=initial, progress=run.named("fit")
     )
     spent = run.report.seconds
-    facts = training_file.record(options, learn, held_out, heads, training) | {
+    facts = training_file.record(options, seen, held_out, heads, training) | {
         "prompts": len(texts.train),
         "prompt_fingerprints": texts.prompts,
         "generate_s": spent["generate"],

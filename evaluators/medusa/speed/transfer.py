@@ -73,9 +73,9 @@ def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
 
 
 def filling(sets: Sequence[HeadSet], tree: Tree | None) -> list[HeadSet]:
-    """Return the sets with enough heads for a given tree; others of parents or merges are kept with the reason.
+    """Return the sets; those of parents or merges that are too small for the given tree become a reason.
 
-    Raises EvaluationError for others.
+    Raises EvaluationError for other sets that are too small.
     """
     found = []
     for each in sets:
@@ -97,12 +97,12 @@ def _too_small(heads: Heads, tree: Tree) -> str | None:
 
 
 def common_tree(heads: Heads, calibration: distillation.Features) -> Tree:
-    """The tree used to compare all sets: the best of its size for `heads`, the reference."""
+    """Return the tree that all sets are compared with: the best of its size for the reference `heads`."""
     return greedy_tree(simulation.accuracy(heads, calibration).shares, COMMON_NODES)
 
 
 def unequal_training(sets: Sequence[HeadSet], reference: HeadSet) -> list[str]:
-    """Sentences on sets trained on clearly more or less text than the reference, or on an unknown amount."""
+    """Name the parents' sets trained on clearly more or less text than the reference, or on an unknown amount."""
     wanted = (reference.training or {}).get("positions")
     sentences = []
     for each in sets:
@@ -137,16 +137,9 @@ def kept_apart(
         else:
             left, known = rest, [*known, *seen]
     absent = "they, or heads they are merged from, were trained on the questions that are asked here."
-    return (
-        left,
-        known,
-        [
-            replace(each, folder=None, absent_because=absent)
-            if each.folder is not None and each.origin != "fresh" and each.id in leaking
-            else each
-            for each in given
-        ],
-    )
+    dropped = {each.id for each in given if each.folder and each.origin != "fresh" and each.id in leaking}
+    kept = [replace(each, folder=None, absent_because=absent) if each.id in dropped else each for each in given]
+    return left, known, kept
 
 
 def learnt_prompts(given: Sequence[Given]) -> frozenset[str]:

@@ -278,18 +278,18 @@ def test_the_draft_vocabulary_holds_the_stop_ids_then_the_frequent_then_the_low(
 def test_no_speculation_where_the_cost_curve_cannot_win() -> None:
     base, features = teachable()
     heads, _ = train.fit(HeadSpec("shared", 3, conditioned=True), base, features, train.TrainingOptions(TEN, 600))
-    dear = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 50.0), (4, 60.0), (8, 70.0)), 0.1, 0.001)
-    cheap = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0)), 0.0, 0.001)
+    dear = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 50.0), (4, 60.0), (8, 70.0)), 0.1)
+    cheap = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0)), 0.0)
     assert not calibrate.choose_tree(heads, features, dear).speculate
     best = calibrate.choose_tree(heads, features, cheap)
     assert best.speculate and best.tree.nodes == 8 and best.gain == best.expected
-    between = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 1.01), (4, 1.02), (8, 3.0)), 0.0, 0.001)
+    between = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, 1.01), (4, 1.02), (8, 3.0)), 0.0)
     smaller = calibrate.choose_tree(heads, features, between)
     assert smaller.speculate and smaller.tree.nodes == 4 and smaller.expected < best.expected
     assert smaller.gain == pytest.approx(smaller.expected / 1.02)
     for gain, speculate in ((1.03, True), (1.01, False)):  # a hundredth is not worth it
         expected = calibrate.choose_tree(heads, features, cheap, chain(1)).expected
-        only = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, expected / gain)), 0.0, 0.001)
+        only = calibrate.CostCurve(10, "wall", ((1, 1.0), (2, expected / gain)), 0.0)
         assert calibrate.choose_tree(heads, features, only, chain(1)).speculate is speculate
 
 
@@ -299,5 +299,5 @@ def test_the_cost_curve_leaves_the_cache_as_it_was_and_interpolates() -> None:
     curve = calibrate.cost_curve(runner, identity_heads(HeadSpec(), base), 20, repeats=1)
     assert runner.length == 20 == runner.cache.get_seq_length()
     assert [width for width, _ in curve.points] == sorted(calibrate.WIDTHS) and curve.draft_ms > 0
-    straight = calibrate.CostCurve(1, "wall", ((1, 2.0), (3, 4.0), (5, 8.0)), 1.0, 0.002)
+    straight = calibrate.CostCurve(1, "wall", ((1, 2.0), (3, 4.0), (5, 8.0)), 1.0)
     assert [straight.overhead(n) for n in (1, 2, 4, 10)] == [1.0, 2.0, 3.5, 8.5]

@@ -18,6 +18,7 @@ from evaluators import medusa
 from evaluators.medusa.speed import conclusions, transfer
 from evaluators.medusa.speed.report import Divergence, Exact, Report, Row, Speedup, TimedTree
 from evaluators.medusa.training import prompt_sets
+from evaluators.pictures.speed_figure import speed_figure
 
 
 def facts(ties: tuple[bool | None, ...] = (True, None), **changes: Any) -> conclusions.Facts:
@@ -79,6 +80,30 @@ def test_a_report_says_in_words_what_its_figures_say() -> None:
     assert conclusions.sentence(Report.from_dict(made)).startswith("Untrained Medusa heads")
     made["refusal"] = "it has a recurrent state."
     assert conclusions.sentence(Report.from_dict(made)).endswith("was not measured: it has a recurrent state.")
+
+
+def test_a_report_of_an_earlier_build_is_read_with_all_figures_that_are_still_shown() -> None:
+    stored = json.loads((Path(__file__).parent / "decode_speed_of_528d73e.json").read_text())
+    read = Report.from_dict(stored)
+    assert read.heads is not None and (read.heads.id, read.heads.label) == ("fresh", "heads trained for it")
+    assert (read.heads.speedup.ratio, read.heads.speedup.interval) == (1.4529, (1.3289, 1.5672))
+    assert "<svg" in speed_figure(read) and conclusions.carried(read, ("fresh",)) == read.heads
+
+    def assert_kept(now: Any, before: Any) -> None:
+        if isinstance(now, dict):
+            for key in now.keys() - {"shortened"}:  # it came later
+                assert_kept(now[key], before[key])
+        elif isinstance(now, list):
+            assert len(now) == len(before)
+            for one, other in zip(now, before, strict=True):
+                assert_kept(one, other)
+        else:
+            assert now == before
+
+    assert_kept(read.as_dict(), stored)
+    assert Report.from_dict(read.as_dict()) == read
+    without = {key: value for key, value in stored.items() if key in ("candidates", "sentence")} | {"plain": None}
+    assert Report.from_dict(without).candidates == read.candidates, "missing parts are not measured"
 
 
 SHAPE = {

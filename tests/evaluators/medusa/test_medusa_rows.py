@@ -59,7 +59,7 @@ def reported(
     base = tiny.base("gqa")
     heads = identity_heads(HeadSpec("shared", 2), base)
     features = answers()
-    cost = calibrate.CostCurve(10, "wall", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1, 0.01)
+    cost = calibrate.CostCurve(10, "wall", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1)
     promised = calibrate.Choice(chain(2), 1.9, 1.1, 1.7, True)
     fresh = transfer.HeadSet("fresh", "fresh", heads, training=training, choice=promised)
     compared = rows.Compared([fresh], heads, chain(2), features, features, cost)

@@ -71,7 +71,7 @@ class Unasked:
 def test_where_no_tree_can_win_nothing_is_speculated_and_nothing_is_lost() -> None:
     base = tiny.base("gqa")
     text = distillation.stack_features(base, distillation.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=30))
-    dear = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 40.0), (4, 41.0), (8, 42.0)), 1.0, 0.01)
+    dear = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 40.0), (4, 41.0), (8, 42.0)), 1.0)
     choice = calibrate.choose_tree(identity_heads(SPEC, base), text, dear)
     assert not choice.speculate and choice.gain < 1
     nothing = bench.Candidate("nothing", Unasked(), ROOT_ONLY)
@@ -96,7 +96,7 @@ def test_what_was_measured_overrules_what_calibration_promised(fast_s: float, ch
     base = tiny.base("gqa")
     heads = identity_heads(SPEC, base)
     text = distillation.stack_features(base, distillation.self_distil(base, [[1, 2, 3], [4, 5, 6]], max_new_tokens=20))
-    cheap = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1, 0.01)
+    cheap = calibrate.CostCurve(10, "cpu", ((1, 10.0), (2, 10.1), (4, 10.2)), 0.1)
     promised = calibrate.Choice(chain(2), 1.9, 1.1, 1.7, True)
     fresh = transfer.HeadSet("fresh", "fresh", heads, choice=promised)
     questions = [bench.Question(Prompt(name, "x", ("?",)), (1, 2)) for name in "abcdefgh"]
