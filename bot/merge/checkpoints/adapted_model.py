@@ -34,6 +34,11 @@ from bot.merge.checkpoints.ties import is_head
 from bot.merge.checkpoints.vocabulary_ties import VocabularyTies, with_vocabulary_size
 from bot.merge.recipe.spec import ModelRef, Recipe
 
+_RESIZING = (
+    "If the vocabulary was resized for training, save the adapter with save_embedding_layers=True, or resize the "
+    "model's embeddings first and name the resized model."
+)
+
 
 def models_of(recipe: Recipe, opened: Mapping[ModelRef, Checkpoint | Adapter]) -> dict[ModelRef, Checkpoint]:
     """Every source of a recipe as written, models with an adapter seen through it. `opened` is keyed by bare refs.
@@ -208,12 +213,8 @@ class _AdapterApplication:
             self._refuse_shape(weight, factors)  # of a convolution B is (out, r, 1, 1)
         sides = (b.shape[0], a.elements // rank)
         shape, transposed_shape = as_matrix(weight.shape), as_matrix(weight.shape)[::-1]
-        if (
-            len(weight.shape) < 2
-            or sides not in (shape, transposed_shape)
-            or rank > max(sides)
-            or (embedding and sides != transposed_shape)
-        ):
+        possible = (transposed_shape,) if embedding else (shape, transposed_shape)
+        if len(weight.shape) < 2 or sides not in possible or rank > max(sides):
             self._refuse_shape(weight, factors)
         transposed = embedding or sides != shape
         if shape == transposed_shape and not embedding and LAYER.search(module):
@@ -332,18 +333,12 @@ class _AdapterApplication:
 
     def _refuse_shape(self, weight: TensorInfo, description: str) -> NoReturn:
         message = f"{self.adapter.name} has {description} for {weight.name}, {self.ref.bare} has {list(weight.shape)}."
-        next_step = self._resizing() if self.ties.counts_tokens(weight.name) else self._next_step()
+        next_step = _RESIZING if self.ties.counts_tokens(weight.name) else self._next_step()
         raise Refused("SHAPE_MISMATCH", message, next_step, value=weight.name)
 
     def _next_step(self) -> str:
         trained_on = self.adapter.config.trained_on
         return f"Use it on the model it was trained on{f', {trained_on[:80]}' if trained_on else ''}."
-
-    def _resizing(self) -> str:
-        return (
-            "If the vocabulary was resized for training, save the adapter with save_embedding_layers=True, or resize "
-            "the model's embeddings first and name the resized model."
-        )
 
 
 def _same_but_rows(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:

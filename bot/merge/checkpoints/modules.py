@@ -134,14 +134,11 @@ def _counting(checkpoint: Checkpoint, whole: Architecture) -> dict[str, Stack]:
         heavy = weight(stack) > _COUNTS * total
         if kind in ("projector", "shared") or (kind == "other" and not heavy):
             continue
-        inside = any(_under(stack.prefix, other.prefix) for other in out.values())
+        outer = [other.prefix for other in out.values() if other.prefix != stack.prefix]
+        inside = any(stack.prefix.startswith(prefix) for prefix in outer)
         if not inside:
             out.setdefault(stack.prefix if kind == "other" else kind, stack)
     return out
-
-
-def _under(prefix: str, other: str) -> bool:
-    return prefix != other and prefix.startswith(other)
 
 
 def _root(stack: Stack, stacks: Sequence[Stack]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from bot.errors import Refused
 from bot.merge.checkpoints.header import Limits, TensorInfo, refuse
@@ -48,7 +48,12 @@ def shards_without_index(names: Collection[str], label: str) -> list[str]:
         return shards
     if shards:
         refuse(label, f"has {len(shards)} shards but no {INDEX}.")
-    _refuse_pickled(names, label)
+    pickled = [name for name in sorted(names) if name.endswith(_PICKLED)]
+    if pickled:
+        next_step = "Ask its author for safetensors."
+        raise Refused("SOURCE_NOT_SAFETENSORS", f"{label} has only {pickled[0]}.", next_step, value=label)
+    next_step = "Name a model with *.safetensors files."
+    raise Refused("SOURCE_NOT_SAFETENSORS", f"{label} has no weights.", next_step, value=label)
 
 
 def beside(names: Collection[str], chosen: Collection[str], label: str) -> tuple[str, ...]:
@@ -87,14 +92,3 @@ def against_index(
     if total is not None and total != stored:
         report(f"{label}: {INDEX}", f"says {total:,} bytes in all, its shards hold {stored:,}.")
     return tuple(notices[:_MOST_NOTICES])
-
-
-def _refuse_pickled(names: Collection[str], label: str) -> NoReturn:
-    pickled = [name for name in sorted(names) if name.endswith(_PICKLED)]
-    if not pickled:
-        raise Refused(
-            "SOURCE_NOT_SAFETENSORS", f"{label} has no weights.", "Name a model with *.safetensors files.", value=label
-        )
-    raise Refused(
-        "SOURCE_NOT_SAFETENSORS", f"{label} has only {pickled[0]}.", "Ask its author for safetensors.", value=label
-    )

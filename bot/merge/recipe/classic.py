@@ -14,7 +14,7 @@ from typing import Literal, NoReturn
 
 from bot.errors import Refused
 from bot.merge.methods import METHODS
-from bot.merge.recipe.document import Node, Reader, Table
+from bot.merge.recipe.document import Node, Reader
 from bot.merge.recipe.reading import read_yaml
 from bot.merge.recipe.spec import (
     Classic,
@@ -192,7 +192,7 @@ def bakllama(text: str, *, file: str = "recipe") -> Recipe:
     slices = [_slice(reader, item, i) for i, item in enumerate(reader.sequence(node, "layer_slices").items)]
     if not slices:
         reader.refuse("RECIPE_INVALID", node, "layer_slices", "`layer_slices` is empty.", "List the slices to stack.")
-    before, after = (_tensor_source(reader, top, key) for key in ("embedding_source", "lm_head_source"))
+    before, after = (reader.optional_model(top, key) for key in ("embedding_source", "lm_head_source"))
     if before is not None and before != slices[0].sources[0].model:
         slices.insert(0, Slice((Source(before, (0, 0)),)))
     last = slices[-1].sources[0].model
@@ -230,11 +230,6 @@ def _slice(reader: Reader, node: Node, index: int) -> Slice:
         value = reader.number(scale, f"{path}.scale")
         parameters = {"scale": Conditions((Condition("down_proj", value),))}
     return Slice((Source(reader.model(table.items["model"], f"{path}.model"), (start, end), parameters),))
-
-
-def _tensor_source(reader: Reader, top: Table, key: str) -> ModelRef | None:
-    node = top.given(key)
-    return None if node is None else reader.model(node, key)
 
 
 def _refuse(code: str, message: str, next_step: str) -> NoReturn:

@@ -149,6 +149,10 @@ class Reader:
         refs = [self._one_model(*_split(part), node, path) for part in parts]
         return refs[0] if len(refs) == 1 else ModelRef(refs[0].path, refs[0].revision, refs[1])
 
+    def optional_model(self, table: Table, key: str, path: str = "") -> ModelRef | None:
+        node = table.given(key)
+        return None if node is None else self.model(node, f"{path}.{key}" if path else key)
+
     def _model_mapping(self, node: Table, path: str) -> ModelRef:
         self.unknown(node, path, {"model", "lora", "path", "revision", "override_architecture"})
         if "model" in node.items:

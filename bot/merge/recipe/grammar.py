@@ -19,7 +19,6 @@ from bot.merge.recipe.spec import (
     Condition,
     Conditions,
     Gradient,
-    ModelRef,
     Module,
     Recipe,
     Scalar,
@@ -47,7 +46,7 @@ def recipe(reader: Reader, root: Node) -> Recipe:
     refuse_other_programs(reader, top)
     _top_keys(reader, top)
     method = _method(reader, top)
-    base = _optional_model(reader, top, "base_model", "")
+    base = reader.optional_model(top, "base_model")
     modules, modular = _modules(reader, top, method)
     built = Recipe(
         method=method.name,
@@ -152,7 +151,7 @@ def _slice(reader: Reader, node: Node, path: str, method: Method) -> Slice:
         reader.refuse("RECIPE_INVALID", table, where, message, next_step)
     return Slice(
         sources,
-        _optional_model(reader, table, "base_model", path),
+        reader.optional_model(table, "base_model", path),
         _parameters(reader, table, path, method, per_source=False),
     )
 
@@ -203,11 +202,6 @@ def _layer_range(reader: Reader, table: Table, path: str) -> tuple[int, int]:
         next_step = "Write [first, one past the last], for example [0, 8]."
         reader.refuse("VALUE_OUT_OF_RANGE", node, where, f"line {node.line}: `{where}` is {ends}.", next_step)
     return ends[0], ends[1]
-
-
-def _optional_model(reader: Reader, table: Table, key: str, path: str) -> ModelRef | None:
-    node = table.given(key)
-    return None if node is None else reader.model(node, f"{path}.{key}" if path else key)
 
 
 def _optional_text(reader: Reader, table: Table, key: str) -> str | None:

@@ -1,12 +1,7 @@
-"""Values of a recipe. They are frozen; from text they are built by `reading.parse` only.
+"""Values of a recipe, frozen. From text, only `reading.parse` builds them.
 
-Recipe
-  |-- slices | models      stacked layers and their sources
-  |     `-- Source         a model, its layers, its own parameters
-  |-- parameters           name -> Setting
-  `-- tokenizer, dtype ...
-
-Setting := scalar | Gradient | Conditions
+A recipe has modules of slices; a slice has sources: a model, its layers, its parameters. Parameters map names to
+settings: a scalar, a `Gradient` or `Conditions`.
 """
 
 from __future__ import annotations
@@ -18,10 +13,40 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bot.merge.methods import METHODS, Base
-from bot.merge.recipe.model_ref import ModelRef as ModelRef
 
 Scalar = float | bool | str
 Document = dict[str, object] | list[dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelRef:
+    """A model: `path[@revision][+adapter[@revision]]`, by Hub id or local folder."""
+
+    path: str
+    revision: str | None = None
+    lora: ModelRef | None = None
+
+    @property
+    def bare(self) -> ModelRef:
+        """The model without its adapter."""
+        return ModelRef(self.path, self.revision)
+
+    def pinned(self, commits: Mapping[ModelRef, ModelRef]) -> ModelRef:
+        """The reference with model and adapter replaced by their entries in `commits` (keyed by bare references)."""
+        bare = commits.get(self.bare, self.bare)
+        return bare if self.lora is None else replace(bare, lora=self.lora.pinned(commits))
+
+    def __str__(self) -> str:
+        own = self.path if self.revision is None else f"{self.path}@{self.revision}"
+        return own if self.lora is None else f"{own}+{self.lora}"
+
+    def document(self) -> object:
+        """The reference as written in a recipe: text, or a mapping if a path contains `@` or `+`."""
+        parts = [part for part in (self.bare, self.lora) if part is not None]
+        if not any(sign in part.path for part in parts for sign in "@+"):
+            return str(self)
+        keys = ("model", "lora")[: len(parts)]
+        return {key: {"path": part.path, "revision": part.revision} for key, part in zip(keys, parts, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,18 +373,16 @@ def _module_json(module: Module) -> dict[str, object]:
 
 
 def _token_json(rule: TokenRule) -> dict[str, object]:
-    out: dict[str, object] = {}
-    source = rule.source
-    if source is not None and source.model is not None and source.kind == "model":
-        out["source"] = source.model.document()
-    elif source is not None and source.kind == "zero":
-        out["source"] = {"kind": "zero"}
-    elif source is not None and source.model is not None:
-        token = {"token": source.token} if source.token is not None else {"token_id": source.token_id}
-        out["source"] = {"kind": "model_token", "model": source.model.document(), **token}
-    if rule.force:
-        out["force"] = True
-    return out
+    source, force = rule.source, {"force": True} if rule.force else {}
+    if source is None:
+        return {**force}
+    if source.kind == "zero" or source.model is None:
+        return {"source": {"kind": "zero"}, **force}
+    model = source.model.document()
+    if source.kind == "model":
+        return {"source": model, **force}
+    token = {"token": source.token} if source.token is not None else {"token_id": source.token_id}
+    return {"source": {"kind": "model_token", "model": model, **token}, **force}
 
 
 def _vocabulary_json(vocabulary: Vocabulary) -> dict[str, object]:
