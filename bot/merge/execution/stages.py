@@ -49,7 +49,7 @@ def merge(
     started, out = time.monotonic(), Path(out)
     scratch = Path(scratch) if scratch is not None else out.with_name(out.name + ".stages")
     kind = f"{engine.choose_device(options.device).type}-torch-{torch_version()}"  # another torch may round otherwise
-    places = {ref: scratch / f"{made.digest[:32]}-{kind}" for ref, made in plan.stages}
+    places = {ref: scratch / f"{stage.digest[:32]}-{kind}" for ref, stage in plan.stages}
     if out.exists() or out.is_symlink():
         if _finished(out, plan):
             _remove(places.values(), scratch)  # left by a process killed between the end and the removal
@@ -67,12 +67,13 @@ def _merge_all(
     """Merge every incomplete stage into its place, then the result into `out`."""
     here, done_before, notices = dict(folders), 0, list[Notice]()
     total = sum(part.bytes_out for part in plan.parts)
-    for ref, made in plan.stages:
-        _require_same_sources(made, here, places)
+    for ref, stage in plan.stages:
+        _require_same_sources(stage, here, places[ref], places)
         if not (places[ref] / MANIFEST).exists():
-            engine.merge(made, here, places[ref], _shifted(options, done_before, total, f"{ref}: "))
-        notices += _notices(places[ref])
-        done_before += made.bytes_out
+            engine.merge(stage, here, places[ref], _shifted(options, done_before, total, f"{ref}: "))
+        recorded = json.loads((places[ref] / PROVENANCE).read_text())["notices"]
+        notices += [Notice(entry["code"], entry["example"], entry["count"]) for entry in recorded]
+        done_before += stage.bytes_out
         here[ref] = places[ref]
     merged = engine.merge(plan, here, out, _shifted(options, done_before, total, ""))
     return replace(merged, notices=(*notices, *merged.notices))
@@ -97,13 +98,14 @@ def _locked(scratch: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _require_same_sources(made: Plan, folders: Mapping[ModelRef, Path], places: Mapping[ModelRef, Path]) -> None:
-    """Record the source files beside an intermediate; refuse to continue one made from other files."""
-    place = places[next(ref for ref in places if places[ref].name.startswith(made.digest[:32]))]
+def _require_same_sources(
+    stage: Plan, folders: Mapping[ModelRef, Path], place: Path, stages: Iterable[ModelRef]
+) -> None:
+    """Record the source files beside an intermediate; refuse to continue one that was started with other files."""
     sources = {ref: LocalFiles(folder) for ref, folder in folders.items()}
-    facts = engine.watched(made, sources).facts()
-    stages = {f"{ref}/" for ref in places}
-    facts = {file: fact for file, fact in facts.items() if not file.startswith(tuple(stages))}
+    facts = engine.watched(stage, sources).facts()
+    own = tuple(f"{ref}/" for ref in stages)
+    facts = {file: fact for file, fact in facts.items() if not file.startswith(own)}
     note = _note(place)
     if place.exists() or _partial(place).exists():
         require_same(json.loads(note.read_text()) if note.exists() else {}, facts, place.parent)
@@ -137,11 +139,6 @@ def _require_space(plan: Plan, places: Mapping[ModelRef, Path], scratch: Path) -
             "Free some space, or name a folder on another disk.",
             retry_after_s=600.0,
         )
-
-
-def _notices(place: Path) -> list[Notice]:
-    found = json.loads((place / PROVENANCE).read_text())["notices"]
-    return [Notice(entry["code"], entry["example"], entry["count"]) for entry in found]
 
 
 def _partial(place: Path) -> Path:

@@ -239,7 +239,7 @@ class Comparing:
         self._plan, self._theirs = plan, theirs
         self._stored, self._layout, self._unread = _headers(theirs, plan)
         self._lock = threading.Lock()
-        self._found: dict[int, tuple[int, int]] = {}  # step -> elements, ulps
+        self._counts: dict[int, tuple[int, int]] = {}  # step -> elements, ulps
 
     def write(self, step: Step, at: int, data: memoryview) -> None:
         other = self._stored.get(step.name)
@@ -250,8 +250,8 @@ class Comparing:
         if ours != theirs:
             elements, ulps = count_differences(ours, theirs, step.work.dtype.name)
             with self._lock:
-                before = self._found.get(step.index, (0, 0))
-                self._found[step.index] = (before[0] + elements, max(before[1], ulps))
+                before = self._counts.get(step.index, (0, 0))
+                self._counts[step.index] = (before[0] + elements, max(before[1], ulps))
 
     def finished(self, step: Step, counts: StepCounts) -> None:
         """Do nothing: no state is kept."""
@@ -262,12 +262,22 @@ class Comparing:
         for step in self._plan.steps:
             if step.name not in self._stored and self._plan.shards[step.shard].file in self._unread:
                 continue  # the file is reported already
-            found = _misfit(step, self._stored.get(step.name))
-            if found is None and step.index in self._found:
-                found = _differing(step, *self._found[step.index])
-            out += [] if found is None else [found]
+            out += self._of_step(step)
         names = {step.name for step in self._plan.steps}
-        return out + [_stray(name) for name in self._stored if name not in names]
+        strays = (name for name in self._stored if name not in names)
+        return out + [Difference("tensor", name, f"{name} is not a tensor of this merge.") for name in strays]
+
+    def _of_step(self, step: Step) -> Iterator[Difference]:
+        other, name, size = self._stored.get(step.name), step.name, step.work.elements
+        if other is None:
+            yield Difference("tensor", name, f"{name} is missing.", size)
+        elif (other.shape, other.dtype) != (step.work.shape, step.work.dtype):
+            kinds = f"{other.dtype.name} {list(other.shape)}, not {step.work.dtype.name} {list(step.work.shape)}"
+            yield Difference("tensor", name, f"{name} is {kinds}.", size)
+        elif step.index in self._counts:
+            elements, ulps = self._counts[step.index]
+            text = f"{name} differs in {elements:,} of {size:,} elements, by at most {ulps:,} ulp."
+            yield Difference("tensor", name, text, elements, ulps)
 
 
 def against_copies(plan: Plan, sources: Mapping[ModelRef, Files], sha256: Hashes) -> list[Difference]:
@@ -300,24 +310,6 @@ def _headers(files: Files, plan: Plan) -> tuple[dict[str, TensorInfo], list[Diff
 
 def _other_copy(copied: Copied) -> Difference:
     return Difference("file", copied.file, f"{copied.file} differs from the file of {copied.model}.")
-
-
-def _misfit(step: Step, other: TensorInfo | None) -> Difference | None:
-    if other is None:
-        return Difference("tensor", step.name, f"{step.name} is missing.", step.work.elements)
-    if (other.shape, other.dtype) == (step.work.shape, step.work.dtype):
-        return None
-    kinds = f"{other.dtype.name} {list(other.shape)}, not {step.work.dtype.name} {list(step.work.shape)}"
-    return Difference("tensor", step.name, f"{step.name} is {kinds}.", step.work.elements)
-
-
-def _differing(step: Step, elements: int, ulps: int) -> Difference:
-    count = f"{elements:,} of {step.work.elements:,} elements"
-    return Difference("tensor", step.name, f"{step.name} differs in {count}, by at most {ulps:,} ulp.", elements, ulps)
-
-
-def _stray(name: str) -> Difference:
-    return Difference("tensor", name, f"{name} is not a tensor of this merge.")
 
 
 def count_differences(a: bytes, b: bytes, dtype: str) -> tuple[int, int]:

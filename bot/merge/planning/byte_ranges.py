@@ -18,19 +18,19 @@ Needs = Mapping[ModelRef, Mapping[str, tuple[Range, ...]]]
 
 def needed(plan: Plan, *, bridged_bytes: int = BRIDGED_BYTES) -> Needs:
     """Ranges of every file the plan reads, by source; ascending, with gaps of at least `bridged_bytes` between them."""
-    found: dict[ModelRef, dict[str, list[Range]]] = {ref: {} for ref in plan.recipe.repos}
+    ranges: dict[ModelRef, dict[str, list[Range]]] = {ref: {} for ref in plan.recipe.repos}
     for part in plan.parts:
         for ref, file, span in _reads(part):
-            if ref in found:  # not a stage, which is made here
-                found[ref].setdefault(file, []).append(span)
+            if ref in ranges:  # stages are not read from outside
+                ranges[ref].setdefault(file, []).append(span)
     return {
         ref: {file: bridged(spans, bridged_bytes) for file, spans in sorted(files.items())}
-        for ref, files in found.items()
+        for ref, files in ranges.items()
     }
 
 
 def _reads(plan: Plan) -> Iterator[tuple[ModelRef, str, Range]]:
-    """Whatever one document reads, in any order."""
+    """Ranges that one document reads, in any order."""
     for source in plan.sources:
         for file, size in (*source.header_ends.items(), *source.texts.items()):
             yield source.model.bare, file, (0, size)

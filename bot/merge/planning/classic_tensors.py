@@ -32,9 +32,10 @@ def plateaus(gradient: Sequence[float], layers: int) -> list[float]:
     count = (layers + 2) // pieces
     if not count:
         raise Refused(
-            "VALUE_OUT_OF_RANGE", f"the layer gradient has {len(gradient)} values for a model of {layers} layers.",
+            "VALUE_OUT_OF_RANGE",
+            f"the layer gradient has {len(gradient)} values for a model of {layers} layers.",
             f"Give at most {layers + 3}.",
-        )  # fmt: skip
+        )
     out: list[float] = []
     for low, high in itertools.pairwise(gradient):
         out += [low + (high - low) * (j / (count - 1)) if count > 1 else low for j in range(count)]

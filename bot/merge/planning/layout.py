@@ -91,7 +91,7 @@ def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectur
         return only.layout()
     found = {ref: parts(checkpoints[ref], architectures[ref]) for ref in recipe.sources}
     arrangements: list[_Arrangement] = []
-    for module, part in _asked(recipe, found[recipe.config_source]):
+    for module, part in _assigned(recipe, found[recipe.config_source]):
         views = {}
         for ref, theirs in found.items():
             match = part if ref == recipe.config_source else _matching_module(part, theirs)
@@ -100,43 +100,53 @@ def arrange(recipe: Recipe, checkpoints: Checkpoints, architectures: Architectur
         for source in (source for piece in module.slices for source in recipe.inputs(module, piece)[0]):
             if source.model not in views:
                 raise Refused(
-                    "TENSOR_MISSING", f"{source.model} has no module `{part.name}`.",
-                    f"Name models that have one under `modules.{module.name}`.", value=module.name,
-                )  # fmt: skip
+                    "TENSOR_MISSING",
+                    f"{source.model} has no module `{part.name}`.",
+                    f"Name models that have one under `modules.{module.name}`.",
+                    value=module.name,
+                )
         arrangements.append(_Arrangement(recipe, module, checkpoints, views, part.depths))
     budget.output(sum(one.depth for one in arrangements), (count for one in arrangements for count in one.counts()))
     return _joined([one.layout() for one in arrangements])
 
 
-def _asked(recipe: Recipe, found: Sequence[Part]) -> list[tuple[Module, Part]]:
-    """Modules of the output by module of the recipe; modules without layers may be merged with the main one."""
+def _assigned(recipe: Recipe, found: Sequence[Part]) -> list[tuple[Module, Part]]:
+    """Pairs of a module of the recipe and of the output; modules without layers may join the main one."""
     config_source = str(recipe.config_source)
-    asked: dict[str, tuple[Module, Part]] = {}
+    assigned: dict[str, tuple[Module, Part]] = {}
     for module in recipe.modules:
         part = require(found, module.name, config_source)
-        if part.name in asked:
+        if part.name in assigned:
             raise Refused(
-                "RECIPE_INVALID", f"`modules` names {part.name} of {config_source} twice.", "Keep one.",
-                value=module.name, where=Where("recipe", None, f"modules.{module.name}"),
-            )  # fmt: skip
+                "RECIPE_INVALID",
+                f"`modules` names {part.name} of {config_source} twice.",
+                "Keep one.",
+                value=module.name,
+                where=Where("recipe", None, f"modules.{module.name}"),
+            )
         if part.stack is None and module.layout == "slices":
             raise Refused(
-                "RECIPE_INVALID", f"`modules.{module.name}` asks for layers, and {part.name} has none.",
-                "Write `models:` there.", value=module.name, where=Where("recipe", None, f"modules.{module.name}"),
-            )  # fmt: skip
-        asked[part.name] = (module, part)
-    missing = [part.name for part in layered(found) if part.name not in asked]
+                "RECIPE_INVALID",
+                f"`modules.{module.name}` names layers, and {part.name} has none.",
+                "Write `models:` there.",
+                value=module.name,
+                where=Where("recipe", None, f"modules.{module.name}"),
+            )
+        assigned[part.name] = (module, part)
+    missing = [part.name for part in layered(found) if part.name not in assigned]
     if missing:
         raise Refused(
-            "MISSING_KEY", f"`modules` says nothing of {', '.join(missing)} of {config_source}.",
-            f"Add `{missing[0]}:` with `models:` under `modules`.", value=missing[0],
+            "MISSING_KEY",
+            f"`modules` does not list {', '.join(missing)} of {config_source}.",
+            f"Add `{missing[0]}:` with `models:` under `modules`.",
+            value=missing[0],
             where=Where("recipe", None, "modules"),
-        )  # fmt: skip
-    extra = [part for part in found if part.name not in asked]
-    host = next((part.name for part in found if part.kind in ("text", "decoder")), next(iter(asked)))
-    module, part = asked[host]
-    asked[host] = (module, with_loose(part, extra))
-    return [asked[part.name] for part in found if part.name in asked]
+        )
+    extra = [part for part in found if part.name not in assigned]
+    host = next((part.name for part in found if part.kind in ("text", "decoder")), next(iter(assigned)))
+    module, part = assigned[host]
+    assigned[host] = (module, with_loose(part, extra))
+    return [assigned[part.name] for part in found if part.name in assigned]
 
 
 def _matching_module(part: Part, found: Sequence[Part]) -> Part | None:
@@ -178,7 +188,7 @@ class _Arrangement:
         self.depths = own if depths is None else depths
         self._known = {*self.model.before, *self.model.after}
         self._stored: dict[int, set[str]] = {}
-        self._positions = {
+        self._positions = {  # of the layers of other stacks; all other loose tensors are at 0
             name: position(i, len(stack.layers))
             for stack in reversed(self.model.others)
             for i, layer in reversed([*enumerate(stack.layers)])
@@ -287,8 +297,8 @@ class _Arrangement:
             stored = [self._in_source(name, part) for part in parts]
             if self._left_out(name, stored, parts):
                 continue
-            found = [hit or tied_in(name, part) for hit, part in zip(stored, parts, strict=True)]
-            yield self._slot(piece, name, found, self._other_position(name), loose=True)
+            names_or_tied = [hit or tied_in(name, part) for hit, part in zip(stored, parts, strict=True)]
+            yield self._slot(piece, name, names_or_tied, self._positions.get(name, 0.0), loose=True)
 
     def _left_out(self, name: str, stored: Sequence[str | None], parts: Sequence[Architecture]) -> bool:
         """True for a tensor that transformers does not load and that cannot be carried along."""
@@ -310,10 +320,6 @@ class _Arrangement:
         """Return whether a slice without layers takes its head from a tied model and its embeddings from another."""
         first = self.pieces[0].sources[0].model
         return piece.length == 0 and self.architectures[piece.sources[0].model].tied and first != piece.sources[0].model
-
-    def _other_position(self, name: str) -> float:
-        """Layers of a second stack have their own positions; all other loose tensors are at 0."""
-        return self._positions.get(name, 0.0)
 
     def _slot(self, piece: _Piece, name: str, names: list[str | None], u: float, *, loose: bool) -> Slot:
         inputs = tuple(
@@ -343,11 +349,11 @@ class _Arrangement:
         taking_part = {source.model for source in piece.sources}
         for ref in self.recipe.sources:
             part = self.architectures.get(ref)
-            if part is None:
+            if part is None or ref in taking_part:
                 continue
-            found = self._in_source(name, part) or tied_in(name, part)
-            if ref not in taking_part and found is not None:
-                yield ref, self.checkpoints[ref].tensors[found]
+            stored = self._in_source(name, part) or tied_in(name, part)
+            if stored is not None:
+                yield ref, self.checkpoints[ref].tensors[stored]
 
     def _in_output(self, name: str, part: Architecture) -> str:
         """The output's name for a loose tensor of a source whose names may differ by one constant prefix."""

@@ -21,9 +21,14 @@ _TWO_BASES = {
 _LONGROPE_ONLY = ("phi3", "phi4_multimodal")
 # without `rope_scaling` in transformers 4; transformers 5 would let it replace other parts of `rope_parameters`
 _NO_SCALING = (
-    "bailing_hybrid", "cohere_compass_text", "dots3_note", "dots3_note_text", "modernbert", "modernbert-decoder",
+    "bailing_hybrid",
+    "cohere_compass_text",
+    "dots3_note",
+    "dots3_note_text",
+    "modernbert",
+    "modernbert-decoder",
     "zaya",
-)  # fmt: skip
+)
 _EXPERTS = ("qwen3_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text")
 
 
@@ -38,10 +43,10 @@ def add_older_keys(config: dict[str, Any]) -> None:
     text = config.get("text_config")
     if isinstance(text, dict) and config.get("tie_word_embeddings") is True and "tie_word_embeddings" in text:
         text["tie_word_embeddings"] = True
-    found = _rotary(config)
+    older = _rotary(config)
     if config.get("model_type") in _EXPERTS and "num_local_experts" in config:
-        found["num_experts"] = config["num_local_experts"]
-    for key, value in found.items():
+        older["num_experts"] = config["num_local_experts"]
+    for key, value in older.items():
         if config.get(key) is None:
             config[key] = value
 

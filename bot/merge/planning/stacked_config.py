@@ -25,10 +25,20 @@ _NOT_BY_LAYER = re.compile(r"architectures|\w*(_token_ids?|_token_index|suppress
 _LETTERS = ("hybrid_override_pattern", "index_topk_pattern")
 # lists of layer numbers, where others have one entry per layer; the number of the first layer
 _LAYER_NUMBERS = {
-    "mlp_only_layers": 0, "cross_attention_layers": 0, "attn_layer_indices": 0, "full_attn_idxs": 0, "moe_layers": 0,
-    "local_layer_ids": 0, "rope_scaling_layers": 0, "subsample_layers": 0, "fullatt_block_indexes": 0,
-    "hybrid_layer_ids": 0, "full_attn_layers": 1, "kda_layers": 1, "ple_layer_ids": 1,
-}  # fmt: skip
+    "mlp_only_layers": 0,
+    "cross_attention_layers": 0,
+    "attn_layer_indices": 0,
+    "full_attn_idxs": 0,
+    "moe_layers": 0,
+    "local_layer_ids": 0,
+    "rope_scaling_layers": 0,
+    "subsample_layers": 0,
+    "fullatt_block_indexes": 0,
+    "hybrid_layer_ids": 0,
+    "full_attn_layers": 1,
+    "kda_layers": 1,
+    "ple_layer_ids": 1,
+}
 # dicts whose lists are per layer like those of the config itself
 _INNER = ("linear_attn_config", "sparse_attention_config")
 # lists that may have entries for prediction layers at their end

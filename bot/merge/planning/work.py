@@ -194,10 +194,11 @@ def _presence(
 def _refuse_missing(slot: Slot, why: str) -> None:
     lacking = [str(one.source.model) for one in slot.inputs if one.tensor is None]
     raise Refused(
-        "TENSOR_MISSING", f"{', '.join(lacking)} lacks {slot.name}, which {why}.",
+        "TENSOR_MISSING",
+        f"{', '.join(lacking)} lacks {slot.name}, which {why}.",
         "Use models of one architecture, or take those layers by `slices:` from a model that has them.",
         value=slot.name,
-    )  # fmt: skip
+    )
 
 
 def _same_shape(slot: Slot, inputs: list[Input], tensors: list[TensorInfo], *, rows_too: bool) -> None:
@@ -217,9 +218,11 @@ def _unmixable(slot: Slot, shape: tuple[int, ...], operands: tuple[Operand, ...]
     if len({tensor.dtype for tensor in tensors}) > 1:
         kinds = ", ".join(f"{o.source} {o.tensor.dtype.name}" for o in operands)
         raise Refused(
-            "SHAPE_MISMATCH", f"{slot.name} is not floating point in every source: {kinds}.",
-            "Use models that store it alike.", value=slot.name,
-        )  # fmt: skip
+            "SHAPE_MISMATCH",
+            f"{slot.name} is not floating point in every source: {kinds}.",
+            "Use models that store it alike.",
+            value=slot.name,
+        )
     return Work(slot.name, shape, tensors[0].dtype, "equal", "copy", operands)
 
 
@@ -264,10 +267,11 @@ def _shared(slot: Slot, method: Method) -> dict[str, Value]:
 
 def _refuse_parameter(slot: Slot, parameter: Parameter, whom: str, path: str) -> None:
     raise Refused(
-        "MISSING_KEY", f"`{path}` is missing: no value{' ' if whom else ''}{whom} applies to {slot.name}.",
+        "MISSING_KEY",
+        f"`{path}` is missing: no value{' ' if whom else ''}{whom} applies to {slot.name}.",
         f"Add `{parameter.name}:`, or a last condition without `filter`.",
         where=Where("recipe", None, path),
-    )  # fmt: skip
+    )
 
 
 def _check(work: Work, method: Method, inputs: list[Input], notes: Notes) -> None:
@@ -287,9 +291,9 @@ def _note_gradient(slot: Slot, method: Method, notes: Notes) -> None:
         if i != slot.base
     ]
     for parameter in (*method.per_input, *method.shared):
-        asked = inputs if parameter in method.per_input else [({}, slot.name)]
-        found = (written(parameter.name, (level, *slot.shared_levels), tensor) for level, tensor in asked)
-        if parameter.used and any(isinstance(value, Gradient) for value in found):
+        levels = inputs if parameter in method.per_input else [({}, slot.name)]
+        values = (written(parameter.name, (level, *slot.shared_levels), tensor) for level, tensor in levels)
+        if parameter.used and any(isinstance(value, Gradient) for value in values):
             notes.add("GRADIENT_AT_ZERO", f"{slot.name} takes the first entry of the gradient of `{parameter.name}`")
 
 

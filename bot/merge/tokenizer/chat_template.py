@@ -39,10 +39,11 @@ def chat_template(
     if wanted != "auto":
         if "{" not in wanted or len(wanted) < 20:
             raise Refused(
-                "VALUE_OUT_OF_RANGE", "`chat_template` is neither a known name nor a Jinja template.",
+                "VALUE_OUT_OF_RANGE",
+                "`chat_template` is neither a known name nor a Jinja template.",
                 f"Write `auto`, {', '.join(f'`{name}`' for name in TEMPLATES)}, or a template of at least 20 letters.",
                 value=wanted,
-            )  # fmt: skip
+            )
         return wanted
     found = [text for ref in recipe.sources if (text := _of(checkpoints[ref])) is not None]
     known = [text for text in found if not known_only or is_known(text)]
@@ -55,14 +56,14 @@ def chat_template(
     return max(found, key=lambda text: (found.count(text), -found.index(text)))
 
 
-def with_named_templates(checkpoint: Checkpoint, made: str | None) -> str | None:
+def with_named_templates(checkpoint: Checkpoint, written: str | None) -> str | None:
     """tokenizer_config.json with all chat templates of a source that has a folder of further ones, else None.
 
-    `made` is the text that the merge writes, if any. The list is the older format of transformers, which still reads it
-    if there is no template file.
+    `written` is the text that the merge writes, if any. transformers reads the list, its older format, if there is no
+    template file.
     """
     files = sorted(name for name in checkpoint.sizes if name.startswith(f"{NAMED_TEMPLATES}/"))
-    config = json.loads(made) if made else checkpoint.document("tokenizer_config.json")
+    config = json.loads(written) if written else checkpoint.document("tokenizer_config.json")
     if not files or config is None:
         return None
     found = {name.rpartition("/")[2].removesuffix(".jinja"): checkpoint.text(name, 2**20) for name in files}

@@ -79,8 +79,12 @@ _EXAONE = """\
 """
 
 TEMPLATES: dict[str, str] = {
-    "chatml": _CHATML, "llama3": _LLAMA3, "alpaca": _ALPACA, "mistral": _MISTRAL, "exaone": _EXAONE,
-}  # fmt: skip
+    "chatml": _CHATML,
+    "llama3": _LLAMA3,
+    "alpaca": _ALPACA,
+    "mistral": _MISTRAL,
+    "exaone": _EXAONE,
+}
 
 # tokens each template is of little use without
 MARKERS: dict[str, tuple[str, ...]] = {

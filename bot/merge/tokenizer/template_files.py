@@ -24,9 +24,13 @@ KNOWN = {
 _NAMED = frozenset(text.strip() for text in TEMPLATES.values())
 # files whose key `chat_template` transformers reads
 _HOLDERS = (
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "processor_config.json",
-    "preprocessor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 _KEY = "chat_template"
 
 
@@ -38,22 +42,22 @@ def is_known(template: object) -> bool:
     return text in _NAMED or hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() in KNOWN
 
 
-def known_only(name: str, source: Checkpoint, made: str | None, notes: Notes) -> str | None:
-    """Replacement of the file `name`, of the source or `made` by the merge; "" to leave it out.
+def known_only(name: str, source: Checkpoint, written: str | None, notes: Notes) -> str | None:
+    """Replacement of the file `name`, of the source, or of the text `written` by the merge; "" to leave it out.
 
     None if all its templates are known. Each file that loses one gets a notice.
     """
-    text = None if name not in (*_HOLDERS, TEMPLATE) else source.text(name) if made is None else made
+    text = None if name not in (*_HOLDERS, TEMPLATE) else source.text(name) if written is None else written
     if text is None:
         return None
     if name == TEMPLATE:
         kept = text if is_known(text) else ""
     else:
-        kept = _without_unknown(text, json.loads(made) if made is not None else source.document(name) or {})
+        kept = _without_unknown(text, json.loads(written) if written is not None else source.document(name) or {})
     if kept == text:
         return None
-    said = f"a chat template in {name} of {source.name} is not on the bot's list and is left out"
-    notes.add("TEMPLATE_DROPPED", said, said)
+    notice = f"a chat template in {name} of {source.name} is not on the bot's list and is left out"
+    notes.add("TEMPLATE_DROPPED", notice, notice)
     return kept
 
 

@@ -88,9 +88,11 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
 
 def _unreadable(checkpoint: Checkpoint) -> Refused:
     return Refused(
-        "BAD_CHECKPOINT", f"{checkpoint.name}: {FILE} is not a tokenizer we can read.",
-        "Use a source with a fast tokenizer.", value=FILE,
-    )  # fmt: skip
+        "BAD_CHECKPOINT",
+        f"{checkpoint.name}: {FILE} is not a tokenizer we can read.",
+        "Use a source with a fast tokenizer.",
+        value=FILE,
+    )
 
 
 def _bad_ids(name: str, what: str) -> Refused:
@@ -114,9 +116,11 @@ def align(
     own = read_tokens(checkpoints[tokenizer_source])
     if own is None:
         raise Refused(
-            "NOT_SUPPORTED", f"{tokenizer_source} has no {FILE}, so its vocabulary cannot be used.",
-            "Name a model with a fast tokenizer as `tokenizer: {source: owner/name}`.", value=str(tokenizer_source),
-        )  # fmt: skip
+            "NOT_SUPPORTED",
+            f"{tokenizer_source} has no {FILE}, so its vocabulary cannot be used.",
+            "Name a model with a fast tokenizer as `tokenizer: {source: owner/name}`.",
+            value=str(tokenizer_source),
+        )
     _close_to_rows(own, rows_of.get(tokenizer_source), str(tokenizer_source))
     sources: dict[ModelRef, Mapping[str, int]] = {}
     others: list[Tokens] = []
@@ -142,9 +146,10 @@ def align(
     rows = -(-used // p) * p if p else max(used, rows_of.get(tokenizer_source, 0))
     if rows * len(recipe.sources) > ROWS_LIMIT:
         raise Refused(
-            "TOO_LARGE", f"aligning {rows:,} tokens of {len(recipe.sources)} models is more than the merge can hold.",
+            "TOO_LARGE",
+            f"aligning {rows:,} tokens of {len(recipe.sources)} models is more than the merge can hold.",
             "Use fewer models, or leave the tokenizer keys out.",
-        )  # fmt: skip
+        )
     rules = {rule.token: rule for rule in wanted.tokens}
     for rule in wanted.tokens:
         _check_rule(rule, sources, rows_of)
@@ -207,8 +212,9 @@ def _check_rule(
         raise Refused(
             "RECIPE_INVALID",
             f"{given.model} has no {f'token {token!r}' if token is not None else f'row {given.token_id}'}.",
-            f"Name another source for `tokenizer.tokens.{rule.token[:40]}`.", value=rule.token,
-        )  # fmt: skip
+            f"Name another source for `tokenizer.tokens.{rule.token[:40]}`.",
+            value=rule.token,
+        )
 
 
 def _texts(tokenizer_source: Checkpoint, own: Tokens, entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
