@@ -357,18 +357,15 @@ class _Arrangement:
 
     def _in_output(self, name: str, part: Architecture) -> str:
         """The output's name for a loose tensor of a source whose names may differ by one constant prefix."""
-        return next(
-            (alias for alias in under_prefix(name, part.main.prefix, self.model.main.prefix) if alias in self._known),
-            name,
-        )
+        aliases = under_prefix(name, part.main.prefix, self.model.main.prefix)
+        return next((alias for alias in aliases if alias in self._known), name)
 
     def _in_source(self, name: str, part: Architecture) -> str | None:
         stored = self._stored.get(id(part))
         if stored is None:
             stored = self._stored[id(part)] = {*part.before, *part.after}
-        return next(
-            (alias for alias in under_prefix(name, self.model.main.prefix, part.main.prefix) if alias in stored), None
-        )
+        aliases = under_prefix(name, self.model.main.prefix, part.main.prefix)
+        return next((alias for alias in aliases if alias in stored), None)
 
     def _note_dropped(self) -> None:
         if self.left_out:
