@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from bot.errors import Failed
 from bot.jobs.job import Lease, PublishedFile, Source
 from bot.jobs.request import EvaluateOptions
 
@@ -89,5 +90,13 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: type[T], value: Any) -> T:
-    """The inverse of `encode`. Raises ValueError for another shape."""
-    return TypeAdapter(kind).validate_python(value)
+    """The inverse of `encode`. Raises Failed INTERNAL for another shape."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        wrong = ".".join(map(str, error.errors()[0]["loc"])) or "it"
+        raise Failed(
+            "INTERNAL",
+            f"The {kind.__name__} of a stage cannot be read ({wrong} is missing or has another type).",
+            "Run the same version of mergebot in scheduler, worker and publisher.",
+        ) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bot.errors import Failed
 from bot.jobs.job import Lease, PublishedFile, Source
 from bot.jobs.request import EvaluateOptions
 from bot.jobs.specs import (
@@ -43,5 +44,6 @@ def test_a_spec_comes_back_equal_from_json(spec: Any) -> None:
 
 
 def test_a_spec_of_another_shape_is_not_accepted() -> None:
-    with pytest.raises(ValueError, match="recipe"):
+    with pytest.raises(Failed, match="The MergeSpec of a stage cannot be read") as caught:
         decode(MergeSpec, {"out": "o", "seed": 0, "sources": [], "evaluate": {}})
+    assert caught.value.code == "INTERNAL" and "(recipe is missing" in caught.value.message
