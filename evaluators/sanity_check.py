@@ -111,12 +111,12 @@ def of_folder(
     known = stored(cache, identity, device=device, dtype=dtype)
     if known is not None:
         return known
-    found = examine(*model_loading.load(model, device, dtype))
+    result = examine(*model_loading.load(model, device, dtype))
     model_loading.free_memory()
     file = _file(cache, identity, device, dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(found.as_dict()).encode())
-    return found
+    write_atomic(file, json.dumps(result.as_dict()).encode())
+    return result
 
 
 def stored(cache: Path, identity: str, *, device: str = "cpu", dtype: str = "auto") -> SanityCheck | None:
@@ -215,8 +215,8 @@ def _second_halves(model: Any, ids: list[int]) -> Iterator[tuple[Any, Any]]:
 
 def _context(model: Any) -> int | None:
     """Number of positions of the model; None if its config has none."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _continuations(model: Any, prompts: Sequence[list[int]], deadline: float) -> tuple[list[list[int]], float]:
@@ -310,17 +310,17 @@ def require_sound(merge: SanityCheck, parents: Sequence[SanityCheck] = ()) -> No
             "The model's logits for a plain text are not finite (NaN or infinity).",
             "Look for NaN or overflow in its weights.",
         )
-    found = _strange(merge, [parent for parent in parents if parent.finite and not parent.missing_rows])
-    if found:
+    fault = _fault(merge, [parent for parent in parents if parent.finite and not parent.missing_rows])
+    if fault:
         raise EvaluationError(
             "MODEL_NONSENSE",
-            f"The model fails the sanity check: {found}.",
+            f"The model fails the sanity check: {fault}.",
             "Merge with smaller weights or another method. No task was run.",
         )
 
 
-def _strange(merge: SanityCheck, parents: Sequence[SanityCheck]) -> str | None:
-    """The fault as a clause. An encoder-decoder can be judged only beside its parents."""
+def _fault(merge: SanityCheck, parents: Sequence[SanityCheck]) -> str | None:
+    """The fault as a clause; None without one. An encoder-decoder is checked only in comparison with its parents."""
     if merge.encoder_decoder and not parents:
         return None
     bits = [parent.bits_per_byte for parent in parents if parent.bits_per_byte is not None]

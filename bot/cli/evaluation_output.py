@@ -151,9 +151,9 @@ class _Blocks:
                 style = _STYLES.get(difference.outcome, "")
             table.add_row(Padding(escape(self._names[model]), (0, 0, 0, 2)), *cells, style=style)
         console.print(table)
-        if found := self._tasks.get(row.title) if row.is_task else None:
-            share = report.is_share(found)
-            outcome = report.words(found.differences, self._names.__getitem__, brief=True, share=share)
+        if task := self._tasks.get(row.title) if row.is_task else None:
+            share = report.is_share(task)
+            outcome = report.words(task.differences, self._names.__getitem__, brief=True, share=share)
             sentence = outcome if outcome.startswith("no ") else f"{self._names['']} is {outcome}"
             console.print(Padding(escape(sentence), (0, 0, 0, 2), expand=False), highlight=False)
         console.print()
@@ -165,22 +165,18 @@ def _verdict(comparison: Comparison, names: Mapping[str, str], terms: report.Ter
     def show(model: str) -> str:
         return names.get(model, model)
 
-    headline = report.headline(comparison, show, terms)
-    lines = [f"  {line}" for line in report.inherited(comparison, show, terms)]
-    return [
-        *([f"{terms.merge} {headline[0].lower()}{headline[1:]}"] if headline else []),
-        *lines,
-        *report.left_out(comparison),
-    ]
+    if headline := report.headline(comparison, show, terms):
+        yield f"{terms.merge} {headline[0].lower()}{headline[1:]}"
+    yield from (f"  {line}" for line in report.inherited(comparison, show, terms))
+    yield from report.left_out(comparison)
 
 
 def _origin(evaluated: Evaluated, names: Mapping[str, str]) -> str:
     """Models evaluated now, and those with cached answers."""
     now = [name for model, name in names.items() if model not in evaluated.known]
     kept = [name for model, name in names.items() if model in evaluated.known]
-    sentences = [f"Evaluated now: {report.joined(now)}." if now else ""]
-    sentences.append(f"Cached: {report.joined(kept)}." if kept else "")
-    return " ".join(filter(None, sentences))
+    groups = (("Evaluated now", now), ("Cached", kept))
+    return " ".join(f"{title}: {report.joined(models)}." for title, models in groups if models)
 
 
 def _eval_config(evaluation: ModelEvaluation) -> str:

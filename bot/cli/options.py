@@ -13,8 +13,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from bot.cli.interrupt import interrupted
-from bot.errors import Refused
+from bot.errors import Failed, Refused
 from bot.merge.recipe.suggestions import closest
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -52,6 +51,19 @@ _OF_MERGEKIT = {
     "--write-threads": "Leave it out: reading, computing and writing always overlap.",
 }
 
+_CONTINUE = "Run the same command again to continue."
+_TENSORS = ("finished tensors are kept beside the output", _CONTINUE)
+# command -> state of its results after Ctrl-C, next step
+_AFTER_INTERRUPT = {
+    "merge": _TENSORS,
+    "classic": _TENSORS,
+    "bakllama": _TENSORS,
+    "evaluate": ("finished evaluations are kept", _CONTINUE),
+    "train": ("answers and training so far are kept", _CONTINUE),
+    "bench": ("an incomplete speed test is not kept", "Run the same command again to start over."),
+    "export": ("the heads are incomplete", "Remove the new folder and run the same command again."),
+}
+
 
 class Command(TyperCommand):
     """A command that explains unsupported mergekit flags; on Ctrl-C, reports what was kept."""
@@ -76,7 +88,8 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise interrupted(self.name or "") from None
+            result, next_step = _AFTER_INTERRUPT.get(self.name or "", ("nothing was changed", ""))
+            raise Failed("CANCELLED", f"Interrupted; {result}.", next_step) from None
 
 
 class CommandGroup(TyperGroup):

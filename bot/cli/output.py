@@ -156,18 +156,18 @@ def merged(result: Any, out: Path) -> None:
         say(f"[yellow]note[/yellow] {escape(notice.text)}")
 
 
-def verdict(found: Verdict, *, as_json: bool) -> None:
+def verdict(result: Verdict, *, as_json: bool) -> None:
     """Differences of a verification, at most 20."""
     if as_json:
-        console.print_json(json.dumps(found.as_dict()))
+        console.print_json(json.dumps(result.as_dict()))
         return
-    if not found.differences:
-        say(f"[green]{escape(found.sentence)}[/green]")
-    for each in found.differences[:20]:
+    if not result.differences:
+        say(f"[green]{escape(result.sentence)}[/green]")
+    for each in result.differences[:20]:
         say(f"[red]{each.what}[/red] {escape(each.sentence)}")
-    if len(found.differences) > 20:
-        say(f"... and {len(found.differences) - 20:,} more; `--json` lists all.")
-    for remark in found.remarks:
+    if len(result.differences) > 20:
+        say(f"... and {len(result.differences) - 20:,} more; `--json` lists all.")
+    for remark in result.remarks:
         say(f"[yellow]note[/yellow] {escape(remark)}")
 
 
@@ -176,29 +176,22 @@ def scores(evaluations: Mapping[str, ModelEvaluation]) -> None:
     from evaluators.comparison import report
 
     rows = [row for row in report.scores(evaluations, None) if row.is_task]
-    table = Table(title="Scores in percent, with 95 % intervals", title_justify="left")
-    table.add_column("model")
-    for row in rows:
-        table.add_column(row.title, justify="right")
+    columns = (Column(row.title, justify="right") for row in rows)
+    table = Table("model", *columns, title="Scores in percent, with 95 % intervals", title_justify="left")
     for model in evaluations:
         table.add_row(escape(model), *(str(row.figures[model]) for row in rows))
     console.print(table)
 
 
-def jobs(found: Iterable[Job]) -> None:
+def jobs(recent: Iterable[Job]) -> None:
     from bot.jobs.job import stage
 
-    table = Table()
-    for column in ("job", "name", "requester", "stage", "progress", "result"):
-        table.add_column(column)
+    table = Table("job", "name", "requester", "stage", "progress", "result")
     now = datetime.now(UTC)
-    for each in found:
+    for each in recent:
         result = each.publication.repo if each.publication else (each.failures[-1].code if each.failures else "")
-        done = (
-            f"{each.progress.text} {each.progress.done / each.progress.total:.0%}"
-            if each.progress and each.progress.total
-            else ""
-        )
+        running = each.progress if each.progress and each.progress.total else None
+        done = f"{running.text} {running.done / running.total:.0%}" if running else ""
         row = (each.id, each.request.name, each.request.requester, stage(each, now).value, done, result)
         table.add_row(*(escape(cell) for cell in row))
     if not table.row_count:
@@ -207,12 +200,10 @@ def jobs(found: Iterable[Job]) -> None:
     console.print(table)
 
 
-def job(found: Job) -> None:
-    jobs([found])
-    for failure in found.failures:
-        say(
-            f"[red]{failure.stage.value} failed[/red] {escape(failure.sentence)} "
-            f"{escape(failure.next_step)} ({failure.code})"
-        )
-    if found.evaluation and found.evaluation.merged:
-        scores({"merge": found.evaluation.merged, **found.evaluation.sources})
+def job(shown: Job) -> None:
+    jobs([shown])
+    for failure in shown.failures:
+        reason = escape(f"{failure.sentence} {failure.next_step}")
+        say(f"[red]{failure.stage.value} failed[/red] {reason} ({failure.code})")
+    if shown.evaluation and shown.evaluation.merged:
+        scores({"merge": shown.evaluation.merged, **shown.evaluation.sources})

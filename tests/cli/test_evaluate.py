@@ -98,7 +98,7 @@ def test_a_merge_stands_beside_its_parents_with_intervals_and_all_scores_in_json
     assert "Same answer as first, right or wrong: " in words
     assert re.search(r"sanity check merge first second perplexity \(bits per byte\) \d", words) and "looping" in words
     assert (
-        "prompts as plain text, seed 0. Generation settings: neutral; softmax in float32." in words
+        "prompts as plain text, seed 0. Generation settings: neutral; softmax in float32; reading " in words
         and "Evaluated now: merge and second. Cached: first." in words
     )
     told = json.loads((place / "out.json").read_text())
