@@ -17,7 +17,7 @@ def speed_figure(report: Report) -> str:
     ends = [end for row in rows for end in (row.speedup.interval or (_speed(row) or 0.0,))]
     low, high = min(0.9, min(ends) - _MARGIN), max(1.1, max(ends) + _MARGIN)
     bottom = _TOP + _HEIGHT * len(rows)
-    description = "; ".join(f"{row.label}: {_speed(row):.2f} x plain" for row in rows)
+    description = "; ".join(f"{row.label}: {_speed(row):.2f} x baseline" for row in rows)
     drawn = _axis(low, high, bottom) + "".join(_drawn(row, at, low, high) for at, row in enumerate(rows))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 46}" width="{WIDTH}" '

@@ -231,7 +231,7 @@ def test_a_card_lists_all_heads_and_reports_a_slowdown_first() -> None:
     assert "- the budget of 60 s allowed \\<b\\> 11 of 12 questions." in section
     assert "| heads of org/a | 0.31 0.20 | 1.31 |" in section
     assert "| heads trained for it | 0.31 0.20 | 1.40 |" in section
-    assert "| heads of org/b | it has 5 tokens \\<b\\> too many. | – |" in section and "once more" not in section
+    assert "| heads of org/b | it has 5 tokens \\<b\\> too many. | – |" in section and "repeated" not in section
 
 
 def _speedups(text: str) -> list[tuple[float, str]]:

@@ -149,10 +149,10 @@ def sentence(report: Report) -> str:
         return f"Decode speed with Medusa heads was not measured: {reason}"
     others = f" These are the {row.label}, of {len(timed)} sets." if len(timed) > 1 else ""
     interval, looping = row.speedup.interval, report.suite.looping
-    unit = "x plain speed in CPU time" if row.speedup.clock_used == "cpu" else "x plain speed"
+    unit = "x the speed of baseline decoding" + (" in CPU time" if row.speedup.clock_used == "cpu" else "")
     span = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "from one question, no interval"
     inflated = (
-        f" {looping} of {row.exact.prompts} answers repeat themselves, which flatters this figure." if looping else ""
+        f" {looping} of {row.exact.prompts} answers repeat themselves, which inflates this figure." if looping else ""
     )
     advice = " Do not speculate here." if report.recommendation == DO_NOT else ""
     return (
@@ -169,9 +169,9 @@ def _exactness(exact: Exact, dtype: str | None) -> str:
     ties, unchecked = ({each.prompt for each in exact.divergences if each.tie is tie} for tie in (True, None))
     ties -= unchecked  # one of its runs was not checked
     if ties:
-        text += f"; on {len(ties)} it left it where rounding in {dtype} decides between two tokens"
+        text += f"; on {len(ties)} it differs where rounding in {dtype} decides between two tokens"
     if unchecked:
-        text += f"; on {len(unchecked)} it left it, and whether rounding in {dtype} explains that was not checked"
+        text += f"; on {len(unchecked)} it differs, and whether rounding in {dtype} explains that was not checked"
     return f"{text}."
 
 

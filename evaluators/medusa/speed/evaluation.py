@@ -90,7 +90,7 @@ def _test_questions(run: Run) -> list[prompt_sets.Prompt]:
         raise EvaluationError(
             "SPEED_CHECK_FAILED",
             "The given heads were trained on every one of these questions.",
-            "Give questions that they have not seen.",
+            "Give questions that they were not trained on.",
         )
     if known:
         run.warn(f"{len(known)} questions are left out because the given heads were trained on them: {known[:20]}")
@@ -113,7 +113,7 @@ def _written(run: Run) -> dict[str, Any]:
 def _loaded(run: Run) -> Base:
     base, reason = packed.load(run.folder, run.options.device, run.options.dtype)
     if reason is not None and run.options.device == "cpu":
-        run.warn(f"plain and speculative decoding both ran with unpacked weights: {reason}")
+        run.warn(f"baseline and speculative decoding both ran with unpacked weights: {reason}")
     return base
 
 

@@ -16,13 +16,13 @@ def divergences(base: Base, blocks: Sequence[Block], candidate: str, deadline: f
 
     Each is checked for rounding; past `deadline` (time.monotonic) only the first is.
     """
-    found: list[Divergence] = []
+    differing: list[Divergence] = []
     for block in blocks:
         for got in dict.fromkeys(tuple(trace.tokens) for trace in block.runs[candidate]):
             if got != tuple(block.plain[0].tokens):
-                late = deadline is not None and bool(found) and time.monotonic() > deadline
-                found.append(_divergence(base, block, got, late))
-    return found
+                late = deadline is not None and bool(differing) and time.monotonic() > deadline
+                differing.append(_divergence(base, block, got, late))
+    return differing
 
 
 def _divergence(base: Base, block: Block, got: Sequence[int], late: bool) -> Divergence:

@@ -20,7 +20,7 @@ ClockName = Literal["wall", "cpu"]
 Verdict = Literal["faster", "slower", "same", "inconclusive"]
 CONCLUSIVE = ("faster", "slower", "same")
 _LABELS = {
-    "none": "plain, once more",
+    "none": "baseline, repeated",
     "native": "transformers' generate",
     "prompt_lookup": "prompt lookup",
     "identity": "untrained heads",
@@ -315,5 +315,5 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
-    return found
+    decoded: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))  # tuples become lists
+    return decoded

@@ -61,8 +61,8 @@ def load(given: Sequence[Given], base: Base) -> tuple[list[HeadSet], list[str]]:
         heads, reason = None, each.absent_because
         if each.folder is not None:
             try:
-                heads, found = formats.load(each.folder, base)
-                warnings += [f"{each.id}: {text}" for text in found]
+                heads, notes = formats.load(each.folder, base)
+                warnings += [f"{each.id}: {text}" for text in notes]
             except EvaluationError as error:
                 if each.origin == "fresh":
                     raise
@@ -136,7 +136,7 @@ def kept_apart(
             leaking |= {each.id, "merged"}
         else:
             left, known = rest, [*known, *seen]
-    absent = "they, or heads they are merged from, were trained on the questions that are asked here."
+    absent = "they, or heads they are merged from, were trained on the questions of this test."
     dropped = {each.id for each in given if each.folder and each.origin != "fresh" and each.id in leaking}
     kept = [replace(each, folder=None, absent_because=absent) if each.id in dropped else each for each in given]
     return left, known, kept

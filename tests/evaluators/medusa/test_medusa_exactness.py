@@ -161,6 +161,6 @@ def test_what_was_not_judged_is_called_so() -> None:
     told = conclusions.sentence(Report.from_dict(made))
     assert " 4 of 5 answers repeat themselves" in told
     assert told.endswith(
-        "on 2 of 5 questions; on 1 it left it where rounding in bfloat16 decides between two tokens; on 2 it left it, "
+        "on 2 of 5 questions; on 1 it differs where rounding in bfloat16 decides between two tokens; on 2 it differs, "
         "and whether rounding in bfloat16 explains that was not checked."
     )

@@ -22,7 +22,7 @@ from evaluators.pictures.speed_figure import speed_figure
 
 
 def facts(ties: tuple[bool | None, ...] = (True, None), **changes: Any) -> conclusions.Facts:
-    """Heads that promised much and were timed at 1.2 x plain speed, on text that a tie changed once."""
+    """Heads that promised much and were timed at 1.2 x the speed of the baseline, on text that a tie changed once."""
     divergences = tuple(Divergence(str(at), 1, 0.1, 0.2, tie) for at, tie in enumerate(ties))
     fresh = Row(
         "fresh", "fresh", tree=TimedTree(nodes=4), exact=Exact(5, 3, divergences),
@@ -63,7 +63,8 @@ def test_a_report_says_in_words_what_its_figures_say() -> None:
     row["exact"] |= {"prompts": 5, "equal": 5}
     assert conclusions.sentence(Report.from_dict(made)) == (
         "Medusa heads trained in 40 s on 2421 tokens of the model's own text bring 1.30 tokens per step; on this CPU "
-        "(2 threads) decoding with them runs at 0.82 x plain speed (95 % interval 0.70 to 0.90): decoding with them is "
+        "(2 threads) decoding with them runs at 0.82 x the speed of baseline decoding "
+        "(95 % interval 0.70 to 0.90): decoding with them is "
         "slower here. Do not speculate here. Greedy text was equal to baseline decoding on 5 of 5 questions."
     )
     made["candidates"] = [{**row, "id": "heads:a"}, {**row, "id": "heads:b", "tokens_per_step": {"measured": 1.5}}]
