@@ -1,14 +1,14 @@
-"""Medusa: draft heads for any causal LM, exact tree decoding, and a speed figure one can trust.
+"""Medusa: draft heads for any causal LM, exact tree decoding, and a speed test (arXiv 2401.10774).
 
-`measure` is the whole evaluation of a checkpoint directory; the parts are importable on their own. Paper: Medusa,
-arXiv 2401.10774. Knows directories, never jobs; no network, no subprocess, no environment.
+`measure` evaluates a checkpoint directory; the parts can be imported separately. Nothing here uses jobs, the network,
+subprocesses or environment variables.
 
-    trees       which guesses are tried together          decoding    from a prompt to tokens, eager, packed, graphs
-    model       the base, in what it computes             training    heads from prompts, within a budget
-    drafting    heads, prompt lookup                      speed       what a tree costs, paired timing, the report
-    formats     head checkpoints of all programs          generation  text as it is decoded
+    trees       trees of draft tokens                     decoding    baseline and Medusa decoding, CUDA graphs
+    model       base model, caches, kernels               training    head training within a budget
+    drafting    heads, prompt lookup                      speed       cost of a tree, paired timing, report
+    formats     file formats of heads                     generation  streaming text generation
 
-Each imports only those before it in the order trees, model, drafting, formats, decoding, training, speed, generation.
+Each part imports only earlier ones in the order trees, model, drafting, formats, decoding, training, speed, generation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """What is asked for and no more: torch takes seconds, and files of prompts and trees are read without it."""
+    """Import a public name on first use, because the import of torch takes seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

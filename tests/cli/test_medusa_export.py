@@ -59,7 +59,7 @@ def test_heads_go_out_to_every_program_and_come_back(place: Path) -> None:
 def test_what_cannot_be_exported_is_refused_in_a_sentence(place: Path) -> None:
     for arguments, says in (
         (("conditioned", "out", "--format", "vllm"), "which vllm does not support. Train heads with --no-conditioned"),
-        (("base", "out", "--format", "v1"), "base is a model, not heads"),
+        (("base", "out", "--format", "v1"), "base is a model without heads"),
     ):
         with pytest.raises(EvaluationError) as caught:
             export(*arguments)

@@ -52,7 +52,7 @@ class HeadDrafter:
 
 
 class PromptLookup:
-    """What followed the last occurrence of the newest words: 3-gram first, then 2-gram, latest match.
+    """Propose the tokens after the last earlier occurrence of the newest 3-gram, or else 2-gram.
 
     Needs a chain. Reference: prompt lookup decoding, as in transformers' `prompt_lookup_num_tokens`.
     """

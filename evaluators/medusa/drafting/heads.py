@@ -1,9 +1,9 @@
-"""Medusa heads: K small residual networks that guess the tokens after the base model's own next token.
+"""Medusa heads: K small residual networks that predict the tokens after the next token of the base model.
 
-`h` is the row that enters the output embedding at some position; the base predicts the next token from it, head k
-(1..K, stored at index k - 1) the token k places further. Blocks: r(x) = x + SiLU(W x + b), W and b zero at first, so an
-untrained head repeats the base's own prediction. `conditioned`: the first block also reads the embedding of the base's
-next token, which is known when drafting: r(h, e) = h + SiLU(W [h; e] + b).
+`h` is the hidden state that enters the output embedding at a position. The base predicts the next token from it; head k
+(1..K, stored at index k - 1) predicts the k-th token after that. Blocks: r(x) = x + SiLU(W x + b) with W and b zero at
+first, so an untrained head repeats the prediction of the base. `conditioned`: the first block also reads the embedding
+of the next token, which is known when drafting: r(h, e) = h + SiLU(W [h; e] + b).
 
 References: Medusa, arXiv 2401.10774 (own unembedding, V1; shared, V2); Hydra, arXiv 2402.05109 (conditioning).
 """
@@ -26,7 +26,7 @@ Kind = Literal["shared", "own"]
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """The shape of a set of heads. `keep` lists the token ids of a reduced draft vocabulary, None for the whole one."""
+    """Shape of a set of heads. `keep` lists the token ids of a reduced draft vocabulary, None for the whole one."""
 
     kind: Kind = "shared"
     heads: int = 4
@@ -36,13 +36,13 @@ class HeadSpec:
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.layers < 1:
-            raise ValueError("heads and layers start at 1")
+            raise ValueError("heads and layers must be at least 1")
         if self.keep is not None and (not self.keep or len(set(self.keep)) != len(self.keep)):
-            raise ValueError("the kept token ids must be there, each once")
+            raise ValueError("the kept token ids must be distinct and not empty")
 
 
 def require_own_projection(base: Base) -> None:
-    """Raise EvaluationError SPEED_UNSUPPORTED where heads of the kind "own" cannot be made on this base."""
+    """Raise EvaluationError SPEED_UNSUPPORTED if this base does not support heads of the kind "own"."""
     if getattr(base.output, "bias", None) is not None:
         raise EvaluationError(
             "SPEED_UNSUPPORTED",
@@ -55,7 +55,7 @@ class Heads(nn.Module):
     """K heads over one base model. Parameters stay in float32 until `.to()` moves them.
 
     first [K, H, H or 2H] and first_bias [K, H] are the first block of each head, more [K, L-1, H, H] and
-    more_bias [K, L-1, H] the others; every block of every head is its own slice. unembed is [V', H] (shared, frozen)
+    more_bias [K, L-1, H] the others. unembed is [V', H] (shared, frozen)
     or [K, V', H] (own, trained).
     """
 
@@ -117,8 +117,10 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def take_embeddings_at(self, scale: float) -> None:
-        """Multiply the embeddings that enter by `scale` and divide their weights by it: for a power of two every output
-        stays as it is. Optimisers that step alike in all weights learn most from inputs of one size."""
+        """Multiply input embeddings by `scale` and divide their weights by it; powers of two leave outputs unchanged.
+
+        An optimiser with equal step sizes for all weights learns best from inputs of similar size.
+        """
         self.first[..., self.base.hidden :] *= self.embed_scale / scale
         self.embed_scale = scale
 
@@ -131,7 +133,7 @@ class Heads(nn.Module):
         return F.linear(row, self.unembed, self.unembed_bias)
 
     def forward(self, h: Tensor, following: Tensor) -> Tensor:
-        """h [N, H] and the base's next tokens [N] -> draft logits [K, N, V'], post-processed as the base's are."""
+        """h [N, H] and the base's next tokens [N] -> draft logits [K, N, V'], with the post-processing of the base."""
         row = self.rows(h, following)
         if self.spec.kind == "own":
             return self.base.post(torch.bmm(row, self.unembed.transpose(1, 2)))
@@ -139,7 +141,7 @@ class Heads(nn.Module):
         return self.base.post(flat.view(row.shape[0], row.shape[1], -1))
 
     def ranks(self, h: Tensor, following: Tensor, k: int) -> Tensor:
-        """The k most likely token ids of each head, best first: [K, N, k]; the last again where there are fewer."""
+        """k most likely token ids of each head, best first: [K, N, k]; the last is repeated if there are fewer."""
         logits = self(h, following)
         best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
         if best.shape[-1] < k:
@@ -154,12 +156,12 @@ class Heads(nn.Module):
 
 
 def identity_heads(spec: HeadSpec, base: Base) -> Heads:
-    """Untrained heads, which repeat the base's own prediction: the floor every training is held against."""
+    """Untrained heads, which repeat the prediction of the base: the lower bound for every training."""
     return Heads(spec, base)
 
 
 def vocabulary_cut(counted: Sequence[int], size: int, base: Base) -> tuple[int, ...]:
-    """A draft vocabulary of `size` ids: the stop ids, then by frequency in `counted`, then low ids as filler."""
+    """Draft vocabulary of `size` ids: the stop ids, then by frequency in `counted`, then the lowest ids."""
     frequency: dict[int, int] = dict.fromkeys(sorted(base.stop_ids), len(counted) + 1)
     for token in counted:
         frequency[token] = frequency.get(token, 0) + 1

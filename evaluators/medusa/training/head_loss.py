@@ -1,8 +1,8 @@
-"""The loss of heads on the base's own text and its gradient, in as few passes over the logits as it takes.
+"""Loss of heads on the text of the base and its gradient, computed block by block.
 
-Nearly all of a training step is the projection of every row onto the draft vocabulary and back. Both are done in what
-this machine multiplies fastest, in blocks whose logits stay in the CPU's cache, and no logits are kept for later:
-softmax minus target is projected back at once. Parameters and their gradients stay in float32.
+Most of a training step is the projection of each row onto the draft vocabulary and back. Both run in the fastest type
+of the machine, in blocks whose logits fit into the cache of the CPU. No logits are kept: softmax minus target is
+projected back at once. Parameters and their gradients stay in float32.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from evaluators.medusa.training.distillation import IGNORED, Features
 
 DECAY_PER_HEAD = 0.8
 BLOCK_LOGITS = 1 << 21  # 4 MiB in bfloat16
-OWN_LOGITS = 1 << 25  # where the projection learns, too: its gradient is as large as itself, and each block adds one
+OWN_LOGITS = 1 << 25  # for a trained projection, where each block adds a gradient of its full size
 LEAST_BLOCK = 16
-SMALLEST = 1e-30  # a probability that rounds to 0 still has a logarithm
+SMALLEST = 1e-30  # lower bound of probabilities before the logarithm
 SOFT_SHARE = 0.5
 CHOICES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What K heads are to say at N rows: ids [K, N, m] in the draft vocabulary, none twice, and shares [K, N, m] that
-    add up to 1; a row whose shares are all 0 teaches nothing."""
+    """Targets of K heads at N rows: distinct ids [K, N, m] in the draft vocabulary and shares [K, N, m] with sum 1.
+
+    A row whose shares are all 0 is ignored.
+    """
 
     ids: Tensor
     shares: Tensor
 
     @classmethod
     def certain(cls, rows: Tensor) -> Targets:
-        """[K, N] rows of the draft vocabulary, IGNORED where there is nothing to say."""
+        """One target per row: [K, N] rows of the draft vocabulary or IGNORED."""
         return cls(rows.clamp_min(0)[..., None], (rows != IGNORED).float()[..., None])
 
 
 def draft_loss(heads: Heads, h: Tensor, following: Tensor, targets: Targets, unembed: Tensor | None = None) -> Tensor:
-    """The sum of 0.8^k cross entropies, k from 1 (arXiv 2401.10774, section 2.2.1).
+    """Sum of the cross entropies with weight 0.8^k, k from 1 (arXiv 2401.10774, section 2.2.1).
 
-    h [N, H] and the base's next tokens [N] enter the heads. Differentiable in the heads' parameters and in h. `unembed`
-    (`frozen_unembedding`) saves converting a projection that does not change.
+    h [N, H] and the next tokens of the base [N] enter the heads. Differentiable in the parameters of the heads and h.
+    `unembed` is the converted projection (`frozen_unembedding`) if it is not trained.
     """
     dtype = product_dtype(h.device)
     with torch.autocast(h.device.type, dtype, enabled=dtype != torch.float32):
@@ -59,42 +61,44 @@ def draft_loss(heads: Heads, h: Tensor, following: Tensor, targets: Targets, une
 
 
 def frozen_unembedding(heads: Heads) -> Tensor | None:
-    """The shared projection as `draft_loss` multiplies by it; None where it is trained."""
+    """Convert the shared projection to the type of `draft_loss`; None if the projection is trained."""
     return heads.unembed.to(product_dtype(heads.unembed.device)) if heads.spec.kind == "shared" else None
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32."""
+    """bfloat16 with hardware support, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and causal_lm.cpu_multiplies_bfloat16() else torch.float32
 
 
 class SoftTargets:
-    """At each row, half the token that came and half what else the base held possible there.
+    """Soft targets: half the generated token, half the distribution of the base.
 
-    The rows that heads are trained on hold the base's distribution of every token that is to be guessed: one
-    projection a row, done once, serves all heads and all epochs, and teaches more than the token alone (measured on a
-    135 M Llama: 0.015 tokens per step with 16 nodes, at a seventh more time a step).
+    The hidden states of the training text give the distribution of the base for each target token. One projection per
+    row serves all heads and epochs. Measured on a 135 M Llama, it gains 0.015 tokens per step with 16 nodes over the
+    generated token alone, for a seventh more time per step.
     """
 
     @torch.no_grad()
-    def __init__(self, heads: Heads, features: Features, came: Tensor, rows: Tensor) -> None:
-        """`came` [T] is each row's own token and `rows` [K, T] the tokens of later rows that the heads are to guess,
-        both in the draft vocabulary or IGNORED."""
+    def __init__(self, heads: Heads, features: Features, generated: Tensor, rows: Tensor) -> None:
+        """`generated` [T] is the token of each row, `rows` [K, T] are the targets of the heads.
+
+        Both are rows of the draft vocabulary or IGNORED.
+        """
         dtype = product_dtype(features.tokens.device)
         weight = heads.base.output.weight.detach()
         weight = (weight if heads.keep is None else weight[heads.keep]).to(dtype)
         size = max(LEAST_BLOCK, BLOCK_LOGITS // len(weight))
         count = min(CHOICES, len(weight))
         bias = None if heads.unembed_bias is None else heads.unembed_bias.to(dtype)
-        self._ids = torch.zeros((len(came), count), dtype=torch.long, device=came.device)
-        self._shares = torch.zeros((len(came), count), device=came.device)
-        for at in range(0, len(came), size):
+        self._ids = torch.zeros((len(generated), count), dtype=torch.long, device=generated.device)
+        self._shares = torch.zeros((len(generated), count), device=generated.device)
+        for at in range(0, len(generated), size):
             logits = heads.base.post(F.linear(features.hidden[at : at + size].to(dtype), weight, bias))
             likely = logits.topk(count, -1).indices
-            real = came[at : at + size, None].clamp_min(0)
-            # The token that came is the likeliest, except where two tied in the precision it was chosen in.
+            real = generated[at : at + size, None].clamp_min(0)
+            # The generated token is the most likely one, except for ties in the precision of the generation.
             likely[:, -1:] = torch.where((likely == real).any(-1, keepdim=True), likely[:, -1:], real)
             possible = torch.softmax(logits.gather(1, likely).float(), -1)
             self._shares[at : at + size] = SOFT_SHARE * possible + (1 - SOFT_SHARE) * (likely == real)
@@ -102,7 +106,7 @@ class SoftTargets:
         self._known = rows != IGNORED
 
     def at(self, chosen: Tensor) -> Targets:
-        """The targets of all heads at the rows `chosen` [N]."""
+        """Targets of all heads at the rows `chosen` [N]."""
         heads = torch.arange(1, len(self._known) + 1, device=chosen.device)
         guessed = (chosen + heads[:, None]).clamp_max(len(self._ids) - 1)
         return Targets(self._ids[guessed], self._shares[guessed] * self._known[:, chosen, None])
@@ -120,7 +124,7 @@ class _DraftLoss(torch.autograd.Function):
         post: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
     ) -> Tensor:
-        """rows [K, N, H], unembed [V', H] for all heads or [K, V', H] for each -> the loss."""
+        """rows [K, N, H], unembed [V', H] for all heads or [K, V', H] per head -> loss."""
         to_rows = torch.zeros_like(rows)
         to_unembed = torch.zeros_like(unembed) if ctx.needs_input_grad[1] else None
         loss = rows.new_zeros(())
@@ -133,8 +137,8 @@ class _DraftLoss(torch.autograd.Function):
             weight = unembed[k].to(dtype) if shared is None else shared
             for block in torch.split(known, size):
                 x = rows[k, block].to(dtype)
-                surprise, slope = _surprise(F.linear(x, weight, bias), ids[k, block], shares[k, block], post)
-                loss += share * surprise
+                entropy, slope = _cross_entropy(F.linear(x, weight, bias), ids[k, block], shares[k, block], post)
+                loss += share * entropy
                 to_rows[k, block] = share * (slope @ weight).float()
                 if to_unembed is not None:
                     to_unembed[k].add_(slope.t() @ x, alpha=share)
@@ -148,13 +152,15 @@ class _DraftLoss(torch.autograd.Function):
         return outer[0] * to_rows, scaled, None, None, None, None, None
 
 
-def _surprise(logits: Tensor, ids: Tensor, shares: Tensor, post: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Raw logits [n, V'] -> the sum of -share log p over all targets [n, m], and its gradient to them."""
+def _cross_entropy(
+    logits: Tensor, ids: Tensor, shares: Tensor, post: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Logits [n, V'] before post-processing -> sum of -share log p over targets [n, m], and its gradient."""
     with torch.enable_grad():
         raw = logits.requires_grad_()
         shaped = post(raw)
     slope = torch.softmax(shaped.detach(), -1)
     held = slope.gather(1, ids)
-    surprise = -(shares * held.float().clamp_min(SMALLEST).log()).sum()
+    entropy = -(shares * held.float().clamp_min(SMALLEST).log()).sum()
     slope.scatter_(1, ids, slope.gather(1, ids) - shares.to(slope.dtype))
-    return surprise, slope if shaped is raw else torch.autograd.grad(shaped, raw, slope)[0]
+    return entropy, slope if shaped is raw else torch.autograd.grad(shaped, raw, slope)[0]

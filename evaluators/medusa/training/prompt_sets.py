@@ -1,7 +1,7 @@
-"""Prompts for the speed check: built-in ones, files in MT-bench's layout, and the guard against test leaks.
+"""Prompts of the speed test: built-in sets, files in the layout of MT-bench, and removal of test prompts from training.
 
-Three disjoint sets: `train` feeds self-distillation, `calibration` picks the tree and stops the training, `test` is
-timed. The built-in sets share neither form nor topic (prompts). A file of prompts replaces the built-in test set only.
+Three disjoint sets: `train` for self-distillation, `calibration` for the choice of the tree and early stopping, `test`
+for timing. The built-in sets share no form and no topic. A file of prompts replaces only the built-in test set.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEAR_DUPLICATE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question; `turns` are what the user says. Only the first turn is used in quick mode."""
+    """A question; `turns` are the messages of the user."""
 
     id: str
     category: str
@@ -35,7 +35,7 @@ class Prompt:
 
 
 def builtin(split: Split, seed: int = 0) -> list[Prompt]:
-    """All forms of the split on its topics, filled in and shuffled by `seed`, categories taking turns, none twice."""
+    """All distinct prompts of the split, shuffled by `seed`, with alternating categories."""
     drawn = random.Random(f"{split}-{seed}")
     queues: list[list[Prompt]] = []
     for category, forms in FORMS[split].items():
@@ -52,7 +52,7 @@ def builtin(split: Split, seed: int = 0) -> list[Prompt]:
 
 
 def _fields(split: Split, topic: str, drawn: random.Random) -> dict[str, str | int]:
-    """What a form about `topic` may name."""
+    """Fields for a form about `topic`."""
     k, m, n = sorted(drawn.sample(range(2, 60), 3))
     other = drawn.choice([each for each in TOPICS[split] if each != topic])
     named = {"who": PEOPLE, "role": ROLES, "place": PLACES, "passage": PASSAGES}
@@ -71,7 +71,7 @@ def read(path: Path) -> list[Prompt]:
         if line.strip():
             found.append(_parse(line, f"{path.name} line {number}", number))
     if not found:
-        raise _unreadable(f"The prompt file {path.name} holds no prompt.")
+        raise _unreadable(f"The prompt file {path.name} contains no prompt.")
     return found
 
 
@@ -81,13 +81,13 @@ def _parse(line: str, where: str, number: int) -> Prompt:
     except (ValueError, RecursionError) as error:
         raise _unreadable(f"{where} is not JSON: {error}.") from error
     turns = row.get("turns") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and _says(turn) for turn in turns):
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and _is_text(turn) for turn in turns):
         raise _unreadable(f"{where} has no `turns` list of texts.")
     return Prompt(str(row.get("question_id", number)), str(row.get("category", "none")), tuple(turns))
 
 
-def _says(turn: str) -> bool:
-    """Whether it is a text: not blank, and without halves of characters."""
+def _is_text(turn: str) -> bool:
+    """Return True for text that is not blank and has no lone surrogates."""
     return bool(turn.strip()) and not any("\ud800" <= letter <= "\udfff" for letter in turn)
 
 
@@ -98,7 +98,7 @@ def _unreadable(message: str) -> EvaluationError:
 
 
 def in_turns(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts with the categories taking turns, in file order inside each."""
+    """First `count` prompts with alternating categories, in file order within each."""
     queues: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         queues.setdefault(prompt.category, []).append(prompt)
@@ -109,7 +109,7 @@ def in_turns(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 def apart(
     learnt: Sequence[Prompt], held_out: Sequence[Prompt], test: Sequence[Prompt], most_held_out: int
 ) -> tuple[list[Prompt], list[Prompt], list[str]]:
-    """(training, held-out, ids of the dropped): no two of training, held-out and test prompts alike."""
+    """(training, held-out, ids of dropped prompts), without near duplicates among them and the test prompts."""
     others, leaked = without_leaks(held_out, test)
     others = others[:most_held_out]
     kept, dropped = without_leaks(learnt, [*test, *others])
@@ -117,13 +117,13 @@ def apart(
 
 
 def without_leaks(train: Sequence[Prompt], test: Sequence[Prompt]) -> tuple[list[Prompt], list[str]]:
-    """Training prompts none of whose turns is, or nearly is, a turn of the test set; and the ids of the dropped ones.
+    """(training prompts without near duplicates of a test turn, ids of dropped prompts).
 
-    Equal after folding case and spaces, or Jaccard similarity of word 8-grams above 0.8.
+    Near duplicates are equal after folding case and spaces, or have a Jaccard similarity of word 8-grams above 0.8.
     """
     forbidden = [_fold(turn) for prompt in test for turn in prompt.turns]
     exact = set(forbidden)
-    sharing: dict[tuple[str, ...], list[frozenset[tuple[str, ...]]]] = {}  # only turns that share a gram can be alike
+    sharing: dict[tuple[str, ...], list[frozenset[tuple[str, ...]]]] = {}  # near duplicates share a gram
     for grams in map(_grams, forbidden):
         for gram in grams:
             sharing.setdefault(gram, []).append(grams)
@@ -143,12 +143,12 @@ def without_leaks(train: Sequence[Prompt], test: Sequence[Prompt]) -> tuple[list
 
 
 def fingerprint(turn: str) -> str:
-    """What tells a question again without saying it: 16 hexadecimal digits, case and spaces folded."""
+    """Hash of a question after folding case and spaces, 16 hexadecimal digits."""
     return hashlib.sha256(_fold(turn).encode()).hexdigest()[:16]
 
 
 def unlearnt(test: Sequence[Prompt], learnt: Collection[str]) -> tuple[list[Prompt], list[str]]:
-    """The questions of which no turn has one of the fingerprints `learnt`, and the ids of the others."""
+    """(questions without a turn whose fingerprint is in `learnt`, ids of the others)."""
     known = [any(fingerprint(turn) in learnt for turn in prompt.turns) for prompt in test]
     marked = list(zip(test, known, strict=True))
     return [prompt for prompt, seen in marked if not seen], [prompt.id for prompt, seen in marked if seen]
@@ -164,12 +164,12 @@ def _grams(folded: str) -> frozenset[tuple[str, ...]]:
 
 
 def _alike(left: frozenset[tuple[str, ...]], right: frozenset[tuple[str, ...]]) -> bool:
-    """Whether two sets of grams, not both empty, are nearly the same."""
+    """Return True if two sets of grams, not both empty, are nearly equal."""
     return len(left & right) / len(left | right) > NEAR_DUPLICATE
 
 
 def takes_turns(base: Base) -> bool:
-    """Whether there is a chat template, and it works: `encode` asks in plain text otherwise."""
+    """Return True if the tokenizer has a working chat template; without one `encode` uses plain text."""
     return _rendered(base.tokenizer, "Hello.", ()) is not None
 
 
@@ -180,15 +180,15 @@ def _rendered(tokenizer: Any, text: str, history: Sequence[tuple[str, str]]) -> 
     messages = [{"role": role, "content": part} for role, part in (*said, ("user", text))]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) or None
-    except Exception:  # a stranger's template may raise anything; plain text is the documented fallback
+    except Exception:  # an untrusted template can raise anything; plain text is the documented fallback
         return None
 
 
 def encode(base: Base, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """The token ids the model sees for one user turn: its chat template if it has one that works, else plain text.
+    """Token ids of one user turn, by the chat template if it works, else as plain text.
 
-    `history` holds the turns before it, each with its answer. Raises EvaluationError SPEED_CHECK_FAILED for tokens that
-    the model does not have.
+    `history` holds the earlier turns with their answers. Raises EvaluationError SPEED_CHECK_FAILED for tokens that the
+    model does not have.
     """
     tokenizer = base.tokenizer
     rendered = _rendered(tokenizer, text, history)
@@ -207,10 +207,10 @@ def encode(base: Base, text: str, history: Sequence[tuple[str, str]] = ()) -> li
 
 
 def shortened(base: Base, ids: list[int], new_tokens: int) -> list[int]:
-    """The prompt as it is, or its end where prompt and answer exceed the context.
+    """Cut the start of a prompt if prompt and answer exceed the context.
 
-    `new_tokens` are kept free for the answer, at most half of the context.
+    `new_tokens` are reserved for the answer, at most half of the context.
     """
-    # Where rope `dynamic` goes beyond it, no batch gives the answers that its prompts get alone.
+    # Also for rope `dynamic`: beyond this length a batch gives other answers than its prompts alone.
     context = base.max_positions
     return ids if context is None else ids[-max(1, context // 2, context - new_tokens) :]

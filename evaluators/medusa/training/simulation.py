@@ -1,4 +1,4 @@
-"""What heads would do on text that is known already: accuracies, and tokens per step, exact and without the base."""
+"""Accuracy and tokens per step of heads on known answers, computed exactly without the base."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """`shares[k][j]`: share of positions where rank j of head k + 1 is right. A token outside the draft vocabulary
-    is a miss. `positions[k]` is the sample size."""
+    """`shares[k][j]` is the share of the `positions[k]` positions where rank j of head k + 1 is correct.
+
+    A token outside the draft vocabulary counts as incorrect.
+    """
 
     shares: tuple[tuple[float, ...], ...]
     positions: tuple[int, ...]
 
 
 @torch.no_grad()
-def _right_ranks(heads: Heads, features: Features, k: int) -> tuple[Tensor, Tensor]:
-    """(right [K, T, k] bool, valid [K, T] bool): which ranks name the token that really came."""
+def _correct_ranks(heads: Heads, features: Features, k: int) -> tuple[Tensor, Tensor]:
+    """(correct [K, T, k] bool, valid [K, T] bool): ranks that equal the generated token."""
     labels = features.labels(heads.spec.heads)
     ranks = [
         heads.ranks(features.hidden[at : at + ROWS], features.tokens[at : at + ROWS], k)
@@ -42,7 +44,7 @@ def accuracy(heads: Heads, features: Features, ranks: int = RANKS) -> Accuracy:
     if not len(features.tokens):
         empty = tuple((0.0,) * ranks for _ in range(heads.spec.heads))
         return Accuracy(empty, (0,) * heads.spec.heads)
-    right, valid = _right_ranks(heads, features, ranks)
+    right, valid = _correct_ranks(heads, features, ranks)
     counts = valid.sum(-1)
     shares = (right & valid[..., None]).sum(1).float() / counts.clamp_min(1)[:, None]
     return Accuracy(tuple(tuple(row) for row in shares.tolist()), tuple(counts.tolist()))
@@ -56,18 +58,18 @@ def simulate(heads: Heads, features: Features, tree: Tree) -> float:
 def simulate_each(heads: Heads, features: Features, trees: Sequence[Tree]) -> list[float]:
     """`simulate` for several trees from one pass of the heads.
 
-    At row i the root is y_i; node (a1..ad) is right iff rank a_j of head j at i names y_{i+j} for all j <= d; the
-    step brings 1 + the deepest right depth tokens.
+    At row i the root is y_i; node (a1..ad) is correct iff rank a_j of head j at i is y_{i+j} for all j <= d. The step
+    emits 1 + d tokens for the deepest correct node.
     """
     topk = max(tree.topk for tree in trees)
     if not topk or not len(features.tokens):
         return [1.0 for _ in trees]
-    right, _ = _right_ranks(heads, features, topk)
+    right, _ = _correct_ranks(heads, features, topk)
     return [_walk(_advance(right, tree), features.lengths) for tree in trees]
 
 
 def _advance(right: Tensor, tree: Tree) -> list[int]:
-    """[K, T, k] -> 1 + the deepest right depth at every row."""
+    """[K, T, k] -> 1 + depth of the deepest correct node at each row."""
     rows = right.shape[1]
     good: dict[tuple[int, ...], Tensor] = {(): torch.ones(rows, dtype=torch.bool, device=right.device)}
     depth = torch.zeros(rows, dtype=torch.long, device=right.device)
