@@ -72,7 +72,7 @@ def test_mt_bench_is_read_and_its_categories_take_turns(shared: Path) -> None:
         ('{"turns": []}', "line 1 has no `turns`"),
         ('{"turns": [3]}', "line 1 has no `turns`"),
         ("[1]", "line 1 has no `turns`"),
-        ("\n\n", "holds no prompt"),
+        ("\n\n", "contains no prompt"),
     ],
 )
 def test_a_prompt_file_in_another_layout_is_refused_with_its_line(text: str, says: str, tmp_path: Path) -> None:
