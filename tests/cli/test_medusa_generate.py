@@ -150,7 +150,7 @@ def test_of_the_likeliest_token_alone_every_draw_is_the_greedy_one(place: Path) 
 
 
 def test_a_model_in_the_place_of_heads_is_said_to_be_one(place: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"left is a model, not heads: none of its \d+ tensors"):
+    with pytest.raises(EvaluationError, match=r"left is a model without heads: none of its \d+ tensors"):
         generate("base", "one", "--heads", "left")
 
 
