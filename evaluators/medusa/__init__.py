@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluators.medusa.speed.evaluation import measure
-    from evaluators.medusa.speed.run import SpeedOptions
-    from evaluators.medusa.speed.transfer import Given
+    from evaluators.medusa.speed.run import Given, SpeedOptions
 
 __all__ = ["Given", "SpeedOptions", "measure"]
 
 _HOMES = {
-    "Given": "speed.transfer",
+    "Given": "speed.run",
     "SpeedOptions": "speed.run",
     "measure": "speed.evaluation",
 }

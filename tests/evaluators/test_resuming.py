@@ -22,7 +22,7 @@ from evaluators.harness.scores import ModelEvaluation, TaskData
 from evaluators.harness.suites import Suite, SuiteTask
 from tests.evaluators import stored, tiny_harness
 
-SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}, "batch_size": "4"}
+SETTINGS: dict[str, Any] = {"timeout_s": 240.0, "environment": {"OMP_NUM_THREADS": "1"}, "batch_size": "1"}
 ROWS = {"which_animal": 30, "which_bird": 600}  # the second long enough to be interrupted
 LOOK = 20
 
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(place: Path) -> Path:
-    return tiny_harness.model(place / "models" / "tiny")
+    return tiny_harness.model(place / "models" / "tiny", rows=25_000)  # slow enough to be interrupted
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from evaluators.medusa.speed.report import Report
-from evaluators.medusa.speed.transfer import Given
 from evaluators.medusa.trees.tree import Tree
 
 if TYPE_CHECKING:
@@ -17,6 +16,18 @@ if TYPE_CHECKING:
     from evaluators.medusa.model.causal_lm import Base
 
 Progress = Callable[[str, int, int], None]
+Origin = Literal["parent", "merged", "fresh"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Heads supplied by the caller. Without a `folder` they are a row with a reason (`absent_because`)."""
+
+    id: str
+    origin: Origin
+    folder: Path | None
+    absent_because: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

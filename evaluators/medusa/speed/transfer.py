@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bot.errors import EvaluationError
 from evaluators.medusa import formats
 from evaluators.medusa.drafting.heads import Heads
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed.calibrate import Choice
+from evaluators.medusa.speed.run import Given, Origin
 from evaluators.medusa.training import distillation, prompt_sets, simulation, training_file
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees import tree_files
@@ -23,18 +23,6 @@ from evaluators.medusa.trees.tree import Tree, greedy_tree
 
 COMMON_NODES = 8
 UNEQUAL_TRAINING = 0.1
-Origin = Literal["parent", "merged", "fresh"]
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """Heads supplied by the caller. Without a `folder` they are a row with a reason (`absent_because`)."""
-
-    id: str
-    origin: Origin
-    folder: Path | None
-    absent_because: str | None = None
-    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,7 @@ from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import transfer
 from evaluators.medusa.speed.evaluation import measure
-from evaluators.medusa.speed.run import SpeedOptions
-from evaluators.medusa.speed.transfer import Given
+from evaluators.medusa.speed.run import Given, SpeedOptions
 from evaluators.medusa.training import distillation, joint, prompt_sets, store, train, training_file
 from evaluators.medusa.training.head_loss import Targets, draft_loss
 from evaluators.medusa.training.head_training import HeadTrainingConfig, train_heads

@@ -27,8 +27,7 @@ from evaluators.medusa.model import causal_lm
 from evaluators.medusa.model.causal_lm import Base
 from evaluators.medusa.speed import bench, calibrate, rows, timing, transfer
 from evaluators.medusa.speed.report import Report
-from evaluators.medusa.speed.run import Run, SpeedOptions
-from evaluators.medusa.speed.transfer import Given
+from evaluators.medusa.speed.run import Given, Run, SpeedOptions
 from evaluators.medusa.training import distillation, prompt_sets, simulation, train
 from evaluators.medusa.training.prompt_sets import Prompt
 from evaluators.medusa.trees.tree import ROOT_ONLY, Tree, chain
