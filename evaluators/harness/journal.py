@@ -123,8 +123,10 @@ def resuming(model_class: type[Any]) -> type[Any]:
             self._report(self._done)
             if missing and planned and hasattr(self, "answered"):  # it plans its passes over all requests
                 self.answered = set(range(len(requests))) - set(missing)
-                found = ask(requests, disable_tqdm=True)
-                self.answered = set()
+                try:
+                    found = ask(requests, disable_tqdm=True)
+                finally:
+                    self.answered = set()  # the next task has other requests
                 answers = [found[i] if answer is None else answer for i, answer in enumerate(answers)]
             elif missing:
                 for i, answer in zip(missing, ask([requests[i] for i in missing], disable_tqdm=True), strict=True):

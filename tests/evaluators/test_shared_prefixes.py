@@ -144,6 +144,20 @@ def test_an_interrupted_evaluation_ends_with_the_same_numbers_to_the_last_bit(me
     assert run(tmp_path / "cut", None) == whole
 
 
+def test_a_failed_task_leaves_the_requests_of_the_next_one_alone(tmp_path: Any) -> None:
+    made = resuming(PrefixLM)(tiny.model("gqa").eval(), tiny.tokenizer())
+    made.batch_size_per_gpu = 1
+    made.at(Journal(tmp_path / "first"), lambda done: None)
+    made.loglikelihood(choices(2))
+    forward, made.model.forward = made.model.forward, None
+    with pytest.raises(TypeError):
+        made.loglikelihood(choices(4))
+    made.model.forward = forward
+    made.at(Journal(tmp_path / "second"), lambda done: None)
+    text_requests = [Instance("loglikelihood_rolling", {}, (text(20, number),), 0) for number in range(3)]
+    assert all(isinstance(value, float) for value in made.loglikelihood_rolling(text_requests))
+
+
 def test_a_reading_counts_among_the_conditions_in_16_bits_only() -> None:
     first = ModelEvaluation("animals", "d" * 64, (), stored.ENVIRONMENT, 1.0)
     second = replace(first, environment=replace(first.environment, reading="shared prefixes once"))
